@@ -1,0 +1,593 @@
+"""Every setting of a run, as frozen dataclasses that validate themselves.
+
+A run is one `Run` value. Choosing a method is choosing a type: `Run.objective`
+is `NextToken()` or `RPT()`, `RPT.advantage` is `GRPO()` or `OPO()`, and code
+dispatches on it with `match`. This module knows nothing of gin, files or
+devices (`gin_bindings` builds these values from `*.gin` files); a bad value
+raises `UserError` with what to write instead.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+import math
+from typing import Any, Literal, get_args
+
+from jaxrl_pt.errors import UserError
+
+WeightQuant = Literal['none', 'ternary']
+ActivationQuant = Literal['none', 'int8', 'int4', 'int4_absmax']
+Activation = Literal['swiglu', 'relu2']
+Dtype = Literal['float32', 'bfloat16']
+Remat = Literal['none', 'block']
+
+
+# --- Validation helpers ---------------------------------------------------------
+
+
+def _fail(owner: Any, name: str, expected: str) -> None:
+  value = getattr(owner, name)
+  raise UserError(f'{type(owner).__name__}.{name} = {value!r}: expected {expected}.')
+
+
+def _integer(owner: Any, name: str, low: int, high: int | None = None) -> None:
+  value = getattr(owner, name)
+  is_integer = isinstance(value, int) and not isinstance(value, bool)
+  if not is_integer or value < low or (high is not None and value > high):
+    _fail(owner, name, f'a whole number of at least {low}'
+          if high is None else f'a whole number from {low} to {high}')
+
+
+def _number(owner: Any, name: str, low: float, high: float = math.inf) -> None:
+  value = getattr(owner, name)
+  is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+  if not is_number or not low <= value <= high or math.isnan(value):
+    _fail(owner, name, f'a number of at least {low:g}'
+          if high == math.inf else f'a number from {low:g} to {high:g}')
+
+
+def _choice(owner: Any, name: str, literal: Any) -> None:
+  options = get_args(literal)
+  if getattr(owner, name) not in options:
+    _fail(owner, name, 'one of ' + ', '.join(repr(o) for o in options))
+
+
+def _flag(owner: Any, name: str) -> None:
+  if not isinstance(getattr(owner, name), bool):
+    _fail(owner, name, 'True or False')
+
+
+def _text(owner: Any, name: str, *, empty: bool = False) -> None:
+  value = getattr(owner, name)
+  if not isinstance(value, str) or (not value and not empty):
+    _fail(owner, name, 'a string' if empty else 'a non-empty string')
+
+
+def _instance(owner: Any, name: str, *types: type) -> None:
+  if not isinstance(getattr(owner, name), types):
+    _fail(owner, name, 'one of ' + ', '.join(f'@cfg.{t.__name__}()' for t in types))
+
+
+# --- Model ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Quant:
+  """Which projections of the block are quantised, and how (specs: BitNet v2, 2B4T).
+
+  weights: 'ternary' is absmean W1.58; activations: per token, 'int8' absmax,
+  'int4' absmean, 'int4_absmax' the control of BitNet v2 section 1.9.
+  hadamard: rotate the inputs of W_o and W_down (H-BitLinear, 2504.18415).
+  """
+
+  weights: WeightQuant = 'none'
+  activations: ActivationQuant = 'none'
+  hadamard: bool = False
+
+  def __post_init__(self) -> None:
+    _choice(self, 'weights', WeightQuant)
+    _choice(self, 'activations', ActivationQuant)
+    _flag(self, 'hadamard')
+    if self.weights == 'none' and (self.activations != 'none' or self.hadamard):
+      raise UserError(
+          'Quant.activations and Quant.hadamard act on BitLinear layers only: set '
+          "Quant.weights = 'ternary', or leave them at 'none' and False.")
+
+
+@dataclass(frozen=True)
+class Model:
+  """Shape of a decoder-only transformer. RMSNorm eps is 1e-5 throughout."""
+
+  num_layers: int
+  d_model: int
+  d_ff: int
+  num_heads: int
+  num_kv_heads: int
+  head_dim: int
+  vocab_size: int
+  rope_theta: float = 10_000.0
+  activation: Activation = 'swiglu'
+  sub_norm: bool = False
+  tied_head: bool = True
+  quant: Quant = field(default_factory=Quant)
+
+  def __post_init__(self) -> None:
+    for name in ('num_layers', 'd_model', 'd_ff', 'num_heads', 'num_kv_heads', 'head_dim',
+                 'vocab_size'):
+      _integer(self, name, 1)
+    _number(self, 'rope_theta', 1.0)
+    _choice(self, 'activation', Activation)
+    _flag(self, 'sub_norm')
+    _flag(self, 'tied_head')
+    _instance(self, 'quant', Quant)
+    if self.num_heads % self.num_kv_heads:
+      raise UserError(f'Model.num_heads = {self.num_heads} is not a multiple of '
+                      f'Model.num_kv_heads = {self.num_kv_heads}: each key/value head serves '
+                      'a whole group of query heads.')
+    if self.head_dim % 2:
+      raise UserError(f'Model.head_dim = {self.head_dim} is odd: RoPE rotates pairs, so make '
+                      'it even.')
+
+
+@dataclass(frozen=True)
+class Compute:
+  """How the same arithmetic is carried out; changes speed and memory, not the method.
+
+  loss_chunk: tokens whose float32 logits exist at once; 0 computes all of them.
+  unroll: layers per iteration of the scan over layers (0 unrolls them all, which
+  XLA runs faster on a CPU and compiles slower everywhere).
+  """
+
+  dtype: Dtype = 'float32'
+  remat: Remat = 'none'
+  unroll: int = 1
+  loss_chunk: int = 0
+
+  def __post_init__(self) -> None:
+    _choice(self, 'dtype', Dtype)
+    _choice(self, 'remat', Remat)
+    _integer(self, 'unroll', 0)
+    _integer(self, 'loss_chunk', 0)
+
+
+@dataclass(frozen=True)
+class Mesh:
+  """Devices along each mesh axis; `fsdp = 0` takes all devices that are left."""
+
+  data: int = 1
+  fsdp: int = 0
+  tensor: int = 1
+  context: int = 1
+
+  def __post_init__(self) -> None:
+    for name in ('data', 'tensor', 'context'):
+      _integer(self, name, 1)
+    _integer(self, 'fsdp', 0)
+
+
+# --- Data -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PythonStdlib:
+  """The embedded default corpus: the standard library's source and docstrings.
+
+  max_bytes bounds the text taken (files in a fixed shuffled order).
+  """
+
+  max_bytes: int = 8_000_000
+
+  def __post_init__(self) -> None:
+    _integer(self, 'max_bytes', 10_000)
+
+
+@dataclass(frozen=True)
+class TextFiles:
+  """UTF-8 text files (plain or .gz) matching `glob`.
+
+  document_start: a regular expression (multi-line mode) at whose matches a new
+  document begins; empty means that each file is one document.
+  """
+
+  glob: str
+  document_start: str = ''
+
+  def __post_init__(self) -> None:
+    _text(self, 'glob')
+    _text(self, 'document_start', empty=True)
+
+
+@dataclass(frozen=True)
+class Jsonl:
+  """JSON-lines files (plain or .gz); the text of each row stands in `text_field`."""
+
+  glob: str
+  text_field: str = 'text'
+
+  def __post_init__(self) -> None:
+    _text(self, 'glob')
+    _text(self, 'text_field')
+
+
+@dataclass(frozen=True)
+class Parquet:
+  """Parquet files; the text of each row stands in `column`."""
+
+  glob: str
+  column: str = 'text'
+
+  def __post_init__(self) -> None:
+    _text(self, 'glob')
+    _text(self, 'column')
+
+
+@dataclass(frozen=True)
+class ArrayRecord:
+  """ArrayRecord files: UTF-8 text records, or tf.train.Example with `feature` as text."""
+
+  glob: str
+  feature: str = ''
+
+  def __post_init__(self) -> None:
+    _text(self, 'glob')
+    _text(self, 'feature', empty=True)
+
+
+@dataclass(frozen=True)
+class Seqio:
+  """A registered seqio Task or Mixture, cached once (needs the `seqio` extra).
+
+  module is imported to register it; feature holds the token ids.
+  """
+
+  name: str
+  module: str
+  feature: str = 'targets'
+
+  def __post_init__(self) -> None:
+    for name in ('name', 'module', 'feature'):
+      _text(self, name)
+
+
+Source = PythonStdlib | TextFiles | Jsonl | Parquet | ArrayRecord | Seqio
+
+
+@dataclass(frozen=True)
+class Bytes:
+  """One token per UTF-8 byte, ids 0–255, and end of text 256."""
+
+
+@dataclass(frozen=True)
+class TrainedBPE:
+  """Byte-level BPE trained on the training documents and saved with the run."""
+
+  vocab_size: int
+
+  def __post_init__(self) -> None:
+    _integer(self, 'vocab_size', 257)
+
+
+@dataclass(frozen=True)
+class HuggingFaceTokenizer:
+  """Any Hugging Face `tokenizer.json` (plain or .gz) on disk; `end_of_text` is its EOS token."""
+
+  path: str
+  end_of_text: str
+
+  def __post_init__(self) -> None:
+    _text(self, 'path')
+    _text(self, 'end_of_text')
+
+
+@dataclass(frozen=True)
+class SentencePiece:
+  """A SentencePiece `.model` file on disk."""
+
+  path: str
+
+  def __post_init__(self) -> None:
+    _text(self, 'path')
+
+
+Tokenizer = Bytes | TrainedBPE | HuggingFaceTokenizer | SentencePiece
+
+
+@dataclass(frozen=True)
+class Data:
+  """Documents → tokens → packed examples of `seq_len` predicted tokens.
+
+  validation_fraction: share of the documents (whole documents, by hash) held out.
+  long_documents: a document longer than seq_len is 'split' over examples or an 'error'.
+  cache_dir: where prepared examples are kept and shared between runs; empty means
+  the run's own work directory.
+  num_workers: Grain worker processes a host; 0 reads in the training process.
+  """
+
+  source: Source
+  tokenizer: Tokenizer
+  seq_len: int
+  validation_fraction: float = 0.02
+  long_documents: Literal['split', 'error'] = 'split'
+  cache_dir: str = ''
+  num_workers: int = 0
+
+  def __post_init__(self) -> None:
+    _instance(self, 'source', *get_args(Source))
+    _instance(self, 'tokenizer', *get_args(Tokenizer))
+    _integer(self, 'seq_len', 2)
+    _number(self, 'validation_fraction', 0.0, 0.5)
+    _choice(self, 'long_documents', Literal['split', 'error'])
+    _text(self, 'cache_dir', empty=True)
+    _integer(self, 'num_workers', 0)
+
+
+# --- Optimiser ------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Constant:
+  """Linear warm-up, then constant. All steps are optimiser steps."""
+
+  peak: float
+  warmup_steps: int = 0
+
+  def __post_init__(self) -> None:
+    _number(self, 'peak', 0.0)
+    _integer(self, 'warmup_steps', 0)
+
+
+@dataclass(frozen=True)
+class Cosine:
+  """Linear warm-up, then cosine decay to `end` at the last step."""
+
+  peak: float
+  end: float = 0.0
+  warmup_steps: int = 0
+
+  def __post_init__(self) -> None:
+    _number(self, 'peak', 0.0)
+    _number(self, 'end', 0.0)
+    _integer(self, 'warmup_steps', 0)
+
+
+@dataclass(frozen=True)
+class WSD:
+  """Warm-up, stable, linear decay to `end` over the last `decay_fraction` of the run."""
+
+  peak: float
+  end: float = 0.0
+  warmup_steps: int = 0
+  decay_fraction: float = 0.2
+
+  def __post_init__(self) -> None:
+    _number(self, 'peak', 0.0)
+    _number(self, 'end', 0.0)
+    _integer(self, 'warmup_steps', 0)
+    _number(self, 'decay_fraction', 0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class TwoStage:
+  """BitNet's two stages (specs/bitnet_v2.md 1.5): both peaks start full-length decays.
+
+  Up to `switch_fraction` of the run the schedule decays from `peak`, afterwards it
+  is the tail of the schedule that would have decayed from `second_peak`; weight
+  decay is on before the switch and exactly 0 after it. `shape` 'linear' is BitNet
+  v2's, 'cosine' BitNet b1.58 2B4T's.
+  """
+
+  peak: float
+  second_peak: float
+  end: float = 0.0
+  warmup_steps: int = 0
+  switch_fraction: float = 0.5
+  shape: Literal['linear', 'cosine'] = 'linear'
+
+  def __post_init__(self) -> None:
+    for name in ('peak', 'second_peak', 'end'):
+      _number(self, name, 0.0)
+    _integer(self, 'warmup_steps', 0)
+    _number(self, 'switch_fraction', 0.0, 1.0)
+    _choice(self, 'shape', Literal['linear', 'cosine'])
+
+
+Schedule = Constant | Cosine | WSD | TwoStage
+
+
+@dataclass(frozen=True)
+class AdamW:
+  """optax AdamW after a clip of the global gradient norm (0 switches the clip off).
+
+  Weight decay acts on matrices only (embeddings and norms are left alone).
+  weight_decay_shape: 'constant', or 'cosine' to rise to `weight_decay` over stage
+  one as 2B4T's does; either way TwoStage sets it to 0 in its second stage.
+  """
+
+  schedule: Schedule
+  b1: float = 0.9
+  b2: float = 0.95
+  eps: float = 1e-8
+  weight_decay: float = 0.1
+  weight_decay_shape: Literal['constant', 'cosine'] = 'constant'
+  clip_norm: float = 1.0
+
+  def __post_init__(self) -> None:
+    _instance(self, 'schedule', *get_args(Schedule))
+    _number(self, 'b1', 0.0, 1.0)
+    _number(self, 'b2', 0.0, 1.0)
+    _number(self, 'eps', 0.0)
+    _number(self, 'weight_decay', 0.0)
+    _choice(self, 'weight_decay_shape', Literal['constant', 'cosine'])
+    _number(self, 'clip_norm', 0.0)
+
+
+# --- Objectives -----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class NextToken:
+  """Next-token prediction over packed documents.
+
+  int4_from: fraction of the steps after which activations go from int8 to int4
+  with the optimiser's state kept (BitNet v2: 0.95); 1.0 never switches.
+  """
+
+  int4_from: float = 1.0
+
+  def __post_init__(self) -> None:
+    _number(self, 'int4_from', 0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class GRPO:
+  """A = (r − mean) / (std + 1e-6) inside the group (2402.03300)."""
+
+
+@dataclass(frozen=True)
+class OPO:
+  """A = r − Σ|y|r / Σ|y| inside the group (2505.23585)."""
+
+
+Advantage = GRPO | OPO
+
+
+@dataclass(frozen=True)
+class Sampler:
+  """How responses are drawn. top_k = 0 and top_p = 1 filter nothing."""
+
+  temperature: float = 1.0
+  top_k: int = 0
+  top_p: float = 1.0
+
+  def __post_init__(self) -> None:
+    _number(self, 'temperature', 0.0)
+    _integer(self, 'top_k', 0)
+    _number(self, 'top_p', 0.0, 1.0)
+    if self.top_p == 0:
+      _fail(self, 'top_p', 'a number above 0')
+
+
+@dataclass(frozen=True)
+class RPT:
+  """Reinforcement Pre-Training (2506.08007): reward a correct prediction of what comes next.
+
+  start_from: work directory (or checkpoint) of the pretrained policy; its frozen
+  copy is also the proxy whose entropy chooses positions.
+  prompt_len: context tokens of a prompt; prediction_tokens: most tokens predicted.
+  min_entropy: positions whose proxy entropy (nats, over its 16 likeliest tokens,
+  renormalised) is below are dropped; difficulty: nested thresholds (nats) of the
+  easy, medium and hard evaluation splits; eval_positions: held-out positions scored.
+  """
+
+  start_from: str
+  advantage: Advantage = field(default_factory=OPO)
+  sampler: Sampler = field(default_factory=Sampler)
+  num_prompts: int = 32
+  group_size: int = 8
+  prompt_len: int = 64
+  prediction_tokens: int = 1
+  min_entropy: float = 0.5
+  difficulty: tuple[float, float, float] = (0.5, 1.0, 1.5)
+  eval_positions: int = 1024
+
+  def __post_init__(self) -> None:
+    _text(self, 'start_from')
+    _instance(self, 'advantage', *get_args(Advantage))
+    _instance(self, 'sampler', Sampler)
+    _integer(self, 'num_prompts', 1)
+    _integer(self, 'group_size', 2)
+    _integer(self, 'prompt_len', 1)
+    _integer(self, 'prediction_tokens', 1)
+    _number(self, 'min_entropy', 0.0)
+    _integer(self, 'eval_positions', 1)
+    object.__setattr__(self, 'difficulty', tuple(self.difficulty))
+    if len(self.difficulty) != 3 or list(self.difficulty) != sorted(self.difficulty):
+      _fail(self, 'difficulty', 'three rising entropies in nats: easy, medium, hard')
+
+
+Objective = NextToken | RPT
+
+
+# --- Run ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Train:
+  """Steps and cadence of the loop. batch_size counts sequences over all devices.
+
+  accumulation: micro-batches a step; each holds batch_size / accumulation rows.
+  eval_batches: validation batches a pass; 0 takes them all.
+  """
+
+  num_steps: int
+  batch_size: int
+  accumulation: int = 1
+  log_every: int = 10
+  eval_every: int = 100
+  eval_batches: int = 16
+  tensorboard: bool = True
+
+  def __post_init__(self) -> None:
+    for name in ('num_steps', 'batch_size', 'accumulation', 'log_every', 'eval_every'):
+      _integer(self, name, 1)
+    _integer(self, 'eval_batches', 0)
+    _flag(self, 'tensorboard')
+    if self.batch_size % self.accumulation:
+      raise UserError(f'Train.batch_size = {self.batch_size} is not a multiple of '
+                      f'Train.accumulation = {self.accumulation}: choose one that is.')
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+  """Asynchronous checkpoints: every `every` steps, the last `keep` of them, and for
+  good those at multiples of `keep_every` (0 keeps none for good)."""
+
+  every: int = 100
+  keep: int = 3
+  keep_every: int = 0
+
+  def __post_init__(self) -> None:
+    _integer(self, 'every', 1)
+    _integer(self, 'keep', 1)
+    _integer(self, 'keep_every', 0)
+
+
+@dataclass(frozen=True)
+class Run:
+  """Everything that decides the numbers of one run. The work directory is not part of it."""
+
+  seed: int
+  model: Model
+  data: Data
+  objective: Objective
+  optimizer: AdamW
+  train: Train
+  checkpoint: Checkpoint = field(default_factory=Checkpoint)
+  mesh: Mesh = field(default_factory=Mesh)
+  compute: Compute = field(default_factory=Compute)
+
+  def __post_init__(self) -> None:
+    _integer(self, 'seed', 0, 2**31 - 1)
+    _instance(self, 'model', Model)
+    _instance(self, 'data', Data)
+    _instance(self, 'objective', *get_args(Objective))
+    _instance(self, 'optimizer', AdamW)
+    _instance(self, 'train', Train)
+    _instance(self, 'checkpoint', Checkpoint)
+    _instance(self, 'mesh', Mesh)
+    _instance(self, 'compute', Compute)
+    match self.objective:
+      case NextToken(int4_from=fraction) if fraction < 1 and self.model.quant.weights == 'none':
+        raise UserError('NextToken.int4_from < 1 switches BitLinear activations: set '
+                        "Quant.weights = 'ternary' too.")
+      case _:
+        pass
+
+
+def model_at(run: Run, step: int) -> Model:
+  """The model of optimiser step `step`: activations are int4 from `int4_from` on."""
+  match run.objective:
+    case NextToken(int4_from=fraction) if step >= round(fraction * run.train.num_steps):
+      if fraction < 1.0:
+        quant = dataclasses.replace(run.model.quant, activations='int4')
+        return dataclasses.replace(run.model, quant=quant)
+  return run.model

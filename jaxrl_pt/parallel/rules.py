@@ -1,0 +1,102 @@
+"""Sharding as data: tables from logical axis names to mesh axes.
+
+Parameters and activations name their dimensions; a table says which mesh axes
+each name is split over. Training and sampling have a table each.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxrl_pt import config as cfg
+from jaxrl_pt.errors import UserError
+from jaxrl_pt.models.base import Constrain
+from jaxrl_pt.params import ParamSpec, map_specs
+from jaxrl_pt.types import Array, Batch
+
+Rules = Mapping[str, tuple[str, ...]]
+
+TRAIN: Rules = {
+    'batch': ('data', 'fsdp'),
+    'sequence': ('context',),
+    'vocab': ('tensor',),
+    'embed': ('fsdp',),
+    'heads': ('tensor',),
+    'kv_heads': ('tensor',),
+    'ff': ('tensor',),
+    'layers': (),
+    'norm': (),
+}
+
+# A sampler wants its weights whole along `embed`: no gather before each small matmul.
+SAMPLE: Rules = {**TRAIN, 'embed': (), 'sequence': ()}
+
+
+def partition_spec(axes: tuple[str | None, ...], rules: Rules) -> PartitionSpec:
+  """The PartitionSpec of dimensions with these logical names.
+
+  Raises:
+    ValueError: two dimensions of one array claim the same mesh axis.
+  """
+  used: list[str] = []
+  entries: list[tuple[str, ...] | None] = []
+  for axis in axes:
+    mesh_axes = () if axis is None else rules[axis]
+    used.extend(mesh_axes)
+    entries.append(mesh_axes or None)
+  if len(set(used)) != len(used):
+    raise ValueError(f'logical axes {axes} use a mesh axis twice: {used}')
+  return PartitionSpec(*entries)
+
+
+def param_shardings(specs: Any, mesh: Mesh, rules: Rules = TRAIN) -> Any:
+  """NamedSharding of every ParamSpec."""
+  return map_specs(lambda s: NamedSharding(mesh, partition_spec(s.axes, rules)), specs)
+
+
+def batch_sharding(mesh: Mesh, rules: Rules = TRAIN) -> Batch:
+  """NamedShardings of a Batch's fields."""
+  rows = NamedSharding(mesh, partition_spec(('batch', 'sequence'), rules))
+  ids = NamedSharding(mesh, partition_spec(('batch',), rules))
+  return Batch(rows, rows, rows, rows, rows, ids)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def make_constrain(mesh: Mesh, rules: Rules = TRAIN) -> Constrain:
+  """The `constrain` callable a model takes; the identity on a mesh of one device."""
+  if mesh.size == 1:
+    return lambda x, axes: x
+
+  def constrain(x: Array, axes: tuple[str | None, ...]) -> Array:
+    sharding = NamedSharding(mesh, partition_spec(axes, rules))
+    return jax.lax.with_sharding_constraint(x, sharding)
+
+  return constrain
+
+
+def check_divides(run: cfg.Run, mesh: Mesh) -> None:
+  """Says in one sentence which size a mesh axis does not divide.
+
+  Raises:
+    UserError: naming the field and what to change.
+  """
+  model = run.model
+  tensor, fsdp, context = (mesh.shape[a] for a in ('tensor', 'fsdp', 'context'))
+  rows = run.train.batch_size // run.train.accumulation
+  for what, size, axis, parts in (
+      ('Model.num_heads', model.num_heads, 'tensor', tensor),
+      ('Model.num_kv_heads', model.num_kv_heads, 'tensor', tensor),
+      ('Model.d_ff', model.d_ff, 'tensor', tensor),
+      ('Model.vocab_size', model.vocab_size, 'tensor', tensor),
+      ('Model.d_model', model.d_model, 'fsdp', fsdp),
+      ('Data.seq_len', run.data.seq_len, 'context', context),
+      ('Train.batch_size / Train.accumulation', rows, 'data × fsdp', mesh.shape['data'] * fsdp),
+  ):
+    if size % parts:
+      raise UserError(f'Mesh axis {axis} = {parts} does not divide {what} = {size}: change one '
+                      'of them.')
