@@ -1,0 +1,368 @@
+"""Checkpoints: one sharded tree and one JSON page a step, written while training goes on.
+
+    DIR/<step>/state    the arrays (Orbax, OCDBT), whatever their shardings
+    DIR/<step>/record   JSON: dtype, shape and checksum of every leaf, the caller's
+                        extras, and a CRC-32 of all that
+
+A step is written under a temporary name and renamed when it is whole, so a process
+killed while saving leaves a directory that is never read. Bytes that change later
+are found twice over: by the file format, and by a checksum of every leaf taken on
+the device before saving and again after restoring. Nothing is unpickled.
+"""
+
+from collections.abc import Iterator, Mapping
+import contextlib
+import errno
+import json
+import logging
+import pathlib
+import shutil
+import sys
+import tempfile
+from typing import Any, NamedTuple, Self
+import zlib
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as policies
+
+from jaxrl_pt import config as cfg
+from jaxrl_pt.checksum import checksum, paths
+from jaxrl_pt.errors import UserError
+
+_TEMPORARY = '.orbax-checkpoint-tmp'
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# The file format reports operating-system errors as text.
+_FULL_TEXT = ('ENOSPC', 'EDQUOT', 'EFBIG', 'No space left', 'Disk quota exceeded',
+              'File too large')
+# Failures of this machine, which say nothing about the bytes on disk.
+_MACHINE = (MemoryError, jax.errors.JaxRuntimeError)
+
+
+class Restored(NamedTuple):
+  """What a restore found; `skipped` says which newer checkpoints it could not use and why."""
+
+  state: Any
+  extras: dict[str, Any]
+  step: int
+  skipped: tuple[str, ...]
+
+
+# --- The record ---------------------------------------------------------------------
+
+
+def _describe(leaf: Any) -> dict[str, Any]:
+  return {'dtype': str(jnp.dtype(leaf.dtype)), 'shape': list(leaf.shape)}
+
+
+def _spell(leaf: Mapping[str, Any]) -> str:
+  return f'{leaf["dtype"]}{list(leaf["shape"])}'
+
+
+def _crc(content: Any) -> int:
+  return zlib.crc32(json.dumps(content, sort_keys=True).encode())
+
+
+def _make_record(state: Any, extras: Mapping[str, Any]) -> dict[str, Any]:
+  sums = checksum(state)
+  leaves = {path: {**_describe(x), 'checksum': sums[path]} for path, x in paths(state).items()}
+  content = {'leaves': leaves, 'extras': dict(extras)}
+  return {'crc32': _crc(content), 'content': content}
+
+
+class _Corrupt(Exception):
+  """A checkpoint whose bytes are not those that were written."""
+
+
+def _read_record(directory: pathlib.Path, step: int) -> dict[str, Any]:
+  with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+    try:
+      args = ocp.args.Composite(record=ocp.args.JsonRestore())
+      record = reader.restore(directory / str(step), args=args)['record']
+      content, crc = record['content'], record['crc32']
+    except Exception as error:
+      raise _Corrupt(f'its record cannot be read ({_first_line(error)})') from error
+  if _crc(content) != crc:
+    raise _Corrupt('its record fails its CRC')
+  return content
+
+
+def _check_model(saved: Mapping[str, Any], expected: Any, part: str, where: str) -> None:
+  """Compares dtypes and shapes; the first difference is the user's mistake, not corruption."""
+  prefix = f'{part}/' if part else ''
+  wanted = {prefix + path: _describe(leaf) for path, leaf in paths(expected).items()}
+  saved = {path: leaf for path, leaf in saved.items() if path.startswith(prefix)}
+  for path in [*wanted, *saved]:
+    there = _spell(saved[path]) if path in saved else 'absent'
+    here = _spell(wanted[path]) if path in wanted else 'absent'
+    if there != here:
+      raise UserError(
+          f'{where} belongs to another model: {path} is {there} in the checkpoint and {here} in '
+          'this run; use the settings it was trained with, or another work directory.')
+
+
+# --- Reading --------------------------------------------------------------------------
+
+
+def steps(directory: pathlib.Path) -> list[int]:
+  """Steps of the finished checkpoints in `directory`, rising; [] where there is none."""
+  try:
+    return sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit() and p.is_dir())
+  except (FileNotFoundError, NotADirectoryError):
+    return []
+
+
+def _restore_step(directory: pathlib.Path, step: int, abstract: Any, part: str) -> Restored:
+  content = _read_record(directory, step)
+  _check_model(content['leaves'], abstract, part, f'checkpoint {directory / str(step)}')
+  item = {part: abstract} if part else abstract
+  restore_args = ocp.checkpoint_utils.construct_restore_args(item)
+  args = ocp.args.PyTreeRestore(item, restore_args=restore_args, partial_restore=bool(part))
+  with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+    try:
+      tree = reader.restore(directory / str(step), args=ocp.args.Composite(state=args))['state']
+    except _MACHINE:
+      raise
+    except Exception as error:
+      raise _Corrupt(f'its arrays cannot be read ({_first_line(error)})') from error
+  for path, value in checksum(tree).items():
+    if value != content['leaves'][path]['checksum']:
+      raise _Corrupt(f'the checksum of {path} differs from the one saved with it')
+  return Restored(tree[part] if part else tree, content['extras'], step, ())
+
+
+def restore(directory: pathlib.Path, abstract: Any, step: int | None = None, *,
+            part: str = '') -> Restored:
+  """Restores the newest usable checkpoint (or exactly `step`) onto any mesh.
+
+  Writes nothing, so it also serves work directories that are read-only.
+
+  Args:
+    directory: where the checkpoints lie.
+    abstract: tree of `jax.ShapeDtypeStruct` with shardings, which need not be the saved ones.
+    step: None takes the newest; a corrupt one is named on stderr and skipped for the one before.
+    part: name of the one top-level field to restore ('params'); `abstract` is then its tree.
+
+  Raises:
+    UserError: no checkpoint, none that can be read, or one of another model.
+  """
+  directory = directory.absolute()
+  skipped: list[str] = []
+  for candidate in _candidates(directory, step):
+    try:
+      found = _restore_step(directory, candidate, abstract, part)
+      return found._replace(skipped=tuple(skipped))
+    except _Corrupt as error:
+      skipped.append(_skip(directory, candidate, error))
+  raise UserError(_none_left(directory, skipped))
+
+
+def read_extras(directory: pathlib.Path, step: int | None = None) -> tuple[int, dict[str, Any]]:
+  """(step, extras) of the newest readable checkpoint, or of `step`; no array is touched.
+
+  Raises:
+    UserError: no checkpoint, or none whose record can be read.
+  """
+  directory = directory.absolute()
+  skipped: list[str] = []
+  for candidate in _candidates(directory, step):
+    try:
+      return candidate, _read_record(directory, candidate)['extras']
+    except _Corrupt as error:
+      skipped.append(_skip(directory, candidate, error))
+  raise UserError(_none_left(directory, skipped))
+
+
+def _candidates(directory: pathlib.Path, step: int | None) -> list[int]:
+  found = steps(directory)
+  if not found:
+    raise UserError(f'no checkpoint in {directory}: give the work directory of a run that has '
+                    'saved one.')
+  if step is None:
+    return found[::-1]
+  if step not in found:
+    raise UserError(f'no checkpoint of step {step} in {directory}: choose one of '
+                    f'{", ".join(map(str, found))}.')
+  return [step]
+
+
+def _skip(directory: pathlib.Path, step: int, error: _Corrupt) -> str:
+  text = f'checkpoint {directory / str(step)} is corrupt: {error}'
+  if jax.process_index() == 0:
+    print(f'warning: {text}; skipped', file=sys.stderr, flush=True)
+  return text
+
+
+def _none_left(directory: pathlib.Path, skipped: list[str]) -> str:
+  return (f'no usable checkpoint in {directory}: {"; ".join(skipped)}; choose another step, or '
+          'start again in another work directory.')
+
+
+def _first_line(error: BaseException) -> str:
+  text = str(error).strip().split('\n', 1)[0]
+  return f'{type(error).__name__}: {text[:120]}'
+
+
+# --- Writing --------------------------------------------------------------------------
+
+
+def _not_orbax(record: logging.LogRecord) -> bool:
+  """Orbax logs a traceback from each thread an error passes; the caller gets it once, raised."""
+  return 'orbax' not in record.pathname
+
+
+class Checkpointer:
+  """Asynchronous saves of one run: the last `keep`, and for good every `keep_every` steps.
+
+  Final. A context manager: leaving it waits for the last save.
+  """
+
+  def __init__(self, directory: pathlib.Path, config: cfg.Checkpoint):
+    """Opens (and makes) `directory` and removes what killed saves left there.
+
+    Raises:
+      UserError: the directory cannot be made or written to.
+    """
+    self._directory = directory.absolute()
+    self._config = config
+    _prepare(self._directory)
+    logging.getLogger('absl').addFilter(_not_orbax)
+    self._pending: int | None = None  # step of the save under way
+    self._done: int | None = None  # newest step saved or restored here
+    self._corrupt: set[int] = set()
+    self._manager = self._open()
+
+  def _open(self) -> ocp.CheckpointManager:
+    keep: list[policies.PreservationPolicy] = [policies.LatestN(self._config.keep)]
+    if self._config.keep_every:
+      keep.append(policies.EveryNSteps(self._config.keep_every))
+    return ocp.CheckpointManager(
+        self._directory,
+        options=ocp.CheckpointManagerOptions(
+            preservation_policy=policies.AnyPreservationPolicy(keep),
+            cleanup_tmp_directories=True,
+            lightweight_initialize=True))
+
+  def __enter__(self) -> Self:
+    return self
+
+  def __exit__(self, kind: type[BaseException] | None, *unused: object) -> None:
+    if kind is None:
+      self.close()
+      return
+    with contextlib.suppress(Exception):  # the first error is the one to tell
+      self.close()
+
+  def save(self, step: int, state: Any, extras: Mapping[str, Any]) -> None:
+    """Starts to save `state` and returns once it has left the devices.
+
+    Args:
+      step: optimiser steps taken; a step already saved or restored here is left as it is.
+      state: tree of arrays; every process gives its shards of the same tree.
+      extras: JSON values that belong to it (loader state, resolved config, versions, …).
+
+    Raises:
+      UserError: no space for this or the previous save, or a later step already exists.
+    """
+    self.wait()
+    if step == self._done:
+      return
+    for bad in sorted(self._corrupt):  # else they would count among the last `keep`
+      self._manager.delete(bad)
+    self._corrupt.clear()
+    latest = self.latest_step()
+    if latest is not None and latest >= step:
+      raise UserError(f'{self._directory} already holds a checkpoint of step {latest}, so step '
+                      f'{step} cannot be added: resume from it, or use another work directory.')
+    record = _make_record(state, extras)
+    with self._explaining(step):
+      self._pending = step
+      self._manager.save(step, force=True, args=ocp.args.Composite(
+          state=ocp.args.PyTreeSave(state), record=ocp.args.JsonSave(record)))
+
+  def wait(self) -> None:
+    """Blocks until the save under way is on disk.
+
+    Raises:
+      UserError: there was no space for it.
+    """
+    if self._pending is None:
+      return
+    with self._explaining(self._pending):
+      self._manager.wait_until_finished()
+      self._manager.check_for_errors()
+    self._done, self._pending = self._pending, None
+
+  def close(self) -> None:
+    """Waits for the save under way and ends the background threads."""
+    try:
+      self.wait()
+    finally:
+      self._manager.close()
+      logging.getLogger('absl').removeFilter(_not_orbax)
+
+  def latest_step(self) -> int | None:
+    """The newest finished checkpoint's step."""
+    return max(self.steps(), default=None)
+
+  def steps(self) -> list[int]:
+    """Steps of the finished checkpoints, rising."""
+    return steps(self._directory)
+
+  def restore(self, abstract_state: Any, step: int | None = None) -> Restored:
+    """As the function `restore`; later saves first remove the checkpoints it found corrupt."""
+    self.wait()
+    found = restore(self._directory, abstract_state, step)
+    self._done = found.step
+    if step is None:
+      self._corrupt = {s for s in self.steps() if s > found.step}
+    return found
+
+  @contextlib.contextmanager
+  def _explaining(self, step: int) -> Iterator[None]:
+    try:
+      yield
+    except Exception as error:
+      self._pending = None
+      if not _is_full(error):
+        raise
+      # A manager whose save failed keeps the error; a new one removes the half-written step.
+      with contextlib.suppress(Exception):
+        self._manager.close()
+      if jax.process_index() == 0:
+        _remove_temporaries(self._directory)
+      self._manager = self._open()
+      good = self.latest_step()
+      last = 'there is no earlier checkpoint' if good is None else (
+          f'the last good checkpoint is step {good}')
+      raise UserError(f'no space left to save the checkpoint of step {step}; {last} in '
+                      f'{self._directory}: free some space and resume.') from error
+
+
+def _prepare(directory: pathlib.Path) -> None:
+  try:
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=directory):
+      pass
+  except OSError as error:
+    raise UserError(f'cannot write checkpoints to {directory} ({error.strerror}): choose a work '
+                    'directory that can be written.') from error
+
+
+def _remove_temporaries(directory: pathlib.Path) -> None:
+  for path in directory.glob(f'*{_TEMPORARY}*'):
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_full(error: BaseException | None) -> bool:
+  """Whether the disk (or a quota, or a size limit) is behind `error` or its causes."""
+  seen: set[int] = set()
+  while error is not None and id(error) not in seen:
+    seen.add(id(error))
+    if isinstance(error, OSError) and error.errno in _FULL:
+      return True
+    if any(text in str(error) for text in _FULL_TEXT):
+      return True
+    error = error.__cause__ or error.__context__
+  return False
