@@ -95,7 +95,10 @@ class Quant:
 
 @dataclass(frozen=True)
 class Model:
-  """Shape of a decoder-only transformer. RMSNorm eps is 1e-5 throughout."""
+  """Shape of a decoder-only transformer.
+
+  norm_epsilon is that of every RMSNorm; it is here only because imported models differ in it.
+  """
 
   num_layers: int
   d_model: int
@@ -109,12 +112,14 @@ class Model:
   sub_norm: bool = False
   tied_head: bool = True
   quant: Quant = field(default_factory=Quant)
+  norm_epsilon: float = 1e-5
 
   def __post_init__(self) -> None:
     for name in ('num_layers', 'd_model', 'd_ff', 'num_heads', 'num_kv_heads', 'head_dim',
                  'vocab_size'):
       _integer(self, name, 1)
     _number(self, 'rope_theta', 1.0)
+    _number(self, 'norm_epsilon', 0.0, 1.0)
     _choice(self, 'activation', Activation)
     _flag(self, 'sub_norm')
     _flag(self, 'tied_head')

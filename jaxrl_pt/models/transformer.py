@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_pt import config as cfg
+from jaxrl_pt.errors import UserError
 from jaxrl_pt.models import kv_cache
 from jaxrl_pt.models.base import Constrain, Model
 from jaxrl_pt.nn import attention as attn
@@ -22,6 +23,7 @@ from jaxrl_pt.nn import embed
 from jaxrl_pt.nn.ffn import gated
 from jaxrl_pt.nn.linear import linear
 from jaxrl_pt.nn.norm import rms_norm
+from jaxrl_pt.nn.quant import hadamard_factors
 from jaxrl_pt.params import ParamSpec, normal, ones
 from jaxrl_pt.types import Array, Params
 
@@ -35,7 +37,11 @@ def build(config: cfg.Model, compute: cfg.Compute = cfg.Compute(),
 
   constrain is applied at the model's named activations (embedding, queries, keys and
   values, feed-forward, residual) with their logical axes; `parallel.rules` makes it.
+
+  Raises:
+    UserError: `Quant.hadamard` and a width that no Hadamard matrix here has.
   """
+  _check_rotations(config)
   dtype = jnp.dtype(compute.dtype)
   block = _make_block(config, constrain)
   remat = jax.checkpoint if compute.remat == 'block' else lambda f: f
@@ -53,7 +59,7 @@ def build(config: cfg.Model, compute: cfg.Compute = cfg.Compute(),
 
     x_BTD, _ = jax.lax.scan(remat(layer), embed_tokens(params, tokens_BT), params['layers'],
                             unroll=unroll)
-    return rms_norm(x_BTD, params['final_norm'])
+    return rms_norm(x_BTD, params['final_norm'], config.norm_epsilon)
 
   def extend(params: Params, tokens_BS: Array, positions_BS: Array,
              cache: kv_cache.KVCache) -> tuple[Array, kv_cache.KVCache]:
@@ -72,7 +78,7 @@ def build(config: cfg.Model, compute: cfg.Compute = cfg.Compute(),
 
     x_BSD, cache = jax.lax.scan(remat(layer), embed_tokens(params, tokens_BS),
                                 (params['layers'], cache), unroll=unroll)
-    return rms_norm(x_BSD, params['final_norm']), cache
+    return rms_norm(x_BSD, params['final_norm'], config.norm_epsilon), cache
 
   def head(params: Params) -> Array:
     return (params['embed'].T if config.tied_head else params['head']).astype(dtype)
@@ -83,8 +89,23 @@ def build(config: cfg.Model, compute: cfg.Compute = cfg.Compute(),
   return Model(config, _specs(config), apply, extend, head, init_cache)
 
 
+def _check_rotations(config: cfg.Model) -> None:
+  if not config.quant.hadamard:
+    return
+  for what, width in (('num_heads × head_dim', config.num_heads * config.head_dim),
+                      ('d_ff', config.d_ff)):
+    try:
+      hadamard_factors(width)
+    except ValueError as e:
+      raise UserError(f'Quant.hadamard rotates Model.{what} = {width}: {e}, or set '
+                      'Quant.hadamard = False.') from e
+
+
 def _make_block(config: cfg.Model, constrain: Constrain) -> Callable[..., tuple[Array, Any]]:
   quant = config.quant
+
+  def norm(x: Array, gain: Array) -> Array:
+    return rms_norm(x, gain, config.norm_epsilon)
 
   def block(p: Params, x_BTD: Array, angles: tuple[Array, Array],
             attend: Attend) -> tuple[Array, Any]:
@@ -94,22 +115,22 @@ def _make_block(config: cfg.Model, constrain: Constrain) -> Callable[..., tuple[
       x = x.reshape(num_rows, length, num_heads, config.head_dim)
       return constrain(x, ('batch', 'sequence', axis, None))
 
-    y_BTD = rms_norm(x_BTD, p['attn_norm'])
+    y_BTD = norm(x_BTD, p['attn_norm'])
     q = split_heads(linear(y_BTD, p['wq'], quant), config.num_heads, 'heads')
     k = split_heads(linear(y_BTD, p['wk'], quant), config.num_kv_heads, 'kv_heads')
     v = split_heads(linear(y_BTD, p['wv'], quant), config.num_kv_heads, 'kv_heads')
     out, left_behind = attend(embed.rotate(q, *angles), embed.rotate(k, *angles), v)
     out = out.reshape(num_rows, length, -1)
     if config.sub_norm:
-      out = rms_norm(out, p['attn_sub_norm'])
+      out = norm(out, p['attn_sub_norm'])
     x_BTD = x_BTD + linear(out, p['wo'], quant, rotate=True)
 
-    y_BTD = rms_norm(x_BTD, p['ffn_norm'])
+    y_BTD = norm(x_BTD, p['ffn_norm'])
     h_BTF = gated(linear(y_BTD, p['w_gate'], quant), linear(y_BTD, p['w_up'], quant),
                   config.activation)
     h_BTF = constrain(h_BTF, ('batch', 'sequence', 'ff'))
     if config.sub_norm:
-      h_BTF = rms_norm(h_BTF, p['ffn_sub_norm'])
+      h_BTF = norm(h_BTF, p['ffn_sub_norm'])
     x_BTD = x_BTD + linear(h_BTF, p['w_down'], quant, rotate=True)
     return constrain(x_BTD, ('batch', 'sequence', None)), left_behind
 

@@ -8,8 +8,8 @@ from jaxrl_pt.types import Array
 EPSILON = 1e-5
 
 
-def rms_norm(x: Array, gain: Array) -> Array:
-  """X / √(mean(X²) + 1e-5) · gain over the last axis, computed in float32 (1910.07467).
+def rms_norm(x: Array, gain: Array, epsilon: float = EPSILON) -> Array:
+  """X / √(mean(X²) + ε) · gain over the last axis, computed in float32 (1910.07467).
 
   Args:
     x: f[..., D].
@@ -19,5 +19,5 @@ def rms_norm(x: Array, gain: Array) -> Array:
     f[..., D] in x's dtype.
   """
   x32 = x.astype(jnp.float32)
-  inverse = jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + EPSILON)
+  inverse = jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + epsilon)
   return (x32 * inverse * gain).astype(x.dtype)
