@@ -1,0 +1,363 @@
+"""Config → prepared examples on disk → batches whose order is f(seed, step).
+
+`prepare` works once per content: it tokenises and packs a source into ArrayRecord
+files under a directory named by a hash of everything that decides them; the next
+run opens it. Reading is index-based (Grain): the example in row b of step s follows
+from the seed alone, whatever the number of hosts, workers and restarts.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from array_record.python import array_record_module
+import grain
+import numpy as np
+
+from jaxrl_pt import config
+from jaxrl_pt.data import pack, publish, seqio_tasks, sources
+from jaxrl_pt.data import tokenizer as tokenizers
+from jaxrl_pt.errors import UserError
+from jaxrl_pt.types import Batch
+
+_FORMAT = 1  # raise when prepared files of the same config would come out differently
+_MANIFEST = 'manifest.json'
+_SPLITS = ('train', 'validation')
+_TEXTS_PER_CALL = 512
+
+
+# --- Prepared data --------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=16)
+def _reader(path: str) -> Any:
+  return array_record_module.ArrayRecordReader(path)
+
+
+@dataclasses.dataclass(frozen=True)
+class Packed:
+  """One split on disk: `num_examples` rows of `seq_len` predicted tokens.
+
+  num_targets: predicted tokens of the whole split (end of text included).
+  num_bytes: UTF-8 bytes that those targets spell: the split's text without each
+  document's first token, which nothing predicts. Bits per byte of a mean loss in
+  nats per token is loss / ln 2 · num_targets / num_bytes.
+  digest: sha256 of the rows.
+  """
+
+  path: Path
+  seq_len: int
+  num_examples: int
+  num_targets: int
+  num_bytes: int
+  digest: str
+
+  def __len__(self) -> int:
+    return self.num_examples
+
+  def _rows(self, ids: Sequence[int]) -> np.ndarray:
+    records = _reader(str(self.path)).read(list(ids)) if ids else []
+    rows = np.frombuffer(b''.join(records), '<i4').astype(np.int32)
+    return rows.reshape(len(ids), 3, self.seq_len)
+
+  def batch(self, ids_B: np.ndarray | Sequence[int]) -> Batch:
+    """The examples `ids_B` as a Batch of numpy arrays [B, T]."""
+    ids_B = np.asarray(ids_B, np.int64)
+    if ids_B.size and not (0 <= ids_B.min() and ids_B.max() < len(self)):
+      raise IndexError(f'example ids {ids_B} outside 0 … {len(self) - 1}')
+    return pack.to_batch(self._rows([int(i) for i in ids_B]), ids_B)
+
+  def example(self, i: int) -> Batch:
+    """Example `i` as a Batch of one row."""
+    return self.batch([i])
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+  """A tokenizer and the two splits it was applied to."""
+
+  tokenizer: tokenizers.Tokenizer
+  train: Packed
+  validation: Packed
+  directory: Path
+
+
+def prepare(data: config.Data, directory: Path) -> Prepared:
+  """Opens the prepared examples of `data`, making them first where there are none.
+
+  They lie in `data.cache_dir` (or `directory`) under a name hashed from the config
+  and the names, sizes and times of the source's files; they appear whole or not at
+  all, and hosts that prepare the same content at once end with one copy.
+
+  Raises:
+    UserError: the source, tokenizer or directory is unusable, or a split is empty.
+  """
+  base = Path(data.cache_dir).expanduser() if data.cache_dir else directory
+  cached = None
+  if isinstance(data.source, config.Seqio):
+    cached = seqio_tasks.cache(data.source, base)
+  final = base / f'data-{_content_key(data, cached)[:16]}'
+  if not (final / _MANIFEST).exists():
+    with publish.new_directory(final, _MANIFEST) as temporary:
+      _build(data, cached, temporary)
+  return open_prepared(final)
+
+
+def open_prepared(directory: Path) -> Prepared:
+  """Opens what `prepare` made, checking that its files are whole.
+
+  Raises:
+    UserError: the manifest or a split is missing or damaged.
+  """
+  try:
+    manifest = json.loads((directory / _MANIFEST).read_text())
+    splits = {}
+    for name in _SPLITS:
+      counts, path = manifest[name], directory / f'{name}.array_record'
+      if not path.is_file() or _reader(str(path)).num_records() != counts['examples']:
+        raise ValueError(f'{path.name} is incomplete')
+      splits[name] = Packed(path, manifest['seq_len'], counts['examples'], counts['targets'],
+                            counts['target_bytes'], counts['digest'])
+  except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+    raise UserError(f'The prepared data in {directory} are damaged ({error}): delete that '
+                    'directory and run again to remake them.') from error
+  tokenizer = tokenizers.load(directory / 'tokenizer')
+  return Prepared(tokenizer, splits['train'], splits['validation'], directory)
+
+
+def _content_key(data: config.Data, cached: Path | None) -> str:
+  """Hash of all that decides the examples: where they are kept and read does not."""
+  content = dataclasses.replace(data, cache_dir='', num_workers=0)
+  paths = sorted(cached.iterdir()) if cached else list(sources.files(data.source))
+  match data.tokenizer:
+    case config.HuggingFaceTokenizer(path=path) | config.SentencePiece(path=path):
+      if not Path(path).expanduser().is_file():
+        raise UserError(f'Cannot read the tokenizer file {path}: there is no such file.')
+      paths.append(Path(path).expanduser())
+  stats = [(str(p.absolute()), (s := p.stat()).st_size, s.st_mtime_ns) for p in paths]
+  return hashlib.sha256(repr((_FORMAT, content, stats)).encode()).hexdigest()
+
+
+# --- Building -------------------------------------------------------------------
+
+
+class _SplitWriter:
+  """Packs one split into its file and counts what the manifest says."""
+
+  def __init__(self, path: Path, data: config.Data, eos_id: int) -> None:
+    self._writer = array_record_module.ArrayRecordWriter(str(path), 'group_size:1,zstd:1')
+    self._packer = pack.Packer(data.seq_len)
+    self._data, self._eos_id, self._digest = data, eos_id, hashlib.sha256()
+    self.counts = {'documents': 0, 'text_bytes': 0, 'target_bytes': 0, 'tokens': 0,
+                   'targets': 0, 'examples': 0}
+
+  def add(self, tokens_n: np.ndarray, text_bytes: int, first_bytes: int) -> None:
+    for piece in pack.pieces(tokens_n, self._eos_id, self._data.seq_len,
+                             self._data.long_documents):
+      self._write(self._packer.add(piece))
+    counts = self.counts
+    counts['documents'] += 1
+    counts['text_bytes'] += text_bytes
+    counts['target_bytes'] += text_bytes - first_bytes
+    counts['tokens'] += len(tokens_n)
+    counts['targets'] += len(tokens_n)
+
+  def _write(self, rows: Iterable[np.ndarray]) -> None:
+    for row_3T in rows:
+      record = row_3T.astype('<i4').tobytes()
+      self._writer.write(record)
+      self._digest.update(record)
+      self.counts['examples'] += 1
+
+  def close(self) -> dict[str, Any]:
+    self._write(self._packer.flush())
+    self._writer.close()
+    return {**self.counts, 'digest': self._digest.hexdigest()}
+
+
+def _build(data: config.Data, cached: Path | None, directory: Path) -> None:
+  """Writes tokenizer, both splits and, last, the manifest into `directory`."""
+  if cached:
+    tokenizer = tokenizers.train_or_load(data.tokenizer, ())
+    seqio_tasks.check_tokenizer(cached, tokenizer)
+    documents = seqio_tasks.documents(cached, data.validation_fraction, tokenizer)
+  else:
+    training = (text for text in sources.documents(data.source)
+                if pack.hold_out(text) >= data.validation_fraction)
+    tokenizer = tokenizers.train_or_load(data.tokenizer, training)
+    documents = _tokenised(data, tokenizer)
+  tokenizer.save(directory / 'tokenizer')
+  writers = {name: _SplitWriter(directory / f'{name}.array_record', data, tokenizer.eos_id)
+             for name in _SPLITS}
+  nearest = 1.0
+  for place, held_out, tokens_n, text_bytes in documents:
+    if len(tokens_n):
+      nearest = min(nearest, place)
+      first_bytes = len(tokenizer.decode_bytes(tokens_n[:1].tolist()))
+      writers['validation' if held_out else 'train'].add(tokens_n, text_bytes, first_bytes)
+  splits = {name: writer.close() for name, writer in writers.items()}
+  _check_splits(data, splits, nearest)
+  manifest = {'format': _FORMAT, 'data': repr(data), 'seq_len': data.seq_len,
+              'tokenizer_fingerprint': tokenizer.fingerprint,
+              'vocab_size': tokenizer.vocab_size, **splits}
+  (directory / _MANIFEST).write_text(json.dumps(manifest, indent=2) + '\n')
+
+
+def _tokenised(data: config.Data, tokenizer: tokenizers.Tokenizer
+               ) -> Iterator[tuple[float, bool, np.ndarray, int]]:
+  """Yields (place in [0, 1), held out?, ids i32[n], bytes of text) of each document."""
+  texts = sources.documents(data.source)
+  while chunk := list(itertools.islice(texts, _TEXTS_PER_CALL)):
+    for text, ids in zip(chunk, tokenizer.encode_batch(chunk)):
+      place = pack.hold_out(text)
+      yield place, place < data.validation_fraction, np.asarray(ids, np.int32), len(text.encode())
+
+
+def _check_splits(data: config.Data, splits: dict[str, dict[str, Any]], nearest: float) -> None:
+  documents = {name: splits[name]['documents'] for name in _SPLITS}
+  total = sum(documents.values())
+  if not total:
+    raise UserError(f'{data.source} holds no text: give files with text in them.')
+  if not documents['train']:
+    raise UserError(f'All {total} documents of {data.source} fall into the validation split: '
+                    'give more documents, or lower Data.validation_fraction.')
+  if data.validation_fraction and not documents['validation']:
+    raise UserError(
+        f'None of the {total} documents of {data.source} falls into a validation split of '
+        f'{data.validation_fraction:g}: give more documents (TextFiles.document_start cuts files), '
+        f'or set Data.validation_fraction above {nearest:.4f} for one, or to 0 for none.')
+
+
+# --- Reading --------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Load:
+  """A host's rows of a global batch of example ids."""
+
+  packed: Packed
+  low: int
+  high: int
+
+  def __call__(self, ids_B: np.ndarray) -> Batch:
+    return self.packed.batch(np.asarray(ids_B)[self.low:self.high])
+
+
+class TrainIterator:
+  """Endless batches; the batch of step s depends on (data, seed, batch size, s) alone."""
+
+  def __init__(self, steps: grain.MapDataset, num_workers: int, identity: dict[str, Any]) -> None:
+    self._steps, self._num_workers, self._identity = steps, num_workers, identity
+    self._step = 0
+    self._iterator: Any = None
+
+  def __iter__(self) -> 'TrainIterator':
+    return self
+
+  def __next__(self) -> Batch:
+    if self._iterator is None:
+      self._iterator = iter(self._from(self._step))
+    batch: Batch = next(self._iterator)
+    self._step += 1
+    return batch
+
+  def _from(self, step: int) -> grain.IterDataset:
+    # Two threads keep a batch ahead of the step without taking the CPU from it.
+    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+    batches = self._steps.slice(slice(step, None)).to_iter_dataset(options)
+    if not self._num_workers:
+      return batches
+    if not flags.FLAGS.is_parsed():
+      flags.FLAGS.mark_as_parsed()  # Grain's workers read absl flags, which nothing here parses
+    return batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=self._num_workers))
+
+  def get_state(self) -> dict[str, Any]:
+    """JSON-able: the next step, and what the order of examples follows from."""
+    return {'step': self._step, **self._identity}
+
+  def set_state(self, state: dict[str, Any]) -> None:
+    """Continues at `state`, exactly as if never stopped, on any number of hosts and workers.
+
+    Raises:
+      UserError: the state belongs to other data, another seed or batch size.
+    """
+    for name, value in self._identity.items():
+      if state.get(name) != value:
+        raise UserError(f'The checkpoint’s data iterator has {name} = {state.get(name)!r}, this '
+                        f'run has {value!r}: resume with the same data, seed and batch size, or '
+                        'start in a new work directory.')
+    self._step = int(state['step'])
+    self.close()
+
+  def close(self) -> None:
+    """Stops reading ahead; the next batch starts it again."""
+    if self._iterator is not None:
+      self._iterator.close()
+    self._iterator = None
+
+
+def train_iterator(packed: Packed, *, seed: int, batch_size: int, process_index: int = 0,
+                   process_count: int = 1, num_workers: int = 0) -> TrainIterator:
+  """Batches of this host: rows [h·B/n, (h+1)·B/n) of the global batch of each step.
+
+  The global order is a permutation of the examples drawn anew each epoch from
+  `seed`, cut every `batch_size` rows (epochs run on into each other).
+
+  Args:
+    packed: the training split.
+    seed: of the order.
+    batch_size: B, rows over all hosts.
+    process_index: h.
+    process_count: n; divides B.
+    num_workers: processes that read ahead; 0 reads in threads of this one.
+
+  Raises:
+    UserError: fewer than B examples, or n does not divide B.
+  """
+  _check_enough(packed, batch_size, 'training')
+  if batch_size % process_count:
+    raise UserError(f'Train.batch_size = {batch_size} is not a multiple of the {process_count} '
+                    'hosts: choose one that is.')
+  share = batch_size // process_count
+  load = _Load(packed, process_index * share, (process_index + 1) * share)
+  order = grain.MapDataset.range(len(packed)).shuffle(seed=seed).repeat()
+  identity = {'seed': seed, 'batch_size': batch_size, 'digest': packed.digest}
+  return TrainIterator(order.batch(batch_size).map(load), num_workers, identity)
+
+
+def eval_batches(packed: Packed, batch_size: int, limit: int = 0) -> Iterator[Batch]:
+  """The examples in file order; the last batch is filled up with rows of weight 0.
+
+  Args:
+    packed: the validation split.
+    batch_size: B.
+    limit: most batches; 0 takes all.
+
+  Raises:
+    UserError: the split has no example.
+  """
+  _check_enough(packed, 1, 'validation')
+  return _eval_batches(packed, batch_size, limit)
+
+
+def _eval_batches(packed: Packed, batch_size: int, limit: int) -> Iterator[Batch]:
+  starts = range(0, len(packed), batch_size)
+  for low in starts[:limit] if limit else starts:
+    ids = list(range(low, min(low + batch_size, len(packed))))
+    missing = batch_size - len(ids)
+    rows_B3T = np.concatenate(
+        [packed._rows(ids), np.zeros((missing, 3, packed.seq_len), np.int32)])
+    yield pack.to_batch(rows_B3T, np.asarray(ids + [-1] * missing))
+
+
+def _check_enough(packed: Packed, batch_size: int, split: str) -> None:
+  if len(packed) < batch_size:
+    raise UserError(f'The {split} split has {len(packed)} examples of {packed.seq_len} tokens, '
+                    f'fewer than one batch of {batch_size}: give more text, or lower '
+                    'Data.seq_len or Train.batch_size.')

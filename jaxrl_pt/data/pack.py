@@ -1,0 +1,134 @@
+"""Documents of token ids → rows of `seq_len` predicted tokens.
+
+A document d_0 … d_{n-1} becomes the n pairs (input, target) = (d_0, d_1), …,
+(d_{n-1}, eos), so every token but the first is predicted exactly once. A document
+of more than `seq_len` pairs is cut into pieces; a piece's first input is the last
+target of the piece before it, so no target is lost. Pieces are then placed
+best-fit: into the fullest open row that still has room. A row of the file is
+i32[3, T]: inputs, targets, segments (0 is padding); the rest follows from these.
+"""
+
+import bisect
+from collections.abc import Iterable, Iterator
+import hashlib
+from typing import Literal
+
+import numpy as np
+
+from jaxrl_pt.errors import UserError
+from jaxrl_pt.types import Batch
+
+# Rows that wait for a piece that fits. More of them pad less and hold more memory.
+_MAX_OPEN_ROWS = 1024
+
+
+def hold_out(text: str | bytes) -> float:
+  """A document's place in [0, 1), from a hash of its text alone.
+
+  It is held out for validation where this is below `validation_fraction`: equal
+  documents fall on the same side, and adding documents moves no other one.
+  """
+  raw = text.encode() if isinstance(text, str) else text
+  return int.from_bytes(hashlib.sha256(raw).digest()[:6], 'big') / 2**48
+
+
+def pieces(tokens_n: np.ndarray, eos_id: int, seq_len: int,
+           long_documents: Literal['split', 'error'] = 'split') -> list[np.ndarray]:
+  """Cuts one document into pairs (input, target) of at most `seq_len`.
+
+  Args:
+    tokens_n: int[n] ids of one document, without end of text.
+    eos_id: target of the last token.
+    seq_len: T.
+    long_documents: 'error' refuses n > T.
+
+  Returns:
+    i32[2, m] inputs and targets, m ≤ T, in order; none for an empty document.
+
+  Raises:
+    UserError: the document is too long and long_documents is 'error'.
+  """
+  n = len(tokens_n)
+  if n > seq_len and long_documents == 'error':
+    raise UserError(f'A document has {n} tokens, Data.seq_len is {seq_len} and '
+                    "Data.long_documents is 'error': raise seq_len, or set long_documents = "
+                    "'split'.")
+  pairs_2n = np.empty((2, n), np.int32)
+  pairs_2n[0] = tokens_n
+  pairs_2n[1, :-1] = pairs_2n[0, 1:]
+  pairs_2n[1, -1:] = eos_id
+  return [pairs_2n[:, low:low + seq_len] for low in range(0, n, seq_len)]
+
+
+class Packer:
+  """Best-fit packing of a stream in bounded memory; the same stream gives the same rows."""
+
+  def __init__(self, seq_len: int) -> None:
+    self._seq_len = seq_len
+    self._room: list[tuple[int, int]] = []  # sorted (free slots, row number)
+    self._open: dict[int, list[np.ndarray]] = {}
+    self._num_rows = 0
+
+  def add(self, piece_2m: np.ndarray) -> Iterator[np.ndarray]:
+    """Places i32[2, m]; yields the i32[3, T] rows that are now closed."""
+    length = piece_2m.shape[1]
+    found = bisect.bisect_left(self._room, (length, -1))
+    if found < len(self._room):
+      room, row = self._room.pop(found)
+    else:
+      room, row = self._seq_len, self._num_rows
+      self._num_rows += 1
+      self._open[row] = []
+    self._open[row].append(piece_2m)
+    if room > length:
+      bisect.insort(self._room, (room - length, row))
+    else:
+      yield self._close(row)
+    if len(self._room) > _MAX_OPEN_ROWS:
+      yield self._close(self._room.pop(0)[1])
+
+  def flush(self) -> Iterator[np.ndarray]:
+    """Yields the rows still open."""
+    for row in sorted(self._open):
+      yield self._close(row)
+    self._room = []
+
+  def _close(self, row: int) -> np.ndarray:
+    row_3T = np.zeros((3, self._seq_len), np.int32)
+    low = 0
+    for segment, piece_2m in enumerate(self._open.pop(row), 1):
+      high = low + piece_2m.shape[1]
+      row_3T[:2, low:high] = piece_2m
+      row_3T[2, low:high] = segment
+      low = high
+    return row_3T
+
+
+def pack(documents: Iterable[np.ndarray], eos_id: int, seq_len: int,
+         long_documents: Literal['split', 'error'] = 'split') -> Iterator[np.ndarray]:
+  """Yields the i32[3, T] rows of a stream of documents int[n]; see `pieces` for errors."""
+  packer = Packer(seq_len)
+  for tokens_n in documents:
+    for piece_2m in pieces(tokens_n, eos_id, seq_len, long_documents):
+      yield from packer.add(piece_2m)
+  yield from packer.flush()
+
+
+def to_batch(rows_B3T: np.ndarray, ids_B: np.ndarray) -> Batch:
+  """Rows i32[B, 3, T] and their example ids i32[B] as a Batch of numpy arrays.
+
+  positions[t] = t − (first t of its segment), weights[t] = [segment ≠ 0].
+  """
+  segments_BT = np.ascontiguousarray(rows_B3T[:, 2])
+  t_T = np.arange(segments_BT.shape[1], dtype=np.int32)
+  starts_BT = np.zeros_like(segments_BT)
+  starts_BT[:, 1:] = np.where(segments_BT[:, 1:] != segments_BT[:, :-1], t_T[1:], 0)
+  first_BT = np.maximum.accumulate(starts_BT, axis=1)
+  real_BT = segments_BT > 0
+  return Batch(
+      tokens=np.ascontiguousarray(rows_B3T[:, 0]),  # type: ignore[arg-type]
+      targets=np.ascontiguousarray(rows_B3T[:, 1]),  # type: ignore[arg-type]
+      positions=np.where(real_BT, t_T - first_BT, 0).astype(np.int32),  # type: ignore[arg-type]
+      segments=segments_BT,  # type: ignore[arg-type]
+      weights=real_BT.astype(np.float32),  # type: ignore[arg-type]
+      ids=ids_B.astype(np.int32))  # type: ignore[arg-type]

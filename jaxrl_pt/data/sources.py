@@ -1,0 +1,333 @@
+"""Where documents come from: each source is a deterministic stream of texts.
+
+A file that cannot be read as what it should be stops the run with its name and
+the place in it, before anything is trained on half of the data.
+"""
+
+from collections.abc import Iterator
+import glob
+import gzip
+import hashlib
+import inspect
+import json
+import os
+from pathlib import Path
+import re
+import sysconfig
+from typing import IO, Any
+import zlib
+
+from jaxrl_pt import config
+from jaxrl_pt.errors import UserError
+
+# Tests, vendored wheels and tables of code points are not prose about programs.
+_SKIPPED_DIRECTORIES = {'site-packages', 'dist-packages', 'test', 'tests', 'idle_test', 'lib2to3',
+                        '__pycache__', '_bundled', 'encodings', 'pydoc_data'}
+_MIN_PROSE_BYTES = 200
+# Consumes comments and strings in order, so that a quote inside one never opens another.
+_COMMENT_OR_STRING = re.compile(
+    r'#[^\n]*'
+    r'|"""(?P<double>[^"\\]*(?:(?:\\.|"(?!""))[^"\\]*)*)"""'
+    r"|'''(?P<single>[^'\\]*(?:(?:\\.|'(?!''))[^'\\]*)*)'''"
+    r'|"(?:[^"\\\n]|\\.)*"'
+    r"|'(?:[^'\\\n]|\\.)*'", re.DOTALL)
+
+
+def documents(source: config.Source) -> Iterator[str]:
+  """Yields the non-blank texts of a source, always in the same order.
+
+  Raises:
+    UserError: nothing matches, or a file cannot be read as what the source says.
+  """
+  match source:
+    case config.PythonStdlib(max_bytes=max_bytes):
+      texts = _python_stdlib(max_bytes)
+    case config.TextFiles(glob=pattern, document_start=document_start):
+      texts = _text_files(pattern, document_start)
+    case config.Jsonl(glob=pattern, text_field=text_field):
+      texts = _jsonl(pattern, text_field)
+    case config.Parquet(glob=pattern, column=column):
+      texts = _parquet(pattern, column)
+    case config.ArrayRecord(glob=pattern, feature=feature):
+      texts = _array_record(pattern, feature)
+    case config.Seqio(name=name):
+      raise UserError(f'The seqio task {name} yields token ids, not texts: it is prepared by '
+                      'data.seqio_tasks.')
+  return (text for text in texts if text.strip())
+
+
+def files(source: config.Source) -> list[Path]:
+  """The files that a source reads, sorted; empty for seqio.
+
+  Raises:
+    UserError: the glob matches no file.
+  """
+  match source:
+    case config.PythonStdlib():
+      return _stdlib_files()
+    case config.Seqio():
+      return []
+    case _:
+      return _matches(source.glob)
+
+
+def _matches(pattern: str) -> list[Path]:
+  found = sorted(Path(p) for p in glob.glob(os.path.expanduser(pattern), recursive=True))
+  found = [path for path in found if path.is_file()]
+  if not found:
+    raise UserError(f'No file matches the glob {pattern!r} (working directory {os.getcwd()}): '
+                    'give the path of an existing file.')
+  return found
+
+
+# --- The embedded corpus --------------------------------------------------------
+
+
+def _stdlib_files() -> list[Path]:
+  root = Path(sysconfig.get_path('stdlib'))
+  found = []
+  for folder, subfolders, names in os.walk(root):
+    subfolders[:] = [name for name in subfolders if name not in _SKIPPED_DIRECTORIES]
+    found += [Path(folder, name) for name in names if name.endswith('.py')]
+  if not found:
+    raise UserError(f'The Python standard library has no .py files under {root}: choose another '
+                    'Data.source, such as @cfg.TextFiles().')
+  # Sorted by a hash of the name: shuffled, and the same on every machine.
+  return sorted(found, key=lambda p: hashlib.sha256(
+      p.relative_to(root).as_posix().encode()).digest())
+
+
+def split_docstrings(source: str) -> tuple[str, str]:
+  """Takes a Python file apart into (code without docstrings, its docstrings as prose).
+
+  The two share no text, so one may be trained on and the other held out. A docstring is
+  a triple-quoted string that stands on lines of its own after a colon or opens the file.
+  """
+  code, prose, end, previous = [], [], 0, ':'
+  for match in _COMMENT_OR_STRING.finditer(source):
+    between = source[end:match.start()]
+    previous = between.rstrip()[-1:] or previous
+    line_start = source.rfind('\n', 0, match.start()) + 1
+    if match['double'] is not None or match['single'] is not None:
+      body = match['double'] if match['double'] is not None else match['single']
+      line_end = source.find('\n', match.end())
+      line_end = len(source) if line_end < 0 else line_end
+      alone = not source[line_start:match.start()].strip(' \trRuU')
+      if alone and previous in (':', 'r', 'R') and not source[match.end():line_end].strip():
+        code.append(source[end:line_start])
+        prose.append(inspect.cleandoc(body))
+        end = min(line_end + 1, len(source))
+        previous = '"'
+        continue
+    if not match[0].startswith('#'):
+      previous = '"'
+    code.append(source[end:match.end()])
+    end = match.end()
+  code.append(source[end:])
+  return ''.join(code), '\n\n'.join(prose)
+
+
+def _python_stdlib(max_bytes: int) -> Iterator[str]:
+  left = max_bytes
+  for path in _stdlib_files():
+    try:
+      source = path.read_bytes().decode()
+    except (OSError, UnicodeDecodeError):
+      continue  # a handful of old modules are Latin-1: not worth a codec of their own
+    code, prose = split_docstrings(source)
+    for text in (code, prose) if len(prose) >= _MIN_PROSE_BYTES else (code,):
+      left -= len(text.encode())
+      if left < 0:
+        return
+      yield text
+
+
+# --- Files ----------------------------------------------------------------------
+
+
+def _open(path: Path) -> IO[bytes] | gzip.GzipFile:
+  try:
+    return gzip.open(path, 'rb') if path.suffix == '.gz' else path.open('rb')
+  except OSError as error:
+    raise UserError(f'Cannot open {path}: {error.strerror or error}.') from error
+
+
+def _lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
+  """Yields (line number from 1, byte offset of the line, the line)."""
+  offset = 0
+  with _open(path) as handle:
+    try:
+      for number, line in enumerate(handle, 1):
+        yield number, offset, line
+        offset += len(line)
+    except (OSError, EOFError, zlib.error) as error:
+      raise UserError(f'Cannot read {path} beyond byte {offset}: {error}.') from error
+
+
+def _decode(path: Path, raw: bytes, offset: int = 0) -> str:
+  try:
+    return raw.decode('utf-8')
+  except UnicodeDecodeError as error:
+    raise UserError(f'{path} is not UTF-8 at byte offset {offset + error.start}: convert it to '
+                    'UTF-8, or leave it out of the glob.') from error
+
+
+def _text_files(pattern: str, document_start: str) -> Iterator[str]:
+  try:
+    start = re.compile(document_start, re.MULTILINE)
+  except re.error as error:
+    raise UserError(f'TextFiles.document_start = {document_start!r} is not a regular '
+                    f'expression: {error}.') from error
+  for path in _matches(pattern):
+    text = _decode(path, b''.join(line for _, _, line in _lines(path)))
+    if not document_start:
+      yield text
+      continue
+    cuts = [0, *(match.start() for match in start.finditer(text)), len(text)]
+    yield from (text[a:b] for a, b in zip(cuts, cuts[1:]))
+
+
+def _jsonl(pattern: str, text_field: str) -> Iterator[str]:
+  for path in _matches(pattern):
+    for number, offset, line in _lines(path):
+      if not line.strip():
+        continue
+      try:
+        row = json.loads(_decode(path, line, offset))
+      except (ValueError, RecursionError) as error:
+        raise UserError(f'{path}:{number} is not JSON: {error}.') from error
+      if not isinstance(row, dict) or not isinstance(row.get(text_field), str):
+        raise UserError(f'{path}:{number} has no text in the field {text_field!r}: set '
+                        f'Jsonl.text_field to one of {_names(row)}.')
+      if not _is_unicode(row[text_field]):
+        raise UserError(f'{path}:{number} holds half of a surrogate pair (\\ud800–\\udfff) in '
+                        f'{text_field!r}: that is not text; mend or drop the row.')
+      yield row[text_field]
+
+
+def _names(row: Any) -> str:
+  return ', '.join(map(repr, row)) if isinstance(row, dict) and row else 'an object’s fields'
+
+
+def _is_unicode(text: str) -> bool:
+  try:
+    text.encode()
+  except UnicodeEncodeError:
+    return False
+  return True
+
+
+def _parquet(pattern: str, column: str) -> Iterator[str]:
+  try:
+    import pyarrow as pa  # an extra: only this source needs it
+    import pyarrow.parquet as pq
+  except ImportError as error:
+    raise UserError("A Parquet source needs the extra `parquet`: pip install 'jaxrl_pt[parquet]'."
+                    ) from error
+  for path in _matches(pattern):
+    try:
+      with pq.ParquetFile(path) as table:
+        names = table.schema_arrow.names
+        if column not in names:
+          raise UserError(f'{path} has no column {column!r}: set Parquet.column to one of '
+                          f'{", ".join(map(repr, names))}.')
+        kind = table.schema_arrow.field(column).type
+        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+          raise UserError(f'The column {column!r} of {path} holds {kind}, not text: choose '
+                          'another Parquet.column.')
+        row = 0
+        for batch in table.iter_batches(batch_size=1024, columns=[column]):
+          for text in batch.column(0).to_pylist():
+            if text is None:
+              raise UserError(f'Row {row} of {path} has no {column!r}: drop the empty rows.')
+            row += 1
+            yield text
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+      raise UserError(f'Cannot read {path} as Parquet: {error}.') from error
+
+
+def _array_record(pattern: str, feature: str) -> Iterator[str]:
+  from array_record.python import array_record_module
+  for path in _matches(pattern):
+    try:
+      reader = array_record_module.ArrayRecordReader(str(path))
+      count = reader.num_records()
+      # The library reads what is no ArrayRecord as an empty one, without a word.
+      if not count:
+        raise UserError(f'{path} holds no records: it is empty, cut short or no ArrayRecord file.')
+      for low in range(0, count, 256):
+        for n, record in enumerate(reader.read(low, min(low + 256, count)), low):
+          yield _decode_record(path, n, record, feature)
+    except (RuntimeError, ValueError, IndexError, OSError) as error:
+      raise UserError(f'Cannot read {path} as ArrayRecord: {error}.') from error
+
+
+def _decode_record(path: Path, n: int, record: bytes, feature: str) -> str:
+  try:
+    return (example_feature(record, feature) if feature else record).decode('utf-8')
+  except UnicodeDecodeError as error:
+    raise UserError(f'Record {n} of {path} is not UTF-8 text at its byte {error.start}: if it is '
+                    'a tf.train.Example, name its text in ArrayRecord.feature.') from error
+  except (KeyError, ValueError) as error:
+    raise UserError(f'Record {n} of {path}: {error.args[0]}; check ArrayRecord.feature = '
+                    f'{feature!r}.') from error
+
+
+# --- tf.train.Example without TensorFlow ----------------------------------------
+
+
+def example_feature(record: bytes, name: str) -> bytes:
+  """The first bytes value of one feature of a serialised tf.train.Example.
+
+  Example{1: Features{1: map entry{1: name, 2: Feature{1: BytesList{1: value}}}}}
+
+  Raises:
+    KeyError: no such feature. ValueError: not an Example, or the feature holds no bytes.
+  """
+  seen = []
+  for features in _fields(record, 1):
+    for entry in _fields(features, 1):
+      key = b''.join(_fields(entry, 1)).decode('utf-8', 'replace')
+      seen.append(key)
+      if key == name:
+        values = [value for feature in _fields(entry, 2) for bytes_list in _fields(feature, 1)
+                  for value in _fields(bytes_list, 1)]
+        if not values:
+          raise ValueError('the feature holds numbers, not text')
+        return values[0]
+  raise KeyError(f'no feature of that name among {seen}')
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+  value = shift = 0
+  while True:
+    if at >= len(data) or shift > 63:
+      raise ValueError('not a tf.train.Example')
+    byte = data[at]
+    value |= (byte & 127) << shift
+    at, shift = at + 1, shift + 7
+    if byte < 128:
+      return value, at
+
+
+def _fields(data: bytes, number: int) -> Iterator[bytes]:
+  """Yields the length-delimited fields `number` of a protobuf message."""
+  at = 0
+  while at < len(data):
+    tag, at = _varint(data, at)
+    match tag & 7:
+      case 0:
+        _, at = _varint(data, at)
+      case 1:
+        at += 8
+      case 2:
+        length, at = _varint(data, at)
+        if at + length > len(data):
+          raise ValueError('not a tf.train.Example')
+        if tag >> 3 == number:
+          yield data[at:at + length]
+        at += length
+      case 5:
+        at += 4
+      case _:
+        raise ValueError('not a tf.train.Example')

@@ -1,0 +1,389 @@
+"""Text ↔ token ids: bytes, byte-level BPE, any tokenizer.json, SentencePiece.
+
+Every tokenizer is a table of the bytes that each id contributes to text, and
+decoding is that table joined: so what `decode` shows, what bits per byte
+divides by and what a byte-prefix reward compares are one and the same.
+"""
+
+from collections.abc import Iterable, Sequence
+import dataclasses
+import functools
+import gzip
+import hashlib
+import json
+from pathlib import Path
+import re
+from typing import Any, Protocol
+import zlib
+
+import tokenizers
+
+from jaxrl_pt import config
+from jaxrl_pt.errors import UserError
+
+END_OF_TEXT = '<|endoftext|>'
+_BYTE_PIECE = re.compile(r'<0x([0-9A-Fa-f]{2})>')
+_DESCRIPTION, _DEFINITION = 'tokenizer_config.json', {
+    'tokenizer.json': 'tokenizer.json', 'sentencepiece': 'tokenizer.model'}
+
+
+class Tokenizer(Protocol):
+  """What the rest of the product knows of a tokenizer; `load(directory)` undoes `save`."""
+
+  @property
+  def vocab_size(self) -> int:
+    """One more than the highest id."""
+    ...
+
+  @property
+  def eos_id(self) -> int:
+    """The id that ends a document."""
+    ...
+
+  @property
+  def fingerprint(self) -> str:
+    """sha256 of everything that decides ids."""
+    ...
+
+  def encode(self, text: str) -> list[int]:
+    """The ids of `text`; nothing is added, and special tokens written in it stay text."""
+    ...
+
+  def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    """`encode` of each text, in parallel where the library can."""
+    ...
+
+  def decode_bytes(self, ids: Sequence[int]) -> bytes:
+    """The bytes that `ids` spell, without the space some models put before a text."""
+    ...
+
+  def decode(self, ids: Sequence[int]) -> str:
+    """`decode_bytes` as UTF-8; what is not valid becomes U+FFFD."""
+    ...
+
+  def token_bytes(self) -> list[bytes]:
+    """The bytes each id contributes to text, by id; empty for special tokens."""
+    ...
+
+  def save(self, directory: Path) -> None:
+    """Writes all that `load` needs into `directory`."""
+    ...
+
+
+def _join(table: list[bytes], ids: Sequence[int], dummy_space: bool) -> bytes:
+  # A model's vocabulary may be padded beyond the tokenizer's: such ids spell nothing.
+  joined = b''.join(table[i] for i in ids if 0 <= i < len(table))
+  return joined[1:] if dummy_space and joined.startswith(b' ') else joined
+
+
+def _fingerprint(kind: str, eos_id: int, definition: bytes) -> str:
+  return hashlib.sha256(f'{kind}\n{eos_id}\n'.encode() + definition).hexdigest()
+
+
+def _save(directory: Path, description: dict[str, Any], definition: bytes) -> None:
+  directory.mkdir(parents=True, exist_ok=True)
+  (directory / _DESCRIPTION).write_text(json.dumps(description, indent=2) + '\n')
+  if definition:
+    (directory / _DEFINITION[description['kind']]).write_bytes(definition)
+
+
+# --- Bytes ----------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class ByteTokenizer:
+  """Ids 0–255 are the bytes of UTF-8, 256 ends a document."""
+
+  vocab_size: int = 257
+  eos_id: int = 256
+  fingerprint: str = _fingerprint('bytes', 256, b'')
+
+  def encode(self, text: str) -> list[int]:
+    return list(text.encode())
+
+  def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    return [self.encode(text) for text in texts]
+
+  def decode_bytes(self, ids: Sequence[int]) -> bytes:
+    return bytes(i for i in ids if 0 <= i < 256)
+
+  def decode(self, ids: Sequence[int]) -> str:
+    return self.decode_bytes(ids).decode('utf-8', 'replace')
+
+  def token_bytes(self) -> list[bytes]:
+    return [bytes([i]) for i in range(256)] + [b'']
+
+  def save(self, directory: Path) -> None:
+    _save(directory, {'kind': 'bytes', 'fingerprint': self.fingerprint}, b'')
+
+
+# --- tokenizer.json -------------------------------------------------------------
+
+
+def _byte_alphabet() -> dict[str, int]:
+  """Character → byte of GPT-2's printable alphabet for byte-level BPE.
+
+  Printable Latin-1 stands for itself; every other byte, in order, takes the next
+  code point from 256 on.
+  """
+  printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+  others = [b for b in range(256) if b not in printable]
+  return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
+
+
+def _decoder_types(decoder: Any) -> set[str]:
+  if not isinstance(decoder, dict):
+    return set()
+  inner = [_decoder_types(d) for d in decoder.get('decoders', [])]
+  return {str(decoder.get('type'))}.union(*inner)
+
+
+def _metaspace_piece(piece: str) -> bytes:
+  """Bytes of a SentencePiece-style piece: ▁ is a space, <0xNN> a byte."""
+  byte = _BYTE_PIECE.fullmatch(piece)
+  return bytes([int(byte[1], 16)]) if byte else piece.replace('▁', ' ').encode()
+
+
+def _json_table(backend: tokenizers.Tokenizer, definition: dict[str, Any]) -> list[bytes]:
+  """Bytes of each id of a tokenizer.json, read off the kind of its decoder."""
+  types = _decoder_types(definition.get('decoder'))
+  alphabet = _byte_alphabet()
+  added = {token['id']: token for token in definition.get('added_tokens', [])}
+  vocabulary = backend.get_vocab(with_added_tokens=True)
+  table = [b''] * (1 + max(vocabulary.values()))
+  for piece, i in vocabulary.items():
+    if i in added:
+      table[i] = b'' if added[i].get('special') else piece.encode()
+    elif 'ByteLevel' in types and all(c in alphabet for c in piece):
+      table[i] = bytes(alphabet[c] for c in piece)
+    elif types & {'Metaspace', 'ByteFallback', 'Replace'}:
+      table[i] = _metaspace_piece(piece)
+    elif 'WordPiece' in types:
+      table[i] = piece[2:].encode() if piece.startswith('##') else b' ' + piece.encode()
+    else:
+      table[i] = piece.encode()
+  return table
+
+
+@dataclasses.dataclass(frozen=True)
+class JsonTokenizer:
+  """A `tokenizers` pipeline, trained here or read from a tokenizer.json."""
+
+  definition: str
+  end_of_text: str
+
+  def __post_init__(self) -> None:
+    if self._backend.token_to_id(self.end_of_text) is None:
+      raise UserError(f'The tokenizer has no token {self.end_of_text!r}: set '
+                      'HuggingFaceTokenizer.end_of_text to its end-of-text token.')
+
+  @functools.cached_property
+  def _backend(self) -> tokenizers.Tokenizer:
+    try:
+      backend = tokenizers.Tokenizer.from_str(self.definition)
+    except Exception as error:  # the library raises bare Exception for a bad definition
+      raise UserError(f'Not a usable tokenizer.json: {error}.') from error
+    # '<|endoftext|>' written in a document is text; only the packer ends documents.
+    backend.encode_special_tokens = True
+    backend.no_padding()
+    backend.no_truncation()
+    return backend
+
+  @functools.cached_property
+  def _table(self) -> list[bytes]:
+    return _json_table(self._backend, json.loads(self.definition))
+
+  @functools.cached_property
+  def _dummy_space(self) -> bool:
+    return _join(self._table, self.encode('a'), False).startswith(b' ')
+
+  @property
+  def vocab_size(self) -> int:
+    return len(self._table)
+
+  @functools.cached_property
+  def eos_id(self) -> int:
+    found = self._backend.token_to_id(self.end_of_text)
+    assert found is not None  # __post_init__ has looked
+    return found
+
+  @functools.cached_property
+  def fingerprint(self) -> str:
+    return _fingerprint('tokenizer.json', self.eos_id, self.definition.encode())
+
+  def encode(self, text: str) -> list[int]:
+    return list(self._backend.encode(text, add_special_tokens=False).ids)
+
+  def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+    return [list(encoding.ids) for encoding in encodings]
+
+  def decode_bytes(self, ids: Sequence[int]) -> bytes:
+    return _join(self._table, ids, self._dummy_space)
+
+  def decode(self, ids: Sequence[int]) -> str:
+    return self.decode_bytes(ids).decode('utf-8', 'replace')
+
+  def token_bytes(self) -> list[bytes]:
+    return list(self._table)
+
+  def save(self, directory: Path) -> None:
+    description = {'kind': 'tokenizer.json', 'end_of_text': self.end_of_text,
+                   'fingerprint': self.fingerprint}
+    _save(directory, description, self.definition.encode())
+
+
+def _train_bpe(vocab_size: int, documents: Iterable[str]) -> JsonTokenizer:
+  """Byte-level BPE over all 256 bytes, so that no text is out of vocabulary."""
+  backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+  backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+  backend.decoder = tokenizers.decoders.ByteLevel()
+  trainer = tokenizers.trainers.BpeTrainer(
+      vocab_size=vocab_size, special_tokens=[END_OF_TEXT], show_progress=False,
+      initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
+  backend.train_from_iterator(documents, trainer)
+  return JsonTokenizer(backend.to_str(), END_OF_TEXT)
+
+
+# --- SentencePiece --------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class SentencePieceTokenizer:
+  """A SentencePiece model; text is normalised by the model's own rules first."""
+
+  definition: bytes
+
+  def __post_init__(self) -> None:
+    if self.eos_id < 0:
+      raise UserError('The SentencePiece model has no end-of-sentence piece: documents cannot '
+                      'be ended; use a model trained with one.')
+
+  @functools.cached_property
+  def _backend(self) -> Any:
+    try:
+      import sentencepiece  # an extra: only this kind of tokenizer needs it
+    except ImportError as error:
+      raise UserError('A SentencePiece tokenizer needs the extra `sentencepiece`: '
+                      "pip install 'jaxrl_pt[sentencepiece]'.") from error
+    try:
+      return sentencepiece.SentencePieceProcessor(model_proto=self.definition)
+    except (RuntimeError, TypeError) as error:
+      raise UserError('Not a SentencePiece model: give the path of a `.model` file.') from error
+
+  @functools.cached_property
+  def _table(self) -> list[bytes]:
+    backend = self._backend
+    table = []
+    for i in range(backend.vocab_size()):
+      if backend.is_unknown(i):
+        table.append('\ufffd'.encode())  # it stood for text that is lost: let decoding show it
+      elif backend.is_control(i) or backend.is_unused(i):
+        table.append(b'')
+      else:
+        table.append(_metaspace_piece(backend.id_to_piece(i)))
+    return table
+
+  @functools.cached_property
+  def _dummy_space(self) -> bool:
+    return bool(self._backend.encode('a', out_type=str)[0].startswith('▁'))
+
+  @property
+  def vocab_size(self) -> int:
+    return int(self._backend.vocab_size())
+
+  @functools.cached_property
+  def eos_id(self) -> int:
+    return int(self._backend.eos_id())
+
+  @functools.cached_property
+  def fingerprint(self) -> str:
+    return _fingerprint('sentencepiece', self.eos_id, self.definition)
+
+  def encode(self, text: str) -> list[int]:
+    return list(self._backend.encode(text))
+
+  def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    return list(self._backend.encode(list(texts)))
+
+  def decode_bytes(self, ids: Sequence[int]) -> bytes:
+    return _join(self._table, ids, self._dummy_space)
+
+  def decode(self, ids: Sequence[int]) -> str:
+    return self.decode_bytes(ids).decode('utf-8', 'replace')
+
+  def token_bytes(self) -> list[bytes]:
+    return list(self._table)
+
+  def save(self, directory: Path) -> None:
+    description = {'kind': 'sentencepiece', 'fingerprint': self.fingerprint}
+    _save(directory, description, self.definition)
+
+
+# --- Construction ---------------------------------------------------------------
+
+
+def _read(path: str) -> bytes:
+  try:
+    raw = Path(path).expanduser().read_bytes()
+    return gzip.decompress(raw) if path.endswith('.gz') else raw
+  except (OSError, EOFError, zlib.error) as error:
+    raise UserError(f'Cannot read the tokenizer file {path}: {error}.') from error
+
+
+def train_or_load(tokenizer: config.Tokenizer, documents: Iterable[str]) -> Tokenizer:
+  """The tokenizer that a config names; only TrainedBPE reads `documents`.
+
+  Raises:
+    UserError: the file is missing or is no tokenizer, or there is no end-of-text token.
+  """
+  match tokenizer:
+    case config.Bytes():
+      return ByteTokenizer()
+    case config.TrainedBPE(vocab_size=vocab_size):
+      return _train_bpe(vocab_size, documents)
+    case config.HuggingFaceTokenizer(path=path, end_of_text=end_of_text):
+      try:
+        definition = _read(path).decode()
+      except UnicodeDecodeError as error:
+        raise UserError(f'{path} is not a tokenizer.json: not UTF-8 at byte offset '
+                        f'{error.start}.') from error
+      return _named(path, lambda: JsonTokenizer(definition, end_of_text))
+    case config.SentencePiece(path=path):
+      model = _read(path)
+      return _named(path, lambda: SentencePieceTokenizer(model))
+
+
+def _named(path: str, build: Any) -> Any:
+  try:
+    return build()
+  except UserError as error:
+    raise UserError(f'{path}: {error}') from error
+
+
+def load(directory: Path) -> Tokenizer:
+  """The tokenizer that `save` wrote into `directory`; nothing else is read.
+
+  Raises:
+    UserError: no tokenizer is there, or its files are not those that were saved.
+  """
+  try:
+    description = json.loads((directory / _DESCRIPTION).read_text())
+    kind, fingerprint = description['kind'], description['fingerprint']
+    path = directory / _DEFINITION.get(kind, _DESCRIPTION)
+    definition = path.read_bytes()
+    if kind == 'tokenizer.json':
+      tokenizer: Tokenizer = JsonTokenizer(definition.decode(), description['end_of_text'])
+    elif kind == 'sentencepiece':
+      tokenizer = SentencePieceTokenizer(definition)
+    elif kind == 'bytes':
+      tokenizer = ByteTokenizer()
+    else:
+      raise UserError(f'{directory} holds a tokenizer of unknown kind {kind!r}.')
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    raise UserError(f'No readable tokenizer in {directory} ({error!r}): give a directory that '
+                    'a run has saved.') from error
+  if tokenizer.fingerprint != fingerprint:
+    raise UserError(f'The tokenizer in {directory} is not the one that was saved there '
+                    '(fingerprints differ): restore its files.')
+  return tokenizer
