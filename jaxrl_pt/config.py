@@ -45,6 +45,16 @@ def _number(owner: Any, name: str, low: float, high: float = math.inf) -> None:
           if high == math.inf else f'a number from {low:g} to {high:g}')
 
 
+def _rising(owner: Any, name: str, length: int) -> None:
+  """Also turns a list, as gin files write one, into the tuple that can be hashed."""
+  value = getattr(owner, name)
+  is_numbers = isinstance(value, (list, tuple)) and all(
+      isinstance(x, (int, float)) and not isinstance(x, bool) for x in value)
+  if not is_numbers or len(value) != length or list(value) != sorted(value):
+    _fail(owner, name, f'{length} numbers that rise')
+  object.__setattr__(owner, name, tuple(value))
+
+
 def _choice(owner: Any, name: str, literal: Any) -> None:
   options = get_args(literal)
   if getattr(owner, name) not in options:
@@ -504,9 +514,7 @@ class RPT:
     _integer(self, 'prediction_tokens', 1)
     _number(self, 'min_entropy', 0.0)
     _integer(self, 'eval_positions', 1)
-    object.__setattr__(self, 'difficulty', tuple(self.difficulty))
-    if len(self.difficulty) != 3 or list(self.difficulty) != sorted(self.difficulty):
-      _fail(self, 'difficulty', 'three rising entropies in nats: easy, medium, hard')
+    _rising(self, 'difficulty', 3)
 
 
 Objective = NextToken | RPT

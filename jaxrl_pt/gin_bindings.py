@@ -1,0 +1,399 @@
+"""Gin files → one `config.Run`; the only module that imports gin.
+
+Only the dataclasses of `config` can be bound, as `cfg.<Type>.<field>`, and a method is
+chosen by choosing a type: `cfg.Run.objective = @cfg.RPT()`. Files are read here, so that
+every mistake is named with its file and line; gin then builds the value and is cleared,
+so that no global setting outlives `load`. Scopes and imports are refused: one run holds
+at most one value of each type.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+import contextlib
+import dataclasses
+from dataclasses import dataclass
+import difflib
+import io
+from pathlib import Path
+import re
+import sysconfig
+import tokenize
+from typing import Any, NoReturn
+
+import gin
+from gin import config_parser
+
+from jaxrl_pt import config as cfg
+from jaxrl_pt.errors import UserError
+
+_TYPES: dict[str, type] = {
+    value.__name__: value for value in vars(cfg).values()
+    if isinstance(value, type) and dataclasses.is_dataclass(value)}
+for _type in _TYPES.values():
+  gin.register(_type, module='cfg')
+
+_REQUIRED = 'gin.REQUIRED'
+_COMMAND_LINE = '--gin_bindings'
+# Where shipped files are found when they are not below the working directory: beside a
+# checkout's package, or where an installation puts data files.
+_SHIPPED = (Path(__file__).resolve().parent.parent,
+            Path(sysconfig.get_path('data')) / 'share' / 'jaxrl_pt')
+
+
+# --- Statements -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Reference:
+  """`@cfg.Type()`, or without the parentheses if not `evaluate`."""
+
+  type_name: str
+  evaluate: bool
+
+  def __repr__(self) -> str:
+    return f'@cfg.{self.type_name}' + ('()' if self.evaluate else '')
+
+
+@dataclass(frozen=True)
+class _Macro:
+  """`%name`."""
+
+  name: str
+
+  def __repr__(self) -> str:
+    return f'%{self.name}'
+
+
+@dataclass(frozen=True)
+class _Binding:
+  """One statement: `cfg.<owner>.<field> = value`, or a macro where `owner` is empty."""
+
+  owner: str
+  field: str
+  value: Any
+  where: str
+
+  @property
+  def name(self) -> str:
+    return f'cfg.{self.owner}.{self.field}' if self.owner else self.field
+
+
+class _Delegate(config_parser.ParserDelegate):
+  """Keeps references and macros as written, so that they can be checked and printed."""
+
+  def configurable_reference(self, scoped_configurable_name: str, evaluate: bool) -> _Reference:
+    return _Reference(_type_name(scoped_configurable_name), evaluate)
+
+  def macro(self, macro_name: str) -> _Macro:
+    return _Macro(macro_name)
+
+
+def _close(name: str, options: Iterable[str], otherwise: str, prefix: str = '') -> str:
+  options = sorted(options)
+  found = difflib.get_close_matches(name, options, n=3, cutoff=0.6)
+  if found:
+    return 'did you mean ' + ' or '.join(prefix + option for option in found) + '?'
+  return f'{otherwise} ' + ', '.join(prefix + option for option in options) + '.'
+
+
+def _type_name(selector: str) -> str:
+  """`cfg.Model` or `Model` → `Model`."""
+  if '/' in selector:
+    raise UserError(f'{selector!r} has a scope: write it without, since a run holds one value '
+                    'of each type.')
+  name = selector.removeprefix('cfg.')
+  if name not in _TYPES:
+    raise UserError(f'There is no setting type {selector!r}: '
+                    + _close(name, _TYPES, 'there are', 'cfg.'))
+  return name
+
+
+def _find(name: str, including: Path | None) -> Path:
+  """The file `name`, looked for beside the including file's folders, here, and as shipped."""
+  if '\0' in name:
+    raise UserError(f'{name!r} is not a file name.')
+  path = Path(name).expanduser()
+  if path.is_absolute():
+    candidates = [path]
+  else:
+    above = list(including.resolve().parents) if including else []
+    candidates = [folder / path for folder in (*above, Path.cwd(), *_SHIPPED)]
+  for candidate in candidates:
+    if candidate.is_file():
+      return candidate
+  shipped = [p.relative_to(root).as_posix() for root in _SHIPPED
+             for p in (root / 'gin').rglob('*.gin')]
+  near = difflib.get_close_matches(path.as_posix(), sorted(set(shipped)), n=3)
+  hint = 'did you mean ' + ' or '.join(near) + '?' if near else (
+      'give a path below the working directory, an absolute one, or a shipped gin/run/*.gin.')
+  raise UserError(f'There is no gin file {name}: {hint}')
+
+
+def _read(path: Path) -> str:
+  try:
+    return path.read_text(encoding='utf-8')
+  except UnicodeDecodeError as e:
+    raise UserError(f'{path} is not UTF-8 text (byte {e.start}): give a gin file.') from e
+  except OSError as e:
+    raise UserError(f'{path} cannot be read ({e.strerror}): check the path and its '
+                    'permissions.') from e
+
+
+def _at(label: str, line: int) -> str:
+  return label if label == _COMMAND_LINE else f'{label} line {line}'
+
+
+@contextlib.contextmanager
+def _named(where: str) -> Iterator[None]:
+  """Puts `where` in front of a mistake found inside."""
+  try:
+    yield
+  except UserError as e:
+    raise UserError(f'{where}: {e}') from e
+
+
+def _statements(text: str, label: str) -> Iterator[tuple[Any, str]]:
+  """gin's statements, each with its place."""
+  parser: Iterator[Any] | None = None
+  line = 1
+  while True:
+    try:
+      parser = parser or config_parser.ConfigParser(io.StringIO(text), _Delegate())
+      statement = next(parser, None)
+    except UserError as e:
+      message, *appended = str(e).split('\n')  # gin has appended the line.
+      found = re.search(r' line (\d+)', ' '.join(appended))
+      raise UserError(f'{_at(label, int(found[1]) if found else line)}: {message}') from e
+    except (SyntaxError, tokenize.TokenError, ValueError, TypeError) as e:
+      reason = str(e.args[0] if e.args else e).split('\n')[-1].strip().rstrip('.')
+      line = e.lineno or line if isinstance(e, SyntaxError) else line
+      raise UserError(f'{_at(label, line)}: this is not gin ({reason}); write '
+                      'cfg.Type.field = value, with strings in quotes.') from e
+    if statement is None:
+      return
+    line = statement.location.line_num
+    yield statement, _at(label, line)
+
+
+def _parse(text: str, label: str, path: Path | None, stack: tuple[Path, ...]
+           ) -> Iterator[_Binding]:
+  """The bindings of `text` in order, with those of the files it includes in their place."""
+  for statement, where in _statements(text, label):
+    match statement:
+      case config_parser.IncludeStatement(filename=name):
+        with _named(where):
+          included = _find(name, path)
+          if included.resolve() in stack:
+            raise UserError(f'{name} includes itself: remove one of the include lines.')
+        yield from _parse_file(name, included, stack)
+        continue
+      case config_parser.ImportStatement():
+        raise UserError(f'{where}: a run cannot import Python modules; remove the line.')
+    with _named(where):
+      match statement:
+        case config_parser.BindingStatement():
+          yield _checked(statement, where)
+        case config_parser.BlockDeclaration(scope=scope, selector=selector):
+          _type_name(f'{scope}/{selector}' if scope else selector)
+
+
+def _parse_file(name: str, path: Path, stack: tuple[Path, ...]) -> Iterator[_Binding]:
+  yield from _parse(_read(path), name, path, (*stack, path.resolve()))
+
+
+def _checked(statement: config_parser.BindingStatement, where: str) -> _Binding:
+  if not statement.arg_name:
+    if statement.scope:
+      _type_name(f'{statement.scope}/{statement.selector}')
+    return _Binding('', statement.selector, statement.value, where)
+  selector = f'{statement.scope}/{statement.selector}' if statement.scope else statement.selector
+  owner = _type_name(selector)
+  fields = [f.name for f in dataclasses.fields(_TYPES[owner])]
+  if statement.arg_name not in fields:
+    raise UserError(f'cfg.{owner} has no field {statement.arg_name!r}: '
+                    + (_close(statement.arg_name, fields, 'it has') if fields else 'it has none.'))
+  return _Binding(owner, statement.arg_name, statement.value, where)
+
+
+# --- What is read -----------------------------------------------------------------
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+  if isinstance(value, Mapping):
+    value = [*value.keys(), *value.values()]
+  if isinstance(value, (list, tuple)):
+    for item in value:
+      yield from _leaves(item)
+  else:
+    yield value
+
+
+def _reached(bindings: Iterable[_Binding], start: set[str]) -> set[str]:
+  """Types and %macros that `start` leads to through the values of `bindings`."""
+  by_owner: dict[str, list[_Binding]] = {}
+  for binding in bindings:
+    by_owner.setdefault(binding.owner or f'%{binding.field}', []).append(binding)
+  reached, todo = set(start), list(start)
+  while todo:
+    for binding in by_owner.get(todo.pop(), []):
+      for leaf in _leaves(binding.value):
+        name = leaf.type_name if isinstance(leaf, _Reference) else repr(leaf)
+        if isinstance(leaf, (_Reference, _Macro)) and name not in reached:
+          reached.add(name)
+          todo.append(name)
+  return reached
+
+
+def _key(binding: _Binding) -> str:
+  return binding.owner or f'%{binding.field}'
+
+
+def _live(bindings: list[_Binding]) -> tuple[list[_Binding], list[_Binding]]:
+  """The bindings that the run reads, and those that went with a choice since replaced.
+
+  A type that was chosen and later replaced (`schedule = @cfg.WSD()`, then
+  `@cfg.Cosine()`) takes the bindings made until then along.
+
+  Raises:
+    UserError: nothing reads a binding, nor would have when it was made.
+  """
+  final = _final(bindings)
+  live = _reached(final, {'Run'})
+  kept = [b for b in final if _key(b) in live]
+  dropped = [b for b in final if _key(b) not in live]
+  dead = [b for b in dropped if not _was_live(b, bindings)]
+  if dead:
+    names = ', '.join(f'{b.name} ({b.where})' for b in dead)
+    what = dead[0].owner
+    mend = f'choose @cfg.{what}() somewhere or remove the binding' if what else 'remove it'
+    raise UserError(f'Nothing reads {names}: {mend}.')
+  return kept, dropped
+
+
+def _final(bindings: Iterable[_Binding]) -> list[_Binding]:
+  return list({binding.name: binding for binding in bindings}.values())
+
+
+def _was_live(binding: _Binding, bindings: list[_Binding]) -> bool:
+  """Whether the run, cut off at or after this binding, would have read it."""
+  made = max(i for i, b in enumerate(bindings) if b.name == binding.name)
+  return any(_key(binding) in _reached(_final(bindings[:end]), {'Run'})
+             for end in range(made + 1, len(bindings) + 1))
+
+
+def _check_values(bindings: list[_Binding]) -> None:
+  """Macros exist, and no value is still required."""
+  macros = {b.field for b in bindings if not b.owner}
+  for binding in bindings:
+    for leaf in _leaves(binding.value):
+      if leaf == _Macro(_REQUIRED):
+        raise UserError(f'{binding.name} has no value yet ({binding.where}): add '
+                        f'--gin_bindings "{binding.name} = …".')
+      if isinstance(leaf, _Macro) and leaf.name not in macros:
+        near = difflib.get_close_matches(leaf.name, sorted(macros), n=1)
+        hint = f'did you mean %{near[0]}?' if near else f'write {leaf.name} = value first.'
+        raise UserError(f'{binding.name} uses %{leaf.name}, which is not set '
+                        f'({binding.where}): {hint}')
+
+
+# --- Build ------------------------------------------------------------------------
+
+
+def _build(bindings: list[_Binding]) -> cfg.Run:
+  where = {f'{b.owner}.{b.field}': b.where for b in bindings}
+  gin.clear_config()
+  try:
+    gin.parse_config([f'{b.name} = {b.value!r}' for b in bindings])
+    run = gin.get_configurable(cfg.Run)()
+  except UserError as e:
+    message = str(e).split('\n')[0]  # gin appends where in the tree it was building.
+    origin = where.get(message.split(' ')[0], '')
+    raise UserError(f'{origin}: {message}' if origin else message) from e
+  except TypeError as e:
+    _raise_missing(e)
+  except RecursionError as e:
+    raise UserError('The settings contain a type that refers to itself through @cfg.…(): '
+                    'look for a field set to its own type.') from e
+  finally:
+    gin.clear_config()
+  assert isinstance(run, cfg.Run)
+  return run
+
+
+def _raise_missing(error: TypeError) -> NoReturn:
+  """Turns Python's complaint about a missing argument into one sentence."""
+  found = re.match(r'(?:cfg\.)?(\w+)\.__(?:init|new)__\(\) missing .* arguments?: (.*)',
+                   str(error).split('\n')[0])
+  if not found:
+    raise error
+  fields = re.findall(r"'(\w+)'", found[2])
+  names = ', '.join(f'cfg.{found[1]}.{field}' for field in fields)
+  them = 'it' if len(fields) == 1 else 'them'
+  raise UserError(f'{names} must be set: bind {them} in a gin file or with '
+                  f'--gin_bindings.') from error
+
+
+def resolve(gin_files: Iterable[str], bindings: Iterable[str]
+            ) -> tuple[cfg.Run, tuple[str, ...]]:
+  """Builds the run, and names the bindings that a later choice of type made void.
+
+  Args:
+    gin_files: paths, absolute, below the working directory, or as shipped (`gin/run/…`).
+    bindings: gin statements that come after the files, e.g. 'cfg.Train.num_steps = 10'.
+
+  Raises:
+    UserError: an unknown name, a wrong value, a required value missing, a binding that
+      nothing reads, an unreadable file; with file and line.
+  """
+  parsed: list[_Binding] = []
+  for name in gin_files:
+    parsed += _parse_file(str(name), _find(str(name), None), ())
+  for text in bindings:
+    parsed += _parse(text, _COMMAND_LINE, None, ())
+  if not parsed:
+    raise UserError('No settings given: add --gin_file gin/run/pretrain_tiny.gin or another '
+                    'run file.')
+  kept, dropped = _live(parsed)
+  _check_values(kept)
+  return _build(kept), tuple(b.name for b in dropped)
+
+
+def load(gin_files: Iterable[str], bindings: Iterable[str]) -> tuple[cfg.Run, str]:
+  """Builds the run of some gin files and bindings.
+
+  Args:
+    gin_files: paths, absolute, below the working directory, or as shipped (`gin/run/…`).
+    bindings: gin statements that come after the files.
+
+  Returns:
+    The run, and its resolved text: every field as gin, so that loading the text alone
+    gives an equal run whatever the defaults have become.
+
+  Raises:
+    UserError: as `resolve`.
+  """
+  run, _ = resolve(gin_files, bindings)
+  return run, dump(run)
+
+
+def dump(run: cfg.Run) -> str:
+  """The run as gin text: one line per field, defaults included, types in order of first use."""
+  seen: dict[str, Any] = {}
+  lines: list[str] = []
+  todo: list[Any] = [run]
+  while todo:
+    owner = todo.pop(0)
+    name = type(owner).__name__
+    if name in seen:
+      if seen[name] != owner:
+        raise ValueError(f'a run with two different values of {name} has no gin text')
+      continue
+    seen[name] = owner
+    fields = dataclasses.fields(owner)
+    lines += [''] if lines and fields else []
+    for field in fields:
+      value = getattr(owner, field.name)
+      if dataclasses.is_dataclass(value):
+        todo.append(value)
+        value = _Reference(type(value).__name__, evaluate=True)
+      lines.append(f'cfg.{name}.{field.name} = {value!r}')
+  return '\n'.join(lines) + '\n'
