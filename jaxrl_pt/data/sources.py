@@ -9,6 +9,7 @@ import glob
 import gzip
 import hashlib
 import inspect
+import itertools
 import json
 import os
 from pathlib import Path
@@ -184,7 +185,7 @@ def _text_files(pattern: str, document_start: str) -> Iterator[str]:
       yield text
       continue
     cuts = [0, *(match.start() for match in start.finditer(text)), len(text)]
-    yield from (text[a:b] for a, b in zip(cuts, cuts[1:]))
+    yield from (text[a:b] for a, b in itertools.pairwise(cuts))
 
 
 def _jsonl(pattern: str, text_field: str) -> Iterator[str]:
