@@ -1,10 +1,15 @@
 """Log-probabilities of given tokens, without ever holding all float32 logits."""
 
+from collections.abc import Callable
+
 from flax import struct
 import jax
 import jax.numpy as jnp
 
 from jaxrl_pt.types import Array
+
+# transform(logits f32[..., V], targets i32[...]) → f32[..., V], e.g. a sampler's filters
+Transform = Callable[[Array, Array], Array]
 
 
 @struct.dataclass
@@ -27,16 +32,16 @@ def score(logits: Array, targets: Array) -> TokenScores:
   return TokenScores(target_logit - log_z, entropy, correct)
 
 
-def token_logprobs(hidden_BTD: Array, head_DV: Array, targets_BT: Array,
-                   chunk: int = 0, temperature: float = 1.0) -> TokenScores:
-  """Scores of the targets under softmax(hidden · head / temperature).
+def token_logprobs(hidden_BTD: Array, head_DV: Array, targets_BT: Array, chunk: int = 0,
+                   transform: Transform = lambda logits, _: logits) -> TokenScores:
+  """Scores of the targets under softmax(transform(hidden · head, targets)).
 
   With `chunk` > 0 tokens are taken `chunk` at a time under a rematerialised scan, so
   at most f32[chunk, V] of logits exists in either direction; 0 takes them all at once.
   """
   def scores_of(hidden: Array, targets: Array) -> TokenScores:
-    return score(jnp.matmul(hidden, head_DV, preferred_element_type=jnp.float32) / temperature,
-                 targets)
+    logits = jnp.matmul(hidden, head_DV, preferred_element_type=jnp.float32)
+    return score(transform(logits, targets), targets)
 
   num_tokens = targets_BT.size
   if chunk == 0 or chunk >= num_tokens:
