@@ -328,6 +328,9 @@ def test_sigkill_while_saving_loses_no_finished_checkpoint(tmp_path):
     assert int(found.state['step']) == found.step
     assert (np.asarray(found.state['x']) == found.step).all()
     before = found.step
+  with ckpt.Checkpointer(tmp_path, cfg.Checkpoint(keep=2)) as saver:
+    left = sorted(int(p.name) for p in tmp_path.iterdir())  # no half-written step among them
+    assert left == saver.steps()
 
 
 # --- Meshes ----------------------------------------------------------------------------------
