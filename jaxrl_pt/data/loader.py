@@ -214,7 +214,7 @@ def _tokenised(data: config.Data, tokenizer: tokenizers.Tokenizer
   """Yields (place in [0, 1), held out?, ids i32[n], bytes of text) of each document."""
   texts = sources.documents(data.source)
   while chunk := list(itertools.islice(texts, _TEXTS_PER_CALL)):
-    for text, ids in zip(chunk, tokenizer.encode_batch(chunk)):
+    for text, ids in zip(chunk, tokenizer.encode_batch(chunk), strict=True):
       place = pack.hold_out(text)
       yield place, place < data.validation_fraction, np.asarray(ids, np.int32), len(text.encode())
 

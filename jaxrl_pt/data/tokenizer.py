@@ -5,7 +5,7 @@ decoding is that table joined: so what `decode` shows, what bits per byte
 divides by and what a byte-prefix reward compares are one and the same.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 import dataclasses
 import functools
 import gzip
@@ -354,7 +354,7 @@ def train_or_load(tokenizer: config.Tokenizer, documents: Iterable[str]) -> Toke
       return _named(path, lambda: SentencePieceTokenizer(model))
 
 
-def _named(path: str, build: Any) -> Any:
+def _named(path: str, build: Callable[[], Tokenizer]) -> Tokenizer:
   try:
     return build()
   except UserError as error:

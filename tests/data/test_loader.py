@@ -1,0 +1,319 @@
+"""Preparing once, and an order of examples that is f(seed, step)."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from jaxrl_pt import config
+from jaxrl_pt.data import loader
+from jaxrl_pt.errors import UserError
+from jaxrl_pt.types import Batch
+
+WORDS = 'alpha beta gamma delta ümlaut 日本 one two three four five'.split()
+
+
+def _corpus(directory: Path, num_documents: int = 120) -> config.TextFiles:
+  rng = np.random.default_rng(0)
+  texts = [f'# {n}\n' + ' '.join(rng.choice(WORDS, rng.integers(3, 60))) + '\n'
+           for n in range(num_documents)]
+  path = directory / 'corpus.txt'
+  path.write_text(''.join(texts), encoding='utf-8')
+  return config.TextFiles(str(path), '^# ')
+
+
+def _data(directory: Path) -> config.Data:
+  return config.Data(_corpus(directory), config.Bytes(), 32, validation_fraction=0.2)
+
+
+@pytest.fixture(scope='module')
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> loader.Prepared:
+  directory = tmp_path_factory.mktemp('data')
+  return loader.prepare(_data(directory), directory)
+
+
+def _equal(a: Batch, b: Batch) -> None:
+  for field in dataclasses.fields(Batch):
+    np.testing.assert_array_equal(getattr(a, field.name), getattr(b, field.name))
+
+
+def _all_ids(packed: loader.Packed) -> list[int]:
+  return list(range(len(packed)))
+
+
+# --- Preparing ------------------------------------------------------------------
+
+
+def _documents(packed: loader.Packed) -> list[bytes]:
+  """The texts of a split, put together again from its rows (byte tokenizer, whole pieces)."""
+  batch = packed.batch(_all_ids(packed))
+  found = []
+  for tokens, targets, segments in zip(batch.tokens, batch.targets, batch.segments, strict=True):
+    for s in range(1, int(np.max(segments)) + 1):
+      found.append((np.asarray(tokens)[segments == s], np.asarray(targets)[segments == s]))
+  return [bytes(tokens.astype(np.uint8)) for tokens, _ in found]
+
+
+def test_splits_hold_every_text_once_and_apart(tmp_path: Path) -> None:
+  data = dataclasses.replace(_data(tmp_path), seq_len=1000)
+  prepared = loader.prepare(data, tmp_path)
+  train, validation = _documents(prepared.train), _documents(prepared.validation)
+  text = Path(data.source.glob).read_text(encoding='utf-8')  # type: ignore[union-attr]
+  expected = [('# ' + part).encode() for part in text.split('# ')[1:]]
+  assert sorted(train + validation) == sorted(expected)
+  assert not set(train) & set(validation)
+  assert 10 < len(validation) < 40  # 24 expected of 120 at 0.2
+
+
+def test_manifest_counts(prepared: loader.Prepared) -> None:
+  manifest = json.loads((prepared.directory / 'manifest.json').read_text())
+  assert manifest['tokenizer_fingerprint'] == prepared.tokenizer.fingerprint
+  for name, packed in (('train', prepared.train), ('validation', prepared.validation)):
+    counts = manifest[name]
+    weights = packed.batch(_all_ids(packed)).weights
+    assert packed.num_targets == counts['targets'] == counts['tokens'] == int(weights.sum())
+    assert counts['text_bytes'] == counts['tokens']  # a byte is a token
+    assert packed.num_bytes == counts['text_bytes'] - counts['documents']  # the first is given
+    assert counts['examples'] == len(packed)
+
+
+def test_second_time_opens_the_same_directory(tmp_path: Path) -> None:
+  data = _data(tmp_path)
+  first = loader.prepare(data, tmp_path)
+  stamp = (first.directory / 'manifest.json').stat().st_mtime_ns
+  second = loader.prepare(dataclasses.replace(data, num_workers=3), tmp_path)
+  assert second.directory == first.directory
+  assert (second.directory / 'manifest.json').stat().st_mtime_ns == stamp
+  assert second.train == first.train
+  assert [p.name for p in tmp_path.iterdir() if p.name.startswith('.')] == []
+
+
+def test_other_content_gets_another_directory(tmp_path: Path) -> None:
+  data = _data(tmp_path)
+  directories = {loader.prepare(data, tmp_path).directory}
+  directories.add(loader.prepare(dataclasses.replace(data, seq_len=16), tmp_path).directory)
+  directories.add(
+      loader.prepare(dataclasses.replace(data, tokenizer=config.TrainedBPE(280)), tmp_path).directory)
+  _corpus(tmp_path, 130)
+  directories.add(loader.prepare(data, tmp_path).directory)
+  assert len(directories) == 4
+
+
+def test_cache_dir_is_shared_between_runs(tmp_path: Path) -> None:
+  data = dataclasses.replace(_data(tmp_path), cache_dir=str(tmp_path / 'cache'))
+  one = loader.prepare(data, tmp_path / 'run1')
+  two = loader.prepare(data, tmp_path / 'run2')
+  assert one.directory == two.directory and one.directory.parent == tmp_path / 'cache'
+  assert not (tmp_path / 'run1').exists()
+
+
+def test_tokenizer_is_trained_on_training_documents_only(tmp_path: Path) -> None:
+  data = dataclasses.replace(_data(tmp_path), tokenizer=config.TrainedBPE(300))
+  prepared = loader.prepare(data, tmp_path)
+  training = dataclasses.replace(data, tokenizer=config.Bytes(), seq_len=1000)
+  texts = _documents(loader.prepare(training, tmp_path / 'other').train)
+  from jaxrl_pt.data import tokenizer
+  alone = tokenizer.train_or_load(config.TrainedBPE(300), sorted(t.decode() for t in texts))
+  assert alone.token_bytes() == prepared.tokenizer.token_bytes()
+
+
+def test_stdlib_with_bpe(tmp_path: Path) -> None:
+  data = config.Data(config.PythonStdlib(max_bytes=300_000), config.TrainedBPE(512), 64,
+                     validation_fraction=0.1)
+  prepared = loader.prepare(data, tmp_path)
+  assert prepared.tokenizer.vocab_size == 512
+  batch = prepared.train.batch(np.arange(len(prepared.train)))
+  assert batch.weights.mean() > 0.97
+  assert batch.tokens.max() < 512
+  # The slow definition of num_bytes: what the targets spell, byte for byte.
+  spelled = [len(piece) for piece in prepared.tokenizer.token_bytes()]
+  targets = batch.targets[batch.weights > 0]
+  assert prepared.train.num_bytes == sum(spelled[t] for t in targets.tolist())
+
+
+def test_preparing_twice_gives_the_same_rows(tmp_path: Path) -> None:
+  data = config.Data(config.PythonStdlib(max_bytes=300_000), config.TrainedBPE(400), 64, 0.1)
+  assert (loader.prepare(data, tmp_path / 'a').train.digest
+          == loader.prepare(data, tmp_path / 'b').train.digest)
+
+
+def test_training_needs_neither_tensorflow_nor_the_extras() -> None:
+  code = ('import sys, jaxrl_pt.data.loader\n'
+          'heavy = {"tensorflow", "seqio", "pyarrow", "sentencepiece"} & set(sys.modules)\n'
+          'sys.exit(f"imported {heavy}" if heavy else 0)')
+  subprocess.run([sys.executable, '-c', code], check=True, timeout=60)
+
+
+# --- The order of training ------------------------------------------------------
+
+
+def _take(packed: loader.Packed, steps: int, **options: int) -> list[Batch]:
+  iterator = loader.train_iterator(packed, **{'seed': 7, 'batch_size': 8} | options)
+  batches = [next(iterator) for _ in range(steps)]
+  iterator.close()
+  return batches
+
+
+def test_each_epoch_is_a_new_permutation(prepared: loader.Prepared) -> None:
+  count = len(prepared.train)
+  ids = np.concatenate([b.ids for b in _take(prepared.train, 3 * count // 8 + 1)])
+  epochs = [ids[n * count:(n + 1) * count].tolist() for n in range(3)]
+  assert all(sorted(epoch) == _all_ids(prepared.train) for epoch in epochs)
+  assert epochs[0] != epochs[1] != epochs[2]
+  assert epochs[0] != sorted(epochs[0])
+
+
+def test_rows_are_the_examples_their_ids_name(prepared: loader.Prepared) -> None:
+  for batch in _take(prepared.train, 3):
+    _equal(batch, prepared.train.batch(batch.ids))
+  _equal(prepared.train.example(5), prepared.train.batch([5]))
+
+
+def test_order_follows_from_the_seed(prepared: loader.Prepared) -> None:
+  a, b, c = (_take(prepared.train, 2, seed=seed) for seed in (1, 1, 2))
+  _equal(a[1], b[1])
+  assert a[0].ids.tolist() != c[0].ids.tolist()
+
+
+def test_restart_at_any_step(prepared: loader.Prepared) -> None:
+  steps = 2 * len(prepared.train) // 8  # beyond the first epoch
+  whole = _take(prepared.train, steps)
+  for stop in (0, 1, steps // 2, steps - 1):
+    first = loader.train_iterator(prepared.train, seed=7, batch_size=8)
+    for _ in range(stop):
+      next(first)
+    state = json.loads(json.dumps(first.get_state()))
+    second = loader.train_iterator(prepared.train, seed=7, batch_size=8)
+    next(second)
+    second.set_state(state)
+    _equal(next(second), whole[stop])
+    assert second.get_state()['step'] == stop + 1
+
+
+@pytest.mark.parametrize('hosts', [2, 4, 8])
+def test_global_batch_is_the_same_on_any_number_of_hosts(
+    prepared: loader.Prepared, hosts: int) -> None:
+  whole = _take(prepared.train, 12)
+  shards = [_take(prepared.train, 12, process_index=h, process_count=hosts) for h in range(hosts)]
+  for step, expected in enumerate(whole):
+    for field in dataclasses.fields(Batch):
+      joined = np.concatenate([getattr(shard[step], field.name) for shard in shards])
+      np.testing.assert_array_equal(joined, getattr(expected, field.name))
+
+
+def test_a_state_moves_between_host_counts(prepared: loader.Prepared) -> None:
+  one = loader.train_iterator(prepared.train, seed=7, batch_size=8)
+  for _ in range(5):
+    next(one)
+  half = loader.train_iterator(prepared.train, seed=7, batch_size=8, process_index=1,
+                               process_count=2)
+  half.set_state(one.get_state())
+  np.testing.assert_array_equal(next(half).ids, next(one).ids[4:])
+
+
+def test_worker_processes_change_nothing(prepared: loader.Prepared) -> None:
+  expected = _take(prepared.train, 6)
+  iterator = loader.train_iterator(prepared.train, seed=7, batch_size=8, num_workers=2)
+  iterator.set_state({**iterator.get_state(), 'step': 2})
+  for step in range(2, 6):
+    _equal(next(iterator), expected[step])
+  iterator.close()
+
+
+def test_state_of_another_run_is_refused(prepared: loader.Prepared) -> None:
+  state = loader.train_iterator(prepared.train, seed=7, batch_size=8).get_state()
+  for options in ({'seed': 8, 'batch_size': 8}, {'seed': 7, 'batch_size': 4}):
+    with pytest.raises(UserError, match='same data, seed and batch size'):
+      loader.train_iterator(prepared.train, **options).set_state(state)
+  with pytest.raises(UserError, match='digest'):
+    loader.train_iterator(prepared.train, seed=7, batch_size=8).set_state(
+        {**state, 'digest': 'other'})
+
+
+# --- Evaluation -----------------------------------------------------------------
+
+
+def test_eval_batches_see_every_example_once_in_order(prepared: loader.Prepared) -> None:
+  packed = prepared.validation
+  size = next(n for n in (7, 5, 3) if len(packed) % n)
+  batches = list(loader.eval_batches(packed, size))
+  assert all(b.tokens.shape == (size, packed.seq_len) for b in batches)
+  ids = np.concatenate([b.ids for b in batches])
+  assert ids[:len(packed)].tolist() == _all_ids(packed)
+  assert sum(b.weights.sum() for b in batches) == packed.num_targets
+  last = batches[-1]
+  filler = last.ids < 0
+  assert filler.any() and not last.weights[filler].any() and not last.segments[filler].any()
+  limited = list(loader.eval_batches(packed, size, limit=1))
+  assert len(limited) == 1
+  _equal(limited[0], batches[0])
+
+
+# --- Refusals -------------------------------------------------------------------
+
+
+def test_too_few_examples(prepared: loader.Prepared) -> None:
+  with pytest.raises(UserError, match='fewer than one batch of 100000'):
+    loader.train_iterator(prepared.train, seed=0, batch_size=100_000)
+  with pytest.raises(UserError, match='not a multiple of the 3 hosts'):
+    loader.train_iterator(prepared.train, seed=0, batch_size=8, process_count=3)
+
+
+def test_empty_splits(tmp_path: Path) -> None:
+  (tmp_path / 'one.txt').write_text('a single document')
+  data = config.Data(config.TextFiles(str(tmp_path / 'one.txt')), config.Bytes(), 8, 0.02)
+  with pytest.raises(UserError, match=r'None of the 1 documents.*validation_fraction above 0\.'):
+    loader.prepare(data, tmp_path)
+  (tmp_path / 'one.txt').write_text('  \n')
+  with pytest.raises(UserError, match='holds no text'):
+    loader.prepare(data, tmp_path)
+  assert sorted(p.name for p in tmp_path.iterdir()) == ['one.txt']
+
+
+def test_no_validation_split_when_none_is_asked_for(tmp_path: Path) -> None:
+  data = dataclasses.replace(_data(tmp_path), validation_fraction=0.0)
+  prepared = loader.prepare(data, tmp_path)
+  assert len(prepared.validation) == 0 and prepared.validation.num_targets == 0
+  with pytest.raises(UserError, match='validation split has 0 examples'):
+    loader.eval_batches(prepared.validation, 4)
+
+
+def test_long_document_error_leaves_nothing_behind(tmp_path: Path) -> None:
+  data = dataclasses.replace(_data(tmp_path), long_documents='error')
+  with pytest.raises(UserError, match='long_documents'):
+    loader.prepare(data, tmp_path / 'run')
+  assert list((tmp_path / 'run').iterdir()) == []
+
+
+def test_damaged_data_are_named(tmp_path: Path) -> None:
+  data = _data(tmp_path)
+  prepared = loader.prepare(data, tmp_path)
+  loader._reader.cache_clear()
+  raw = prepared.train.path.read_bytes()
+  prepared.train.path.write_bytes(raw[:len(raw) // 2])
+  with pytest.raises(UserError, match='delete that directory'):
+    loader.prepare(data, tmp_path)
+  (prepared.directory / 'manifest.json').write_text('{')
+  with pytest.raises(UserError, match='damaged'):
+    loader.prepare(data, tmp_path)
+
+
+def test_unwritable_directory(tmp_path: Path) -> None:
+  (tmp_path / 'file').write_text('in the way')
+  with pytest.raises(UserError, match='Cannot write prepared data'):
+    loader.prepare(_data(tmp_path), tmp_path / 'file')
+  if os.geteuid():  # root may write anywhere
+    (tmp_path / 'locked').mkdir(mode=0o500)
+    with pytest.raises(UserError, match='Permission denied'):
+      loader.prepare(_data(tmp_path), tmp_path / 'locked')
+
+
+def test_missing_tokenizer_file(tmp_path: Path) -> None:
+  data = dataclasses.replace(_data(tmp_path), tokenizer=config.SentencePiece('nowhere.model'))
+  with pytest.raises(UserError, match=r'nowhere\.model'):
+    loader.prepare(data, tmp_path)
