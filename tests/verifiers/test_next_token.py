@@ -1,0 +1,128 @@
+"""RPT's reward: the definition by cases, the device version equal to it."""
+
+from hypothesis import given, settings, strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrl_pt.verifiers import next_token as v
+from jaxrl_pt.verifiers.base import Outcome, verdict
+
+EURO = '€'.encode()  # Three bytes.
+
+
+@pytest.mark.parametrize('prediction, truth, reward', [
+    (b' cat', [b' cat', b' sat'], 1),  # exact token
+    (b' cat sat', [b' cat', b' sat', b'.'], 1),  # two tokens
+    (b' c', [b' cat', b' sat'], 0),  # partial token
+    (b' cat s', [b' cat', b' sat'], 0),  # right bytes, off the boundary
+    (b'cat', [b' cat', b' sat'], 0),  # leading space dropped
+    (b'', [b' cat'], 0),  # empty
+    (EURO, [EURO[:1], EURO[1:], b'5'], 1),  # a character of two tokens
+    (EURO[:1], [EURO[:1], EURO[1:]], 1),  # a boundary inside a character
+    (EURO[:2], [EURO[:1], EURO[1:]], 0),
+    (b'ab', [b'a', b'b'], 1),  # the continuation ends with the prediction
+    (b'abc', [b'a', b'b'], 0),  # the continuation ends before it
+    (b'cat ', [b'cat', b'\n'], 0),  # trailing whitespace counts
+    (b'', [b'', b'a'], 0),  # a special token does not make 0 a boundary
+    (b'a', [b'', b'a'], 1),
+    (b'a', [], 0),
+])
+def test_definition(prediction, truth, reward):
+  assert v.prefix_match(prediction, truth) == reward
+
+
+def test_boxed_text():
+  extract = v.extract_prediction
+  assert extract('so</think>\\boxed{ the}') == ' the'
+  assert extract('\\boxed{a}</think> \\boxed{b} or \\boxed{c }') == 'c '
+  assert extract('</think>\\boxed{f{x}{y}}!') == 'f{x}{y}'
+  assert extract('</think>\\boxed{a} then \\boxed{b') == 'a'
+  assert extract('</think>\\boxed{}') == ''
+  assert extract('</think>\\boxed{\n}') == '\n'
+  assert extract('\\boxed{a}</think> nothing') is None
+  assert extract('\\boxed{a}') is None
+  assert extract('</think>\\boxed{a') is None
+
+
+def test_host_outcomes():
+  assert v.judge_text('</think>\\boxed{ a}', [b' a']) is Outcome.CORRECT
+  assert v.judge_text('</think>\\boxed{a}', [b' a']) is Outcome.WRONG
+  assert v.judge_text(' a', [b' a']) is Outcome.UNPARSED
+  judged = verdict([[Outcome.CORRECT, Outcome.WRONG], [Outcome.TIMEOUT, Outcome.CRASH],
+                    [Outcome.UNPARSED, Outcome.CORRECT]])
+  np.testing.assert_array_equal(judged.reward, [[1, 0], [0, 0], [0, 1]])
+  np.testing.assert_array_equal(judged.valid, [[1, 1], [0, 0], [1, 1]])
+
+
+def test_table_refuses_too_many_tokens_and_fills_up_the_vocabulary():
+  with pytest.raises(ValueError, match='3 tokens do not fit a vocabulary of 2'):
+    v.token_table([b'a', b'b', b'c'], 2)
+  table = v.token_table([b'ab', b''], 4)
+  np.testing.assert_array_equal(table.lengths, [2, 0, 0, 0])
+  np.testing.assert_array_equal(table.bytes[0], [97, 98])
+
+
+# --- Device against definition --------------------------------------------------
+
+VOCAB, N, G, S, W, LONGEST = 12, 3, 4, 3, 5, 5
+_device = jax.jit(v.prefix_match_arrays)
+# Few letters, so that different tokenisations of the same bytes are common; with the
+# bytes of a multi-byte character, whole and in parts, and a zero byte.
+_token = st.sampled_from([b'', b'a', b'b', b'aa', b'ab', b'ba', b'aab', b' a', b' ', b'\x00', EURO,
+                          EURO[:1], EURO[1:], EURO[1:2], b'a' + EURO, b'aabab'])
+
+
+@st.composite
+def cases(draw):
+  vocabulary = draw(st.lists(_token, min_size=VOCAB, max_size=VOCAB))
+  ids = st.integers(0, VOCAB - 1)
+  truth = [draw(st.lists(ids, max_size=W)) for _ in range(N)]
+  responses = []
+  for n in range(N):
+    # Half of the predictions copy the truth's first tokens, so that matches are common.
+    fresh = st.lists(ids, max_size=S)
+    copied = st.integers(0, S).map(lambda k, n=n: truth[n][:k])
+    responses.append([draw(fresh | copied) for _ in range(G)])
+  return vocabulary, truth, responses
+
+
+def device_rewards(vocabulary, truth, responses, filler):
+  width = max(1, LONGEST)
+  table = v.token_table(vocabulary, VOCAB)
+  padding = ((0, 0), (0, width - table.bytes.shape[1]))
+  table = v.TokenBytes(jnp.pad(table.bytes, padding), table.lengths)
+  tokens = np.full((N, G, S), filler, np.int32)
+  mask = np.zeros((N, G, S), np.float32)
+  continuation = np.full((N, W), filler, np.int32)
+  for n in range(N):
+    continuation[n, :len(truth[n])] = truth[n]
+    for g, response in enumerate(responses[n]):
+      tokens[n, g, :len(response)] = response
+      mask[n, g, :len(response)] = 1
+  lengths = np.array([len(t) for t in truth], np.int32)
+  return np.asarray(_device(table, tokens, mask, continuation, lengths))
+
+
+@settings(max_examples=300, deadline=None)
+@given(cases(), st.integers(0, VOCAB - 1))
+def test_device_equals_definition(case, filler):
+  vocabulary, truth, responses = case
+  expected = [[v.prefix_match(b''.join(vocabulary[i] for i in response),
+                              [vocabulary[i] for i in truth[n]])
+               for response in responses[n]] for n in range(N)]
+  np.testing.assert_array_equal(device_rewards(vocabulary, truth, responses, filler), expected)
+
+
+def test_device_on_the_cases_of_the_definition():
+  vocabulary = [b' cat', b' sat', b'.', b' c', b'at', b'cat', b'', EURO[:1], EURO[1:], EURO, b' s',
+                b' cat sat'[:5]]
+  truth = [[0, 1, 2], [7, 8, 0], [6, 0]]
+  responses = [[[0], [0, 1], [3], [3, 4]],  # ' c' + 'at' spells ' cat': correct
+               [[7], [9], [7, 8, 0], [8]],
+               [[], [6], [0, 6], [0, 1]]]
+  expected = [[1, 1, 0, 1], [1, 1, 1, 0], [0, 0, 1, 0]]
+  np.testing.assert_array_equal(device_rewards(vocabulary, truth, responses, 2), expected)
+  assert device_rewards(vocabulary, truth, [[[0, 10]] * G] * N, 0)[0, 0] == 0  # off boundary
+  assert device_rewards(vocabulary, truth, [[[5]] * G] * N, 0)[0, 0] == 0  # space dropped
