@@ -151,7 +151,7 @@ class _SplitWriter:
   """Packs one split into its file and counts what the manifest says."""
 
   def __init__(self, path: Path, data: config.Data, eos_id: int) -> None:
-    self._writer = array_record_module.ArrayRecordWriter(str(path), 'group_size:1,zstd:1')
+    self._writer = publish.RecordWriter(path)
     self._packer = pack.Packer(data.seq_len)
     self._data, self._eos_id, self._digest = data, eos_id, hashlib.sha256()
     self.counts = {'documents': 0, 'text_bytes': 0, 'target_bytes': 0, 'tokens': 0,
@@ -349,11 +349,16 @@ def eval_batches(packed: Packed, batch_size: int, limit: int = 0) -> Iterator[Ba
 def _eval_batches(packed: Packed, batch_size: int, limit: int) -> Iterator[Batch]:
   starts = range(0, len(packed), batch_size)
   for low in starts[:limit] if limit else starts:
-    ids = list(range(low, min(low + batch_size, len(packed))))
-    missing = batch_size - len(ids)
-    rows_B3T = np.concatenate(
-        [packed._rows(ids), np.zeros((missing, 3, packed.seq_len), np.int32)])
-    yield pack.to_batch(rows_B3T, np.asarray(ids + [-1] * missing))
+    ids = np.arange(low, low + batch_size)
+    yield padded_batch(packed, np.where(ids < len(packed), ids, -1))
+
+
+def padded_batch(packed: Packed, ids_B: np.ndarray) -> Batch:
+  """The examples `ids_B`, of which −1, at the end only, stands for a row of weight 0."""
+  ids = [int(i) for i in ids_B if i >= 0]
+  rows_B3T = np.concatenate(
+      [packed._rows(ids), np.zeros((len(ids_B) - len(ids), 3, packed.seq_len), np.int32)])
+  return pack.to_batch(rows_B3T, np.asarray(ids_B))
 
 
 def _check_enough(packed: Packed, batch_size: int, split: str) -> None:

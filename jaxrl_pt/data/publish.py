@@ -1,4 +1,4 @@
-"""Directories that appear whole or not at all."""
+"""Directories that appear whole or not at all, and the record files in them."""
 
 from collections.abc import Iterator
 import contextlib
@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 import shutil
 import tempfile
+
+from array_record.python import array_record_module
 
 from jaxrl_pt.errors import UserError
 
@@ -38,3 +40,23 @@ def new_directory(final: Path, manifest: str) -> Iterator[Path]:
   finally:
     if temporary is not None:
       shutil.rmtree(temporary, ignore_errors=True)
+
+
+class RecordWriter:
+  """Writes an ArrayRecord file; a full disk is an OSError, as everywhere else."""
+
+  def __init__(self, path: Path) -> None:
+    # One record a group: the loader reads single records in random order.
+    self._writer = array_record_module.ArrayRecordWriter(str(path), 'group_size:1,zstd:1')
+
+  def write(self, record: bytes) -> None:
+    try:
+      self._writer.write(record)
+    except RuntimeError as error:
+      raise OSError(str(error)) from error
+
+  def close(self) -> None:
+    try:
+      self._writer.close()
+    except RuntimeError as error:
+      raise OSError(str(error)) from error

@@ -88,7 +88,7 @@ def _task(source: config.Seqio) -> Any:
 def _write_split(task: Any, source: config.Seqio, split: str, path: Path) -> dict[str, int]:
   examples = task.get_dataset(sequence_length=None, split=split, shuffle=False, seed=0,
                               num_epochs=1)
-  writer = array_record_module.ArrayRecordWriter(str(path), 'group_size:1,zstd:1')
+  writer = publish.RecordWriter(path)
   counts = {'examples': 0, 'tokens': 0}
   for example in examples.as_numpy_iterator():
     ids_n = np.asarray(example[source.feature])

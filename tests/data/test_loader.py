@@ -97,8 +97,8 @@ def test_other_content_gets_another_directory(tmp_path: Path) -> None:
   data = _data(tmp_path)
   directories = {loader.prepare(data, tmp_path).directory}
   directories.add(loader.prepare(dataclasses.replace(data, seq_len=16), tmp_path).directory)
-  directories.add(
-      loader.prepare(dataclasses.replace(data, tokenizer=config.TrainedBPE(280)), tmp_path).directory)
+  other = dataclasses.replace(data, tokenizer=config.TrainedBPE(280))
+  directories.add(loader.prepare(other, tmp_path).directory)
   _corpus(tmp_path, 130)
   directories.add(loader.prepare(data, tmp_path).directory)
   assert len(directories) == 4
@@ -311,6 +311,24 @@ def test_unwritable_directory(tmp_path: Path) -> None:
     (tmp_path / 'locked').mkdir(mode=0o500)
     with pytest.raises(UserError, match='Permission denied'):
       loader.prepare(_data(tmp_path), tmp_path / 'locked')
+
+
+def test_full_disk_leaves_nothing_behind(tmp_path: Path) -> None:
+  """A limit on file sizes fails writes as a full disk does; in a process of its own."""
+  code = ('import pathlib, resource, sys\n'
+          'from jaxrl_pt import config\n'
+          'from jaxrl_pt.data import loader\n'
+          'from jaxrl_pt.errors import UserError\n'
+          'resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n'
+          'data = config.Data(config.PythonStdlib(2_000_000), config.Bytes(), 128)\n'
+          'try:\n'
+          '  loader.prepare(data, pathlib.Path(sys.argv[1]))\n'
+          'except UserError as error:\n'
+          '  print("refused:", error)\n')
+  result = subprocess.run([sys.executable, '-c', code, str(tmp_path)], capture_output=True,
+                          text=True, timeout=90)
+  assert 'refused: Cannot write prepared data' in result.stdout, result.stderr
+  assert list(tmp_path.iterdir()) == []
 
 
 def test_missing_tokenizer_file(tmp_path: Path) -> None:

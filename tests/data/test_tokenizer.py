@@ -59,7 +59,8 @@ def lossless(request: pytest.FixtureRequest) -> tokenizers.Tokenizer:
 
 
 @settings(max_examples=60, deadline=None)
-@given(text=st.text(st.characters(exclude_categories=['Cs'], exclude_characters='\0▁'), max_size=60))
+@given(text=st.text(st.characters(exclude_categories=['Cs'], exclude_characters='\0▁'),
+                    max_size=60))
 def test_round_trip_of_any_text(lossless: tokenizers.Tokenizer, text: str) -> None:
   assert lossless.decode(lossless.encode(text)) == text
 
