@@ -1,0 +1,245 @@
+"""RPT's data stage: positions worth predicting, and prompts that end at them.
+
+A proxy policy scores every position of the packed examples by the entropy of its
+prediction; those it is unsure of make a table, kept on disk; the prompts of a step are a
+function of (table, seed, step). Host-side numpy, but for the scoring itself.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+import functools
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+import zipfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrl_pt.checksum import checksum
+from jaxrl_pt.models.base import Model
+from jaxrl_pt.types import Array, Batch, Params, Prompts
+
+ENTROPY_TOP = 16
+
+
+@dataclass(frozen=True)
+class Positions:
+  """Chosen positions: predict `targets[t]` of an example, given its tokens up to t."""
+
+  example: np.ndarray  # i64[R] the example's id in the data set
+  t: np.ndarray  # i32[R]
+  entropy: np.ndarray  # f32[R] of the proxy's prediction, nats
+
+  def __len__(self) -> int:
+    return len(self.example)
+
+  def take(self, index: np.ndarray) -> 'Positions':
+    """The rows of `index`, in its order."""
+    return Positions(self.example[index], self.t[index], self.entropy[index])
+
+
+# --- Scoring --------------------------------------------------------------------
+
+
+def position_entropy(model: Model, params: Params, batch: Batch) -> Array:
+  """Entropy of the prediction at each position over its 16 likeliest tokens.
+
+    q = p[top 16] / Σ p[top 16],  H = −Σ q ln q
+
+  To be called under `jit`; float32 logits of one row exist at a time.
+
+  Args:
+    batch: rows of the packed data set.
+
+  Returns:
+    f32[B, T], nats.
+
+  Source: 2506.08007 section 3.2. Departs from the paper in saying what it leaves open:
+  the 16 probabilities are renormalised and the unit is the nat.
+  """
+  head_DV = model.head(params)
+  top = min(ENTROPY_TOP, head_DV.shape[-1])
+
+  def of_row(hidden_TD: Array) -> Array:
+    logits_TV = jnp.matmul(hidden_TD, head_DV, preferred_element_type=jnp.float32)
+    log_q = jax.nn.log_softmax(jax.lax.top_k(logits_TV, top)[0])
+    return -(jnp.exp(log_q) * log_q).sum(-1)
+
+  return jax.lax.map(of_row, model.apply(params, batch.tokens, batch.positions, batch.segments))
+
+
+def select_positions(entropy: np.ndarray, batch: Batch, *, min_entropy: float,
+                     min_context: int = 1, min_continuation: int = 1,
+                     predictable: np.ndarray | None = None) -> Positions:
+  """The positions of one batch that are worth a prompt.
+
+  Args:
+    entropy: f32[B, T] from `position_entropy`.
+    batch: the scored rows.
+    min_entropy: nats; positions below are dropped.
+    min_context: context tokens (the current one included) that a position needs.
+    min_continuation: true tokens that must follow in the segment.
+    predictable: bool[V]; positions whose target is False are dropped (a token without
+      bytes, such as end of text, can never earn RPT's reward).
+
+  Returns:
+    Positions in (row, t) order.
+  """
+  entropy, segments, targets = (np.asarray(x) for x in (entropy, batch.segments, batch.targets))
+  counts = (np.asarray(batch.weights) > 0) & (segments > 0)
+  keep = counts & (entropy >= min_entropy)
+  if predictable is not None:
+    keep &= predictable[targets]
+  back, ahead = min_context - 1, min_continuation - 1
+  length = segments.shape[1]
+  keep &= _same_segment(segments, segments > 0, -back) if back < length else False
+  keep &= _same_segment(segments, counts, ahead) if ahead < length else False
+  row, t = np.nonzero(keep)
+  return Positions(np.asarray(batch.ids)[row].astype(np.int64), t.astype(np.int32),
+                   entropy[row, t].astype(np.float32))
+
+
+def _same_segment(segments: np.ndarray, usable: np.ndarray, shift: int) -> np.ndarray:
+  """bool[B, T]: position t + shift exists, is usable and lies in t's segment."""
+  there = np.arange(segments.shape[1]) + shift
+  inside = (there >= 0) & (there < segments.shape[1])
+  there = np.clip(there, 0, segments.shape[1] - 1)
+  return inside & usable[:, there] & (segments[:, there] == segments)
+
+
+def concatenate(parts: list[Positions]) -> Positions:
+  """One table of the positions of many batches."""
+  empty = Positions(np.zeros(0, np.int64), np.zeros(0, np.int32), np.zeros(0, np.float32))
+  parts = [empty, *parts]
+  return Positions(np.concatenate([p.example for p in parts]),
+                   np.concatenate([p.t for p in parts]),
+                   np.concatenate([p.entropy for p in parts]))
+
+
+# --- The table on disk ----------------------------------------------------------
+
+
+def table_key(params: Params, **settings: float | int | str) -> str:
+  """Names a table by what it depends on: the proxy's weights and the settings of the choice."""
+  text = json.dumps({'proxy': checksum(params), 'settings': settings}, sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()
+
+
+def load_or_score(path: Path, key: str, score: Callable[[], Positions]) -> Positions:
+  """The table in `path` if it was made under `key`, else `score()`, which is then kept.
+
+  A damaged or unfinished file counts as absent. The file appears at once or not at all.
+  """
+  found = _load(path, key)
+  if found is not None:
+    return found
+  table = score()
+  path.parent.mkdir(parents=True, exist_ok=True)
+  unfinished = path.with_name(f'{path.name}.{os.getpid()}.tmp')
+  with open(unfinished, 'wb') as f:
+    np.savez(f, key=np.array(key), example=table.example, t=table.t, entropy=table.entropy)
+  os.replace(unfinished, path)
+  return table
+
+
+def _load(path: Path, key: str) -> Positions | None:
+  try:
+    with np.load(path, allow_pickle=False) as arrays:
+      if str(arrays['key']) != key:
+        return None
+      return Positions(arrays['example'], arrays['t'], arrays['entropy'])
+  except (FileNotFoundError, KeyError, ValueError, EOFError, zipfile.BadZipFile):
+    return None
+
+
+# --- Prompts --------------------------------------------------------------------
+
+
+def step_rows(num_rows: int, num_prompts: int, seed: int, step: int) -> np.ndarray:
+  """Which rows of the table step `step` (from 0) uses: i64[num_prompts].
+
+  The table is gone through in a new order each epoch, f(seed, epoch), without a gap
+  between epochs.
+  """
+  place = step * num_prompts + np.arange(num_prompts, dtype=np.int64)
+  epoch = place // num_rows
+  rows = np.empty(num_prompts, np.int64)
+  for e in np.unique(epoch):
+    chosen = epoch == e
+    rows[chosen] = _order(num_rows, seed, int(e))[place[chosen] % num_rows]
+  return rows
+
+
+@functools.lru_cache(maxsize=2)
+def _order(num_rows: int, seed: int, epoch: int) -> np.ndarray:
+  return np.random.default_rng([seed, epoch]).permutation(num_rows)
+
+
+def build_prompts(examples: Batch, rows: Positions, *, prompt_len: int,
+                  num_continuation: int) -> Prompts:
+  """Prompts that end at the chosen positions, with what truly follows.
+
+  The context is the last `prompt_len` tokens of the segment up to t, the continuation the
+  next `num_continuation` targets of the segment; both are right-padded with 0.
+
+  Args:
+    examples: host rows of the data set, in any order; `ids` finds them.
+    rows: R positions.
+    prompt_len: T of the prompts.
+    num_continuation: W. A prediction of S tokens may spell what the truth spells in more:
+      take W ≥ the bytes that S tokens can have, or accept that longer ones count as wrong.
+
+  Returns:
+    Prompts of numpy arrays. ids are example · length + t, modulo 2³².
+
+  Raises:
+    ValueError: `examples` lacks an example of `rows`.
+  """
+  row = _rows_of(np.asarray(examples.ids), rows.example)
+  segments, tokens, targets, weights = (
+      np.asarray(x)[row] for x in (examples.segments, examples.tokens, examples.targets,
+                                   examples.weights))
+  num_rows, length = segments.shape
+  each, t = np.arange(num_rows)[:, None], rows.t.astype(np.int64)[:, None]
+  here = segments[each, t]
+
+  window = t - np.arange(prompt_len)  # t, t − 1, …
+  in_context = (window >= 0) & (segments[each, np.maximum(window, 0)] == here)
+  lengths = np.logical_and.accumulate(in_context, axis=1).sum(1)
+  place = t + 1 - lengths[:, None] + np.arange(prompt_len)
+  is_token = np.arange(prompt_len) < lengths[:, None]
+  context = np.where(is_token, tokens[each, np.clip(place, 0, length - 1)], 0)
+
+  place = t + np.arange(num_continuation)
+  inside = np.minimum(place, length - 1)
+  follows = (place < length) & (segments[each, inside] == here) & (weights[each, inside] > 0)
+  follows = np.logical_and.accumulate(follows, axis=1)
+  continuation = np.where(follows, targets[each, inside], 0)
+  ids = (rows.example.astype(np.int64) * length + rows.t).astype(np.uint32).view(np.int32)
+  return Prompts(context.astype(np.int32), lengths.astype(np.int32), ids,
+                 continuation.astype(np.int32), follows.sum(1).astype(np.int32),
+                 rows.entropy.astype(np.float32))
+
+
+def _rows_of(ids: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+  order = np.argsort(ids, kind='stable')
+  place = np.minimum(np.searchsorted(ids[order], wanted), len(ids) - 1)
+  row = order[place]
+  if len(ids) == 0 or (ids[row] != wanted).any():
+    raise ValueError('the examples given do not hold every example of the positions')
+  return row
+
+
+def pad_prompts(prompts: Prompts, num_prompts: int) -> Prompts:
+  """Appends rows without a continuation, which evaluation does not count, up to N."""
+  missing = num_prompts - prompts.tokens.shape[0]
+
+  def pad(x: Any) -> np.ndarray:
+    return np.pad(np.asarray(x), [(0, missing)] + [(0, 0)] * (np.ndim(x) - 1))
+
+  padded: Prompts = jax.tree.map(pad, prompts)
+  return padded.replace(lengths=np.maximum(padded.lengths, 1))
