@@ -221,12 +221,15 @@ class Checkpointer:
   def __init__(self, directory: pathlib.Path, config: cfg.Checkpoint):
     """Opens (and makes) `directory` and removes what killed saves left there.
 
+    Only the run that writes to the directory opens it so; others use `restore`.
+
     Raises:
       UserError: the directory cannot be made or written to.
     """
     self._directory = directory.absolute()
     self._config = config
     _prepare(self._directory)
+    _remove_temporaries(self._directory)
     logging.getLogger('absl').addFilter(_not_orbax)
     self._pending: int | None = None  # step of the save under way
     self._done: int | None = None  # newest step saved or restored here
@@ -241,7 +244,6 @@ class Checkpointer:
         self._directory,
         options=ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy(keep),
-            cleanup_tmp_directories=True,
             lightweight_initialize=True))
 
   def __enter__(self) -> Self:
@@ -327,11 +329,10 @@ class Checkpointer:
       self._pending = None
       if not _is_full(error):
         raise
-      # A manager whose save failed keeps the error; a new one removes the half-written step.
+      # A manager whose save failed keeps the error: go on with a new one.
       with contextlib.suppress(Exception):
         self._manager.close()
-      if jax.process_index() == 0:
-        _remove_temporaries(self._directory)
+      _remove_temporaries(self._directory)
       self._manager = self._open()
       good = self.latest_step()
       last = 'there is no earlier checkpoint' if good is None else (
@@ -351,6 +352,8 @@ def _prepare(directory: pathlib.Path) -> None:
 
 
 def _remove_temporaries(directory: pathlib.Path) -> None:
+  if jax.process_index() != 0:
+    return
   for path in directory.glob(f'*{_TEMPORARY}*'):
     shutil.rmtree(path, ignore_errors=True)
 
