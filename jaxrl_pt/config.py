@@ -490,7 +490,8 @@ class RPT:
   prompt_len: context tokens of a prompt; prediction_tokens: most tokens predicted.
   min_entropy: positions whose proxy entropy (nats, over its 16 likeliest tokens,
   renormalised) is below are dropped; difficulty: nested thresholds (nats) of the
-  easy, medium and hard evaluation splits; eval_positions: held-out positions scored.
+  easy, medium and hard evaluation splits; scored_examples: packed examples of each split
+  that the proxy scores; eval_positions: held-out positions evaluated.
   """
 
   start_from: str
@@ -502,6 +503,7 @@ class RPT:
   prediction_tokens: int = 1
   min_entropy: float = 0.5
   difficulty: tuple[float, float, float] = (0.5, 1.0, 1.5)
+  scored_examples: int = 1024
   eval_positions: int = 1024
 
   def __post_init__(self) -> None:
@@ -513,6 +515,7 @@ class RPT:
     _integer(self, 'prompt_len', 1)
     _integer(self, 'prediction_tokens', 1)
     _number(self, 'min_entropy', 0.0)
+    _integer(self, 'scored_examples', 1)
     _integer(self, 'eval_positions', 1)
     _rising(self, 'difficulty', 3)
 

@@ -63,6 +63,11 @@ def batch_sharding(mesh: Mesh, rules: Rules = TRAIN) -> Batch:
   return Batch(rows, rows, rows, rows, rows, ids)
 
 
+def row_sharding(mesh: Mesh, rules: Rules = TRAIN) -> NamedSharding:
+  """NamedSharding of an array whose first axis is rows: split over data and fsdp."""
+  return NamedSharding(mesh, partition_spec(('batch',), rules))
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 

@@ -1,0 +1,97 @@
+"""Learning-rate and weight-decay schedules, and the optimiser made of optax parts.
+
+All schedules are functions of the optimiser step, i32[] → f32[]. The two-stage
+schedule is BitNet's (specs/bitnet_v2.md 1.5): both numbers of "1.2e-3 → 8e-4" are
+peaks of full-length decays, and the run jumps from the first curve to the second.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxrl_pt import config as cfg
+from jaxrl_pt.types import Array
+
+Schedule = Callable[[Any], Any]
+
+
+def learning_rate(schedule: cfg.Schedule, num_steps: int) -> Schedule:
+  """The learning rate of `schedule` over a run of `num_steps`."""
+  match schedule:
+    case cfg.Constant(peak, warmup):
+      after = optax.constant_schedule(peak)
+    case cfg.Cosine(peak, end, warmup):
+      after = _decay('cosine', peak, end, num_steps - warmup)
+    case cfg.WSD(peak, end, warmup, decay_fraction):
+      decay_steps = max(1, round(decay_fraction * num_steps))
+      after = optax.join_schedules(
+          [optax.constant_schedule(peak), optax.linear_schedule(peak, end, decay_steps)],
+          [num_steps - decay_steps - warmup])
+    case cfg.TwoStage(peak, second_peak, end, warmup, switch_fraction, shape):
+      first = _decay(shape, peak, end, num_steps - warmup)
+      second = _decay(shape, second_peak, end, num_steps - warmup)
+      switch = round(switch_fraction * num_steps) - warmup
+      after = lambda step: jnp.where(step < switch, first(step), second(step))
+  if schedule.warmup_steps == 0:
+    return after
+  # Step 0 already learns: a warm-up over W steps uses peak · (step + 1) / W.
+  warm_up = lambda step: schedule.peak * (step + 1) / schedule.warmup_steps
+  return optax.join_schedules([warm_up, after], [schedule.warmup_steps])
+
+
+def _decay(shape: str, peak: float, end: float, steps: int) -> Schedule:
+  steps = max(1, steps)
+  if shape == 'linear':
+    return optax.linear_schedule(peak, end, steps)
+  return optax.cosine_decay_schedule(peak, steps, alpha=end / peak if peak else 0.0)
+
+
+def weight_decay(config: cfg.AdamW, num_steps: int) -> Schedule:
+  """The weight decay: constant or rising along a cosine; 0 in TwoStage's second stage.
+
+  2504.12285 section 2.2 says that it follows a cosine "reaching a peak of 0.1" in stage
+  one; read here as rising from 0 to the peak over that stage.
+  """
+  match config.schedule:
+    case cfg.TwoStage(switch_fraction=fraction):
+      switch = round(fraction * num_steps)
+    case _:
+      switch = num_steps
+
+  def schedule(step: Any) -> Any:
+    if config.weight_decay_shape == 'constant':
+      value = config.weight_decay
+    else:
+      phase = jnp.minimum(step / max(1, switch), 1.0)
+      value = config.weight_decay * 0.5 * (1 - jnp.cos(jnp.pi * phase))
+    return jnp.where(step < switch, value, 0.0)
+
+  return schedule
+
+
+def is_decayed(path: tuple[Any, ...], leaf: Any) -> bool:
+  """Weight decay acts on projections: not on the embedding, nor on gains of norms."""
+  del leaf
+  name = path[-1].key
+  return name.startswith('w') or name == 'head'
+
+
+def make_optimizer(config: cfg.AdamW, num_steps: int) -> optax.GradientTransformation:
+  """Clip by global norm, Adam moments, decoupled decay, learning rate (1711.05101)."""
+  clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
+  return optax.chain(
+      clip,
+      optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
+      optax.add_decayed_weights(
+          weight_decay(config, num_steps),
+          mask=lambda params: jax.tree_util.tree_map_with_path(is_decayed, params)),
+      optax.scale_by_learning_rate(learning_rate(config.schedule, num_steps)),
+  )
+
+
+def global_norm(tree: Any) -> Array:
+  """f32[]: √Σ x² over every leaf."""
+  return optax.tree.norm(tree)

@@ -1,0 +1,103 @@
+"""Pretraining: next-token prediction on packed documents, one readable loop.
+
+Resumes by itself: run the same command again and it goes on from the newest good
+checkpoint, bit for bit as if it had never stopped.
+"""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxrl_pt import config as cfg
+from jaxrl_pt import metrics, report
+from jaxrl_pt.checkpoint import Checkpointer
+from jaxrl_pt.data import loader
+from jaxrl_pt.train import losses, optim, session as sessions
+from jaxrl_pt.train import state as states
+from jaxrl_pt.train.evaluate import evaluate_packed
+from jaxrl_pt.train.interrupt import stop_on_signals
+from jaxrl_pt.train.step import Step, make_train_step
+
+
+def train(run: cfg.Run, workdir: Path, resolved_text: str) -> None:
+  """Trains `run` to its last step in `workdir`, resuming what is there.
+
+  Args:
+    run: with a NextToken objective.
+    workdir: receives config.gin, data/, checkpoints/, metrics.jsonl, plots and report.html.
+    resolved_text: the run as gin text, saved with it.
+
+  Raises:
+    UserError: a mistake in settings or files, a full disk, a non-finite loss.
+  """
+  # --- Open ---------------------------------------------------------------------
+  sessions.claim_workdir(workdir, resolved_text)
+  session = sessions.open_session(run, workdir, resolved_text)
+  optimizer = optim.make_optimizer(run.optimizer, run.train.num_steps)
+  # Only the activations' quantiser changes over a run: every model has the same state.
+  abstract = states.abstract_state(session.model(run.model), optimizer, session.mesh)
+  batches = loader.train_iterator(
+      session.data.train, seed=run.seed, batch_size=run.train.batch_size,
+      process_index=jax.process_index(), process_count=jax.process_count(),
+      num_workers=run.data.num_workers)
+
+  with Checkpointer(workdir / 'checkpoints', run.checkpoint) as checkpointer, \
+       stop_on_signals() as stop:
+    # --- Restore or initialise --------------------------------------------------
+    state, loader_state = sessions.restore_or_init(
+        session, checkpointer, abstract,
+        lambda: states.init_state(session.model(run.model), optimizer, session.mesh, run.seed))
+    if loader_state is not None:
+      batches.set_state(loader_state)
+    start = int(state.step)
+    writer = metrics.Writer(workdir, resume_step=start, num_steps=run.train.num_steps,
+                            tensorboard=run.train.tensorboard, log_every=run.train.log_every)
+    recorder = sessions.Recorder(
+        writer, checkpointer, session.mesh,
+        metrics.flops_per_token(run.model, run.data.seq_len / 2))
+    compiled = functools.cache(lambda model: _compile(session, model, optimizer))
+
+    # --- Train ------------------------------------------------------------------
+    with writer:
+      for step in range(start, run.train.num_steps):
+        model_config = cfg.model_at(run, step)
+        batch = next(batches)
+        state, values = compiled(model_config)(state, session.put(batch))
+        recorder.dispatched(step + 1, values, batch.ids, int(np.sum(batch.weights)))
+
+        is_last = step + 1 == run.train.num_steps
+        if is_last or (step + 1) % run.train.eval_every == 0:
+          recorder.add(_validate(session, model_config, state, run))
+        if is_last or stop.signal_name or (step + 1) % run.checkpoint.every == 0:
+          recorder.flush()  # A non-finite step never reaches a checkpoint.
+          checkpointer.save(step + 1, state,
+                            sessions.checkpoint_extras(session, batches.get_state()))
+          recorder.restart_clock()
+        if stop.signal_name and not is_last:
+          checkpointer.wait()
+          print(f'{stop.signal_name}: checkpoint written at step {step + 1}; run the same '
+                'command to go on.', flush=True)
+          return
+      recorder.flush()
+  if jax.process_index() == 0:
+    report.write_report(workdir)
+
+
+def _compile(session: sessions.Session, model: cfg.Model, optimizer: Any) -> Step:
+  run = session.run
+  loss = losses.next_token(session.model(model), run.compute.loss_chunk)
+  schedule = optim.learning_rate(run.optimizer.schedule, run.train.num_steps)
+  step = make_train_step(loss, optimizer, schedule, run.train.accumulation)
+  return jax.jit(step, donate_argnums=0)
+
+
+def _validate(session: sessions.Session, model: cfg.Model, state: Any,
+              run: cfg.Run) -> dict[str, float]:
+  if len(session.data.validation) == 0:
+    return {}
+  results = evaluate_packed(session, model, state.params, session.data.validation,
+                            limit=run.train.eval_batches)
+  return {f'validation/{name}': value for name, value in results.items()}

@@ -1,0 +1,52 @@
+"""One optimiser step as a pure function, with exact accumulation over micro-batches."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxrl_pt.train.losses import SumLoss
+from jaxrl_pt.train.optim import Schedule, global_norm
+from jaxrl_pt.types import Array, Batch, Params, TrainState, Weighted
+
+Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Weighted]]]
+
+
+def make_train_step(loss: SumLoss, optimizer: optax.GradientTransformation,
+                    learning_rate: Schedule, accumulation: int = 1) -> Step:
+  """step(state, batch) → (state, metrics) for a loss that is a sum over targets.
+
+  The gradient is that of Σ loss / Σ weights over the whole batch, whatever the number
+  of micro-batches it is computed in. Jit it with the state donated.
+  """
+  def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Weighted]]:
+    count = jnp.maximum(batch.weights.sum(), 1.0)
+    value_and_grad = jax.value_and_grad(lambda params, b: loss(params, b) / count)
+    mean_loss, grads = _accumulate(value_and_grad, state.params, batch, accumulation)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    metrics = {
+        'loss': Weighted(mean_loss * count, count),
+        'grad_norm': Weighted.single(global_norm(grads)),
+        'learning_rate': Weighted.single(learning_rate(state.step)),
+    }
+    params = optax.apply_updates(state.params, updates)
+    return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
+
+  return step
+
+
+def _accumulate(value_and_grad: Callable[[Params, Batch], tuple[Array, Params]], params: Params,
+                batch: Batch, num_micro: int) -> tuple[Array, Params]:
+  """Sums value and gradient over `num_micro` slices of the batch's rows."""
+  if num_micro == 1:
+    return value_and_grad(params, batch)
+  # Row r of micro-batch m is row r · num_micro + m: every device keeps its own rows.
+  micro = jax.tree.map(
+      lambda x: jnp.moveaxis(x.reshape(-1, num_micro, *x.shape[1:]), 1, 0), batch)
+  zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
+
+  def add(total: tuple[Array, Params], one: Batch) -> tuple[tuple[Array, Params], None]:
+    return jax.tree.map(jnp.add, total, value_and_grad(params, one)), None
+
+  return jax.lax.scan(add, zeros, micro)[0]

@@ -1,0 +1,90 @@
+"""Schedules against their definitions, and the optimiser against a plain AdamW."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrl_pt import config as cfg
+from jaxrl_pt.train import optim
+
+
+def at(schedule: cfg.Schedule, num_steps: int, step: int) -> float:
+  return float(optim.learning_rate(schedule, num_steps)(jnp.asarray(step)))
+
+
+def test_warm_up_reaches_the_peak_at_its_last_step():
+  schedule = cfg.Constant(0.1, warmup_steps=4)
+  assert [at(schedule, 10, s) for s in range(6)] == pytest.approx(
+      [0.025, 0.05, 0.075, 0.1, 0.1, 0.1])
+
+
+def test_cosine_is_half_way_at_half_time():
+  schedule = cfg.Cosine(peak=1.0, end=0.2)
+  assert at(schedule, 100, 0) == pytest.approx(1.0)
+  assert at(schedule, 100, 50) == pytest.approx(0.6)
+  assert at(schedule, 100, 100) == pytest.approx(0.2)
+
+
+def test_wsd_is_flat_then_linear():
+  schedule = cfg.WSD(peak=1.0, warmup_steps=10, decay_fraction=0.2)
+  assert at(schedule, 100, 10) == at(schedule, 100, 79) == pytest.approx(1.0)
+  assert at(schedule, 100, 90) == pytest.approx(0.5)
+  assert at(schedule, 100, 100) == pytest.approx(0.0)
+
+
+def test_two_stage_jumps_between_two_full_length_decays():
+  """specs/bitnet_v2.md 1.5: 1.5e-3 → 1e-3 over 100K steps with end 3e-5 and 375 warm-up
+  steps goes from 7.67e-4 just before step 50,000 to 5.16e-4 just after."""
+  schedule = cfg.TwoStage(1.5e-3, 1e-3, end=3e-5, warmup_steps=375)
+  assert at(schedule, 100_000, 49_999) == pytest.approx(7.67e-4, rel=3e-3)
+  assert at(schedule, 100_000, 50_000) == pytest.approx(5.16e-4, rel=3e-3)
+  assert at(schedule, 100_000, 100_000) == pytest.approx(3e-5)
+
+
+def test_two_stage_weight_decay_is_a_step_to_exactly_zero():
+  config = cfg.AdamW(cfg.TwoStage(1e-3, 5e-4), weight_decay=0.1)
+  decay = optim.weight_decay(config, 100)
+  assert float(decay(49)) == pytest.approx(0.1)
+  assert float(decay(50)) == 0.0
+
+
+def test_cosine_weight_decay_reaches_its_peak_at_the_switch():
+  config = cfg.AdamW(cfg.TwoStage(1e-3, 5e-4, shape='cosine'), weight_decay=0.1,
+                     weight_decay_shape='cosine')
+  decay = optim.weight_decay(config, 1000)
+  assert float(decay(0)) == 0.0
+  assert float(decay(250)) == pytest.approx(0.05)
+  assert float(decay(499)) == pytest.approx(0.1, rel=1e-4)
+  assert float(decay(500)) == 0.0
+
+
+def test_optimizer_equals_adamw_written_out():
+  """Clip, moments with bias correction, decoupled decay on projections only."""
+  config = cfg.AdamW(cfg.Constant(0.01), b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1,
+                     clip_norm=1.0)
+  params = {'embed': np.full((2, 2), 0.5), 'layers': {'wq': np.full((2, 2), 0.5),
+                                                      'attn_norm': np.full(2, 0.5)}}
+  params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
+  optimizer = optim.make_optimizer(config, 10)
+  state = optimizer.init(params)
+  expected = jax.tree.map(np.asarray, params)
+  first = jax.tree.map(np.zeros_like, expected)
+  second = jax.tree.map(np.zeros_like, expected)
+  rng = np.random.default_rng(0)
+  for step in range(1, 4):
+    grads = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), params)
+    updates, state = optimizer.update(grads, state, params)
+    params = jax.tree.map(jnp.add, params, updates)
+
+    norm = np.sqrt(sum(float((g ** 2).sum()) for g in jax.tree.leaves(grads)))
+    clipped = jax.tree.map(lambda g: np.asarray(g) * min(1.0, 1.0 / norm), grads)
+    first = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, first, clipped)
+    second = jax.tree.map(lambda v, g: 0.95 * v + 0.05 * g * g, second, clipped)
+    decayed = {'embed': 0.0, 'layers': {'wq': 0.1, 'attn_norm': 0.0}}
+    expected = jax.tree.map(
+        lambda p, m, v, d, step=step: p - 0.01 * (
+            m / (1 - 0.9**step) / (np.sqrt(v / (1 - 0.95**step)) + 1e-8) + d * p),
+        expected, first, second, decayed)
+  for ours, theirs in zip(jax.tree.leaves(params), jax.tree.leaves(expected), strict=True):
+    np.testing.assert_allclose(ours, theirs, rtol=2e-5)
