@@ -1,0 +1,201 @@
+"""The RPT step against plain forms, and that it learns."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxrl_pt import config as cfg
+from jaxrl_pt import params as P
+from jaxrl_pt.models import transformer
+from jaxrl_pt.rl import advantages
+from jaxrl_pt.sampling import policies
+from jaxrl_pt.train import optim, rl_step
+from jaxrl_pt.types import Prompts, Rollout, TrainState, Trajectory, Verdict
+from jaxrl_pt.verifiers import next_token as verifier
+
+VOCAB = 13
+CONFIG = cfg.Model(num_layers=2, d_model=16, d_ff=32, num_heads=2, num_kv_heads=1, head_dim=8,
+                   vocab_size=VOCAB, activation='relu2', sub_norm=True)
+MODEL = transformer.build(CONFIG)
+PARAMS = P.init(MODEL.specs, jax.random.key(0))
+PARAMS = {**PARAMS, 'embed': PARAMS['embed'] * 20}
+TOKEN_BYTES = [b'', *(bytes([96 + i]) for i in range(1, VOCAB - 1)), b'ab']
+TABLE = verifier.token_table(TOKEN_BYTES, VOCAB)
+quick_jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
+
+CONTEXTS = [[3, 1, 4, 1], [9, 2], [6, 5, 3, 5, 8], [11]]
+TRUTH = [[1, 2, 3, 4], [7, 7, 0], [12, 5, 6, 1], [4]]
+ENTROPY = [0.6, 1.2, 1.7, 0.5]
+
+
+def make_prompts(contexts=CONTEXTS, truth=TRUTH, width=4, prompt_len=6):
+  def pad(rows, length):
+    return jnp.asarray([r + [0] * (length - len(r)) for r in rows], jnp.int32)
+
+  def count(rows):
+    return jnp.asarray([len(r) for r in rows], jnp.int32)
+
+  return Prompts(pad(contexts, prompt_len), count(contexts),
+                 jnp.arange(len(contexts), dtype=jnp.int32), pad(truth, width), count(truth),
+                 jnp.asarray(ENTROPY, jnp.float32))
+
+
+def make_run(method, learning_rate=0.01):
+  return cfg.Run(
+      seed=1, model=CONFIG, objective=method,
+      data=cfg.Data(source=cfg.PythonStdlib(), tokenizer=cfg.Bytes(), seq_len=16),
+      optimizer=cfg.AdamW(schedule=cfg.Constant(learning_rate), weight_decay=0.0),
+      train=cfg.Train(num_steps=40, batch_size=4))
+
+
+# --- The learner equals the plain form ------------------------------------------
+
+
+def plain_loss(params, trajectory, sampler):
+  """Every response as a sequence of its own through `apply`, token by token."""
+  prompts, rollout = trajectory.prompts, trajectory.rollout
+  n, g, s = rollout.tokens.shape
+  contexts = np.asarray(prompts.tokens)
+  lengths, drawn = np.asarray(prompts.lengths), np.asarray(rollout.tokens)
+  rows = np.zeros((n * g, contexts.shape[1] + s), np.int32)
+  for i in range(n):
+    for j in range(g):
+      sequence = [*contexts[i, :lengths[i]], *drawn[i, j]]
+      rows[i * g + j, :len(sequence)] = sequence
+  positions = jnp.broadcast_to(jnp.arange(rows.shape[1]), rows.shape)
+  hidden = MODEL.apply(params, jnp.asarray(rows), positions, jnp.ones_like(positions))
+  index = np.repeat(lengths, g)[:, None] - 1 + np.arange(s)
+  logits = jnp.take_along_axis(hidden, index[..., None], axis=1) @ MODEL.head(params)
+  filtered = policies.learner_logits(logits.reshape(n, g, s, -1), rollout.tokens, sampler)
+  logp = jnp.take_along_axis(jax.nn.log_softmax(filtered), rollout.tokens[..., None], -1)[..., 0]
+  return -(trajectory.advantage * logp * rollout.mask).sum() / (n * g), logp
+
+
+@pytest.mark.parametrize('num_tokens, sampler, chunk', [
+    (3, cfg.Sampler(0.8, top_k=9), 7), (1, cfg.Sampler(), 0)])
+def test_learner_equals_whole_sequences(num_tokens, sampler, chunk):
+  rng = np.random.default_rng(0)
+  shape = (4, 3, num_tokens)
+  length = rng.integers(1, num_tokens + 1, shape[:2])
+  rollout = Rollout(jnp.asarray(rng.integers(0, VOCAB, shape), jnp.int32),
+                    jnp.asarray(np.arange(num_tokens) < length[..., None], jnp.float32),
+                    jnp.zeros(shape), jnp.zeros((), jnp.int32))
+  trajectory = Trajectory(make_prompts(), rollout, jnp.asarray(rng.normal(size=shape)))
+
+  def grouped(params):
+    loss, scores = rl_step.rpt_loss(MODEL, params, trajectory, sampler, chunk)
+    return loss, scores.logp
+
+  plain = functools.partial(plain_loss, trajectory=trajectory, sampler=sampler)
+  (got, got_logp), got_grad = quick_jit(jax.value_and_grad(grouped, has_aux=True))(PARAMS)
+  (want, want_logp), want_grad = quick_jit(jax.value_and_grad(plain, has_aux=True))(PARAMS)
+  np.testing.assert_allclose(got, want, rtol=1e-5)
+  np.testing.assert_allclose(got_logp * rollout.mask, want_logp * rollout.mask, atol=1e-4)
+  for a, b in zip(jax.tree.leaves(got_grad), jax.tree.leaves(want_grad), strict=True):
+    assert np.abs(b).max() > 0
+    np.testing.assert_allclose(a, b, atol=1e-4 * np.abs(b).max())
+
+
+# --- Advantages by configuration ------------------------------------------------
+
+
+def test_the_method_chooses_the_advantage():
+  reward, valid = jnp.array([[1.0, 0.0, 1.0]]), jnp.array([[1.0, 1.0, 0.0]])
+  mask = jnp.array([[[1.0, 1, 1], [1, 0, 0], [1, 1, 0]]])
+  rollout = Rollout(jnp.zeros(mask.shape, jnp.int32), mask, mask, jnp.zeros((), jnp.int32))
+  opo = rl_step.group_advantage(cfg.OPO(), rollout, Verdict(reward, valid))
+  np.testing.assert_allclose(opo, [[0.25, -0.75, 0]], rtol=1e-6)
+  grpo = rl_step.group_advantage(cfg.GRPO(), rollout, Verdict(reward, valid))
+  np.testing.assert_array_equal(grpo, advantages.group_normalised(reward, valid))
+
+
+# --- The whole step -------------------------------------------------------------
+
+METHOD = cfg.RPT(start_from='unused', advantage=cfg.OPO(), sampler=cfg.Sampler(0.9, top_k=12),
+                 num_prompts=4, group_size=16, prompt_len=6, prediction_tokens=2)
+
+
+@functools.cache
+def compiled_step():
+  run = make_run(METHOD)
+  optimizer = optim.make_optimizer(run.optimizer, run.train.num_steps)
+  step = quick_jit(rl_step.make_rpt_step(MODEL, optimizer, run, TABLE, stop_id=0))
+  return step, TrainState(jnp.zeros((), jnp.int32), PARAMS, optimizer.init(PARAMS), {})
+
+
+def test_reward_rises_and_sampler_and_trainer_agree():
+  step, state = compiled_step()
+  rewards = []
+  for i in range(40):
+    state, metrics = step(state, make_prompts())
+    assert int(state.step) == i + 1
+    rewards.append(float(metrics['reward'].mean()))
+    assert 1 <= float(metrics['gap'].mean()) < 1.001
+    assert float(metrics['nonfinite'].mean()) == 0
+    assert float(metrics['grad_norm'].mean()) >= 0
+  assert np.mean(rewards[-5:]) > np.mean(rewards[:5]) + 0.3
+  assert metrics['reward'].count == 64
+  assert metrics['accuracy'].mean() == metrics['reward'].mean()
+  assert 1 <= float(metrics['response_length'].mean()) <= 2
+  assert metrics['zero_advantage_groups'].count == 4
+  np.testing.assert_allclose(metrics['learning_rate'].mean(), 0.01, rtol=1e-6)
+
+
+def test_same_state_gives_the_same_step_and_another_step_other_noise():
+  step, state = compiled_step()
+  first, second = (step(state, make_prompts()) for _ in range(2))
+  jax.tree.map(np.testing.assert_array_equal, first, second)
+  later, _ = step(state.replace(step=jnp.asarray(5, jnp.int32)), make_prompts())
+  assert (later.params['embed'] != first[0].params['embed']).any()
+
+
+def test_a_step_that_is_not_finite_changes_nothing():
+  step, state = compiled_step()
+  layers = {**PARAMS['layers'], 'wo': PARAMS['layers']['wo'].at[1, 0, 0].set(jnp.inf)}
+  broken = state.replace(params={**PARAMS, 'layers': layers})
+  after, metrics = step(broken, make_prompts())
+  assert float(metrics['nonfinite'].mean()) == 1
+  jax.tree.map(np.testing.assert_array_equal, after, broken)
+
+
+def test_another_objective_is_refused():
+  with pytest.raises(TypeError, match='NextToken'):
+    rl_step.make_rpt_step(MODEL, optax.sgd(0.1), make_run(cfg.NextToken()), TABLE)
+
+
+# --- Evaluation -----------------------------------------------------------------
+
+
+def test_accuracy_by_difficulty():
+  method = cfg.RPT(start_from='unused', difficulty=(0.5, 1.0, 1.5))
+  lengths = jnp.asarray([len(c) for c in CONTEXTS])
+  prompts = make_prompts()
+  positions = jnp.broadcast_to(jnp.arange(6), (4, 6))
+  hidden = quick_jit(MODEL.apply)(PARAMS, prompts.tokens, positions, jnp.ones_like(positions))
+  logits = hidden[jnp.arange(4), lengths - 1] @ MODEL.head(PARAMS)
+  best, p = np.asarray(logits.argmax(-1)), np.asarray(jax.nn.softmax(logits))
+  # The truth is what the model believes at rows 0 and 2, and something else at 1 and 3.
+  truth = [[int(b) if n % 2 == 0 else int(b) % 3 + 1 + (int(b) < 4)] for n, b in enumerate(best)]
+  truth = [t if TOKEN_BYTES[t[0]] else [1] for t in truth]
+  prompts = make_prompts(truth=truth)
+  expected = [verifier.prefix_match(TOKEN_BYTES[b], [TOKEN_BYTES[t[0]]])
+              for b, t in zip(best, truth)]
+  samples = 4000
+  evaluate = quick_jit(functools.partial(
+      rl_step.next_token_accuracy, MODEL, method=method, num_samples=samples))
+  got = evaluate(PARAMS, prompts, jax.random.key(3), TABLE)
+  chance = [p[n, t[0]] for n, t in enumerate(truth)]
+  for split, rows in (('easy', [0, 1, 2]), ('medium', [1, 2]), ('hard', [2])):  # 0.5 is not above
+    argmax, sampled = got[f'{split}_argmax'], got[f'{split}_sampled']
+    assert (float(argmax.sum), float(argmax.count)) == (sum(expected[r] for r in rows), len(rows))
+    assert sampled.count == samples * len(rows)
+    # Five standard errors of a mean of at least 4000 draws are below 0.04.
+    np.testing.assert_allclose(sampled.mean(), np.mean([chance[r] for r in rows]), atol=0.04)
+  without = prompts.replace(continuation_lengths=prompts.continuation_lengths.at[2].set(0))
+  uncounted = evaluate(PARAMS, without, jax.random.key(3), TABLE)
+  assert uncounted['hard_argmax'].count == 0
+  assert uncounted['easy_argmax'].count == 2
