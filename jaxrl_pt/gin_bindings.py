@@ -21,7 +21,6 @@ from typing import Any, NoReturn
 
 import gin
 from gin import config_parser
-
 from jaxrl_pt import config as cfg
 from jaxrl_pt.errors import UserError
 

@@ -3,9 +3,9 @@
 import dataclasses
 from pathlib import Path
 
-import gin
 import pytest
 
+import gin
 from jaxrl_pt import config as cfg
 from jaxrl_pt import gin_bindings
 from jaxrl_pt.errors import UserError

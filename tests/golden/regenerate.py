@@ -10,7 +10,8 @@ GOLDEN = Path(__file__).parent / 'gin'
 REQUIRED = {
     'pretrain_2b4t': ("cfg.ArrayRecord.glob = 'corpus/*.array_record'",
                       "cfg.HuggingFaceTokenizer.path = 'tokenizer.json'"),
-    'pretrain_small': ("cfg.TextFiles.glob = 'wikitext2/train.txt.gz'",),
+    'pretrain_small': ("cfg.TextFiles.glob = 'wikitext2/train.txt.gz'",
+                       "cfg.Data.validation_glob = 'wikitext2/valid.txt'"),
 }
 
 

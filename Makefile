@@ -1,0 +1,56 @@
+# Every target first makes .venv from the lock file, and does nothing there when it is current.
+
+PYTHON ?= python3
+WORKDIR ?= runs/quickstart
+DATA ?=
+PYTEST_FLAGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+LOCK := requirements/cpu.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test lint parity golden lock clean
+
+help: ## this list
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+quickstart: $(STAMP) ## the main job on real text, offline, in minutes (DATA='glob' for your own text)
+	@$(BIN)/jaxrl-pt quickstart --workdir '$(WORKDIR)' $(if $(DATA),--data '$(DATA)')
+
+test: $(STAMP) ## all tests; those against PyTorch too if `make parity` has been run
+	@$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+lint: $(STAMP) ## ruff and mypy
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+parity: $(STAMP) ## adds PyTorch and transformers, the references of the parity tests
+	@$(BIN)/python -m pip install --quiet -r requirements/parity.txt -c $(LOCK)
+
+golden: $(STAMP) ## rewrites the resolved texts of the shipped run files
+	@$(BIN)/python -m tests.golden.regenerate
+
+lock: ## renews the lock file (needs uv)
+	uv pip compile setup.cfg --extra dev --universal --python-version 3.11 --upgrade \
+	  --no-emit-index-url --no-header --quiet -o $(LOCK)
+
+clean: ## removes .venv, caches and build products; keeps runs/
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find jaxrl_pt tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(STAMP): $(LOCK) setup.cfg pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo 'Python 3.11 or later is needed: make PYTHON=python3.12 …'; exit 2; }
+	@echo 'Making $(VENV) from $(LOCK)'
+	@if command -v uv >/dev/null 2>&1; then \
+	  { test -x $(BIN)/python || uv venv --quiet --seed --python $(PYTHON) $(VENV); } && \
+	  uv pip install --quiet --python $(BIN)/python -r $(LOCK) && \
+	  uv pip install --quiet --python $(BIN)/python --no-deps -e .; \
+	else \
+	  { test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV); } && \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check -r $(LOCK) && \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .; \
+	fi
+	@touch $(STAMP)

@@ -1,0 +1,233 @@
+"""The command line: parse, set up the process, call one function, report mistakes.
+
+Only this module touches the state of the process. Heavy modules are imported where they
+are called, so that `--help` and a mistyped flag answer at once.
+"""
+
+import argparse
+from collections.abc import Sequence
+import json
+import os
+from pathlib import Path
+import sys
+import traceback
+from typing import Any, NoReturn
+
+from jaxrl_pt import config as cfg
+from jaxrl_pt.errors import UserError
+
+DESCRIPTION = 'Pretrain ternary transformers and reinforce them, on a laptop or a TPU pod.'
+_RUN = 'gin/run/pretrain_tiny.gin'
+
+
+class _Parser(argparse.ArgumentParser):
+  """Answers a wrong flag with one sentence, like every other mistake."""
+
+  def error(self, message: str) -> NoReturn:
+    raise UserError(f'{message[:1].upper()}{message[1:].rstrip(".")}: see {self.prog} --help.')
+
+
+def _at_least(low: int) -> Any:
+  def whole_number(text: str) -> int:
+    try:
+      value = int(text)
+    except ValueError:
+      value = low - 1
+    if value < low:
+      raise argparse.ArgumentTypeError(f'expected a whole number of at least {low}, not {text!r}')
+    return value
+  return whole_number
+
+
+# --- Flags ------------------------------------------------------------------------
+
+
+def _make_parser() -> argparse.ArgumentParser:
+  debug = _Parser(add_help=False)
+  debug.add_argument('--debug', action='store_true',
+                     help='show the full traceback of a mistake')
+  parser = _Parser(prog='jaxrl-pt', description=DESCRIPTION, allow_abbrev=False)
+  commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
+
+  def add(name: str, summary: str, example: str) -> argparse.ArgumentParser:
+    return commands.add_parser(
+        name, help=summary, description=summary, epilog=f'example:\n  {example}',
+        parents=[debug], allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+
+  quickstart = add('quickstart', 'The main job on real text, offline, in a few minutes.',
+                   "jaxrl-pt quickstart --data 'books/*.txt'")
+  _add_workdir(quickstart, 'runs/quickstart')
+  quickstart.add_argument('--data', metavar='GLOB', help='UTF-8 text files to learn; without it '
+                          "the standard library's own text")
+
+  train = add('train', 'Train what a gin file describes; run again to resume.',
+              f'jaxrl-pt train --gin_file {_RUN} --workdir runs/pretrain_tiny \\\n'
+              '    --gin_bindings "cfg.Train.num_steps = 100"')
+  _add_gin(train)
+  _add_workdir(train)
+  train.add_argument('--multihost', action='store_true', help='join the other hosts of a TPU '
+                     'slice before training (run the same command on each)')
+
+  sample = add('sample', 'Continue prompts with a trained model.',
+               'jaxrl-pt sample --workdir runs/pretrain_tiny --prompt "def main(" --num_samples 2')
+  _add_workdir(sample)
+  _add_step(sample)
+  _add_sampling(sample)
+  _add_json(sample)
+
+  evaluate = add('eval', "A trained model's loss, bits per byte and accuracy on held-out text.",
+                 'jaxrl-pt eval --workdir runs/pretrain_tiny --json')
+  _add_workdir(evaluate)
+  _add_step(evaluate)
+  _add_gin(evaluate, "other data than the run's own")
+  _add_json(evaluate)
+
+  doctor = add('doctor', 'What this machine offers, and a self-check of ten seconds.',
+               'jaxrl-pt doctor --json')
+  _add_workdir(doctor, '.')
+  _add_json(doctor)
+  return parser
+
+
+def _add_gin(parser: argparse.ArgumentParser, purpose: str = 'what to run') -> None:
+  parser.add_argument('--gin_file', action='append', default=[], metavar='FILE',
+                      help=f'{purpose}, as a gin file; may be repeated, later ones win')
+  parser.add_argument('--gin_bindings', action='append', default=[], metavar='BINDING',
+                      help='one setting on top of the files, e.g. "cfg.Run.seed = 1"; may be '
+                      'repeated')
+
+
+def _add_workdir(parser: argparse.ArgumentParser, default: str | None = None) -> None:
+  parser.add_argument('--workdir', type=Path, default=default and Path(default), metavar='DIR',
+                      required=default is None, help='where the run lives'
+                      + (f' (default {default})' if default else ''))
+
+
+def _add_step(parser: argparse.ArgumentParser) -> None:
+  parser.add_argument('--step', type=_at_least(0), help='which checkpoint (default the newest)')
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+  parser.add_argument('--json', action='store_true', help='print JSON')
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+  parser.add_argument('--prompt', action='append', help='text to continue; may be repeated; '
+                      'without it standard input is the prompt')
+  parser.add_argument('--num_tokens', type=_at_least(1), default=64,
+                      help='most tokens of a sample (default %(default)s)')
+  parser.add_argument('--num_samples', type=_at_least(1), default=1,
+                      help='samples of each prompt (default %(default)s)')
+  parser.add_argument('--temperature', type=float, default=1.0,
+                      help='0 is greedy (default %(default)s)')
+  parser.add_argument('--top_k', type=int, default=0, help='0 keeps all (default %(default)s)')
+  parser.add_argument('--top_p', type=float, default=1.0, help='1 keeps all (default %(default)s)')
+  parser.add_argument('--seed', type=_at_least(0), default=0,
+                      help='equal seeds draw equal samples (default %(default)s)')
+
+
+# --- Commands ---------------------------------------------------------------------
+
+
+def _quickstart(args: argparse.Namespace) -> int:
+  from jaxrl_pt import quickstart
+  quickstart.run(args.workdir, args.data)
+  return 0
+
+
+def _train(args: argparse.Namespace) -> int:
+  from jaxrl_pt import gin_bindings
+  run, resolved_text = gin_bindings.load(args.gin_file, args.gin_bindings)
+  if args.multihost:
+    import jax
+    jax.distributed.initialize()
+  match run.objective:
+    case cfg.NextToken():
+      from jaxrl_pt.train import pretrain
+      pretrain.train(run, args.workdir, resolved_text)
+    case cfg.RPT():
+      from jaxrl_pt.train import rl
+      rl.train(run, args.workdir, resolved_text)
+  return 0
+
+
+def _sample(args: argparse.Namespace) -> int:
+  sampler = cfg.Sampler(args.temperature, args.top_k, args.top_p)
+  prompts = args.prompt
+  if prompts is None:
+    prompts = [''] if sys.stdin.isatty() else [_read_stdin()]
+  from jaxrl_pt.train import evaluate
+  samples = evaluate.sample_workdir(
+      args.workdir, prompts, sampler=sampler, num_tokens=args.num_tokens,
+      num_samples=args.num_samples, seed=args.seed, step=args.step)
+  if args.json:
+    print(json.dumps(samples, ensure_ascii=False, indent=2))
+  else:
+    for sample in samples:
+      print(f'{sample["prompt"]}{sample["text"]}')
+      print(f'--- {sample["num_tokens"]} tokens, log-probability {sample["logp"]:.2f} nats')
+  return 0
+
+
+def _read_stdin() -> str:
+  try:
+    return sys.stdin.buffer.read().decode('utf-8').removesuffix('\n')
+  except UnicodeDecodeError as e:
+    raise UserError(f'Standard input is not UTF-8 text (byte {e.start}): convert it first.') from e
+
+
+def _eval(args: argparse.Namespace) -> int:
+  data = None
+  if args.gin_file or args.gin_bindings:
+    saved = args.workdir / 'config.gin'
+    if not saved.is_file():
+      raise UserError(f'{args.workdir} holds no config.gin: give the --workdir of a train run.')
+    from jaxrl_pt import gin_bindings
+    run, _ = gin_bindings.load([str(saved), *args.gin_file], args.gin_bindings)
+    data = run.data
+  from jaxrl_pt.train import evaluate
+  results = evaluate.evaluate_workdir(args.workdir, step=args.step, data=data)
+  if args.json:
+    print(json.dumps(results, indent=2))
+  else:
+    for name, value in results.items():
+      print(f'{name:16} {value:.4f}' if isinstance(value, float) else f'{name:16} {value}')
+  return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+  from jaxrl_pt import doctor
+  found = doctor.examine(args.workdir)
+  print(json.dumps(found, indent=2) if args.json else doctor.text(found))
+  return 0 if found['ok'] else 1
+
+
+_COMMANDS = {'quickstart': _quickstart, 'train': _train, 'sample': _sample, 'eval': _eval,
+             'doctor': _doctor}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs one command; 0 is success, 2 a user's mistake, 130 an interruption."""
+  arguments = list(sys.argv[1:] if argv is None else argv)
+  try:
+    args = _make_parser().parse_args(arguments)
+    code = _COMMANDS[args.command](args)
+    sys.stdout.flush()  # A closed pipe shows here, not when Python exits.
+    return code
+  except UserError as e:
+    if '--debug' in arguments:
+      traceback.print_exc()
+    else:
+      print(f'jaxrl-pt: {e}', file=sys.stderr)
+    return 2
+  except KeyboardInterrupt:
+    print('\njaxrl-pt: interrupted.', file=sys.stderr)
+    return 130
+  except BrokenPipeError:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 141
+
+
+if __name__ == '__main__':
+  sys.exit(main())

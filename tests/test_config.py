@@ -1,0 +1,186 @@
+"""Every dataclass refuses what it cannot mean, in one sentence that names the field."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from jaxrl_pt import config as cfg
+from jaxrl_pt.errors import UserError
+
+MODEL = {'num_layers': 2, 'd_model': 32, 'd_ff': 64, 'num_heads': 4, 'num_kv_heads': 2,
+         'head_dim': 8, 'vocab_size': 300}
+DATA = {'source': cfg.PythonStdlib(), 'tokenizer': cfg.Bytes(), 'seq_len': 16}
+RUN = {'seed': 0, 'model': cfg.Model(**MODEL), 'data': cfg.Data(**DATA),
+       'objective': cfg.NextToken(), 'optimizer': cfg.AdamW(cfg.Constant(1e-3)),
+       'train': cfg.Train(num_steps=4, batch_size=2)}
+
+# A valid value of every dataclass, as keyword arguments.
+VALID: dict[type, dict[str, Any]] = {
+    cfg.Quant: {},
+    cfg.Model: MODEL,
+    cfg.Compute: {},
+    cfg.Mesh: {},
+    cfg.PythonStdlib: {},
+    cfg.TextFiles: {'glob': 'a'},
+    cfg.Jsonl: {'glob': 'a'},
+    cfg.Parquet: {'glob': 'a'},
+    cfg.ArrayRecord: {'glob': 'a'},
+    cfg.Seqio: {'name': 'task', 'module': 'm'},
+    cfg.Bytes: {},
+    cfg.TrainedBPE: {'vocab_size': 300},
+    cfg.HuggingFaceTokenizer: {'path': 'a', 'end_of_text': '</s>'},
+    cfg.SentencePiece: {'path': 'a'},
+    cfg.Data: DATA,
+    cfg.Constant: {'peak': 1e-3},
+    cfg.Cosine: {'peak': 1e-3},
+    cfg.WSD: {'peak': 1e-3},
+    cfg.TwoStage: {'peak': 1e-3, 'second_peak': 5e-4},
+    cfg.AdamW: {'schedule': cfg.Constant(1e-3)},
+    cfg.NextToken: {},
+    cfg.GRPO: {},
+    cfg.OPO: {},
+    cfg.Sampler: {},
+    cfg.RPT: {'start_from': 'a'},
+    cfg.Train: {'num_steps': 4, 'batch_size': 2},
+    cfg.Checkpoint: {},
+    cfg.Run: RUN,
+}
+ALL = [value for value in vars(cfg).values()
+       if isinstance(value, type) and dataclasses.is_dataclass(value)]
+
+NAN, INF = float('nan'), float('inf')
+# Type, field, values refused, and a piece of what is expected instead.
+REFUSED: list[tuple[type, str, list[Any], str]] = [
+    (cfg.Quant, 'weights', ['int4', None, True], "one of 'none', 'ternary'"),
+    (cfg.Quant, 'activations', ['int3', 8], "'int4_absmax'"),
+    (cfg.Quant, 'hadamard', [1, 'yes'], 'True or False'),
+    *((cfg.Model, name, [0, -1, 2.0, '2', True, None], 'a whole number of at least 1')
+      for name in MODEL),
+    (cfg.Model, 'rope_theta', [0.5, NAN, 'x', True], 'a number of at least 1'),
+    (cfg.Model, 'norm_epsilon', [-1e-5, 1.5, None], 'a number from 0 to 1'),
+    (cfg.Model, 'activation', ['relu', None], "one of 'swiglu', 'relu2'"),
+    (cfg.Model, 'sub_norm', [1, None], 'True or False'),
+    (cfg.Model, 'tied_head', [0, 'no'], 'True or False'),
+    (cfg.Model, 'quant', ['ternary', None], 'one of @cfg.Quant()'),
+    (cfg.Compute, 'dtype', ['float16', None], "one of 'float32', 'bfloat16'"),
+    (cfg.Compute, 'remat', ['full', True], "one of 'none', 'block'"),
+    (cfg.Compute, 'unroll', [-1, 1.5], 'a whole number of at least 0'),
+    (cfg.Compute, 'loss_chunk', [-1, '9'], 'a whole number of at least 0'),
+    *((cfg.Mesh, name, [0, -1, 1.5], 'at least 1') for name in ('data', 'tensor', 'context')),
+    (cfg.Mesh, 'fsdp', [-1, None], 'at least 0'),
+    (cfg.PythonStdlib, 'max_bytes', [0, 9_999, 1e6], 'at least 10000'),
+    *((t, 'glob', ['', None, 3], 'a non-empty string')
+      for t in (cfg.TextFiles, cfg.Jsonl, cfg.Parquet, cfg.ArrayRecord)),
+    (cfg.TextFiles, 'document_start', [None, 3], 'a string'),
+    (cfg.Jsonl, 'text_field', ['', None], 'a non-empty string'),
+    (cfg.Parquet, 'column', ['', None], 'a non-empty string'),
+    (cfg.ArrayRecord, 'feature', [None], 'a string'),
+    *((cfg.Seqio, name, ['', None], 'a non-empty string')
+      for name in ('name', 'module', 'feature')),
+    (cfg.TrainedBPE, 'vocab_size', [256, None, 300.0], 'at least 257'),
+    (cfg.HuggingFaceTokenizer, 'path', ['', None], 'a non-empty string'),
+    (cfg.HuggingFaceTokenizer, 'end_of_text', ['', None], 'a non-empty string'),
+    (cfg.SentencePiece, 'path', ['', None], 'a non-empty string'),
+    (cfg.Data, 'source', ['a.txt', None, cfg.Bytes()], '@cfg.TextFiles()'),
+    (cfg.Data, 'tokenizer', ['bpe', cfg.PythonStdlib()], '@cfg.TrainedBPE()'),
+    (cfg.Data, 'seq_len', [1, 1.5], 'at least 2'),
+    (cfg.Data, 'validation_fraction', [-0.1, 0.6, NAN, 'x'], 'a number from 0 to 0.5'),
+    (cfg.Data, 'validation_glob', [None, 3], 'a string'),
+    (cfg.Data, 'long_documents', ['drop', None], "one of 'split', 'error'"),
+    (cfg.Data, 'cache_dir', [None], 'a string'),
+    (cfg.Data, 'num_workers', [-1], 'at least 0'),
+    *((t, 'peak', [-1e-3, NAN, '1e-3', True], 'a number of at least 0')
+      for t in (cfg.Constant, cfg.Cosine, cfg.WSD, cfg.TwoStage)),
+    *((t, 'warmup_steps', [-1, 0.5], 'a whole number of at least 0')
+      for t in (cfg.Constant, cfg.Cosine, cfg.WSD, cfg.TwoStage)),
+    *((t, 'end', [-1, None], 'a number of at least 0')
+      for t in (cfg.Cosine, cfg.WSD, cfg.TwoStage)),
+    (cfg.WSD, 'decay_fraction', [-0.1, 1.1], 'a number from 0 to 1'),
+    (cfg.TwoStage, 'second_peak', [-1, None], 'a number of at least 0'),
+    (cfg.TwoStage, 'switch_fraction', [-0.1, 1.1], 'a number from 0 to 1'),
+    (cfg.TwoStage, 'shape', ['wsd'], "one of 'linear', 'cosine'"),
+    (cfg.AdamW, 'schedule', [1e-3, None], '@cfg.WSD()'),
+    *((cfg.AdamW, name, [-0.1, 1.1, None], 'a number from 0 to 1') for name in ('b1', 'b2')),
+    *((cfg.AdamW, name, [-0.1, NAN], 'a number of at least 0')
+      for name in ('eps', 'weight_decay', 'clip_norm')),
+    (cfg.AdamW, 'weight_decay_shape', ['linear'], "one of 'constant', 'cosine'"),
+    (cfg.NextToken, 'int4_from', [-0.1, 1.1, None], 'a number from 0 to 1'),
+    (cfg.Sampler, 'temperature', [-1, NAN, None], 'a number of at least 0'),
+    (cfg.Sampler, 'top_k', [-1, 0.5], 'a whole number of at least 0'),
+    (cfg.Sampler, 'top_p', [-0.1, 0, 1.1], 'a number'),
+    (cfg.RPT, 'start_from', ['', None], 'a non-empty string'),
+    (cfg.RPT, 'advantage', ['opo', None], 'one of @cfg.GRPO(), @cfg.OPO()'),
+    (cfg.RPT, 'sampler', [None], 'one of @cfg.Sampler()'),
+    (cfg.RPT, 'group_size', [1, 2.0], 'at least 2'),
+    *((cfg.RPT, name, [0, 1.5], 'at least 1')
+      for name in ('num_prompts', 'prompt_len', 'prediction_tokens', 'eval_positions',
+                   'scored_examples')),
+    (cfg.RPT, 'min_entropy', [-1, NAN], 'a number of at least 0'),
+    (cfg.RPT, 'difficulty', [3, (1, 2), (2, 1, 3), (0.1, '1', 2), None], '3 numbers that rise'),
+    *((cfg.Train, name, [0, -1, 1.5, None], 'at least 1')
+      for name in ('num_steps', 'batch_size', 'accumulation', 'log_every', 'eval_every')),
+    (cfg.Train, 'eval_batches', [-1], 'at least 0'),
+    (cfg.Train, 'tensorboard', [1], 'True or False'),
+    *((cfg.Checkpoint, name, [0, 1.5], 'at least 1') for name in ('every', 'keep')),
+    (cfg.Checkpoint, 'keep_every', [-1], 'at least 0'),
+    (cfg.Run, 'seed', [-1, 2**31, 0.5], 'a whole number from 0 to 2147483647'),
+    *((cfg.Run, name, [None, 'x'], '@cfg.') for name in (
+        'model', 'data', 'objective', 'optimizer', 'train', 'checkpoint', 'mesh', 'compute')),
+]
+
+
+@pytest.mark.parametrize('kind', ALL, ids=lambda t: t.__name__)
+def test_valid_values_are_frozen_hashable_and_equal(kind):
+  value = kind(**VALID[kind])
+  assert value == kind(**VALID[kind]) and hash(value) == hash(kind(**VALID[kind]))
+  for field in dataclasses.fields(kind):
+    with pytest.raises(dataclasses.FrozenInstanceError):
+      setattr(value, field.name, None)
+
+
+@pytest.mark.parametrize(
+    'kind, name, value, expected',
+    [(kind, name, value, expected) for kind, name, values, expected in REFUSED
+     for value in values], ids=lambda x: x.__name__ if isinstance(x, type) else repr(x)[:24])
+def test_refused(kind, name, value, expected):
+  with pytest.raises(UserError) as caught:
+    kind(**{**VALID[kind], name: value})
+  message = str(caught.value)
+  assert message.startswith(f'{kind.__name__}.{name} = {value!r}: expected '), message
+  assert expected in message and '\n' not in message and message.endswith('.')
+
+
+def test_every_field_has_a_row():
+  rows = {f'{kind.__name__}.{name}' for kind, name, _, _ in REFUSED}
+  fields = {f'{kind.__name__}.{field.name}' for kind in ALL for field in dataclasses.fields(kind)}
+  assert fields - rows == set()
+
+
+@pytest.mark.parametrize('make, expected', [
+    (lambda: cfg.Quant('none', 'int8'), "set Quant.weights = 'ternary'"),
+    (lambda: cfg.Quant(hadamard=True), "set Quant.weights = 'ternary'"),
+    (lambda: cfg.Model(**{**MODEL, 'num_kv_heads': 3}), 'Model.num_heads = 4 is not a multiple'),
+    (lambda: cfg.Model(**{**MODEL, 'head_dim': 7}), 'Model.head_dim = 7 is odd'),
+    (lambda: cfg.Data(**DATA, validation_glob='a'), 'goes with a source of files'),
+    (lambda: cfg.Train(4, batch_size=6, accumulation=4), 'Train.batch_size = 6 is not a multiple'),
+    (lambda: cfg.Run(**{**RUN, 'objective': cfg.NextToken(0.5)}), "Quant.weights = 'ternary'"),
+])
+def test_refused_together(make, expected):
+  with pytest.raises(UserError) as caught:
+    make()
+  assert expected in str(caught.value)
+
+
+def test_lists_become_tuples():
+  assert cfg.RPT('a', difficulty=[0.5, 1, 2]).difficulty == (0.5, 1, 2)
+
+
+def test_model_at_switches_to_int4_at_its_fraction():
+  model = cfg.Model(**MODEL, quant=cfg.Quant('ternary', 'int8', hadamard=True))
+  run = cfg.Run(**{**RUN, 'model': model, 'objective': cfg.NextToken(0.75)})
+  assert [cfg.model_at(run, step).quant.activations for step in range(5)] == [
+      'int8', 'int8', 'int8', 'int4', 'int4']
+  assert cfg.model_at(run, 4).quant.hadamard
+  never = cfg.Run(**{**RUN, 'model': model})
+  assert cfg.model_at(never, 4) is model

@@ -1,0 +1,177 @@
+"""The layer rule: who may import whom, by reading the imports, and the soft size limits."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+import sys
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / 'jaxrl_pt'
+KERNELS = ROOT / 'pallas_kernels'
+
+# layer → the other layers of jaxrl_pt that it may import. A layer is a module or a folder
+# directly below the package. What is not listed here fails until it finds its place.
+_BASE = {'config', 'errors', 'types'}
+_MODEL = _BASE | {'params', 'nn', 'parallel', 'models'}
+_EVERYTHING = _MODEL | {'checkpoint', 'checksum', 'data', 'game', 'gin_bindings', 'interop',
+                        'metrics', 'report', 'rl', 'sampling', 'scaling', 'tpu', 'train',
+                        'verifiers'}
+ALLOWED: dict[str, set[str]] = {
+    'errors': set(),
+    'types': set(),
+    'config': {'errors'},
+    'params': {'types'},
+    'gin_bindings': {'config', 'errors'},
+    'nn': _BASE,
+    'parallel': _BASE | {'params', 'models'},
+    'models': _BASE | {'params', 'nn'},
+    'sampling': _MODEL,
+    'rl': {'types', 'config', 'errors'},
+    'verifiers': {'types', 'config', 'errors'},
+    'data': _MODEL | {'checksum'},
+    'checksum': {'types'},
+    'checkpoint': _BASE | {'checksum'},
+    'metrics': _BASE,
+    'report': _BASE | {'metrics'},
+    'interop': _MODEL,
+    'tpu': _EVERYTHING,
+    'scaling': _EVERYTHING,
+    'game': _MODEL | {'sampling', 'verifiers', 'rl'},
+    'train': _EVERYTHING,
+    'quickstart': _EVERYTHING,
+    'doctor': _EVERYTHING,
+    'main': _EVERYTHING | {'quickstart', 'doctor'},
+}
+# Only here may the state of the process change: these names must not be called elsewhere.
+PROCESS_STATE = ('jax.config.update', 'jax.distributed.initialize', 'os.environ.setdefault',
+                 'os.environ.update', 'os.environ.pop', 'os.putenv', 'os.chdir', 'sys.exit')
+# Soft limits, and the good reasons that beat them.
+MAX_LINES = 400
+MAX_FUNCTION_LINES = 60  # without the docstring
+MAX_FIELDS = 12
+EXCEPTIONS = {
+    'jaxrl_pt/config.py': 'holds every setting, as independent dataclasses',
+    'Model': 'norm_epsilon is there for imported models only',
+}
+
+FILES = sorted([*PACKAGE.rglob('*.py'), *KERNELS.rglob('*.py')])
+
+
+def _name(path: Path) -> str:
+  return path.relative_to(ROOT).as_posix()
+
+
+def _tree(path: Path) -> ast.Module:
+  return ast.parse(path.read_text(encoding='utf-8'), str(path))
+
+
+def _imports(path: Path) -> Iterator[str]:
+  """Dotted names of all that a file imports, wherever in it; `from a import b` gives a.b."""
+  for node in ast.walk(_tree(path)):
+    if isinstance(node, ast.Import):
+      yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+      assert node.level == 0, f'{_name(path)}: write absolute imports'
+      yield from (f'{node.module}.{alias.name}' for alias in node.names)
+
+
+def _layer(path: Path) -> str:
+  return path.relative_to(PACKAGE).parts[0].removesuffix('.py')
+
+
+def _violations(path: Path) -> list[str]:
+  layer = _layer(path)
+  if layer == '__init__':
+    return [f'jaxrl_pt/__init__.py imports {n}' for n in _imports(path) if 'jaxrl_pt' in n]
+  allowed = ALLOWED.get(layer)
+  if allowed is None:
+    return [f'{layer} has no place in the table of layers']
+  used = {name.split('.')[1] for name in _imports(path) if name.startswith('jaxrl_pt.')}
+  return [f'{layer} imports {other}' for other in sorted(used - allowed - {layer})]
+
+
+@pytest.mark.parametrize('path', [p for p in FILES if PACKAGE in p.parents], ids=_name)
+def test_imports_only_layers_below(path):
+  assert _violations(path) == []
+
+
+def test_the_rule_catches_each_kind_of_import(tmp_path, monkeypatch):
+  monkeypatch.setattr(f'{__name__}.PACKAGE', tmp_path)
+  (tmp_path / 'rl').mkdir()
+  path = tmp_path / 'rl' / 'bad.py'
+  for line in ('import jaxrl_pt.models.transformer', 'from jaxrl_pt.models import base',
+               'from jaxrl_pt import models', 'def f():\n  from jaxrl_pt.models.base import Model'):
+    path.write_text(line)
+    assert _violations(path) == ['rl imports models'], line
+  path.write_text('from jaxrl_pt.rl import advantages\nfrom jaxrl_pt.types import Rollout')
+  assert _violations(path) == []
+
+
+def test_layers_form_no_cycle_below_training():
+  def reach(layer: str, seen: tuple[str, ...]) -> None:
+    assert layer not in seen, ' → '.join((*seen, layer))
+    for other in ALLOWED[layer] & below:
+      reach(other, (*seen, layer))
+
+  below = set(ALLOWED) - {'tpu', 'train', 'scaling'}
+  for layer in below:
+    others = ALLOWED[layer] - {layer}
+    for other in others & below:
+      reach(other, (layer,))
+
+
+def test_nothing_imports_main():
+  assert [_name(p) for p in FILES if 'jaxrl_pt.main' in set(_imports(p))] == []
+
+
+def test_only_gin_bindings_imports_gin():
+  importers = [_name(p) for p in FILES
+               if any(n.split('.')[0] == 'gin' for n in _imports(p))]
+  assert importers == ['jaxrl_pt/gin_bindings.py']
+
+
+def test_kernels_import_only_jax_numpy_and_the_standard_library():
+  allowed = {'jax', 'numpy', 'pallas_kernels'} | set(sys.stdlib_module_names)
+  for path in FILES:
+    if KERNELS in path.parents:
+      assert {n.split('.')[0] for n in _imports(path)} <= allowed, _name(path)
+
+
+def test_the_product_never_imports_the_references():
+  for path in FILES:
+    roots = {n.split('.')[0] for n in _imports(path)}
+    assert not roots & {'torch', 'transformers', 'pytest', 'hypothesis', 'tests'}, _name(path)
+
+
+@pytest.mark.parametrize('path', FILES, ids=_name)
+def test_only_main_touches_process_state(path):
+  if path == PACKAGE / 'main.py':
+    return
+  for node in ast.walk(_tree(path)):
+    if isinstance(node, ast.Call):
+      assert ast.unparse(node.func) not in PROCESS_STATE, f'{_name(path)}:{node.lineno}'
+    if isinstance(node, (ast.Assign, ast.Delete, ast.AugAssign)):
+      targets = [node.target] if isinstance(node, ast.AugAssign) else node.targets
+      assert not any(ast.unparse(t).startswith('os.environ') for t in targets), (
+          f'{_name(path)}:{node.lineno}')
+
+
+@pytest.mark.parametrize('path', FILES, ids=_name)
+def test_soft_limits(path):
+  """A file, a function and a config dataclass stay small; a kernel's body may be long."""
+  num_lines = len(path.read_text(encoding='utf-8').splitlines())
+  assert num_lines <= MAX_LINES or _name(path) in EXCEPTIONS, f'{num_lines} lines'
+  for node in ast.walk(_tree(path)):
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and KERNELS not in path.parents:
+      first = node.body[1 if ast.get_docstring(node) and node.body[1:] else 0]
+      num_lines = (node.end_lineno or 0) - first.lineno + 1
+      assert num_lines <= MAX_FUNCTION_LINES, f'{node.name}: {num_lines} lines'
+
+
+def test_config_dataclasses_stay_small():
+  for node in _tree(PACKAGE / 'config.py').body:
+    if isinstance(node, ast.ClassDef):
+      num_fields = sum(isinstance(n, ast.AnnAssign) for n in node.body)
+      assert num_fields <= MAX_FIELDS or node.name in EXCEPTIONS, node.name

@@ -1,0 +1,131 @@
+"""The command line in processes of its own: help, mistakes, interruption, doctor."""
+
+import json
+import os
+from pathlib import Path
+import re
+import subprocess
+import sys
+
+import pytest
+
+from jaxrl_pt import doctor
+from jaxrl_pt import main as cli
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = str(ROOT / 'gin/run/pretrain_tiny.gin')
+COMMANDS = ('quickstart', 'train', 'sample', 'eval', 'doctor')
+
+
+def _run(*args: str, cwd: Path = ROOT, stdin: bytes = b'') -> subprocess.CompletedProcess[bytes]:
+  return subprocess.run([sys.executable, '-m', 'jaxrl_pt.main', *args], cwd=cwd, input=stdin,
+                        capture_output=True, check=False)
+
+
+def _mistake(capfd: pytest.CaptureFixture[str], *args: str) -> str:
+  """The one line on stderr of a call that ends with exit code 2 and prints nothing else."""
+  assert cli.main(args) == 2
+  out, err = capfd.readouterr()
+  assert out == '' and err.count('\n') == 1 and err.startswith('jaxrl-pt: '), (out, err)
+  return err
+
+
+@pytest.mark.parametrize('command', COMMANDS)
+def test_help_shows_an_example(command, capsys):
+  with pytest.raises(SystemExit) as stopped:
+    cli.main([command, '--help'])
+  text = capsys.readouterr().out
+  assert stopped.value.code == 0 and f'example:\n  jaxrl-pt {command}' in text
+  assert ('--json' in text) == (command in ('sample', 'eval', 'doctor'))
+
+
+@pytest.mark.parametrize('command', COMMANDS)
+def test_examples_parse(command, capsys):
+  with pytest.raises(SystemExit):
+    cli.main([command, '--help'])
+  example = capsys.readouterr().out.split('example:\n')[1].replace('\\\n', ' ')
+  arguments = [a.strip('\'"') for a in re.findall(r'"[^"]*"|\'[^\']*\'|\S+', example)]
+  assert arguments[0] == 'jaxrl-pt'
+  assert cli._make_parser().parse_args(arguments[1:]).command == command
+
+
+def test_help_imports_neither_jax_nor_numpy():
+  code = ('import sys; from jaxrl_pt import main\n'
+          'try: main.main(["--help"])\n'
+          'except SystemExit: pass\n'
+          'assert not {"jax", "numpy", "gin"} & set(sys.modules), "slow imports"')
+  subprocess.run([sys.executable, '-c', code], cwd=ROOT, check=True, capture_output=True)
+
+
+@pytest.mark.parametrize('args, expected', [
+    ((), 'required: COMMAND'),
+    (('trian',), "invalid choice: 'trian'"),
+    (('train', '--gin_file', TINY), 'required: --workdir'),
+    (('train', '--workdir', 'x', '--gin_flie', 'y'), 'Unrecognized arguments: --gin_flie y'),
+    (('train', '--workdir', 'x'), 'No settings given'),
+    (('train', '--workdir', 'x', '--gin_file', 'nowhere.gin'), 'no gin file nowhere.gin'),
+    (('train', '--workdir', 'x', '--gin_file', TINY, '--gin_bindings', 'cfg.Train.num_stepz = 1'),
+     'did you mean num_steps?'),
+    (('train', '--workdir', 'x', '--gin_file', TINY, '--gin_bindings', 'cfg.Run.seed = -1'),
+     'Run.seed = -1'),
+    (('sample', '--workdir', 'x', '--num_tokens', '0'), 'whole number of at least 1'),
+    (('sample', '--workdir', 'x', '--prompt', 'a', '--temperature', '-1'),
+     'Sampler.temperature = -1.0'),
+    (('sample', '--workdir', 'x', '--prompt', 'a', '--top_p', '0'), 'Sampler.top_p = 0'),
+    (('eval', '--workdir', 'nowhere', '--gin_bindings', 'cfg.Data.seq_len = 8'),
+     'nowhere holds no config.gin'),
+])
+def test_a_mistake_is_one_line_and_exit_code_2(args, expected, capfd):
+  assert expected in _mistake(capfd, *args)
+
+
+def test_debug_shows_the_traceback(capfd):
+  assert cli.main(['train', '--workdir', 'x', '--debug']) == 2
+  assert 'Traceback' in capfd.readouterr().err
+
+
+def test_the_process_ends_with_the_exit_code(tmp_path):
+  done = _run('train', '--gin_file', TINY, '--workdir', 'w', '--gin_bindings', 'x = 1',
+              cwd=tmp_path)
+  assert done.returncode == 2 and done.stdout == b''
+  assert done.stderr.startswith(b'jaxrl-pt: Nothing reads x') and done.stderr.count(b'\n') == 1
+  assert list(tmp_path.iterdir()) == []  # A mistake in the settings leaves nothing behind.
+
+
+def test_standard_input_must_be_utf8(tmp_path):
+  done = _run('sample', '--workdir', 'w', stdin=b'ab\xff', cwd=tmp_path)
+  assert done.returncode == 2 and b'not UTF-8 text (byte 2)' in done.stderr
+
+
+def test_interruption_is_a_clean_message(capfd, monkeypatch):
+  def interrupted(args: object) -> int:
+    raise KeyboardInterrupt
+  monkeypatch.setitem(cli._COMMANDS, 'doctor', interrupted)
+  assert cli.main(['doctor']) == 130
+  assert capfd.readouterr().err == '\njaxrl-pt: interrupted.\n'
+
+
+def test_a_closed_pipe_is_no_traceback(tmp_path):
+  command = f'{sys.executable} -m jaxrl_pt.main --help | true'
+  done = subprocess.run(['bash', '-c', command], cwd=ROOT, capture_output=True, check=True,
+                        env={**os.environ, 'PYTHONUNBUFFERED': '1'})
+  assert b'Traceback' not in done.stderr
+
+
+def test_doctor_examines_and_checks(tmp_path, capsys):
+  assert cli.main(['doctor', '--json', '--workdir', str(tmp_path / 'not' / 'yet')]) == 0
+  found = json.loads(capsys.readouterr().out)
+  assert found['ok'] and [c['name'] for c in found['checks']] == ['training', 'cache', 'checkpoint']
+  assert found['versions']['jax'] and found['disk']['free_bytes'] > 0 and found['devices']
+  assert not (tmp_path / 'not').exists()
+  text = doctor.text(found)
+  assert 'All is well.' in text and 'FAIL' not in text
+
+
+def test_doctor_says_what_is_broken(monkeypatch):
+  def broken(*args: object, **kwargs: object) -> None:
+    raise OSError('no such disk')
+  monkeypatch.setattr(doctor, 'Checkpointer', broken)
+  checks = {check['name']: check for check in doctor.self_check()}
+  assert checks['cache']['ok'] and not checks['checkpoint']['ok']
+  assert checks['checkpoint']['detail'] == 'OSError: no such disk'
