@@ -6,6 +6,7 @@ function of (table, seed, step). Host-side numpy, but for the scoring itself.
 """
 
 from collections.abc import Callable
+import dataclasses
 from dataclasses import dataclass
 import functools
 import hashlib
@@ -220,9 +221,13 @@ def build_prompts(examples: Batch, rows: Positions, *, prompt_len: int,
   follows = np.logical_and.accumulate(follows, axis=1)
   continuation = np.where(follows, targets[each, inside], 0)
   ids = (rows.example.astype(np.int64) * length + rows.t).astype(np.uint32).view(np.int32)
-  return Prompts(context.astype(np.int32), lengths.astype(np.int32), ids,
-                 continuation.astype(np.int32), follows.sum(1).astype(np.int32),
-                 rows.entropy.astype(np.float32))
+  return Prompts(_host(context), _host(lengths), _host(ids), _host(continuation),
+                 _host(follows.sum(1)), _host(rows.entropy, np.float32))
+
+
+def _host(x: np.ndarray, dtype: Any = np.int32) -> Any:
+  """A host array standing where a device array will be."""
+  return x.astype(dtype)
 
 
 def _rows_of(ids: np.ndarray, wanted: np.ndarray) -> np.ndarray:
@@ -242,4 +247,4 @@ def pad_prompts(prompts: Prompts, num_prompts: int) -> Prompts:
     return np.pad(np.asarray(x), [(0, missing)] + [(0, 0)] * (np.ndim(x) - 1))
 
   padded: Prompts = jax.tree.map(pad, prompts)
-  return padded.replace(lengths=np.maximum(padded.lengths, 1))
+  return dataclasses.replace(padded, lengths=_host(np.maximum(padded.lengths, 1)))

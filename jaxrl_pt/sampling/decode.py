@@ -5,6 +5,8 @@ token is addressed by (key, prompt id, sample, position), so a response does not
 on the batch it is drawn in, on the row's place or on padding.
 """
 
+import dataclasses
+
 from flax import struct
 import jax
 import jax.numpy as jnp
@@ -86,8 +88,8 @@ def generate(model: Model, params: Params, prompts: Prompts, key: Array, *, samp
     logp = jnp.take_along_axis(jax.nn.log_softmax(filtered), token[:, None], -1)[:, 0]
     running = ~state.done
     token = jnp.where(running, token, fill)
-    return state.replace(
-        step=state.step + 1,
+    return dataclasses.replace(
+        state, step=state.step + 1,
         tokens=state.tokens.at[:, state.step].set(token),
         mask=state.mask.at[:, state.step].set(running.astype(jnp.float32)),
         logp=state.logp.at[:, state.step].set(jnp.where(running, logp, 0.0)),
@@ -97,7 +99,7 @@ def generate(model: Model, params: Params, prompts: Prompts, key: Array, *, samp
     newest = jax.lax.dynamic_slice_in_dim(state.tokens, state.step - 1, 1, axis=1)
     position = (starts_B + state.step - 1)[:, None]
     hidden, cache = model.extend(params, newest, position, state.cache)
-    return draw(state.replace(cache=cache), hidden[:, 0])
+    return draw(dataclasses.replace(state, cache=cache), hidden[:, 0])
 
   hidden_ND, cache = prefill(model, params, prompts.tokens, prompts.lengths)
   if num_tokens > 1:  # One token needs no cache beyond its prompt's.

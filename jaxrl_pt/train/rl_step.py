@@ -10,6 +10,7 @@ is made per batch, where PPO's ratio is 1 and its clip inert.
 """
 
 from collections.abc import Callable
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +23,16 @@ from jaxrl_pt.models.logprobs import TokenScores, token_logprobs
 from jaxrl_pt.rl import advantages, objectives
 from jaxrl_pt.sampling import decode, policies
 from jaxrl_pt.train import optim
-from jaxrl_pt.types import (Array, Params, Prompts, Rollout, Trajectory, TrainState, Verdict,
-                            Weighted)
+from jaxrl_pt.types import (
+  Array,
+  Params,
+  Prompts,
+  Rollout,
+  TrainState,
+  Trajectory,
+  Verdict,
+  Weighted,
+)
 from jaxrl_pt.verifiers import next_token as verifier
 
 RLStep = Callable[[TrainState, Prompts], tuple[TrainState, dict[str, Weighted]]]
@@ -63,7 +72,7 @@ def make_rpt_step(model: Model, optimizer: optax.GradientTransformation, run: cf
     verdict = verify(prompts, rollout)
     advantage_NG = group_advantage(method.advantage, rollout, verdict)
     mask = rollout.mask * verdict.valid[..., None]
-    trajectory = Trajectory(prompts, rollout.replace(mask=mask),
+    trajectory = Trajectory(prompts, dataclasses.replace(rollout, mask=mask),
                             jnp.broadcast_to(advantage_NG[..., None], mask.shape))
 
     def loss(params: Params) -> tuple[Array, TokenScores]:
@@ -98,8 +107,8 @@ def _update(optimizer: optax.GradientTransformation, state: TrainState, grads: P
   """The updated state, or the old one where loss or gradient is not finite; and which."""
   finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-  updated = state.replace(step=state.step + 1, opt_state=opt_state,
-                          params=optax.apply_updates(state.params, updates))
+  updated = dataclasses.replace(state, step=state.step + 1, opt_state=opt_state,
+                                params=optax.apply_updates(state.params, updates))
   return jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state), finite
 
 

@@ -1,6 +1,7 @@
 """The filters keep exactly the tokens that their definitions name."""
 
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -80,7 +81,8 @@ def test_batched_rows_are_independent():
     np.testing.assert_array_equal(policies.filtered_logits(row, sampler), got)
 
 
-@pytest.mark.parametrize('sampler', [Sampler(), Sampler(0.7), Sampler(0.9, 3), Sampler(1.0, 0, 0.6)])
+@pytest.mark.parametrize('sampler', [
+    Sampler(), Sampler(0.7), Sampler(0.9, 3), Sampler(1.0, 0, 0.6)])
 def test_learner_equals_sampler_on_drawn_tokens(sampler):
   logits = jnp.asarray(LOGITS)
   for token in np.flatnonzero(probabilities(sampler) > 0):

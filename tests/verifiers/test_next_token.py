@@ -1,6 +1,7 @@
 """RPT's reward: the definition by cases, the device version equal to it."""
 
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
