@@ -1,0 +1,238 @@
+"""Properties of the forward: causal, packed ≡ separate, cached ≡ whole, and its sizes."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrl_pt import config as cfg
+from jaxrl_pt import params as P
+from jaxrl_pt.models import presets, transformer
+
+BASE = cfg.Model(num_layers=2, d_model=32, d_ff=64, num_heads=4, num_kv_heads=2, head_dim=8,
+                 vocab_size=40)
+QUANTS = {
+    'plain': cfg.Quant(),
+    'weights': cfg.Quant('ternary'),
+    'int8': cfg.Quant('ternary', 'int8'),
+    'int8_hadamard': cfg.Quant('ternary', 'int8', hadamard=True),
+    'int4_hadamard': cfg.Quant('ternary', 'int4', hadamard=True),
+    'int4_absmax': cfg.Quant('ternary', 'int4_absmax'),
+}
+SHAPES = {
+    'llama': {},
+    'bitnet': dict(activation='relu2', sub_norm=True),
+    'one_kv_head': dict(num_kv_heads=1, activation='relu2'),
+    'all_kv_heads': dict(num_kv_heads=4, sub_norm=True, tied_head=False),
+    'narrow_queries': dict(num_heads=2, head_dim=4, num_kv_heads=1),
+}
+VARIANTS = [*((q, 'bitnet') for q in QUANTS), *(('plain', s) for s in SHAPES if s != 'bitnet'),
+            ('int8', 'llama')]
+
+
+def make(quant='plain', shape='llama', compute=cfg.Compute()):
+  config = dataclasses.replace(BASE, **SHAPES[shape], quant=QUANTS[quant])
+  model = transformer.build(config, compute)
+  return model, init(model.specs)
+
+
+def init(specs):
+  return jax.jit(lambda key: P.init(specs, key))(jax.random.key(0))
+
+
+def draw_tokens(rows, length):
+  return jax.random.randint(jax.random.key(1), (rows, length), 0, BASE.vocab_size)
+
+
+def plain_inputs(tokens):
+  positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+  return tokens, positions, jnp.ones_like(tokens)
+
+
+def assert_close_but_for_flips(actual, expected, quantised):
+  """Equal up to float32 rounding; one program's scale may differ from another's in the last
+  bit, which moves a value that lies on a rounding boundary by one step of its quantiser, so
+  a quantised model may have a few rows (tokens) off by that step, and no more than a few."""
+  error = np.abs(np.asarray(actual, np.float64) - np.asarray(expected, np.float64)).max(-1)
+  if quantised:
+    assert np.mean(error > 5e-5) <= 0.1 and error.max() < 0.5, error
+  else:
+    assert error.max() < 5e-5, error.max()
+
+
+@pytest.mark.parametrize('quant, shape', [('plain', 'llama'), ('int8_hadamard', 'bitnet'),
+                                          ('int4_hadamard', 'bitnet')])
+def test_causality_by_gradient(quant, shape):
+  model, params = make(quant, shape)
+  _, positions, segments = plain_inputs(draw_tokens(1, 6))
+
+  def hidden(embeddings):
+    # Token t takes row t of the table, so a row's gradient is that position's.
+    own = {**params, 'embed': embeddings}
+    return model.apply(own, jnp.arange(6)[None], positions, segments)[0]
+
+  embeddings = params['embed'][:6] * 50
+  moved = jax.jit(jax.jacobian(lambda e: hidden(e).sum(-1)))(embeddings)  # [T out, T in, D]
+  influence = np.abs(moved).sum(-1)
+  np.testing.assert_array_equal(np.triu(influence, 1), 0)
+  assert (np.tril(influence)[np.tril_indices(6)] > 0).all()
+
+
+@pytest.mark.parametrize('quant', ['plain', 'int8', 'int4_hadamard'])
+def test_packed_documents_equal_separate_ones(quant):
+  model, params = make(quant, 'bitnet')
+  apply = jax.jit(model.apply)
+  tokens = draw_tokens(1, 12)
+  lengths = (5, 4)
+  positions = jnp.asarray([[0, 1, 2, 3, 4, 0, 1, 2, 3, 0, 1, 2]])
+  segments = jnp.asarray([[1] * 5 + [2] * 4 + [0] * 3])
+  packed = apply(params, tokens, positions, segments)
+  start = 0
+  for length in lengths:
+    # The same program and width: only what shares the row with the document changes.
+    alone = jnp.zeros_like(tokens).at[0, :length].set(tokens[0, start:start + length])
+    alone_segments = jnp.zeros_like(tokens).at[0, :length].set(1)
+    separate = apply(params, alone, jnp.arange(12)[None], alone_segments)
+    assert_close_but_for_flips(packed[0, start:start + length], separate[0, :length],
+                               quant != 'plain')
+    start += length
+
+
+def test_other_documents_have_no_influence_at_all():
+  model, params = make('int8', 'bitnet')
+  tokens = draw_tokens(1, 10)
+  positions = jnp.asarray([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4]])
+  segments = jnp.asarray([[1] * 5 + [2] * 5])
+  changed = tokens.at[0, :5].set((tokens[0, :5] + 1) % BASE.vocab_size)
+  apply = jax.jit(model.apply)
+  a, b = apply(params, tokens, positions, segments), apply(params, changed, positions, segments)
+  np.testing.assert_array_equal(a[0, 5:], b[0, 5:])
+  assert np.abs(a[0, :5] - b[0, :5]).max() > 0.1
+
+
+@pytest.mark.parametrize('quant, shape', VARIANTS)
+def test_cache_equals_full_at_every_position(quant, shape):
+  model, params = make(quant, shape)
+  tokens, positions, segments = plain_inputs(draw_tokens(2, 16))
+  full = jax.jit(model.apply)(params, tokens, positions, segments)
+  extend = jax.jit(model.extend)
+  hidden, cache = extend(params, tokens[:, :6], positions[:, :6], model.init_cache(2, 16))
+  parts = [hidden]
+  for i in range(6, 16):
+    hidden, cache = extend(params, tokens[:, i:i + 1], positions[:, i:i + 1], cache)
+    parts.append(hidden)
+  assert_close_but_for_flips(jnp.concatenate(parts, 1), full, quant != 'plain')
+
+
+def test_rows_of_different_lengths_share_one_cache():
+  model, params = make()
+  tokens = draw_tokens(2, 8)
+  lengths = jnp.asarray([[5], [3]])
+  positions = jnp.broadcast_to(jnp.arange(8), (2, 8))
+  # Row 1's prompt is right-padded: slots 3… hold garbage until they are written.
+  _, cache = model.extend(params, tokens[:, :5], positions[:, :5], model.init_cache(2, 8))
+  new = jnp.asarray([[7], [9]])
+  hidden, _ = model.extend(params, new, lengths, cache)
+  for row, length in enumerate((5, 3)):
+    alone = jnp.concatenate([tokens[row, :length], new[row]])[None]
+    expected = model.apply(params, *plain_inputs(alone))[0, -1]
+    np.testing.assert_allclose(hidden[row, 0], expected, atol=2e-5)
+
+
+def loss_and_grad(compute, quant='int8'):
+  model, params = make(quant, 'bitnet', compute)
+  inputs = plain_inputs(draw_tokens(2, 8))
+
+  def loss(params):
+    return jnp.square(model.apply(params, *inputs).astype(jnp.float32) @ model.head(params)).mean()
+
+  return jax.jit(jax.value_and_grad(loss))(params)
+
+
+@pytest.mark.parametrize('quant', ['plain', 'int8'])
+@pytest.mark.parametrize('compute', [cfg.Compute(remat='block'), cfg.Compute(unroll=0),
+                                     cfg.Compute(unroll=2, remat='block')])
+def test_remat_and_unrolling_change_nothing(compute, quant):
+  value, grads = loss_and_grad(cfg.Compute(), quant)
+  other_value, other_grads = loss_and_grad(compute, quant)
+  # Quantised, the programs could part at a rounding boundary; at this size and seed none does.
+  np.testing.assert_allclose(other_value, value, rtol=1e-5)
+  for a, b in zip(jax.tree.leaves(other_grads), jax.tree.leaves(grads)):
+    np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5 * float(jnp.abs(b).max()) + 1e-9)
+
+
+@pytest.mark.parametrize('quant', ['plain', 'int8_hadamard'])
+def test_bfloat16_is_near_float32(quant):
+  inputs = plain_inputs(draw_tokens(2, 16))
+  model, params = make(quant, 'bitnet')
+  low, _ = make(quant, 'bitnet', cfg.Compute(dtype='bfloat16'))
+  exact, rough = jax.jit(model.apply)(params, *inputs), jax.jit(low.apply)(params, *inputs)
+  assert rough.dtype == jnp.bfloat16 and low.head(params).dtype == jnp.bfloat16
+  assert low.init_cache(1, 4).k.dtype == jnp.bfloat16
+  # 8 bits of mantissa, 2 layers; quantised, flips of single codes besides: a few percent.
+  error = jnp.linalg.norm(rough - exact) / jnp.linalg.norm(exact)
+  assert float(error) < (0.03 if quant == 'plain' else 0.15)
+  grads = jax.jit(jax.grad(
+      lambda p: low.apply(p, *inputs).astype(jnp.float32).sum()))(params)
+  assert all(g.dtype == jnp.float32 and bool(jnp.isfinite(g).all())
+             for g in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize('num_layers', [2, 8])
+def test_initial_residual_stream_does_not_grow_with_depth(num_layers):
+  config = dataclasses.replace(presets.tiny(64), num_layers=num_layers)
+  model = transformer.build(config)
+  params = init(model.specs)
+  logits = jax.jit(model.apply)(params, *plain_inputs(draw_tokens(1, 16))) @ model.head(params)
+  # A tied head over embeddings of std 0.02: logits of std 0.02 · √D = 0.23.
+  assert 0.1 < float(logits.std()) < 0.6
+
+
+# --- Sizes ----------------------------------------------------------------------
+
+
+def count_group(specs, group):
+  leaves = jax.tree_util.tree_flatten_with_path(specs, is_leaf=P.is_spec)[0]
+  return sum(int(np.prod(s.shape)) for path, s in leaves if group(path[-1].key))
+
+
+def test_bitnet_2b4t_counts():
+  specs = transformer.build(presets.bitnet_2b4t()).specs
+  assert count_group(specs, lambda n: n == 'embed') == 328_335_360
+  assert count_group(specs, lambda n: n.startswith('w')) == 2_084_044_800
+  assert count_group(specs, lambda n: n.endswith('norm')) == 440_320
+  assert P.count(specs) == 2_412_820_480
+
+
+def counted_by_hand(c):
+  attention = 2 * c.d_model * c.head_dim * (c.num_heads + c.num_kv_heads)
+  layer = attention + 3 * c.d_model * c.d_ff + 2 * c.d_model
+  layer += (c.num_heads * c.head_dim + c.d_ff) if c.sub_norm else 0
+  return (c.vocab_size * c.d_model * (1 if c.tied_head else 2) + c.num_layers * layer
+          + c.d_model)
+
+
+@pytest.mark.parametrize('config, count', [
+    (presets.tiny(), 920_704), (presets.small(), None), (presets.medium(), None),
+    (presets.stories260k(), 260_032), (presets.bitnet_v2_400m(), None),
+    (presets.bitnet_v2_1_3b(), None), (presets.bitnet_v2_3b(), None),
+    (presets.bitnet_v2_7b(), None),
+], ids=lambda x: '' if x is None or isinstance(x, int) else f'{x.num_layers}x{x.d_model}')
+def test_preset_counts(config, count):
+  actual = P.count(transformer.build(config).specs)
+  assert count is None or actual == count
+  assert actual == counted_by_hand(config)
+
+
+def test_init_is_addressed_by_place_and_seed():
+  model, params = make()
+  again = P.init(model.specs, jax.random.key(0))
+  other = P.init(model.specs, jax.random.key(1))
+  np.testing.assert_array_equal(params['layers']['wq'], again['layers']['wq'])
+  assert np.abs(params['layers']['wq'] - other['layers']['wq']).max() > 0.1
+  assert np.abs(params['layers']['w_gate'] - params['layers']['w_up']).max() > 0.1
+  abstract = P.abstract(model.specs)
+  assert jax.tree.map(lambda x: (x.shape, x.dtype), params) == jax.tree.map(
+      lambda x: (x.shape, x.dtype), abstract)
