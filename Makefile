@@ -11,7 +11,7 @@ STAMP := $(VENV)/.installed
 LOCK := requirements/cpu.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint parity golden lock clean
+.PHONY: help quickstart test lint parity seqio golden lock clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -19,7 +19,7 @@ help: ## this list
 quickstart: $(STAMP) ## the main job on real text, offline, in minutes (DATA='glob' for your own text)
 	@$(BIN)/jaxrl-pt quickstart --workdir '$(WORKDIR)' $(if $(DATA),--data '$(DATA)')
 
-test: $(STAMP) ## all tests; those against PyTorch too if `make parity` has been run
+test: $(STAMP) ## all tests; those against PyTorch and seqio if they are installed
 	@$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
 lint: $(STAMP) ## ruff and mypy
@@ -27,7 +27,10 @@ lint: $(STAMP) ## ruff and mypy
 	@$(BIN)/mypy
 
 parity: $(STAMP) ## adds PyTorch and transformers, the references of the parity tests
-	@$(BIN)/python -m pip install --quiet -r requirements/parity.txt -c $(LOCK)
+	@$(BIN)/python -m pip install -qq -r requirements/parity.txt -c $(LOCK)
+
+seqio: $(STAMP) ## adds seqio (with TensorFlow), for the tests of its tasks
+	@$(BIN)/python -m pip install -qq -r requirements/seqio.txt -c $(LOCK)
 
 golden: $(STAMP) ## rewrites the resolved texts of the shipped run files
 	@$(BIN)/python -m tests.golden.regenerate
@@ -50,7 +53,7 @@ $(STAMP): $(LOCK) setup.cfg pyproject.toml
 	  uv pip install --quiet --python $(BIN)/python --no-deps -e .; \
 	else \
 	  { test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV); } && \
-	  $(BIN)/python -m pip install --quiet --disable-pip-version-check -r $(LOCK) && \
-	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .; \
+	  $(BIN)/python -m pip install -qq -r $(LOCK) && \
+	  $(BIN)/python -m pip install -qq --no-deps -e .; \
 	fi
 	@touch $(STAMP)

@@ -8,11 +8,20 @@ import pytest
 # Before any test imports jax. Tests that need several devices start a process of their own.
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
-_MISSING = [name for name in ('torch', 'transformers') if importlib.util.find_spec(name) is None]
-collect_ignore_glob = ['parity/*'] if _MISSING else []
+def _missing(*names: str) -> list[str]:
+  return [name for name in names if importlib.util.find_spec(name) is None]
+
+
+_PARITY = _missing('torch', 'transformers')
+_SEQIO = _missing('seqio')
+collect_ignore_glob = ['parity/*'] if _PARITY else []
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-  if _MISSING:
-    terminalreporter.write_line(
-        f'Parity tests left out: {" and ".join(_MISSING)} not installed (`make parity` adds them).')
+  left_out = []
+  if _PARITY:
+    left_out.append(f'parity tests ({" and ".join(_PARITY)} not installed: `make parity`)')
+  if _SEQIO:
+    left_out.append('tests of seqio tasks (seqio not installed: `make seqio`)')
+  if left_out:
+    terminalreporter.write_line(f'Left out: {", ".join(left_out)}.')

@@ -163,7 +163,8 @@ def bit_matmul(x: Array, w: Array, kind: ActivationQuant) -> Array:
   return _bit_matmul_forward(x, w, kind)[0]
 
 
-def _bit_matmul_forward(x: Array, w: Array, kind: ActivationQuant):
+def _bit_matmul_forward(x: Array, w: Array,
+                        kind: ActivationQuant) -> tuple[Array, tuple[Array, ...]]:
   x_codes, x_scale = activations(x, kind)
   w_codes, w_scale = ternary(w)
   product = jnp.matmul(x_codes, w_codes.astype(x.dtype), preferred_element_type=jnp.float32)
@@ -171,7 +172,8 @@ def _bit_matmul_forward(x: Array, w: Array, kind: ActivationQuant):
   return y, (x_codes, x_scale, w_codes, w_scale)
 
 
-def _bit_matmul_backward(kind: ActivationQuant, saved, dy: Array):
+def _bit_matmul_backward(kind: ActivationQuant, saved: tuple[Array, ...],
+                         dy: Array) -> tuple[Array, Array]:
   del kind
   x_codes, x_scale, w_codes, w_scale = saved
   dy_w = (dy.astype(jnp.float32) * w_scale[..., 0]).astype(dy.dtype)

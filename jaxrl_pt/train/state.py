@@ -30,7 +30,8 @@ def abstract_state(model: Model, optimizer: optax.GradientTransformation,
   opt_shardings = optax.tree_map_params(
       optimizer, lambda _, sharding: sharding, shapes.opt_state, param_shardings,
       transform_non_params=lambda _: everywhere)
-  shardings = TrainState(everywhere, param_shardings, opt_shardings, {})
+  shardings = TrainState(everywhere,  # type: ignore[arg-type]  # Same tree.
+                         param_shardings, opt_shardings, {})
 
   def with_sharding(shape: Any, sharding: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)

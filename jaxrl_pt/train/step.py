@@ -1,6 +1,7 @@
 """One optimiser step as a pure function, with exact accumulation over micro-batches."""
 
 from collections.abc import Callable
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +32,8 @@ def make_train_step(loss: SumLoss, optimizer: optax.GradientTransformation,
         'learning_rate': Weighted.single(learning_rate(state.step)),
     }
     params = optax.apply_updates(state.params, updates)
-    return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
+    state = dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state)
+    return state, metrics
 
   return step
 
