@@ -112,11 +112,14 @@ def _collect(config: cfg.Model, take: Callable[..., np.ndarray],
     return jnp.asarray(np.stack([read(f'model.layers.{i}.{name}')
                                  for i in range(config.num_layers)]))
 
-  layers = {ours: stack(lambda n, ours=ours: matrix(n, *sizes[ours]), theirs)
-            for ours, theirs in _MATRICES.items()}
-  for ours, theirs in norms.items():
-    layers[ours] = stack(
-        lambda n, ours=ours: take(f'{n}.weight', *sizes[ours]).astype(np.float32), theirs)
+  def matrix_of(ours: str) -> Callable[[str], np.ndarray]:
+    return lambda name: matrix(name, *sizes[ours])
+
+  def gains_of(ours: str) -> Callable[[str], np.ndarray]:
+    return lambda name: take(f'{name}.weight', *sizes[ours]).astype(np.float32)
+
+  layers = {ours: stack(matrix_of(ours), theirs) for ours, theirs in _MATRICES.items()}
+  layers |= {ours: stack(gains_of(ours), theirs) for ours, theirs in norms.items()}
   embed = take('model.embed_tokens.weight', config.vocab_size, config.d_model)
   params = {'embed': jnp.asarray(embed.astype(np.float32)), 'layers': layers,
             'final_norm': jnp.asarray(
@@ -183,7 +186,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _safetensors() -> Any:
   try:
-    import safetensors.numpy  # noqa: PLC0415 — an extra
+    import safetensors.numpy
   except ImportError as e:
     raise UserError("Hugging Face files need the `hf` extra: pip install 'jaxrl_pt[hf]'.") from e
   return safetensors.numpy

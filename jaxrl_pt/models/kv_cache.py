@@ -2,6 +2,7 @@
 
 from flax import struct
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from jaxrl_pt.config import Model
 from jaxrl_pt.types import Array
@@ -16,7 +17,7 @@ class KVCache:
   v: Array  # f[L, B, C, K, E]
 
 
-def init(config: Model, num_rows: int, num_slots: int, dtype) -> KVCache:
+def init(config: Model, num_rows: int, num_slots: int, dtype: DTypeLike) -> KVCache:
   """An empty cache for `num_rows` sequences of at most `num_slots` tokens."""
   shape = (config.num_layers, num_rows, num_slots, config.num_kv_heads, config.head_dim)
   return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))

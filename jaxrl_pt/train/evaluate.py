@@ -11,14 +11,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl_pt import config as cfg
 from jaxrl_pt import checkpoint, gin_bindings, metrics
+from jaxrl_pt import config as cfg
 from jaxrl_pt.checkpoint import Restored
-from jaxrl_pt.data import loader, tokenizer as tokenizers
+from jaxrl_pt.data import loader
+from jaxrl_pt.data import tokenizer as tokenizers
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.models.base import Model
 from jaxrl_pt.sampling import decode
-from jaxrl_pt.train import losses, optim, session as sessions
+from jaxrl_pt.train import losses, optim
+from jaxrl_pt.train import session as sessions
 from jaxrl_pt.train import state as states
 from jaxrl_pt.types import Params, Prompts, TrainState, Weighted
 
@@ -88,6 +90,7 @@ def _restore(workdir: Path, step: int | None, data: cfg.Data | None,
                     'interrupted train run.')
   run, text = gin_bindings.load([str(config_file)], [])
   run = dataclasses.replace(run, mesh=mesh, data=data or run.data)
+  data_dir: Path | None
   match run.objective:
     case cfg.RPT(start_from=start):
       data_dir = Path(start) / 'data'  # Where `rl.train` has left it.

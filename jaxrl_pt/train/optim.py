@@ -62,6 +62,7 @@ def weight_decay(config: cfg.AdamW, num_steps: int) -> Schedule:
       switch = num_steps
 
   def schedule(step: Any) -> Any:
+    value: Any
     if config.weight_decay_shape == 'constant':
       value = config.weight_decay
     else:

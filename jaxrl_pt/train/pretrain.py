@@ -15,7 +15,8 @@ from jaxrl_pt import config as cfg
 from jaxrl_pt import metrics, report
 from jaxrl_pt.checkpoint import Checkpointer
 from jaxrl_pt.data import loader
-from jaxrl_pt.train import losses, optim, session as sessions
+from jaxrl_pt.train import losses, optim
+from jaxrl_pt.train import session as sessions
 from jaxrl_pt.train import state as states
 from jaxrl_pt.train.evaluate import evaluate_packed
 from jaxrl_pt.train.interrupt import stop_on_signals

@@ -20,7 +20,8 @@ from jaxrl_pt.checkpoint import Checkpointer
 from jaxrl_pt.data import loader, next_token
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.models.base import Model
-from jaxrl_pt.train import evaluate, optim, rl_step, session as sessions
+from jaxrl_pt.train import evaluate, optim, rl_step
+from jaxrl_pt.train import session as sessions
 from jaxrl_pt.train import state as states
 from jaxrl_pt.train.interrupt import stop_on_signals
 from jaxrl_pt.types import Batch, Params, Prompts, Weighted
@@ -65,7 +66,7 @@ def train(run: cfg.Run, workdir: Path, resolved_text: str) -> None:
     abstract = states.abstract_state(model, optimizer, session.mesh)
     state, _ = sessions.restore_or_init(
         session, checkpointer, abstract,
-        lambda: states.state_of(start.params, optimizer, abstract))
+        lambda start=start: states.state_of(start.params, optimizer, abstract))
     del start
     first = int(state.step)
     writer = metrics.Writer(workdir, resume_step=first or -1, num_steps=run.train.num_steps,
@@ -200,8 +201,9 @@ def _make_scorer(session: sessions.Session, method: cfg.RPT, model: Model,
     sums: dict[str, Any] = {}
     for batch in batches:
       for name, value in accuracy(params, batch).items():
-        old = sums.get(name, Weighted(0.0, 0.0))
-        sums[name] = Weighted(old.sum + value.sum, old.count + value.count)
+        old = sums.get(name)
+        sums[name] = value if old is None else Weighted(old.sum + value.sum,
+                                                        old.count + value.count)
     results = {f'validation/{k}': v for k, v in metrics.host_values(sums).items()}
     counts = {f'validation/{k.removesuffix("_argmax")}_count': float(v.count)
               for k, v in sums.items() if k.endswith('_argmax')}

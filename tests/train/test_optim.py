@@ -78,7 +78,8 @@ def test_optimizer_equals_adamw_written_out():
     params = jax.tree.map(jnp.add, params, updates)
 
     norm = np.sqrt(sum(float((g ** 2).sum()) for g in jax.tree.leaves(grads)))
-    clipped = jax.tree.map(lambda g: np.asarray(g) * min(1.0, 1.0 / norm), grads)
+    scale = min(1.0, 1.0 / norm)
+    clipped = jax.tree.map(lambda g, scale=scale: np.asarray(g) * scale, grads)
     first = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, first, clipped)
     second = jax.tree.map(lambda v, g: 0.95 * v + 0.05 * g * g, second, clipped)
     decayed = {'embed': 0.0, 'layers': {'wq': 0.1, 'attn_norm': 0.0}}

@@ -8,7 +8,8 @@ import pytest
 from jaxrl_pt import config as cfg
 from jaxrl_pt.models import transformer
 from jaxrl_pt.parallel.mesh import make_mesh
-from jaxrl_pt.train import losses, optim, state as states
+from jaxrl_pt.train import losses, optim
+from jaxrl_pt.train import state as states
 from jaxrl_pt.train.step import make_train_step
 from jaxrl_pt.types import Batch
 
