@@ -311,6 +311,7 @@ class Data:
   """Documents → tokens → packed examples of `seq_len` predicted tokens.
 
   validation_fraction: share of the documents (whole documents, by hash) held out.
+  validation_glob: files of the source's kind that are the validation split instead.
   long_documents: a document longer than seq_len is 'split' over examples or an 'error'.
   cache_dir: where prepared examples are kept and shared between runs; empty means
   the run's own work directory.
@@ -321,6 +322,7 @@ class Data:
   tokenizer: Tokenizer
   seq_len: int
   validation_fraction: float = 0.02
+  validation_glob: str = ''
   long_documents: Literal['split', 'error'] = 'split'
   cache_dir: str = ''
   num_workers: int = 0
@@ -330,6 +332,10 @@ class Data:
     _instance(self, 'tokenizer', *get_args(Tokenizer))
     _integer(self, 'seq_len', 2)
     _number(self, 'validation_fraction', 0.0, 0.5)
+    _text(self, 'validation_glob', empty=True)
+    if self.validation_glob and isinstance(self.source, (PythonStdlib, Seqio)):
+      raise UserError('Data.validation_glob goes with a source of files: leave it empty for '
+                      f'{type(self.source).__name__}.')
     _choice(self, 'long_documents', Literal['split', 'error'])
     _text(self, 'cache_dir', empty=True)
     _integer(self, 'num_workers', 0)

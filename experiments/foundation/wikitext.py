@@ -43,7 +43,7 @@ def make_run(data: Path, cache: Path, arm: str, seed: int, num_steps: int):
       seed=seed,
       model=presets.small(VOCAB, arms()[arm]),
       data=cfg.Data(cfg.TextFiles(str(data / 'train.txt.gz'), document), cfg.TrainedBPE(VOCAB),
-                    LENGTH, validation=cfg.TextFiles(str(data / 'valid.txt'), document),
+                    LENGTH, validation_glob=str(data / 'valid.txt'),
                     cache_dir=str(cache)),
       objective=cfg.NextToken(),
       optimizer=cfg.AdamW(cfg.TwoStage(4e-3, 2.7e-3, warmup_steps=max(1, num_steps // 20))),

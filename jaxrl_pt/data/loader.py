@@ -135,6 +135,8 @@ def _content_key(data: config.Data, cached: Path | None) -> str:
   """Hash of all that decides the examples: where they are kept and read does not."""
   content = dataclasses.replace(data, cache_dir='', num_workers=0)
   paths = sorted(cached.iterdir()) if cached else list(sources.files(data.source))
+  if data.validation_glob:
+    paths += sources.files(_validation_source(data))
   match data.tokenizer:
     case config.HuggingFaceTokenizer(path=path) | config.SentencePiece(path=path):
       if not Path(path).expanduser().is_file():
@@ -188,8 +190,7 @@ def _build(data: config.Data, cached: Path | None, directory: Path) -> None:
     seqio_tasks.check_tokenizer(cached, tokenizer)
     documents = seqio_tasks.documents(cached, data.validation_fraction, tokenizer)
   else:
-    training = (text for text in sources.documents(data.source)
-                if pack.hold_out(text) >= data.validation_fraction)
+    training = (text for text, _, held_out in _texts(data) if not held_out)
     tokenizer = tokenizers.train_or_load(data.tokenizer, training)
     documents = _tokenised(data, tokenizer)
   tokenizer.save(directory / 'tokenizer')
@@ -209,14 +210,30 @@ def _build(data: config.Data, cached: Path | None, directory: Path) -> None:
   (directory / _MANIFEST).write_text(json.dumps(manifest, indent=2) + '\n')
 
 
+def _validation_source(data: config.Data) -> config.Source:
+  """The source's kind over the files of `validation_glob`."""
+  assert not isinstance(data.source, config.PythonStdlib | config.Seqio)  # config refuses them
+  return dataclasses.replace(data.source, glob=data.validation_glob)
+
+
+def _texts(data: config.Data) -> Iterator[tuple[str, float, bool]]:
+  """Yields (text, place in [0, 1), held out?) of each document of both splits."""
+  for text in sources.documents(data.source):
+    place = pack.hold_out(text)
+    yield text, place, not data.validation_glob and place < data.validation_fraction
+  if data.validation_glob:
+    for text in sources.documents(_validation_source(data)):
+      yield text, pack.hold_out(text), True
+
+
 def _tokenised(data: config.Data, tokenizer: tokenizers.Tokenizer
                ) -> Iterator[tuple[float, bool, np.ndarray, int]]:
   """Yields (place in [0, 1), held out?, ids i32[n], bytes of text) of each document."""
-  texts = sources.documents(data.source)
-  while chunk := list(itertools.islice(texts, _TEXTS_PER_CALL)):
-    for text, ids in zip(chunk, tokenizer.encode_batch(chunk), strict=True):
-      place = pack.hold_out(text)
-      yield place, place < data.validation_fraction, np.asarray(ids, np.int32), len(text.encode())
+  documents = _texts(data)
+  while chunk := list(itertools.islice(documents, _TEXTS_PER_CALL)):
+    ids = tokenizer.encode_batch([text for text, _, _ in chunk])
+    for (text, place, held_out), ids_n in zip(chunk, ids, strict=True):
+      yield place, held_out, np.asarray(ids_n, np.int32), len(text.encode())
 
 
 def _check_splits(data: config.Data, splits: dict[str, dict[str, Any]], nearest: float) -> None:

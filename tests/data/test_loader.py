@@ -335,3 +335,21 @@ def test_missing_tokenizer_file(tmp_path: Path) -> None:
   data = dataclasses.replace(_data(tmp_path), tokenizer=config.SentencePiece('nowhere.model'))
   with pytest.raises(UserError, match=r'nowhere\.model'):
     loader.prepare(data, tmp_path)
+
+
+def test_validation_files_are_the_whole_validation_split(tmp_path: Path):
+  """With validation_glob every document of the source trains, whatever its hash."""
+  (tmp_path / 'train').mkdir()
+  (tmp_path / 'valid').mkdir()
+  for i in range(40):
+    (tmp_path / 'train' / f'{i}.txt').write_text(f'training document number {i} ' * 3)
+  for i in range(7):
+    (tmp_path / 'valid' / f'{i}.txt').write_text(f'held-out document number {i} ' * 3)
+  data = config.Data(config.TextFiles(str(tmp_path / 'train' / '*.txt')), config.Bytes(), 32,
+                     validation_fraction=0.5, validation_glob=str(tmp_path / 'valid' / '*.txt'))
+  prepared = loader.prepare(data, tmp_path / 'cache')
+  manifest = json.loads((prepared.directory / 'manifest.json').read_text())
+  assert manifest['train']['documents'] == 40
+  assert manifest['validation']['documents'] == 7
+  held_out = np.concatenate([b.tokens.ravel() for b in loader.eval_batches(prepared.validation, 4)])
+  assert b'training' not in bytes(int(t) for t in held_out if t < 256)
