@@ -51,11 +51,13 @@ def build(config: cfg.Model, compute: cfg.Compute = cfg.Compute(),
     return constrain(params['embed'][tokens_BT].astype(dtype), ('batch', 'sequence', None))
 
   def apply(params: Params, tokens_BT: Array, positions_BT: Array, segments_BT: Array) -> Array:
-    mask = attn.packed_mask(segments_BT)
     angles = embed.rope(positions_BT, config.head_dim, config.rope_theta)
 
+    def attend(q: Array, k: Array, v: Array) -> tuple[Array, None]:
+      return attn.causal_attention(q, k, v, segments_BT), None
+
     def layer(x_BTD: Array, p: Params) -> tuple[Array, None]:
-      return block(p, x_BTD, angles, lambda q, k, v: (attn.attention(q, k, v, mask), None))
+      return block(p, x_BTD, angles, attend)
 
     x_BTD, _ = jax.lax.scan(remat(layer), embed_tokens(params, tokens_BT), params['layers'],
                             unroll=unroll)

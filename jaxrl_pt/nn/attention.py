@@ -1,5 +1,12 @@
-"""Grouped-query attention and the small algebra of its masks."""
+"""Grouped-query attention and the small algebra of its masks.
 
+`attention` is the definition. `causal_attention` equals it under `packed_mask` and is
+what whole sequences go through: queries are taken in a few blocks, each against the keys
+up to its end, so that most of what the mask hides is never computed, and the backward
+pass recomputes the probabilities instead of keeping f32[B, H, T, T] of every layer.
+"""
+
+import functools
 import math
 
 import jax
@@ -41,3 +48,101 @@ def attention(q: Array, k: Array, v: Array, mask: Array) -> Array:
   weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
   out = jnp.einsum('bkgsc,bcke->bskge', weights, v)
   return out.reshape(num_rows, num_queries, num_heads, head_dim)
+
+
+def causal_attention(q: Array, k: Array, v: Array, segments_BT: Array) -> Array:
+  """`attention(q, k, v, packed_mask(segments_BT))`, faster and in less memory.
+
+  Args:
+    q: f[B, T, H, E].
+    k, v: f[B, T, K, E].
+    segments_BT: i32[B, T].
+
+  Returns:
+    f[B, T, H, E] in q's dtype; the softmax is float32.
+
+  Source: the backward pass is that of 2205.14135, appendix B.2, without its tiling of keys.
+  """
+  num_rows, length, num_heads, head_dim = q.shape
+  num_groups = k.shape[2]
+  q = q.reshape(num_rows, length, num_groups, num_heads // num_groups, head_dim)
+  # Time next to E, heads outside: every product below is then a plain batched matmul.
+  out_BKGTE = _causal(q.transpose(0, 2, 3, 1, 4), k.transpose(0, 2, 1, 3),
+                      v.transpose(0, 2, 1, 3), segments_BT)
+  return out_BKGTE.transpose(0, 3, 1, 2, 4).reshape(num_rows, length, num_heads, head_dim)
+
+
+NUM_BLOCKS = 4  # computes 5/8 of the square of scores; more blocks cost compile time
+MIN_BLOCK = 64  # queries; smaller matmuls are slower than the scores they save
+
+
+def _blocks(length: int) -> list[tuple[int, int]]:
+  """Query ranges [start, end); a block needs the keys [0, end)."""
+  width = max(MIN_BLOCK, -(-length // NUM_BLOCKS))
+  return [(start, min(start + width, length)) for start in range(0, length, width)]
+
+
+def _scores(q_BKGTE: Array, k_BKTE: Array, segments_BT: Array, start: int, end: int) -> Array:
+  """f32[B, K, G, end − start, end]: masked, scaled scores of one block of queries."""
+  rows = _rows(q_BKGTE, start, end)
+  scores = _dot('bkse,bkce->bksc', rows, k_BKTE[:, :, :end]) / math.sqrt(q_BKGTE.shape[-1])
+  causal = jnp.arange(start, end)[:, None] >= jnp.arange(end)
+  mask = causal & (segments_BT[:, start:end, None] == segments_BT[:, None, :end])
+  scores = scores.reshape(*q_BKGTE.shape[:3], end - start, end)
+  return jnp.where(mask[:, None, None], scores, MASKED)
+
+
+def _rows(x_BKGTE: Array, start: int, end: int) -> Array:
+  """A block of time steps, the queries of a group side by side: f[B, K, G · (end − start), E]."""
+  block = x_BKGTE[:, :, :, start:end]
+  return block.reshape(*block.shape[:2], -1, block.shape[-1])
+
+
+_dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
+@jax.custom_vjp
+def _causal(q_BKGTE: Array, k_BKTE: Array, v_BKTE: Array, segments_BT: Array) -> Array:
+  return _causal_forward(q_BKGTE, k_BKTE, v_BKTE, segments_BT)[0]
+
+
+def _causal_forward(q: Array, k: Array, v: Array,
+                    segments_BT: Array) -> tuple[Array, tuple[Array, ...]]:
+  outs, log_zs = [], []
+  for start, end in _blocks(q.shape[3]):
+    scores = _scores(q, k, segments_BT, start, end)
+    highest = scores.max(-1, keepdims=True)
+    weights = jnp.exp(scores - highest)
+    z = weights.sum(-1, keepdims=True)
+    weights = weights.reshape(*k.shape[:2], -1, end).astype(v.dtype)
+    out = _dot('bksc,bkce->bkse', weights, v[:, :, :end])
+    outs.append(out.reshape(*z.shape[:-1], -1) / z)
+    log_zs.append(highest + jnp.log(z))
+  out = jnp.concatenate(outs, 3).astype(q.dtype)
+  return out, (q, k, v, segments_BT, out, jnp.concatenate(log_zs, 3))
+
+
+def _causal_backward(saved: tuple[Array, ...],
+                     d_out: Array) -> tuple[Array, Array, Array, None]:
+  q, k, v, segments_BT, out, log_z = saved
+  # Σ_c weights · d_weights of a query, which the softmax subtracts.
+  inner = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1, keepdims=True)
+  dqs = []
+  dk, dv = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+  for start, end in _blocks(q.shape[3]):
+    scores = _scores(q, k, segments_BT, start, end)
+    weights = jnp.exp(scores - log_z[:, :, :, start:end]).reshape(*k.shape[:2], -1, end)
+    q_rows, d_rows = _rows(q, start, end), _rows(d_out, start, end)
+    d_weights = _dot('bkse,bkce->bksc', d_rows, v[:, :, :end])
+    d_scores = weights * (d_weights - _rows(inner, start, end)) / math.sqrt(q.shape[-1])
+    d_scores = d_scores.astype(q.dtype)
+    dq = _dot('bksc,bkce->bkse', d_scores, k[:, :, :end])
+    dqs.append(dq.reshape(*q.shape[:3], end - start, -1))
+    later = ((0, 0), (0, 0), (0, k.shape[2] - end), (0, 0))
+    dk += jnp.pad(_dot('bksc,bkse->bkce', d_scores, q_rows), later)
+    dv += jnp.pad(_dot('bksc,bkse->bkce', weights.astype(v.dtype), d_rows), later)
+  dq = jnp.concatenate(dqs, 3).astype(q.dtype)
+  return dq, dk.astype(k.dtype), dv.astype(v.dtype), None
+
+
+_causal.defvjp(_causal_forward, _causal_backward)
