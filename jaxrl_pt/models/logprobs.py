@@ -26,8 +26,9 @@ def score(logits: Array, targets: Array) -> TokenScores:
   logits = logits.astype(jnp.float32)
   log_z = jax.nn.logsumexp(logits, -1)
   target_logit = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
-  probabilities = jnp.exp(logits - log_z[..., None])
-  entropy = log_z - (probabilities * logits).sum(-1)
+  log_probabilities = logits - log_z[..., None]
+  # Not log Z − Σ p·logit: that difference of large numbers loses what a sure model has left.
+  entropy = -(jnp.exp(log_probabilities) * log_probabilities).sum(-1)
   correct = (logits.argmax(-1) == targets).astype(jnp.float32)
   return TokenScores(target_logit - log_z, entropy, correct)
 

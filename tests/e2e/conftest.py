@@ -53,10 +53,10 @@ cfg.Checkpoint.every = 10
 RPT = PRETRAIN.replace('cfg.Run.objective = @cfg.NextToken()', """
 cfg.Run.objective = @cfg.RPT()
 cfg.RPT.start_from = '{start_from}'
-cfg.RPT.num_prompts = 8
-cfg.RPT.group_size = 4
+cfg.RPT.num_prompts = 16
+cfg.RPT.group_size = 8
 cfg.RPT.prompt_len = 16
-cfg.RPT.prediction_tokens = 2
+cfg.RPT.prediction_tokens = 1
 cfg.RPT.scored_examples = 32
 cfg.RPT.eval_positions = 64
 """).replace('cfg.Cosine.peak = 0.01', 'cfg.Cosine.peak = 0.002')

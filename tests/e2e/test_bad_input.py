@@ -160,7 +160,7 @@ def test_a_full_disk_while_checkpointing(pretrained: Job, tmp_path: Path):
                         preexec_fn=limit, check=False)
   assert done.returncode == 2, done.stderr
   assert 'no space left' in done.stderr and 'step 60' in done.stderr
-  assert 'Traceback' not in done.stderr
+  assert 'Traceback' not in done.stderr, done.stderr
   assert state_bytes(job.workdir) == before
 
 

@@ -228,8 +228,8 @@ def test_preset_counts(config, count):
 
 def test_init_is_addressed_by_place_and_seed():
   model, params = make()
-  again = P.init(model.specs, jax.random.key(0))
-  other = P.init(model.specs, jax.random.key(1))
+  init = jax.jit(lambda key: P.init(model.specs, key))  # as `make` draws them
+  again, other = init(jax.random.key(0)), init(jax.random.key(1))
   np.testing.assert_array_equal(params['layers']['wq'], again['layers']['wq'])
   assert np.abs(params['layers']['wq'] - other['layers']['wq']).max() > 0.1
   assert np.abs(params['layers']['w_gate'] - params['layers']['w_up']).max() > 0.1
