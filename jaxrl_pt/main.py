@@ -11,7 +11,6 @@ import os
 from pathlib import Path
 import sys
 import traceback
-from types import TracebackType
 from typing import Any, NoReturn
 
 from jaxrl_pt import config as cfg
@@ -208,23 +207,21 @@ _COMMANDS = {'quickstart': _quickstart, 'train': _train, 'sample': _sample, 'eva
              'doctor': _doctor}
 
 
-def _hide_closed_loops(kind: type[BaseException], error: BaseException,
-                       where: TracebackType | None) -> None:
-  """An excepthook that drops what TensorStore's threads say after a failed save.
+def _hide_closed_loops(unraisable: 'sys.UnraisableHookArgs') -> None:
+  """An unraisablehook that drops what TensorStore's threads say after a failed save.
 
   They report to the event loop that Orbax has closed by then; the failure itself has
   already been raised, and its one sentence would drown in theirs.
   """
-  from_callback = where is not None and where.tb_frame.f_code.co_name == 'call_soon_threadsafe'
-  if not (from_callback and str(error) == 'Event loop is closed'):
-    sys.__excepthook__(kind, error, where)
+  if str(unraisable.exc_value) != 'Event loop is closed':
+    sys.__unraisablehook__(unraisable)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs one command; 0 is success, 2 a user's mistake, 130 an interruption."""
   arguments = list(sys.argv[1:] if argv is None else argv)
   if '--debug' not in arguments:
-    sys.excepthook = _hide_closed_loops
+    sys.unraisablehook = _hide_closed_loops
   try:
     args = _make_parser().parse_args(arguments)
     code = _COMMANDS[args.command](args)

@@ -106,7 +106,7 @@ def run(workdir: Path, data_glob: str | None) -> None:
   started = time.perf_counter()
   for name in ('pretrain', 'uninterrupted', 'rpt'):
     shutil.rmtree(workdir / name, ignore_errors=True)
-  data = _data_bindings(data_glob)
+  data = (*_data_bindings(data_glob), f"cfg.Data.cache_dir = '{workdir.absolute() / 'data'}'")
   pretrain = _Child(PRETRAIN_GIN, data, workdir / 'pretrain')
   config, _ = gin_bindings.load([PRETRAIN_GIN], list(data))
   rpt_bindings = (*data, f"cfg.RPT.start_from = '{workdir / 'pretrain'}'")
@@ -147,7 +147,10 @@ def _data_bindings(data_glob: str | None) -> tuple[str, ...]:
   if data_glob is None:
     return ()
   absolute = str(Path(data_glob).expanduser().absolute())
-  return ('cfg.Data.source = @cfg.TextFiles()', f'cfg.TextFiles.glob = {absolute!r}')
+  # Paragraphs as documents, so that even a single file has some to hold out.
+  return ('cfg.Data.source = @cfg.TextFiles()', f'cfg.TextFiles.glob = {absolute!r}',
+          r"cfg.TextFiles.document_start = '(?<=\n\n)(?=\S)'",
+          'cfg.Data.validation_fraction = 0.05')
 
 
 def _describe(config: cfg.Run) -> str:
@@ -217,8 +220,9 @@ def accuracy_table(rows: list[dict]) -> tuple[list[list[str]], str]:
     summary = ('RPT did not raise the sampled accuracy of every split in this run: train it '
                'longer (cfg.Train.num_steps).')
   elif max(argmax) < 1.0:
-    summary = ('Sampled predictions became better on every split while the argmax stayed where '
-               'it was: this is sharper sampling, not look-ahead.')
+    summary = ('Sampled predictions became better on every split while the argmax did not '
+               f'({min(argmax):+.1f} to {max(argmax):+.1f} points): this is sharper sampling, not '
+               'look-ahead.')
   else:
     summary = ('Sampled predictions became better on every split; the argmax moved too, by '
                f'{min(argmax):+.1f} to {max(argmax):+.1f} points, which is the part that '

@@ -88,8 +88,8 @@ def test_an_unwritable_work_directory(make_job: Callable[..., Job],
 
 def test_no_run_in_the_work_directory(capsys: pytest.CaptureFixture[str], tmp_path: Path):
   for command in ('eval', 'sample'):
-    argv = [command, '--workdir', str(tmp_path)] + (['--prompt', 'x'] if command == 'sample' else [])
-    assert str(tmp_path) in complaint(capsys, *argv)
+    prompt = ['--prompt', 'x'] if command == 'sample' else []
+    assert str(tmp_path) in complaint(capsys, command, '--workdir', str(tmp_path), *prompt)
 
 
 def copy_of(job: Job, tmp_path: Path) -> Job:
