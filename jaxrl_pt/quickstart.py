@@ -222,9 +222,9 @@ def accuracy_table(rows: list[dict]) -> tuple[list[list[str]], str]:
     summary = ('RPT did not raise the sampled accuracy of every split in this run: train it '
                'longer (cfg.Train.num_steps).')
   elif max(argmax) < 1.0:
-    summary = ('Sampled predictions became better on every split while the argmax hardly '
-               f'moved ({min(argmax):+.1f} to {max(argmax):+.1f} points): this is sharper sampling, not '
-               'look-ahead.')
+    summary = ('Sampled predictions became better on every split while the argmax changed '
+               f'by {min(argmax):+.1f} to {max(argmax):+.1f} points: this is sharper sampling, '
+               'not look-ahead.')
   else:
     summary = ('Sampled predictions became better on every split; the argmax moved too, by '
                f'{min(argmax):+.1f} to {max(argmax):+.1f} points, which is the part that '
