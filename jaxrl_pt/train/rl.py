@@ -8,6 +8,7 @@ first step, on the way, and after the last, under the same decoding.
 
 from collections.abc import Callable
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from jaxrl_pt.train import evaluate, optim, rl_step
 from jaxrl_pt.train import session as sessions
 from jaxrl_pt.train import state as states
 from jaxrl_pt.train.interrupt import stop_on_signals
-from jaxrl_pt.types import Batch, Params, Prompts, Weighted
+from jaxrl_pt.types import Array, Batch, Params, Prompts, Weighted
 from jaxrl_pt.verifiers import next_token as verifier
 
 # Folded into the run's key in place of a step: evaluation draws the same noise every time.
@@ -52,8 +53,9 @@ def train(run: cfg.Run, workdir: Path, resolved_text: str) -> None:
   session = sessions.open_session(run, workdir, resolved_text, Path(method.start_from) / 'data')
   model = session.model(run.model)
   optimizer = optim.make_optimizer(run.optimizer, run.train.num_steps)
-  positions = _choose_positions(session, method, model, start.params, 'train')
-  held_out = _choose_positions(session, method, model, start.params, 'validation')
+  entropy = jax.jit(functools.partial(next_token.position_entropy, model))
+  positions = _choose_positions(session, method, entropy, start.params, 'train')
+  held_out = _choose_positions(session, method, entropy, start.params, 'validation')
   stop_id = session.data.tokenizer.eos_id
   table = verifier.token_table(session.data.tokenizer.token_bytes(), run.model.vocab_size)
   step_fn = jax.jit(rl_step.make_rpt_step(model, optimizer, run, table, stop_id),
@@ -123,8 +125,9 @@ def _check_start(run: cfg.Run, method: cfg.RPT, start: evaluate.Policy) -> None:
 # --- Positions and prompts ------------------------------------------------------
 
 
-def _choose_positions(session: sessions.Session, method: cfg.RPT, model: Model, params: Params,
-                      split: str) -> next_token.Positions:
+def _choose_positions(
+    session: sessions.Session, method: cfg.RPT, entropy: Callable[[Params, Batch], Array],
+    params: Params, split: str) -> next_token.Positions:
   """Positions of a split whose entropy under the starting policy is at least the minimum.
 
   Of the split, `scored_examples` examples spread evenly over it are scored; of the
@@ -141,7 +144,6 @@ def _choose_positions(session: sessions.Session, method: cfg.RPT, model: Model, 
                                       - session.data.tokenizer.vocab_size))
 
   def score() -> next_token.Positions:
-    entropy = jax.jit(lambda p, batch: next_token.position_entropy(model, p, batch))
     parts = []
     for batch in _spread(packed, session.run.train.batch_size, method.scored_examples):
       values = np.asarray(entropy(params, session.put_global(batch)))
@@ -172,8 +174,8 @@ def _spread(packed: loader.Packed, batch_size: int, num_examples: int) -> list[B
 
 
 def _prompts(packed: loader.Packed, rows: next_token.Positions, method: cfg.RPT) -> Prompts:
-  """Prompts of these positions. The truth is given as many tokens as the prediction may
-  have bytes beyond its own: a shorter truth could call a right prediction wrong."""
+  """Prompts of these positions. The truth is four times as many tokens as the prediction may
+  have; a right prediction that the truth spells in still more tokens counts as wrong."""
   examples = packed.batch(np.unique(rows.example))
   return next_token.build_prompts(examples, rows, prompt_len=method.prompt_len,
                                   num_continuation=4 * method.prediction_tokens)
