@@ -1,0 +1,129 @@
+"""What each TPU generation can do, and how a process becomes able to compile for it.
+
+Rates and capacities are JAX's own table (`get_tpu_info_for_chip`); clocks turn seconds into
+the cycles that schedules count: v4, v5e and v5p follow from
+peak ÷ MXU width; v6e and tpu7x are assumptions.
+"""
+
+from dataclasses import dataclass
+import importlib.util
+import os
+from typing import Any
+
+from jax.experimental.pallas import tpu as pltpu
+
+from jaxrl_pt.errors import UserError
+from pallas_kernels.dispatch import Generation
+from pallas_kernels.tuning import Cost, Operand
+
+# Inter-chip interconnect, bytes per second of one chip over all its links (Google Cloud's
+# system-architecture pages).
+_ICI = {'v4': 300e9, 'v5e': 200e9, 'v5p': 600e9, 'v6e': 448e9, 'tpu7x': 1200e9}
+_CLOCK_HZ = {'v4': 1.05e9, 'v5e': 1.5e9, 'v5p': 1.75e9, 'v6e': 1.75e9, 'tpu7x': 2.2e9}
+_VERSION = {'v4': pltpu.ChipVersion.TPU_V4, 'v5e': pltpu.ChipVersion.TPU_V5E,
+            'v5p': pltpu.ChipVersion.TPU_V5P, 'v6e': pltpu.ChipVersion.TPU_V6E,
+            'tpu7x': pltpu.ChipVersion.TPU_7X}
+
+
+@dataclass(frozen=True)
+class Chip:
+  """One device as JAX counts them (a chip; on tpu7x one of its two cores).
+
+  macs_per_second: multiply-adds on the MXUs by operand type; 0 where there is no such unit.
+  num_cores: cores that one program is split over (v4 and v5p have two).
+  """
+
+  generation: Generation
+  num_cores: int
+  clock_hz: float
+  macs_per_second: dict[Operand, float]
+  hbm_bytes: int
+  hbm_bytes_per_second: float
+  vmem_bytes: int
+  ici_bytes_per_second: float
+
+  def mxu_cycles(self, cost: Cost) -> float:
+    """Multiply-adds over the peak rate of their operand type, all cores busy."""
+    return sum(n / self.macs_per_second[kind] * self.clock_hz
+               for kind, n in cost.multiply_adds.items())
+
+  def hbm_cycles(self, num_bytes: float) -> float:
+    return num_bytes / self.hbm_bytes_per_second * self.clock_hz
+
+
+def chip(generation: Generation) -> Chip:
+  """The table's row of a generation."""
+  num_cores = 2 if generation in ('v4', 'v5p') else 1
+  info = pltpu.get_tpu_info_for_chip(_VERSION[generation], num_cores)
+  rates: dict[Operand, float] = {
+      'bf16': info.bf16_ops_per_second, 'int8': info.int8_ops_per_second,
+      'int4': info.int4_ops_per_second, 'fp8': info.fp8_ops_per_second}
+  shared = 2 if generation == 'tpu7x' else 1  # The links belong to the chip's two devices.
+  return Chip(generation, num_cores, _CLOCK_HZ[generation],
+              {kind: rate * num_cores / 2 for kind, rate in rates.items()},
+              info.hbm_capacity_bytes * num_cores, info.mem_bw_bytes_per_second * num_cores,
+              info.vmem_capacity_bytes, _ICI[generation] / shared)
+
+
+def generation_of_topology(topology: str) -> Generation:
+  """'v5e:16x16' → 'v5e'.
+
+  Raises:
+    UserError: not a name of the form generation:shape.
+  """
+  generation, _, shape = topology.partition(':')
+  sizes = shape.split('x')
+  if generation not in _VERSION or not all(s.isdigit() and int(s) for s in sizes):
+    raise UserError(f'{topology!r} is no TPU topology: write one of v4:2x2x1, v5e:2x2, '
+                    'v5e:16x16, v5p:2x2x1, v6e:2x2, tpu7x:2x2x1 (generation:shape).')
+  want = 2 if generation in ('v5e', 'v6e') else 3
+  if len(sizes) != want:
+    raise UserError(f'{topology!r}: a {generation} slice has {want} dimensions, e.g. '
+                    f'{generation}:{"x".join("2" * want)}.')
+  return generation  # type: ignore[return-value]  # Just checked.
+
+
+def check_libtpu() -> None:
+  """Says how to get the compiler where it is missing.
+
+  Raises:
+    UserError: libtpu is not installed.
+  """
+  if importlib.util.find_spec('libtpu') is None:
+    raise UserError('The TPU compiler is not installed: run `pip install libtpu` (in a checkout: '
+                    '`make libtpu`); no TPU is needed.')
+
+
+def child_environment(dump_to: str = '') -> dict[str, str]:
+  """The environment of a process that compiles for TPUs on a machine without one.
+
+  Args:
+    dump_to: where the compiler writes its schedules; empty writes none.
+  """
+  environment = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'TPU_SKIP_MDS_QUERY': '1',
+                 'TPU_ACCELERATOR_TYPE': 'v5litepod-4', 'TPU_WORKER_HOSTNAMES': 'localhost',
+                 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1', 'TPU_STDERR_LOG_LEVEL': '3',
+                 'TPU_MIN_LOG_LEVEL': '3', 'TF_CPP_MIN_LOG_LEVEL': '3'}
+  if dump_to:
+    environment['LIBTPU_INIT_ARGS'] = ' '.join((
+        environment.get('LIBTPU_INIT_ARGS', ''), f'--xla_jf_dump_to={dump_to}',
+        '--xla_jf_dump_hlo_text=true', '--xla_jf_dump_llo_text=true',
+        '--xla_jf_emit_annotations=true')).strip()
+  return environment
+
+
+def topology_devices(topology: str) -> list[Any]:
+  """The devices of a topology, as compile targets. Only in a process of `child_environment`.
+
+  Raises:
+    UserError: the compiler knows no such topology.
+  """
+  from jax.experimental import topologies
+  # A v4 chip is one device of two cores unless told otherwise; libtpu's default here is not.
+  options = {'chip_config_name': 'megacore'} if topology.startswith('v4:') else {}
+  try:
+    return list(topologies.get_topology_desc(platform='tpu', topology_name=topology,
+                                             **options).devices)
+  except Exception as e:  # Whatever libtpu raises, its first line says what is wrong.
+    raise UserError(f'libtpu has no topology {topology!r} ({str(e).splitlines()[0][:200]}): '
+                    'choose another slice shape.') from e

@@ -1,0 +1,182 @@
+"""`jaxrl-pt kernels`: static reports of the Pallas kernels from the TPU compiler's schedules.
+
+Each case of each kernel's `arg_specs`, and what it is compared with, is compiled for a
+topology in a process of its own; `schedule` reads what the compiler wrote. The floor of a
+call is the largest of issue cycles, MXU cycles and HBM cycles: a static prediction.
+"""
+
+from collections.abc import Iterator
+import functools
+import json
+from pathlib import Path
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+from jaxrl_pt.errors import UserError
+from jaxrl_pt.tpu import chips, schedule
+from pallas_kernels import tuning
+from pallas_kernels.dispatch import Generation
+
+KERNELS = ('ternary_matmul', 'hadamard_quantize', 'sparse_decode', 'branch_decode')
+Row = dict[str, Any]
+
+
+def cases(kernel: str, generation: Generation) -> list[tuning.Case]:
+  """The cases of one kernel, all shapes."""
+  match kernel:
+    case 'ternary_matmul':
+      from pallas_kernels.ternary_matmul import arg_specs as ternary_matmul
+      return ternary_matmul.cases(generation)
+    case 'hadamard_quantize':
+      from pallas_kernels.hadamard_quantize import arg_specs as hadamard_quantize
+      return hadamard_quantize.cases(generation)
+    case 'sparse_decode':
+      from pallas_kernels.sparse_decode import arg_specs as sparse_decode
+      return sparse_decode.cases(generation)
+    case 'branch_decode':
+      from pallas_kernels.branch_decode import arg_specs as branch_decode
+      return branch_decode.cases(generation)
+  raise UserError(f'There is no kernel {kernel!r}: there are {", ".join(KERNELS)}.')
+
+
+# --- The parent -------------------------------------------------------------------
+
+
+def report(topology: str, kernels: list[str], only: str, keep: Path | None) -> Iterator[Row]:
+  """The rows of a topology, as they are compiled.
+
+  Args:
+    topology: e.g. 'v5e:2x2'.
+    kernels: names; empty takes all.
+    only: a regular expression that a case's name must contain.
+    keep: where the compiler's raw texts go; None throws them away.
+
+  Raises:
+    UserError: a wrong name, or no libtpu.
+  """
+  chips.generation_of_topology(topology)
+  chips.check_libtpu()
+  for kernel in kernels:
+    if kernel not in KERNELS:
+      raise UserError(f'There is no kernel {kernel!r}: there are {", ".join(KERNELS)}.')
+  with tempfile.TemporaryDirectory() as scratch:
+    dump = Path(scratch)
+    command = [sys.executable, '-m', 'jaxrl_pt.tpu.kernels', topology, str(dump),
+               str(keep.absolute()) if keep else '', only, *(kernels or KERNELS)]
+    with subprocess.Popen(command, env=chips.child_environment(str(dump)), text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
+      assert child.stdout and child.stderr
+      for line in child.stdout:
+        if line.startswith('{'):
+          row = json.loads(line)
+          if 'user_error' in row:
+            raise UserError(row['user_error'])
+          yield row
+      errors = child.stderr.read()
+    if child.returncode:
+      raise RuntimeError(f'compiling for {topology} failed:\n{errors[-4000:]}')
+
+
+def text(row: Row) -> str:
+  """One row for a person to read."""
+  name = ' '.join(x for x in (row['kernel'], row['variant'], row['activations'], row['shape'])
+                  if x)
+  if row['error']:
+    return f'{name}\n    does not compile for {row["topology"]}: {row["error"]}'
+  ratios = ', '.join(f'{value:.2f}x below {key.removeprefix("ratio_to_")}'
+                     for key, value in row.items() if key.startswith('ratio_to_'))
+  slots = ', '.join(f'{unit} {100 * share:.0f}%' for unit, share in row['slots'].items()
+                    if share >= 0.005)
+  return (f'{name}\n    floor {row["floor"]:,} cycles ({row["bound"]}): issue '
+          f'{row["issue_cycles"]:,}, MXU {row["mxu_cycles"]:,}, HBM {row["hbm_cycles"]:,}'
+          f'{"; " + ratios if ratios else ""}\n    {row["floor_over_bound"]:.3f}x the bound of '
+          f'its arithmetic and bytes; slots: {slots}; VMEM {row["vmem_bytes"] / 2**20:.1f} MiB'
+          + (f'; {row["dynamic_loops"]} loops with run-time bounds' if row['dynamic_loops']
+             else ''))
+
+
+# --- The child: compiles, reads, prints one JSON row a case ------------------------
+
+
+def _compile(call: tuning.Call, device: Any, dump: Path,
+             trips: tuple[int, ...]) -> tuple[list[schedule.Schedule], int]:
+  """Schedules of every computation of the call, and the VMEM its kernels take."""
+  import jax
+  sharding = jax.sharding.SingleDeviceSharding(device)
+  args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+                      call.args)
+  _empty(dump)
+  compiled = jax.jit(call.run).lower(*args).compile()
+  used = re.findall(r'"memory_space":"1","offset":"(\d+)","size":"(\d+)"',
+                    ''.join(re.findall(r'"used_scoped_memory_configs":\[[^\]]*\]',
+                                       compiled.as_text() or '')))
+  return schedule.read_dump(dump, trips), max((int(size) for _, size in used), default=0)
+
+
+def _empty(folder: Path) -> None:
+  for path in folder.iterdir():
+    if path.is_file():
+      path.unlink()
+
+
+def _measure(call: tuning.Call, chip: chips.Chip, device: Any, dump: Path,
+             trips: tuple[int, ...] = ()) -> Row:
+  schedules, vmem = _compile(call, device, dump, trips)
+  issue, dynamic = schedule.total(schedules)
+  mxu, hbm = chip.mxu_cycles(call.cost), chip.hbm_cycles(call.cost.hbm_bytes)
+  cycles, bound = schedule.floor(issue, mxu, hbm)
+  slots = {unit: sum(s.slots[unit] * s.issue_cycles for s in schedules) / max(1, issue)
+           for unit in (schedules[0].slots if schedules else ())}
+  return {'issue_cycles': issue, 'mxu_cycles': round(mxu), 'hbm_cycles': round(hbm),
+          'floor': cycles, 'bound': bound, 'slots': slots, 'dynamic_loops': dynamic,
+          'vmem_bytes': vmem}
+
+
+def measure(case: tuning.Case, chip: chips.Chip, topology: str, device: Any, dump: Path,
+            keep: Path | None, alternatives: dict[str, Row]) -> Row:
+  """The row of one case. `alternatives` remembers what has been compiled already."""
+  labels = {'kernel': case.kernel, 'variant': case.variant, 'activations': case.activations,
+            'shape': case.shape, 'topology': topology}
+  try:
+    row = _measure(case.call, chip, device, dump, case.dynamic_trips)
+  except Exception as e:  # What the compiler refuses is a finding of the report.
+    return {**labels, 'error': f'{type(e).__name__}: {str(e).splitlines()[0][:500]}'}
+  if keep:
+    shutil.copytree(dump, keep / re.sub(r'\W+', '_', f'{case.name} {topology}'),
+                    dirs_exist_ok=True)
+  least = max(chip.mxu_cycles(case.call.cost), chip.hbm_cycles(case.minimum_bytes))
+  row = {**labels, 'error': '', **row, 'floor_over_bound': row['floor'] / least}
+  for name, call in case.alternatives.items():
+    key = f'{name} {[(x.shape, str(x.dtype)) for x in call.args]}'
+    if key not in alternatives:
+      alternatives[key] = _measure(call, chip, device, dump)
+    other = alternatives[key]
+    row[f'{name}_floor'] = other['floor']
+    row[f'ratio_to_{name}'] = other['floor'] / row['floor']
+  return row
+
+
+def main(topology: str, dump: str, keep: str, only: str, *kernels: str) -> None:
+  """The child process."""
+  generation = chips.generation_of_topology(topology)
+  chip = chips.chip(generation)
+  say = functools.partial(print, flush=True)
+  try:
+    device = chips.topology_devices(topology)[0]
+  except UserError as e:
+    say(json.dumps({'user_error': str(e)}))
+    return
+  alternatives: dict[str, Row] = {}
+  for kernel in kernels:
+    for case in cases(kernel, generation):
+      if re.search(only, case.name):
+        say(json.dumps(measure(case, chip, topology, device, Path(dump),
+                               Path(keep) if keep else None, alternatives)))
+
+
+if __name__ == '__main__':
+  main(*sys.argv[1:])
