@@ -11,7 +11,7 @@ STAMP := $(VENV)/.installed
 LOCK := requirements/cpu.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint parity seqio golden lock clean
+.PHONY: help quickstart test lint parity seqio libtpu golden lock clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -31,6 +31,9 @@ parity: $(STAMP) ## adds PyTorch and transformers, the references of the parity 
 
 seqio: $(STAMP) ## adds seqio (with TensorFlow), for the tests of its tasks
 	@$(BIN)/python -m pip install -qq -r requirements/seqio.txt -c $(LOCK)
+
+libtpu: $(STAMP) ## adds the TPU compiler, for `jaxrl-pt preflight` and `kernels` and their tests
+	@$(BIN)/python -m pip install -qq -r requirements/libtpu.txt -c $(LOCK)
 
 golden: $(STAMP) ## rewrites the resolved texts of the shipped run files
 	@$(BIN)/python -m tests.golden.regenerate

@@ -83,6 +83,18 @@ def _make_parser() -> argparse.ArgumentParser:
   _add_gin(evaluate, "other data than the run's own")
   _add_json(evaluate)
 
+  kernels = add('kernels', 'What the TPU compiler makes of each Pallas kernel: a static report.',
+                'jaxrl-pt kernels --topology v5e:2x2 --kernel ternary_matmul')
+  kernels.add_argument('--topology', required=True, metavar='NAME',
+                       help='e.g. v4:2x2x1, v5e:2x2, v5p:2x2x1, v6e:2x2 or tpu7x:2x2x1')
+  kernels.add_argument('--kernel', action='append', default=[], metavar='NAME',
+                       help='one kernel instead of all; may be repeated')
+  kernels.add_argument('--only', default='', metavar='REGEX',
+                       help='only the cases whose name matches, e.g. "int4 2048x"')
+  kernels.add_argument('--keep', type=Path, metavar='DIR',
+                       help="keep the compiler's raw schedules here")
+  _add_json(kernels)
+
   doctor = add('doctor', 'What this machine offers, and a self-check of ten seconds.',
                'jaxrl-pt doctor --json')
   _add_workdir(doctor, '.')
@@ -203,8 +215,21 @@ def _doctor(args: argparse.Namespace) -> int:
   return 0 if found['ok'] else 1
 
 
+def _kernels(args: argparse.Namespace) -> int:
+  from jaxrl_pt.tpu import kernels
+  if not args.json:
+    print(f'Static predictions for {args.topology} from the compiler\'s schedules; no TPU was '
+          'used, and cycles are not times.')
+  rows = kernels.report(args.topology, args.kernel, args.only, args.keep)
+  failed = 0
+  for row in rows:
+    failed += bool(row['error'])
+    print(json.dumps(row) if args.json else kernels.text(row), flush=True)
+  return 1 if failed else 0
+
+
 _COMMANDS = {'quickstart': _quickstart, 'train': _train, 'sample': _sample, 'eval': _eval,
-             'doctor': _doctor}
+             'doctor': _doctor, 'kernels': _kernels}
 
 
 def _hide_closed_loops(unraisable: 'sys.UnraisableHookArgs') -> None:
