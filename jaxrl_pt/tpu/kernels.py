@@ -19,27 +19,30 @@ from typing import Any
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.tpu import chips, schedule
 from pallas_kernels import tuning
-from pallas_kernels.dispatch import Generation
 
 KERNELS = ('ternary_matmul', 'hadamard_quantize', 'sparse_decode', 'branch_decode')
 Row = dict[str, Any]
 
 
-def cases(kernel: str, generation: Generation) -> list[tuning.Case]:
-  """The cases of one kernel, all shapes."""
+def arg_specs(kernel: str) -> Any:
+  """The module of a kernel's table: `cases(generation)` and `candidates(generation)`.
+
+  Raises:
+    UserError: no such kernel.
+  """
   match kernel:
     case 'ternary_matmul':
       from pallas_kernels.ternary_matmul import arg_specs as ternary_matmul
-      return ternary_matmul.cases(generation)
+      return ternary_matmul
     case 'hadamard_quantize':
       from pallas_kernels.hadamard_quantize import arg_specs as hadamard_quantize
-      return hadamard_quantize.cases(generation)
+      return hadamard_quantize
     case 'sparse_decode':
       from pallas_kernels.sparse_decode import arg_specs as sparse_decode
-      return sparse_decode.cases(generation)
+      return sparse_decode
     case 'branch_decode':
       from pallas_kernels.branch_decode import arg_specs as branch_decode
-      return branch_decode.cases(generation)
+      return branch_decode
   raise UserError(f'There is no kernel {kernel!r}: there are {", ".join(KERNELS)}.')
 
 
@@ -61,8 +64,8 @@ def report(topology: str, kernels: list[str], only: str, keep: Path | None) -> I
   chips.generation_of_topology(topology)
   chips.check_libtpu()
   for kernel in kernels:
-    if kernel not in KERNELS:
-      raise UserError(f'There is no kernel {kernel!r}: there are {", ".join(KERNELS)}.')
+    arg_specs(kernel)
+  _check_regex(only)
   with tempfile.TemporaryDirectory() as scratch:
     dump = Path(scratch)
     command = [sys.executable, '-m', 'jaxrl_pt.tpu.kernels', topology, str(dump),
@@ -79,6 +82,14 @@ def report(topology: str, kernels: list[str], only: str, keep: Path | None) -> I
       errors = child.stderr.read()
     if child.returncode:
       raise RuntimeError(f'compiling for {topology} failed:\n{errors[-4000:]}')
+
+
+def _check_regex(pattern: str) -> None:
+  try:
+    re.compile(pattern)
+  except re.error as e:
+    raise UserError(f'--only {pattern!r} is not a regular expression ({e}): write e.g. '
+                    '"int4 2048x".') from e
 
 
 def text(row: Row) -> str:
@@ -123,8 +134,9 @@ def _empty(folder: Path) -> None:
       path.unlink()
 
 
-def _measure(call: tuning.Call, chip: chips.Chip, device: Any, dump: Path,
-             trips: tuple[int, ...] = ()) -> Row:
+def measure_call(call: tuning.Call, chip: chips.Chip, device: Any, dump: Path,
+                 trips: tuple[int, ...] = ()) -> Row:
+  """Cycles, floor, slots and VMEM of one call, compiled for `device`; in a child process."""
   schedules, vmem = _compile(call, device, dump, trips)
   issue, dynamic = schedule.total(schedules)
   mxu, hbm = chip.mxu_cycles(call.cost), chip.hbm_cycles(call.cost.hbm_bytes)
@@ -142,7 +154,7 @@ def measure(case: tuning.Case, chip: chips.Chip, topology: str, device: Any, dum
   labels = {'kernel': case.kernel, 'variant': case.variant, 'activations': case.activations,
             'shape': case.shape, 'topology': topology}
   try:
-    row = _measure(case.call, chip, device, dump, case.dynamic_trips)
+    row = measure_call(case.call, chip, device, dump, case.dynamic_trips)
   except Exception as e:  # What the compiler refuses is a finding of the report.
     return {**labels, 'error': f'{type(e).__name__}: {str(e).splitlines()[0][:500]}'}
   if keep:
@@ -153,7 +165,7 @@ def measure(case: tuning.Case, chip: chips.Chip, topology: str, device: Any, dum
   for name, call in case.alternatives.items():
     key = f'{name} {[(x.shape, str(x.dtype)) for x in call.args]}'
     if key not in alternatives:
-      alternatives[key] = _measure(call, chip, device, dump)
+      alternatives[key] = measure_call(call, chip, device, dump)
     other = alternatives[key]
     row[f'{name}_floor'] = other['floor']
     row[f'ratio_to_{name}'] = other['floor'] / row['floor']
@@ -172,7 +184,7 @@ def main(topology: str, dump: str, keep: str, only: str, *kernels: str) -> None:
     return
   alternatives: dict[str, Row] = {}
   for kernel in kernels:
-    for case in cases(kernel, generation):
+    for case in arg_specs(kernel).cases(generation):
       if re.search(only, case.name):
         say(json.dumps(measure(case, chip, topology, device, Path(dump),
                                Path(keep) if keep else None, alternatives)))
