@@ -2,10 +2,14 @@
 
     python experiments/foundation/wikitext.py --data ../shared/data/text-wikitext2
 
-Each (arm, seed) is one run of the product's own training loop at the same token budget,
-in a process of its own; finished ones are kept, so the command may be interrupted and
-repeated. The tokenizer is trained on the training text; bits per byte are over the whole
-validation text. Results go to results/wikitext.json and results/wikitext.png.
+Each run is the product's own training loop at the same token budget, in a process of its
+own; finished ones are kept, so the command may be interrupted and repeated. Arms differ in
+`Model.quant` and in the peak learning rate, which is tuned for each arm alone: with a seed
+that is not reported and the start of the validation text, the rate is doubled or halved
+until the best of the rates tried has a worse neighbour on either side. W1.58A4 is trained at
+4 bits from the first step (BitNet v2 trains at 8 bits first). The tokenizer is trained on
+the training text; bits per byte are over the whole validation text. Results go to
+results/wikitext.json and results/wikitext.png.
 """
 
 import argparse
@@ -16,10 +20,13 @@ from pathlib import Path
 import shutil
 import statistics
 import sys
+from typing import NamedTuple
 
 HERE = Path(__file__).parent
 RESULTS = HERE / 'results'
 BATCH, LENGTH, VOCAB = 16, 256, 1024
+# Tuning starts at the first two rates and scores on the first batches of the validation text.
+FIRST_RATES, TUNING_SEED, TUNING_BATCHES = (4e-3, 8e-3), 1000, 16
 # Student's t for a 95 % interval of a mean, by degrees of freedom.
 T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
 
@@ -34,42 +41,81 @@ def arms() -> dict:
   }
 
 
-def make_run(data: Path, cache: Path, arm: str, seed: int, num_steps: int):
-  """The run of one arm; arms differ in nothing but `Model.quant`."""
+class Trial(NamedTuple):
+  """One training run; `eval_batches` 0 is the whole validation text."""
+
+  arm: str
+  seed: int
+  rate: float
+  num_steps: int
+  eval_batches: int = 0
+
+  def path(self, work: Path) -> Path:
+    """Where its result is kept."""
+    name = f'{self.arm.replace(" ", "_")}-{self.seed}-{self.rate:g}-{self.num_steps}'
+    return work / f'{name}.json'
+
+
+def make_run(data: Path, cache: Path, trial: Trial):
+  """The run of a trial."""
   from jaxrl_pt import config as cfg
   from jaxrl_pt.models import presets
   document = r'^ = [^=].* = $'
+  steps = trial.num_steps
+  schedule = cfg.TwoStage(trial.rate, trial.rate * 2 / 3, warmup_steps=max(1, steps // 20))
   return cfg.Run(
-      seed=seed,
-      model=presets.small(VOCAB, arms()[arm]),
+      seed=trial.seed,
+      model=presets.small(VOCAB, arms()[trial.arm]),
       data=cfg.Data(cfg.TextFiles(str(data / 'train.txt.gz'), document), cfg.TrainedBPE(VOCAB),
                     LENGTH, validation_glob=str(data / 'valid.txt'),
                     cache_dir=str(cache)),
       objective=cfg.NextToken(),
-      optimizer=cfg.AdamW(cfg.TwoStage(4e-3, 2.7e-3, warmup_steps=max(1, num_steps // 20))),
-      train=cfg.Train(num_steps, BATCH, log_every=20, eval_every=num_steps, eval_batches=0,
-                      tensorboard=False),
-      checkpoint=cfg.Checkpoint(every=num_steps, keep=1),
+      optimizer=cfg.AdamW(schedule),
+      train=cfg.Train(steps, BATCH, log_every=20, eval_every=steps,
+                      eval_batches=trial.eval_batches, tensorboard=False),
+      checkpoint=cfg.Checkpoint(every=steps, keep=1),
       compute=cfg.Compute(unroll=0))
 
 
-def train_one(data: Path, work: Path, arm: str, seed: int, num_steps: int) -> None:
-  """Trains one run and writes what it reached beside its work directory."""
+def train_one(data: Path, work: Path, trial: Trial) -> None:
+  """Trains one run and writes what it reached to `trial.path(work)`."""
   from jaxrl_pt import metrics
   from jaxrl_pt.train import pretrain
-  workdir = work / f'{arm.replace(" ", "_")}-{seed}-{num_steps}'
-  pretrain.train(make_run(data, work / 'data', arm, seed, num_steps), workdir, '')
+  workdir = trial.path(work).with_suffix('')
+  pretrain.train(make_run(data, work / 'data', trial), workdir, '')
   rows = metrics.read_rows(workdir / 'metrics.jsonl')
   curve = [[r['step'], r['loss']] for r in rows if r['step'] % 10 == 0 or r['step'] == 1]
   last = rows[-1]
-  result = {'arm': arm, 'seed': seed, 'bits_per_byte': last['validation/bits_per_byte'],
+  result = {'arm': trial.arm, 'seed': trial.seed, 'rate': trial.rate,
+            'bits_per_byte': last['validation/bits_per_byte'],
             'nats_per_token': last['validation/loss'], 'steps': last['step'], 'curve': curve}
-  result_path(work, arm, seed, num_steps).write_text(json.dumps(result))
+  trial.path(work).write_text(json.dumps(result))
   shutil.rmtree(workdir)
 
 
-def result_path(work: Path, arm: str, seed: int, num_steps: int) -> Path:
-  return work / f'{arm.replace(" ", "_")}-{seed}-{num_steps}.json'
+def result_of(data: Path, work: Path, trial: Trial) -> dict:
+  """What a trial reached: read if it is there, else trained in a child process."""
+  if not trial.path(work).is_file():
+    child = multiprocessing.get_context('spawn').Process(target=train_one,
+                                                         args=(data, work, trial))
+    child.start()
+    child.join()
+    if child.exitcode:
+      sys.exit(f'{trial} failed with exit code {child.exitcode}')
+  return json.loads(trial.path(work).read_text())
+
+
+def tune(data: Path, work: Path, arm: str, num_steps: int) -> dict[float, float]:
+  """Bits per byte by peak learning rate; the best rate is neither the largest nor smallest."""
+  tried: dict[float, float] = {}
+  wanted = list(FIRST_RATES)
+  while wanted:
+    for rate in wanted:
+      trial = Trial(arm, TUNING_SEED, rate, num_steps, TUNING_BATCHES)
+      tried[rate] = result_of(data, work, trial)['bits_per_byte']
+    best = min(tried, key=tried.__getitem__)
+    wanted = [rate for rate in (best / 2, best * 2) if rate not in tried]
+  return dict(sorted(tried.items()))
 
 
 def summarise(results: list[dict]) -> list[dict]:
@@ -80,7 +126,9 @@ def summarise(results: list[dict]) -> list[dict]:
   reference = by_arm['full precision']
   for arm, values in by_arm.items():
     difference = [v - reference[s] for s, v in values.items()]
-    rows.append({'arm': arm, 'bits_per_byte': interval(list(values.values())),
+    rates = {r['rate'] for r in results if r['arm'] == arm}
+    rows.append({'arm': arm, 'peak_rate': rates.pop(),
+                 'bits_per_byte': interval(list(values.values())),
                  'minus_full_precision': interval(difference), 'seeds': sorted(values)})
   return rows
 
@@ -124,36 +172,33 @@ def main() -> None:
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--data', type=Path, required=True, help='folder of train.txt.gz, valid.txt')
   parser.add_argument('--work', type=Path, default=Path('runs/wikitext'))
-  parser.add_argument('--steps', type=int, default=200)
+  parser.add_argument('--steps', type=int, default=160)
   parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
   args = parser.parse_args()
   args.work.mkdir(parents=True, exist_ok=True)
-  for seed in args.seeds:
-    for arm in arms():
-      if not result_path(args.work, arm, seed, args.steps).is_file():
-        child = multiprocessing.get_context('spawn').Process(
-            target=train_one, args=(args.data, args.work, arm, seed, args.steps))
-        child.start()
-        child.join()
-        if child.exitcode:
-          sys.exit(f'{arm}, seed {seed} failed with exit code {child.exitcode}')
-  results = [json.loads(result_path(args.work, arm, seed, args.steps).read_text())
-             for seed in args.seeds for arm in arms()]
+  tuning = {arm: tune(args.data, args.work, arm, args.steps) for arm in arms()}
+  results = [result_of(args.data, args.work,
+                       Trial(arm, seed, min(tried, key=tried.__getitem__), args.steps))
+             for seed in args.seeds for arm, tried in tuning.items()]
   summary = summarise(results)
   from jaxrl_pt import params
   from jaxrl_pt.models import presets, transformer
-  run = make_run(Path('text-wikitext2'), Path('cache'), 'W1.58A8', 0, args.steps)
+  optimizer = make_run(Path('data'), Path('cache'),
+                       Trial('full precision', 0, FIRST_RATES[0], args.steps)).optimizer
   (RESULTS / 'wikitext.json').write_text(json.dumps({
       'command': f'python experiments/foundation/wikitext.py --data DIR --steps {args.steps}',
       'parameters': params.count(transformer.build(presets.small(VOCAB)).specs),
       'training_tokens': args.steps * BATCH * LENGTH,
-      'optimizer': dataclasses.asdict(run.optimizer), 'batch': BATCH, 'length': LENGTH,
-      'vocabulary': VOCAB, 'summary': summary, 'runs': results}, indent=1) + '\n')
+      'optimizer of the first tuning run': dataclasses.asdict(optimizer), 'batch': BATCH,
+      'length': LENGTH, 'vocabulary': VOCAB, 'summary': summary,
+      'bits per byte by peak learning rate, tuning seed': tuning, 'runs': results},
+      indent=1) + '\n')
   plot(results, summary)
   for row in summary:
     value, difference = row['bits_per_byte'], row['minus_full_precision']
     print(f'{row["arm"]:22s} {value["mean"]:.4f} ± {value["half_width_95"] or 0:.4f} bits/byte, '
-          f'{difference["mean"]:+.4f} against full precision')
+          f'{difference["mean"]:+.4f} ± {difference["half_width_95"] or 0:.4f} against full '
+          f'precision, peak rate {row["peak_rate"]:g}')
 
 
 if __name__ == '__main__':
