@@ -216,20 +216,34 @@ def accuracy_table(rows: list[dict]) -> tuple[list[list[str]], str]:
       gains[split, decoding] = new - old
       table.append([split, decoding, f'{old:.1f} %', f'{new:.1f} %', f'{new - old:+.1f}',
                     str(int(before[f'validation/{split}_count']))])
-  sampled = [gains[s, 'sampled'] for s in DIFFICULTIES]
-  argmax = [gains[s, 'argmax'] for s in DIFFICULTIES]
-  if min(sampled) <= 0:
-    summary = ('RPT did not raise the sampled accuracy of every split in this run: train it '
-               'longer (cfg.Train.num_steps).')
-  elif max(argmax) < 1.0:
-    summary = ('Sampled predictions became better on every split while the argmax changed '
-               f'by {min(argmax):+.1f} to {max(argmax):+.1f} points: this is sharper sampling, '
-               'not look-ahead.')
-  else:
-    summary = ('Sampled predictions became better on every split; the argmax moved too, by '
-               f'{min(argmax):+.1f} to {max(argmax):+.1f} points, which is the part that '
-               'sharper sampling does not explain.')
-  return table, summary
+  sampled, argmax = ({split: gains[split, decoding] for split in DIFFICULTIES}
+                     for decoding in ('sampled', 'argmax'))
+  return table, _summary(sampled, argmax)
+
+
+def _summary(sampled: dict[str, float], argmax: dict[str, float]) -> str:
+  """What the changes, in points by split, mean. A fall is called a fall, however small."""
+  if min(sampled.values()) <= 0:
+    return ('RPT did not raise the sampled accuracy of every split in this run, and '
+            f'{_moved(argmax)}: train it longer (cfg.Train.num_steps).')
+  better = f'Sampled predictions became better on every split while {_moved(argmax)}'
+  if min(argmax.values()) >= 1.0:
+    return f'{better}, which sharper sampling does not explain.'
+  return f'{better}: this is sharper sampling, not look-ahead.'
+
+
+def _moved(argmax: dict[str, float]) -> str:
+  """The change of the argmax in words: which splits became worse, which better, by how much."""
+  parts = []
+  for word, sign in (('worse', -1), ('better', 1)):
+    changes = {split: sign * change for split, change in argmax.items()
+               if round(sign * change, 1) > 0}
+    if changes:
+      low, high = f'{min(changes.values()):.1f}', f'{max(changes.values()):.1f}'
+      span = low if low == high else f'{low} to {high}'
+      where = 'every split' if len(changes) == len(argmax) else ' and '.join(changes)
+      parts.append(f'became {word} by {span} points on {where}')
+  return f'the argmax {" and ".join(parts) or "did not change"}'
 
 
 def _as_text(table: list[list[str]]) -> str:

@@ -1,0 +1,47 @@
+"""What the quickstart says of its own numbers."""
+
+import pytest
+
+from jaxrl_pt import quickstart
+
+
+def rows_with(sampled: tuple[float, ...], argmax: tuple[float, ...]) -> list[dict]:
+  """Metrics rows in which the accuracies rise by so many points from 10 %."""
+  def row(step: int, scale: float) -> dict:
+    values = {f'validation/{split}_count': 1000.0 for split in quickstart.DIFFICULTIES}
+    for decoding, changes in (('sampled', sampled), ('argmax', argmax)):
+      for split, change in zip(quickstart.DIFFICULTIES, changes, strict=True):
+        values[f'validation/{split}_{decoding}'] = 0.1 + scale * change / 100
+    return {'step': step, **values}
+  return [row(0, 0.0), {'step': 1, 'loss': 1.0}, row(2, 1.0)]
+
+
+@pytest.mark.parametrize('sampled, argmax, expected', [
+    ((4, 3, 2), (-1.5, -1.4, -0.8),
+     'Sampled predictions became better on every split while the argmax became worse by 0.8 to '
+     '1.5 points on every split: this is sharper sampling, not look-ahead.'),
+    ((4, 3, 2), (-0.3, 0, 2),
+     'Sampled predictions became better on every split while the argmax became worse by 0.3 '
+     'points on easy and became better by 2.0 points on hard: this is sharper sampling, not '
+     'look-ahead.'),
+    ((4, 3, 2), (0.01, 0, -0.01),
+     'Sampled predictions became better on every split while the argmax did not change: this is '
+     'sharper sampling, not look-ahead.'),
+    ((4, 3, 2), (1.2, 1.0, 3),
+     'Sampled predictions became better on every split while the argmax became better by 1.0 to '
+     '3.0 points on every split, which sharper sampling does not explain.'),
+    ((4, 0, 2), (1, 1, -2),
+     'RPT did not raise the sampled accuracy of every split in this run, and the argmax became '
+     'worse by 2.0 points on hard and became better by 1.0 points on easy and medium: train it '
+     'longer (cfg.Train.num_steps).'),
+])
+def test_summary_says_plainly_what_the_argmax_did(sampled, argmax, expected):
+  # 1e-9: a change of exactly one point must not depend on rounding of 0.1 + 0.01.
+  argmax = tuple(change + 1e-9 for change in argmax)
+  assert quickstart.accuracy_table(rows_with(sampled, argmax))[1] == expected
+
+
+def test_table_has_both_decodings_of_every_split():
+  table, _ = quickstart.accuracy_table(rows_with((1, 2, 3), (0, -1, 1)))
+  assert len(table) == 1 + 2 * len(quickstart.DIFFICULTIES)
+  assert table[4] == ['medium', 'argmax', '10.0 %', '9.0 %', '-1.0', '1000']
