@@ -93,6 +93,11 @@ def check_divides(run: cfg.Run, mesh: Mesh) -> None:
   model = run.model
   tensor, fsdp, context = (mesh.shape[a] for a in ('tensor', 'fsdp', 'context'))
   rows = run.train.batch_size // run.train.accumulation
+  batch = 'data × fsdp', mesh.shape['data'] * fsdp
+  prompts: tuple[tuple[str, int, str, int], ...] = ()
+  match run.objective:
+    case cfg.RPT(num_prompts=num_prompts):
+      prompts = (('RPT.num_prompts', num_prompts, *batch),)
   for what, size, axis, parts in (
       ('Model.num_heads', model.num_heads, 'tensor', tensor),
       ('Model.num_kv_heads', model.num_kv_heads, 'tensor', tensor),
@@ -100,7 +105,8 @@ def check_divides(run: cfg.Run, mesh: Mesh) -> None:
       ('Model.vocab_size', model.vocab_size, 'tensor', tensor),
       ('Model.d_model', model.d_model, 'fsdp', fsdp),
       ('Data.seq_len', run.data.seq_len, 'context', context),
-      ('Train.batch_size / Train.accumulation', rows, 'data × fsdp', mesh.shape['data'] * fsdp),
+      ('Train.batch_size / Train.accumulation', rows, *batch),
+      *prompts,
   ):
     if size % parts:
       raise UserError(f'Mesh axis {axis} = {parts} does not divide {what} = {size}: change one '

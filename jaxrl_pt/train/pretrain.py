@@ -15,12 +15,11 @@ from jaxrl_pt import config as cfg
 from jaxrl_pt import metrics, report
 from jaxrl_pt.checkpoint import Checkpointer
 from jaxrl_pt.data import loader
-from jaxrl_pt.train import losses, optim
+from jaxrl_pt.train import optim, programs
 from jaxrl_pt.train import session as sessions
 from jaxrl_pt.train import state as states
 from jaxrl_pt.train.evaluate import evaluate_packed
 from jaxrl_pt.train.interrupt import stop_on_signals
-from jaxrl_pt.train.step import Step, make_train_step
 
 
 def train(run: cfg.Run, workdir: Path, resolved_text: str) -> None:
@@ -59,7 +58,8 @@ def train(run: cfg.Run, workdir: Path, resolved_text: str) -> None:
     recorder = sessions.Recorder(
         writer, checkpointer, session.mesh,
         metrics.flops_per_token(run.model, run.data.seq_len / 2))
-    compiled = functools.cache(lambda model: _compile(session, model, optimizer))
+    compiled = functools.cache(
+        lambda model: programs.pretrain_step(run, session.mesh, model, optimizer))
 
     # --- Train ------------------------------------------------------------------
     with writer:
@@ -85,14 +85,6 @@ def train(run: cfg.Run, workdir: Path, resolved_text: str) -> None:
       recorder.flush()
   if jax.process_index() == 0:
     report.write_report(workdir)
-
-
-def _compile(session: sessions.Session, model: cfg.Model, optimizer: Any) -> Step:
-  run = session.run
-  loss = losses.next_token(session.model(model), run.compute.loss_chunk)
-  schedule = optim.learning_rate(run.optimizer.schedule, run.train.num_steps)
-  step = make_train_step(loss, optimizer, schedule, run.train.accumulation)
-  return jax.jit(step, donate_argnums=0)
 
 
 def _validate(session: sessions.Session, model: cfg.Model, state: Any,

@@ -21,7 +21,7 @@ from jaxrl_pt.checkpoint import Checkpointer
 from jaxrl_pt.data import loader, next_token
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.models.base import Model
-from jaxrl_pt.train import evaluate, optim, rl_step
+from jaxrl_pt.train import evaluate, optim, programs, rl_step
 from jaxrl_pt.train import session as sessions
 from jaxrl_pt.train import state as states
 from jaxrl_pt.train.interrupt import stop_on_signals
@@ -58,8 +58,7 @@ def train(run: cfg.Run, workdir: Path, resolved_text: str) -> None:
   held_out = _choose_positions(session, method, entropy, start.params, 'validation')
   stop_id = session.data.tokenizer.eos_id
   table = verifier.token_table(session.data.tokenizer.token_bytes(), run.model.vocab_size)
-  step_fn = jax.jit(rl_step.make_rpt_step(model, optimizer, run, table, stop_id),
-                    donate_argnums=0)
+  step_fn = programs.rpt_step(run, session.mesh, optimizer, table, stop_id)
   score = _make_scorer(session, method, model, table, stop_id, held_out)
 
   with Checkpointer(workdir / 'checkpoints', run.checkpoint) as checkpointer, \
@@ -178,7 +177,7 @@ def _prompts(packed: loader.Packed, rows: next_token.Positions, method: cfg.RPT)
   have; a right prediction that the truth spells in still more tokens counts as wrong."""
   examples = packed.batch(np.unique(rows.example))
   return next_token.build_prompts(examples, rows, prompt_len=method.prompt_len,
-                                  num_continuation=4 * method.prediction_tokens)
+                                  num_continuation=programs.continuation_len(method))
 
 
 # --- Held-out accuracy ----------------------------------------------------------

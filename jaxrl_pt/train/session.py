@@ -36,7 +36,7 @@ class Session:
 
   def model(self, config: cfg.Model) -> Model:
     """The model on this session's mesh."""
-    return transformer.build(config, self.run.compute, rules.make_constrain(self.mesh))
+    return build_model(config, self.run.compute, self.mesh)
 
   def put(self, batch: Batch) -> Batch:
     """This host's rows → one global, sharded batch."""
@@ -52,6 +52,11 @@ class Session:
     """Any tree of whole [N, …] arrays → global arrays with N split like a batch's rows."""
     sharding = rules.row_sharding(self.mesh)
     return jax.tree.map(lambda x: _from_whole(x, sharding), tree)
+
+
+def build_model(config: cfg.Model, compute: cfg.Compute, mesh: Mesh) -> Model:
+  """The model as every training program on this mesh computes it."""
+  return transformer.build(config, compute, rules.make_constrain(mesh))
 
 
 def _from_whole(x: Any, sharding: jax.sharding.Sharding) -> Any:
