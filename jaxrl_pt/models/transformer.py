@@ -21,8 +21,9 @@ from jaxrl_pt.models.base import Constrain, Model
 from jaxrl_pt.nn import attention as attn
 from jaxrl_pt.nn import embed
 from jaxrl_pt.nn.ffn import gated
-from jaxrl_pt.nn.linear import linear
+from jaxrl_pt.nn.linear import linear, normed_linear
 from jaxrl_pt.nn.norm import rms_norm
+from jaxrl_pt.nn.ops import Axes, Ops
 from jaxrl_pt.nn.quant import hadamard_factors
 from jaxrl_pt.params import ParamSpec, normal, ones
 from jaxrl_pt.types import Array, Params
@@ -30,20 +31,27 @@ from jaxrl_pt.types import Array, Params
 # attend(q_BSHE, k_BSKE, v_BSKE) → (out_BSHE, what the layer leaves behind)
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
 
+# The projections of a block: logical names of their inputs and outputs.
+PROJECTIONS: dict[str, Axes] = {
+    'wq': ('embed', 'heads'), 'wk': ('embed', 'kv_heads'), 'wv': ('embed', 'kv_heads'),
+    'wo': ('heads', 'embed'), 'w_gate': ('embed', 'ff'), 'w_up': ('embed', 'ff'),
+    'w_down': ('ff', 'embed')}
+
 
 def build(config: cfg.Model, compute: cfg.Compute = cfg.Compute(),
-          constrain: Constrain = lambda x, axes: x) -> Model:
+          constrain: Constrain = lambda x, axes: x, ops: Ops = Ops()) -> Model:
   """The model of `config`, computed as `compute` says.
 
   constrain is applied at the model's named activations (embedding, queries, keys and
-  values, feed-forward, residual) with their logical axes; `parallel.rules` makes it.
+  values, feed-forward, residual) with their logical axes; `parallel.rules` makes it. ops
+  computes what has kernels; `parallel.kernels` makes it for the chips of a mesh.
 
   Raises:
     UserError: `Quant.hadamard` and a width that no Hadamard matrix here has.
   """
   _check_rotations(config)
   dtype = jnp.dtype(compute.dtype)
-  block = _make_block(config, constrain)
+  block = _make_block(config, constrain, ops)
   remat = jax.checkpoint if compute.remat == 'block' else lambda f: f
   unroll = compute.unroll or config.num_layers
 
@@ -54,7 +62,7 @@ def build(config: cfg.Model, compute: cfg.Compute = cfg.Compute(),
     angles = embed.rope(positions_BT, config.head_dim, config.rope_theta)
 
     def attend(q: Array, k: Array, v: Array) -> tuple[Array, None]:
-      return attn.causal_attention(q, k, v, segments_BT), None
+      return ops.attention(q, k, v, segments_BT), None
 
     def layer(x_BTD: Array, p: Params) -> tuple[Array, None]:
       return block(p, x_BTD, angles, attend)
@@ -103,11 +111,17 @@ def _check_rotations(config: cfg.Model) -> None:
                       'Quant.hadamard = False.') from e
 
 
-def _make_block(config: cfg.Model, constrain: Constrain) -> Callable[..., tuple[Array, Any]]:
-  quant = config.quant
+def _make_block(config: cfg.Model, constrain: Constrain,
+                ops: Ops) -> Callable[..., tuple[Array, Any]]:
+  quant, epsilon = config.quant, config.norm_epsilon
 
-  def norm(x: Array, gain: Array) -> Array:
-    return rms_norm(x, gain, config.norm_epsilon)
+  def project(p: Params, x: Array, name: str) -> Array:
+    return linear(x, p[name], quant, ops, PROJECTIONS[name])
+
+  def project_back(p: Params, x: Array, name: str, gain: str) -> Array:
+    """W_o and W_down, after SubLN where the model has it."""
+    return normed_linear(x, p[gain] if config.sub_norm else None, epsilon, p[name], quant, ops,
+                         PROJECTIONS[name])
 
   def block(p: Params, x_BTD: Array, angles: tuple[Array, Array],
             attend: Attend) -> tuple[Array, Any]:
@@ -117,23 +131,18 @@ def _make_block(config: cfg.Model, constrain: Constrain) -> Callable[..., tuple[
       x = x.reshape(num_rows, length, num_heads, config.head_dim)
       return constrain(x, ('batch', 'sequence', axis, None))
 
-    y_BTD = norm(x_BTD, p['attn_norm'])
-    q = split_heads(linear(y_BTD, p['wq'], quant), config.num_heads, 'heads')
-    k = split_heads(linear(y_BTD, p['wk'], quant), config.num_kv_heads, 'kv_heads')
-    v = split_heads(linear(y_BTD, p['wv'], quant), config.num_kv_heads, 'kv_heads')
+    y_BTD = rms_norm(x_BTD, p['attn_norm'], epsilon)
+    q = split_heads(project(p, y_BTD, 'wq'), config.num_heads, 'heads')
+    k = split_heads(project(p, y_BTD, 'wk'), config.num_kv_heads, 'kv_heads')
+    v = split_heads(project(p, y_BTD, 'wv'), config.num_kv_heads, 'kv_heads')
     out, left_behind = attend(embed.rotate(q, *angles), embed.rotate(k, *angles), v)
     out = out.reshape(num_rows, length, -1)
-    if config.sub_norm:
-      out = norm(out, p['attn_sub_norm'])
-    x_BTD = x_BTD + linear(out, p['wo'], quant, rotate=True)
+    x_BTD = x_BTD + project_back(p, out, 'wo', 'attn_sub_norm')
 
-    y_BTD = norm(x_BTD, p['ffn_norm'])
-    h_BTF = gated(linear(y_BTD, p['w_gate'], quant), linear(y_BTD, p['w_up'], quant),
-                  config.activation)
+    y_BTD = rms_norm(x_BTD, p['ffn_norm'], epsilon)
+    h_BTF = gated(project(p, y_BTD, 'w_gate'), project(p, y_BTD, 'w_up'), config.activation)
     h_BTF = constrain(h_BTF, ('batch', 'sequence', 'ff'))
-    if config.sub_norm:
-      h_BTF = norm(h_BTF, p['ffn_sub_norm'])
-    x_BTD = x_BTD + linear(h_BTF, p['w_down'], quant, rotate=True)
+    x_BTD = x_BTD + project_back(p, h_BTF, 'w_down', 'ffn_sub_norm')
     return constrain(x_BTD, ('batch', 'sequence', None)), left_behind
 
   return block
@@ -147,8 +156,8 @@ def _specs(config: cfg.Model) -> Any:
   keys = config.num_kv_heads * config.head_dim
   residual = (2 * depth) ** -0.5
 
-  def matrix(rows: int, columns: int, axes: tuple[str, str], gain: float = 1.0) -> ParamSpec:
-    return ParamSpec((depth, rows, columns), jnp.float32, ('layers', *axes),
+  def matrix(name: str, rows: int, columns: int, gain: float = 1.0) -> ParamSpec:
+    return ParamSpec((depth, rows, columns), jnp.float32, ('layers', *PROJECTIONS[name]),
                      normal(gain * rows**-0.5))
 
   def gains(size: int, axis: str) -> ParamSpec:
@@ -156,14 +165,14 @@ def _specs(config: cfg.Model) -> Any:
 
   layers = {
       'attn_norm': gains(width, 'norm'),
-      'wq': matrix(width, queries, ('embed', 'heads')),
-      'wk': matrix(width, keys, ('embed', 'kv_heads')),
-      'wv': matrix(width, keys, ('embed', 'kv_heads')),
-      'wo': matrix(queries, width, ('heads', 'embed'), residual),
+      'wq': matrix('wq', width, queries),
+      'wk': matrix('wk', width, keys),
+      'wv': matrix('wv', width, keys),
+      'wo': matrix('wo', queries, width, residual),
       'ffn_norm': gains(width, 'norm'),
-      'w_gate': matrix(width, ff, ('embed', 'ff')),
-      'w_up': matrix(width, ff, ('embed', 'ff')),
-      'w_down': matrix(ff, width, ('ff', 'embed'), residual),
+      'w_gate': matrix('w_gate', width, ff),
+      'w_up': matrix('w_up', width, ff),
+      'w_down': matrix('w_down', ff, width, residual),
   }
   if config.sub_norm:
     layers['attn_sub_norm'] = gains(queries, 'norm')

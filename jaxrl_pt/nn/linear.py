@@ -5,17 +5,20 @@ import jax.numpy as jnp
 
 from jaxrl_pt.config import Quant
 from jaxrl_pt.nn import quant as q
+from jaxrl_pt.nn.norm import rms_norm
+from jaxrl_pt.nn.ops import Axes, Ops
 from jaxrl_pt.types import Array
 
 
-def linear(x: Array, w: Array, quant: Quant, *, rotate: bool = False) -> Array:
+def linear(x: Array, w: Array | q.TernaryWeight, quant: Quant, ops: Ops, axes: Axes) -> Array:
   """Y = X W, with W and X quantised as `quant` says.
 
   Args:
     x: f[..., I].
-    w: f[I, O] (latent) weights.
+    w: f[I, O] latent weights, or the packed weights of `quant.pack`.
     quant: 'none' weights give the plain product in x's dtype.
-    rotate: True at W_o and W_down, where `quant.hadamard` makes it H-BitLinear.
+    ops: computes the quantised product.
+    axes: logical names of w's dimensions.
 
   Returns:
     f[..., O] in x's dtype.
@@ -24,11 +27,28 @@ def linear(x: Array, w: Array, quant: Quant, *, rotate: bool = False) -> Array:
   """
   if quant.weights == 'none':
     return matmul(x, w.astype(x.dtype))
-  if rotate and quant.hadamard:
-    x = q.hadamard(x)
-  return q.bit_matmul(x, w, quant.activations)
+  codes, scale = q.activations(jax.lax.stop_gradient(x), quant.activations)
+  return q.bit_matmul(x, w, codes, scale, quant.activations, ops.product, axes)
 
 
+def normed_linear(x: Array, gain: Array | None, epsilon: float, w: Array | q.TernaryWeight,
+                  quant: Quant, ops: Ops, axes: Axes) -> Array:
+  """Y = RMSNorm(X) W at W_o and W_down, where `quant.hadamard` makes it H-BitLinear.
+
+  Args:
+    gain: f32[I] of the norm; None leaves the norm out.
+    others: as `linear`'s.
+
+  Returns:
+    f[..., O] in x's dtype.
+
+  Source: 2504.18415 section 2 (H-BitLinear), 2504.12285 section 2 (SubLN).
+  """
+  if quant.weights == 'ternary' and quant.hadamard:
+    x_r, codes, scale = ops.rotated(x, gain, epsilon, quant.activations)
+    return q.bit_matmul(x_r, w, codes, scale, quant.activations, ops.product, axes)
+  normed = x if gain is None else rms_norm(x, gain, epsilon)
+  return linear(normed, w, quant, ops, axes)
 @jax.custom_vjp
 def matmul(x: Array, w: Array) -> Array:
   """x f[..., I] @ w f[I, O], with dW = Xᵀ dY asked for in that very form.

@@ -6,15 +6,18 @@ Codes are kept in the compute dtype: sums of code products stay below 2^24, so
 float32 accumulation of them is exact and independent of its order.
 """
 
+from collections.abc import Callable
 import functools
 import math
+from typing import Any
 
+from flax import struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxrl_pt.config import ActivationQuant
-from jaxrl_pt.types import Array
+from jaxrl_pt.types import Array, Params
 
 EPSILON = 1e-5
 SQRT_7 = math.sqrt(7.0)
@@ -144,45 +147,80 @@ def hadamard(x: Array) -> Array:
 # --- The quantised product ------------------------------------------------------
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def bit_matmul(x: Array, w: Array, kind: ActivationQuant) -> Array:
+@struct.dataclass
+class TernaryWeight:
+  """A packed weight: stands in a parameter tree where the latent matrix stood."""
+
+  codes: Array  # i2[..., I, O] in {−1, 0, 1}
+  scale: Array  # f32[..., 1, 1]
+
+
+def pack(params: Params, is_packed: Callable[[tuple[Any, ...]], bool]) -> Params:
+  """The parameters with some matrices as TernaryWeight: 2 bits a weight, for inference.
+
+  Args:
+    params: any tree of f32[..., I, O] leaves, matrices stacked over layers included.
+    is_packed: whether the leaf at a path is a BitLinear's.
+  """
+  def leaf(path: tuple[Any, ...], w: Array) -> Any:
+    if not is_packed(path):
+      return w
+    codes, scale = ternary(w)
+    return TernaryWeight(codes.astype(jnp.int2), scale)
+
+  return jax.tree_util.tree_map_with_path(leaf, params)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def bit_matmul(x: Array, w: Array | TernaryWeight, x_codes: Array, x_scale: Array,
+               kind: ActivationQuant, product: Callable[..., Array],
+               axes: tuple[str, str]) -> Array:
   """Y = Q_a(X) · Q_w(W) with straight-through gradients: both quantisers count as identity.
 
     forward   Y = (codes_x · codes_w) · scale_x · scale_w
     backward  dX = dY · Q_w(W)ᵀ,  dW = Q_a(X)ᵀ · dY   (also where a code was clipped)
 
   Args:
-    x: f[..., I] activations, quantised per token as `kind` says.
-    w: f[I, O] latent weights, quantised to ternary.
+    x: f[..., I] activations. Not read: the gradient flows to it.
+    w: f[I, O] latent weights, quantised to ternary here; or packed ones, without gradient.
+    x_codes, x_scale: X as `activations` quantises it.
+    kind, axes: for `product`.
+    product: the integer product with its scales, `ops.Product`.
 
   Returns:
     f[..., O] in x's dtype.
 
   Source: 2504.18415 section 2 (STE), specs/bitnet_v2.md 1.4.
   """
-  return _bit_matmul_forward(x, w, kind)[0]
+  return _bit_matmul_forward(x, w, x_codes, x_scale, kind, product, axes)[0]
 
 
-def _bit_matmul_forward(x: Array, w: Array,
-                        kind: ActivationQuant) -> tuple[Array, tuple[Array, ...]]:
-  x_codes, x_scale = activations(x, kind)
-  w_codes, w_scale = ternary(w)
-  product = jnp.matmul(x_codes, w_codes.astype(x.dtype), preferred_element_type=jnp.float32)
-  y = (product * (x_scale * w_scale[..., 0])).astype(x.dtype)
-  return y, (x_codes, x_scale, w_codes, w_scale)
+def _bit_matmul_forward(x: Array, w: Array | TernaryWeight, x_codes: Array, x_scale: Array,
+                        kind: ActivationQuant, product: Callable[..., Array],
+                        axes: tuple[str, str]) -> tuple[Array, tuple[Any, ...]]:
+  packed = isinstance(w, TernaryWeight)
+  w_codes, w_scale = (w.codes, w.scale) if packed else ternary(w)
+  y = product(x_codes, x_scale, w_codes, w_scale, kind, axes, x.dtype)
+  # Codes are kept as they are; an empty array remembers the type of the latent weights.
+  latent = None if packed else jnp.zeros((0,), w.dtype)
+  return y, (x_codes, x_scale, w_codes, w_scale, latent)
 
 
-def _bit_matmul_backward(kind: ActivationQuant, saved: tuple[Array, ...],
-                         dy: Array) -> tuple[Array, Array]:
-  del kind
-  x_codes, x_scale, w_codes, w_scale = saved
-  dy_w = (dy.astype(jnp.float32) * w_scale[..., 0]).astype(dy.dtype)
-  dx = jnp.matmul(dy_w, w_codes.T.astype(dy.dtype))
-  dy_x = (dy.astype(jnp.float32) * x_scale).astype(dy.dtype)
+def _bit_matmul_backward(kind: ActivationQuant, product: Callable[..., Array],
+                         axes: tuple[str, str], saved: tuple[Any, ...],
+                         dy: Array) -> tuple[Any, ...]:
+  del kind, product, axes
+  x_codes, x_scale, w_codes, w_scale, latent = saved
+  dtype = dy.dtype
+  dy_w = (dy.astype(jnp.float32) * w_scale[..., 0]).astype(dtype)
+  dx = jnp.matmul(dy_w, w_codes.T.astype(dtype))
+  if latent is None:
+    return dx, None, None, None
+  dy_x = (dy.astype(jnp.float32) * x_scale).astype(dtype)
   rows = (-1, dy.shape[-1])
-  dw = jnp.matmul(x_codes.reshape(-1, x_codes.shape[-1]).T, dy_x.reshape(rows),
+  dw = jnp.matmul(x_codes.astype(dtype).reshape(-1, x_codes.shape[-1]).T, dy_x.reshape(rows),
                   preferred_element_type=jnp.float32)
-  return dx.astype(x_codes.dtype), dw.astype(w_codes.dtype)
+  return dx, dw.astype(latent.dtype), None, None
 
 
 bit_matmul.defvjp(_bit_matmul_forward, _bit_matmul_backward)

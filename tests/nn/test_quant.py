@@ -12,7 +12,9 @@ import pytest
 
 from jaxrl_pt.config import Quant
 from jaxrl_pt.nn import quant
-from jaxrl_pt.nn.linear import linear
+from jaxrl_pt.nn.linear import linear, normed_linear
+from jaxrl_pt.nn.norm import rms_norm
+from jaxrl_pt.nn.ops import Ops
 
 KINDS = ('int8', 'int4', 'int4_absmax')
 RANGES = {'int8': (-128, 127), 'int4': (-8, 7), 'int4_absmax': (-8, 7)}
@@ -27,6 +29,12 @@ activations = jax.jit(quant.activations, static_argnums=1)
 
 def normal(*shape, seed=0):
   return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def bit_matmul(x, w, kind):
+  """The product with its own quantisation of x, as the layers call it."""
+  codes, scale = quant.activations(x, kind)
+  return quant.bit_matmul(x, w, codes, scale, kind, Ops().product, ('embed', 'ff'))
 
 
 # --- By hand --------------------------------------------------------------------
@@ -140,7 +148,7 @@ def test_ternary_codes_do_not_change_with_the_scale(w, exponent):
 def test_constant_and_extreme_rows(kind, value):
   x = jnp.full((2, 16), value, jnp.float32)
   w = jnp.full((16, 4), value, jnp.float32)
-  y, vjp = jax.vjp(lambda x, w: quant.bit_matmul(x, w, kind), x, w)
+  y, vjp = jax.vjp(lambda x, w: bit_matmul(x, w, kind), x, w)
   if abs(value) < 1e10:
     assert np.isfinite(y).all() and all(np.isfinite(g).all() for g in vjp(jnp.ones_like(y)))
   if value == 0.0:
@@ -160,7 +168,7 @@ def test_product_equals_integers_bit_for_bit(kind, num_in, dtype):
   w = jnp.asarray(normal(num_in, 24, seed=1))
 
   def with_codes(x, w):
-    return quant.bit_matmul(x, w, kind), quant.activations(x, kind), quant.ternary(w)
+    return bit_matmul(x, w, kind), quant.activations(x, kind), quant.ternary(w)
 
   for run, ulps in ((with_codes, 0), (jax.jit(with_codes), 3)):
     y, (x_codes, x_scale), (w_codes, w_scale) = run(x, w)
@@ -182,13 +190,13 @@ def test_compiled_sums_of_codes_are_exact_integers(num_in):
   x = random.integers(-127, 128, (5, num_in)).astype(np.float32)
   x[:, 0] = 127
   w = random.choice([-1.0, 1.0], (num_in, 24)).astype(np.float32)
-  y = jax.jit(quant.bit_matmul, static_argnums=2)(jnp.asarray(x), jnp.asarray(w), 'int8')
+  y = jax.jit(bit_matmul, static_argnums=2)(jnp.asarray(x), jnp.asarray(w), 'int8')
   np.testing.assert_array_equal(y, x.astype(np.int64) @ w.astype(np.int64))
 
 
 def test_largest_possible_sum_is_exact():
   # 127 · 6912 = 877,824 < 2²⁴: every code 127, every weight 1 (specs: 2B4T 2.7 b).
-  y = quant.bit_matmul(jnp.full((1, 6912), 3.0), jnp.full((6912, 1), 2.0), 'int8')
+  y = bit_matmul(jnp.full((1, 6912), 3.0), jnp.full((6912, 1), 2.0), 'int8')
   exact = fractions.Fraction(3) * 2 * 6912
   assert float(y[0, 0]) == pytest.approx(float(exact), rel=1e-6)
 
@@ -199,7 +207,7 @@ def test_straight_through_gradients(kind):
   x = x.at[0, 0, 0].set(40.0)  # clipped by int4 absmean
   w = w.at[0, 0].set(9.0)  # clipped by ternary
   dy = jnp.asarray(normal(2, 3, 6, seed=2))
-  _, vjp = jax.vjp(lambda x, w: quant.bit_matmul(x, w, kind), x, w)
+  _, vjp = jax.vjp(lambda x, w: bit_matmul(x, w, kind), x, w)
   dx, dw = vjp(dy)
   x_codes, x_scale = quant.activations(x, kind)
   w_codes, w_scale = quant.ternary(w)
@@ -224,25 +232,53 @@ def test_gradient_is_that_of_the_detach_form(kind):
     w_q = w + jax.lax.stop_gradient(w_codes * w_scale - w)
     return jnp.sum(jnp.sin(x_q @ w_q))
 
-  ours = jax.grad(lambda x, w: jnp.sum(jnp.sin(quant.bit_matmul(x, w, kind))), (0, 1))(x, w)
+  ours = jax.grad(lambda x, w: jnp.sum(jnp.sin(bit_matmul(x, w, kind))), (0, 1))(x, w)
   for a, b in zip(ours, jax.grad(detach_form, (0, 1))(x, w)):
     np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4)
 
 
 def test_bfloat16_gradients_keep_the_dtypes():
   x, w = jnp.asarray(normal(4, 16), jnp.bfloat16), jnp.asarray(normal(16, 6, seed=1))
-  dx, dw = jax.grad(lambda x, w: quant.bit_matmul(x, w, 'int8').sum().astype(jnp.float32),
+  dx, dw = jax.grad(lambda x, w: bit_matmul(x, w, 'int8').sum().astype(jnp.float32),
                     (0, 1))(x, w)
   assert dx.dtype == jnp.bfloat16 and dw.dtype == jnp.float32
 
 
 def test_linear_dispatch():
   x, w = jnp.asarray(normal(4, 16)), jnp.asarray(normal(16, 6, seed=1))
+  gain = jnp.asarray(normal(16, seed=2))
   plain, bit = Quant(), Quant('ternary', 'int8')
   rotated = Quant('ternary', 'int8', hadamard=True)
-  np.testing.assert_array_equal(linear(x, w, plain), x @ w)
-  np.testing.assert_array_equal(linear(x, w, plain, rotate=True), x @ w)
-  np.testing.assert_array_equal(linear(x, w, bit, rotate=True), quant.bit_matmul(x, w, 'int8'))
-  np.testing.assert_array_equal(linear(x, w, rotated), quant.bit_matmul(x, w, 'int8'))
-  np.testing.assert_array_equal(linear(x, w, rotated, rotate=True),
-                                quant.bit_matmul(quant.hadamard(x), w, 'int8'))
+  ops, axes = Ops(), ('ff', 'embed')
+  normed = rms_norm(x, gain, 1e-5)
+  equal = np.testing.assert_array_equal
+  equal(linear(x, w, plain, ops, axes), x @ w)
+  equal(linear(x, w, rotated, ops, axes), bit_matmul(x, w, 'int8'))
+  equal(normed_linear(x, None, 1e-5, w, plain, ops, axes), x @ w)
+  equal(normed_linear(x, gain, 1e-5, w, plain, ops, axes), normed @ w)
+  equal(normed_linear(x, gain, 1e-5, w, bit, ops, axes), bit_matmul(normed, w, 'int8'))
+  equal(normed_linear(x, gain, 1e-5, w, rotated, ops, axes),
+        bit_matmul(quant.hadamard(normed), w, 'int8'))
+
+
+# --- Packed weights -------------------------------------------------------------
+
+
+def test_packed_weights_are_two_bits_and_give_the_same_product():
+  w = jnp.asarray(normal(3, 16, 6))  # stacked over 3 layers
+  tree = {'layers': {'w': w, 'norm': jnp.ones((3, 16))}}
+  packed = quant.pack(tree, lambda path: path[-1].key == 'w')
+  leaf = packed['layers']['w']
+  assert leaf.codes.dtype == jnp.int2 and leaf.scale.shape == (3, 1, 1)
+  assert packed['layers']['norm'] is tree['layers']['norm']
+  x = jnp.asarray(normal(4, 16, seed=1))
+  for layer in range(3):
+    one = jax.tree.map(lambda a, layer=layer: a[layer], leaf)
+    np.testing.assert_array_equal(bit_matmul(x, one, 'int8'), bit_matmul(x, w[layer], 'int8'))
+
+
+def test_packed_weights_pass_the_gradient_to_the_activations():
+  w, x = jnp.asarray(normal(16, 6)), jnp.asarray(normal(4, 16, seed=1))
+  packed = quant.pack({'w': w}, lambda path: True)['w']
+  loss = lambda x, w: jnp.sin(bit_matmul(x, w, 'int4')).sum()
+  np.testing.assert_array_equal(jax.grad(loss)(x, packed), jax.grad(loss)(x, w))

@@ -1,0 +1,69 @@
+"""The ops of a block that have kernels, as values that a model is built with.
+
+The defaults here are the definitions, computed by XLA; `parallel.kernels` puts TPU kernels
+in their place. A model never asks which it was given.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from jaxrl_pt.config import ActivationQuant
+from jaxrl_pt.nn import quant
+from jaxrl_pt.nn.attention import causal_attention
+from jaxrl_pt.nn.norm import rms_norm
+from jaxrl_pt.types import Array
+
+# Logical names of a weight's two dimensions, e.g. ('embed', 'heads').
+Axes = tuple[str, str]
+# product(x_codes, x_scale, w_codes, w_scale, kind, axes, dtype) → y
+Product = Callable[[Array, Array, Array, Array, ActivationQuant, Axes, DTypeLike], Array]
+# rotated(x, gain or None, epsilon, kind) → (x_r, codes, scale)
+Rotated = Callable[[Array, Array | None, float, ActivationQuant], tuple[Array, Array, Array]]
+# attention(q_BTHE, k_BTKE, v_BTKE, segments_BT) → out_BTHE
+Attention = Callable[[Array, Array, Array, Array], Array]
+
+
+def product(x_codes: Array, x_scale: Array, w_codes: Array, w_scale: Array,
+            kind: ActivationQuant, axes: Axes, dtype: DTypeLike) -> Array:
+  """Y = (codes_x · codes_w) · scale_x · scale_w.
+
+  Args:
+    x_codes: [..., I] integers in any type; x_scale: f32[..., 1].
+    w_codes: [I, O] in {−1, 0, 1} in any type; w_scale: f32[1, 1].
+    kind: of the activations; axes: logical names of I and O. Both matter to kernels only.
+
+  Returns:
+    dtype[..., O]; sums of codes stay below 2²⁴, so float32 accumulates them exactly.
+  """
+  del kind, axes
+  sums = jnp.matmul(x_codes.astype(dtype), w_codes.astype(dtype),
+                    preferred_element_type=jnp.float32)
+  return (sums * (x_scale * w_scale[..., 0])).astype(dtype)
+
+
+def rotated(x: Array, gain: Array | None, epsilon: float,
+            kind: ActivationQuant) -> tuple[Array, Array, Array]:
+  """H-BitLinear's input: RMSNorm (with a gain), Hadamard, quantisation per token.
+
+  Args:
+    x: f[..., I]; gain: f32[I], or None for no norm.
+
+  Returns:
+    x_r f[..., I], through which the gradient flows; its codes and their scale f32[..., 1].
+
+  Source: 2504.18415 section 2.
+  """
+  x_r = quant.hadamard(x if gain is None else rms_norm(x, gain, epsilon))
+  return x_r, *quant.activations(jax.lax.stop_gradient(x_r), kind)
+
+
+class Ops(NamedTuple):
+  """What a block computes with: see the types above."""
+
+  product: Product = product
+  rotated: Rotated = rotated
+  attention: Attention = causal_attention
