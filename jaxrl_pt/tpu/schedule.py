@@ -21,7 +21,7 @@ import re
 _BUNDLE = re.compile(r'^ *(?:0x[0-9a-f]+|0) *(?:LB|LH|LE|PB|PF|CT)?: ')
 _REGION = re.compile(r'Start(?:/End empty)? region (\d+)')
 _BRANCH = re.compile(r'sbr\.rel(?: \(!?%(\w+)\))? target = \$region(\d+)')
-_EXIT = re.compile(r'%(p\w+) = scmp\.(?:ge|gt|eq)\.\w+(?:\.totalorder)? (?:\(!?%\w+\), )?%(\w+), (\d+) '
+_EXIT = re.compile(r'%(p\w+) = scmp\.ge\.s32\.totalorder (?:\(!?%\w+\), )?%\w+, (\d+) '
                    r'/\* loop exit test \*/')
 _STAGE = re.compile(r'iteration index, stage = (\d+)')
 # A taken branch leaves after this many further bundles.
@@ -120,7 +120,7 @@ def _loops(lines: list[str], dynamic_trips: Sequence[int]) -> list[Loop]:
   for index, line in enumerate(lines):
     for region in _REGION.findall(line):
       starts.setdefault(region, index)
-    for predicate, _, bound in _EXIT.findall(line):
+    for predicate, bound in _EXIT.findall(line):
       tests[predicate] = int(bound)
     for predicate, target in _BRANCH.findall(line):
       if starts.get(target, index + 1) <= index:

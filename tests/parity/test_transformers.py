@@ -15,6 +15,7 @@ from jaxrl_pt import params as P  # noqa: E402
 from jaxrl_pt.interop import huggingface as hf  # noqa: E402
 from jaxrl_pt.models import transformer  # noqa: E402
 from jaxrl_pt.nn import quant  # noqa: E402
+from jaxrl_pt.nn.ops import Ops  # noqa: E402
 
 pytestmark = pytest.mark.parity
 
