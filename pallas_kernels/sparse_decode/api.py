@@ -56,7 +56,7 @@ def sparse_decode(q_BHE: Array, kv_pages_KNSPE: Array, bounds_BKPD: Array, page_
   """
   page_size = kv_pages_KNSPE.shape[3]
   if blocks is None:
-    blocks = tuning.blocks(generation, page_size) if generation else tuning.Blocks()
+    blocks = tuning.blocks(generation, page_size) if generation else tuning.DEFAULT
   scores = block_scores(q_BHE, bounds_BKPD, generation=generation, blocks=blocks)
   chosen, counts = select_blocks(scores, lengths_B, page_size=page_size, selection=selection,
                                  generation=generation)
@@ -65,7 +65,7 @@ def sparse_decode(q_BHE: Array, kv_pages_KNSPE: Array, bounds_BKPD: Array, page_
 
 
 def block_scores(q_BHE: Array, bounds_BKPD: Array, *, generation: Generation | None,
-                 blocks: tuning.Blocks = tuning.Blocks()) -> Array:
+                 blocks: tuning.Blocks = tuning.DEFAULT) -> Array:
   """An upper bound of q̄ · k over the keys k of each block, q̄ the mean of a group's queries.
 
     score_i = Σ_j max(q̄_j kmax_ij, q̄_j kmin_ij)
@@ -127,7 +127,7 @@ def select_blocks(scores_BKP: Array, lengths_B: Array, *, page_size: int, select
 
 def sparse_attention(q_BHE: Array, kv_pages_KNSPE: Array, blocks_BKN: Array, counts_B: Array,
                      page_table_BP: Array, lengths_B: Array, *, generation: Generation | None,
-                     blocks: tuning.Blocks = tuning.Blocks()) -> tuple[Array, Array]:
+                     blocks: tuning.Blocks = tuning.DEFAULT) -> tuple[Array, Array]:
   """softmax(q kᵀ / √E) v over the keys of the listed blocks; the softmax is float32.
 
   Args:
@@ -156,7 +156,8 @@ def sparse_attention(q_BHE: Array, kv_pages_KNSPE: Array, blocks_BKN: Array, cou
     if x.shape[0] != num_rows:
       raise ValueError(f'{name} {x.shape} must have one entry for each of {num_rows} rows.')
   return first_supported('sparse_attention', _implementations(
-      functools.partial(kernel_tpu.sparse_attention, attended_keys=blocks.attended_keys),
+      functools.partial(kernel_tpu.sparse_attention, attended_keys=blocks.attended_keys,
+                        num_cores=2 if generation in ('v4', 'v5p') else 1),
       reference.sparse_attention, generation),
       q_BHE, kv_pages_KNSPE, blocks_BKN, counts_B, page_table_BP, lengths_B)
 

@@ -165,8 +165,11 @@ def _select_body(blocks_ref: Any, counts_ref: Any, scores_ref: Any, chosen_ref: 
 
 def sparse_attention(q_BHE: Array, kv_pages_KNSPE: Array, blocks_BKN: Array, counts_B: Array,
                      page_table_BP: Array, lengths_B: Array, *, attended_keys: int,
-                     interpret: Any = False) -> tuple[Array, Array]:
+                     num_cores: int = 1, interpret: Any = False) -> tuple[Array, Array]:
   """Flash-decoding over the listed pages, fetched by double-buffered copies.
+
+  Each core takes a run of lists (row and key/value head); while it computes on the last pages
+  of one, the first of the next are on their way.
 
   Raises:
     NotImplementedError: E is no multiple of the 128 lanes, or a page no multiple of its
@@ -186,27 +189,27 @@ def sparse_attention(q_BHE: Array, kv_pages_KNSPE: Array, blocks_BKN: Array, cou
   blocks = blocks_BKN.reshape(num_lists, 1, -1)
   blocks = jnp.pad(blocks, ((0, 0), (0, 0), (0, steps * per_step - blocks.shape[-1])))
 
-  def following(i: Array) -> Array:
-    return jnp.minimum(i + 1, num_lists - 1)
+  cores = math.gcd(num_cores, num_lists)
+  on_core = num_lists // cores
 
-  def listed(of: Any) -> pl.BlockSpec:
-    return pl.BlockSpec((None, 1, blocks.shape[-1]), lambda i, *_: (of(i), 0, 0),
-                        memory_space=pltpu.SMEM)
-
-  def table(of: Any) -> pl.BlockSpec:
-    return pl.BlockSpec((None, 1, page_table_BP.shape[-1]),
-                        lambda i, *_: (jax.lax.div(of(i), num_groups), 0, 0), memory_space=pltpu.SMEM)
+  def spec(width: int, ahead: int, per: int) -> pl.BlockSpec:
+    """SMEM block of this list or the next of the core; `per` lists share one."""
+    def index(core: Array, j: Array, *_: Any) -> tuple[Array | int, ...]:
+      return jax.lax.div(core * on_core + jnp.minimum(j + ahead, on_core - 1), per), 0, 0
+    return pl.BlockSpec((None, 1, width), index, memory_space=pltpu.SMEM)
 
   def heads(width: int) -> pl.BlockSpec:
-    return pl.BlockSpec((None, padded, width), lambda i, *_: (i, 0, 0))
+    return pl.BlockSpec((None, padded, width), lambda core, j, *_: (core * on_core + j, 0, 0))
 
+  listed, capacity = blocks.shape[-1], page_table_BP.shape[-1]
   pages = page_table_BP[:, None]
   out, lse = pl.pallas_call(
       functools.partial(_attention_body, num_groups=num_groups, steps=steps),
       grid_spec=pltpu.PrefetchScalarGridSpec(
-          num_scalar_prefetch=2, grid=(num_lists,),
-          in_specs=[listed(lambda i: i), listed(following), table(lambda i: i),
-                    table(following), heads(head_dim), pl.BlockSpec(memory_space=pl.ANY)],
+          num_scalar_prefetch=2, grid=(cores, on_core),
+          in_specs=[spec(listed, 0, 1), spec(listed, 1, 1), spec(capacity, 0, num_groups),
+                    spec(capacity, 1, num_groups), heads(head_dim),
+                    pl.BlockSpec(memory_space=pl.ANY)],
           out_specs=[heads(head_dim), heads(1)],
           scratch_shapes=[
               pltpu.VMEM((2, per_step, 2, page_size, head_dim), dtype),
@@ -215,7 +218,7 @@ def sparse_attention(q_BHE: Array, kv_pages_KNSPE: Array, blocks_BKN: Array, cou
               pltpu.VMEM((padded, head_dim), jnp.float32)]),
       out_shape=[jax.ShapeDtypeStruct(q.shape, q_BHE.dtype),
                  jax.ShapeDtypeStruct((num_lists, padded, 1), jnp.float32)],
-      compiler_params=pltpu.CompilerParams(dimension_semantics=('arbitrary',),
+      compiler_params=pltpu.CompilerParams(dimension_semantics=('parallel', 'arbitrary'),
                                            disable_bounds_checks=True),
       name='sparse_decode_attention', interpret=interpret,
   )(lengths_B, counts_B, blocks, blocks, pages, pages, q, kv_pages_KNSPE)
@@ -227,7 +230,8 @@ def _attention_body(lengths_ref: Any, counts_ref: Any, blocks_ref: Any, next_blo
                     lse_ref: Any, buffer_ref: Any, arrived: Any, highest_ref: Any,
                     sum_ref: Any, acc_ref: Any, *, num_groups: int, steps: int) -> None:
   _, per_step, _, page_size, head_dim = buffer_ref.shape
-  i = pl.program_id(0)
+  j, on_core = pl.program_id(1), pl.num_programs(1)
+  i = pl.program_id(0) * on_core + j
   row = jax.lax.div(i, num_groups)
   count, length = counts_ref[row], lengths_ref[row]
   # Blocks ascend: of those listed only the last can be the row's partly filled one.
@@ -238,9 +242,9 @@ def _attention_body(lengths_ref: Any, counts_ref: Any, blocks_ref: Any, next_blo
   def fetch(i: Array, step: Array | int, blocks_ref: Any, table_ref: Any) -> None:
     slot = (i * steps + step) & 1
     head = jax.lax.rem(i, num_groups)
-    for j in range(per_step):
-      page = table_ref[0, blocks_ref[0, step * per_step + j]]
-      pltpu.make_async_copy(kv_ref.at[head, page], buffer_ref.at[slot, j],
+    for n in range(per_step):
+      page = table_ref[0, blocks_ref[0, step * per_step + n]]
+      pltpu.make_async_copy(kv_ref.at[head, page], buffer_ref.at[slot, n],
                             arrived.at[slot]).start()
 
   def attend(step: Array | int) -> None:
@@ -259,7 +263,7 @@ def _attention_body(lengths_ref: Any, counts_ref: Any, blocks_ref: Any, next_blo
     sum_ref[...] = sum_ref[...] * decay + jnp.sum(weights, 1, keepdims=True)
     acc_ref[...] = acc_ref[...] * decay + _dot(weights.astype(values.dtype), values)
 
-  @pl.when((i == 0) & (count > 0))
+  @pl.when((j == 0) & (count > 0))
   def _() -> None:
     fetch(i, 0, blocks_ref, table_ref)
 
@@ -277,9 +281,10 @@ def _attention_body(lengths_ref: Any, counts_ref: Any, blocks_ref: Any, next_blo
       attend(step)
 
   jax.lax.fori_loop(0, steps - 1, body, None)
-  following = jnp.minimum(i + 1, pl.num_programs(0) - 1)
+  more = j + 1 < on_core
+  following = jax.lax.div(jnp.where(more, i + 1, i), num_groups)
 
-  @pl.when((i + 1 < pl.num_programs(0)) & (counts_ref[jax.lax.div(following, num_groups)] > 0))
+  @pl.when(more & (counts_ref[following] > 0))
   def _() -> None:
     fetch(i + 1, 0, next_blocks_ref, next_table_ref)
 

@@ -15,6 +15,9 @@ class Blocks(NamedTuple):
   attended_keys: int = 2048
 
 
+DEFAULT = Blocks()
+
+
 def key(page_size: int) -> str:
   return f'page {page_size}'
 
