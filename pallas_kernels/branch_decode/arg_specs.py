@@ -36,12 +36,16 @@ def _case(shape: Shape, num_groups: int, chosen: Blocks) -> tuning.Case:
   multiply_adds = {'bf16': 2 * H * R * (T + S) * E}
   least = tuning.num_bytes(*args, args[0], array(1, H, R, of='float32'))
   run = functools.partial(kernel_tpu.branch_decode, blocks=chosen)
+  # The state's pieces begin and finish once in as many steps as the grid has for them.
+  pieces = G * chosen.branches // kernel_tpu.lse_piece(chosen)
+  pieces_per_step = -(-pieces // kernel_tpu.num_steps(shape, chosen))
   call = tuning.Call(run, args, tuning.Cost(
       multiply_adds, least + (R // chosen.branches - 1) * tuning.num_bytes(prefix, prefix)))
   xla = tuning.Call(reference.branch_decode, args, tuning.Cost(multiply_adds, least))
   return tuning.Case(
       kernel='branch_decode', variant='', activations='bf16',
       shape=f'T{T} R{R} S{S} {H}:{K}x{E}', call=call, minimum_bytes=least,
+      dynamic_trips=(pieces_per_step, pieces_per_step),
       alternatives={'separate_prefixes': _separate_prefixes(shape, K), 'xla': xla})
 
 

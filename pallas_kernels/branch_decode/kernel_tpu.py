@@ -23,6 +23,7 @@ Array = jax.Array
 Ref = Any
 LANES = 128
 SUBLANES = 8
+SUFFIXES_AT_ONCE = 32  # branches between whose small matmuls the compiler may interleave
 
 
 def branch_decode(q_NHRE: Array, k_prefix_NKTE: Array, v_prefix_NKTE: Array,
@@ -37,6 +38,7 @@ def branch_decode(q_NHRE: Array, k_prefix_NKTE: Array, v_prefix_NKTE: Array,
   Q, chunks, groups, slot_blocks = R // BR, BR // BC, BR // BS, S // bs
   tiles = groups * slot_blocks
   grid = (N, K, Q, max(T // BT, tiles))
+  piece = lse_piece(blocks)
 
   # Per chunk and tile, the longest length decides what is skipped.
   chunk_lengths = prefix_lengths_NR.reshape(N, R // BC, BC).max(-1)
@@ -64,20 +66,21 @@ def branch_decode(q_NHRE: Array, k_prefix_NKTE: Array, v_prefix_NKTE: Array,
       grid_spec=pltpu.PrefetchScalarGridSpec(
           num_scalar_prefetch=2, grid=grid,
           in_specs=[lengths, lengths, queries, prefix, prefix, suffix, suffix],
-          out_specs=[queries, pl.BlockSpec((None, None, None, G, BR),
+          out_specs=[queries, pl.BlockSpec((None, None, None, G * BR // piece, piece),
                                            lambda n, k, q, j, *_: (n, k, q, 0, 0))],
           scratch_shapes=[pltpu.VMEM((G, BR, LANES), jnp.float32),
                           pltpu.VMEM((G, BR, LANES), jnp.float32),
                           pltpu.VMEM((G, BR, E), jnp.float32)]),
       out_shape=[jax.ShapeDtypeStruct((N, K, G, R, E), q_NHRE.dtype),
-                 jax.ShapeDtypeStruct((N, K, Q, G, BR), jnp.float32)],
+                 jax.ShapeDtypeStruct((N, K, Q, G * BR // piece, piece), jnp.float32)],
       compiler_params=pltpu.CompilerParams(
           dimension_semantics=('parallel', 'parallel', 'parallel', 'arbitrary')),
       interpret=interpret,
   )(chunk_lengths, tile_lengths, _to_lanes(prefix_lengths_NR), _to_lanes(suffix_lengths_NR),
     q_NHRE.reshape(N, K, G, R, E), k_prefix_NKTE, v_prefix_NKTE, k_suffix_NKRSE,
     v_suffix_NKRSE)
-  return out.reshape(N, H, R, E), lse.transpose(0, 1, 3, 2, 4).reshape(N, H, R)
+  lse = lse.reshape(N, K, Q, G, BR).transpose(0, 1, 3, 2, 4)
+  return out.reshape(N, H, R, E), lse.reshape(N, H, R)
 
 
 def check(shape: tuning.Shape) -> None:
@@ -94,6 +97,17 @@ def check(shape: tuning.Shape) -> None:
     raise NotImplementedError(f'prefix slots in multiples of {tuning.KEY_TILE}')
   if shape.head_dim not in (64, 128, 256):
     raise NotImplementedError('heads of 64, 128 or 256')
+
+
+def num_steps(shape: tuning.Shape, blocks: tuning.Blocks) -> int:
+  """Grid steps of one key/value head and query block."""
+  tiles = blocks.branches // blocks.suffix_branches * (shape.num_slots // blocks.slots)
+  return max(shape.num_prefix // blocks.keys, tiles)
+
+
+def lse_piece(blocks: tuning.Blocks) -> int:
+  """Branches that are begun and finished together: a row of lanes where possible."""
+  return LANES if blocks.branches % LANES == 0 else tuning.BRANCH_TILE
 
 
 def _tile(j: Any, slot_blocks: int) -> tuple[Any, Any]:
@@ -116,11 +130,7 @@ def _widen(x: Array, width: int) -> Array:
 
 def _lane_sums(p: Array) -> Array:
   """[rows, width] → [rows, 128] whose lanes sum to the row's sum."""
-  width = p.shape[1]
-  if width % LANES:
-    lane = lax.broadcasted_iota(jnp.int32, (p.shape[0], LANES), 1)
-    return jnp.where(lane == 0, p.sum(1, keepdims=True), 0.0)
-  return functools.reduce(jnp.add, (p[:, i:i + LANES] for i in range(0, width, LANES)))
+  return functools.reduce(jnp.add, (p[:, i:i + LANES] for i in range(0, p.shape[1], LANES)))
 
 
 def _dot(a: Array, b: Array, contract_b: int) -> Array:
@@ -135,81 +145,116 @@ def _body(chunk_lengths: Ref, tile_lengths: Ref, prefix_lengths: Ref, suffix_len
           lse_ref: Ref, max_ref: Ref, sum_ref: Ref, acc_ref: Ref, *, blocks: tuning.Blocks,
           slot_blocks: int, tiles: int, key_blocks: int) -> None:
   n, q, j = pl.program_id(0), pl.program_id(2), pl.program_id(3)
+  last = pl.num_programs(3) - 1
   G, BR, E = q_ref.shape
+  pieces, piece = lse_ref.shape
+  per_head = pieces // G
   to_log2 = 1 / (math.sqrt(E) * math.log(2))  # exp2 is what the hardware has
 
-  @pl.when(j == 0)
-  def _() -> None:
-    max_ref[...] = jnp.full_like(max_ref, -jnp.inf)
-    sum_ref[...] = jnp.zeros_like(sum_ref)
-    acc_ref[...] = jnp.zeros_like(acc_ref)
+  def at(i: Any) -> tuple[Any, Any]:
+    """Head and branches of a piece of the state."""
+    return lax.div(i, per_head), pl.ds(pl.multiple_of(lax.rem(i, per_head) * piece, piece), piece)
+
+  def begin(i: Any, _: None) -> None:
+    for ref, value in ((max_ref, -jnp.inf), (sum_ref, 0.0), (acc_ref, 0.0)):
+      ref[at(i)] = jnp.full((piece, ref.shape[2]), value, jnp.float32)
+
+  lax.fori_loop(0, jnp.where(j == 0, pieces, 0), begin, None)
 
   def update(rows: Any, scores: Array, values: Callable[[Array], Array]) -> None:
     """Online softmax of a few branches; `values` multiplies the weights by their values."""
-    state = [ref[:, rows, :].reshape(scores.shape[0], -1)
-             for ref in (max_ref, sum_ref, acc_ref)]
-    width = scores.shape[1]
-    highest = jnp.maximum(state[0], scores.max(1, keepdims=True))
-    weights = jnp.exp2(scores - _widen(highest, width))
-    decay = jnp.exp2(state[0] - highest)
-    out = values(weights.astype(v_ref.dtype))
-    for ref, value in ((max_ref, highest), (sum_ref, decay * state[1] + _lane_sums(weights)),
-                       (acc_ref, _widen(decay, E) * state[2] + out)):
+    highest_before, sums, acc = (ref[:, rows, :].reshape(scores.shape[0], -1)
+                                 for ref in (max_ref, sum_ref, acc_ref))
+    highest = jnp.maximum(highest_before, scores.max(1, keepdims=True))
+    weights = jnp.exp2(scores - _widen(highest, scores.shape[1]))
+    decay = jnp.exp2(highest_before - highest)
+    for ref, value in (
+        (max_ref, highest), (sum_ref, decay * sums + _lane_sums(weights)),
+        (acc_ref, _widen(decay, E) * acc + values(weights.astype(v_ref.dtype)))):
       ref[:, rows, :] = value.reshape(G, -1, value.shape[1])
 
-  def masked(scores: Array, lengths: Array, first: Any) -> Array:
-    """Scaled scores, −inf at and after each branch's length; `first` is column 0's position."""
-    limits = jnp.broadcast_to((lengths - first)[None], (G, *lengths.shape))
-    limits = limits.reshape(-1, LANES)
+  def masked(scores: Array, begins: Array | None, ends: Array) -> Array:
+    """Scaled scores, −inf outside each branch's columns; bounds are [branches, 128]."""
     columns = lax.broadcasted_iota(jnp.int32, scores.shape, 1)
-    return jnp.where(columns < _widen(limits, scores.shape[1]), scores * to_log2, -jnp.inf)
+
+    def per_row(x: Array) -> Array:
+      every = jnp.broadcast_to(x[None], (G, *x.shape)).reshape(-1, LANES)
+      return _widen(every, scores.shape[1])
+
+    seen = columns < per_row(ends)
+    if begins is not None:
+      seen &= columns >= per_row(begins)
+    return jnp.where(seen, scores * to_log2, -jnp.inf)
 
   # --- the shared prefix: all branches of a chunk in one matmul
   def prefix_chunk(c: Any, _: None) -> None:
     longest = chunk_lengths[n, q * (BR // blocks.chunk) + c]
 
     @pl.when((j < key_blocks) & (j * blocks.keys < longest))
-    def _() -> None:
+    def _attend() -> None:
       rows = pl.ds(pl.multiple_of(c * blocks.chunk, blocks.chunk), blocks.chunk)
       scores = _dot(q_ref[:, rows, :].reshape(-1, E), k_ref[...], 1)
-      update(rows, masked(scores, prefix_lengths[rows, :], j * blocks.keys),
+      update(rows, masked(scores, None, prefix_lengths[rows, :] - j * blocks.keys),
              lambda weights: _dot(weights, v_ref[...], 0))
 
   lax.fori_loop(0, BR // blocks.chunk, prefix_chunk, None)
 
-  # --- the suffixes: rows of 8 branches against each one's own keys, of which its row is kept
+  # --- the suffixes: the rows of 8 branches against the keys of all 8 in one matmul, of which
+  # each row keeps its own; its weights meet the values of all 8, with zeros for the others'
   group, block = _tile(j, slot_blocks)
+  at_once = math.gcd(blocks.suffix_branches, SUFFIXES_AT_ONCE)
+  shared = max(1, LANES // blocks.slots)  # branches whose slots lie in the same lanes' tile
+  width = blocks.slots * shared
   row = lax.broadcasted_iota(jnp.int32, (G, SUBLANES, 1), 1)
+  own = [lax.div(row, shared) == t for t in range(SUBLANES // shared)]
 
-  def own(rows: Array, cached: Ref, first: Any, contract: int) -> Array:
-    """Row r of each query head against the cache of branch first + r."""
-    kept = None
-    for r in range(SUBLANES):
-      product = _dot(rows, cached[first + r], contract).reshape(G, SUBLANES, -1)
-      kept = product if kept is None else jnp.where(row == r, product, kept)
-    return kept.reshape(G * SUBLANES, -1)
+  def eights(x: Array) -> list[Array]:
+    """[G · at_once, C] → [G · 8, C] of 8 branches each; done in float32, whose tiles are 8 rows."""
+    x = x.astype(jnp.float32).reshape(G, at_once, -1)
+    return [x[:, i:i + SUBLANES].reshape(G * SUBLANES, -1) for i in range(0, at_once, SUBLANES)]
+
+  def joined(parts: list[Array]) -> Array:
+    return jnp.concatenate([x.reshape(G, SUBLANES, -1) for x in parts], 1).reshape(
+        G * at_once, -1)
 
   def suffixes(i: Any, _: None) -> None:
-    first = pl.multiple_of(i * tuning.BRANCH_TILE, tuning.BRANCH_TILE)
-    start = pl.multiple_of(group * blocks.suffix_branches + first, tuning.BRANCH_TILE)
-    # Half a tile of 16-bit rows is cut in float32.
-    queries = q_ref[:, pl.ds(start, tuning.BRANCH_TILE), :].astype(jnp.float32)
-    for half in range(0, tuning.BRANCH_TILE, SUBLANES):
-      rows = pl.ds(pl.multiple_of(start + half, SUBLANES), SUBLANES)
-      mine = queries[:, half:half + SUBLANES].reshape(G * SUBLANES, E).astype(q_ref.dtype)
-      scores = own(mine, ks_ref, first + half, 1)
-      update(rows, masked(scores, suffix_lengths[rows, :], block * blocks.slots),
-             functools.partial(own, cached=vs_ref, first=first + half, contract=0))
+    first = pl.multiple_of(i * at_once, at_once)
+    rows = pl.ds(pl.multiple_of(group * blocks.suffix_branches + first, at_once), at_once)
+    caches = [pl.ds(first + i, SUBLANES) for i in range(0, at_once, SUBLANES)]
+
+    def own_scores(q: Array, cache: Any) -> Array:
+      every = _dot(q.astype(q_ref.dtype), ks_ref[cache].reshape(-1, E), 1)
+      every = every.reshape(G, SUBLANES, -1)
+      tiles = [every[:, :, t * width:(t + 1) * width] for t in range(len(own))]
+      mine = functools.reduce(lambda kept, t: jnp.where(own[t], tiles[t], kept),
+                              range(1, len(own)), tiles[0])
+      return mine.reshape(G * SUBLANES, width)
+
+    def values(weights: Array) -> Array:
+      products = []
+      for eight, cache in zip(eights(weights), caches, strict=True):
+        eight = eight.reshape(G, SUBLANES, width)
+        diagonal = jnp.concatenate([jnp.where(mine, eight, 0.0) for mine in own], 2)
+        products.append(_dot(diagonal.reshape(G * SUBLANES, -1).astype(v_ref.dtype),
+                             vs_ref[cache].reshape(-1, E), 0))
+      return joined(products)
+
+    scores = joined([own_scores(q, cache) for q, cache in
+                     zip(eights(q_ref[:, rows, :].reshape(-1, E)), caches, strict=True)])
+    skipped = lax.rem(lax.broadcasted_iota(jnp.int32, (at_once, LANES), 0), shared) * blocks.slots
+    ends = suffix_lengths[rows, :] - block * blocks.slots
+    update(rows, masked(scores, skipped if shared > 1 else None, skipped + jnp.minimum(ends, blocks.slots)), values)
 
   tile = jnp.minimum(q * (BR // blocks.suffix_branches) + group, tile_lengths.shape[1] - 1)
 
   @pl.when((j < tiles) & (block * blocks.slots < tile_lengths[n, tile]))
-  def _() -> None:
-    lax.fori_loop(0, blocks.suffix_branches // tuning.BRANCH_TILE, suffixes, None)
+  def _suffix_tile() -> None:
+    lax.fori_loop(0, blocks.suffix_branches // at_once, suffixes, None)
 
-  @pl.when(j == pl.num_programs(3) - 1)
-  def _() -> None:
-    total = sum_ref[...].sum(-1)
-    lse_ref[...] = (max_ref[...].max(-1) + jnp.log2(total)) * math.log(2)
-    whole = sum_ref[...].sum(-1, keepdims=True)
-    out_ref[...] = (acc_ref[...] / whole).astype(out_ref.dtype)
+  def finish(i: Any, _: None) -> None:
+    total = sum_ref[at(i)].sum(1, keepdims=True)
+    lse = (max_ref[at(i)] + jnp.log2(total)) * math.log(2)
+    out_ref[at(i)] = (acc_ref[at(i)] / total).astype(out_ref.dtype)
+    lse_ref[pl.ds(i, 1), :] = lse.T[:1]
+
+  lax.fori_loop(0, jnp.where(j == last, pieces, 0), finish, None)

@@ -36,7 +36,7 @@ class Blocks(NamedTuple):
   chunk: branches of one prefix matmul, skipped together; divides `branches`.
   keys: prefix keys of a grid step; divides T.
   suffix_branches: branches whose suffix a grid step reads; divides `branches`.
-  slots: suffix slots of a grid step; divides S.
+  slots: suffix slots of a grid step; divides S, and 128 divides it or it divides 128.
   """
 
   branches: int
@@ -51,13 +51,18 @@ def _divisor(n: int, unit: int, most: int) -> int:
   return max(d for d in range(unit, max(unit, min(n, most)) + 1, unit) if n % d == 0)
 
 
+def _slots(num_slots: int) -> int:
+  """256 or 128 slots, or what part of 128 divides them."""
+  return next(n for n in (256, 128, 64, 32, BRANCH_TILE) if num_slots % n == 0)
+
+
 def default(shape: Shape) -> Blocks:
   """Blocks that compile for any shape the kernel takes."""
   itemsize = 4 if shape.dtype == 'float32' else 2
   branches = _divisor(shape.num_branches, BRANCH_TILE, 1024 // shape.num_queries)
   chunk = _divisor(branches, BRANCH_TILE, 256 // shape.num_queries)
   keys = _divisor(shape.num_prefix, KEY_TILE, 512)
-  slots = _divisor(shape.num_slots, BRANCH_TILE, 256)
+  slots = _slots(shape.num_slots)
   # As many suffix tiles as key blocks, so that each grid step has some of both.
   steps = shape.num_prefix // keys
   wanted = -(-branches * (shape.num_slots // slots) // steps)
