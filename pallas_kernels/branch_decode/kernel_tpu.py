@@ -37,29 +37,30 @@ def branch_decode(q_NHRE: Array, k_prefix_NKTE: Array, v_prefix_NKTE: Array,
   BR, BC, BT, BS, bs = blocks
   Q, chunks, groups, slot_blocks = R // BR, BR // BC, BR // BS, S // bs
   tiles = groups * slot_blocks
-  grid = (N, K, Q, max(T // BT, tiles))
+  # Heads inside query blocks: the lengths of a block of branches then stay in VMEM.
+  grid = (N, Q, K, max(T // BT, tiles))
   piece = lse_piece(blocks)
 
   # Per chunk and tile, the longest length decides what is skipped.
   chunk_lengths = prefix_lengths_NR.reshape(N, R // BC, BC).max(-1)
   tile_lengths = suffix_lengths_NR.reshape(N, R // BS, BS).max(-1)
 
-  def key_block(n: Any, k: Any, q: Any, j: Any, chunk_lengths: Ref, _: Ref) -> tuple[Any, ...]:
+  def key_block(n: Any, q: Any, k: Any, j: Any, chunk_lengths: Ref, _: Ref) -> tuple[Any, ...]:
     longest = functools.reduce(jnp.maximum, (chunk_lengths[n, q * chunks + c]
                                              for c in range(chunks)))
     return n, k, jnp.minimum(j, lax.div(longest - 1, BT)), 0
 
-  def suffix_tile(n: Any, k: Any, q: Any, j: Any, _: Ref,
+  def suffix_tile(n: Any, q: Any, k: Any, j: Any, _: Ref,
                   tile_lengths: Ref) -> tuple[Any, ...]:
     group, block = _tile(jnp.minimum(j, tiles - 1), slot_blocks)
     group = q * groups + group
     last = lax.div(jnp.maximum(tile_lengths[n, group] - 1, 0), bs)
     return n, k, group, jnp.minimum(block, last), 0
 
-  lengths = pl.BlockSpec((None, BR, LANES), lambda n, k, q, j, *_: (n, q, 0))
+  lengths = pl.BlockSpec((None, BR, LANES), lambda n, q, k, j, *_: (n, q, 0))
   prefix = pl.BlockSpec((None, None, BT, E), key_block)
   suffix = pl.BlockSpec((None, None, BS, bs, E), suffix_tile)
-  queries = pl.BlockSpec((None, None, G, BR, E), lambda n, k, q, j, *_: (n, k, 0, q, 0))
+  queries = pl.BlockSpec((None, None, G, BR, E), lambda n, q, k, j, *_: (n, k, 0, q, 0))
   out, lse = pl.pallas_call(
       functools.partial(_body, blocks=blocks, slot_blocks=slot_blocks, tiles=tiles,
                         key_blocks=T // BT),
@@ -67,7 +68,7 @@ def branch_decode(q_NHRE: Array, k_prefix_NKTE: Array, v_prefix_NKTE: Array,
           num_scalar_prefetch=2, grid=grid,
           in_specs=[lengths, lengths, queries, prefix, prefix, suffix, suffix],
           out_specs=[queries, pl.BlockSpec((None, None, None, G * BR // piece, piece),
-                                           lambda n, k, q, j, *_: (n, k, q, 0, 0))],
+                                           lambda n, q, k, j, *_: (n, k, q, 0, 0))],
           scratch_shapes=[pltpu.VMEM((G, BR, LANES), jnp.float32),
                           pltpu.VMEM((G, BR, LANES), jnp.float32),
                           pltpu.VMEM((G, BR, E), jnp.float32)]),
@@ -144,7 +145,7 @@ def _body(chunk_lengths: Ref, tile_lengths: Ref, prefix_lengths: Ref, suffix_len
           q_ref: Ref, k_ref: Ref, v_ref: Ref, ks_ref: Ref, vs_ref: Ref, out_ref: Ref,
           lse_ref: Ref, max_ref: Ref, sum_ref: Ref, acc_ref: Ref, *, blocks: tuning.Blocks,
           slot_blocks: int, tiles: int, key_blocks: int) -> None:
-  n, q, j = pl.program_id(0), pl.program_id(2), pl.program_id(3)
+  n, q, j = pl.program_id(0), pl.program_id(1), pl.program_id(3)
   last = pl.num_programs(3) - 1
   G, BR, E = q_ref.shape
   pieces, piece = lse_ref.shape
@@ -241,9 +242,9 @@ def _body(chunk_lengths: Ref, tile_lengths: Ref, prefix_lengths: Ref, suffix_len
 
     scores = joined([own_scores(q, cache) for q, cache in
                      zip(eights(q_ref[:, rows, :].reshape(-1, E)), caches, strict=True)])
-    skipped = lax.rem(lax.broadcasted_iota(jnp.int32, (at_once, LANES), 0), shared) * blocks.slots
-    ends = suffix_lengths[rows, :] - block * blocks.slots
-    update(rows, masked(scores, skipped if shared > 1 else None, skipped + jnp.minimum(ends, blocks.slots)), values)
+    begins = lax.rem(lax.broadcasted_iota(jnp.int32, (at_once, LANES), 0), shared) * blocks.slots
+    ends = begins + jnp.minimum(suffix_lengths[rows, :] - block * blocks.slots, blocks.slots)
+    update(rows, masked(scores, begins if shared > 1 else None, ends), values)
 
   tile = jnp.minimum(q * (BR // blocks.suffix_branches) + group, tile_lengths.shape[1] - 1)
 

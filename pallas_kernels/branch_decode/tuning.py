@@ -60,7 +60,7 @@ def default(shape: Shape) -> Blocks:
   """Blocks that compile for any shape the kernel takes."""
   itemsize = 4 if shape.dtype == 'float32' else 2
   branches = _divisor(shape.num_branches, BRANCH_TILE, 1024 // shape.num_queries)
-  chunk = _divisor(branches, BRANCH_TILE, 256 // shape.num_queries)
+  chunk = _divisor(branches, BRANCH_TILE, 512 // shape.num_queries)
   keys = _divisor(shape.num_prefix, KEY_TILE, 512)
   slots = _slots(shape.num_slots)
   # As many suffix tiles as key blocks, so that each grid step has some of both.

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels import branch_decode as op
-from pallas_kernels import dispatch, testing, tuning as kernel_tuning
+from pallas_kernels import dispatch, testing
+from pallas_kernels import tuning as kernel_tuning
 from pallas_kernels.branch_decode import arg_specs, kernel_tpu, reference, tuning
 
 LARGE = 1e4  # what lies beyond a length: any weight on it shows
