@@ -80,7 +80,7 @@ def cases(generation: Generation, choice: tuning.Blocks | None = None) -> list[C
 
 def candidates(generation: Generation) -> dict[str, list[tuple[dict[str, int], Case]]]:
   """Per page size, the block sizes to choose from with the long case of each."""
-  choices = [tuning.Blocks(scored, attended) for scored in (1024, 2048, 4096)
+  choices = [tuning.Blocks(scored, attended) for scored in (2048, 4096)
              for attended in (1024, 2048, 4096)]
   return {tuning.key(page_size): [
       (choice._asdict(), _case(generation, page_size, 32, 256 * 1024, 2, 0.1, choice))

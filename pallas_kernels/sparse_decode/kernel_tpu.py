@@ -241,11 +241,12 @@ def _attention_body(lengths_ref: Any, counts_ref: Any, blocks_ref: Any, next_blo
 
   def fetch(i: Array, step: Array | int, blocks_ref: Any, table_ref: Any) -> None:
     slot = (i * steps + step) & 1
-    head = jax.lax.rem(i, num_groups)
+    # Addressed in two steps, which leaves less to do for each page: scalar work is what
+    # bounds small pages.
+    pages, into = kv_ref.at[jax.lax.rem(i, num_groups)], buffer_ref.at[slot]
     for n in range(per_step):
       page = table_ref[0, blocks_ref[0, step * per_step + n]]
-      pltpu.make_async_copy(kv_ref.at[head, page], buffer_ref.at[slot, n],
-                            arrived.at[slot]).start()
+      pltpu.make_async_copy(pages.at[page], into.at[n], arrived.at[slot]).start()
 
   def attend(step: Array | int) -> None:
     slot = (i * steps + step) & 1
@@ -264,7 +265,7 @@ def _attention_body(lengths_ref: Any, counts_ref: Any, blocks_ref: Any, next_blo
     acc_ref[...] = acc_ref[...] * decay + _dot(weights.astype(values.dtype), values)
 
   @pl.when((j == 0) & (count > 0))
-  def _() -> None:
+  def fetch_first() -> None:
     fetch(i, 0, blocks_ref, table_ref)
 
   highest_ref[...] = jnp.full(highest_ref.shape, -jnp.inf)
@@ -273,11 +274,11 @@ def _attention_body(lengths_ref: Any, counts_ref: Any, blocks_ref: Any, next_blo
 
   def body(step: Array, _: Any) -> None:
     @pl.when((step + 1) * per_step < count)
-    def _() -> None:
+    def fetch_next_step() -> None:
       fetch(i, step + 1, blocks_ref, table_ref)
 
     @pl.when(step * per_step < count)
-    def _() -> None:
+    def attend_step() -> None:
       attend(step)
 
   jax.lax.fori_loop(0, steps - 1, body, None)
@@ -285,11 +286,11 @@ def _attention_body(lengths_ref: Any, counts_ref: Any, blocks_ref: Any, next_blo
   following = jax.lax.div(jnp.where(more, i + 1, i), num_groups)
 
   @pl.when(more & (counts_ref[following] > 0))
-  def _() -> None:
+  def fetch_next_list() -> None:
     fetch(i + 1, 0, next_blocks_ref, next_table_ref)
 
   @pl.when((steps - 1) * per_step < count)
-  def _() -> None:
+  def attend_last() -> None:
     attend(steps - 1)
 
   total = sum_ref[...]

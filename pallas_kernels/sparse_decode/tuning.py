@@ -11,7 +11,7 @@ class Blocks(NamedTuple):
   """scored_blocks: descriptors that one grid step of the scores reads.
   attended_keys: keys that one step of the attention fetches and computes on."""
 
-  scored_blocks: int = 2048
+  scored_blocks: int = 4096
   attended_keys: int = 2048
 
 

@@ -7,7 +7,8 @@ from fractions import Fraction
 import logging
 import math
 
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -44,7 +45,7 @@ def cache(seed, lengths, page_size, capacity, num_groups=2, dtype=jnp.float32, h
 def dense(q, kv, table, lengths):
   """Attention over all tokens, row by row and head by head in float64."""
   rows, heads, head_dim = q.shape
-  groups, page_size = kv.shape[0], kv.shape[3]
+  groups = kv.shape[0]
   out, lse = np.zeros(q.shape), np.full((rows, heads), -np.inf)
   for b in range(rows):
     length = int(lengths[b])
