@@ -11,6 +11,7 @@ FOLDER = Path(__file__).parent
 BRANCH_TILE = 16
 KEY_TILE = 128
 _SUFFIX_BYTES = 1 << 20  # of one block of suffix keys in VMEM; four are there at a time
+_QUERY_BYTES = 1 << 18  # of the queries in VMEM, beside which float32 state several times as large
 
 
 class Shape(NamedTuple):
@@ -51,23 +52,20 @@ def _divisor(n: int, unit: int, most: int) -> int:
   return max(d for d in range(unit, max(unit, min(n, most)) + 1, unit) if n % d == 0)
 
 
-def _slots(num_slots: int) -> int:
-  """256 or 128 slots, or what part of 128 divides them."""
-  return next(n for n in (256, 128, 64, 32, BRANCH_TILE) if num_slots % n == 0)
-
-
 def default(shape: Shape) -> Blocks:
   """Blocks that compile for any shape the kernel takes."""
-  itemsize = 4 if shape.dtype == 'float32' else 2
-  branches = _divisor(shape.num_branches, BRANCH_TILE, 1024 // shape.num_queries)
-  chunk = _divisor(branches, BRANCH_TILE, 512 // shape.num_queries)
+  row_bytes = shape.head_dim * (4 if shape.dtype == 'float32' else 2)
+  rows = min(1024, _QUERY_BYTES // row_bytes)
+  branches = _divisor(shape.num_branches, BRANCH_TILE, rows // shape.num_queries)
+  chunk = _divisor(branches, BRANCH_TILE, min(512, rows) // shape.num_queries)
   keys = _divisor(shape.num_prefix, KEY_TILE, 512)
-  slots = _slots(shape.num_slots)
+  suffix_rows = _SUFFIX_BYTES // row_bytes
+  slots = next(n for n in (256, 128, 64, 32, BRANCH_TILE)
+               if shape.num_slots % n == 0 and n * BRANCH_TILE <= suffix_rows)
   # As many suffix tiles as key blocks, so that each grid step has some of both.
   steps = shape.num_prefix // keys
   wanted = -(-branches * (shape.num_slots // slots) // steps)
-  fits = _SUFFIX_BYTES // (slots * shape.head_dim * itemsize)
-  suffix_branches = _divisor(branches, BRANCH_TILE, min(max(wanted, BRANCH_TILE), fits))
+  suffix_branches = _divisor(branches, BRANCH_TILE, min(wanted, suffix_rows // slots))
   return Blocks(branches, chunk, keys, suffix_branches, slots)
 
 
