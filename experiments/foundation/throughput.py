@@ -58,13 +58,25 @@ def tokens_of(shape: Shape) -> Any:
   return np.random.default_rng(0).integers(0, shape.vocab_size, size).astype(np.int32)
 
 
+def batch_of(shape: Shape) -> Any:
+  """The tokens as one full Batch of jaxrl_pt, on the device."""
+  import jax
+  import numpy as np
+
+  from jaxrl_pt.types import Batch
+  tokens = tokens_of(shape)
+  rows = tokens[:, :-1].shape
+  return jax.device_put(Batch(
+      tokens[:, :-1], tokens[:, 1:], np.broadcast_to(np.arange(rows[1], dtype=np.int32), rows),
+      np.ones(rows, np.int32), np.ones(rows, np.float32), np.arange(rows[0], dtype=np.int32)))
+
+
 # --- Contenders -------------------------------------------------------------------
 
 
 def jaxrl_pt(shape: Shape, unroll: int) -> tuple[Run, dict[str, str]]:
   """The product's own train step."""
   import jax
-  import numpy as np
 
   from jaxrl_pt import config as cfg
   from jaxrl_pt.models import transformer
@@ -72,7 +84,6 @@ def jaxrl_pt(shape: Shape, unroll: int) -> tuple[Run, dict[str, str]]:
   from jaxrl_pt.train import losses, optim
   from jaxrl_pt.train.state import init_state
   from jaxrl_pt.train.step import make_train_step
-  from jaxrl_pt.types import Batch
 
   model = transformer.build(cfg.Model(*shape[:7]), cfg.Compute(unroll=unroll))
   adamw = cfg.AdamW(cfg.Constant(LEARNING_RATE), B1, B2, weight_decay=DECAY, clip_norm=CLIP)
@@ -80,11 +91,7 @@ def jaxrl_pt(shape: Shape, unroll: int) -> tuple[Run, dict[str, str]]:
   state = init_state(model, optimizer, make_mesh(cfg.Mesh()), 0)
   step = jax.jit(make_train_step(losses.next_token(model, 0), optimizer,
                                  optim.learning_rate(adamw.schedule, 1000)), donate_argnums=0)
-  tokens = tokens_of(shape)
-  rows = tokens[:, :-1].shape
-  batch = jax.device_put(Batch(
-      tokens[:, :-1], tokens[:, 1:], np.broadcast_to(np.arange(rows[1], dtype=np.int32), rows),
-      np.ones(rows, np.int32), np.ones(rows, np.float32), np.arange(rows[0], dtype=np.int32)))
+  batch = batch_of(shape)
 
   def run(num_steps: int) -> float:
     nonlocal state
