@@ -4,6 +4,7 @@ PYTHON ?= python3
 WORKDIR ?= runs/quickstart
 DATA ?=
 PYTEST_FLAGS ?=
+TEST_WORKERS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -20,7 +21,7 @@ quickstart: $(STAMP) ## the main job on real text, offline, in minutes (DATA='gl
 	@$(BIN)/jaxrl-pt quickstart --workdir '$(WORKDIR)' $(if $(DATA),--data '$(DATA)')
 
 test: $(STAMP) ## all tests; those against PyTorch and seqio if they are installed
-	@$(BIN)/python -m pytest $(PYTEST_FLAGS)
+	@$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal $(PYTEST_FLAGS)
 
 lint: $(STAMP) ## ruff and mypy
 	@$(BIN)/ruff check .

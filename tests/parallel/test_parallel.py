@@ -27,10 +27,11 @@ PLAIN = 2e-5
 # (a partial sum taken for the whole, one shard's scale for the matrix's) shows in the first
 # digits.
 QUANTISED_LOSS, QUANTISED_NORM = 3e-4, 3e-3
+NUM_MESHES = 20  # ordered factorisations of 8 devices over four axes
 
 
 def run_child(name):
-  # Thirty programs are compiled and each runs once: the backend need not optimise them.
+  # Forty programs are compiled and each runs once: the backend need not optimise them.
   flags = '--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0'
   environment = {**os.environ, 'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu'}
   script = Path(__file__).with_name('axis_combinations.py')
@@ -41,14 +42,14 @@ def run_child(name):
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize('name, num_meshes, loss_rtol, norm_rtol', [
-    ('plain', 20, PLAIN, PLAIN), ('w158a8', 10, QUANTISED_LOSS, QUANTISED_NORM)])
-def test_every_axis_combination_equals_one_device(name, num_meshes, loss_rtol, norm_rtol):
+@pytest.mark.parametrize('name, loss_rtol, norm_rtol', [
+    ('plain', PLAIN, PLAIN), ('w158a8', QUANTISED_LOSS, QUANTISED_NORM)])
+def test_every_axis_combination_equals_one_device(name, loss_rtol, norm_rtol):
   result = run_child(name)
   assert result['devices'] == 8
   loss, norm = result['one_device']
   assert loss > 3 and norm > 0.05
-  assert len(result['meshes']) == num_meshes
+  assert len(result['meshes']) == NUM_MESHES
   for shape, (mesh_loss, mesh_norm, init_gap, share) in result['meshes'].items():
     assert mesh_loss == pytest.approx(loss, rel=loss_rtol), shape
     assert mesh_norm == pytest.approx(norm, rel=norm_rtol), shape
