@@ -92,6 +92,8 @@ def check(shape: tuning.Shape) -> None:
   """
   if shape.dtype not in ('bfloat16', 'float32'):
     raise NotImplementedError('bfloat16 or float32')
+  if not (shape.num_branches and shape.num_prefix and shape.num_slots):
+    raise NotImplementedError('at least one branch, prefix slot and suffix slot')
   if shape.num_branches % tuning.BRANCH_TILE or shape.num_slots % tuning.BRANCH_TILE:
     raise NotImplementedError(f'branches and suffix slots in multiples of {tuning.BRANCH_TILE}')
   if shape.num_prefix % tuning.KEY_TILE:

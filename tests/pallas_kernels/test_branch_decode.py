@@ -157,12 +157,18 @@ def test_merge_of_two_sets_of_keys():
     check(op.merge(*parts), args, 1e-5)
 
 
-def test_unsupported_falls_to_the_definition(caplog):
-  """15 branches are no whole tile: one line says so, and the answer is the definition's."""
-  args = arguments(19, shape_of(R=15))
+@pytest.mark.parametrize('change, message', [
+    (dict(R=15), 'branches and suffix slots in multiples of 16'),
+    (dict(S=0), 'at least one branch, prefix slot and suffix slot'),
+    (dict(T=100), 'prefix slots in multiples of 128'),
+    (dict(E=48), 'heads of 64, 128 or 256'),
+])
+def test_unsupported_falls_to_the_definition(change, message, caplog):
+  """One line says why, and the answer is the definition's."""
+  args = arguments(19, shape_of(**change))
   with caplog.at_level(logging.INFO, logger='pallas_kernels'):
     result = op.branch_decode(*args, generation='v5e')
-  assert 'branches and suffix slots in multiples of 16' in caplog.text
+  assert message in caplog.text
   check(result, args, 1e-5)
 
 
