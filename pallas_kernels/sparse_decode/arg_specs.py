@@ -56,13 +56,15 @@ def _case(generation: Generation, page_size: int, rows: int, context: int, group
   return Case('sparse_decode', f'page {page_size}', 'bf16',
               f'{rows}x{context // 1024}K p={active} heads {groups * GROUP}/{groups}',
               Call(run, args, Cost({'bf16': macs}, moved)), least,
-              {'dense_paged_attention': _dense(rows, context, groups)})
+              {'dense_paged_attention': _dense(generation, rows, context, groups)})
 
 
-def _dense(rows: int, context: int, groups: int) -> Call:
-  """JAX's paged attention over everything."""
+def _dense(generation: Generation, rows: int, context: int, groups: int) -> Call:
+  """JAX's paged attention over everything, with the grid whose every step is counted. Its
+  issue cycles hold a branch that only the first step takes; its HBM cycles do not."""
   capacity = context // DENSE_PAGE
   run = functools.partial(paged_attention, inline_seq_dim=False,
+                          megacore_mode='batch' if generation in ('v4', 'v5p') else None,
                           pages_per_compute_block=min(DENSE_PAGES_PER_STEP, capacity))
   pages = _array((groups, rows * capacity, DENSE_PAGE, HEAD_DIM))
   args = (_array((rows, groups * GROUP, HEAD_DIM)), pages, pages, _array((rows,), jnp.int32),

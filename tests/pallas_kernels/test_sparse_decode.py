@@ -4,6 +4,7 @@ The kernels run in the TPU interpreter; races_found() is asserted after every on
 """
 
 from fractions import Fraction
+import functools
 import logging
 import math
 
@@ -80,7 +81,7 @@ def test_scores_equal_the_definition(seed, rows, groups, capacity, dtype):
   assert not races_found()
 
 
-@settings(SHORT, max_examples=6)
+@settings(SHORT, max_examples=5)
 @given(st.data())
 def test_selection_equals_the_definition_bit_for_bit(data):
   rows, groups = data.draw(st.sampled_from([(1, 1), (3, 1), (2, 2), (8, 1)]))
@@ -101,7 +102,7 @@ def test_selection_equals_the_definition_bit_for_bit(data):
   assert not races_found()
 
 
-@settings(SHORT, max_examples=5)
+@SHORT
 @given(st.data())
 def test_attention_equals_the_definition(data):
   page_size, capacity = data.draw(st.sampled_from([(16, 6), (16, 5), (32, 3), (64, 2)]))
@@ -126,7 +127,7 @@ def test_attention_equals_the_definition(data):
 
 
 @pytest.mark.parametrize('lengths, selection', [
-    ([55], DENSE), ([96, 0, 33], DENSE), ([96, 41], Selection(0.3, 2))])
+    ([55], DENSE), ([96, 0, 33], Selection(0.3, 2))])
 def test_a_step_of_kernels_equals_dense_over_what_it_selects(lengths, selection):
   kv, bounds, table, lengths = cache(3, lengths, 16, 6)
   q = normal(4, len(lengths), 8, E)
@@ -174,12 +175,17 @@ def test_a_blocks_score_bounds_its_keys_where_a_group_is_one_head(seed, dtype):
   assert (products <= scores[..., None] + 1e-4)[np.broadcast_to(within, products.shape)].all()
 
 
-@pytest.mark.parametrize('length, page_size, expected', [
-    (1, 16, [0]), (16 * 4, 16, [0, 3]), (16 * 4 + 1, 16, [0, 4]), (32 * 30, 32, [0, 1, 29])])
-def test_of_equal_scores_the_first_and_the_local_block_win(length, page_size, expected):
-  blocks, counts = reference.select_blocks(jnp.zeros((1, 1, 40)), jnp.asarray([length]),
-                                           page_size, Selection(0.1, 2))
-  assert blocks[0, 0, :int(counts[0])].tolist() == expected
+@pytest.mark.parametrize('select', [
+    reference.select_blocks,
+    functools.partial(kernel_tpu.select_blocks, interpret=tpu_interpreter())],
+    ids=['reference', 'kernel'])
+def test_of_equal_scores_the_first_and_the_local_block_win(select):
+  """Both zeros are equal, too."""
+  scores = jnp.broadcast_to(jnp.where(jnp.arange(40) % 2, 0.0, -0.0), (4, 1, 40))
+  lengths = jnp.asarray([1, 16 * 4, 16 * 4 + 1, 16 * 30])
+  blocks, counts = select(scores, lengths, 16, Selection(0.1, 2))
+  chosen = [blocks[b, 0, :int(counts[b])].tolist() for b in range(4)]
+  assert chosen == [[0], [0, 3], [0, 4], [0, 1, 29]]
 
 
 @PLAIN
@@ -252,7 +258,7 @@ def test_what_does_not_fit_is_said(change, message):
     api.sparse_decode(**(arguments | change), generation=None)
 
 
-@pytest.mark.parametrize('generation', dispatch.GENERATIONS)
+@pytest.mark.parametrize('generation', ['v5e', 'v5p'])
 def test_cases_trace_and_count_what_the_formula_says(generation):
   cases = arg_specs.cases(generation)
   assert len({case.name for case in cases}) == len(cases) == 8
