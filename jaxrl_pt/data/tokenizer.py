@@ -5,6 +5,7 @@ decoding is that table joined: so what `decode` shows, what bits per byte
 divides by and what a byte-prefix reward compares are one and the same.
 """
 
+import abc
 from collections.abc import Callable, Iterable, Sequence
 import dataclasses
 import functools
@@ -165,8 +166,35 @@ def _json_table(backend: tokenizers.Tokenizer, definition: dict[str, Any]) -> li
   return table
 
 
+class _TableTokenizer(abc.ABC):
+  """What a tokenizer can do by its table alone."""
+
+  @functools.cached_property
+  @abc.abstractmethod
+  def _table(self) -> list[bytes]:
+    """The bytes that each id contributes to text."""
+
+  @functools.cached_property
+  @abc.abstractmethod
+  def _dummy_space(self) -> bool:
+    """Whether encoding puts a space before the text that decoding must take away."""
+
+  @property
+  def vocab_size(self) -> int:
+    return len(self._table)
+
+  def decode_bytes(self, ids: Sequence[int]) -> bytes:
+    return _join(self._table, ids, self._dummy_space)
+
+  def decode(self, ids: Sequence[int]) -> str:
+    return self.decode_bytes(ids).decode('utf-8', 'replace')
+
+  def token_bytes(self) -> list[bytes]:
+    return list(self._table)
+
+
 @dataclasses.dataclass(frozen=True)
-class JsonTokenizer:
+class JsonTokenizer(_TableTokenizer):
   """A `tokenizers` pipeline, trained here or read from a tokenizer.json."""
 
   definition: str
@@ -197,10 +225,6 @@ class JsonTokenizer:
   def _dummy_space(self) -> bool:
     return _join(self._table, self.encode('a'), False).startswith(b' ')
 
-  @property
-  def vocab_size(self) -> int:
-    return len(self._table)
-
   @functools.cached_property
   def eos_id(self) -> int:
     found = self._backend.token_to_id(self.end_of_text)
@@ -217,15 +241,6 @@ class JsonTokenizer:
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
     encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
     return [list(encoding.ids) for encoding in encodings]
-
-  def decode_bytes(self, ids: Sequence[int]) -> bytes:
-    return _join(self._table, ids, self._dummy_space)
-
-  def decode(self, ids: Sequence[int]) -> str:
-    return self.decode_bytes(ids).decode('utf-8', 'replace')
-
-  def token_bytes(self) -> list[bytes]:
-    return list(self._table)
 
   def save(self, directory: Path) -> None:
     description = {'kind': 'tokenizer.json', 'end_of_text': self.end_of_text,
@@ -249,7 +264,7 @@ def _train_bpe(vocab_size: int, documents: Iterable[str]) -> JsonTokenizer:
 
 
 @dataclasses.dataclass(frozen=True)
-class SentencePieceTokenizer:
+class SentencePieceTokenizer(_TableTokenizer):
   """A SentencePiece model; text is normalised by the model's own rules first."""
 
   definition: bytes
@@ -288,10 +303,6 @@ class SentencePieceTokenizer:
   def _dummy_space(self) -> bool:
     return bool(self._backend.encode('a', out_type=str)[0].startswith('▁'))
 
-  @property
-  def vocab_size(self) -> int:
-    return int(self._backend.vocab_size())
-
   @functools.cached_property
   def eos_id(self) -> int:
     return int(self._backend.eos_id())
@@ -305,15 +316,6 @@ class SentencePieceTokenizer:
 
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
     return list(self._backend.encode(list(texts)))
-
-  def decode_bytes(self, ids: Sequence[int]) -> bytes:
-    return _join(self._table, ids, self._dummy_space)
-
-  def decode(self, ids: Sequence[int]) -> str:
-    return self.decode_bytes(ids).decode('utf-8', 'replace')
-
-  def token_bytes(self) -> list[bytes]:
-    return list(self._table)
 
   def save(self, directory: Path) -> None:
     description = {'kind': 'sentencepiece', 'fingerprint': self.fingerprint}
