@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import time
+from typing import NoReturn
 
 from jaxrl_pt import config as cfg
 from jaxrl_pt import gin_bindings, metrics, report
@@ -26,6 +27,8 @@ PRETRAIN_GIN = 'gin/run/pretrain_tiny.gin'
 RPT_GIN = 'gin/run/rpt_tiny.gin'
 # The run is killed a little after the first checkpoint and compared at the second.
 COMPARED_CHECKPOINTS = 2
+USER_MISTAKE = 2  # the exit code of a command that has said in one line what is wrong
+PARAGRAPH = r'(?<=\n\n)(?=\S)'  # where one starts
 DIFFICULTIES = ('easy', 'medium', 'hard')
 
 
@@ -54,25 +57,30 @@ class _Child:
     """Runs to the end.
 
     Raises:
-      UserError: the child failed; it has said why.
+      SystemExit: the child failed because of a mistake of the user, which it has said.
+      UserError: it failed otherwise.
     """
     with _ended(self.start()) as process:
       code = process.wait()
     if code:
-      raise UserError(f'The run in {self.workdir} stopped with exit code {code}; its message '
-                      'stands above.')
+      self._failed(code)
+
+  def _failed(self, code: int) -> NoReturn:
+    if code == USER_MISTAKE:
+      sys.exit(code)
+    raise UserError(f'The run in {self.workdir} stopped with exit code {code}; its message '
+                    'stands above.')
 
   def run_until(self, reached: Callable[[], bool], with_signal: signal.Signals) -> None:
     """Runs until `reached()`, then sends the signal and waits for the end.
 
     Raises:
-      UserError: the child ended by itself before.
+      SystemExit, UserError: as `run`; UserError also if the child ended by itself before.
     """
     with _ended(self.start()) as process:
       while not reached():
         if process.poll() is not None:
-          raise UserError(f'The run in {self.workdir} ended (exit code {process.returncode}) '
-                          'before it could be interrupted; its message stands above.')
+          self._failed(process.returncode)
         time.sleep(0.05)
       process.send_signal(with_signal)
       process.wait()
@@ -151,7 +159,7 @@ def _data_bindings(data_glob: str | None) -> tuple[str, ...]:
   absolute = str(Path(data_glob).expanduser().absolute())
   # Paragraphs as documents, so that even a single file has some to hold out.
   return ('cfg.Data.source = @cfg.TextFiles()', f'cfg.TextFiles.glob = {absolute!r}',
-          r"cfg.TextFiles.document_start = '(?<=\n\n)(?=\S)'",
+          f'cfg.TextFiles.document_start = {PARAGRAPH!r}',
           'cfg.Data.validation_fraction = 0.05')
 
 

@@ -1,7 +1,10 @@
 """What the quickstart says of its own numbers."""
 
+from pathlib import Path
+
 import pytest
 
+from jaxrl_pt import main as cli
 from jaxrl_pt import quickstart
 
 
@@ -45,3 +48,12 @@ def test_table_has_both_decodings_of_every_split():
   table, _ = quickstart.accuracy_table(rows_with((1, 2, 3), (0, -1, 1)))
   assert len(table) == 1 + 2 * len(quickstart.DIFFICULTIES)
   assert table[4] == ['medium', 'argmax', '10.0 %', '9.0 %', '-1.0', '1000']
+
+
+def test_a_mistake_that_a_child_finds_is_said_once(tmp_path: Path, capfd):
+  (tmp_path / 'latin.txt').write_bytes(b'caf\xe9')
+  with pytest.raises(SystemExit) as ended:
+    cli.main(['quickstart', '--data', str(tmp_path / '*.txt'), '--workdir', str(tmp_path / 'w')])
+  assert ended.value.code == 2
+  complaints = capfd.readouterr().err.splitlines()
+  assert len(complaints) == 1 and 'latin.txt is not UTF-8' in complaints[0]
