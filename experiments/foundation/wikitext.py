@@ -157,10 +157,10 @@ def plot(results: list[dict], summary: list[dict]) -> None:
     bars.plot([index + 0.15] * len(mine), [r['bits_per_byte'] for r in mine], '.',
               color=f'C{index}', alpha=0.5)
   curves.set(xlabel='training tokens, millions', ylabel='training loss, nats per token',
-             ylim=(None, 6.0), title='Mean over seeds')
+             ylim=(None, 6.0), title='WikiText-2 training, mean over seeds')
   curves.legend()
   bars.set(ylabel='validation bits per byte', xlim=(-0.5, len(summary) - 0.5),
-           title='WikiText-2 validation: mean with 95 % interval, seeds beside it')
+           title='Validation: mean, 95 % interval, seeds')
   bars.set_xticks(range(len(summary)), [r['arm'].replace(' + ', '\n+ ') for r in summary])
   for axes in (curves, bars):
     axes.grid(alpha=0.3)
