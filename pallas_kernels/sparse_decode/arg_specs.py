@@ -4,6 +4,9 @@ A row of 256K tokens and 8 key/value heads takes 1 GiB of cache in bfloat16, 32 
 most chips hold; the cases are one device's share under tensor parallelism of 4 (2 key/value
 heads of 8, 8 query heads of 32), the same for the kernel and the dense alternative. Pages
 are distinct: nothing is shared between rows.
+
+How well copies of single pages use the HBM (8 KiB each at 16 tokens, 64 KiB at 128) is not in
+a static floor: small pages are worse than theirs says.
 """
 
 import functools
