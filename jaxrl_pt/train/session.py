@@ -65,14 +65,18 @@ def _from_whole(x: Any, sharding: jax.sharding.Sharding) -> Any:
 
 
 def claim_workdir(workdir: Path, resolved_text: str) -> None:
-  """Makes the work directory and writes the run's settings into it.
+  """Makes the work directory, and writes the run's settings into it if it has none yet.
+
+  Those of an earlier run stay until `restore_or_init` has found that this one continues it.
 
   Raises:
     UserError: it cannot be written.
   """
   try:
     workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / 'config.gin').write_text(resolved_text, encoding='utf-8')
+    with (workdir / 'config.gin').open('a', encoding='utf-8') as file:
+      if file.tell() == 0:
+        file.write(resolved_text)
   except OSError as e:
     raise UserError(f'The work directory {workdir} cannot be written ({e.strerror}): choose '
                     'another --workdir.') from e
@@ -104,6 +108,7 @@ def checkpoint_extras(session: Session, loader_state: Mapping[str, Any]) -> dict
   return {
       'loader': dict(loader_state),
       'config': session.resolved_text,
+      'objective': type(session.run.objective).__name__,
       'model': dataclasses.asdict(session.run.model),
       'tokenizer': session.data.tokenizer.fingerprint,
       'versions': {name: importlib.metadata.version(name)
@@ -123,6 +128,18 @@ def check_tokenizer(session: Session, restored: Restored) -> None:
         f'The tokenizer in {session.data.directory} ({session.data.tokenizer.fingerprint[:12]}) '
         f'is not the one that checkpoint {restored.step} in {session.workdir} was trained with '
         f'({saved[:12]}): use the same Data settings, or a new --workdir.')
+
+
+def check_objective(session: Session, restored: Restored) -> None:
+  """Refuses to go on with RPT where pretraining stopped, or the other way round.
+
+  Raises:
+    UserError: the checkpoint is of another objective.
+  """
+  saved, ours = restored.extras.get('objective'), type(session.run.objective).__name__
+  if saved != ours:
+    raise UserError(f'The work directory {session.workdir} holds a run of {saved}, this one is '
+                    f'{ours}: choose another --workdir.')
 
 
 @dataclass
@@ -199,10 +216,18 @@ class Recorder:
 
 def restore_or_init(session: Session, checkpointer: Checkpointer, abstract: TrainState,
                     fresh: Any) -> tuple[TrainState, dict[str, Any] | None]:
-  """The newest good checkpoint's state and loader state, or `fresh()` and None."""
+  """The newest good checkpoint's state and loader state, or `fresh()` and None.
+
+  Raises:
+    UserError: the checkpoint is not of this run; the work directory stays as it was.
+  """
+  config = session.workdir / 'config.gin'
   if checkpointer.latest_step() is None:
+    config.write_text(session.resolved_text, encoding='utf-8')
     return fresh(), None
   restored = checkpointer.restore(abstract)
+  check_objective(session, restored)
   check_tokenizer(session, restored)
+  config.write_text(session.resolved_text, encoding='utf-8')
   print(f'Resuming from step {restored.step} in {session.workdir}', flush=True)
   return restored.state, restored.extras['loader']

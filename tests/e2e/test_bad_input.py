@@ -102,11 +102,16 @@ def state_bytes(workdir: Path) -> list[bytes]:
   return [np.asarray(x).tobytes() for x in jax.tree.leaves(load_state(workdir))]
 
 
+def settings(job: Job) -> str:
+  return (job.workdir / 'config.gin').read_text()
+
+
 def test_a_checkpoint_of_another_model(pretrained: Job, capsys: pytest.CaptureFixture[str],
                                        tmp_path: Path):
   job = copy_of(pretrained, tmp_path)
   line = complaint(capsys, *train_argv(job, 'cfg.Model.d_ff = 96', 'cfg.Train.num_steps = 90'))
   assert 'another model' in line and '64' in line and '96' in line
+  assert settings(job) == settings(pretrained)
   assert checkpoint.steps(job.workdir / 'checkpoints') == checkpoint.steps(
       pretrained.workdir / 'checkpoints')
 
@@ -119,6 +124,17 @@ def test_a_tokenizer_that_does_not_match_the_checkpoint(
       job, 'cfg.Data.tokenizer = @cfg.TrainedBPE()', 'cfg.TrainedBPE.vocab_size = 257'))
   assert 'tokenizer' in line.lower()
   assert state_bytes(pretrained.workdir)  # the original is as it was
+
+
+def test_a_work_directory_of_another_objective(
+    pretrained: Job, make_job: Callable[..., Job], capsys: pytest.CaptureFixture[str],
+    tmp_path: Path):
+  taken = copy_of(pretrained, tmp_path)
+  job = make_job(RPT, start_from=str(pretrained.workdir))
+  line = complaint(capsys, *train_argv(Job(job.gin_file, taken.workdir, job.environment)))
+  assert 'holds a run of NextToken' in line and 'RPT' in line and str(taken.workdir) in line
+  assert settings(taken) == settings(pretrained)
+  assert state_bytes(taken.workdir) == state_bytes(pretrained.workdir)
 
 
 def test_a_policy_of_another_shape(pretrained: Job, make_job: Callable[..., Job],
