@@ -67,7 +67,7 @@ class _Child:
 
   def _failed(self, code: int) -> NoReturn:
     if code == USER_MISTAKE:
-      sys.exit(code)
+      raise SystemExit(code)
     raise UserError(f'The run in {self.workdir} stopped with exit code {code}; its message '
                     'stands above.')
 
