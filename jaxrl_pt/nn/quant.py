@@ -8,19 +8,23 @@ float32 accumulation of them is exact and independent of its order.
 
 from collections.abc import Callable
 import functools
-import math
 from typing import Any
 
 from flax import struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxrl_pt.config import ActivationQuant
 from jaxrl_pt.types import Array, Params
+from pallas_kernels.hadamard_quantize.reference import (
+  EPSILON,
+  hadamard,
+  hadamard_factors,
+  quantize,
+)
 
-EPSILON = 1e-5
-SQRT_7 = math.sqrt(7.0)
+__all__ = ['TernaryWeight', 'activations', 'bit_matmul', 'hadamard', 'hadamard_factors', 'pack',
+           'ternary']
 
 
 def ternary(w: Array) -> tuple[Array, Array]:
@@ -41,11 +45,7 @@ def ternary(w: Array) -> tuple[Array, Array]:
 
 
 def activations(x: Array, kind: ActivationQuant) -> tuple[Array, Array]:
-  """Per-token integer activations.
-
-    int8:        codes = RoundClip(127 · X / γ, −128, 127), γ = max|X|
-    int4:        codes = RoundClip(√7 · X / β, −8, 7),      β = mean|X|
-    int4_absmax: codes = RoundClip(7 · X / γ, −8, 7),       γ = max|X| (control arm)
+  """Per-token integer activations, as `pallas_kernels.hadamard_quantize` defines them.
 
   Args:
     x: f[..., D]; statistics are over D.
@@ -58,90 +58,7 @@ def activations(x: Array, kind: ActivationQuant) -> tuple[Array, Array]:
   """
   if kind == 'none':
     return x, jnp.ones((*x.shape[:-1], 1), jnp.float32)
-  x32 = x.astype(jnp.float32)
-  absolute = jnp.abs(x32)
-  if kind == 'int8':
-    scale, low, high = jnp.maximum(absolute.max(-1, keepdims=True), EPSILON) / 127, -128, 127
-  elif kind == 'int4':
-    scale, low, high = jnp.maximum(absolute.mean(-1, keepdims=True), EPSILON) / SQRT_7, -8, 7
-  else:
-    scale, low, high = jnp.maximum(absolute.max(-1, keepdims=True), EPSILON) / 7, -8, 7
-  codes = jnp.clip(jnp.round(x32 / scale), low, high)
-  return codes.astype(x.dtype), scale
-
-
-# --- Hadamard -------------------------------------------------------------------
-
-
-def _is_prime(n: int) -> bool:
-  return n > 1 and all(n % d for d in range(2, math.isqrt(n) + 1))
-
-
-def _paley(order: int) -> np.ndarray:
-  """Hadamard matrix of order q + 1 for a prime q ≡ 3 (mod 4): Paley's first construction."""
-  q = order - 1
-  squares = {i * i % q for i in range(1, q)}
-  character = np.array([0] + [1 if i in squares else -1 for i in range(1, q)])
-  index = np.arange(q)
-  skew = np.zeros((order, order))
-  skew[0, 1:], skew[1:, 0] = 1, -1
-  skew[1:, 1:] = character[(index[None, :] - index[:, None]) % q]
-  return np.eye(order) + skew
-
-
-def _sylvester(order: int) -> np.ndarray:
-  matrix = np.ones((1, 1))
-  while matrix.shape[0] < order:
-    matrix = np.block([[matrix, matrix], [matrix, -matrix]])
-  return matrix
-
-
-@functools.cache
-def hadamard_factors(n: int) -> tuple[np.ndarray, ...]:
-  """±1 matrices whose Kronecker product is a Hadamard matrix of order n.
-
-  Powers of two give Sylvester factors of at most 128; otherwise the first factor is
-  a Paley matrix (2560 = 20 · 128, 6912 = 108 · 64) and is not symmetric.
-
-  Raises:
-    ValueError: n is not 2^k or 2^k · (q + 1) with q prime, q ≡ 3 (mod 4).
-  """
-  odd = n // (n & -n)
-  first: tuple[np.ndarray, ...] = ()
-  if odd > 1:
-    orders = [odd * 2**k for k in range(2, 12) if n % (odd * 2**k) == 0
-              and _is_prime(odd * 2**k - 1)]
-    if not orders:
-      raise ValueError(f'no Hadamard matrix of order {n} is built here: use a width of 2^k, or '
-                       '2^k times 12, 20, 44, 60, 68, 84 or 108')
-    first, n = (_paley(orders[0]),), n // orders[0]
-  while n > 128:
-    first, n = (*first, _sylvester(128)), n // 128
-  return (*first, _sylvester(n)) if n > 1 or not first else first
-
-
-def hadamard(x: Array) -> Array:
-  """Orthonormal Hadamard rotation of the last axis: X_r = X Hᵀ, H Hᵀ = I.
-
-  The gradient is dL/dX = (dL/dX_r) H, which autodiff of the products below gives.
-
-  Args:
-    x: f[..., D] with D as `hadamard_factors` accepts.
-
-  Returns:
-    f[..., D] in x's dtype, computed in float32.
-
-  Source: 2504.18415 section 2; Kronecker factors specs/bitnet_v2.md 1.3.
-  Departs from the paper in covering widths that are not powers of two.
-  """
-  factors = hadamard_factors(x.shape[-1])
-  sizes = [f.shape[0] for f in factors]
-  y = x.astype(jnp.float32).reshape(*x.shape[:-1], *sizes)
-  for axis, factor in enumerate(factors):
-    normalised = jnp.asarray(factor / math.sqrt(factor.shape[0]), jnp.float32)
-    place = axis - len(factors)
-    y = jnp.moveaxis(jnp.matmul(jnp.moveaxis(y, place, -1), normalised.T), -1, place)
-  return y.reshape(x.shape).astype(x.dtype)
+  return quantize(x, kind)
 
 
 # --- The quantised product ------------------------------------------------------

@@ -1,0 +1,121 @@
+"""The rotating quantiser: the kernel's codes are the definition's, up to rounding boundaries."""
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import testing
+from pallas_kernels.hadamard_quantize import hadamard_quantize, kernel_tpu, reference, tuning
+
+KINDS = ('int8', 'int4', 'int4_absmax')
+# By the kernel's docstring: how near to a rounding boundary a value must lie to take the
+# neighbouring code, relative to the row's largest |code|.
+NEAR = 2.0**-14
+
+
+def rows(seed, M, D, dtype, heavy=False):
+  x = np.random.default_rng(seed).standard_normal((M, D)).astype(np.float32)
+  if heavy:  # A gated product: most channels small, few large.
+    x = np.maximum(x, 0) ** 2 * np.roll(x, 1, 1)
+  return jnp.asarray(x, dtype)
+
+
+def unrounded(x, gain, kind):
+  """value / scale in float64 before rounding, from the definition's norm."""
+  normed = x
+  if gain is not None:
+    x32 = x.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + 1e-5)
+    normed = (x32 * inverse * gain).astype(x.dtype)
+  matrix = np.ones((1, 1))
+  for factor in reference.hadamard_factors(x.shape[-1]):
+    matrix = np.kron(matrix, factor)
+  value = np.asarray(normed, np.float64) @ matrix.T / np.sqrt(x.shape[-1])
+  size = np.abs(value)
+  statistic, most = {'int8': (size.max(-1), 127), 'int4': (size.mean(-1), np.sqrt(7.0)),
+                     'int4_absmax': (size.max(-1), 7)}[kind]
+  scale = np.maximum(statistic, reference.EPSILON)[:, None] / most
+  return value / scale, scale
+
+
+def check(x, gain, kind, interpret, block=32):
+  codes, scale = kernel_tpu.hadamard_quantize(x, gain, activations=kind, epsilon=1e-5,
+                                              blocks=tuning.Blocks(block), interpret=interpret)
+  exact, exact_scale = unrounded(x, gain, kind)
+  np.testing.assert_allclose(scale, exact_scale, rtol=1e-5)
+  codes = np.asarray(codes.astype(jnp.int32))
+  low, high = (-128, 127) if kind == 'int8' else (-8, 7)
+  expected = np.clip(np.round(exact), low, high)
+  boundary = np.abs(np.abs(exact - np.floor(exact)) - 0.5)
+  wrong = codes != expected
+  near = boundary <= NEAR * np.abs(exact).max(-1, keepdims=True)
+  assert not (wrong & ~near).any()
+  assert np.abs(codes - expected).max() <= 1 and wrong.mean() < 0.01
+
+
+@settings(max_examples=6, deadline=None)
+@given(M=st.integers(1, 40), D=st.sampled_from((128, 256, 2560)),
+       dtype=st.sampled_from((jnp.bfloat16, jnp.float32)), has_gain=st.booleans(),
+       heavy=st.booleans(), seed=st.integers(0, 99))
+def test_codes_in_the_tpu_interpreter(M, D, dtype, has_gain, heavy, seed):
+  gain = jnp.linspace(0.5, 2, D) if has_gain else None
+  check(rows(seed, M, D, dtype, heavy), gain, 'int8', testing.tpu_interpreter())
+  assert not testing.races_found()
+
+
+# The TPU interpreter takes no 4-bit integers.
+@settings(max_examples=6, deadline=None)
+@given(M=st.integers(1, 70), kind=st.sampled_from(KINDS), has_gain=st.booleans(),
+       dtype=st.sampled_from((jnp.bfloat16, jnp.float32)), seed=st.integers(0, 99))
+def test_codes_in_the_plain_interpreter(M, kind, has_gain, dtype, seed):
+  gain = jnp.linspace(0.5, 2, 256) if has_gain else None
+  check(rows(seed, M, 256, dtype), gain, kind, testing.PLAIN)
+
+
+def test_the_widest_factors():
+  check(rows(0, 2, 6912, jnp.bfloat16), jnp.ones(6912), 'int4', testing.PLAIN)
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_rows_of_zeros_and_one_row(kind):
+  for M in (1, 3):
+    codes, scale = kernel_tpu.hadamard_quantize(
+        jnp.zeros((M, 128)), None, activations=kind, epsilon=1e-5, blocks=tuning.Blocks(32),
+        interpret=testing.PLAIN)
+    np.testing.assert_array_equal(codes.astype(jnp.int32), np.zeros((M, 128)))
+    most = {'int8': 127, 'int4': np.sqrt(7.0), 'int4_absmax': 7}[kind]
+    np.testing.assert_allclose(scale, np.full((M, 1), 1e-5 / most), rtol=1e-6)
+
+
+def test_dispatch_and_definition_agree():
+  x = rows(3, 5, 256, jnp.bfloat16)
+  gain = jnp.linspace(0.5, 2, 256)
+  ours = hadamard_quantize(x, gain, activations='int8', epsilon=1e-5, generation='v5e',
+                           interpret=testing.PLAIN)
+  plain = hadamard_quantize(x, gain, activations='int8', epsilon=1e-5, generation=None)
+  assert (np.asarray(ours[0]) != np.asarray(plain[0])).mean() < 0.01
+  np.testing.assert_allclose(ours[1], plain[1], rtol=1e-5)
+
+
+def test_a_width_without_fitting_factors_lands_on_the_reference():
+  x = rows(4, 3, 96, jnp.float32)  # 12 · 8
+  with pytest.raises(NotImplementedError):
+    kernel_tpu.factors(96)
+  ours = hadamard_quantize(x, None, activations='int4', epsilon=1e-5, generation='v5e')
+  plain = hadamard_quantize(x, None, activations='int4', epsilon=1e-5, generation=None)
+  for a, b in zip(ours, plain):
+    np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
+
+
+@pytest.mark.parametrize('x, gain, kind, message', [
+    (jnp.zeros((2, 3, 128)), None, 'int8', r'x must be \[M, D\]'),
+    (jnp.zeros((2, 128), jnp.int8), None, 'int8', 'bfloat16 or float32'),
+    (jnp.zeros((2, 128)), jnp.ones(64), 'int8', r'gain must be \[128\]'),
+    (jnp.zeros((2, 128)), None, 'int3', 'one of'),
+    (jnp.zeros((2, 100)), None, 'int8', 'no Hadamard matrix of order 100')])
+def test_arguments_that_do_not_fit_are_one_sentence(x, gain, kind, message):
+  with pytest.raises(ValueError, match=message):
+    hadamard_quantize(x, gain, activations=kind, epsilon=1e-5, generation=None)
