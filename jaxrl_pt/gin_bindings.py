@@ -331,13 +331,24 @@ def _raise_missing(error: TypeError) -> NoReturn:
                   f'--gin_bindings.') from error
 
 
-def resolve(gin_files: Iterable[str], bindings: Iterable[str]
+def _without_texts(bindings: list[_Binding]) -> list[_Binding]:
+  """Texts that are still required (paths, names of data) filled with a placeholder."""
+  def is_text(binding: _Binding) -> bool:
+    fields = dataclasses.fields(_TYPES[binding.owner]) if binding.owner else ()
+    return any(f.name == binding.field and f.type is str for f in fields)
+
+  return [dataclasses.replace(b, value='placeholder')
+          if b.value == _Macro(_REQUIRED) and is_text(b) else b for b in bindings]
+
+
+def resolve(gin_files: Iterable[str], bindings: Iterable[str], *, without_data: bool = False
             ) -> tuple[cfg.Run, tuple[str, ...]]:
   """Builds the run, and names the bindings that a later choice of type made void.
 
   Args:
     gin_files: paths, absolute, below the working directory, or as shipped (`gin/run/…`).
     bindings: gin statements that come after the files, e.g. 'cfg.Train.num_steps = 10'.
+    without_data: required paths and names may be missing, since nothing will be opened.
 
   Raises:
     UserError: an unknown name, a wrong value, a required value missing, a binding that
@@ -352,6 +363,8 @@ def resolve(gin_files: Iterable[str], bindings: Iterable[str]
     raise UserError('No settings given: add --gin_file gin/run/pretrain_tiny.gin or another '
                     'run file.')
   kept, dropped = _live(parsed)
+  if without_data:
+    kept = _without_texts(kept)
   _check_values(kept)
   return _build(kept), tuple(b.name for b in dropped)
 

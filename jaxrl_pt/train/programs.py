@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 import optax
 
 from jaxrl_pt import config as cfg
+from jaxrl_pt import metrics
 from jaxrl_pt.parallel import rules
 from jaxrl_pt.train import losses, optim, rl_step
 from jaxrl_pt.train import session as sessions
@@ -54,6 +55,25 @@ def rpt_step(run: cfg.Run, mesh: Mesh, optimizer: optax.GradientTransformation,
 def continuation_len(method: cfg.RPT) -> int:
   """Tokens of truth that a prompt carries along."""
   return 4 * method.prediction_tokens
+
+
+def num_tokens(run: cfg.Run) -> int:
+  """Tokens a step works on; in RPT each prompt once, and each response."""
+  match run.objective:
+    case cfg.NextToken():
+      return run.train.batch_size * run.data.seq_len
+    case cfg.RPT() as rpt:
+      return rpt.num_prompts * (rpt.prompt_len + rpt.group_size * rpt.prediction_tokens)
+
+
+def model_flops(run: cfg.Run) -> float:
+  """Model FLOPs of a step: RPT's sampler goes forward over the tokens its learner trains on."""
+  match run.objective:
+    case cfg.NextToken():
+      return num_tokens(run) * metrics.flops_per_token(run.model, (run.data.seq_len + 1) / 2)
+    case cfg.RPT() as rpt:
+      forward = metrics.flops_per_token(run.model, rpt.prompt_len / 2, backward=False)
+      return 4 * num_tokens(run) * forward
 
 
 def of_run(run: cfg.Run, mesh: Mesh) -> list[Program]:

@@ -86,7 +86,7 @@ def train(run: cfg.Run, workdir: Path, resolved_text: str) -> None:
                                                    step))
         prompts = _prompts(session.data.train, rows, method)
         state, values = step_fn(state, session.put_rows(prompts))
-        recorder.dispatched(step + 1, values, rows.example, _num_tokens(method))
+        recorder.dispatched(step + 1, values, rows.example, programs.num_tokens(run))
 
         is_last = step + 1 == run.train.num_steps
         if is_last or (step + 1) % run.train.eval_every == 0:
@@ -103,11 +103,6 @@ def train(run: cfg.Run, workdir: Path, resolved_text: str) -> None:
           return
   if jax.process_index() == 0:
     report.write_report(workdir)
-
-
-def _num_tokens(method: cfg.RPT) -> int:
-  """Tokens a step works on: each prompt once, each response."""
-  return method.num_prompts * (method.prompt_len + method.group_size * method.prediction_tokens)
 
 
 def _check_start(run: cfg.Run, method: cfg.RPT, start: evaluate.Policy) -> None:

@@ -19,7 +19,7 @@ from jaxrl_pt.data import loader
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.models import transformer
 from jaxrl_pt.models.base import Model
-from jaxrl_pt.parallel import rules
+from jaxrl_pt.parallel import kernels, rules
 from jaxrl_pt.parallel.mesh import make_mesh
 from jaxrl_pt.types import Batch, TrainState, Weighted
 
@@ -56,7 +56,7 @@ class Session:
 
 def build_model(config: cfg.Model, compute: cfg.Compute, mesh: Mesh) -> Model:
   """The model as every training program on this mesh computes it."""
-  return transformer.build(config, compute, rules.make_constrain(mesh))
+  return transformer.build(config, compute, rules.make_constrain(mesh), kernels.make_ops(mesh))
 
 
 def _from_whole(x: Any, sharding: jax.sharding.Sharding) -> Any:

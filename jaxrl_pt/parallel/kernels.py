@@ -1,0 +1,189 @@
+"""The ops of a block on a TPU mesh: Pallas kernels, each under `shard_map` on its part.
+
+Codes travel between chips as they are stored: FSDP gathers 2-bit weights. A product whose
+contraction is split over the tensor axis sums exact integers across chips before its scales.
+"""
+
+import functools
+import math
+from typing import Literal
+
+import jax
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+  splash_attention_kernel,
+  splash_attention_mask,
+)
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+from jax.typing import DTypeLike
+
+from jaxrl_pt.config import ActivationQuant
+from jaxrl_pt.nn import ops
+from jaxrl_pt.nn.attention import causal_attention
+from jaxrl_pt.nn.norm import rms_norm
+from jaxrl_pt.nn.quant import hadamard
+from jaxrl_pt.parallel.rules import TRAIN, Rules, partition_spec
+from jaxrl_pt.types import Array
+from pallas_kernels import dispatch
+from pallas_kernels.dispatch import Generation, Implementation
+from pallas_kernels.hadamard_quantize import hadamard_quantize
+from pallas_kernels.ternary_matmul import ternary_matmul
+
+# Queries and keys of one step of splash attention; the sequence must be a multiple.
+_BLOCKS = (512, 256, 128)
+
+
+def make_ops(mesh: Mesh, rules: Rules = TRAIN) -> ops.Ops:
+  """The ops of the mesh's chips: kernels on TPUs, XLA's on everything else."""
+  generation = dispatch.generation_of(mesh.devices.flat[0])
+  return ops.Ops() if generation is None else kernel_ops(mesh, rules, generation)
+
+
+def kernel_ops(mesh: Mesh, rules: Rules, generation: Generation,
+               interpret: bool = False) -> ops.Ops:
+  """Kernels of a generation on a mesh; `interpret` runs them on a CPU, for tests."""
+  # Weights are stored split along `embed` and whole when they are used.
+  whole = {**rules, 'embed': ()}
+  return ops.Ops(
+      functools.partial(_product, mesh, whole, generation, interpret),
+      functools.partial(_rotated, mesh, whole, generation, interpret),
+      functools.partial(_attention, mesh, whole, interpret))
+
+
+# --- The quantised product ------------------------------------------------------
+
+
+def _product(mesh: Mesh, rules: Rules, generation: Generation, interpret: bool, x_codes: Array,
+             x_scale: Array, w_codes: Array, w_scale: Array, kind: ActivationQuant,
+             axes: ops.Axes, dtype: DTypeLike) -> Array:
+  implementations = [
+      Implementation('tpu', functools.partial(_kernel_product, mesh, rules, generation,
+                                              interpret)),
+      Implementation('xla', ops.product)]
+  return dispatch.first_supported('ternary_matmul', implementations, x_codes, x_scale, w_codes,
+                                  w_scale, kind, axes, dtype)
+
+
+def _kernel_product(mesh: Mesh, rules: Rules, generation: Generation, interpret: bool,
+                    x_codes: Array, x_scale: Array, w_codes: Array, w_scale: Array,
+                    kind: ActivationQuant, axes: ops.Axes, dtype: DTypeLike) -> Array:
+  if kind == 'none':
+    raise NotImplementedError('activations are not quantised')
+  activations: Literal['int8', 'int4'] = 'int8' if kind == 'int8' else 'int4'
+  split = rules[axes[0]]
+  rows = _leading(x_codes, rules)
+  x_spec = PartitionSpec(*rows, split or None)
+  _check_divides(mesh, x_codes.shape, x_spec)
+  y_spec = PartitionSpec(*rows, rules[axes[1]] or None)
+
+  def local(x_codes: Array, x_scale: Array, w_codes: Array, w_scale: Array) -> Array:
+    multiply = functools.partial(
+        ternary_matmul, x_codes.reshape(-1, x_codes.shape[-1]), x_scale.reshape(-1, 1), w_codes,
+        w_scale, activations=activations, generation=generation, interpret=interpret)
+    if split:  # Each chip has a part of every sum.
+      sums = jax.lax.psum(multiply(out_dtype=jnp.int32), split)
+      scale = x_scale * w_scale[0, 0]
+      return (sums.reshape(*x_codes.shape[:-1], -1) * scale).astype(dtype)
+    return multiply(out_dtype=dtype).reshape(*x_codes.shape[:-1], -1)
+
+  sharded = jax.shard_map(
+      local, mesh=mesh, check_vma=False, out_specs=y_spec,
+      in_specs=(x_spec, PartitionSpec(*rows, None), partition_spec(axes, rules),
+                PartitionSpec(None, None)))
+  return sharded(x_codes.astype(jnp.int8 if kind == 'int8' else jnp.int4), x_scale,
+                 w_codes.astype(jnp.int2), w_scale)
+
+
+def _leading(x: Array, rules: Rules) -> tuple[tuple[str, ...] | None, ...]:
+  """Mesh axes of [B, T, …]'s leading dimensions; one new token is not split over time."""
+  names = ('batch', 'sequence' if x.shape[1] > 1 else None)
+  return tuple((rules[name] or None) if name else None for name in names)
+
+
+def _check_divides(mesh: Mesh, shape: tuple[int, ...], spec: PartitionSpec) -> None:
+  for size, axes in zip(shape, spec, strict=True):
+    names = (axes,) if isinstance(axes, str) else axes or ()
+    parts = math.prod(mesh.shape[axis] for axis in names)
+    if size % parts:
+      raise NotImplementedError(f'{size} does not divide into {parts} parts')
+
+
+# --- The rotated input ----------------------------------------------------------
+
+
+def _rotated(mesh: Mesh, rules: Rules, generation: Generation, interpret: bool, x: Array,
+             gain: Array | None, epsilon: float,
+             kind: ActivationQuant) -> tuple[Array, Array, Array]:
+  implementations = [
+      Implementation('tpu', functools.partial(_kernel_rotated, mesh, rules, generation,
+                                              interpret)),
+      Implementation('xla', ops.rotated)]
+  return dispatch.first_supported('hadamard_quantize', implementations, x, gain, epsilon, kind)
+
+
+def _kernel_rotated(mesh: Mesh, rules: Rules, generation: Generation, interpret: bool, x: Array,
+                    gain: Array | None, epsilon: float,
+                    kind: ActivationQuant) -> tuple[Array, Array, Array]:
+  if kind == 'none':
+    raise NotImplementedError('activations are not quantised')
+  spec = PartitionSpec(*_leading(x, rules), None)  # Every row whole on its chip.
+  _check_divides(mesh, x.shape, spec)
+
+  def local(x: Array, gain: Array | None) -> tuple[Array, Array]:
+    codes, scale = hadamard_quantize(x.reshape(-1, x.shape[-1]), gain, activations=kind,
+                                     epsilon=epsilon, generation=generation,
+                                     interpret=interpret)
+    return codes.reshape(x.shape), scale.reshape(*x.shape[:-1], 1)
+
+  sharded = jax.shard_map(local, mesh=mesh, check_vma=False, in_specs=(spec, PartitionSpec(None)),
+                          out_specs=(spec, spec))
+  codes, scale = sharded(jax.lax.stop_gradient(x), jax.lax.stop_gradient(gain))
+  # Only its derivative is used: the compiler drops the rotation from the forward pass.
+  x_r = hadamard(x if gain is None else rms_norm(x, gain, epsilon))
+  return x_r, codes, scale
+
+
+# --- Attention ------------------------------------------------------------------
+
+
+def _attention(mesh: Mesh, rules: Rules, interpret: bool, q: Array, k: Array, v: Array,
+               segments_BT: Array) -> Array:
+  implementations = [
+      Implementation('splash', functools.partial(_splash_attention, mesh, rules, interpret)),
+      Implementation('xla', causal_attention)]
+  return dispatch.first_supported('attention', implementations, q, k, v, segments_BT)
+
+
+def _splash_attention(mesh: Mesh, rules: Rules, interpret: bool, q: Array, k: Array, v: Array,
+                      segments_BT: Array) -> Array:
+  """JAX's splash attention, causal inside segments, forward and backward."""
+  _, length, _, head_dim = q.shape
+  blocks = [b for b in _BLOCKS if length % b == 0]
+  if not blocks:
+    raise NotImplementedError(f'a length of {length} is no multiple of {_BLOCKS[-1]}')
+  if head_dim % 128:
+    raise NotImplementedError(f'a head of {head_dim} channels is no multiple of 128')
+  if any(mesh.shape[axis] > 1 for axis in rules['sequence']):
+    raise NotImplementedError('the sequence is split over chips')
+  spec = PartitionSpec(rules['batch'] or None, None, rules['heads'] or None, None)
+  _check_divides(mesh, q.shape, spec)
+  _check_divides(mesh, k.shape, spec)
+  block = blocks[0]
+  sizes = splash_attention_kernel.BlockSizes(
+      block_q=block, block_kv=block, block_kv_compute=block, block_q_dkv=block,
+      block_kv_dkv=block, block_kv_dkv_compute=block, block_q_dq=block, block_kv_dq=block)
+
+  def local(q: Array, k: Array, v: Array, segments_BT: Array) -> Array:
+    mask = splash_attention_mask.MultiHeadMask(
+        [splash_attention_mask.CausalMask((length, length))] * q.shape[2])
+    kernel = splash_attention_kernel.make_splash_mha(
+        mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
+    segments = splash_attention_kernel.SegmentIds(segments_BT, segments_BT)
+    heads_first = lambda x: x.transpose(0, 2, 1, 3)
+    q = (q * head_dim**-0.5).astype(q.dtype)
+    out_BHTE = jax.vmap(kernel)(heads_first(q), heads_first(k), heads_first(v), segments)
+    return heads_first(out_BHTE)
+
+  sharded = jax.shard_map(local, mesh=mesh, check_vma=False, out_specs=spec,
+                          in_specs=(spec, spec, spec, PartitionSpec(rules['batch'] or None, None)))
+  return sharded(q, k, v, segments_BT)
