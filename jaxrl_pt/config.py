@@ -147,7 +147,8 @@ class Model:
 class Compute:
   """How the same arithmetic is carried out; changes speed and memory, not the method.
 
-  loss_chunk: tokens whose float32 logits exist at once; 0 computes all of them.
+  loss_chunk: tokens of the whole batch, over all devices, whose float32 logits exist at
+  once; 0 computes all of them.
   unroll: layers per iteration of the scan over layers (0 unrolls them all, which
   XLA runs faster on a CPU and compiles slower everywhere).
   """

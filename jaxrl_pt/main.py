@@ -83,6 +83,17 @@ def _make_parser() -> argparse.ArgumentParser:
   _add_gin(evaluate, "other data than the run's own")
   _add_json(evaluate)
 
+  preflight = add('preflight', 'Compile a run for a TPU slice, without one: does it fit, what '
+                  'bounds it?',
+                  'jaxrl-pt preflight --gin_file gin/run/pretrain_2b4t.gin \\\n'
+                  '    --gin_file gin/cluster/v5e_256.gin --topology v5e:16x16')
+  _add_gin(preflight)
+  preflight.add_argument('--topology', required=True, metavar='NAME',
+                         help='e.g. v4:4x4x4, v5e:16x16, v5p:4x4x4, v6e:16x16 or tpu7x:4x4x4')
+  preflight.add_argument('--no_search', action='store_true',
+                         help='do not look for settings that fit when the run does not')
+  _add_json(preflight)
+
   kernels = add('kernels', 'What the TPU compiler makes of each Pallas kernel: a static report.',
                 'jaxrl-pt kernels --topology v5e:2x2 --kernel ternary_matmul')
   kernels.add_argument('--topology', required=True, metavar='NAME',
@@ -215,6 +226,28 @@ def _doctor(args: argparse.Namespace) -> int:
   return 0 if found['ok'] else 1
 
 
+def _preflight(args: argparse.Namespace) -> int:
+  from jaxrl_pt.tpu import compile as compiling
+  from jaxrl_pt.tpu import search
+  say = lambda line: print(line, file=sys.stderr, flush=True)
+  say(f'Compiling for {args.topology}; on a laptop this takes a minute or two a program.')
+  rows = compiling.compile_run(args.topology, args.gin_file, args.gin_bindings)
+  fits = all(row['fits'] for row in rows)
+  if not args.json:
+    print('\n'.join(compiling.text(row) for row in rows), flush=True)
+  found = None
+  if not fits and not args.no_search:
+    found = search.fitting(args.topology, args.gin_file, args.gin_bindings, say)
+  if args.json:
+    print(json.dumps({'programs': rows, 'fits': fits, 'fitting_bindings': found}, indent=2))
+  elif found:
+    print('These settings fit; add\n' + ' \\\n'.join(f'  --gin_bindings "{b}"' for b in found))
+  elif found is not None:
+    print('No smaller batch, more remat or wider sharding that was tried fits: take a larger '
+          'slice.')
+  return 0 if fits else 1
+
+
 def _kernels(args: argparse.Namespace) -> int:
   from jaxrl_pt.tpu import kernels
   if not args.json:
@@ -229,7 +262,8 @@ def _kernels(args: argparse.Namespace) -> int:
 
 
 _COMMANDS = {'quickstart': _quickstart, 'train': _train, 'sample': _sample, 'eval': _eval,
-             'doctor': _doctor, 'kernels': _kernels}
+             'doctor': _doctor, 'kernels': _kernels,
+             'preflight': _preflight}
 
 
 def _hide_closed_loops(unraisable: 'sys.UnraisableHookArgs') -> None:

@@ -1,6 +1,7 @@
 """Log-probabilities of given tokens, without ever holding all float32 logits."""
 
 from collections.abc import Callable
+import math
 
 from flax import struct
 import jax
@@ -37,19 +38,32 @@ def token_logprobs(hidden_BTD: Array, head_DV: Array, targets_BT: Array, chunk: 
                    transform: Transform = lambda logits, _: logits) -> TokenScores:
   """Scores of the targets under softmax(transform(hidden · head, targets)).
 
-  With `chunk` > 0 tokens are taken `chunk` at a time under a rematerialised scan, so
-  at most f32[chunk, V] of logits exists in either direction; 0 takes them all at once.
+  With `chunk` > 0 some time steps of all rows are taken at once, about `chunk` tokens and at
+  least one step, under a rematerialised scan: so many rows of float32 logits exist in either
+  direction; 0 takes all at once. The steps taken together lie T / chunk apart, so that rows
+  and time stay split over the devices as they are.
   """
   def scores_of(hidden: Array, targets: Array) -> TokenScores:
     logits = jnp.matmul(hidden, head_DV, preferred_element_type=jnp.float32)
     return score(transform(logits, targets), targets)
 
-  num_tokens = targets_BT.size
-  if chunk == 0 or chunk >= num_tokens:
+  if chunk == 0 or chunk >= targets_BT.size:
     return scores_of(hidden_BTD, targets_BT)
-  padding = -num_tokens % chunk
-  hidden = jnp.pad(hidden_BTD.reshape(num_tokens, -1), ((0, padding), (0, 0)))
-  targets = jnp.pad(targets_BT.reshape(-1), (0, padding))
-  xs = hidden.reshape(-1, chunk, hidden.shape[-1]), targets.reshape(-1, chunk)
+  *rows, length = targets_BT.shape
+  together = max(1, chunk // math.prod(rows))
+  pieces = -(-length // together)
+  padding = [(0, 0)] * len(rows) + [(0, together * pieces - length)]
+  time = len(rows)
+
+  def split(x: Array) -> Array:
+    x = jnp.pad(x, padding + [(0, 0)] * (x.ndim - time - 1))
+    x = x.reshape(*rows, together, pieces, *x.shape[time + 1:])
+    return jnp.moveaxis(x, time + 1, 0)
+
+  def join(x: Array) -> Array:
+    x = jnp.moveaxis(x, 0, time + 1).reshape(*rows, together * pieces)
+    return x[..., :length]
+
+  xs = split(hidden_BTD), split(targets_BT)
   _, scores = jax.lax.scan(lambda _, x: (None, jax.checkpoint(scores_of)(*x)), None, xs)
-  return jax.tree.map(lambda x: x.reshape(-1)[:num_tokens].reshape(targets_BT.shape), scores)
+  return jax.tree.map(join, scores)

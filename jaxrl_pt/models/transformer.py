@@ -56,7 +56,8 @@ def build(config: cfg.Model, compute: cfg.Compute = cfg.Compute(),
   unroll = compute.unroll or config.num_layers
 
   def embed_tokens(params: Params, tokens_BT: Array) -> Array:
-    return constrain(params['embed'][tokens_BT].astype(dtype), ('batch', 'sequence', None))
+    table_VD = constrain(params['embed'].astype(dtype), ('vocab', None))  # Gathered once.
+    return constrain(table_VD[tokens_BT], ('batch', 'sequence', None))
 
   def apply(params: Params, tokens_BT: Array, positions_BT: Array, segments_BT: Array) -> Array:
     angles = embed.rope(positions_BT, config.head_dim, config.rope_theta)
@@ -91,7 +92,9 @@ def build(config: cfg.Model, compute: cfg.Compute = cfg.Compute(),
     return rms_norm(x_BSD, params['final_norm'], config.norm_epsilon), cache
 
   def head(params: Params) -> Array:
-    return (params['embed'].T if config.tied_head else params['head']).astype(dtype)
+    head_DV = params['embed'].T if config.tied_head else params['head']
+    # Gathered once: a product over a split D would add up all logits across chips.
+    return constrain(head_DV.astype(dtype), (None, 'vocab'))
 
   def init_cache(num_rows: int, num_slots: int) -> kv_cache.KVCache:
     return kv_cache.init(config, num_rows, num_slots, dtype)

@@ -26,6 +26,7 @@ def linear(x: Array, w: Array | q.TernaryWeight, quant: Quant, ops: Ops, axes: A
   Source: 2504.18415 section 2, 2504.12285 section 2.
   """
   if quant.weights == 'none':
+    assert not isinstance(w, q.TernaryWeight), 'packed weights in a model without BitLinear'
     return matmul(x, w.astype(x.dtype))
   codes, scale = q.activations(jax.lax.stop_gradient(x), quant.activations)
   return q.bit_matmul(x, w, codes, scale, quant.activations, ops.product, axes)

@@ -115,11 +115,11 @@ def bit_matmul(x: Array, w: Array | TernaryWeight, x_codes: Array, x_scale: Arra
 def _bit_matmul_forward(x: Array, w: Array | TernaryWeight, x_codes: Array, x_scale: Array,
                         kind: ActivationQuant, product: Callable[..., Array],
                         axes: tuple[str, str]) -> tuple[Array, tuple[Any, ...]]:
-  packed = isinstance(w, TernaryWeight)
-  w_codes, w_scale = (w.codes, w.scale) if packed else ternary(w)
+  if isinstance(w, TernaryWeight):
+    w_codes, w_scale, latent = w.codes, w.scale, None
+  else:  # An empty array remembers the type of the latent weights.
+    (w_codes, w_scale), latent = ternary(w), jnp.zeros((0,), w.dtype)
   y = product(x_codes, x_scale, w_codes, w_scale, kind, axes, x.dtype)
-  # Codes are kept as they are; an empty array remembers the type of the latent weights.
-  latent = None if packed else jnp.zeros((0,), w.dtype)
   return y, (x_codes, x_scale, w_codes, w_scale, latent)
 
 

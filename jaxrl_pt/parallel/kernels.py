@@ -1,7 +1,8 @@
 """The ops of a block on a TPU mesh: Pallas kernels, each under `shard_map` on its part.
 
-Codes travel between chips as they are stored: FSDP gathers 2-bit weights. A product whose
-contraction is split over the tensor axis sums exact integers across chips before its scales.
+Weights are quantised where they are stored and FSDP gathers their codes, four to a byte. A
+product whose contraction is split over the tensor axis sums exact integers across chips
+before its scales.
 """
 
 import functools
@@ -27,7 +28,7 @@ from jaxrl_pt.types import Array
 from pallas_kernels import dispatch
 from pallas_kernels.dispatch import Generation, Implementation
 from pallas_kernels.hadamard_quantize import hadamard_quantize
-from pallas_kernels.ternary_matmul import ternary_matmul
+from pallas_kernels.ternary_matmul import pack_planar, ternary_matmul, unpack_planar
 
 # Queries and keys of one step of splash attention; the sequence must be a multiple.
 _BLOCKS = (512, 256, 128)
@@ -42,12 +43,10 @@ def make_ops(mesh: Mesh, rules: Rules = TRAIN) -> ops.Ops:
 def kernel_ops(mesh: Mesh, rules: Rules, generation: Generation,
                interpret: bool = False) -> ops.Ops:
   """Kernels of a generation on a mesh; `interpret` runs them on a CPU, for tests."""
-  # Weights are stored split along `embed` and whole when they are used.
-  whole = {**rules, 'embed': ()}
   return ops.Ops(
-      functools.partial(_product, mesh, whole, generation, interpret),
-      functools.partial(_rotated, mesh, whole, generation, interpret),
-      functools.partial(_attention, mesh, whole, interpret))
+      functools.partial(_product, mesh, rules, generation, interpret),
+      functools.partial(_rotated, mesh, rules, generation, interpret),
+      functools.partial(_attention, mesh, rules, interpret))
 
 
 # --- The quantised product ------------------------------------------------------
@@ -70,13 +69,16 @@ def _kernel_product(mesh: Mesh, rules: Rules, generation: Generation, interpret:
   if kind == 'none':
     raise NotImplementedError('activations are not quantised')
   activations: Literal['int8', 'int4'] = 'int8' if kind == 'int8' else 'int4'
-  split = rules[axes[0]]
+  # Weights are stored split along `embed` and whole when they are used.
+  whole = {**rules, 'embed': ()}
+  split, stored = whole[axes[0]], rules['embed']
   rows = _leading(x_codes, rules)
   x_spec = PartitionSpec(*rows, split or None)
   _check_divides(mesh, x_codes.shape, x_spec)
-  y_spec = PartitionSpec(*rows, rules[axes[1]] or None)
+  y_spec = PartitionSpec(*rows, whole[axes[1]] or None)
 
   def local(x_codes: Array, x_scale: Array, w_codes: Array, w_scale: Array) -> Array:
+    w_codes = _gather(w_codes, stored, axes.index('embed'))
     multiply = functools.partial(
         ternary_matmul, x_codes.reshape(-1, x_codes.shape[-1]), x_scale.reshape(-1, 1), w_codes,
         w_scale, activations=activations, generation=generation, interpret=interpret)
@@ -90,8 +92,19 @@ def _kernel_product(mesh: Mesh, rules: Rules, generation: Generation, interpret:
       local, mesh=mesh, check_vma=False, out_specs=y_spec,
       in_specs=(x_spec, PartitionSpec(*rows, None), partition_spec(axes, rules),
                 PartitionSpec(None, None)))
+  # XLA takes 2-bit arrays of many rows only; a chip's part of a weight may have few.
+  w_type = jnp.int8 if stored else jnp.int2
   return sharded(x_codes.astype(jnp.int8 if kind == 'int8' else jnp.int4), x_scale,
-                 w_codes.astype(jnp.int2), w_scale)
+                 w_codes.astype(w_type), w_scale)
+
+
+def _gather(w_codes: Array, mesh_axes: tuple[str, ...], axis: int) -> Array:
+  """This chip's part of a weight → int2 codes, whole along `axis`; bytes of four travel."""
+  if not mesh_axes:
+    return w_codes.astype(jnp.int2)
+  packed = pack_planar(w_codes, axis=1 - axis)
+  packed = jax.lax.all_gather(packed, mesh_axes, axis=axis, tiled=True)
+  return unpack_planar(packed, w_codes.shape[1 - axis], axis=1 - axis)
 
 
 def _leading(x: Array, rules: Rules) -> tuple[tuple[str, ...] | None, ...]:

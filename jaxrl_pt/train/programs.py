@@ -4,7 +4,6 @@ The loops call the functions that make a step; `of_run` puts the same steps besi
 arguments, so that a program can be lowered for devices that are not there and without data.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -31,7 +30,7 @@ class Program(NamedTuple):
   """A jitted function and the abstract arguments that the loop would call it with."""
 
   name: str
-  run: Callable[..., Any]
+  run: Any  # of jax.jit
   args: tuple[Any, ...]
 
 

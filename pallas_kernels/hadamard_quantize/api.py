@@ -45,7 +45,8 @@ def hadamard_quantize(x_MD: Array, gain_D: Array | None, *, activations: referen
   if generation is not None:
     def run(x_MD: Array, gain_D: Array | None) -> tuple[Array, Array]:
       kernel_tpu.factors(x_MD.shape[1])
-      blocks = tuning.blocks(*x_MD.shape, activations, generation)
+      M, D = x_MD.shape
+      blocks = tuning.blocks(M, D, activations, generation)
       return kernel_tpu.hadamard_quantize(x_MD, gain_D, activations=activations,
                                           epsilon=epsilon, blocks=blocks, interpret=interpret)
     implementations.insert(0, dispatch.Implementation('tpu', run))

@@ -74,7 +74,8 @@ def _dot(x: Array, y: Array) -> Array:
 
 def _body(x_ref: Any, *refs: Any, activations: reference.Activations, epsilon: float,
           has_gain: bool, num_parts: int, order: int) -> None:
-  gain_ref, refs = (refs[0], refs[1:]) if has_gain else (None, refs)
+  gain_ref: Any = refs[0] if has_gain else None
+  refs = refs[1:] if has_gain else refs
   h_a_ref, h_b_ref, codes_ref, scale_ref, y_ref, stat_ref = refs
   R, D = x_ref.shape
   P, S, stride = num_parts, R // num_parts, h_a_ref.shape[0]
@@ -98,7 +99,8 @@ def _body(x_ref: Any, *refs: Any, activations: reference.Activations, epsilon: f
     ys = []
     for x in xs:
       terms = (x,) if x.dtype == jnp.bfloat16 else _split(x)
-      ys.append(sum(_dot(term, h_b_ref[...]) for term in terms))
+      products = [_dot(term, h_b_ref[...]) for term in terms]
+      ys.append(functools.reduce(jnp.add, products))
     for part in range(P):
       y_ref[pl.ds(t * P + part, S, stride=stride), :] = _exchange(ys, part)
 

@@ -131,10 +131,11 @@ def test_planar_bytes_of_a_released_checkpoint():
 
 
 @settings(max_examples=20, deadline=None)
-@given(K=st.integers(1, 9), N=st.integers(1, 19), seed=st.integers(0, 99))
-def test_planar_bytes_come_back(K, N, seed):
+@given(K=st.integers(1, 19), N=st.integers(1, 19), axis=st.integers(0, 1),
+       seed=st.integers(0, 99))
+def test_planar_bytes_come_back(K, N, axis, seed):
   codes = jnp.asarray(np.random.default_rng(seed).integers(-1, 2, (K, N)), jnp.int2)
-  packed = packing.pack_planar(codes)
-  assert packed.shape == (K, -(-N // 4)) and packed.dtype == jnp.uint8
-  np.testing.assert_array_equal(packing.unpack_planar(packed, N).astype(jnp.int8),
-                                codes.astype(jnp.int8))
+  packed = packing.pack_planar(codes, axis)
+  assert packed.shape[axis] == -(-(K, N)[axis] // 4) and packed.dtype == jnp.uint8
+  back = packing.unpack_planar(packed, (K, N)[axis], axis)
+  np.testing.assert_array_equal(back.astype(jnp.int8), codes.astype(jnp.int8))

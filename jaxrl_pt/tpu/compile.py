@@ -1,0 +1,234 @@
+"""`jaxrl-pt preflight`: does a run fit a TPU slice, and what bounds its step?
+
+The very programs that the run's loop dispatches (`train.programs`) are compiled for a named
+topology by the TPU compiler, in a process of its own. A program that does not fit is an
+answer: `search` then looks for the settings that do. Speeds are static predictions.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import json
+import math
+import re
+import subprocess
+import sys
+import time
+from typing import Any
+
+import jax
+
+from jaxrl_pt import config as cfg
+from jaxrl_pt import gin_bindings
+from jaxrl_pt.errors import UserError
+from jaxrl_pt.parallel.mesh import make_mesh
+from jaxrl_pt.tpu import chips, hlo, roofline
+from jaxrl_pt.train import programs
+
+Row = dict[str, Any]
+# What the compiler and the runtime keep of each chip's HBM for themselves (seen on v5e:
+# 15.75 GiB are offered of 16).
+RESERVED = 2**28
+
+
+# --- The parent -------------------------------------------------------------------
+
+
+def load(gin_files: Sequence[str], bindings: Sequence[str]) -> cfg.Run:
+  """The run, whether or not its data are there.
+
+  Raises:
+    UserError: a mistake in the settings.
+  """
+  return gin_bindings.resolve(gin_files, bindings, without_data=True)[0]
+
+
+def compile_run(topology: str, gin_files: Sequence[str], bindings: Sequence[str]) -> list[Row]:
+  """A row for each program of the run, compiled in a child process.
+
+  Raises:
+    UserError: no libtpu, a wrong topology, a mesh that does not cover it.
+  """
+  chips.generation_of_topology(topology)
+  chips.check_libtpu()
+  request = json.dumps({'topology': topology, 'gin_files': list(gin_files),
+                        'bindings': list(bindings)})
+  child = subprocess.run([sys.executable, '-m', 'jaxrl_pt.tpu.compile'], input=request,
+                         env=chips.child_environment(), capture_output=True, text=True)
+  rows = [json.loads(line) for line in child.stdout.splitlines() if line.startswith('{')]
+  for row in rows:
+    if 'user_error' in row:
+      raise UserError(row['user_error'])
+  if child.returncode:
+    raise RuntimeError(f'compiling for {topology} failed ({child.returncode}):\n'
+                       f'{child.stderr[-4000:]}')
+  return rows
+
+
+# --- The child ----------------------------------------------------------------------
+
+
+def main() -> None:
+  """The child process: reads a request, prints one JSON row a program."""
+  request = json.load(sys.stdin)
+  try:
+    run = load(request['gin_files'], request['bindings'])
+    devices = chips.topology_devices(request['topology'])
+    mesh = make_mesh(run.mesh, devices)
+    chip = chips.chip(chips.generation_of_topology(request['topology']))
+    for program in programs.of_run(run, mesh):
+      row = _examine(program, run, chip, len(devices))
+      print(json.dumps({'program': program.name, 'topology': request['topology'],
+                        'num_devices': len(devices), **row}), flush=True)
+  except UserError as e:
+    print(json.dumps({'user_error': str(e)}), flush=True)
+
+
+def _examine(program: programs.Program, run: cfg.Run, chip: chips.Chip,
+             num_devices: int) -> Row:
+  """The row of one program; without a compile where its arguments alone are too much."""
+  capacity = chip.hbm_bytes - RESERVED
+  argument_bytes = sum(_shard_bytes(x) for x in jax.tree.leaves(program.args))
+  row: Row = {'fits': False, 'error': '', 'capacity': capacity, 'hbm': {
+      'arguments': argument_bytes}, 'buffers': _argument_rows(program)}
+  if argument_bytes > capacity:
+    return {**row, 'error': f'the arguments alone take {_size(argument_bytes)} a chip of '
+            f'{_size(capacity)}', 'state_too_big': True}
+  started = time.monotonic()
+  traced = program.run.trace(*program.args)
+  try:
+    compiled = traced.lower().compile()
+  except jax.errors.JaxRuntimeError as e:
+    return {**row, **_refusal(str(e)), 'compile_seconds': time.monotonic() - started}
+  seconds = time.monotonic() - started
+  memory = compiled.memory_analysis()
+  used = {'arguments': memory.argument_size_in_bytes, 'outputs': memory.output_size_in_bytes,
+          'aliased': memory.alias_size_in_bytes, 'temporaries': memory.temp_size_in_bytes,
+          'code': memory.generated_code_size_in_bytes}
+  total = sum(used.values()) - 2 * used['aliased']
+  module = hlo.parse(compiled.as_text() or '')
+  fits = total <= capacity
+  return {**row, 'fits': fits, 'hbm': {**used, 'total': total,
+                                       'alive_at_peak': memory.peak_memory_in_bytes},
+          'error': '' if fits else f'needs {_size(total)} of {_size(capacity)} a chip',
+          'buffers': [dataclasses.asdict(b) for b in hlo.biggest(module)],
+          'compile_seconds': seconds,
+          **_speeds(module, traced.jaxpr.jaxpr, run, chip, num_devices)}
+
+
+def _speeds(module: hlo.Module, jaxpr: Any, run: cfg.Run, chip: chips.Chip,
+            num_devices: int) -> Row:
+  """Collectives, kernels, FLOPs and the roofline of a compiled program."""
+  collectives = hlo.collectives(module)
+  macs = roofline.multiply_adds(jaxpr)
+  per_device = type(macs)({kind: n / num_devices for kind, n in macs.items()})
+  hbm_bytes = hlo.hbm_bytes(module)
+  bound = roofline.estimate(chip, per_device, hbm_bytes, sum(c.wire_bytes for c in collectives))
+  flops, tokens = programs.model_flops(run), programs.num_tokens(run)
+  peak = 2 * chip.macs_per_second['bf16'] * num_devices
+  return {
+      'collectives': [dataclasses.asdict(c) for c in collectives],
+      'kernels': {name: {'calls': calls, 'times': times}
+                  for name, (calls, times) in hlo.kernels(module).items()},
+      'flops': {'model': flops, 'program': 2 * macs.total(),
+                'program_by_operand': {kind: 2 * n for kind, n in macs.items()}},
+      'hbm_traffic': hbm_bytes,
+      'tokens': tokens,
+      'static_prediction': {
+          'mxu_seconds': bound.mxu, 'hbm_seconds': bound.hbm, 'ici_seconds': bound.ici,
+          'seconds': bound.seconds, 'bound': bound.bound,
+          'tokens_per_second_per_chip': tokens / bound.seconds / num_devices,
+          'mfu': flops / bound.seconds / peak}}
+
+
+def _shard_bytes(x: Any) -> int:
+  return math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+
+
+def _argument_rows(program: programs.Program, limit: int = 8) -> list[Row]:
+  """The largest arguments of one device."""
+  rows: list[Row] = []
+  for path, x in jax.tree_util.tree_flatten_with_path(program.args)[0]:
+    shape = ','.join(map(str, x.sharding.shard_shape(x.shape)))
+    rows.append({'num_bytes': _shard_bytes(x), 'type': f'{x.dtype.name}[{shape}]',
+                 'opcode': 'argument', 'op_name': jax.tree_util.keystr(path), 'count': 1})
+  return sorted(rows, key=lambda r: r['num_bytes'], reverse=True)[:limit]
+
+
+# --- The compiler's refusals ----------------------------------------------------------
+
+
+def _refusal(message: str) -> Row:
+  """What an error of the compiler says: out of HBM, with sizes and allocations, or its text."""
+  first = message.splitlines()[0][:500]
+  found = (re.search(r'HLO temporaries \(([\d.]+\w?)\) exceeds available HBM \(([\d.]+\w?)\)',
+                     message)
+           or re.search(r'Used ([\d.]+\w?) of ([\d.]+\w?) hbm', message))
+  if not found:
+    return {'error': f'does not compile: {first}', 'refused': True}
+  needed, available = map(_parse_size, found.groups())
+  row: Row = {'error': f'needs at least {_size(needed)} of {_size(available)} a chip',
+              'capacity': available, 'hbm': {'total': needed}}
+  allocations = re.findall(r'Size: ([\d.]+\w?)\n(?:.*op_name="([^"]*)".*\n)?.*Shape: (\S+)',
+                           message)
+  if allocations:
+    row['buffers'] = [{'num_bytes': _parse_size(size), 'type': shape.split('{')[0],
+                       'opcode': 'allocation', 'op_name': name, 'count': 1}
+                      for size, name, shape in allocations[:8]]
+  return row
+
+
+def _parse_size(text: str) -> int:
+  units = {'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
+  return round(float(text.rstrip('KMGTB')) * units.get(text[-1], 1))
+
+
+def _size(num_bytes: float) -> str:
+  for unit, name in ((2**40, 'TiB'), (2**30, 'GiB'), (2**20, 'MiB'), (2**10, 'KiB')):
+    if num_bytes >= unit:
+      return f'{num_bytes / unit:.2f} {name}'
+  return f'{num_bytes:.0f} B'
+
+
+# --- For a person -----------------------------------------------------------------
+
+
+def text(row: Row) -> str:
+  """One program's row for a person to read."""
+  lines = [f'{row["program"]} on {row["topology"]} ({row["num_devices"]} devices): '
+           + ('fits' if row['fits'] else f'DOES NOT FIT: {row["error"]}')]
+  hbm = row['hbm']
+  if 'total' in hbm:
+    parts = ', '.join(f'{name} {_size(value)}' for name, value in hbm.items() if name != 'total')
+    lines.append(f'  HBM a device   {_size(hbm["total"])} of {_size(row["capacity"])}'
+                 + (f': {parts}' if parts else ''))
+  lines.append('  biggest arrays of a device')
+  lines += [f'    {_size(b["num_bytes"]):>11}  {b["type"]}  {b["opcode"]}'
+            f'{" ×" + str(b["count"]) if b["count"] > 1 else ""}  {b["op_name"][-90:]}'
+            for b in row['buffers']]
+  if 'static_prediction' in row:
+    lines += _speed_lines(row)
+  return '\n'.join(lines)
+
+
+def _speed_lines(row: Row) -> list[str]:
+  flops, bound = row['flops'], row['static_prediction']
+  kinds = ', '.join(f'{n:.3g} {kind}' for kind, n in flops['program_by_operand'].items())
+  lines = ['  collectives a step, of one device (bytes of the whole arrays; bytes it sends)']
+  lines += [f'    {c["kind"]:<18} {c["count"]:>7,}  {_size(c["num_bytes"]):>11}  '
+            f'{_size(c["wire_bytes"]):>11}' for c in row['collectives']] or ['    none']
+  lines.append('  Pallas kernels in the program: ' + (', '.join(
+      f'{name} ({k["calls"]} calls, {k["times"]} a step)'
+      for name, k in row['kernels'].items()) or 'none'))
+  lines.append(f'  FLOPs a step   model {flops["model"]:.4g}; products of the program '
+               f'{flops["program"]:.4g} ({kinds}; recomputation included)')
+  lines.append(f'  static prediction (a bound, no time on a TPU): {bound["seconds"]:.4g} s a step, '
+               f'set by {bound["bound"].upper()}: MXU {bound["mxu_seconds"]:.4g}, HBM '
+               f'{bound["hbm_seconds"]:.4g}, ICI {bound["ici_seconds"]:.4g};')
+  lines.append(f'    at most {bound["tokens_per_second_per_chip"]:,.0f} tokens/s a device, MFU '
+               f'{bound["mfu"]:.1%}')
+  lines.append(f'  compiled in {row["compile_seconds"]:.0f} s')
+  return lines
+
+
+if __name__ == '__main__':
+  main()

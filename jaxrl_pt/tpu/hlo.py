@@ -1,0 +1,422 @@
+"""Reads a compiled program's HLO text: collectives, HBM traffic, biggest arrays, kernels.
+
+The text is what the TPU compiler leaves after scheduling: shapes are those of one device,
+layouts name their tiles, and `S(1)` puts an array into VMEM. A loop's body is counted
+times its trips, read from the constant that its condition compares the counter with; a
+loop that the data may end earlier so counts its most trips. Both branches of a conditional
+count.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+import functools
+import math
+import re
+from typing import NamedTuple
+
+_BITS = {'pred': 8, 's2': 2, 'u2': 2, 's4': 4, 'u4': 4, 's8': 8, 'u8': 8, 's16': 16, 'u16': 16,
+         'bf16': 16, 'f16': 16, 's32': 32, 'u32': 32, 'f32': 32, 's64': 64, 'u64': 64, 'f64': 64,
+         'c64': 64, 'f8e4m3fn': 8, 'f8e5m2': 8, 'f8e4m3': 8, 'f4e2m1fn': 4, 'token': 0}
+_ARRAY = re.compile(r'\b([a-z]+[0-9a-z]*)\[([0-9,]*)\](?:\{([0-9,]*)(?::([^}]*))?\})?')
+_COMPUTATION = re.compile(r'(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$')
+_INSTRUCTION = re.compile(r'(ROOT )?%?([\w.\-]+) = ')
+_CALLED = re.compile(r'(?:calls|to_apply|body|true_computation|false_computation|'
+                     r'branch_computations)=\{?((?:%[\w.\-]+(?:, )?)+)')
+_COLLECTIVES = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'ragged-all-to-all',
+                'collective-permute', 'collective-broadcast')
+KERNEL = 'tpu_custom_call'
+# These name, select or wait for what another instruction computes.
+_NO_TRAFFIC = {'parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'while',
+               'conditional', 'call', 'after-all', 'partition-id', 'replica-id', 'copy-done',
+               'slice-done', 'async-update', 'optimization-barrier', 'opt-barrier'}
+
+
+class Instruction(NamedTuple):
+  """One line: `name = type opcode(operands), rest`."""
+
+  name: str
+  type: str
+  opcode: str
+  operands: tuple[str, ...]
+  rest: str  # attributes and metadata; of a constant or parameter its value or number too
+
+  @property
+  def op_name(self) -> str:
+    """Where in the Python program it comes from."""
+    found = re.search(r'op_name="([^"]*)"', self.rest)
+    return found[1] if found else ''
+
+
+class Array(NamedTuple):
+  """An array type. num_bytes as the values take; padded_bytes as the tiled layout does."""
+
+  text: str
+  num_bytes: int
+  padded_bytes: int
+  in_hbm: bool
+
+
+Computation = dict[str, Instruction]  # in order
+
+
+@dataclass(frozen=True)
+class Module:
+  """A program: its computations by name, and which one it starts in."""
+
+  computations: dict[str, Computation]
+  entry: str
+
+
+@dataclass(frozen=True)
+class Run:
+  """An instruction of a computation that the program runs `times` times a step."""
+
+  instruction: Instruction
+  computation: Computation
+  times: int
+
+
+@dataclass(frozen=True)
+class Collective:
+  """One kind of collective in a step of one device.
+
+  kind: e.g. 'all-gather'; count: how many run; num_bytes: of the whole arrays; wire_bytes:
+  what the device sends, (n − 1)/n of that with n devices in a group, twice for all-reduce.
+  """
+
+  kind: str
+  count: int
+  num_bytes: int
+  wire_bytes: int
+
+
+# --- Parsing ----------------------------------------------------------------------
+
+
+def parse(text: str) -> Module:
+  """The module in `compiled.as_text()`.
+
+  Raises:
+    ValueError: no entry computation.
+  """
+  computations: dict[str, Computation] = {}
+  entry, current = '', None
+  for line in text.splitlines():
+    line = line.strip()
+    header = _COMPUTATION.match(line)
+    if header and ' = ' not in line.split('(')[0]:
+      current = computations.setdefault(header[2], {})
+      entry = header[2] if header[1] else entry
+    elif line == '}':
+      current = None
+    elif current is not None and _INSTRUCTION.match(line):
+      instruction = _instruction(line)
+      current[instruction.name] = instruction
+  if not entry:
+    raise ValueError('no ENTRY computation: this is not the text of an HLO module')
+  return Module(computations, entry)
+
+
+def _instruction(line: str) -> Instruction:
+  found = _INSTRUCTION.match(line)
+  assert found
+  kind, rest = _balanced(line[found.end():], ' ')
+  opcode, _, rest = rest.lstrip().partition('(')
+  inside, rest = _balanced('(' + rest, '')
+  operands = tuple(re.findall(r'%([\w.\-]+)', inside))
+  return Instruction(found[2], kind, opcode, operands, rest if operands else inside + rest)
+
+
+def _balanced(text: str, end: str) -> tuple[str, str]:
+  """Text up to `end` (empty: up to the closing bracket) outside all brackets, and the rest."""
+  depth = 0
+  for index, letter in enumerate(text):
+    if letter in '([{':
+      depth += 1
+    elif letter in ')]}':
+      depth -= 1
+      if not depth and not end:
+        return text[:index + 1], text[index + 1:]
+    elif letter == end and not depth:
+      return text[:index], text[index:]
+  return text, ''
+
+
+@functools.cache
+def arrays(type_text: str) -> tuple[Array, ...]:
+  """The arrays of a type; of a tuple, its leaves."""
+  return tuple(_array(match[1], match[2], match[3], match[4], match.group())
+               for match in _ARRAY.finditer(type_text) if match[1] in _BITS)
+
+
+def _array(dtype: str, dims: str, order: str | None, layout: str | None, text: str) -> Array:
+  shape = [int(n) for n in dims.split(',') if n]
+  minor = [int(n) for n in (order or '').split(',') if n] or list(reversed(range(len(shape))))
+  padded = [shape[axis] for axis in reversed(minor)]  # Most major first.
+  tile = re.match(r'T\(([\d,*]+)\)', layout or '')
+  if tile and '*' not in tile[1]:
+    sizes = [int(n) for n in tile[1].split(',')]
+    padded = [1] * (len(sizes) - len(padded)) + padded
+    for place, size in enumerate(sizes, len(padded) - len(sizes)):
+      padded[place] = -(-padded[place] // size) * size
+  bits = _BITS[dtype]
+  space = re.search(r'S\((\d+)\)', layout or '')
+  return Array(text, math.ceil(math.prod(shape) * bits / 8),
+               math.ceil(math.prod(padded) * bits / 8), not space or space[1] == '0')
+
+
+def _hbm_bytes(type_text: str) -> int:
+  return sum(x.padded_bytes for x in arrays(type_text) if x.in_hbm)
+
+
+# --- What runs, and how often -------------------------------------------------------
+
+
+def runs(module: Module) -> list[Run]:
+  """Every instruction outside fusions, with how often a step runs it."""
+  found: list[Run] = []
+
+  def visit(name: str, times: int) -> None:
+    computation = module.computations[name]
+    for instruction in computation.values():
+      found.append(Run(instruction, computation, times))
+      if instruction.opcode == 'while':
+        trips = trip_count(module, computation, instruction)
+        visit(_called(instruction)[0], times * trips)
+      elif instruction.opcode in ('call', 'conditional'):
+        for called in _called(instruction):
+          visit(called, times)
+
+  visit(module.entry, 1)
+  return found
+
+
+def _called(instruction: Instruction) -> list[str]:
+  return [name for group in _CALLED.findall(instruction.rest)
+          for name in re.findall(r'%([\w.\-]+)', group)]
+
+
+def trip_count(module: Module, computation: Computation, loop: Instruction) -> int:
+  """Most trips of a while loop whose counter rises by one; 1 where its condition shows none."""
+  condition = re.search(r'condition=%([\w.\-]+)', loop.rest)
+  assert condition
+  test = module.computations[condition[1]]
+  for instruction in test.values():
+    if instruction.opcode != 'compare' or 'direction=LT' not in instruction.rest:
+      continue
+    counter, bound = (test.get(name) for name in instruction.operands)
+    if counter and bound and bound.opcode == 'constant':
+      start = _initial(computation, loop, counter)
+      return max(0, int(re.findall(r'-?\d+', bound.rest)[0]) - start)
+  for instruction in test.values():  # The comparison may be inside a fusion.
+    if instruction.opcode == 'fusion':
+      bounds = [test[name] for name in instruction.operands
+                if test[name].opcode == 'constant']
+      inner = module.computations[_called(instruction)[0]].values()
+      compares = [i for i in inner if i.opcode == 'compare' and 'direction=LT' in i.rest]
+      bounds += [i for i in inner if i.opcode == 'constant' and i.type.startswith('s32')]
+      if compares and bounds:
+        return int(re.findall(r'-?\d+', bounds[0].rest)[0])
+  return 1
+
+
+def _initial(computation: Computation, loop: Instruction, counter: Instruction) -> int:
+  """Where the loop's counter starts: 0 unless the text shows a constant."""
+  index = re.search(r'index=(\d+)', counter.rest)
+  state = computation.get(loop.operands[0])
+  if not index or state is None or state.opcode != 'tuple':
+    return 0
+  start: Instruction | None = computation[state.operands[int(index[1])]]
+  while start and start.opcode in ('copy', 'bitcast', 'copy-done', 'copy-start'):
+    start = computation.get(start.operands[0])
+  return int(re.findall(r'-?\d+', start.rest)[0]) if start and start.opcode == 'constant' else 0
+
+
+# --- Collectives ----------------------------------------------------------------------
+
+
+def collectives(module: Module) -> list[Collective]:
+  """Collectives of a step by kind, the most bytes on the wire first.
+
+  The pieces of a collective that the compiler spreads over several fusions share its
+  channel and count once.
+  """
+  totals: dict[str, list[int]] = {}
+  seen = set()
+  for run in runs(module):
+    for kind, instruction in _collectives_of(module, run.instruction):
+      channel = re.search(r'channel_id=(\d+)', instruction.rest)
+      key = (id(run.computation), channel[1] if channel else run.instruction.name)
+      if key in seen:
+        continue
+      seen.add(key)
+      size, group = _collective_bytes(instruction), _group_size(instruction.rest)
+      sent = size if kind == 'collective-permute' else size * (group - 1) / group
+      wire = round(2 * sent if kind == 'all-reduce' else sent)
+      total = totals.setdefault(kind, [0, 0, 0])
+      for index, value in enumerate((1, size, wire)):
+        total[index] += run.times * value
+  rows = [Collective(kind, *total) for kind, total in totals.items()]
+  return sorted(rows, key=lambda row: -row.wire_bytes)
+
+
+def _collectives_of(module: Module,
+                    instruction: Instruction) -> Iterator[tuple[str, Instruction]]:
+  """(kind, instruction) of a collective, also inside fusions and asyncs."""
+  kind = instruction.opcode.removesuffix('-start')
+  if kind in _COLLECTIVES:
+    yield kind, instruction
+  if instruction.opcode in ('fusion', 'async-start'):
+    for name in _called(instruction):
+      scattered = 'all-reduce-scatter' in f'{name} {instruction.name}'
+      for inner in module.computations[name].values():
+        for kind, found in _collectives_of(module, inner):
+          yield 'reduce-scatter' if scattered else kind, found
+
+
+def _collective_bytes(instruction: Instruction) -> int:
+  """Bytes of the whole arrays: gathered, or before they are scattered."""
+  sizes = [x.num_bytes for x in arrays(instruction.type)]
+  if instruction.opcode == 'all-gather-start':
+    return sum(sizes[len(instruction.operands):])
+  if instruction.opcode == 'collective-permute-start':
+    return sizes[1]
+  if instruction.opcode == 'reduce-scatter':
+    return sum(sizes) * _group_size(instruction.rest)
+  return sum(sizes)
+
+
+def _group_size(rest: str) -> int:
+  """Devices that take part in one collective, from any of the three notations."""
+  named = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", rest)
+  if named:
+    sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
+    return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", named[2]))
+  iota = re.search(r'replica_groups=\[\d+,(\d+)\]<=', rest)
+  if iota:
+    return int(iota[1])
+  listed = re.search(r'replica_groups=\{\{([\d,]*)\}', rest)
+  if listed:
+    return len(listed[1].split(','))
+  return 1
+
+
+# --- HBM ------------------------------------------------------------------------------
+
+
+def hbm_bytes(module: Module) -> int:
+  """Bytes that a step reads from and writes to HBM: every instruction's operands and results.
+
+  What lives in VMEM is free, a slice costs what it takes of its operand, an update in place
+  what it writes. Kernels count each operand and result once.
+  """
+  return sum(run.times * _traffic(module, run) for run in runs(module))
+
+
+def _traffic(module: Module, run: Run) -> int:
+  it, scope = run.instruction, run.computation
+  if it.opcode in _NO_TRAFFIC or (it.opcode == 'custom-call' and KERNEL not in it.rest):
+    return 0
+  if it.opcode.endswith('-done'):
+    return 0
+  result = _hbm_bytes(it.type)
+  match it.opcode:
+    case 'copy-start':
+      return sum(x.padded_bytes for x in arrays(it.type)[:2] if x.in_hbm)
+    case 'slice-start':
+      moved = arrays(it.type)[-2]
+      source = _hbm_bytes(scope[it.operands[0]].type)
+      return moved.padded_bytes * ((source > 0) + moved.in_hbm)
+    case 'dynamic-slice' | 'slice' | 'gather':
+      return 2 * result
+    case 'dynamic-update-slice':
+      return 2 * _hbm_bytes(scope[it.operands[1]].type)
+    case 'fusion':
+      return _fusion_traffic(module.computations[_called(it)[0]], it, scope)
+  return result + sum(_hbm_bytes(scope[name].type) for name in it.operands)
+
+
+def _fusion_traffic(inside: Computation, it: Instruction, scope: Computation) -> int:
+  users: dict[str, list[Instruction]] = {}
+  for inner in inside.values():
+    for name in inner.operands:
+      users.setdefault(name, []).append(inner)
+  total = _hbm_bytes(it.type)
+  for parameter in inside.values():
+    if parameter.opcode != 'parameter':
+      continue
+    whole = _hbm_bytes(scope[it.operands[int(re.findall(r'\d+', parameter.rest)[0])]].type)
+    uses = list(_uses(parameter, users))
+    if whole and uses and all(use.opcode in ('dynamic-slice', 'slice', 'gather')
+                              for use, _ in uses):
+      total += min(whole, sum(_padded(use.type) for use, _ in uses))
+    elif whole and len(uses) == 1 and uses[0][0].opcode == 'dynamic-update-slice' \
+        and uses[0][0].operands[0] == uses[0][1]:
+      # In place: the result, counted above, is neither read nor written beyond the update.
+      total += 2 * _padded(inside[uses[0][0].operands[1]].type) - whole
+    else:
+      total += whole
+  return max(total, 0)
+
+
+def _uses(value: Instruction, users: dict[str, list[Instruction]]
+          ) -> Iterator[tuple[Instruction, str]]:
+  """Instructions that read a value, looking through bitcasts, and the name they read it by."""
+  for user in users.get(value.name, ()):
+    if user.opcode == 'bitcast':
+      yield from _uses(user, users)
+    else:
+      yield user, value.name
+
+
+def _padded(type_text: str) -> int:
+  return sum(x.padded_bytes for x in arrays(type_text))
+
+
+@dataclass(frozen=True)
+class Buffer:
+  """An array in HBM: its type, padded bytes, the instruction that makes it, and whence."""
+
+  num_bytes: int
+  type: str
+  opcode: str
+  op_name: str
+  count: int
+
+
+def biggest(module: Module, limit: int = 8) -> list[Buffer]:
+  """The largest arrays in HBM, arguments included, alike ones counted together.
+
+  They are those that the program names; the compiler may let several share a place.
+  """
+  found: dict[tuple[str, str, str], Buffer] = {}
+  for run in runs(module):
+    it = run.instruction
+    if it.opcode == 'parameter' and run.computation is not module.computations[module.entry]:
+      continue
+    if it.opcode in _NO_TRAFFIC - {'parameter'} or it.opcode.endswith('-start'):
+      continue
+    for array in arrays(it.type):
+      if array.in_hbm and array.padded_bytes:
+        key = array.text.split('{')[0], it.opcode, it.op_name
+        count = found[key].count + 1 if key in found else 1
+        found[key] = Buffer(array.padded_bytes, key[0], it.opcode, it.op_name, count)
+  return sorted(found.values(), key=lambda b: -b.num_bytes)[:limit]
+
+
+def kernels(module: Module) -> dict[str, tuple[int, int]]:
+  """Pallas kernels of a step: {name: (calls in the program, calls a step)}."""
+  found: dict[str, tuple[int, int]] = {}
+  for run in runs(module):
+    it = run.instruction
+    if it.opcode == 'custom-call' and f'"{KERNEL}"' in it.rest:
+      name = kernel_name(it)
+      calls, times = found.get(name, (0, 0))
+      found[name] = calls + 1, times + run.times
+  return dict(sorted(found.items()))
+
+
+def kernel_name(call: Instruction) -> str:
+  """The name that `pallas_call` was given."""
+  scopes = [s for s in call.op_name.split('/') if s and s != 'pallas_call']
+  return scopes[-1] if scopes else call.name

@@ -1,0 +1,137 @@
+"""What bounds a step: its arithmetic from the traced program, its bytes from the compiled one.
+
+    seconds ≥ max(MXU, HBM, ICI),  MXU = Σ_kind multiply-adds / rate of that operand type
+
+Multiply-adds are counted in the traced program, where products are still products, with the
+trips of its loops; recomputation under `jax.checkpoint` counts, elementwise work does not.
+All of it is a static prediction: perfect overlap, no latency, every unit at its peak.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+import math
+from typing import Any
+
+import jax
+from jax.extend import core
+
+from jaxrl_pt.tpu.chips import Chip
+from pallas_kernels.tuning import Operand
+
+MultiplyAdds = Counter[Operand]
+
+
+@dataclass(frozen=True)
+class Roofline:
+  """Least seconds of a step by unit, the largest of them, and which it is."""
+
+  mxu: float
+  hbm: float
+  ici: float
+
+  @property
+  def seconds(self) -> float:
+    return max(self.mxu, self.hbm, self.ici)
+
+  @property
+  def bound(self) -> str:
+    return max(('mxu', 'hbm', 'ici'), key=lambda name: getattr(self, name))
+
+
+def estimate(chip: Chip, multiply_adds: MultiplyAdds, hbm_bytes: float,
+             wire_bytes: float) -> Roofline:
+  """The roofline of one device.
+
+  Args:
+    chip: its rates.
+    multiply_adds: of this device, by operand type.
+    hbm_bytes: read and written.
+    wire_bytes: sent over all the links.
+  """
+  mxu = sum(n / _rate(chip, kind) for kind, n in multiply_adds.items())
+  return Roofline(mxu, hbm_bytes / chip.hbm_bytes_per_second,
+                  wire_bytes / chip.ici_bytes_per_second)
+
+
+def _rate(chip: Chip, kind: Operand) -> float:
+  """Multiply-adds per second; of a type that the chip's MXU lacks, those of the next it has."""
+  wider: dict[Operand, Operand] = {'int4': 'int8', 'int8': 'bf16', 'fp8': 'bf16'}
+  while not chip.macs_per_second[kind]:
+    kind = wider[kind]
+  return chip.macs_per_second[kind]
+
+
+# --- Counting -------------------------------------------------------------------------
+
+
+def multiply_adds(jaxpr: core.Jaxpr, times: int = 1) -> MultiplyAdds:
+  """Multiply-adds of all products in a traced program, over all devices, by operand type."""
+  total: MultiplyAdds = Counter()
+  for eqn in jaxpr.eqns:
+    match eqn.primitive.name:
+      case 'dot_general':
+        total[_kind(eqn)] += times * _dot(eqn)
+      case 'conv_general_dilated':
+        total[_kind(eqn)] += times * _convolution(eqn)
+      case 'cond':
+        total += _largest([multiply_adds(b.jaxpr, times) for b in eqn.params['branches']])
+      case name:
+        repeats = times * _repeats(name, eqn)
+        for inner in _inner(eqn):
+          total += multiply_adds(inner, repeats)
+  return total
+
+
+def _largest(branches: list[MultiplyAdds]) -> MultiplyAdds:
+  return max(branches, key=lambda count: count.total())
+
+
+def _kind(eqn: Any) -> Operand:
+  """The operand type that the MXU multiplies: float32 products are made of bf16 ones."""
+  bits = max(jax.dtypes.itemsize_bits(v.aval.dtype) for v in eqn.invars)
+  if not all(jax.numpy.issubdtype(v.aval.dtype, jax.numpy.integer) for v in eqn.invars):
+    return 'fp8' if bits == 8 else 'bf16'
+  return 'int4' if bits <= 4 else 'int8' if bits == 8 else 'bf16'
+
+
+def _dot(eqn: Any) -> int:
+  (contracted, _), _ = eqn.params['dimension_numbers']
+  left = eqn.invars[0].aval.shape
+  return math.prod(eqn.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
+
+
+def _convolution(eqn: Any) -> int:
+  kernel, numbers = eqn.invars[1].aval.shape, eqn.params['dimension_numbers']
+  return math.prod(eqn.outvars[0].aval.shape) * math.prod(kernel) // kernel[numbers.rhs_spec[0]]
+
+
+def _repeats(name: str, eqn: Any) -> int:
+  """How often an equation runs the program inside it."""
+  match name:
+    case 'scan':
+      return eqn.params['length']
+    case 'while':
+      return _most_trips(eqn)
+    case 'shard_map':  # Its shapes are those of one device.
+      mesh = eqn.params['mesh']
+      return math.prod(mesh.shape[axis] for axis in eqn.params['newly_manual_axes'])
+    case 'pallas_call':
+      return math.prod(n for n in eqn.params['grid_mapping'].grid if isinstance(n, int))
+  return 1
+
+
+def _most_trips(eqn: Any) -> int:
+  """The constant that a loop's condition compares its counter with; 1 if there is none."""
+  bounds = [v.val for e in eqn.params['cond_jaxpr'].jaxpr.eqns if e.primitive.name == 'lt'
+            for v in e.invars if isinstance(v, core.Literal)]
+  return max((int(b) for b in bounds), default=1)
+
+
+def _inner(eqn: Any) -> Iterator[core.Jaxpr]:
+  for value in eqn.params.values():
+    for one in value if isinstance(value, (tuple, list)) else (value,):
+      if isinstance(one, core.ClosedJaxpr):
+        yield one.jaxpr
+      elif isinstance(one, core.Jaxpr):
+        yield one
