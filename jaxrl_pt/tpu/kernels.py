@@ -61,27 +61,38 @@ def report(topology: str, kernels: list[str], only: str, keep: Path | None) -> I
   Raises:
     UserError: a wrong name, or no libtpu.
   """
+  with tempfile.TemporaryDirectory() as dump:
+    yield from _child_rows(topology, kernels, only, dump, str(keep.absolute()) if keep else '')
+
+
+def rows_of_compiles(topology: str, only: str) -> Iterator[Row]:
+  """Whether each case compiles, without its schedule: name, error, vmem_bytes."""
+  yield from _child_rows(topology, [], only, '', '')
+
+
+def _child_rows(topology: str, kernels: list[str], only: str, dump: str,
+                keep: str) -> Iterator[Row]:
   chips.generation_of_topology(topology)
   chips.check_libtpu()
   for kernel in kernels:
     arg_specs(kernel)
   _check_regex(only)
-  with tempfile.TemporaryDirectory() as scratch:
-    dump = Path(scratch)
-    command = [sys.executable, '-m', 'jaxrl_pt.tpu.kernels', topology, str(dump),
-               str(keep.absolute()) if keep else '', only, *(kernels or KERNELS)]
-    with subprocess.Popen(command, env=chips.child_environment(str(dump)), text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
-      assert child.stdout and child.stderr
-      for line in child.stdout:
-        if line.startswith('{'):
-          row = json.loads(line)
-          if 'user_error' in row:
-            raise UserError(row['user_error'])
-          yield row
-      errors = child.stderr.read()
-    if child.returncode:
-      raise RuntimeError(f'compiling for {topology} failed:\n{errors[-4000:]}')
+  command = [sys.executable, '-m', 'jaxrl_pt.tpu.kernels', topology, dump, keep, only,
+             *(kernels or KERNELS)]
+  # Its complaints go to a file: a full pipe would stop it.
+  with tempfile.TemporaryFile('w+') as errors, subprocess.Popen(
+      command, env=chips.child_environment(dump), text=True, stdout=subprocess.PIPE,
+      stderr=errors) as child:
+    assert child.stdout
+    for line in child.stdout:
+      if line.startswith('{'):
+        row = json.loads(line)
+        if 'user_error' in row:
+          raise UserError(row['user_error'])
+        yield row
+    if child.wait():
+      errors.seek(0)
+      raise RuntimeError(f'compiling for {topology} failed:\n{errors.read()[-4000:]}')
 
 
 def _check_regex(pattern: str) -> None:
@@ -113,19 +124,17 @@ def text(row: Row) -> str:
 # --- The child: compiles, reads, prints one JSON row a case ------------------------
 
 
-def _compile(call: tuning.Call, device: Any, dump: Path,
-             trips: tuple[int, ...]) -> tuple[list[schedule.Schedule], int]:
-  """Schedules of every computation of the call, and the VMEM its kernels take."""
+def _compile(call: tuning.Call, device: Any) -> int:
+  """Compiles a call; the VMEM that its kernels take, in bytes."""
   import jax
   sharding = jax.sharding.SingleDeviceSharding(device)
   args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
                       call.args)
-  _empty(dump)
   compiled = jax.jit(call.run).lower(*args).compile()
   used = re.findall(r'"memory_space":"1","offset":"(\d+)","size":"(\d+)"',
                     ''.join(re.findall(r'"used_scoped_memory_configs":\[[^\]]*\]',
                                        compiled.as_text() or '')))
-  return schedule.read_dump(dump, trips), max((int(size) for _, size in used), default=0)
+  return max((int(size) for _, size in used), default=0)
 
 
 def _empty(folder: Path) -> None:
@@ -137,7 +146,9 @@ def _empty(folder: Path) -> None:
 def measure_call(call: tuning.Call, chip: chips.Chip, device: Any, dump: Path,
                  trips: tuple[int, ...] = ()) -> Row:
   """Cycles, floor, slots and VMEM of one call, compiled for `device`; in a child process."""
-  schedules, vmem = _compile(call, device, dump, trips)
+  _empty(dump)
+  vmem = _compile(call, device)
+  schedules = schedule.read_dump(dump, trips)
   issue, dynamic = schedule.total(schedules)
   mxu, hbm = chip.mxu_cycles(call.cost), chip.hbm_cycles(call.cost.hbm_bytes)
   cycles, bound = schedule.floor(issue, mxu, hbm)
@@ -156,7 +167,7 @@ def measure(case: tuning.Case, chip: chips.Chip, topology: str, device: Any, dum
   try:
     row = measure_call(case.call, chip, device, dump, case.dynamic_trips)
   except Exception as e:  # What the compiler refuses is a finding of the report.
-    return {**labels, 'error': f'{type(e).__name__}: {str(e).splitlines()[0][:500]}'}
+    return {**labels, 'error': _first_line(e)}
   if keep:
     shutil.copytree(dump, keep / re.sub(r'\W+', '_', f'{case.name} {topology}'),
                     dirs_exist_ok=True)
@@ -172,6 +183,17 @@ def measure(case: tuning.Case, chip: chips.Chip, topology: str, device: Any, dum
   return row
 
 
+def _only_compile(case: tuning.Case, device: Any) -> Row:
+  try:
+    return {'name': case.name, 'error': '', 'vmem_bytes': _compile(case.call, device)}
+  except Exception as e:  # What the compiler refuses is the answer.
+    return {'name': case.name, 'error': _first_line(e), 'vmem_bytes': 0}
+
+
+def _first_line(error: Exception) -> str:
+  return f'{type(error).__name__}: {str(error).splitlines()[0][:500]}'
+
+
 def main(topology: str, dump: str, keep: str, only: str, *kernels: str) -> None:
   """The child process."""
   generation = chips.generation_of_topology(topology)
@@ -185,9 +207,11 @@ def main(topology: str, dump: str, keep: str, only: str, *kernels: str) -> None:
   alternatives: dict[str, Row] = {}
   for kernel in kernels:
     for case in arg_specs(kernel).cases(generation):
-      if re.search(only, case.name):
-        say(json.dumps(measure(case, chip, topology, device, Path(dump),
-                               Path(keep) if keep else None, alternatives)))
+      if not re.search(only, case.name):
+        continue
+      row = (measure(case, chip, topology, device, Path(dump), Path(keep) if keep else None,
+                     alternatives) if dump else _only_compile(case, device))
+      say(json.dumps(row))
 
 
 if __name__ == '__main__':
