@@ -120,7 +120,9 @@ def topology_devices(topology: str) -> list[Any]:
   """
   from jax.experimental import topologies
   # A v4 chip is one device of two cores unless told otherwise; libtpu's default here is not.
-  options = {'chip_config_name': 'megacore'} if topology.startswith('v4:') else {}
+  options: dict[str, Any] = {'chip_config_name': 'megacore'} if topology[:3] == 'v4:' else {}
+  if set(topology.partition(':')[2]) == {'1', 'x'}:  # One chip: a host has four by default.
+    options['chips_per_host_bounds'] = (1, 1, 1)
   try:
     return list(topologies.get_topology_desc(platform='tpu', topology_name=topology,
                                              **options).devices)

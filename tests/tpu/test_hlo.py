@@ -1,0 +1,99 @@
+"""The reader of compiled programs, on a small text whose numbers are counted by hand."""
+
+import pytest
+
+from jaxrl_pt.tpu import hlo
+
+# A loop of 5 trips gathers f32[8,128] from 4 devices and calls a kernel; after it all 8
+# devices add up bf16[16,128].
+TEXT = '''
+HloModule jit_step, is_scheduled=true
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%body (state: (s32[], f32[2,128])) -> (s32[], f32[2,128]) {
+  %state = (s32[], f32[2,128]{1,0:T(8,128)}) parameter(0)
+  %i = s32[] get-tuple-element(%state), index=0
+  %x = f32[2,128]{1,0:T(8,128)} get-tuple-element(%state), index=1
+  %gathered = f32[8,128]{1,0:T(8,128)} all-gather(%x), channel_id=1, replica_groups=[2,4]<=[8], dimensions={0}
+  %made = f32[2,128]{1,0:T(8,128)} custom-call(%gathered), custom_call_target="tpu_custom_call", metadata={op_name="jit(step)/while/body/scale/pallas_call"}
+  %one = s32[] constant(1)
+  %next = s32[] add(%i, %one)
+  ROOT %out = (s32[], f32[2,128]{1,0:T(8,128)}) tuple(%next, %made)
+}
+
+%condition (state.1: (s32[], f32[2,128])) -> pred[] {
+  %state.1 = (s32[], f32[2,128]{1,0:T(8,128)}) parameter(0)
+  %i.1 = s32[] get-tuple-element(%state.1), index=0
+  %bound = s32[] constant(5)
+  ROOT %less = pred[] compare(%i.1, %bound), direction=LT
+}
+
+ENTRY %main (p: f32[2,128], q: bf16[16,128]) -> bf16[16,128] {
+  %p = f32[2,128]{1,0:T(8,128)} parameter(0), metadata={op_name="p"}
+  %q = bf16[16,128]{1,0:T(8,128)(2,1)} parameter(1), metadata={op_name="q"}
+  %zero = s32[] constant(0)
+  %start = (s32[], f32[2,128]{1,0:T(8,128)}) tuple(%zero, %p)
+  %loop = (s32[], f32[2,128]{1,0:T(8,128)}) while(%start), condition=%condition, body=%body
+  ROOT %total = bf16[16,128]{1,0:T(8,128)(2,1)} all-reduce(%q), channel_id=2, replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%add
+}
+'''
+
+
+@pytest.fixture
+def module():
+  return hlo.parse(TEXT)
+
+
+def test_collectives_are_counted_with_the_trips_of_their_loop(module):
+  found = {c.kind: c for c in hlo.collectives(module)}
+  assert set(found) == {'all-gather', 'all-reduce'}
+  gathered = 8 * 128 * 4
+  assert found['all-gather'].count == 5
+  assert found['all-gather'].num_bytes == 5 * gathered
+  assert found['all-gather'].wire_bytes == 5 * gathered * 3 // 4
+  reduced = 16 * 128 * 2
+  assert found['all-reduce'].count == 1
+  assert found['all-reduce'].num_bytes == reduced
+  assert found['all-reduce'].wire_bytes == 2 * reduced * 7 // 8
+
+
+def test_kernels_are_named_and_counted(module):
+  assert hlo.kernels(module) == {'scale': (1, 5)}
+
+
+def test_traffic_counts_padded_tiles_in_hbm(module):
+  # f32[2,128] takes a tile of 8 rows. A trip gathers (reads one tile, writes 8 rows) and runs
+  # the kernel (reads 8 rows, writes a tile), and adds up two scalars; then the sum of q.
+  tile, scalars = 8 * 128 * 4, 3 * 4
+  trip = (tile + tile) + (tile + tile) + scalars
+  assert hlo.hbm_bytes(module) == pytest.approx(5 * trip + 2 * 16 * 128 * 2, abs=5 * 8)
+
+
+def test_the_biggest_arrays_come_first(module):
+  [first, *_] = hlo.biggest(module)
+  assert first.num_bytes == 4096 and first.opcode in ('all-gather', 'parameter', 'all-reduce',
+                                                      'custom-call')
+
+
+@pytest.mark.parametrize('text, num_bytes, padded', [
+    ('bf16[10,100]{1,0:T(8,128)(2,1)}', 2000, 16 * 128 * 2),
+    ('s2[64,128]{1,0:T(64,128)}', 64 * 128 // 4, 64 * 128 // 4),
+    ('f32[3,5]{0,1}', 60, 60)])
+def test_bytes_of_an_array(text, num_bytes, padded):
+  [array] = hlo.arrays(text)
+  assert (array.num_bytes, array.padded_bytes, array.in_hbm) == (num_bytes, padded, True)
+
+
+def test_vmem_is_not_hbm():
+  [array] = hlo.arrays('f32[8,128]{1,0:T(8,128)S(1)}')
+  assert not array.in_hbm
+
+
+def test_what_is_no_program_is_refused():
+  with pytest.raises(ValueError, match='ENTRY'):
+    hlo.parse('nothing')

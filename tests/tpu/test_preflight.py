@@ -1,0 +1,115 @@
+"""`jaxrl-pt preflight` on runs that fit and on one that does not."""
+
+import importlib.util
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxrl_pt import config as cfg
+from jaxrl_pt import main
+from jaxrl_pt.tpu import chips, roofline, search
+from jaxrl_pt.tpu import compile as compiling
+
+needs_libtpu = pytest.mark.skipif(importlib.util.find_spec('libtpu') is None,
+                                  reason='libtpu is not installed: make libtpu')
+TINY = ['preflight', '--gin_file', 'gin/run/pretrain_tiny.gin', '--topology', 'v5e:1x1']
+
+
+@needs_libtpu
+def test_a_tiny_run_fits_with_its_kernels(capsys):
+  assert main.main([*TINY, '--json', '--gin_bindings', 'cfg.NextToken.int4_from = 1.0']) == 0
+  result = json.loads(capsys.readouterr().out)
+  [row] = result['programs']
+  assert result['fits'] and row['fits'] and row['num_devices'] == 1
+  # Parameters and both moments, in float32.
+  assert row['hbm']['arguments'] == pytest.approx(3 * 4 * 0.9e6, rel=0.3)
+  # 4 layers of 7 BitLinear. W_o's input of 128 is rotated by the kernel; W_down's of
+  # 384 = 12 · 32 has no factor of 64 or 128 and is left to XLA.
+  assert sum(k['times'] for n, k in row['kernels'].items() if 'ternary_matmul' in n) == 4 * 7
+  assert sum(k['times'] for n, k in row['kernels'].items() if 'hadamard' in n) == 4
+  assert row['collectives'] == []
+  assert row['static_prediction']['seconds'] > 0
+
+
+@needs_libtpu
+def test_rpt_compiles_as_one_program(capsys):
+  code = main.main(['preflight', '--gin_file', 'gin/run/rpt_tiny.gin', '--topology', 'v6e:1x1',
+                    '--json'])
+  [row] = json.loads(capsys.readouterr().out)['programs']
+  assert code == 0 and row['fits'] and 'sampler' in row['program']
+
+
+@needs_libtpu
+def test_what_does_not_fit_is_an_answer(capsys):
+  code = main.main([*TINY, '--no_search', '--gin_bindings', 'cfg.Model.num_layers = 30000'])
+  out = capsys.readouterr().out
+  assert code == 1
+  assert 'DOES NOT FIT' in out and 'GiB' in out and 'Traceback' not in out
+
+
+@needs_libtpu
+@pytest.mark.parametrize('change, message', [
+    (['--topology', 'v5e:3x5'], 'choose another slice shape'),
+    (['--topology', 'v9:2x2'], 'is no TPU topology'),
+    (['--topology', 'v5e:2x2', '--gin_bindings', 'cfg.Mesh.fsdp = 3'], 'fsdp = 0')])
+def test_mistakes_are_one_sentence(change, message, capsys):
+  assert main.main([*TINY, *change]) == 2
+  [*_, last] = capsys.readouterr().err.strip().splitlines()
+  assert message in last
+
+
+def test_without_the_compiler_one_sentence(monkeypatch, capsys):
+  monkeypatch.setattr(chips.importlib.util, 'find_spec', lambda name: None)
+  assert main.main(TINY) == 2
+  assert 'pip install libtpu' in capsys.readouterr().err
+
+
+def test_the_search_goes_from_mild_to_harsh():
+  run = compiling.load(['gin/run/pretrain_tiny.gin'], [])
+  attempts = list(search._attempts(run, 2048))
+  assert attempts[0] == ["cfg.Compute.remat = 'block'", 'cfg.Compute.loss_chunk = 2048']
+  assert all(a[:2] == attempts[0] for a in attempts)
+  assert attempts[1][2:] == ['cfg.Train.accumulation = 2']
+  assert attempts[-1][2:] == ['cfg.Train.batch_size = 1']
+
+
+def test_the_search_returns_the_first_that_fits(monkeypatch):
+  tried = []
+
+  def compile_run(topology, files, bindings):
+    tried.append(bindings)
+    fits = 'cfg.Train.batch_size = 4' in bindings
+    return [{'fits': fits, 'error': 'needs more'}]
+
+  monkeypatch.setattr(search.compiling, 'compile_run', compile_run)
+  lines = []
+  found = search.fitting('v5e:1x1', ['gin/run/pretrain_tiny.gin'], [], lines.append)
+  assert found[-1] == 'cfg.Train.batch_size = 4'
+  assert len(tried) < len(lines) <= 2 * len(tried)
+
+
+def test_multiply_adds_of_a_traced_program():
+  def program(x, w):
+    def layer(x, _):
+      return jnp.sin(x @ w), None
+    x, _ = jax.lax.scan(layer, x, None, length=3)
+    codes = x.astype(jnp.int8)
+    return jnp.matmul(codes, codes.T, preferred_element_type=jnp.int32)
+
+  traced = jax.jit(program).trace(jnp.ones((4, 8)), jnp.ones((8, 8)))
+  assert roofline.multiply_adds(traced.jaxpr.jaxpr) == {'bf16': 3 * 4 * 8 * 8, 'int8': 4 * 4 * 8}
+
+
+def test_the_roofline_names_its_bound():
+  chip = chips.chip('v5e')
+  bound = roofline.estimate(chip, roofline.MultiplyAdds({'bf16': 98.5e12}), 82e9, 20e9)
+  assert bound.mxu == pytest.approx(1, rel=1e-3)
+  assert bound.hbm == pytest.approx(0.1, rel=1e-3) and bound.ici == pytest.approx(0.1)
+  assert bound.bound == 'mxu' and bound.seconds == bound.mxu
+
+
+def test_data_paths_need_not_exist():
+  run = compiling.load(['gin/run/pretrain_2b4t.gin'], [])
+  assert isinstance(run.data.source, cfg.ArrayRecord)
