@@ -41,8 +41,9 @@ def _calls(generation: Generation) -> Iterable[tuple[int, tuple[int, int], Activ
 
 def _choices(M: int) -> list[Blocks]:
   if M > kernel_tpu.FEW_ROWS:
-    return [Blocks(2048, 256, 2048), Blocks(2048, 512, 256), Blocks(2048, 1024, 256)]
-  return [Blocks(M, columns, M) for columns in (256, 512, 1024)]
+    return [Blocks(2048, 256, 2048), Blocks(2048, 512, 256), Blocks(2048, 1024, 256),
+            Blocks(2048, 1024, 512), Blocks(2048, 2048, 256), Blocks(1024, 2048, 256)]
+  return [Blocks(M, columns, M) for columns in (256, 512, 1024, 2048)]
 
 
 def _case(M: int, K: int, N: int, activations: Activations, chosen: Blocks,
