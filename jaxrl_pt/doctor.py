@@ -59,7 +59,7 @@ def examine(directory: Path, device: jax.Device | None = None) -> dict[str, Any]
     versions, platform, devices, memory, disk, optional, checks; `ok` is whether every
     check passed.
   """
-  checks = self_check(device)
+  checks = [*self_check(device), _check_writable(directory)]
   return {
       'ok': all(check['ok'] for check in checks),
       'platform': {'python': platform.python_version(), 'system': platform.platform(),
@@ -131,6 +131,19 @@ def _disk(directory: Path) -> dict[str, Any]:
     existing = existing.parent
   usage = shutil.disk_usage(existing)
   return {'path': str(existing), 'free_bytes': usage.free, 'total_bytes': usage.total}
+
+
+def _check_writable(directory: Path) -> dict[str, Any]:
+  """Whether the directory, or the nearest one above it that exists, takes new files."""
+  started = time.perf_counter()
+  existing = Path(_disk(directory)['path'])
+  try:
+    with tempfile.TemporaryFile(dir=existing):
+      ok, detail = True, f'{existing} takes new files'
+  except OSError as e:
+    ok, detail = False, f'{existing} takes no new files ({e.strerror}): choose another --workdir'
+  return {'name': 'work directory', 'ok': ok, 'detail': detail,
+          'seconds': time.perf_counter() - started}
 
 
 def _gib(num_bytes: int | None) -> str:

@@ -5,7 +5,7 @@ are called, so that `--help` and a mistyped flag answer at once.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import json
 import os
 from pathlib import Path
@@ -83,6 +83,15 @@ def _make_parser() -> argparse.ArgumentParser:
   _add_gin(evaluate, "other data than the run's own")
   _add_json(evaluate)
 
+  _add_tpu_commands(add)
+  doctor = add('doctor', 'What this machine offers, and a self-check of ten seconds.',
+               'jaxrl-pt doctor --json')
+  _add_workdir(doctor, '.')
+  _add_json(doctor)
+  return parser
+
+
+def _add_tpu_commands(add: Callable[[str, str, str], argparse.ArgumentParser]) -> None:
   preflight = add('preflight', 'Compile a run for a TPU slice, without one: does it fit, what '
                   'bounds it?',
                   'jaxrl-pt preflight --gin_file gin/run/pretrain_2b4t.gin \\\n'
@@ -105,12 +114,6 @@ def _make_parser() -> argparse.ArgumentParser:
   kernels.add_argument('--keep', type=Path, metavar='DIR',
                        help="keep the compiler's raw schedules here")
   _add_json(kernels)
-
-  doctor = add('doctor', 'What this machine offers, and a self-check of ten seconds.',
-               'jaxrl-pt doctor --json')
-  _add_workdir(doctor, '.')
-  _add_json(doctor)
-  return parser
 
 
 def _add_gin(parser: argparse.ArgumentParser, purpose: str = 'what to run') -> None:

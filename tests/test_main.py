@@ -115,11 +115,19 @@ def test_a_closed_pipe_is_no_traceback(tmp_path):
 def test_doctor_examines_and_checks(tmp_path, capsys):
   assert cli.main(['doctor', '--json', '--workdir', str(tmp_path / 'not' / 'yet')]) == 0
   found = json.loads(capsys.readouterr().out)
-  assert found['ok'] and [c['name'] for c in found['checks']] == ['training', 'cache', 'checkpoint']
+  assert found['ok'] and [c['name'] for c in found['checks']] == [
+      'training', 'cache', 'checkpoint', 'work directory']
   assert found['versions']['jax'] and found['disk']['free_bytes'] > 0 and found['devices']
   assert not (tmp_path / 'not').exists()
   text = doctor.text(found)
   assert 'All is well.' in text and 'FAIL' not in text
+
+
+def test_doctor_says_that_a_directory_takes_no_files(tmp_path):
+  check = doctor._check_writable(tmp_path / 'not' / 'yet')
+  assert check['ok'] and list(tmp_path.iterdir()) == []
+  check = doctor._check_writable(Path('/proc/nowhere'))  # Not even root may write there.
+  assert not check['ok'] and 'choose another --workdir' in check['detail']
 
 
 def test_doctor_says_what_is_broken(monkeypatch):
