@@ -1,47 +1,14 @@
 """The reader of compiled programs, on a small text whose numbers are counted by hand."""
 
+from pathlib import Path
+
 import pytest
 
 from jaxrl_pt.tpu import hlo
 
 # A loop of 5 trips gathers f32[8,128] from 4 devices and calls a kernel; after it all 8
 # devices add up bf16[16,128].
-TEXT = '''
-HloModule jit_step, is_scheduled=true
-
-%add (a: f32[], b: f32[]) -> f32[] {
-  %a = f32[] parameter(0)
-  %b = f32[] parameter(1)
-  ROOT %sum = f32[] add(%a, %b)
-}
-
-%body (state: (s32[], f32[2,128])) -> (s32[], f32[2,128]) {
-  %state = (s32[], f32[2,128]{1,0:T(8,128)}) parameter(0)
-  %i = s32[] get-tuple-element(%state), index=0
-  %x = f32[2,128]{1,0:T(8,128)} get-tuple-element(%state), index=1
-  %gathered = f32[8,128]{1,0:T(8,128)} all-gather(%x), channel_id=1, replica_groups=[2,4]<=[8], dimensions={0}
-  %made = f32[2,128]{1,0:T(8,128)} custom-call(%gathered), custom_call_target="tpu_custom_call", metadata={op_name="jit(step)/while/body/scale/pallas_call"}
-  %one = s32[] constant(1)
-  %next = s32[] add(%i, %one)
-  ROOT %out = (s32[], f32[2,128]{1,0:T(8,128)}) tuple(%next, %made)
-}
-
-%condition (state.1: (s32[], f32[2,128])) -> pred[] {
-  %state.1 = (s32[], f32[2,128]{1,0:T(8,128)}) parameter(0)
-  %i.1 = s32[] get-tuple-element(%state.1), index=0
-  %bound = s32[] constant(5)
-  ROOT %less = pred[] compare(%i.1, %bound), direction=LT
-}
-
-ENTRY %main (p: f32[2,128], q: bf16[16,128]) -> bf16[16,128] {
-  %p = f32[2,128]{1,0:T(8,128)} parameter(0), metadata={op_name="p"}
-  %q = bf16[16,128]{1,0:T(8,128)(2,1)} parameter(1), metadata={op_name="q"}
-  %zero = s32[] constant(0)
-  %start = (s32[], f32[2,128]{1,0:T(8,128)}) tuple(%zero, %p)
-  %loop = (s32[], f32[2,128]{1,0:T(8,128)}) while(%start), condition=%condition, body=%body
-  ROOT %total = bf16[16,128]{1,0:T(8,128)(2,1)} all-reduce(%q), channel_id=2, replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%add
-}
-'''
+TEXT = (Path(__file__).parent / 'data' / 'small_program.txt').read_text()
 
 
 @pytest.fixture
