@@ -50,7 +50,8 @@ def first_supported(op: str, implementations: Sequence[Implementation], *args: A
     except NotImplementedError as e:
       if following is None:
         raise
-      shapes = ', '.join(f'{x.dtype}{list(x.shape)}' for x in jax.tree.leaves(args))
+      shapes = ', '.join(f'{x.dtype}{list(x.shape)}' for x in jax.tree.leaves(args)
+                         if isinstance(x, jax.Array))
       _say_once(f'{op}: {this.name} does not take {shapes} ({e}); using {following.name}.')
   raise NotImplementedError(f'{op} has no implementation')
 

@@ -68,6 +68,8 @@ def _kernel_product(mesh: Mesh, rules: Rules, generation: Generation, interpret:
                     kind: ActivationQuant, axes: ops.Axes, dtype: DTypeLike) -> Array:
   if kind == 'none':
     raise NotImplementedError('activations are not quantised')
+  if generation == 'v4':  # Not even XLA takes them there.
+    raise NotImplementedError('v4 has no 2-bit integers')
   activations: Literal['int8', 'int4'] = 'int8' if kind == 'int8' else 'int4'
   # Weights are stored split along `embed` and whole when they are used.
   whole = {**rules, 'embed': ()}

@@ -5,7 +5,7 @@ topology by the TPU compiler, in a process of its own. A program that does not f
 answer: `search` then looks for the settings that do. Speeds are static predictions.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 import dataclasses
 import json
 import math
@@ -23,11 +23,13 @@ from jaxrl_pt.errors import UserError
 from jaxrl_pt.parallel.mesh import make_mesh
 from jaxrl_pt.tpu import chips, hlo, roofline
 from jaxrl_pt.train import programs
+from pallas_kernels.dispatch import Generation
 
 Row = dict[str, Any]
-# What the compiler and the runtime keep of each chip's HBM for themselves (seen on v5e:
-# 15.75 GiB are offered of 16).
-RESERVED = 2**28
+# HBM of a device that the compiler offers a program (its own words when one does not fit).
+_OFFERED: dict[Generation, float] = {
+    'v4': 30.75 * 2**30, 'v5e': 15.75 * 2**30, 'v5p': 95.74 * 2**30, 'v6e': 31.25 * 2**30,
+    'tpu7x': 94.75 * 2**30}
 
 
 # --- The parent -------------------------------------------------------------------
@@ -86,7 +88,7 @@ def main() -> None:
 def _examine(program: programs.Program, run: cfg.Run, chip: chips.Chip,
              num_devices: int) -> Row:
   """The row of one program; without a compile where its arguments alone are too much."""
-  capacity = chip.hbm_bytes - RESERVED
+  capacity = round(_OFFERED[chip.generation])
   argument_bytes = sum(_shard_bytes(x) for x in jax.tree.leaves(program.args))
   row: Row = {'fits': False, 'error': '', 'capacity': capacity, 'hbm': {
       'arguments': argument_bytes}, 'buffers': _argument_rows(program)}
@@ -98,6 +100,7 @@ def _examine(program: programs.Program, run: cfg.Run, chip: chips.Chip,
   try:
     compiled = traced.lower().compile()
   except jax.errors.JaxRuntimeError as e:
+    row['buffers'] += _traced_rows(traced.jaxpr.jaxpr, num_devices)
     return {**row, **_refusal(str(e)), 'compile_seconds': time.monotonic() - started}
   seconds = time.monotonic() - started
   memory = compiled.memory_analysis()
@@ -152,6 +155,33 @@ def _argument_rows(program: programs.Program, limit: int = 8) -> list[Row]:
     rows.append({'num_bytes': _shard_bytes(x), 'type': f'{x.dtype.name}[{shape}]',
                  'opcode': 'argument', 'op_name': jax.tree_util.keystr(path), 'count': 1})
   return sorted(rows, key=lambda r: r['num_bytes'], reverse=True)[:limit]
+
+
+def _traced_rows(jaxpr: Any, num_devices: int, limit: int = 8) -> list[Row]:
+  """The largest results of products and loops in a program that was not compiled.
+
+  They are given as if split over all devices, which is the least that one can hold.
+  """
+  found: dict[str, Row] = {}
+  for eqn, devices in _equations(jaxpr, num_devices):
+    if eqn.primitive.name in ('scan', 'dot_general'):
+      for x in (v.aval for v in eqn.outvars):
+        name = f'{eqn.primitive.name} in {eqn.source_info.name_stack}'
+        found[f'{x.str_short()} {name}'] = {
+            'num_bytes': x.size * x.dtype.itemsize // devices, 'opcode': 'traced',
+            'type': f'{x.str_short()}{" / " + str(devices) if devices > 1 else ""}',
+            'op_name': name, 'count': 1}
+  return sorted(found.values(), key=lambda r: -r['num_bytes'])[:limit]
+
+
+def _equations(jaxpr: Any, num_devices: int) -> Iterator[tuple[Any, int]]:
+  """Every equation outside kernels, and over how many devices its arrays may be split."""
+  for eqn in jaxpr.eqns:
+    yield eqn, num_devices
+    if eqn.primitive.name != 'pallas_call':
+      local = eqn.primitive.name == 'shard_map'  # Inside, shapes are those of one device.
+      for inner in roofline.inner(eqn):
+        yield from _equations(inner, 1 if local else num_devices)
 
 
 # --- The compiler's refusals ----------------------------------------------------------

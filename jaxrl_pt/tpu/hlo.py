@@ -387,14 +387,17 @@ class Buffer:
 def biggest(module: Module, limit: int = 8) -> list[Buffer]:
   """The largest arrays in HBM, arguments included, alike ones counted together.
 
-  They are those that the program names; the compiler may let several share a place.
+  They are those that the program names, updates in place left out; the compiler may let
+  several share a place.
   """
   found: dict[tuple[str, str, str], Buffer] = {}
   for run in runs(module):
     it = run.instruction
     if it.opcode == 'parameter' and run.computation is not module.computations[module.entry]:
       continue
-    if it.opcode in _NO_TRAFFIC - {'parameter'} or it.opcode.endswith('-start'):
+    if it.opcode in _NO_TRAFFIC - {'parameter'} or it.opcode.endswith(('-start', '-done')):
+      continue
+    if it.opcode == 'dynamic-update-slice' or _updates_in_place(module, it):
       continue
     for array in arrays(it.type):
       if array.in_hbm and array.padded_bytes:
@@ -402,6 +405,12 @@ def biggest(module: Module, limit: int = 8) -> list[Buffer]:
         count = found[key].count + 1 if key in found else 1
         found[key] = Buffer(array.padded_bytes, key[0], it.opcode, it.op_name, count)
   return sorted(found.values(), key=lambda b: -b.num_bytes)[:limit]
+
+
+def _updates_in_place(module: Module, it: Instruction) -> bool:
+  """Whether a fusion's result is its operand with a part written anew."""
+  return it.opcode == 'fusion' and (
+      list(module.computations[_called(it)[0]].values())[-1].opcode == 'dynamic-update-slice')
 
 
 def kernels(module: Module) -> dict[str, tuple[int, int]]:
@@ -419,4 +428,4 @@ def kernels(module: Module) -> dict[str, tuple[int, int]]:
 def kernel_name(call: Instruction) -> str:
   """The name that `pallas_call` was given."""
   scopes = [s for s in call.op_name.split('/') if s and s != 'pallas_call']
-  return scopes[-1] if scopes else call.name
+  return scopes[-1] if scopes else re.sub(r'\.\d+$', '', call.name)

@@ -78,8 +78,9 @@ def multiply_adds(jaxpr: core.Jaxpr, times: int = 1) -> MultiplyAdds:
         total += _largest([multiply_adds(b.jaxpr, times) for b in eqn.params['branches']])
       case name:
         repeats = times * _repeats(name, eqn)
-        for inner in _inner(eqn):
-          total += multiply_adds(inner, repeats)
+        for program in inner(eqn):
+          found = multiply_adds(program, repeats)
+          total += _causal(found, eqn) if _is_splash(name, eqn) else found
   return total
 
 
@@ -121,6 +122,17 @@ def _repeats(name: str, eqn: Any) -> int:
   return 1
 
 
+def _is_splash(name: str, eqn: Any) -> bool:
+  """Whether it is JAX's splash attention, which passes over the blocks that its mask hides."""
+  return name == 'pallas_call' and eqn.params['name'].startswith('splash_')
+
+
+def _causal(count: MultiplyAdds, eqn: Any) -> MultiplyAdds:
+  """Of n × n blocks those on the diagonal and below: n is the grid's last size."""
+  blocks = eqn.params['grid_mapping'].grid[-1]
+  return Counter({kind: n * (blocks + 1) // (2 * blocks) for kind, n in count.items()})
+
+
 def _most_trips(eqn: Any) -> int:
   """The constant that a loop's condition compares its counter with; 1 if there is none."""
   bounds = [v.val for e in eqn.params['cond_jaxpr'].jaxpr.eqns if e.primitive.name == 'lt'
@@ -128,7 +140,8 @@ def _most_trips(eqn: Any) -> int:
   return max((int(b) for b in bounds), default=1)
 
 
-def _inner(eqn: Any) -> Iterator[core.Jaxpr]:
+def inner(eqn: Any) -> Iterator[core.Jaxpr]:
+  """The programs inside an equation."""
   for value in eqn.params.values():
     for one in value if isinstance(value, (tuple, list)) else (value,):
       if isinstance(one, core.ClosedJaxpr):

@@ -34,6 +34,14 @@ def test_the_next_implementation_takes_over_with_one_line(lines):
   assert lines() == ['scale: tpu does not take float32[3] (odd widths); using reference.']
 
 
+def test_the_line_names_arrays_among_other_arguments(lines):
+  def refuse(x, kind):
+    raise NotImplementedError(kind)
+  implementations = [Implementation('tpu', refuse), Implementation('xla', lambda x, kind: x)]
+  jax.jit(lambda x: dispatch.first_supported('scale', implementations, x, 'int3'))(jnp.ones(3))
+  assert lines() == ['scale: tpu does not take float32[3] (int3); using xla.']
+
+
 def test_a_supported_case_says_nothing(lines):
   result = dispatch.first_supported('scale', [Implementation('tpu', double),
                                               Implementation('reference', refuse)], jnp.ones(2))

@@ -34,6 +34,19 @@ def test_a_tiny_run_fits_with_its_kernels(capsys):
 
 
 @needs_libtpu
+@pytest.mark.parametrize('topology', ['v4:2x2x1', 'v5p:2x2x1', 'tpu7x:2x2x1'])
+def test_other_generations_compile_too(topology, capsys):
+  code = main.main(['preflight', '--gin_file', 'gin/run/pretrain_tiny.gin', '--topology', topology,
+                    '--json', '--gin_bindings', 'cfg.NextToken.int4_from = 1.0'])
+  [row] = json.loads(capsys.readouterr().out)['programs']
+  assert code == 0 and row['fits']
+  # 2-bit integers are missing on v4: its products are XLA's.
+  kernels = ' '.join(row['kernels'])
+  assert 'hadamard_quantize' in kernels
+  assert ('ternary_matmul' in kernels) == (not topology.startswith('v4'))
+
+
+@needs_libtpu
 def test_rpt_compiles_as_one_program(capsys):
   code = main.main(['preflight', '--gin_file', 'gin/run/rpt_tiny.gin', '--topology', 'v6e:1x1',
                     '--json'])
