@@ -81,11 +81,20 @@ def test_without_the_compiler_one_sentence(monkeypatch, capsys):
 
 def test_the_search_goes_from_mild_to_harsh():
   run = compiling.load(['gin/run/pretrain_tiny.gin'], [])
-  attempts = list(search._attempts(run, 2048))
-  assert attempts[0] == ["cfg.Compute.remat = 'block'", 'cfg.Compute.loss_chunk = 2048']
+  attempts = list(search._attempts(run, 4))
+  assert attempts[0] == ["cfg.Compute.remat = 'block'", 'cfg.Compute.loss_chunk = 8192']
   assert all(a[:2] == attempts[0] for a in attempts)
+  # 16 rows on 4 devices: down to one row a device at once, the batch kept.
   assert attempts[1][2:] == ['cfg.Train.accumulation = 2']
-  assert attempts[-1][2:] == ['cfg.Train.batch_size = 1']
+  assert attempts[2][2:] == ['cfg.Train.accumulation = 4']
+  assert not any('batch_size' in binding for a in attempts for binding in a)
+
+
+def test_the_search_halves_a_batch_that_cannot_be_accumulated():
+  run = compiling.load(['gin/run/rpt_tiny.gin'], [])
+  attempts = list(search._attempts(run, 4))
+  assert [a[-1] for a in attempts[1:]] == [
+      f'cfg.RPT.num_prompts = {n}' for n in (16, 8, 4)]
 
 
 def test_the_search_returns_the_first_that_fits(monkeypatch):
@@ -93,14 +102,19 @@ def test_the_search_returns_the_first_that_fits(monkeypatch):
 
   def compile_run(topology, files, bindings):
     tried.append(bindings)
-    fits = 'cfg.Train.batch_size = 4' in bindings
-    return [{'fits': fits, 'error': 'needs more'}]
+    return [{'fits': 'cfg.Train.accumulation = 4' in bindings, 'error': 'needs more'}]
 
   monkeypatch.setattr(search.compiling, 'compile_run', compile_run)
   lines = []
   found = search.fitting('v5e:1x1', ['gin/run/pretrain_tiny.gin'], [], lines.append)
-  assert found[-1] == 'cfg.Train.batch_size = 4'
-  assert len(tried) < len(lines) <= 2 * len(tried)
+  assert found[-1] == 'cfg.Train.accumulation = 4'
+  assert len(tried) == 3 and len(lines) == 6
+
+
+def test_the_search_says_when_nothing_fits(monkeypatch):
+  monkeypatch.setattr(search.compiling, 'compile_run',
+                      lambda *args: [{'fits': False, 'error': 'needs more'}])
+  assert search.fitting('v5e:1x1', ['gin/run/pretrain_tiny.gin'], [], lambda line: None) == []
 
 
 def test_multiply_adds_of_a_traced_program():
