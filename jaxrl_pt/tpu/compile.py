@@ -93,14 +93,14 @@ def _examine(program: programs.Program, run: cfg.Run, chip: chips.Chip,
   row: Row = {'fits': False, 'error': '', 'capacity': capacity, 'hbm': {
       'arguments': argument_bytes}, 'buffers': _argument_rows(program)}
   if argument_bytes > capacity:
-    return {**row, 'error': f'the arguments alone take {_size(argument_bytes)} a chip of '
-            f'{_size(capacity)}', 'state_too_big': True}
+    return {**row, 'error': f'the arguments alone take {_size(argument_bytes)} of '
+            f'{_size(capacity)} a device', 'state_too_big': True}
   started = time.monotonic()
   traced = program.run.trace(*program.args)
   try:
     compiled = traced.lower().compile()
   except jax.errors.JaxRuntimeError as e:
-    row['buffers'] += _traced_rows(traced.jaxpr.jaxpr, num_devices)
+    row['buffers'] = _largest(row['buffers'] + _traced_rows(traced.jaxpr.jaxpr, num_devices))
     return {**row, **_refusal(str(e)), 'compile_seconds': time.monotonic() - started}
   seconds = time.monotonic() - started
   memory = compiled.memory_analysis()
@@ -112,7 +112,9 @@ def _examine(program: programs.Program, run: cfg.Run, chip: chips.Chip,
   fits = total <= capacity
   return {**row, 'fits': fits, 'hbm': {**used, 'total': total,
                                        'alive_at_peak': memory.peak_memory_in_bytes},
-          'error': '' if fits else f'needs {_size(total)} of {_size(capacity)} a chip',
+          'error': '' if fits else (
+              f'needs {_size(total)} of {_size(capacity)} a device as it is laid out '
+              f'({_size(memory.peak_memory_in_bytes)} alive at peak, which the compiler accepts)'),
           'buffers': [dataclasses.asdict(b) for b in hlo.biggest(module)],
           'compile_seconds': seconds,
           **_speeds(module, traced.jaxpr.jaxpr, run, chip, num_devices)}
@@ -147,17 +149,21 @@ def _shard_bytes(x: Any) -> int:
   return math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
 
 
-def _argument_rows(program: programs.Program, limit: int = 8) -> list[Row]:
+def _argument_rows(program: programs.Program) -> list[Row]:
   """The largest arguments of one device."""
   rows: list[Row] = []
   for path, x in jax.tree_util.tree_flatten_with_path(program.args)[0]:
     shape = ','.join(map(str, x.sharding.shard_shape(x.shape)))
     rows.append({'num_bytes': _shard_bytes(x), 'type': f'{x.dtype.name}[{shape}]',
                  'opcode': 'argument', 'op_name': jax.tree_util.keystr(path), 'count': 1})
-  return sorted(rows, key=lambda r: r['num_bytes'], reverse=True)[:limit]
+  return _largest(rows)
 
 
-def _traced_rows(jaxpr: Any, num_devices: int, limit: int = 8) -> list[Row]:
+def _largest(rows: list[Row], limit: int = 8) -> list[Row]:
+  return sorted(rows, key=lambda row: row['num_bytes'], reverse=True)[:limit]
+
+
+def _traced_rows(jaxpr: Any, num_devices: int) -> list[Row]:
   """The largest results of products and loops in a program that was not compiled.
 
   They are given as if split over all devices, which is the least that one can hold.
@@ -166,12 +172,12 @@ def _traced_rows(jaxpr: Any, num_devices: int, limit: int = 8) -> list[Row]:
   for eqn, devices in _equations(jaxpr, num_devices):
     if eqn.primitive.name in ('scan', 'dot_general'):
       for x in (v.aval for v in eqn.outvars):
-        name = f'{eqn.primitive.name} in {eqn.source_info.name_stack}'
+        name = f'{eqn.primitive.name} {eqn.source_info.name_stack}'
+        share = f' / {devices}' if devices > 1 else ''
         found[f'{x.str_short()} {name}'] = {
             'num_bytes': x.size * x.dtype.itemsize // devices, 'opcode': 'traced',
-            'type': f'{x.str_short()}{" / " + str(devices) if devices > 1 else ""}',
-            'op_name': name, 'count': 1}
-  return sorted(found.values(), key=lambda r: -r['num_bytes'])[:limit]
+            'type': x.str_short() + share, 'op_name': name, 'count': 1}
+  return list(found.values())
 
 
 def _equations(jaxpr: Any, num_devices: int) -> Iterator[tuple[Any, int]]:
@@ -196,7 +202,7 @@ def _refusal(message: str) -> Row:
   if not found:
     return {'error': f'does not compile: {first}', 'refused': True}
   needed, available = map(_parse_size, found.groups())
-  row: Row = {'error': f'needs at least {_size(needed)} of {_size(available)} a chip',
+  row: Row = {'error': f'needs at least {_size(needed)} of {_size(available)} a device',
               'capacity': available, 'hbm': {'total': needed}}
   allocations = re.findall(r'Size: ([\d.]+\w?)\n(?:.*op_name="([^"]*)".*\n)?.*Shape: (\S+)',
                            message)
