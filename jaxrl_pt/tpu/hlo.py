@@ -352,8 +352,8 @@ def _fusion_traffic(inside: Computation, it: Instruction, scope: Computation) ->
       total += min(whole, sum(_padded(use.type) for use, _ in uses))
     elif whole and len(uses) == 1 and uses[0][0].opcode == 'dynamic-update-slice' \
         and uses[0][0].operands[0] == uses[0][1]:
-      # In place: the result, counted above, is neither read nor written beyond the update.
-      total += 2 * _padded(inside[uses[0][0].operands[1]].type) - whole
+      # In place: of the result, counted above, only the update is written, and nothing read.
+      total += _padded(inside[uses[0][0].operands[1]].type) - whole
     else:
       total += whole
   return max(total, 0)

@@ -64,3 +64,38 @@ def test_vmem_is_not_hbm():
 def test_what_is_no_program_is_refused():
   with pytest.raises(ValueError, match='ENTRY'):
     hlo.parse('nothing')
+
+
+# --- What a pod's program has on top: fused collectives, updates in place -----------
+
+
+@pytest.fixture
+def pod():
+  return hlo.parse((Path(__file__).parent / 'data' / 'pod_program.txt').read_text())
+
+
+def test_a_collective_spread_over_fusions_counts_once(pod):
+  found = {c.kind: c for c in hlo.collectives(pod)}
+  # 4 devices along axis_1 gather bf16[256,128]; its two pieces share channel 7.
+  gathered = 256 * 128 * 2
+  assert (found['all-gather'].count, found['all-gather'].num_bytes) == (1, gathered)
+  assert found['all-gather'].wire_bytes == gathered * 3 // 4
+
+
+def test_a_sum_of_which_each_device_keeps_its_part_is_a_reduce_scatter(pod):
+  found = {c.kind: c for c in hlo.collectives(pod)}
+  assert set(found) == {'all-gather', 'reduce-scatter'}
+  # Half of what an all-reduce among 8 devices would send.
+  assert found['reduce-scatter'].wire_bytes == 256 * 128 * 4 * 7 // 8
+
+
+def test_an_update_in_place_moves_what_it_writes(pod):
+  [written] = [r for r in hlo.runs(pod) if r.instruction.name == 'written']
+  layer = 256 * 128 * 4
+  # The layer is read and its place in the stack written; i is one tile.
+  assert hlo._traffic(pod, written) == 2 * layer + 128 * 4
+  assert [b.opcode for b in hlo.biggest(pod) if b.type == 'f32[10,256,128]'] == ['parameter']
+
+
+def test_a_kernel_without_a_scope_has_its_name(pod):
+  assert hlo.kernels(pod) == {'flash': (1, 1)}
