@@ -69,7 +69,7 @@ def _rows_at_once(run: cfg.Run) -> str:
   match run.objective:
     case cfg.NextToken():
       rows = run.train.batch_size // run.train.accumulation
-      return f': {rows} rows at once, which is also the largest batch without accumulation tried'
+      return f' ({rows} rows at once: without accumulation, a batch of {rows})'
   return ''
 
 
