@@ -44,7 +44,7 @@ class Instruction(NamedTuple):
   def op_name(self) -> str:
     """Where in the Python program it comes from."""
     found = re.search(r'op_name="([^"]*)"', self.rest)
-    return found[1] if found else ''
+    return found[1].replace("\\'", "'") if found else ''
 
 
 class Array(NamedTuple):
