@@ -14,6 +14,7 @@ a time.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+import itertools
 import math
 from pathlib import Path
 import re
@@ -142,12 +143,19 @@ def _runs(lines: list[str], loops: list[Loop]) -> list[float]:
     trips = loop.trips
     for index in range(loop.first, loop.last + 1):
       runs[index] *= trips
-    stages = max((int(s) for s in _STAGE.findall(lines[loop.first])), default=0)
+    stages = _stages(lines, loop)
     if 0 < stages < trips:
       first, last = _longest_skip(lines, loop)
       for index in range(first, last):
         runs[index] *= (trips - stages) / trips
   return runs
+
+
+def _stages(lines: list[str], loop: Loop) -> int:
+  """Stages beyond the first: the loop's head names each, up to its first branch."""
+  head = itertools.takewhile(lambda line: not _BRANCH.search(line),
+                             lines[loop.first:loop.last + 1])
+  return max((int(s) for line in head for s in _STAGE.findall(line)), default=0)
 
 
 def _longest_skip(lines: list[str], loop: Loop) -> tuple[int, int]:
