@@ -29,7 +29,7 @@ def candidates(generation: Generation) -> dict[str, list[tuple[dict, tuning.Case
   """Block choices for the tuner; rows of one bucket are tuned at its largest."""
   return {key(M, K, N, activations): [
       (choice._asdict(), _case(M, K, N, activations, choice, generation))
-      for choice in _choices(M)]
+      for choice in _choices(M, K, N, generation)]
       for M, (K, N), activations in _calls(generation) if M > 1}
 
 
@@ -39,11 +39,21 @@ def _calls(generation: Generation) -> Iterable[tuple[int, tuple[int, int], Activ
                 for activations in get_args(Activations))
 
 
-def _choices(M: int) -> list[Blocks]:
-  if M > kernel_tpu.FEW_ROWS:
-    return [Blocks(2048, 256, 2048), Blocks(2048, 512, 256), Blocks(2048, 1024, 256),
-            Blocks(2048, 1024, 512), Blocks(2048, 2048, 256), Blocks(1024, 2048, 256)]
-  return [Blocks(M, columns, M) for columns in (256, 512, 1024, 2048)]
+def _choices(M: int, K: int, N: int, generation: Generation) -> list[Blocks]:
+  """Columns that divide N: a last block of few columns costs as much as a full one.
+
+  Few rows take at least four blocks. The first waits for its weights, which the static floor
+  does not see.
+  """
+  if M <= kernel_tpu.FEW_ROWS:
+    return [Blocks(M, columns, M) for columns in (256, 512, 640, 768, 1024, 1152, 2048)
+            if N % columns == 0 and N // columns >= 4]
+  if generation in ('v5e', 'v5p'):  # Small MXUs: code grows four times as fast.
+    return [Blocks(2048, 256, 2048), Blocks(2048, 256, 256), Blocks(1024, 256, 1024),
+            Blocks(512, 512, 512)]
+  wide = [Blocks(2048, columns, 256) for columns in (512, 768, 1024, 1280)
+          if N % columns == 0 and K * columns <= 1 << 22]
+  return [Blocks(2048, 256, 2048), Blocks(2048, 512, 512), *wide]
 
 
 def _case(M: int, K: int, N: int, activations: Activations, chosen: Blocks,
