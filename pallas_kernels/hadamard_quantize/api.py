@@ -20,7 +20,8 @@ def hadamard_quantize(x_MD: Array, gain_D: Array | None, *, activations: referen
     codes, scale = quantize(N Hᵀ), with H and quantize of `reference`; N Hᵀ ≈ scale · codes
 
   Args:
-    x_MD: bf16[M, D] or f32[M, D], D as `reference.hadamard_factors` accepts.
+    x_MD: bf16[M, D] or f32[M, D], D as `reference.hadamard_factors` accepts. Finite
+      everywhere.
     gain_D: f[D], or None for no norm.
     activations: 'int8' (absmax), 'int4' (absmean) or 'int4_absmax', per row.
     epsilon: of the norm.
@@ -48,7 +49,8 @@ def hadamard_quantize(x_MD: Array, gain_D: Array | None, *, activations: referen
       M, D = x_MD.shape
       blocks = tuning.blocks(M, D, activations, generation)
       return kernel_tpu.hadamard_quantize(x_MD, gain_D, activations=activations,
-                                          epsilon=epsilon, blocks=blocks, interpret=interpret)
+                                          epsilon=epsilon, target=tuning.target(generation),
+                                          blocks=blocks, interpret=interpret)
     implementations.insert(0, dispatch.Implementation('tpu', run))
   return dispatch.first_supported('hadamard_quantize', implementations, x_MD, gain_D)
 
