@@ -7,7 +7,6 @@ float32 accumulation of them is exact and independent of its order.
 """
 
 from collections.abc import Callable
-import functools
 from typing import Any
 
 from flax import struct
@@ -22,6 +21,7 @@ from pallas_kernels.hadamard_quantize.reference import (
   hadamard_factors,
   quantize,
 )
+from pallas_kernels.ternary_matmul import straight_through
 
 __all__ = ['TernaryWeight', 'activations', 'bit_matmul', 'hadamard', 'hadamard_factors', 'pack',
            'ternary']
@@ -88,7 +88,6 @@ def pack(params: Params, is_packed: Callable[[tuple[Any, ...]], bool]) -> Params
   return jax.tree_util.tree_map_with_path(leaf, params)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def bit_matmul(x: Array, w: Array | TernaryWeight, x_codes: Array, x_scale: Array,
                kind: ActivationQuant, product: Callable[..., Array],
                axes: tuple[str, str]) -> Array:
@@ -109,35 +108,12 @@ def bit_matmul(x: Array, w: Array | TernaryWeight, x_codes: Array, x_scale: Arra
 
   Source: 2504.18415 section 2 (STE), specs/bitnet_v2.md 1.4.
   """
-  return _bit_matmul_forward(x, w, x_codes, x_scale, kind, product, axes)[0]
-
-
-def _bit_matmul_forward(x: Array, w: Array | TernaryWeight, x_codes: Array, x_scale: Array,
-                        kind: ActivationQuant, product: Callable[..., Array],
-                        axes: tuple[str, str]) -> tuple[Array, tuple[Any, ...]]:
   if isinstance(w, TernaryWeight):
-    w_codes, w_scale, latent = w.codes, w.scale, None
-  else:  # An empty array remembers the type of the latent weights.
-    (w_codes, w_scale), latent = ternary(w), jnp.zeros((0,), w.dtype)
-  y = product(x_codes, x_scale, w_codes, w_scale, kind, axes, x.dtype)
-  return y, (x_codes, x_scale, w_codes, w_scale, latent)
+    latent, w_codes, w_scale = None, w.codes, w.scale
+  else:
+    latent, (w_codes, w_scale) = w, ternary(jax.lax.stop_gradient(w))
 
+  def multiply(x_codes: Array, x_scale: Array, w_codes: Array, w_scale: Array) -> Array:
+    return product(x_codes, x_scale, w_codes, w_scale, kind, axes, x.dtype)
 
-def _bit_matmul_backward(kind: ActivationQuant, product: Callable[..., Array],
-                         axes: tuple[str, str], saved: tuple[Any, ...],
-                         dy: Array) -> tuple[Any, ...]:
-  del kind, product, axes
-  x_codes, x_scale, w_codes, w_scale, latent = saved
-  dtype = dy.dtype
-  dy_w = (dy.astype(jnp.float32) * w_scale[..., 0]).astype(dtype)
-  dx = jnp.matmul(dy_w, w_codes.T.astype(dtype))
-  if latent is None:
-    return dx, None, None, None
-  dy_x = (dy.astype(jnp.float32) * x_scale).astype(dtype)
-  rows = (-1, dy.shape[-1])
-  dw = jnp.matmul(x_codes.astype(dtype).reshape(-1, x_codes.shape[-1]).T, dy_x.reshape(rows),
-                  preferred_element_type=jnp.float32)
-  return dx, dw.astype(latent.dtype), None, None
-
-
-bit_matmul.defvjp(_bit_matmul_forward, _bit_matmul_backward)
+  return straight_through(multiply, x, latent, x_codes, x_scale, w_codes, w_scale)

@@ -1,5 +1,6 @@
 """The product of quantised activations and ternary weights, forward and straight-through."""
 
+from collections.abc import Callable
 import functools
 from typing import Any, Literal, get_args
 
@@ -56,56 +57,67 @@ def ternary_matmul(x_codes_MK: Array, x_scale_M1: Array, w_codes_KN: Array, w_sc
                                   w_codes_KN, w_scale)
 
 
-def straight_through(x_MK: Array, w_KN: Array, x_codes_MK: Array, x_scale_M1: Array,
-                     w_codes_KN: Array, w_scale: Array, *, activations: Activations,
-                     generation: dispatch.Generation | None, interpret: Any = False) -> Array:
-  """`ternary_matmul` of the codes whose gradient goes to what was quantised.
+# multiply(x_codes, x_scale, w_codes, w_scale) → y: `ternary_matmul`, or an equal of it.
+Multiply = Callable[[Array, Array, Array, Array], Array]
+
+
+def straight_through(multiply: Multiply, x: Array, w: Array | None, x_codes: Array,
+                     x_scale: Array, w_codes: Array, w_scale: Array) -> Array:
+  """A product of codes whose gradient goes to what was quantised.
 
     forward   Y = Q(X) · Q(W),  Q(X) = codes_x · scale_x,  Q(W) = codes_w · scale_w
     backward  dX = dY · Q(W)ᵀ,  dW = Q(X)ᵀ · dY,  both quantisers counting as identity
 
   Args:
-    x_MK: f[M, K] and w_KN: f[K, N] carry the gradient; their values are never read.
-    x_codes_MK, x_scale_M1, w_codes_KN, w_scale, activations, generation, interpret: as in
-      `ternary_matmul`.
+    multiply: computes Y from the codes and scales.
+    x: f[..., K] and w: f[K, N] carry the gradient; their values are never read. None for
+      weights that are codes only: they get no gradient.
+    x_codes: [..., K] integers in any type; x_scale: f32[..., 1].
+    w_codes: [K, N] in {−1, 0, 1} in any type; w_scale: f32[], f32[1, 1] or f32[1, N].
 
   Returns:
-    f[M, N] in x's dtype. The backward products are XLA's, in x's dtype with float32 sums;
-    codes and scales get no gradient.
+    f[..., N] in the type that `multiply` gives. The backward products are XLA's, in that type,
+    dW with float32 sums; codes and scales get no gradient.
 
   Raises:
-    ValueError: shapes or types that do not fit together.
+    ValueError: x or w has another shape than its codes.
 
   Source: 2504.18415 section 2 (STE).
   """
-  if x_MK.shape != x_codes_MK.shape or w_KN.shape != w_codes_KN.shape:
-    raise ValueError(f'x {list(x_MK.shape)} and w {list(w_KN.shape)} must have the shapes of '
-                     f'their codes, {list(x_codes_MK.shape)} and {list(w_codes_KN.shape)}')
-  multiply = functools.partial(ternary_matmul, activations=activations, out_dtype=x_MK.dtype,
-                               generation=generation, interpret=interpret)
-  return _straight_through(multiply, x_MK, w_KN, x_codes_MK, x_scale_M1, w_codes_KN, w_scale)
+  for name, carrier, codes in (('x', x, x_codes), ('w', w, w_codes)):
+    if carrier is not None and carrier.shape != codes.shape:
+      raise ValueError(f'{name} {list(carrier.shape)} must have the shape of its codes, '
+                       f'{list(codes.shape)}')
+  return _straight_through(multiply, x, w, x_codes, x_scale, w_codes, w_scale)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _straight_through(multiply: Any, x: Array, w: Array, *quantised: Array) -> Array:
+def _straight_through(multiply: Multiply, x: Array, w: Array | None, *quantised: Array) -> Array:
   del x, w
   return multiply(*quantised)
 
 
-def _forward(multiply: Any, x: Array, w: Array,
-             *quantised: Array) -> tuple[Array, tuple[Array, ...]]:
-  return multiply(*quantised), (*quantised, jnp.zeros(0, w.dtype))
+def _forward(multiply: Multiply, x: Array, w: Array | None,
+             *quantised: Array) -> tuple[Array, tuple[Any, ...]]:
+  del x
+  # Codes are kept as they are; an empty array remembers the type of the latent weights.
+  latent = None if w is None else jnp.zeros((0,), w.dtype)
+  return multiply(*quantised), (*quantised, latent)
 
 
-def _backward(multiply: Any, saved: tuple[Array, ...], dy: Array) -> tuple[Array | None, ...]:
+def _backward(multiply: Multiply, saved: tuple[Any, ...],
+              dy: Array) -> tuple[Array | None, ...]:
   del multiply
-  x_codes, x_scale, w_codes, w_scale, like_w = saved
-  dot = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
-  dy_w = (dy.astype(jnp.float32) * w_scale).astype(dy.dtype)
-  dx = dot(dy_w, w_codes.astype(dy.dtype), (((1,), (1,)), ((), ())))
-  dy_x = (dy.astype(jnp.float32) * x_scale).astype(dy.dtype)
-  dw = dot(x_codes.astype(dy.dtype), dy_x, (((0,), (0,)), ((), ())))
-  return dx.astype(dy.dtype), dw.astype(like_w.dtype), None, None, None, None
+  x_codes, x_scale, w_codes, w_scale, latent = saved
+  dtype = dy.dtype
+  dy_w = (dy.astype(jnp.float32) * w_scale).astype(dtype)
+  dx = jnp.matmul(dy_w, w_codes.T.astype(dtype))
+  if latent is None:
+    return dx, None, None, None, None, None
+  dy_x = (dy.astype(jnp.float32) * x_scale).astype(dtype)
+  dw = jnp.matmul(x_codes.astype(dtype).reshape(-1, x_codes.shape[-1]).T,
+                  dy_x.reshape(-1, dy.shape[-1]), preferred_element_type=jnp.float32)
+  return dx, dw.astype(latent.dtype), None, None, None, None
 
 
 _straight_through.defvjp(_forward, _backward)

@@ -10,6 +10,7 @@ import pytest
 from jaxrl_pt import config as cfg
 from jaxrl_pt import params as P
 from jaxrl_pt.models import presets, transformer
+from jaxrl_pt.nn import quant as quantisers
 
 BASE = cfg.Model(num_layers=2, d_model=32, d_ff=64, num_heads=4, num_kv_heads=2, head_dim=8,
                  vocab_size=40)
@@ -139,6 +140,20 @@ def test_rows_of_different_lengths_share_one_cache():
     alone = jnp.concatenate([tokens[row, :length], new[row]])[None]
     expected = model.apply(params, *plain_inputs(alone))[0, -1]
     np.testing.assert_allclose(hidden[row, 0], expected, atol=2e-5)
+
+
+@pytest.mark.parametrize('quant', ['int8', 'int4_hadamard'])
+def test_packed_weights_run_through_the_unchanged_forward(quant):
+  model, params = make(quant, 'bitnet')
+  packed = quantisers.pack(params, lambda path: path[-1].key in transformer.PROJECTIONS)
+  assert packed['layers']['wq'].codes.dtype == jnp.int2
+  tokens, positions, segments = plain_inputs(draw_tokens(2, 9))
+  apply = jax.jit(model.apply)
+  assert_close_but_for_flips(apply(packed, tokens, positions, segments),
+                             apply(params, tokens, positions, segments), quantised=True)
+  extend = jax.jit(model.extend)
+  cached, _ = extend(packed, tokens, positions, model.init_cache(2, 9))
+  assert_close_but_for_flips(cached, apply(packed, tokens, positions, segments), quantised=True)
 
 
 def loss_and_grad(compute, quant='int8'):
