@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 from jaxrl_pt import config as cfg
 from jaxrl_pt.errors import UserError
+from jaxrl_pt.tpu.child import VIRTUAL_HOST
 
 DESCRIPTION = 'Pretrain ternary transformers and reinforce them, on a laptop or a TPU pod.'
 _RUN = 'gin/run/pretrain_tiny.gin'
@@ -265,8 +266,7 @@ def _kernels(args: argparse.Namespace) -> int:
 
 
 _COMMANDS = {'quickstart': _quickstart, 'train': _train, 'sample': _sample, 'eval': _eval,
-             'doctor': _doctor, 'kernels': _kernels,
-             'preflight': _preflight}
+             'doctor': _doctor, 'kernels': _kernels, 'preflight': _preflight}
 
 
 def _hide_closed_loops(unraisable: 'sys.UnraisableHookArgs') -> None:
@@ -282,8 +282,7 @@ def _hide_closed_loops(unraisable: 'sys.UnraisableHookArgs') -> None:
 def _quiet_libtpu() -> None:
   """Where libtpu is installed only to compile, it need not complain that no TPU is there."""
   if not any(Path('/dev').glob('accel*')) and not any(Path('/dev').glob('vfio/*')):
-    for name, value in (('TPU_SKIP_MDS_QUERY', '1'), ('TPU_ACCELERATOR_TYPE', 'v5litepod-4'),
-                        ('TPU_WORKER_HOSTNAMES', 'localhost')):
+    for name, value in VIRTUAL_HOST.items():
       os.environ.setdefault(name, value)
 
 

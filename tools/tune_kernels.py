@@ -9,20 +9,19 @@ pallas_kernels/<kernel>/tuned/<generation>.json. Keys that were not searched sta
 
 import argparse
 import json
-import os
 from pathlib import Path
 import re
 import subprocess
 import sys
 import tempfile
 
-from jaxrl_pt.tpu import chips, kernels
+from jaxrl_pt.tpu import child, chips, kernels
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def search(topology: str, kernel: str, only: str, dump: Path) -> dict[str, dict]:
-  """The best choice of each key. Only in a process of `chips.child_environment`."""
+  """The best choice of each key. Only in a process of `tpu.child`."""
   generation = chips.generation_of_topology(topology)
   chip, device = chips.chip(generation), chips.topology_devices(topology)[0]
   best: dict[str, dict] = {}
@@ -63,12 +62,12 @@ def main() -> None:
   parser.add_argument('--only', default='', help='regular expression over the keys')
   parser.add_argument('--dump', type=Path, help=argparse.SUPPRESS)
   args = parser.parse_args()
-  chips.check_libtpu()
+  child.check_libtpu()
   if args.dump is None:  # The compiler wants its environment before jax is imported.
     with tempfile.TemporaryDirectory() as dump:
-      child = subprocess.run([sys.executable, __file__, *sys.argv[1:], '--dump', dump],
-                             env={**os.environ, **chips.child_environment(dump)}, check=False)
-    sys.exit(child.returncode)
+      done = subprocess.run([sys.executable, __file__, *sys.argv[1:], '--dump', dump],
+                            env=child.environment(dump), check=False)
+    sys.exit(done.returncode)
   best = search(args.topology, args.kernel, args.only, args.dump)
   path = save(args.kernel, chips.generation_of_topology(args.topology), best)
   print(f'{len(best)} keys written to {path.relative_to(ROOT)}')

@@ -5,9 +5,10 @@ product whose contraction is split over the tensor axis sums exact integers acro
 before its scales.
 """
 
+from collections.abc import Callable
 import functools
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 from jax.experimental.pallas.ops.tpu.splash_attention import (
@@ -43,10 +44,21 @@ def make_ops(mesh: Mesh, rules: Rules = TRAIN) -> ops.Ops:
 def kernel_ops(mesh: Mesh, rules: Rules, generation: Generation,
                interpret: bool = False) -> ops.Ops:
   """Kernels of a generation on a mesh; `interpret` runs them on a CPU, for tests."""
+  on = functools.partial
+  product = on(_product, mesh, rules, generation, interpret)
+  rotated = on(_rotated, mesh, rules, generation, interpret)
   return ops.Ops(
-      functools.partial(_product, mesh, rules, generation, interpret),
-      functools.partial(_rotated, mesh, rules, generation, interpret),
-      functools.partial(_attention, mesh, rules, interpret))
+      _or_xla('ternary_matmul', Implementation('tpu', product), ops.product),
+      _or_xla('hadamard_quantize', Implementation('tpu', rotated), ops.rotated),
+      _or_xla('attention', Implementation('splash', on(_attention, mesh, rules, interpret)),
+              causal_attention))
+
+
+def _or_xla(op: str, kernel: Implementation, definition: Callable[..., Any]
+            ) -> Callable[..., Any]:
+  """The kernel, and XLA where it raises NotImplementedError."""
+  return functools.partial(dispatch.first_supported, op,
+                           [kernel, Implementation('xla', definition)])
 
 
 # --- The quantised product ------------------------------------------------------
@@ -55,17 +67,6 @@ def kernel_ops(mesh: Mesh, rules: Rules, generation: Generation,
 def _product(mesh: Mesh, rules: Rules, generation: Generation, interpret: bool, x_codes: Array,
              x_scale: Array, w_codes: Array, w_scale: Array, kind: ActivationQuant,
              axes: ops.Axes, dtype: DTypeLike) -> Array:
-  implementations = [
-      Implementation('tpu', functools.partial(_kernel_product, mesh, rules, generation,
-                                              interpret)),
-      Implementation('xla', ops.product)]
-  return dispatch.first_supported('ternary_matmul', implementations, x_codes, x_scale, w_codes,
-                                  w_scale, kind, axes, dtype)
-
-
-def _kernel_product(mesh: Mesh, rules: Rules, generation: Generation, interpret: bool,
-                    x_codes: Array, x_scale: Array, w_codes: Array, w_scale: Array,
-                    kind: ActivationQuant, axes: ops.Axes, dtype: DTypeLike) -> Array:
   if kind == 'none':
     raise NotImplementedError('activations are not quantised')
   if generation == 'v4':  # Not even XLA takes them there.
@@ -129,16 +130,6 @@ def _check_divides(mesh: Mesh, shape: tuple[int, ...], spec: PartitionSpec) -> N
 def _rotated(mesh: Mesh, rules: Rules, generation: Generation, interpret: bool, x: Array,
              gain: Array | None, epsilon: float,
              kind: ActivationQuant) -> tuple[Array, Array, Array]:
-  implementations = [
-      Implementation('tpu', functools.partial(_kernel_rotated, mesh, rules, generation,
-                                              interpret)),
-      Implementation('xla', ops.rotated)]
-  return dispatch.first_supported('hadamard_quantize', implementations, x, gain, epsilon, kind)
-
-
-def _kernel_rotated(mesh: Mesh, rules: Rules, generation: Generation, interpret: bool, x: Array,
-                    gain: Array | None, epsilon: float,
-                    kind: ActivationQuant) -> tuple[Array, Array, Array]:
   if kind == 'none':
     raise NotImplementedError('activations are not quantised')
   spec = PartitionSpec(*_leading(x, rules), None)  # Every row whole on its chip.
@@ -163,14 +154,6 @@ def _kernel_rotated(mesh: Mesh, rules: Rules, generation: Generation, interpret:
 
 def _attention(mesh: Mesh, rules: Rules, interpret: bool, q: Array, k: Array, v: Array,
                segments_BT: Array) -> Array:
-  implementations = [
-      Implementation('splash', functools.partial(_splash_attention, mesh, rules, interpret)),
-      Implementation('xla', causal_attention)]
-  return dispatch.first_supported('attention', implementations, q, k, v, segments_BT)
-
-
-def _splash_attention(mesh: Mesh, rules: Rules, interpret: bool, q: Array, k: Array, v: Array,
-                      segments_BT: Array) -> Array:
   """JAX's splash attention, causal inside segments, forward and backward."""
   _, length, _, head_dim = q.shape
   blocks = [b for b in _BLOCKS if length % b == 0]

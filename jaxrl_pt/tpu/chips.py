@@ -1,4 +1,4 @@
-"""What each TPU generation can do, and how a process becomes able to compile for it.
+"""What each TPU generation can do, and topologies by name.
 
 Rates and capacities are JAX's own table (`get_tpu_info_for_chip`); clocks turn seconds into
 the cycles that schedules count: v4, v5e and v5p follow from
@@ -6,8 +6,6 @@ peak ÷ MXU width; v6e and tpu7x are assumptions.
 """
 
 from dataclasses import dataclass
-import importlib.util
-import os
 from typing import Any
 
 from jax.experimental.pallas import tpu as pltpu
@@ -83,37 +81,8 @@ def generation_of_topology(topology: str) -> Generation:
   return generation  # type: ignore[return-value]  # Just checked.
 
 
-def check_libtpu() -> None:
-  """Says how to get the compiler where it is missing.
-
-  Raises:
-    UserError: libtpu is not installed.
-  """
-  if importlib.util.find_spec('libtpu') is None:
-    raise UserError('The TPU compiler is not installed: run `pip install libtpu` (in a checkout: '
-                    '`make libtpu`); no TPU is needed.')
-
-
-def child_environment(dump_to: str = '') -> dict[str, str]:
-  """The environment of a process that compiles for TPUs on a machine without one.
-
-  Args:
-    dump_to: where the compiler writes its schedules; empty writes none.
-  """
-  environment = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'TPU_SKIP_MDS_QUERY': '1',
-                 'TPU_ACCELERATOR_TYPE': 'v5litepod-4', 'TPU_WORKER_HOSTNAMES': 'localhost',
-                 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1', 'TPU_STDERR_LOG_LEVEL': '3',
-                 'TPU_MIN_LOG_LEVEL': '3', 'TF_CPP_MIN_LOG_LEVEL': '3'}
-  if dump_to:
-    environment['LIBTPU_INIT_ARGS'] = ' '.join((
-        environment.get('LIBTPU_INIT_ARGS', ''), f'--xla_jf_dump_to={dump_to}',
-        '--xla_jf_dump_hlo_text=true', '--xla_jf_dump_llo_text=true',
-        '--xla_jf_emit_annotations=true')).strip()
-  return environment
-
-
 def topology_devices(topology: str) -> list[Any]:
-  """The devices of a topology, as compile targets. Only in a process of `child_environment`.
+  """The devices of a topology, as compile targets. Only in a process of `child`.
 
   Raises:
     UserError: the compiler knows no such topology.

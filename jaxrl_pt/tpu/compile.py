@@ -10,7 +10,6 @@ import dataclasses
 import json
 import math
 import re
-import subprocess
 import sys
 import time
 from typing import Any
@@ -21,11 +20,11 @@ from jaxrl_pt import config as cfg
 from jaxrl_pt import gin_bindings
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.parallel.mesh import make_mesh
-from jaxrl_pt.tpu import chips, hlo, roofline
+from jaxrl_pt.tpu import child, chips, hlo, roofline
+from jaxrl_pt.tpu.child import Row
 from jaxrl_pt.train import programs
 from pallas_kernels.dispatch import Generation
 
-Row = dict[str, Any]
 # HBM of a device that the compiler offers a program (its own words when one does not fit).
 _OFFERED: dict[Generation, float] = {
     'v4': 30.75 * 2**30, 'v5e': 15.75 * 2**30, 'v5p': 95.74 * 2**30, 'v6e': 31.25 * 2**30,
@@ -51,35 +50,23 @@ def compile_run(topology: str, gin_files: Sequence[str], bindings: Sequence[str]
     UserError: no libtpu, a wrong topology, a mesh that does not cover it.
   """
   chips.generation_of_topology(topology)
-  chips.check_libtpu()
-  request = json.dumps({'topology': topology, 'gin_files': list(gin_files),
-                        'bindings': list(bindings)})
-  child = subprocess.run([sys.executable, '-m', 'jaxrl_pt.tpu.compile'], input=request,
-                         env=chips.child_environment(), capture_output=True, text=True)
-  rows = [json.loads(line) for line in child.stdout.splitlines() if line.startswith('{')]
-  for row in rows:
-    if 'user_error' in row:
-      raise UserError(row['user_error'])
-  if child.returncode:
-    raise RuntimeError(f'compiling for {topology} failed ({child.returncode}):\n'
-                       f'{child.stderr[-4000:]}')
-  return rows
+  return list(child.rows('jaxrl_pt.tpu.compile', topology, json.dumps(list(gin_files)),
+                         json.dumps(list(bindings))))
 
 
 # --- The child ----------------------------------------------------------------------
 
 
-def main() -> None:
-  """The child process: reads a request, prints one JSON row a program."""
-  request = json.load(sys.stdin)
+def main(topology: str, gin_files: str, bindings: str) -> None:
+  """The child process: prints one JSON row a program. Files and bindings come as JSON lists."""
   try:
-    run = load(request['gin_files'], request['bindings'])
-    devices = chips.topology_devices(request['topology'])
+    run = load(json.loads(gin_files), json.loads(bindings))
+    devices = chips.topology_devices(topology)
     mesh = make_mesh(run.mesh, devices)
-    chip = chips.chip(chips.generation_of_topology(request['topology']))
+    chip = chips.chip(chips.generation_of_topology(topology))
     for program in programs.of_run(run, mesh):
       row = _examine(program, run, chip, len(devices))
-      print(json.dumps({'program': program.name, 'topology': request['topology'],
+      print(json.dumps({'program': program.name, 'topology': topology,
                         'num_devices': len(devices), **row}), flush=True)
   except UserError as e:
     print(json.dumps({'user_error': str(e)}), flush=True)
@@ -267,4 +254,4 @@ def _speed_lines(row: Row) -> list[str]:
 
 
 if __name__ == '__main__':
-  main()
+  main(*sys.argv[1:])

@@ -11,17 +11,16 @@ import json
 from pathlib import Path
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 from typing import Any
 
 from jaxrl_pt.errors import UserError
-from jaxrl_pt.tpu import chips, schedule
+from jaxrl_pt.tpu import child, chips, schedule
+from jaxrl_pt.tpu.child import Row
 from pallas_kernels import tuning
 
 KERNELS = ('ternary_matmul', 'hadamard_quantize', 'sparse_decode', 'branch_decode')
-Row = dict[str, Any]
 
 
 def arg_specs(kernel: str) -> Any:
@@ -73,26 +72,11 @@ def rows_of_compiles(topology: str, only: str) -> Iterator[Row]:
 def _child_rows(topology: str, kernels: list[str], only: str, dump: str,
                 keep: str) -> Iterator[Row]:
   chips.generation_of_topology(topology)
-  chips.check_libtpu()
   for kernel in kernels:
     arg_specs(kernel)
   _check_regex(only)
-  command = [sys.executable, '-m', 'jaxrl_pt.tpu.kernels', topology, dump, keep, only,
-             *(kernels or KERNELS)]
-  # Its complaints go to a file: a full pipe would stop it.
-  with tempfile.TemporaryFile('w+') as errors, subprocess.Popen(
-      command, env=chips.child_environment(dump), text=True, stdout=subprocess.PIPE,
-      stderr=errors) as child:
-    assert child.stdout
-    for line in child.stdout:
-      if line.startswith('{'):
-        row = json.loads(line)
-        if 'user_error' in row:
-          raise UserError(row['user_error'])
-        yield row
-    if child.wait():
-      errors.seek(0)
-      raise RuntimeError(f'compiling for {topology} failed:\n{errors.read()[-4000:]}')
+  yield from child.rows('jaxrl_pt.tpu.kernels', topology, dump, keep, only,
+                        *(kernels or KERNELS), dump_to=dump)
 
 
 def _check_regex(pattern: str) -> None:

@@ -3,7 +3,7 @@
 import pytest
 
 from jaxrl_pt.errors import UserError
-from jaxrl_pt.tpu import chips
+from jaxrl_pt.tpu import child, chips
 from pallas_kernels.dispatch import GENERATIONS
 from pallas_kernels.tuning import Cost
 
@@ -46,6 +46,6 @@ def test_generations_of_topologies():
 
 
 def test_without_the_compiler_one_sentence_says_what_to_install(monkeypatch):
-  monkeypatch.setattr(chips.importlib.util, 'find_spec', lambda name: None)
+  monkeypatch.setattr(child.importlib.util, 'find_spec', lambda name: None)
   with pytest.raises(UserError, match='pip install libtpu'):
-    chips.check_libtpu()
+    child.check_libtpu()

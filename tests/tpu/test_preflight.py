@@ -9,7 +9,7 @@ import pytest
 
 from jaxrl_pt import config as cfg
 from jaxrl_pt import main
-from jaxrl_pt.tpu import chips, roofline, search
+from jaxrl_pt.tpu import child, chips, roofline, search
 from jaxrl_pt.tpu import compile as compiling
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec('libtpu') is None,
@@ -74,7 +74,7 @@ def test_mistakes_are_one_sentence(change, message, capsys):
 
 
 def test_without_the_compiler_one_sentence(monkeypatch, capsys):
-  monkeypatch.setattr(chips.importlib.util, 'find_spec', lambda name: None)
+  monkeypatch.setattr(child.importlib.util, 'find_spec', lambda name: None)
   assert main.main(TINY) == 2
   assert 'pip install libtpu' in capsys.readouterr().err
 

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from jaxrl_pt.tpu import chips, schedule
+from jaxrl_pt.tpu import child, schedule
 
 DATA = Path(__file__).parent / 'data'
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec('libtpu') is None,
@@ -96,7 +96,7 @@ print(json.dumps([chain(t, s) for t, s in ((20, 4), (30, 4), (40, 4), (20, 6), (
 @pytest.mark.parametrize('topology', ['v5e:2x2', 'v6e:2x2', 'tpu7x:2x2x1'])
 def test_issue_cycles_grow_by_exactly_the_body_of_a_loop(topology, tmp_path):
   done = subprocess.run([sys.executable, '-c', CHILD, topology, str(tmp_path)], check=False,
-                        env=chips.child_environment(str(tmp_path)), text=True,
+                        env=child.environment(str(tmp_path)), text=True,
                         capture_output=True, timeout=200)
   assert done.returncode == 0, done.stderr[-3000:]
   few, more, most, longer, longer_more = json.loads(done.stdout.splitlines()[-1])
