@@ -1,28 +1,42 @@
 """A model: pure functions over a parameter tree that is described before it exists."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from jaxrl_pt.config import Model as ModelConfig
-from jaxrl_pt.models.kv_cache import KVCache
+from jaxrl_pt.models.kv_cache import Attend, KVCache
+from jaxrl_pt.nn.ops import Ops
 from jaxrl_pt.types import Array, Params
 
 # constrain(x, logical axes) → x; the identity on one device.
 Constrain = Callable[[Array, tuple[str | None, ...]], Array]
 
 
+class Extend(Protocol):
+  """extend(params, tokens_BS, positions_BS, cache, attend) → (hidden_BSD, cache).
+
+  S new tokens of each row against a cache of any kind; `attend` reads and writes it, and by
+  default is `kv_cache.dense` for a KVCache.
+  """
+
+  def __call__(self, params: Params, tokens_BS: Array, positions_BS: Array, cache: Any,
+               attend: Attend | None = None) -> tuple[Array, Any]: ...
+
+
 class Model(NamedTuple):
   """One forward function, for whole sequences and for new tokens against a cache.
 
   apply(params, tokens_BT, positions_BT, segments_BT) → hidden_BTD
-  extend(params, tokens_BS, positions_BS, cache) → (hidden_BSD, cache)
+  extend: see `Extend`; `apply` is `extend` without a cache.
   head(params) → f[D, V], so that logits_BTV = hidden_BTD @ head
   init_cache(num_rows, num_slots) → empty KVCache
+  ops: what the block computes with, for attends that have kernels.
   """
 
   config: ModelConfig
   specs: Any
   apply: Callable[[Params, Array, Array, Array], Array]
-  extend: Callable[[Params, Array, Array, KVCache], tuple[Array, KVCache]]
+  extend: Extend
   head: Callable[[Params], Array]
   init_cache: Callable[[int, int], KVCache]
+  ops: Ops

@@ -1,38 +1,171 @@
-"""The key/value cache of `extend`: one slot per position, stacked over layers."""
+"""Key/value caches of `extend` and the attentions that read them.
+
+A cache is a pytree that is carried through the layers, each leaf with a leading layer
+axis: a step writes its new entries in place and copies nothing. Each kind of cache comes
+with an `Attend`, the one thing by which whole sequences, prefill, decode, branches, pages
+and sparse reading differ. Keys are stored after RoPE, heads before time, so that the keys
+of a head lie side by side.
+"""
+
+from collections.abc import Callable
+import dataclasses
+from typing import Any
 
 from flax import struct
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jaxrl_pt.config import Model
+from jaxrl_pt.nn import attention as attn
+from jaxrl_pt.nn.ops import Ops
 from jaxrl_pt.types import Array
+
+# attend(q_BSHE, k_BSKE, v_BSKE, cache, layer i32[]) → (out_BSHE, cache)
+Attend = Callable[[Array, Array, Array, Any, Array], tuple[Array, Any]]
 
 
 @struct.dataclass
 class KVCache:
-  """Keys (after RoPE) and values. Slot c of a row holds position c; what lies beyond the
+  """One row of slots per sequence. Slot c of a row holds position c; what lies beyond the
   row's length is garbage that no query's mask reaches."""
 
-  k: Array  # f[L, B, C, K, E]
-  v: Array  # f[L, B, C, K, E]
+  k: Array  # f[L, B, K, C, E]
+  v: Array  # f[L, B, K, C, E]
 
 
 def init(config: Model, num_rows: int, num_slots: int, dtype: DTypeLike) -> KVCache:
   """An empty cache for `num_rows` sequences of at most `num_slots` tokens."""
-  shape = (config.num_layers, num_rows, num_slots, config.num_kv_heads, config.head_dim)
+  shape = (config.num_layers, num_rows, config.num_kv_heads, num_slots, config.head_dim)
   return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
 
-def write(cache_BCKE: Array, new_BSKE: Array, positions_BS: Array) -> Array:
+# --- Whole sequences --------------------------------------------------------------
+
+
+def sequences(ops: Ops, segments_BT: Array) -> Attend:
+  """Attention inside the packed segments of whole sequences; there is no cache."""
+  def attend(q: Array, k: Array, v: Array, cache: Any, layer: Array) -> tuple[Array, Any]:
+    del layer
+    return ops.attention(q, k, v, segments_BT), cache
+
+  return attend
+
+
+def prompts(ops: Ops, num_rows: int, num_tokens: int) -> Attend:
+  """As `dense` where the cache is empty and the tokens start at position 0: the whole
+  sequences' faster attention, which also leaves keys and values in a KVCache."""
+  one_segment = jnp.ones((num_rows, num_tokens), jnp.int32)
+
+  def attend(q: Array, k: Array, v: Array, cache: KVCache,
+             layer: Array) -> tuple[Array, KVCache]:
+    new = KVCache(_put(cache.k, k, layer), _put(cache.v, v, layer))
+    return ops.attention(q, k, v, one_segment), new
+
+  return attend
+
+
+def _put(cache_LBKCE: Array, new_BTKE: Array, layer: Array) -> Array:
+  new = jnp.swapaxes(new_BTKE, 1, 2)[None].astype(cache_LBKCE.dtype)
+  return jax.lax.dynamic_update_slice(cache_LBKCE, new, (layer, 0, 0, 0, 0))
+
+
+# --- New tokens against a row of slots ---------------------------------------------
+
+
+def dense(positions_BS: Array) -> Attend:
+  """Each new token is written to the slot of its position and sees the slots up to it."""
+  def attend(q: Array, k: Array, v: Array, cache: KVCache,
+             layer: Array) -> tuple[Array, KVCache]:
+    cache = KVCache(write(cache.k, k, positions_BS, layer),
+                    write(cache.v, v, positions_BS, layer))
+    k_BKCE, v_BKCE = cache.k[layer].astype(q.dtype), cache.v[layer].astype(q.dtype)
+    mask = attn.cache_mask(positions_BS, k_BKCE.shape[2])
+    return attn.head_major_attention(q, k_BKCE, v_BKCE, mask), cache
+
+  return attend
+
+
+def write(cache_LBKCE: Array, new_BSKE: Array, positions_BS: Array, layer: Array) -> Array:
   """Puts S new entries of each row into the slots of their positions."""
-  rows = jnp.arange(cache_BCKE.shape[0])[:, None]
-  return cache_BCKE.at[rows, positions_BS].set(new_BSKE.astype(cache_BCKE.dtype))
+  rows = jnp.arange(cache_LBKCE.shape[1])[:, None]
+  return cache_LBKCE.at[layer, rows, :, positions_BS].set(new_BSKE.astype(cache_LBKCE.dtype))
 
 
-def repeat(cache: KVCache, num_copies: int, num_slots: int) -> KVCache:
-  """Gives each row `num_copies` consecutive copies (a group's samples) and room for
-  `num_slots` more tokens. A group's prompt is so computed once."""
-  def grow(x: Array) -> Array:
-    x = jnp.repeat(x, num_copies, axis=1)
-    return jnp.pad(x, ((0, 0), (0, 0), (0, num_slots), (0, 0), (0, 0)))
-  return KVCache(grow(cache.k), grow(cache.v))
+# --- Branches that share a prefix ---------------------------------------------------
+
+
+@struct.dataclass
+class Branches:
+  """R branches of each of N documents: the documents' keys once, and each branch's own.
+
+  All branches are at the same step, so that a step's entries are one contiguous write.
+  """
+
+  prefix: KVCache  # f[L, N, K, T, E]
+  k: Array  # f[L, N, K, R, C, E]; slot s holds a branch's own token s
+  v: Array  # f[L, N, K, R, C, E]
+
+
+def branch(prefix: KVCache, num_branches: int, num_slots: int) -> Branches:
+  """Branches of a prefilled cache, with room for `num_slots` tokens of their own each."""
+  layers, num_docs, heads, _, width = prefix.k.shape
+  shape = (layers, num_docs, heads, num_branches, num_slots, width)
+  return Branches(prefix, jnp.zeros(shape, prefix.k.dtype), jnp.zeros(shape, prefix.k.dtype))
+
+
+def grow(branches: Branches, num_slots: int) -> Branches:
+  """The same branches with room for `num_slots` tokens."""
+  more = [(0, 0)] * 4 + [(0, num_slots - branches.k.shape[4]), (0, 0)]
+  return dataclasses.replace(branches, k=jnp.pad(branches.k, more), v=jnp.pad(branches.v, more))
+
+
+def branched(ops: Ops, prefix_lengths_NR: Array, step: Array | int) -> Attend:
+  """Branch r of document n sees the document's positions below prefix_lengths[n, r] and its
+  own tokens; the S new ones are its tokens step, …, step + S − 1.
+
+  Rows of q, k and v are the N · R branches.
+  """
+  num_docs, num_branches = prefix_lengths_NR.shape
+
+  def attend(q: Array, k: Array, v: Array, cache: Branches,
+             layer: Array) -> tuple[Array, Branches]:
+    def own(x_BSKE: Array) -> Array:
+      x = x_BSKE.reshape(num_docs, num_branches, *x_BSKE.shape[1:])
+      return x.transpose(0, 3, 1, 2, 4)
+
+    start = (layer, 0, 0, 0, step, 0)
+    cache = dataclasses.replace(
+        cache, k=jax.lax.dynamic_update_slice(cache.k, own(k)[None].astype(cache.k.dtype), start),
+        v=jax.lax.dynamic_update_slice(cache.v, own(v)[None].astype(cache.v.dtype), start))
+    out = ops.branches(q.reshape(num_docs, num_branches, *q.shape[1:]), cache.prefix.k[layer],
+                       cache.prefix.v[layer], prefix_lengths_NR, cache.k[layer],
+                       cache.v[layer], step)
+    return out.reshape(q.shape), cache
+
+  return attend
+
+
+def tree(ops: Ops, prefix_len: int, prefix_lengths_NR: Array) -> Attend:
+  """Documents with their branches in one packed row: [T of the document | R · S of the branches].
+
+  The attention of a tree mask: the document is causal; branch r's tokens see the document's
+  positions below prefix_lengths[n, r] and, causally, one another. There is no cache.
+  """
+  num_docs, num_branches = prefix_lengths_NR.shape
+
+  def attend(q: Array, k: Array, v: Array, cache: Any, layer: Array) -> tuple[Array, Any]:
+    del layer
+    k_doc, v_doc = k[:, :prefix_len], v[:, :prefix_len]
+    one_segment = jnp.ones((num_docs, prefix_len), jnp.int32)
+    out_doc = ops.attention(q[:, :prefix_len], k_doc, v_doc, one_segment)
+    if q.shape[1] == prefix_len:  # No branch has tokens of its own.
+      return out_doc, cache
+    q_NRSHE, k_own, v_own = (
+        x[:, prefix_len:].reshape(num_docs, num_branches, -1, *x.shape[2:]) for x in (q, k, v))
+    out_own = attn.branch_attention(
+        q_NRSHE, jnp.swapaxes(k_doc, 1, 2), jnp.swapaxes(v_doc, 1, 2), prefix_lengths_NR,
+        k_own.transpose(0, 3, 1, 2, 4), v_own.transpose(0, 3, 1, 2, 4), 0)
+    return jnp.concatenate([out_doc, out_own.reshape(num_docs, -1, *q.shape[2:])], 1), cache
+
+  return attend

@@ -18,7 +18,6 @@ from jaxrl_pt import config as cfg
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.models import kv_cache
 from jaxrl_pt.models.base import Constrain, Model
-from jaxrl_pt.nn import attention as attn
 from jaxrl_pt.nn import embed
 from jaxrl_pt.nn.ffn import gated
 from jaxrl_pt.nn.linear import linear, normed_linear
@@ -28,7 +27,7 @@ from jaxrl_pt.nn.quant import hadamard_factors
 from jaxrl_pt.params import ParamSpec, normal, ones
 from jaxrl_pt.types import Array, Params
 
-# attend(q_BSHE, k_BSKE, v_BSKE) → (out_BSHE, what the layer leaves behind)
+# attend(q_BSHE, k_BSKE, v_BSKE) → (out_BSHE, cache), of one layer
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
 
 # The projections of a block: logical names of their inputs and outputs.
@@ -59,37 +58,23 @@ def build(config: cfg.Model, compute: cfg.Compute = cfg.Compute(),
     table_VD = constrain(params['embed'].astype(dtype), ('vocab', None))  # Gathered once.
     return constrain(table_VD[tokens_BT], ('batch', 'sequence', None))
 
-  def apply(params: Params, tokens_BT: Array, positions_BT: Array, segments_BT: Array) -> Array:
-    angles = embed.rope(positions_BT, config.head_dim, config.rope_theta)
-
-    def attend(q: Array, k: Array, v: Array) -> tuple[Array, None]:
-      return ops.attention(q, k, v, segments_BT), None
-
-    def layer(x_BTD: Array, p: Params) -> tuple[Array, None]:
-      return block(p, x_BTD, angles, attend)
-
-    x_BTD, _ = jax.lax.scan(remat(layer), embed_tokens(params, tokens_BT), params['layers'],
-                            unroll=unroll)
-    return rms_norm(x_BTD, params['final_norm'], config.norm_epsilon)
-
-  def extend(params: Params, tokens_BS: Array, positions_BS: Array,
-             cache: kv_cache.KVCache) -> tuple[Array, kv_cache.KVCache]:
-    mask = attn.cache_mask(positions_BS, cache.k.shape[2])
+  def extend(params: Params, tokens_BS: Array, positions_BS: Array, cache: Any,
+             attend: kv_cache.Attend | None = None) -> tuple[Array, Any]:
+    attend = attend or kv_cache.dense(positions_BS)
     angles = embed.rope(positions_BS, config.head_dim, config.rope_theta)
 
-    def layer(x_BSD: Array, p_and_cache: Any) -> tuple[Array, Any]:
-      p, old = p_and_cache
+    def layer(x_and_cache: tuple[Array, Any], p_and_i: tuple[Params, Array]
+              ) -> tuple[tuple[Array, Any], None]:
+      (x_BSD, cache), (p, i) = x_and_cache, p_and_i
+      return block(p, x_BSD, angles, lambda q, k, v: attend(q, k, v, cache, i)), None
 
-      def attend(q: Array, k: Array, v: Array) -> tuple[Array, kv_cache.KVCache]:
-        new = kv_cache.KVCache(kv_cache.write(old.k, k, positions_BS),
-                               kv_cache.write(old.v, v, positions_BS))
-        return attn.attention(q, new.k.astype(q.dtype), new.v.astype(q.dtype), mask), new
-
-      return block(p, x_BSD, angles, attend)
-
-    x_BSD, cache = jax.lax.scan(remat(layer), embed_tokens(params, tokens_BS),
-                                (params['layers'], cache), unroll=unroll)
+    layers = params['layers'], jnp.arange(config.num_layers)
+    (x_BSD, cache), _ = jax.lax.scan(remat(layer), (embed_tokens(params, tokens_BS), cache),
+                                     layers, unroll=unroll)
     return rms_norm(x_BSD, params['final_norm'], config.norm_epsilon), cache
+
+  def apply(params: Params, tokens_BT: Array, positions_BT: Array, segments_BT: Array) -> Array:
+    return extend(params, tokens_BT, positions_BT, (), kv_cache.sequences(ops, segments_BT))[0]
 
   def head(params: Params) -> Array:
     head_DV = params['embed'].T if config.tied_head else params['head']
@@ -99,7 +84,7 @@ def build(config: cfg.Model, compute: cfg.Compute = cfg.Compute(),
   def init_cache(num_rows: int, num_slots: int) -> kv_cache.KVCache:
     return kv_cache.init(config, num_rows, num_slots, dtype)
 
-  return Model(config, _specs(config), apply, extend, head, init_cache)
+  return Model(config, _specs(config), apply, extend, head, init_cache, ops)
 
 
 def _check_rotations(config: cfg.Model) -> None:
@@ -138,7 +123,7 @@ def _make_block(config: cfg.Model, constrain: Constrain,
     q = split_heads(project(p, y_BTD, 'wq'), config.num_heads, 'heads')
     k = split_heads(project(p, y_BTD, 'wk'), config.num_kv_heads, 'kv_heads')
     v = split_heads(project(p, y_BTD, 'wv'), config.num_kv_heads, 'kv_heads')
-    out, left_behind = attend(embed.rotate(q, *angles), embed.rotate(k, *angles), v)
+    out, cache = attend(embed.rotate(q, *angles), embed.rotate(k, *angles), v)
     out = out.reshape(num_rows, length, -1)
     x_BTD = x_BTD + project_back(p, out, 'wo', 'attn_sub_norm')
 
@@ -146,7 +131,7 @@ def _make_block(config: cfg.Model, constrain: Constrain,
     h_BTF = gated(project(p, y_BTD, 'w_gate'), project(p, y_BTD, 'w_up'), config.activation)
     h_BTF = constrain(h_BTF, ('batch', 'sequence', 'ff'))
     x_BTD = x_BTD + project_back(p, h_BTF, 'w_down', 'ffn_sub_norm')
-    return constrain(x_BTD, ('batch', 'sequence', None)), left_behind
+    return constrain(x_BTD, ('batch', 'sequence', None)), cache
 
   return block
 

@@ -16,6 +16,8 @@ from jaxrl_pt.types import Array
 
 MASKED = -1e30
 
+_dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
 
 def packed_mask(segments_BT: Array) -> Array:
   """bool[B, T, T]: a query sees keys at or before it, in its own segment."""
@@ -48,6 +50,64 @@ def attention(q: Array, k: Array, v: Array, mask: Array) -> Array:
   weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
   out = jnp.einsum('bkgsc,bcke->bskge', weights, v)
   return out.reshape(num_rows, num_queries, num_heads, head_dim)
+
+
+def head_major_attention(q: Array, k_BKCE: Array, v_BKCE: Array, mask: Array) -> Array:
+  """`attention` with keys and values f[B, K, C, E], as caches hold them."""
+  num_rows, num_queries, num_heads, head_dim = q.shape
+  num_groups = k_BKCE.shape[1]
+  q = q.reshape(num_rows, num_queries, num_groups, num_heads // num_groups, head_dim)
+  q = q.transpose(0, 2, 3, 1, 4).reshape(num_rows, num_groups, -1, head_dim)
+  scores = _dot('bkqe,bkce->bkqc', q, k_BKCE) / math.sqrt(head_dim)
+  scores = scores.reshape(num_rows, num_groups, -1, num_queries, k_BKCE.shape[2])
+  scores = jnp.where(mask[:, None, None], scores, MASKED)
+  weights = jax.nn.softmax(scores, axis=-1).astype(v_BKCE.dtype)
+  weights = weights.reshape(num_rows, num_groups, -1, k_BKCE.shape[2])
+  out = jnp.einsum('bkqc,bkce->bkqe', weights, v_BKCE)
+  out = out.reshape(num_rows, num_groups, -1, num_queries, head_dim)
+  return out.transpose(0, 3, 1, 2, 4).reshape(num_rows, num_queries, num_heads, head_dim)
+
+
+def branch_attention(q_NRSHE: Array, k_prefix: Array, v_prefix: Array, prefix_lengths_NR: Array,
+                     k_own: Array, v_own: Array, step: Array | int) -> Array:
+  """Attention of R branches of a document over its keys, shared, and over their own.
+
+    out = softmax(q [K_doc[:t_r]; K_r[:i]]ᵀ / √E) [V_doc[:t_r]; V_r[:i]],  i = step + s + 1
+
+  The document's keys are read once for all branches.
+
+  Args:
+    q_NRSHE: f[N, R, S, H, E], S new tokens of each branch.
+    k_prefix, v_prefix: f[N, K, T, E].
+    prefix_lengths_NR: i32[N, R] in [1, T].
+    k_own, v_own: f[N, K, R, C, E]; entry c is a branch's own token c.
+    step: i32[] own tokens before the new ones.
+
+  Returns:
+    f[N, R, S, H, E] in q's dtype; the softmax is float32.
+  """
+  num_docs, num_branches, num_new, num_heads, head_dim = q_NRSHE.shape
+  num_groups, length = k_prefix.shape[1:3]
+  group, num_own = num_heads // num_groups, k_own.shape[3]
+  q = q_NRSHE.reshape(num_docs, num_branches, num_new, num_groups, group, head_dim)
+  q = q.transpose(0, 3, 1, 4, 2, 5)  # [N, K, R, G, S, E]
+  split = q.shape[:5]
+  to_document = _dot('nkqe,nkte->nkqt', q.reshape(num_docs, num_groups, -1, head_dim),
+                     k_prefix.astype(q.dtype)).reshape(*split, length)
+  to_own = _dot('nkrqe,nkrce->nkrqc', q.reshape(*split[:3], -1, head_dim),
+                k_own.astype(q.dtype)).reshape(*split, num_own)
+  sees_document = jnp.arange(length) < prefix_lengths_NR[..., None]
+  sees_own = jnp.arange(num_own) <= step + jnp.arange(num_new)[:, None]
+  scores = jnp.concatenate([
+      jnp.where(sees_document[:, None, :, None, None], to_document, MASKED),
+      jnp.where(sees_own, to_own, MASKED)], -1) / math.sqrt(head_dim)
+  weights = jax.nn.softmax(scores, -1).astype(q.dtype)
+  document = weights[..., :length].reshape(num_docs, num_groups, -1, length)
+  own = weights[..., length:].reshape(*split[:3], -1, num_own)
+  out = (_dot('nkqt,nkte->nkqe', document, v_prefix.astype(q.dtype)).reshape(*split, head_dim)
+         + _dot('nkrqc,nkrce->nkrqe', own, v_own.astype(q.dtype)).reshape(*split, head_dim))
+  out = out.astype(q.dtype).transpose(0, 2, 4, 1, 3, 5)  # [N, R, S, K, G, E]
+  return out.reshape(q_NRSHE.shape)
 
 
 def causal_attention(q: Array, k: Array, v: Array, segments_BT: Array) -> Array:
@@ -96,9 +156,6 @@ def _rows(x_BKGTE: Array, start: int, end: int) -> Array:
   """A block of time steps, the queries of a group side by side: f[B, K, G · (end − start), E]."""
   block = x_BKGTE[:, :, :, start:end]
   return block.reshape(*block.shape[:2], -1, block.shape[-1])
-
-
-_dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 @jax.custom_vjp

@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 
 from jaxrl_pt.config import ActivationQuant
 from jaxrl_pt.nn import quant
-from jaxrl_pt.nn.attention import causal_attention
+from jaxrl_pt.nn.attention import branch_attention, causal_attention
 from jaxrl_pt.nn.norm import rms_norm
 from jaxrl_pt.types import Array
 
@@ -25,6 +25,8 @@ Product = Callable[[Array, Array, Array, Array, ActivationQuant, Axes, DTypeLike
 Rotated = Callable[[Array, Array | None, float, ActivationQuant], tuple[Array, Array, Array]]
 # attention(q_BTHE, k_BTKE, v_BTKE, segments_BT) → out_BTHE
 Attention = Callable[[Array, Array, Array, Array], Array]
+# branches(q_NRSHE, k_NKTE, v_NKTE, lengths_NR, k_own_NKRCE, v_own_NKRCE, step) → out_NRSHE
+Branches = Callable[[Array, Array, Array, Array, Array, Array, Array | int], Array]
 
 
 def product(x_codes: Array, x_scale: Array, w_codes: Array, w_scale: Array,
@@ -67,3 +69,4 @@ class Ops(NamedTuple):
   product: Product = product
   rotated: Rotated = rotated
   attention: Attention = causal_attention
+  branches: Branches = branch_attention

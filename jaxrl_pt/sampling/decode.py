@@ -1,11 +1,12 @@
 """Prefill and decode: draws groups of responses through the model's own `extend`.
 
-A prompt is computed once and its cache copied to the group's samples. The noise of a
+A prompt is computed once and its keys are shared by the group's samples. The noise of a
 token is addressed by (key, prompt id, sample, position), so a response does not depend
 on the batch it is drawn in, on the row's place or on padding.
 """
 
 import dataclasses
+import functools
 
 from flax import struct
 import jax
@@ -18,40 +19,38 @@ from jaxrl_pt.sampling.policies import filtered_logits
 from jaxrl_pt.types import Array, Params, Prompts, Rollout
 
 NO_STOP = -1
+# Slots of a response's own at first; they double as it grows, so that a short response
+# never reads the room of a long one.
+FIRST_SLOTS = 64
 
 
 @struct.dataclass
 class _Decoding:
-  """What the loop carries; B = N · G rows, the G samples of a prompt side by side."""
+  """What the loop carries; B = N · R rows, the R branches of a document side by side."""
 
   step: Array  # i32[] response tokens drawn so far
   tokens: Array  # i32[B, S]
   mask: Array  # f32[B, S]
   logp: Array  # f32[B, S]
   done: Array  # bool[B]
-  cache: kv_cache.KVCache
+  cache: kv_cache.Branches
 
 
-def prefill(model: Model, params: Params, tokens_NT: Array,
-            lengths_N: Array) -> tuple[Array, kv_cache.KVCache]:
-  """Runs right-padded prompts into a fresh cache.
+def prefill(model: Model, params: Params, tokens_NT: Array) -> tuple[Array, kv_cache.KVCache]:
+  """Runs right-padded prompts into a fresh cache of T slots.
 
-  Padding leaves garbage in the slots from `length` on. No mask reaches a slot beyond
-  the query's position, and a response overwrites each slot before its query comes there.
+  Padding leaves garbage in the slots from a prompt's length on, which no mask reaches.
 
   Args:
     tokens_NT: i32[N, T].
-    lengths_N: i32[N], 1 ≤ length ≤ T.
 
   Returns:
-    f[N, D] hidden state of each prompt's last token, and the cache of T slots.
+    f[N, T, D] hidden states, and the cache.
   """
   num_prompts, prompt_len = tokens_NT.shape
   positions = jnp.broadcast_to(jnp.arange(prompt_len), tokens_NT.shape)
-  hidden_NTD, cache = model.extend(params, tokens_NT, positions,
-                                   model.init_cache(num_prompts, prompt_len))
-  last = jnp.take_along_axis(hidden_NTD, (lengths_N - 1)[:, None, None], axis=1)
-  return last[:, 0], cache
+  return model.extend(params, tokens_NT, positions, model.init_cache(num_prompts, prompt_len),
+                      kv_cache.prompts(model.ops, num_prompts, prompt_len))
 
 
 def generate(model: Model, params: Params, prompts: Prompts, key: Array, *, sampler: Sampler,
@@ -74,10 +73,36 @@ def generate(model: Model, params: Params, prompts: Prompts, key: Array, *, samp
     Rollout; beyond a response's end tokens are `stop_id`, mask and logp 0.
   """
   num_prompts = prompts.tokens.shape[0]
-  num_rows = num_prompts * num_samples
+  hidden_NTD, cache = prefill(model, params, prompts.tokens)
+  last = jnp.take_along_axis(hidden_NTD, (prompts.lengths - 1)[:, None, None], axis=1)
+  lengths_NG = jnp.repeat(prompts.lengths[:, None], num_samples, 1)
+  rows = draw_branches(
+      model, params, jnp.repeat(last[:, 0], num_samples, 0), cache, lengths_NG,
+      sample_keys(key, prompts.ids, num_samples), sampler=sampler, num_tokens=num_tokens,
+      stop_id=stop_id)
+  tokens, mask, logp = (x.reshape(num_prompts, num_samples, num_tokens) for x in rows)
+  return Rollout(tokens, mask, logp, jnp.asarray(version, jnp.int32))
+
+
+def draw_branches(model: Model, params: Params, hidden_BD: Array, prefix: kv_cache.KVCache,
+                  lengths_NR: Array, keys_B: Array, *, sampler: Sampler, num_tokens: int,
+                  stop_id: int, own: kv_cache.Branches | None = None,
+                  num_own: int = 0) -> tuple[Array, Array, Array]:
+  """Decodes R branches of each of N prefilled documents.
+
+  Args:
+    hidden_BD: f[N · R, D] of the token before a branch's first drawn one.
+    prefix: of the documents.
+    lengths_NR: i32[N, R] positions of the document that a branch sees.
+    keys_B: key[N · R]; a token's noise is fold_in(key, its position).
+    own, num_own: the cache in which each branch already has `num_own` tokens of its own.
+
+  Returns:
+    tokens i32[B, S], mask f32[B, S], logp f32[B, S].
+  """
+  num_rows, num_branches = hidden_BD.shape[0], lengths_NR.shape[1]
   head_DV = model.head(params)
-  keys_B = _sample_keys(key, prompts.ids, num_samples)
-  starts_B = jnp.repeat(prompts.lengths, num_samples)
+  starts_B = lengths_NR.reshape(-1) + num_own
   fill = max(stop_id, 0)
 
   def draw(state: _Decoding, hidden_BD: Array) -> _Decoding:
@@ -97,25 +122,35 @@ def generate(model: Model, params: Params, prompts: Prompts, key: Array, *, samp
 
   def decode(state: _Decoding) -> _Decoding:
     newest = jax.lax.dynamic_slice_in_dim(state.tokens, state.step - 1, 1, axis=1)
-    position = (starts_B + state.step - 1)[:, None]
-    hidden, cache = model.extend(params, newest, position, state.cache)
+    attend = kv_cache.branched(model.ops, lengths_NR, num_own + state.step - 1)
+    hidden, cache = model.extend(params, newest, (starts_B + state.step - 1)[:, None],
+                                 state.cache, attend)
     return draw(dataclasses.replace(state, cache=cache), hidden[:, 0])
 
-  hidden_ND, cache = prefill(model, params, prompts.tokens, prompts.lengths)
-  if num_tokens > 1:  # One token needs no cache beyond its prompt's.
-    cache = kv_cache.repeat(cache, num_samples, num_tokens - 1)
   empty = jnp.zeros((num_rows, num_tokens), jnp.float32)
   state = _Decoding(jnp.zeros((), jnp.int32), jnp.full(empty.shape, fill, jnp.int32), empty,
-                    empty, jnp.zeros((num_rows,), bool), cache)
-  state = draw(state, jnp.repeat(hidden_ND, num_samples, axis=0))
-  if num_tokens > 1:
-    state = jax.lax.while_loop(lambda s: (s.step < num_tokens) & ~s.done.all(), decode, state)
-  grouped = (num_prompts, num_samples, num_tokens)
-  return Rollout(state.tokens.reshape(grouped), state.mask.reshape(grouped),
-                 state.logp.reshape(grouped), jnp.asarray(version, jnp.int32))
+                    empty, jnp.zeros((num_rows,), bool),
+                    kv_cache.branch(prefix, num_branches, 0) if own is None else own)
+  state = draw(state, hidden_BD)
+  # The last token needs no slot: nothing is drawn after it.
+  for end in _stages(num_tokens - 1):
+    state = dataclasses.replace(state, cache=kv_cache.grow(state.cache, num_own + end))
+    going_on = lambda s, end: (s.step <= end) & ~s.done.all()
+    state = jax.lax.while_loop(functools.partial(going_on, end=end), decode, state)
+  return state.tokens, state.mask, state.logp
 
 
-def _sample_keys(key: Array, ids_N: Array, num_samples: int) -> Array:
+def _stages(num_slots: int) -> list[int]:
+  """FIRST_SLOTS, twice as many, …, the last being `num_slots`."""
+  ends = []
+  end = FIRST_SLOTS
+  while end < num_slots:
+    ends.append(end)
+    end *= 2
+  return [*ends, num_slots] if num_slots > 0 else []
+
+
+def sample_keys(key: Array, ids_N: Array, num_samples: int) -> Array:
   """key[N · G]: fold_in(fold_in(key, id), sample)."""
   per_prompt = jax.vmap(jax.random.fold_in, (None, 0))(key, ids_N)
   per_sample = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))

@@ -1,8 +1,7 @@
 """One on-policy RPT step as a pure function: generate → verify → advantage → update.
 
 Everything is arrays, so that the whole step is one jitted program without a trip to the
-host. The learner computes each prompt once, like the sampler: the gradient flows through
-the prefilled cache, which is copied to the group's samples.
+host. The learner computes each prompt once, like the sampler.
 
 Departs from the paper in what it leaves open (2506.08007, specs/rpt.md 1.5): the loss is
 the sum over response tokens divided by the number of responses, and exactly one update
@@ -17,11 +16,10 @@ import jax.numpy as jnp
 import optax
 
 from jaxrl_pt import config as cfg
-from jaxrl_pt.models import kv_cache
 from jaxrl_pt.models.base import Model
 from jaxrl_pt.models.logprobs import TokenScores, token_logprobs
 from jaxrl_pt.rl import advantages, objectives
-from jaxrl_pt.sampling import decode, policies
+from jaxrl_pt.sampling import branch, decode, policies
 from jaxrl_pt.train import optim
 from jaxrl_pt.types import (
   Array,
@@ -143,23 +141,15 @@ def response_scores(model: Model, params: Params, prompts: Prompts, tokens_NGS: 
                     sampler: cfg.Sampler, loss_chunk: int = 0) -> TokenScores:
   """Scores of response tokens under the distribution the sampler draws from.
 
-  Each prompt is computed once and its cache copied to its G responses, of which all but
-  the last token are then run in one pass. Equal, in value and gradient, to `apply` on
-  the N · G whole sequences.
+  Each prompt is computed once, its G responses beside it in the same packed row. Equal, in
+  value and gradient, to `apply` on the N · G whole sequences.
 
   Returns:
     TokenScores of f32[N, G, S] arrays; garbage where the response has ended.
   """
   num_prompts, num_samples, num_tokens = tokens_NGS.shape
-  hidden_ND, cache = decode.prefill(model, params, prompts.tokens, prompts.lengths)
-  hidden = jnp.repeat(hidden_ND, num_samples, axis=0)[:, None]  # f[B, 1, D]
-  if num_tokens > 1:
-    cache = kv_cache.repeat(cache, num_samples, num_tokens - 1)
-    response = tokens_NGS.reshape(-1, num_tokens)[:, :-1]
-    positions = jnp.repeat(prompts.lengths, num_samples)[:, None] + jnp.arange(num_tokens - 1)
-    following, _ = model.extend(params, response, positions, cache)
-    hidden = jnp.concatenate([hidden, following], axis=1)
-  hidden = hidden.reshape(num_prompts, num_samples, num_tokens, -1)
+  hidden = branch.tree_hidden(model, params, prompts.tokens,
+                              jnp.repeat(prompts.lengths[:, None], num_samples, 1), tokens_NGS)
   return token_logprobs(
       hidden, model.head(params), tokens_NGS, loss_chunk,
       lambda logits, tokens: policies.learner_logits(logits, tokens, sampler))

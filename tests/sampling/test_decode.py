@@ -144,9 +144,9 @@ def test_the_loop_ends_when_every_row_has_stopped():
   first = int(generate(make_prompts([TOKENS[0]]), Sampler(0.0)).tokens[0, 0, 0])
   calls = []
 
-  def extend(params, tokens, positions, cache):
+  def extend(params, tokens, *rest):
     jax.debug.callback(lambda: calls.append(tokens.shape[1]))
-    return MODEL.extend(params, tokens, positions, cache)
+    return MODEL.extend(params, tokens, *rest)
 
   run = quick_jit(functools.partial(
       decode.generate, MODEL._replace(extend=extend), sampler=Sampler(0.0), num_samples=2,
