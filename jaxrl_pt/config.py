@@ -1,7 +1,7 @@
 """Every setting of a run, as frozen dataclasses that validate themselves.
 
 A run is one `Run` value. Choosing a method is choosing a type: `Run.objective`
-is `NextToken()` or `RPT()`, `RPT.advantage` is `GRPO()` or `OPO()`, and code
+is `NextToken()` or `RPT()`, `Algorithm.advantage` is `GRPO()` or `OPO()`, and code
 dispatches on it with `match`. This module knows nothing of gin, files or
 devices (`gin_bindings` builds these values from `*.gin` files); a bad value
 raises `UserError` with what to write instead.
@@ -459,9 +459,22 @@ class NextToken:
     _number(self, 'int4_from', 0.0, 1.0)
 
 
+# How much better than expected each response was.
+
+
 @dataclass(frozen=True)
 class GRPO:
   """A = (r − mean) / (std + 1e-6) inside the group (2402.03300)."""
+
+
+@dataclass(frozen=True)
+class DrGRPO:
+  """A = r − mean inside the group (2503.20783)."""
+
+
+@dataclass(frozen=True)
+class RLOO:
+  """A = r − mean of the group's other rewards (2402.14740)."""
 
 
 @dataclass(frozen=True)
@@ -469,7 +482,324 @@ class OPO:
   """A = r − Σ|y|r / Σ|y| inside the group (2505.23585)."""
 
 
-Advantage = GRPO | OPO
+@dataclass(frozen=True)
+class OPOLeaveOneOut:
+  """OPO's baseline of the group's other responses, which takes its bias away."""
+
+
+@dataclass(frozen=True)
+class OPOBatch:
+  """A = r − Σ|y|r / Σ|y| over the whole batch (2505.23585)."""
+
+
+@dataclass(frozen=True)
+class ReinforcePlusPlus:
+  """A_t = Σ_{s≥t} γ^{s−t} r_s, whitened over the batch's tokens (2501.03262)."""
+
+  gamma: float = 1.0
+
+  def __post_init__(self) -> None:
+    _number(self, 'gamma', 0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class ReinforcePlusPlusBaseline:
+  """REINFORCE++ of rewards from which the group's mean is taken first (2501.03262)."""
+
+
+@dataclass(frozen=True)
+class GAE:
+  """PPO's advantage (1506.02438) under a value head that learns beside the policy.
+
+  value_lr: learning rate of the head, which is linear in the policy's hidden state.
+  """
+
+  gamma: float = 1.0
+  lam: float = 0.95
+  value_lr: float = 1e-3
+
+  def __post_init__(self) -> None:
+    _number(self, 'gamma', 0.0, 1.0)
+    _number(self, 'lam', 0.0, 1.0)
+    _number(self, 'value_lr', 0.0)
+
+
+Advantage = (GRPO | DrGRPO | RLOO | OPO | OPOLeaveOneOut | OPOBatch | ReinforcePlusPlus
+             | ReinforcePlusPlusBaseline | GAE)
+# Those that compare the responses of one prompt.
+GROUPED = (GRPO, DrGRPO, RLOO, OPO, OPOLeaveOneOut, ReinforcePlusPlusBaseline)
+
+
+# What is maximised.
+
+
+@dataclass(frozen=True)
+class PolicyGradient:
+  """A · log π: exact where every batch is drawn by the policy it updates."""
+
+
+@dataclass(frozen=True)
+class PPOClip:
+  """min(ρA, clip(ρ, 1 − low, 1 + high)A) (1707.06347; unequal ranges 2503.14476)."""
+
+  low: float = 0.2
+  high: float = 0.2
+
+  def __post_init__(self) -> None:
+    _number(self, 'low', 0.0, 1.0)
+    _number(self, 'high', 0.0)
+
+
+@dataclass(frozen=True)
+class DualClip:
+  """PPOClip that also keeps the term of a negative advantage above bound · A (1912.09729)."""
+
+  low: float = 0.2
+  high: float = 0.2
+  bound: float = 3.0
+
+  def __post_init__(self) -> None:
+    _number(self, 'low', 0.0, 1.0)
+    _number(self, 'high', 0.0)
+    _number(self, 'bound', 1.0)
+
+
+@dataclass(frozen=True)
+class GSPO:
+  """PPO's clip of the sequence's ratio exp(mean log ρ) (2507.18071)."""
+
+  low: float = 3e-4
+  high: float = 4e-4
+
+  def __post_init__(self) -> None:
+    _number(self, 'low', 0.0, 1.0)
+    _number(self, 'high', 0.0)
+
+
+@dataclass(frozen=True)
+class CISPO:
+  """sg(clip(ρ, 1 − low, 1 + high)) · A · log π: no token loses its gradient (2506.13585)."""
+
+  low: float = 1.0
+  high: float = 0.2
+
+  def __post_init__(self) -> None:
+    _number(self, 'low', 0.0, 1.0)
+    _number(self, 'high', 0.0)
+
+
+Surrogate = PolicyGradient | PPOClip | DualClip | GSPO | CISPO
+
+
+# How the terms of tokens become one number.
+
+
+@dataclass(frozen=True)
+class TokenMean:
+  """Σ over tokens / tokens of the batch (2503.14476)."""
+
+
+@dataclass(frozen=True)
+class SequenceMeanTokenSum:
+  """Mean over responses of the sum over their tokens (2505.23585)."""
+
+
+@dataclass(frozen=True)
+class SequenceMeanTokenMean:
+  """Mean over responses of the mean over their tokens (2402.03300)."""
+
+
+@dataclass(frozen=True)
+class ConstantDivisor:
+  """Mean over responses of the sum over their tokens / num_tokens (2503.20783)."""
+
+  num_tokens: int
+
+  def __post_init__(self) -> None:
+    _integer(self, 'num_tokens', 1)
+
+
+Aggregation = TokenMean | SequenceMeanTokenSum | SequenceMeanTokenMean | ConstantDivisor
+
+
+# What weighs responses that another policy than the one being updated has drawn.
+
+
+@dataclass(frozen=True)
+class NoCorrection:
+  """Sampler and trainer are taken to be one policy."""
+
+
+@dataclass(frozen=True)
+class TokenTIS:
+  """Truncated importance sampling: each token's term times min(π_train / π_sampler, cap)."""
+
+  cap: float = 2.0
+
+  def __post_init__(self) -> None:
+    _number(self, 'cap', 1.0)
+
+
+@dataclass(frozen=True)
+class SequenceTIS:
+  """Each response's terms times min(Π π_train / π_sampler, cap)."""
+
+  cap: float = 2.0
+
+  def __post_init__(self) -> None:
+    _number(self, 'cap', 1.0)
+
+
+@dataclass(frozen=True)
+class Rejection:
+  """Responses whose mean ratio exp(mean log π_train / π_sampler) lies outside are left out."""
+
+  low: float = 0.5
+  high: float = 2.0
+
+  def __post_init__(self) -> None:
+    _number(self, 'low', 0.0, 1.0)
+    _number(self, 'high', 1.0)
+
+
+Correction = NoCorrection | TokenTIS | SequenceTIS | Rejection
+
+
+# How the policy is held near the one it started from.
+
+KLEstimator = Literal['k1', 'k2', 'k3']
+
+
+@dataclass(frozen=True)
+class NoKL:
+  """The distance to the start policy is measured, not punished."""
+
+
+@dataclass(frozen=True)
+class KLInLoss:
+  """coef · KL added to the loss."""
+
+  coef: float
+  estimator: KLEstimator = 'k3'
+
+  def __post_init__(self) -> None:
+    _number(self, 'coef', 0.0)
+    _choice(self, 'estimator', KLEstimator)
+
+
+@dataclass(frozen=True)
+class KLInReward:
+  """coef · KL taken from the reward of each token."""
+
+  coef: float
+  estimator: KLEstimator = 'k1'
+
+  def __post_init__(self) -> None:
+    _number(self, 'coef', 0.0)
+    _choice(self, 'estimator', KLEstimator)
+
+
+KL = NoKL | KLInLoss | KLInReward
+
+
+# What a response's length is worth.
+
+
+@dataclass(frozen=True)
+class NoShaping:
+  """The verifier's reward alone."""
+
+
+@dataclass(frozen=True)
+class Overlong:
+  """DAPO's penalty: falls from 0 to −1 over the last `buffer_tokens` of `max_tokens`
+  (2503.14476)."""
+
+  max_tokens: int
+  buffer_tokens: int
+
+  def __post_init__(self) -> None:
+    _integer(self, 'max_tokens', 1)
+    _integer(self, 'buffer_tokens', 1, self.max_tokens)
+
+
+@dataclass(frozen=True)
+class ShortRL:
+  """Short-RL's length reward (specs/short_rl.md): for correct responses only, a slack of
+  `slack_tokens` above the shortest, and only while the batch's accuracy is within
+  `slack_accuracy` of the best so far.
+
+  ema: 0 takes the running maximum of the accuracy, as the code does; a number in (0, 1) its
+  exponential average with that decay, which depends less on the batch's size.
+  weight: of the length reward, whose own range is [−0.5, 0.5].
+  """
+
+  slack_tokens: int = 200
+  slack_accuracy: float = 0.05
+  ema: float = 0.0
+  weight: float = 1.0
+
+  def __post_init__(self) -> None:
+    _integer(self, 'slack_tokens', 0)
+    _number(self, 'slack_accuracy', 0.0, 1.0)
+    _number(self, 'ema', 0.0, 1.0)
+    _number(self, 'weight', 0.0)
+
+
+@dataclass(frozen=True)
+class Kimi:
+  """Kimi k1.5's length reward (2501.12599): over all responses, without gates."""
+
+  weight: float = 1.0
+
+  def __post_init__(self) -> None:
+    _number(self, 'weight', 0.0)
+
+
+Shaping = NoShaping | Overlong | ShortRL | Kimi
+
+
+@dataclass(frozen=True)
+class Algorithm:
+  """From rewards to an update, as a choice of each part.
+
+  entropy_coef: times the mean entropy is added to the objective.
+  minibatches: updates a rollout batch is split into; epochs: passes over it. 1 and 1 is the
+  exact on-policy setting, in which every clip is inert.
+  """
+
+  advantage: Advantage = field(default_factory=OPO)
+  surrogate: Surrogate = field(default_factory=PolicyGradient)
+  aggregation: Aggregation = field(default_factory=SequenceMeanTokenSum)
+  correction: Correction = field(default_factory=NoCorrection)
+  kl: KL = field(default_factory=NoKL)
+  shaping: Shaping = field(default_factory=NoShaping)
+  entropy_coef: float = 0.0
+  minibatches: int = 1
+  epochs: int = 1
+
+  def __post_init__(self) -> None:
+    _instance(self, 'advantage', *get_args(Advantage))
+    _instance(self, 'surrogate', *get_args(Surrogate))
+    _instance(self, 'aggregation', *get_args(Aggregation))
+    _instance(self, 'correction', *get_args(Correction))
+    _instance(self, 'kl', *get_args(KL))
+    _instance(self, 'shaping', *get_args(Shaping))
+    _number(self, 'entropy_coef', 0.0)
+    _integer(self, 'minibatches', 1)
+    _integer(self, 'epochs', 1)
+    if self.updates > 1 and self.surrogate == PolicyGradient():
+      raise UserError(f'Algorithm makes {self.updates} updates of one rollout batch '
+                      '(minibatches × epochs): choose a surrogate with a ratio, such as '
+                      '@cfg.PPOClip(), or set both to 1.')
+
+  @property
+  def updates(self) -> int:
+    """Optimiser steps of one rollout batch."""
+    return self.minibatches * self.epochs
+
+
+# --- Rollouts ---------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -489,12 +819,94 @@ class Sampler:
 
 
 @dataclass(frozen=True)
+class OnPolicy:
+  """Each batch is drawn by the very parameters that it updates."""
+
+
+@dataclass(frozen=True)
+class OneStepOff:
+  """Each batch is drawn while the one before is verified: by parameters one step older.
+
+  Needs a correction.
+  """
+
+
+Mode = OnPolicy | OneStepOff
+
+
+@dataclass(frozen=True)
+class AllGroups:
+  """Every group drawn is learned from."""
+
+
+@dataclass(frozen=True)
+class DynamicSampling:
+  """From step `from_step` on, draws again until all groups have right and wrong responses, at
+  most `max_rounds` times a step (2503.14476); what is still missing then stays uninformative.
+  """
+
+  from_step: int = 0
+  max_rounds: int = 4
+
+  def __post_init__(self) -> None:
+    _integer(self, 'from_step', 0)
+    _integer(self, 'max_rounds', 1)
+
+
+Selection = AllGroups | DynamicSampling
+
+
+@dataclass(frozen=True)
+class Rollouts:
+  """What a step draws: num_prompts groups of group_size responses.
+
+  prompt_len, response_tokens: most tokens of a prompt and of a response.
+  dump_every: steps between rollouts kept in the work directory, for replay; 0 keeps none.
+  """
+
+  num_prompts: int = 32
+  group_size: int = 8
+  prompt_len: int = 64
+  response_tokens: int = 1
+  sampler: Sampler = field(default_factory=Sampler)
+  mode: Mode = field(default_factory=OnPolicy)
+  selection: Selection = field(default_factory=AllGroups)
+  dump_every: int = 0
+
+  def __post_init__(self) -> None:
+    for name in ('num_prompts', 'group_size', 'prompt_len', 'response_tokens'):
+      _integer(self, name, 1)
+    _instance(self, 'sampler', Sampler)
+    _instance(self, 'mode', *get_args(Mode))
+    _instance(self, 'selection', *get_args(Selection))
+    _integer(self, 'dump_every', 0)
+    if self.mode == OneStepOff() and self.selection != AllGroups():
+      raise UserError('Rollouts.selection = @cfg.DynamicSampling() draws until it has what it '
+                      'needs, which @cfg.OneStepOff() cannot foresee: choose @cfg.OnPolicy().')
+
+
+def _check_method(name: str, rollouts: Rollouts, algorithm: Algorithm) -> None:
+  """What rollouts and algorithm of one method ask of each other."""
+  if rollouts.group_size == 1 and isinstance(algorithm.advantage, GROUPED):
+    raise UserError(f'Rollouts.group_size = 1, but {type(algorithm.advantage).__name__} compares '
+                    'the responses of a group: set it to at least 2.')
+  if rollouts.num_prompts % algorithm.minibatches:
+    raise UserError(f'Algorithm.minibatches = {algorithm.minibatches} does not divide '
+                    f'Rollouts.num_prompts = {rollouts.num_prompts}: change one of them.')
+  if rollouts.mode == OneStepOff() and algorithm.correction == NoCorrection():
+    raise UserError(f'{name} draws one step off-policy: choose an Algorithm.correction, such as '
+                    '@cfg.TokenTIS(), or Rollouts.mode = @cfg.OnPolicy().')
+
+
+# --- Objectives of reinforcement learning -------------------------------------------
+
+
+@dataclass(frozen=True)
 class RPT:
   """Reinforcement Pre-Training (2506.08007): reward a correct prediction of what comes next.
 
   start_from: work directory (or checkpoint) of the pretrained policy; its frozen
   copy is also the proxy whose entropy chooses positions.
-  prompt_len: context tokens of a prompt; prediction_tokens: most tokens predicted.
   min_entropy: positions whose proxy entropy (nats, over its 16 likeliest tokens,
   renormalised) is below are dropped; difficulty: nested thresholds (nats) of the
   easy, medium and hard evaluation splits; scored_examples: packed examples of each split
@@ -502,12 +914,8 @@ class RPT:
   """
 
   start_from: str
-  advantage: Advantage = field(default_factory=OPO)
-  sampler: Sampler = field(default_factory=Sampler)
-  num_prompts: int = 32
-  group_size: int = 8
-  prompt_len: int = 64
-  prediction_tokens: int = 1
+  rollouts: Rollouts = field(default_factory=Rollouts)
+  algorithm: Algorithm = field(default_factory=Algorithm)
   min_entropy: float = 0.5
   difficulty: tuple[float, float, float] = (0.5, 1.0, 1.5)
   scored_examples: int = 1024
@@ -515,12 +923,9 @@ class RPT:
 
   def __post_init__(self) -> None:
     _text(self, 'start_from')
-    _instance(self, 'advantage', *get_args(Advantage))
-    _instance(self, 'sampler', Sampler)
-    _integer(self, 'num_prompts', 1)
-    _integer(self, 'group_size', 2)
-    _integer(self, 'prompt_len', 1)
-    _integer(self, 'prediction_tokens', 1)
+    _instance(self, 'rollouts', Rollouts)
+    _instance(self, 'algorithm', Algorithm)
+    _check_method('RPT', self.rollouts, self.algorithm)
     _number(self, 'min_entropy', 0.0)
     _integer(self, 'scored_examples', 1)
     _integer(self, 'eval_positions', 1)

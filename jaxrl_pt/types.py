@@ -56,6 +56,8 @@ class Verdict:
 
   reward: Array  # f32[N, G]
   valid: Array  # f32[N, G]
+  correct: Array  # f32[N, G] 1 where the answer is right, whatever it earns
+  parts: dict[str, Array] = struct.field(default_factory=dict)  # f32[N, G] each; logged apart
 
 
 @struct.dataclass
@@ -94,7 +96,7 @@ class Weighted:
 class TrainState:
   """The whole of training, as one checkpointed tree."""
 
-  step: Array  # i32[] optimiser steps taken
+  step: Array  # i32[] steps of the loop taken; each is one optimiser step unless RL makes more
   params: Params
   opt_state: Any
-  method: Any  # state of the method: {} for next-token prediction
+  method: Any  # state of the method, such as a gate or a value head: {} where it has none

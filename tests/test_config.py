@@ -38,8 +38,17 @@ VALID: dict[type, dict[str, Any]] = {
     cfg.TwoStage: {'peak': 1e-3, 'second_peak': 5e-4},
     cfg.AdamW: {'schedule': cfg.Constant(1e-3)},
     cfg.NextToken: {},
-    cfg.GRPO: {},
-    cfg.OPO: {},
+    **{kind: {} for kind in (
+        cfg.GRPO, cfg.DrGRPO, cfg.RLOO, cfg.OPO, cfg.OPOLeaveOneOut, cfg.OPOBatch,
+        cfg.ReinforcePlusPlus, cfg.ReinforcePlusPlusBaseline, cfg.GAE, cfg.PolicyGradient,
+        cfg.PPOClip, cfg.DualClip, cfg.GSPO, cfg.CISPO, cfg.TokenMean, cfg.SequenceMeanTokenSum,
+        cfg.SequenceMeanTokenMean, cfg.NoCorrection, cfg.TokenTIS, cfg.SequenceTIS, cfg.Rejection,
+        cfg.NoKL, cfg.NoShaping, cfg.ShortRL, cfg.Kimi, cfg.Algorithm, cfg.OnPolicy,
+        cfg.OneStepOff, cfg.AllGroups, cfg.DynamicSampling, cfg.Rollouts)},
+    cfg.ConstantDivisor: {'num_tokens': 8},
+    cfg.KLInLoss: {'coef': 0.1},
+    cfg.KLInReward: {'coef': 0.1},
+    cfg.Overlong: {'max_tokens': 8, 'buffer_tokens': 4},
     cfg.Sampler: {},
     cfg.RPT: {'start_from': 'a'},
     cfg.Train: {'num_steps': 4, 'batch_size': 2},
@@ -110,12 +119,40 @@ REFUSED: list[tuple[type, str, list[Any], str]] = [
     (cfg.Sampler, 'top_k', [-1, 0.5], 'a whole number of at least 0'),
     (cfg.Sampler, 'top_p', [-0.1, 0, 1.1], 'a number'),
     (cfg.RPT, 'start_from', ['', None], 'a non-empty string'),
-    (cfg.RPT, 'advantage', ['opo', None], 'one of @cfg.GRPO(), @cfg.OPO()'),
-    (cfg.RPT, 'sampler', [None], 'one of @cfg.Sampler()'),
-    (cfg.RPT, 'group_size', [1, 2.0], 'at least 2'),
-    *((cfg.RPT, name, [0, 1.5], 'at least 1')
-      for name in ('num_prompts', 'prompt_len', 'prediction_tokens', 'eval_positions',
-                   'scored_examples')),
+    (cfg.RPT, 'rollouts', [None], 'one of @cfg.Rollouts()'),
+    (cfg.RPT, 'algorithm', [None, cfg.OPO()], 'one of @cfg.Algorithm()'),
+    *((cfg.RPT, name, [0, 1.5], 'at least 1') for name in ('eval_positions', 'scored_examples')),
+    *((t, 'gamma', [-0.1, 1.1, None], 'a number from 0 to 1')
+      for t in (cfg.ReinforcePlusPlus, cfg.GAE)),
+    (cfg.GAE, 'lam', [-0.1, 1.1], 'a number from 0 to 1'),
+    (cfg.GAE, 'value_lr', [-0.1, NAN], 'a number of at least 0'),
+    *((t, 'low', [-0.1, 1.1, None], 'a number from 0 to 1')
+      for t in (cfg.PPOClip, cfg.DualClip, cfg.GSPO, cfg.CISPO, cfg.Rejection)),
+    *((t, 'high', [-0.1, NAN], 'a number of at least 0')
+      for t in (cfg.PPOClip, cfg.DualClip, cfg.GSPO, cfg.CISPO)),
+    (cfg.DualClip, 'bound', [0.5, None], 'a number of at least 1'),
+    (cfg.ConstantDivisor, 'num_tokens', [0, 1.5], 'at least 1'),
+    *((t, 'cap', [0.5, NAN], 'a number of at least 1') for t in (cfg.TokenTIS, cfg.SequenceTIS)),
+    (cfg.Rejection, 'high', [0.5, NAN], 'a number of at least 1'),
+    *((t, 'coef', [-0.1, None], 'a number of at least 0') for t in (cfg.KLInLoss, cfg.KLInReward)),
+    *((t, 'estimator', ['k4', None], "one of 'k1', 'k2', 'k3'")
+      for t in (cfg.KLInLoss, cfg.KLInReward)),
+    (cfg.Overlong, 'max_tokens', [0, 1.5], 'at least 1'),
+    (cfg.Overlong, 'buffer_tokens', [0, 9], 'a whole number from 1 to 8'),
+    (cfg.ShortRL, 'slack_tokens', [-1, 0.5], 'at least 0'),
+    *((cfg.ShortRL, name, [-0.1, 1.1], 'a number from 0 to 1')
+      for name in ('slack_accuracy', 'ema')),
+    *((t, 'weight', [-0.1, NAN], 'a number of at least 0') for t in (cfg.ShortRL, cfg.Kimi)),
+    *((cfg.Algorithm, name, [None, 'x'], '@cfg.') for name in (
+        'advantage', 'surrogate', 'aggregation', 'correction', 'kl', 'shaping')),
+    (cfg.Algorithm, 'entropy_coef', [-0.1, NAN], 'a number of at least 0'),
+    *((cfg.Algorithm, name, [0, 1.5], 'at least 1') for name in ('minibatches', 'epochs')),
+    (cfg.DynamicSampling, 'from_step', [-1, 0.5], 'at least 0'),
+    (cfg.DynamicSampling, 'max_rounds', [0, 0.5], 'at least 1'),
+    *((cfg.Rollouts, name, [0, 1.5], 'at least 1')
+      for name in ('num_prompts', 'group_size', 'prompt_len', 'response_tokens')),
+    *((cfg.Rollouts, name, [None, 'x'], '@cfg.') for name in ('sampler', 'mode', 'selection')),
+    (cfg.Rollouts, 'dump_every', [-1, 0.5], 'at least 0'),
     (cfg.RPT, 'min_entropy', [-1, NAN], 'a number of at least 0'),
     (cfg.RPT, 'difficulty', [3, (1, 2), (2, 1, 3), (0.1, '1', 2), None], '3 numbers that rise'),
     *((cfg.Train, name, [0, -1, 1.5, None], 'at least 1')
@@ -165,6 +202,12 @@ def test_every_field_has_a_row():
     (lambda: cfg.Data(**DATA, validation_glob='a'), 'goes with a source of files'),
     (lambda: cfg.Train(4, batch_size=6, accumulation=4), 'Train.batch_size = 6 is not a multiple'),
     (lambda: cfg.Run(**{**RUN, 'objective': cfg.NextToken(0.5)}), "Quant.weights = 'ternary'"),
+    (lambda: cfg.Algorithm(epochs=2), 'choose a surrogate with a ratio'),
+    (lambda: cfg.Rollouts(mode=cfg.OneStepOff(), selection=cfg.DynamicSampling()), 'OnPolicy'),
+    (lambda: cfg.RPT('a', cfg.Rollouts(group_size=1)), 'OPO compares the responses of a group'),
+    (lambda: cfg.RPT('a', cfg.Rollouts(), cfg.Algorithm(surrogate=cfg.PPOClip(), minibatches=3)),
+     'Algorithm.minibatches = 3 does not divide'),
+    (lambda: cfg.RPT('a', cfg.Rollouts(mode=cfg.OneStepOff())), 'choose an Algorithm.correction'),
 ])
 def test_refused_together(make, expected):
   with pytest.raises(UserError) as caught:

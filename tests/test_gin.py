@@ -86,7 +86,7 @@ def test_cluster_files_only_shape_the_mesh(name):
 def test_grpo_file_chooses_the_advantage():
   files = (str(ROOT / 'gin/run/rpt_tiny.gin'), 'gin/method/grpo.gin')
   run, _ = gin_bindings.load(files, ())
-  assert isinstance(run.objective, cfg.RPT) and run.objective.advantage == cfg.GRPO()
+  assert isinstance(run.objective, cfg.RPT) and run.objective.algorithm.advantage == cfg.GRPO()
 
 
 def test_gin_folder_does_not_shadow_the_library():

@@ -96,8 +96,8 @@ def check_divides(run: cfg.Run, mesh: Mesh) -> None:
   batch = 'data × fsdp', mesh.shape['data'] * fsdp
   prompts: tuple[tuple[str, int, str, int], ...] = ()
   match run.objective:
-    case cfg.RPT(num_prompts=num_prompts):
-      prompts = (('RPT.num_prompts', num_prompts, *batch),)
+    case cfg.RPT(rollouts=rollouts):
+      prompts = (('Rollouts.num_prompts', rollouts.num_prompts, *batch),)
   for what, size, axis, parts in (
       ('Model.num_heads', model.num_heads, 'tensor', tensor),
       ('Model.num_kv_heads', model.num_kv_heads, 'tensor', tensor),

@@ -91,7 +91,7 @@ def _attempts(run: cfg.Run, devices: int) -> Iterator[list[str]]:
     case cfg.NextToken():
       yield from _pretraining_attempts(run, devices, added)
     case cfg.RPT() as rpt:
-      yield from _halved('cfg.RPT.num_prompts', rpt.num_prompts, devices, added)
+      yield from _halved('cfg.Rollouts.num_prompts', rpt.rollouts.num_prompts, devices, added)
 
 
 def _pretraining_attempts(run: cfg.Run, devices: int, added: list[str]) -> Iterator[list[str]]:

@@ -53,7 +53,7 @@ def rpt_step(run: cfg.Run, mesh: Mesh, optimizer: optax.GradientTransformation,
 
 def continuation_len(method: cfg.RPT) -> int:
   """Tokens of truth that a prompt carries along."""
-  return 4 * method.prediction_tokens
+  return 4 * method.rollouts.response_tokens
 
 
 def num_tokens(run: cfg.Run) -> int:
@@ -61,8 +61,8 @@ def num_tokens(run: cfg.Run) -> int:
   match run.objective:
     case cfg.NextToken():
       return run.train.batch_size * run.data.seq_len
-    case cfg.RPT() as rpt:
-      return rpt.num_prompts * (rpt.prompt_len + rpt.group_size * rpt.prediction_tokens)
+    case cfg.RPT(rollouts=r):
+      return r.num_prompts * (r.prompt_len + r.group_size * r.response_tokens)
 
 
 def model_flops(run: cfg.Run) -> float:
@@ -70,8 +70,8 @@ def model_flops(run: cfg.Run) -> float:
   match run.objective:
     case cfg.NextToken():
       return num_tokens(run) * metrics.flops_per_token(run.model, (run.data.seq_len + 1) / 2)
-    case cfg.RPT() as rpt:
-      forward = metrics.flops_per_token(run.model, rpt.prompt_len / 2, backward=False)
+    case cfg.RPT(rollouts=r):
+      forward = metrics.flops_per_token(run.model, r.prompt_len / 2, backward=False)
       return 4 * num_tokens(run) * forward
 
 
@@ -117,8 +117,8 @@ def _abstract_batch(run: cfg.Run, mesh: Mesh) -> Batch:
 
 def _abstract_prompts(method: cfg.RPT, mesh: Mesh) -> Prompts:
   rows = rules.row_sharding(mesh)
-  n = method.num_prompts
+  n = method.rollouts.num_prompts
   each = _abstract((n,), jnp.int32, rows)
-  return Prompts(_abstract((n, method.prompt_len), jnp.int32, rows), each, each,
+  return Prompts(_abstract((n, method.rollouts.prompt_len), jnp.int32, rows), each, each,
                  _abstract((n, continuation_len(method)), jnp.int32, rows), each,
                  _abstract((n,), jnp.float32, rows))

@@ -74,7 +74,7 @@ def train(run: cfg.Run, workdir: Path, resolved_text: str) -> None:
                             tensorboard=run.train.tensorboard, log_every=run.train.log_every)
     recorder = sessions.Recorder(
         writer, checkpointer, session.mesh,
-        metrics.flops_per_token(run.model, method.prompt_len / 2))
+        metrics.flops_per_token(run.model, method.rollouts.prompt_len / 2))
 
     with writer:
       if first == 0:
@@ -82,8 +82,8 @@ def train(run: cfg.Run, workdir: Path, resolved_text: str) -> None:
 
       # --- Train ------------------------------------------------------------------
       for step in range(first, run.train.num_steps):
-        rows = positions.take(next_token.step_rows(len(positions), method.num_prompts, run.seed,
-                                                   step))
+        rows = positions.take(next_token.step_rows(
+            len(positions), method.rollouts.num_prompts, run.seed, step))
         prompts = _prompts(session.data.train, rows, method)
         state, values = step_fn(state, session.put_rows(prompts))
         recorder.dispatched(step + 1, values, rows.example, programs.num_tokens(run))
@@ -108,7 +108,7 @@ def train(run: cfg.Run, workdir: Path, resolved_text: str) -> None:
 def _check_start(run: cfg.Run, method: cfg.RPT, start: evaluate.Policy) -> None:
   if run.train.accumulation != 1:
     raise UserError(f'Train.accumulation = {run.train.accumulation} is for pretraining only: set '
-                    'it to 1 and lower RPT.num_prompts if memory is short.')
+                    'it to 1 and lower Rollouts.num_prompts if memory is short.')
   ours, theirs = dataclasses.asdict(run.model), dataclasses.asdict(start.model.config)
   for name, value in ours.items():
     if value != theirs[name]:
@@ -142,12 +142,13 @@ def _choose_positions(
     for batch in _spread(packed, session.run.train.batch_size, method.scored_examples):
       values = np.asarray(entropy(params, session.put_global(batch)))
       parts.append(next_token.select_positions(values, batch, min_entropy=minimum,
-                                               min_context=min(8, method.prompt_len),
+                                               min_context=min(8, method.rollouts.prompt_len),
                                                predictable=predictable))
     return next_token.concatenate(parts)
 
   key = next_token.table_key(params, split=split, min_entropy=minimum, digest=packed.digest,
-                             prompt_len=method.prompt_len, examples=method.scored_examples)
+                             prompt_len=method.rollouts.prompt_len,
+                             examples=method.scored_examples)
   positions = next_token.load_or_score(session.workdir / f'positions-{split}.npz', key, score)
   if len(positions) == 0:
     raise UserError(f'No position of the {split} split has an entropy of {minimum:g} nats: lower '
@@ -171,7 +172,7 @@ def _prompts(packed: loader.Packed, rows: next_token.Positions, method: cfg.RPT)
   """Prompts of these positions. The truth is four times as many tokens as the prediction may
   have; a right prediction that the truth spells in still more tokens counts as wrong."""
   examples = packed.batch(np.unique(rows.example))
-  return next_token.build_prompts(examples, rows, prompt_len=method.prompt_len,
+  return next_token.build_prompts(examples, rows, prompt_len=method.rollouts.prompt_len,
                                   num_continuation=programs.continuation_len(method))
 
 
@@ -187,7 +188,7 @@ def _make_scorer(session: sessions.Session, method: cfg.RPT, model: Model,
       model, params, prompts, key, table, method=method, num_samples=EVALUATION_SAMPLES,
       stop_id=stop_id))
   rows = _prompts(session.data.validation, held_out, method)
-  size = 4 * method.num_prompts
+  size = 4 * method.rollouts.num_prompts
   total = -(-len(held_out) // size) * size
   rows = next_token.pad_prompts(rows, total)
   batches = [session.put_rows(jax.tree.map(lambda x, i=i: x[i:i + size], rows))

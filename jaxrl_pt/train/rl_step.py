@@ -64,17 +64,17 @@ def make_rpt_step(model: Model, optimizer: optax.GradientTransformation, run: cf
   def step(state: TrainState, prompts: Prompts) -> tuple[TrainState, dict[str, Weighted]]:
     key = jax.random.fold_in(jax.random.key(run.seed), state.step)
     rollout = decode.generate(
-        model, state.params, prompts, key, sampler=method.sampler,
-        num_samples=method.group_size, num_tokens=method.prediction_tokens, stop_id=stop_id,
-        version=state.step)
+        model, state.params, prompts, key, sampler=method.rollouts.sampler,
+        num_samples=method.rollouts.group_size,
+        num_tokens=method.rollouts.response_tokens, stop_id=stop_id, version=state.step)
     verdict = verify(prompts, rollout)
-    advantage_NG = group_advantage(method.advantage, rollout, verdict)
+    advantage_NG = group_advantage(method.algorithm.advantage, rollout, verdict)
     mask = rollout.mask * verdict.valid[..., None]
     trajectory = Trajectory(prompts, dataclasses.replace(rollout, mask=mask),
                             jnp.broadcast_to(advantage_NG[..., None], mask.shape))
 
     def loss(params: Params) -> tuple[Array, TokenScores]:
-      return rpt_loss(model, params, trajectory, method.sampler, run.compute.loss_chunk)
+      return rpt_loss(model, params, trajectory, method.rollouts.sampler, run.compute.loss_chunk)
 
     (value, scores), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
     grad_norm = optim.global_norm(grads)
@@ -115,7 +115,7 @@ def _rollout_metrics(rollout: Rollout, verdict: Verdict, advantage_NG: Array,
   mask = rollout.mask * verdict.valid[..., None]
   return {
       'reward': Weighted.of(verdict.reward, verdict.valid),
-      'accuracy': Weighted.of((verdict.reward == 1).astype(jnp.float32), verdict.valid),
+      'accuracy': Weighted.of(verdict.correct, verdict.valid),
       'gap': objectives.trainer_sampler_gap(scores.logp, rollout.logp, mask),
       'entropy': Weighted.of(scores.entropy, mask),
       'zero_advantage_groups': objectives.zero_advantage_groups(advantage_NG, verdict.valid),
@@ -175,10 +175,10 @@ def next_token_accuracy(model: Model, params: Params, prompts: Prompts, key: Arr
   """
   verify = verifier.device_verifier(table)
   results = {}
-  for name, sampler, samples in (('sampled', method.sampler, num_samples),
+  for name, sampler, samples in (('sampled', method.rollouts.sampler, num_samples),
                                  ('argmax', cfg.Sampler(temperature=0.0), 1)):
     rollout = decode.generate(model, params, prompts, key, sampler=sampler, num_samples=samples,
-                              num_tokens=method.prediction_tokens, stop_id=stop_id)
+                              num_tokens=method.rollouts.response_tokens, stop_id=stop_id)
     reward = verify(prompts, rollout).reward
     for split, threshold in zip(('easy', 'medium', 'hard'), method.difficulty, strict=True):
       counted = (prompts.entropy > threshold) & (prompts.continuation_lengths > 0)

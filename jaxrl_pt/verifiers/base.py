@@ -38,5 +38,5 @@ def verdict(outcomes: Sequence[Sequence[Outcome]]) -> Verdict:
   reward = [[outcome is Outcome.CORRECT for outcome in group] for group in outcomes]
   unjudged = (Outcome.TIMEOUT, Outcome.CRASH)
   valid = [[outcome not in unjudged for outcome in group] for group in outcomes]
-  return Verdict(jnp.asarray(np.array(reward), jnp.float32),
-                 jnp.asarray(np.array(valid), jnp.float32))
+  correct = jnp.asarray(np.array(reward), jnp.float32)
+  return Verdict(correct, jnp.asarray(np.array(valid), jnp.float32), correct)

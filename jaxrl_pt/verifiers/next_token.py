@@ -137,6 +137,6 @@ def device_verifier(table: TokenBytes) -> DeviceVerifier:
   def verify(prompts: Prompts, rollout: Rollout) -> Verdict:
     reward = prefix_match_arrays(table, rollout.tokens, rollout.mask, prompts.continuation,
                                  prompts.continuation_lengths)
-    return Verdict(reward, jnp.ones_like(reward))
+    return Verdict(reward, jnp.ones_like(reward), reward)
 
   return verify

@@ -53,10 +53,11 @@ cfg.Checkpoint.every = 10
 RPT = PRETRAIN.replace('cfg.Run.objective = @cfg.NextToken()', """
 cfg.Run.objective = @cfg.RPT()
 cfg.RPT.start_from = '{start_from}'
-cfg.RPT.num_prompts = 16
-cfg.RPT.group_size = 8
-cfg.RPT.prompt_len = 16
-cfg.RPT.prediction_tokens = 1
+cfg.RPT.rollouts = @cfg.Rollouts()
+cfg.Rollouts.num_prompts = 16
+cfg.Rollouts.group_size = 8
+cfg.Rollouts.prompt_len = 16
+cfg.Rollouts.response_tokens = 1
 cfg.RPT.scored_examples = 32
 cfg.RPT.eval_positions = 64
 """).replace('cfg.Cosine.peak = 0.01', 'cfg.Cosine.peak = 0.002')

@@ -94,7 +94,7 @@ def test_the_search_halves_a_batch_that_cannot_be_accumulated():
   run = compiling.load(['gin/run/rpt_tiny.gin'], [])
   attempts = list(search._attempts(run, 4))
   assert [a[-1] for a in attempts[1:]] == [
-      f'cfg.RPT.num_prompts = {n}' for n in (16, 8, 4)]
+      f'cfg.Rollouts.num_prompts = {n}' for n in (16, 8, 4)]
 
 
 def test_the_search_returns_the_first_that_fits(monkeypatch):

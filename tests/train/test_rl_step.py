@@ -107,16 +107,17 @@ def test_the_method_chooses_the_advantage():
   reward, valid = jnp.array([[1.0, 0.0, 1.0]]), jnp.array([[1.0, 1.0, 0.0]])
   mask = jnp.array([[[1.0, 1, 1], [1, 0, 0], [1, 1, 0]]])
   rollout = Rollout(jnp.zeros(mask.shape, jnp.int32), mask, mask, jnp.zeros((), jnp.int32))
-  opo = rl_step.group_advantage(cfg.OPO(), rollout, Verdict(reward, valid))
+  opo = rl_step.group_advantage(cfg.OPO(), rollout, Verdict(reward, valid, reward))
   np.testing.assert_allclose(opo, [[0.25, -0.75, 0]], rtol=1e-6)
-  grpo = rl_step.group_advantage(cfg.GRPO(), rollout, Verdict(reward, valid))
+  grpo = rl_step.group_advantage(cfg.GRPO(), rollout, Verdict(reward, valid, reward))
   np.testing.assert_array_equal(grpo, advantages.group_normalised(reward, valid))
 
 
 # --- The whole step -------------------------------------------------------------
 
-METHOD = cfg.RPT(start_from='unused', advantage=cfg.OPO(), sampler=cfg.Sampler(0.9, top_k=12),
-                 num_prompts=4, group_size=16, prompt_len=6, prediction_tokens=2)
+METHOD = cfg.RPT('unused', rollouts=cfg.Rollouts(
+    num_prompts=4, group_size=16, prompt_len=6, response_tokens=2,
+    sampler=cfg.Sampler(0.9, top_k=12)))
 
 
 @functools.cache
