@@ -55,6 +55,16 @@ def _rising(owner: Any, name: str, length: int) -> None:
   object.__setattr__(owner, name, tuple(value))
 
 
+def _token_ids(owner: Any, name: str) -> None:
+  """Also turns a list, as gin files write one, into the tuple that can be hashed."""
+  value = getattr(owner, name)
+  is_ids = isinstance(value, (list, tuple)) and all(
+      isinstance(x, int) and not isinstance(x, bool) and x >= 0 for x in value)
+  if not is_ids:
+    _fail(owner, name, 'a list of token ids')
+  object.__setattr__(owner, name, tuple(value))
+
+
 def _choice(owner: Any, name: str, literal: Any) -> None:
   options = get_args(literal)
   if getattr(owner, name) not in options:
@@ -804,18 +814,25 @@ class Algorithm:
 
 @dataclass(frozen=True)
 class Sampler:
-  """How responses are drawn. top_k = 0 and top_p = 1 filter nothing."""
+  """How responses are drawn. top_k = 0, top_p = 1 and min_p = 0 filter nothing.
+
+  min_p drops tokens less likely than min_p times the likeliest; banned tokens are never drawn.
+  """
 
   temperature: float = 1.0
   top_k: int = 0
   top_p: float = 1.0
+  min_p: float = 0.0
+  banned: tuple[int, ...] = ()
 
   def __post_init__(self) -> None:
     _number(self, 'temperature', 0.0)
     _integer(self, 'top_k', 0)
     _number(self, 'top_p', 0.0, 1.0)
+    _number(self, 'min_p', 0.0, 1.0)
     if self.top_p == 0:
       _fail(self, 'top_p', 'a number above 0')
+    _token_ids(self, 'banned')
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,16 @@
 """From a model's logits to the distribution that tokens are drawn from.
 
-Temperature, then top-k, then top-p, as settings of `config.Sampler`. The learner uses
-the same functions, so that sampler and trainer speak of the same distribution.
+Banned tokens, temperature, then top-k, top-p and min-p, as settings of `config.Sampler`. The
+learner uses the same functions, so that sampler and trainer speak of the same distribution.
+`RowSamplers` has the settings as arrays, one row each, for batches of unlike requests.
 """
 
+from collections.abc import Sequence
+
+from flax import struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxrl_pt.config import Sampler
 from jaxrl_pt.types import Array
@@ -22,12 +27,13 @@ def filtered_logits(logits: Array, sampler: Sampler) -> Array:
   Args:
     logits: f[..., V].
     sampler: top_k keeps the k largest and what ties with the k-th; top_p keeps, of what is
-      left, the smallest set of likeliest tokens whose mass reaches p, and its ties.
+      left, the smallest set of likeliest tokens whose mass reaches p, and its ties; min_p
+      keeps what is at least min_p times as likely as the likeliest.
 
   Returns:
     f32[..., V].
 
-  Source: nucleus sampling 1904.09751.
+  Source: nucleus sampling 1904.09751; min-p 2407.01082.
   """
   scaled = _scaled(logits, sampler)
   return jnp.where(_support(scaled, sampler), scaled, MASKED)
@@ -48,14 +54,20 @@ def learner_logits(logits: Array, tokens: Array, sampler: Sampler) -> Array:
     f32[..., V].
   """
   scaled = _scaled(logits, sampler)
-  if sampler.temperature > 0 and sampler.top_k == 0 and sampler.top_p == 1:
+  if _filters_nothing(sampler):
     return scaled
   drawn = jnp.arange(logits.shape[-1]) == tokens[..., None]
   return jnp.where(_support(scaled, sampler) | drawn, scaled, MASKED)
 
 
+def _filters_nothing(sampler: Sampler) -> bool:
+  return sampler == Sampler(temperature=sampler.temperature) and sampler.temperature > 0
+
+
 def _scaled(logits: Array, sampler: Sampler) -> Array:
   logits = logits.astype(jnp.float32)
+  if sampler.banned:
+    logits = logits.at[..., jnp.array(sampler.banned)].set(MASKED, mode='drop')
   return logits / sampler.temperature if sampler.temperature > 0 else logits
 
 
@@ -65,13 +77,81 @@ def _support(scaled: Array, sampler: Sampler) -> Array:
   vocab_size = scaled.shape[-1]
   if sampler.temperature == 0:
     return jnp.arange(vocab_size) == scaled.argmax(-1, keepdims=True)
-  keep = jnp.ones(scaled.shape, bool)
+  keep = scaled > MASKED / 2
   if 0 < sampler.top_k < vocab_size:
-    keep = scaled >= jax.lax.top_k(scaled, sampler.top_k)[0][..., -1:]
+    keep &= scaled >= jax.lax.top_k(scaled, sampler.top_k)[0][..., -1:]
   if sampler.top_p < 1:
     probabilities = jax.nn.softmax(jnp.where(keep, scaled, MASKED), -1)
     descending = jnp.sort(probabilities, -1, descending=True)
-    mass_before = jnp.cumsum(descending, -1) - descending
-    least = jnp.where(mass_before < sampler.top_p, descending, 1.0).min(-1, keepdims=True)
-    keep &= probabilities >= least
+    keep &= probabilities >= _least_of_nucleus(descending, sampler.top_p)
+  if sampler.min_p > 0:
+    keep &= scaled >= scaled.max(-1, keepdims=True) + np.log(sampler.min_p)
   return keep
+
+
+def _least_of_nucleus(descending: Array, top_p: Array | float) -> Array:
+  """f32[..., 1]: the smallest probability in the nucleus."""
+  mass_before = jnp.cumsum(descending, -1) - descending
+  return jnp.where(mass_before < top_p, descending, 1.0).min(-1, keepdims=True)
+
+
+# --- A sampler for each row -----------------------------------------------------------
+
+
+@struct.dataclass
+class RowSamplers:
+  """Settings of `Sampler`, one row each."""
+
+  temperature: Array  # f32[B]
+  top_k: Array  # i32[B]; V where nothing is filtered
+  top_p: Array  # f32[B]
+  min_p: Array  # f32[B]
+  banned: Array  # i32[B, M]; V fills up
+
+  @classmethod
+  def of(cls, samplers: Sequence[Sampler], vocab_size: int, num_banned: int) -> 'RowSamplers':
+    """NumPy rows of these samplers, each with at most `num_banned` banned tokens."""
+    banned = np.full((len(samplers), num_banned), vocab_size, np.int32)
+    for row, sampler in zip(banned, samplers, strict=True):
+      row[:len(sampler.banned)] = sampler.banned
+    column = lambda name, dtype: np.array([getattr(s, name) for s in samplers], dtype)
+    top_k = column('top_k', np.int32)
+    return cls(column('temperature', np.float32),  # type: ignore[arg-type]  # NumPy for now.
+               np.where(top_k == 0, vocab_size, np.minimum(top_k, vocab_size)),
+               column('top_p', np.float32), column('min_p', np.float32), banned)
+
+
+def filtered_rows(logits_BV: Array, rows: RowSamplers) -> Array:
+  """`filtered_logits` with a sampler for each row; sorts only if some row filters.
+
+  Args:
+    logits_BV: f[B, V].
+    rows: B samplers.
+
+  Returns:
+    f32[B, V].
+  """
+  vocab_size = logits_BV.shape[-1]
+  row = jnp.arange(logits_BV.shape[0])[:, None]
+  logits = logits_BV.astype(jnp.float32).at[row, rows.banned].set(MASKED, mode='drop')
+  greedy = rows.temperature[:, None] == 0
+  scaled = logits / jnp.where(greedy, 1.0, rows.temperature[:, None])
+  allowed = scaled > MASKED / 2
+
+  def filtered() -> Array:
+    # One order serves both filters: the k likeliest, then their nucleus.
+    descending = jnp.sort(scaled, -1, descending=True)
+    kth = jnp.take_along_axis(descending, rows.top_k[:, None] - 1, -1)
+    keep = allowed & (scaled >= kth)
+    probabilities = jax.nn.softmax(jnp.where(keep, scaled, MASKED), -1)
+    by_size = jax.nn.softmax(jnp.where(descending >= kth, descending, MASKED), -1)
+    nucleus = probabilities >= _least_of_nucleus(by_size, rows.top_p[:, None])
+    keep &= nucleus | (rows.top_p[:, None] >= 1)
+    likeliest = scaled.max(-1, keepdims=True)
+    return keep & ((scaled >= likeliest + jnp.log(rows.min_p[:, None]))
+                   | (rows.min_p[:, None] == 0))
+
+  filters = (rows.top_k < vocab_size) | (rows.top_p < 1) | (rows.min_p > 0)
+  support = jax.lax.cond(filters.any(), filtered, lambda: allowed)
+  first_best = jnp.arange(vocab_size) == scaled.argmax(-1, keepdims=True)
+  return jnp.where(jnp.where(greedy, first_best, support), scaled, MASKED)
