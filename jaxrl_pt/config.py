@@ -836,6 +836,42 @@ class Sampler:
 
 
 @dataclass(frozen=True)
+class Engine:
+  """Sizes of the continuous-batching engine; its program is compiled once for them.
+
+  slots: responses decoded at once; queue: responses waiting or under way at most.
+  prompt_len, response_len: most tokens of each. page_size: tokens of a cache page;
+  num_pages: of the pool, 0 for as many as all slots could need. prefill_chunk: prompt tokens
+  a forward pass takes. kv: how keys and values are stored. steps_per_call: tokens a slot
+  decodes between two looks of the host.
+  """
+
+  slots: int = 32
+  queue: int = 256
+  prompt_len: int = 1024
+  response_len: int = 1024
+  page_size: int = 16
+  num_pages: int = 0
+  prefill_chunk: int = 128
+  kv: Literal['model', 'int8'] = 'model'
+  steps_per_call: int = 16
+
+  def __post_init__(self) -> None:
+    for name in ('slots', 'queue', 'prompt_len', 'response_len', 'page_size', 'prefill_chunk',
+                 'steps_per_call'):
+      _integer(self, name, 1)
+    _integer(self, 'num_pages', 0)
+    _choice(self, 'kv', Literal['model', 'int8'])
+    # One response, the prompt kept for sharing, and the page that is nobody's.
+    pages = lambda tokens: -(-tokens // self.page_size)
+    least = pages(self.prompt_len + self.response_len) + pages(self.prompt_len) + 1
+    if self.num_pages and self.num_pages < least:
+      raise UserError(f'Engine.num_pages = {self.num_pages} cannot hold one response of '
+                      f'Engine.prompt_len + Engine.response_len = '
+                      f'{self.prompt_len + self.response_len} tokens: set it to at least {least}.')
+
+
+@dataclass(frozen=True)
 class OnPolicy:
   """Each batch is drawn by the very parameters that it updates."""
 

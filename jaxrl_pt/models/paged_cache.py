@@ -40,17 +40,20 @@ def init(config: Model, num_pages: int, page_size: int, dtype: DTypeLike) -> Pag
   return PagedCache(jnp.zeros(shape, dtype), scales)
 
 
-def paged(table_BP: Array, positions_BS: Array) -> Attend:
+def paged(table_BP: Array, positions_BS: Array, is_token_BS: Array | bool = True) -> Attend:
   """Each new token is written to the page of its position and sees the positions up to it.
 
   Args:
     table_BP: i32[B, P] page of each `page` tokens of each row; NOBODY where it has none.
     positions_BS: i32[B, S].
+    is_token_BS: bool[B, S], False for padding, which is written to nobody's page.
   """
   def attend(q: Array, k: Array, v: Array, cache: PagedCache,
              layer: Array) -> tuple[Array, PagedCache]:
     page_size = cache.pages.shape[4]
-    cache = _write(cache, layer, table_BP, positions_BS, jnp.stack([k, v], 3))
+    pages_BS = jnp.take_along_axis(table_BP, positions_BS // page_size, 1, mode='clip')
+    pages_BS = jnp.where(is_token_BS, pages_BS, NOBODY)
+    cache = _write(cache, layer, pages_BS, positions_BS % page_size, jnp.stack([k, v], 3))
     num_pages = table_BP.shape[1]
     widths = sorted({-(-num_pages // share) for share in READ_SHARES})
     needed = positions_BS.max() // page_size + 1
@@ -61,12 +64,9 @@ def paged(table_BP: Array, positions_BS: Array) -> Attend:
   return attend
 
 
-def _write(cache: PagedCache, layer: Array, table_BP: Array, positions_BS: Array,
+def _write(cache: PagedCache, layer: Array, pages_BS: Array, offsets_BS: Array,
            new_BSK2E: Array) -> PagedCache:
-  page_size = cache.pages.shape[4]
-  rows = jnp.arange(table_BP.shape[0])[:, None]
-  pages_BS = table_BP.at[rows, positions_BS // page_size].get(mode='fill', fill_value=NOBODY)
-  at = (layer, slice(None), pages_BS, slice(None), positions_BS % page_size)
+  at = (layer, slice(None), pages_BS, slice(None), offsets_BS)
   if cache.scales is None:
     return PagedCache(cache.pages.at[at].set(new_BSK2E.astype(cache.pages.dtype)), None)
   codes, scales = quantise(new_BSK2E)

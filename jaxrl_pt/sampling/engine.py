@@ -1,0 +1,320 @@
+"""The engine: requests in, tokens out, while the device keeps its slots busy.
+
+`Engine` is the host's half of `slots`: it checks requests, keeps their rows, hands them over
+and collects what has been drawn. Its one program is compiled when the engine is made, for one
+set of shapes; nothing is ever compiled again, and a shape that did not fit would be an error.
+
+Floating-point sums depend on how many rows a product has, so on an accelerator a change of
+`Engine.slots` can move a logit by a rounding and, at a near-tie, flip a token; the products of
+ternary weights do not take part in that: they are sums of integers.
+"""
+
+from collections.abc import Iterable, Sequence
+import dataclasses
+from dataclasses import dataclass, field
+import functools
+from typing import Any, NoReturn
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrl_pt import config as cfg
+from jaxrl_pt.errors import UserError
+from jaxrl_pt.models.base import Model
+from jaxrl_pt.sampling import slots as device
+from jaxrl_pt.sampling.policies import RowSamplers
+from jaxrl_pt.types import Params
+
+REASONS = {device.STOP: 'stop', device.LENGTH: 'length', device.STOP_STRING: 'stop_string',
+           device.CANCELLED: 'cancelled'}
+
+
+@dataclass(frozen=True)
+class Request:
+  """One prompt and how to answer it; `num_samples` responses share its prefill.
+
+  prompt: token ids. id: addresses the randomness; equal ids draw equal responses.
+  forced: tokens that every response starts with. stop: tokens that end a response and belong
+  to it; stop_strings: texts that end it as soon as they are complete.
+  max_thought: drawn tokens after which the end of thinking is forced, None for a response
+  without thinking; max_answer: tokens after the end of thinking.
+  """
+
+  prompt: tuple[int, ...]
+  id: int
+  max_tokens: int
+  num_samples: int = 1
+  sampler: cfg.Sampler = field(default_factory=cfg.Sampler)
+  stop: tuple[int, ...] = ()
+  stop_strings: tuple[str, ...] = ()
+  forced: tuple[int, ...] = ()
+  max_thought: int | None = None
+  max_answer: int | None = None
+
+
+@dataclass(frozen=True)
+class Response:
+  """A response so far, or (with a finish reason) whole."""
+
+  id: int
+  sample: int
+  tokens: np.ndarray  # i32[S]
+  logp: np.ndarray  # f32[S] under the distribution drawn from; 0 where a token was forced
+  mask: np.ndarray  # f32[S] 1 where a token was drawn
+  finish: str  # '' while it runs, or 'stop', 'length', 'stop_string', 'cancelled'
+  version: int  # of the policy that drew it
+
+
+@dataclass
+class _Row:
+  """The host's note of a row in use."""
+
+  handle: int
+  sample: int
+  id: int
+  serial: int  # its place among all that were ever queued
+  seen: int = 0  # tokens already reported
+
+
+class Engine:
+  """Continuous batching over one model. Not thread-safe: one caller at a time."""
+
+  def __init__(self, model: Model, params: Params, config: cfg.Engine, *, seed: int,
+               token_bytes: Sequence[bytes], think_end: tuple[int, ...] = (),
+               version: int = 0) -> None:
+    """Compiles the program.
+
+    Args:
+      params: the policy; packed weights too.
+      config: sizes.
+      seed: of all noise, with a request's id, sample and position.
+      token_bytes: of every token of the vocabulary.
+      think_end: tokens of the marker that ends thinking.
+      version: optimiser step of `params`.
+    """
+    self.config, self._params = config, params
+    self.version = version
+    self._key = jax.random.key(seed)
+    self._shape = _shape(config, model.config.vocab_size)
+    self._vocabulary = _vocabulary(token_bytes, model.config.vocab_size, think_end)
+    dtype = jnp.int8 if config.kv == 'int8' else model.init_cache(1, 1).k.dtype
+    self._slots = jax.jit(lambda: device.init(model, self._shape, self._vocabulary, dtype))()
+    self._queue = _empty_queue(self._shape)
+    self._on_device: device.Queue | None = None
+    self._free = list(range(config.queue - 1, -1, -1))
+    self._rows: dict[int, _Row] = {}
+    self._num_handles = self._num_prompts = 0
+    run = functools.partial(device.advance, model, self._shape, self._vocabulary)
+    # The device's state is donated: a call updates it in place.
+    self._advance = jax.jit(run, donate_argnums=3).lower(
+        params, self._key, self._queue, self._slots, np.int32(0)).compile()
+
+  # --- Requests -------------------------------------------------------------------------
+
+  def room(self) -> int:
+    """Rows that can be submitted before some response is collected."""
+    return len(self._free)
+
+  def check(self, request: Request) -> None:
+    """Says what is wrong with a request.
+
+    Raises:
+      UserError: what, and what the engine takes.
+    """
+    _check(request, self._shape, self._vocabulary.think_end)
+
+  def submit(self, request: Request) -> int:
+    """Queues a request and returns the handle that its responses carry.
+
+    Raises:
+      UserError: the request is wrong; nothing is queued.
+      BlockingIOError: the queue is full; try again after `advance`.
+    """
+    self.check(request)
+    if request.num_samples > len(self._free):
+      raise BlockingIOError(f'the queue has room for {len(self._free)} responses')
+    handle, self._num_handles = self._num_handles, self._num_handles + 1
+    for sample in range(request.num_samples):
+      row = self._free.pop()
+      _fill(self._queue.rows, self._shape, row, request, sample, self._num_prompts)
+      tail = int(self._queue.tail)
+      self._queue.order[tail % len(self._queue.order)] = row
+      self._queue = dataclasses.replace(self._queue, tail=np.int32(tail + 1))
+      self._rows[row] = _Row(handle, sample, request.id, tail)
+    self._num_prompts += 1
+    self._on_device = None
+    return handle
+
+  def cancel(self, handle: int) -> None:
+    """Ends the responses of a request at the next step; they are still collected."""
+    for row, note in self._rows.items():
+      if note.handle == handle:
+        self._queue.rows.cancelled[row] = True
+    self._on_device = None
+
+  # --- Work -----------------------------------------------------------------------------
+
+  def advance(self, max_steps: int | None = None) -> list[tuple[int, Response]]:
+    """Decodes up to `max_steps` tokens a slot (default `Engine.steps_per_call`).
+
+    Returns:
+      (handle, response) for every response that has new tokens or has finished. A finished
+      one is forgotten here.
+    """
+    if self._on_device is None:
+      self._on_device = jax.tree.map(jnp.asarray, self._queue)
+    steps = self.config.steps_per_call if max_steps is None else max_steps
+    self._slots = self._advance(self._params, self._key, self._on_device, self._slots,
+                                np.int32(steps))
+    out = self._slots
+    head, count, finish, tokens, logp, mask = jax.device_get(
+        (out.head, out.count, out.finish, out.tokens, out.logp, out.mask))
+    news = []
+    for row, note in list(self._rows.items()):
+      if note.serial >= head or (count[row] == note.seen and not finish[row]):
+        continue  # Until it is admitted, the row holds an earlier response.
+      note.seen, num = int(count[row]), int(count[row])
+      news.append((note.handle, Response(
+          note.id, note.sample, tokens[row, :num].copy(), logp[row, :num].copy(),
+          mask[row, :num].copy(), REASONS.get(int(finish[row]), ''), self.version)))
+      if finish[row]:
+        del self._rows[row]
+        self._free.append(row)
+    return news
+
+  def run(self, requests: Iterable[Request]) -> dict[int, list[Response]]:
+    """Answers requests to the end.
+
+    Returns:
+      {request number: its whole responses, by sample}.
+    """
+    waiting, done = list(requests)[::-1], {}
+    numbers: dict[int, int] = {}
+    for request in waiting:
+      self.check(request)
+    total = len(waiting)
+    while waiting or self._rows:
+      while waiting and waiting[-1].num_samples <= self.room():
+        numbers[self.submit(waiting.pop())] = len(numbers)
+      for handle, response in self.advance(None if waiting else self._shape.response_len):
+        if response.finish:
+          done.setdefault(numbers[handle], []).append(response)
+    return {n: sorted(done[n], key=lambda r: r.sample) for n in range(total)}
+
+  def load(self, params: Params, version: int) -> None:
+    """Takes other parameters of the same shapes.
+
+    Raises:
+      UserError: a response is under way: its group would mix two policies.
+    """
+    if self._rows:
+      raise UserError(f'{len(self._rows)} responses of version {self.version} are under way: '
+                      f'collect or cancel them before loading version {version}.')
+    self._params, self.version = params, version
+
+  def counters(self) -> dict[str, float]:
+    """Decode steps, share of slots that drew in them, and prompt tokens computed, so far."""
+    steps, busy, prefilled, references = jax.device_get(
+        (self._slots.steps, self._slots.busy, self._slots.prefilled, self._slots.references))
+    return {'steps': int(steps), 'prefilled': int(prefilled),
+            'occupancy': float(busy) / max(1, int(steps) * self.config.slots),
+            'pages_in_use': int((references[1:] > 0).sum())}
+
+
+# --- Rows of arrays -------------------------------------------------------------------
+
+
+def _shape(config: cfg.Engine, vocab_size: int) -> device.Shape:
+  sequence = -(-(config.prompt_len + config.response_len) // config.page_size)
+  # A slot's pages, a prompt kept for sharing, and nobody's page.
+  most = config.slots * sequence + -(-config.prompt_len // config.page_size) + 1
+  return device.Shape(
+      slots=config.slots, page_size=config.page_size, num_pages=config.num_pages or most,
+      queue=config.queue, prompt_len=config.prompt_len, response_len=config.response_len,
+      prefill_chunk=config.prefill_chunk, num_stop=4, num_forced=16, num_strings=4,
+      string_len=32, num_banned=16,
+      vocab_size=vocab_size)
+
+
+def _vocabulary(token_bytes: Sequence[bytes], vocab_size: int,
+                think_end: tuple[int, ...]) -> device.Vocabulary:
+  table = np.zeros((vocab_size, max(1, max(map(len, token_bytes), default=1))), np.uint8)
+  lengths = np.zeros(vocab_size, np.int32)
+  for i, value in enumerate(token_bytes):
+    table[i, :len(value)] = np.frombuffer(value, np.uint8)
+    lengths[i] = len(value)
+  return device.Vocabulary(think_end, jnp.asarray(table), jnp.asarray(lengths))
+
+
+def _empty_queue(shape: device.Shape) -> device.Queue:
+  ints = lambda *dims: np.zeros((shape.queue, *dims), np.int32)
+  fields: dict[str, Any] = dict(  # NumPy until it is handed over.
+      tokens=ints(shape.prompt_len), lengths=ints(), ids=ints(), samples=ints(), prompts=ints(),
+      max_tokens=ints(), max_thought=ints(), max_answer=ints(), forced=ints(shape.num_forced),
+      num_forced=ints(), stop=ints(shape.num_stop),
+      strings=np.zeros((shape.queue, shape.num_strings, shape.string_len), np.uint8),
+      string_lens=ints(shape.num_strings),
+      samplers=RowSamplers.of([cfg.Sampler()] * shape.queue, shape.vocab_size, shape.num_banned),
+      cancelled=np.zeros(shape.queue, bool))
+  queue: Any = device.Queue(device.Requests(**fields), ints(), np.int32(0))  # type: ignore[arg-type]
+  return queue
+
+
+def _fill(rows: Any, shape: device.Shape, row: int, request: Request, sample: int,
+          prompt: int) -> None:
+  """Writes a response's row in place."""
+  for name, values, filler in (('tokens', request.prompt, 0), ('forced', request.forced, 0),
+                               ('stop', request.stop, -1)):
+    array = getattr(rows, name)
+    array[row] = filler
+    array[row, :len(values)] = values
+  rows.strings[row], rows.string_lens[row] = 0, 0
+  for i, text in enumerate(s.encode() for s in request.stop_strings):
+    rows.strings[row, i, -len(text):] = np.frombuffer(text, np.uint8)
+    rows.string_lens[row, i] = len(text)
+  one = RowSamplers.of([request.sampler], shape.vocab_size, shape.num_banned)
+  for array, values in zip(jax.tree.leaves(rows.samplers), jax.tree.leaves(one), strict=True):
+    array[row] = values[0]
+  for name, value in (
+      ('lengths', len(request.prompt)), ('ids', np.uint32(request.id % 2**32).astype(np.int32)),
+      ('samples', sample), ('prompts', prompt), ('max_tokens', request.max_tokens),
+      ('max_thought', -1 if request.max_thought is None else request.max_thought),
+      ('max_answer', request.max_tokens if request.max_answer is None else request.max_answer),
+      ('num_forced', len(request.forced)), ('cancelled', False)):
+    getattr(rows, name)[row] = value
+
+
+def _check(request: Request, shape: device.Shape, think_end: tuple[int, ...]) -> None:
+  def refuse(what: str) -> NoReturn:
+    raise UserError(f'Request {request.id}: {what}.')
+
+  if not request.prompt:
+    refuse('the prompt is empty; start it with a token, e.g. end of text')
+  if len(request.prompt) > shape.prompt_len:
+    refuse(f'the prompt has {len(request.prompt)} tokens and the cache takes {shape.prompt_len}; '
+           'shorten it or raise Engine.prompt_len')
+  if not 1 <= request.max_tokens <= shape.response_len:
+    refuse(f'max_tokens = {request.max_tokens}; write 1 to {shape.response_len}, or raise '
+           'Engine.response_len')
+  if not 1 <= request.num_samples <= shape.queue:
+    refuse(f'num_samples = {request.num_samples}; write 1 to {shape.queue}')
+  for name, ids in (('prompt', request.prompt), ('forced', request.forced),
+                    ('stop', request.stop), ('banned', request.sampler.banned)):
+    for token in ids:
+      if not 0 <= token < shape.vocab_size:
+        refuse(f'{name} holds token {token}, outside the vocabulary of {shape.vocab_size}')
+  for name, values, most in (
+      ('stop', request.stop, shape.num_stop), ('forced', request.forced, shape.num_forced),
+      ('stop_strings', request.stop_strings, shape.num_strings),
+      ('banned', request.sampler.banned, shape.num_banned)):
+    if len(values) > most:
+      refuse(f'{len(values)} entries in {name}; at most {most} are taken')
+  for text in request.stop_strings:
+    if not 1 <= len(text.encode()) <= shape.string_len or '\0' in text:
+      refuse(f'stop string {text!r}; write 1 to {shape.string_len} bytes without NUL')
+  for name, budget in (('max_thought', request.max_thought), ('max_answer', request.max_answer)):
+    if budget is not None and budget < 0:
+      refuse(f'{name} = {budget}; write 0 or more')
+  if request.max_thought is not None and not think_end:
+    refuse('max_thought is set, but this model has no marker that ends thinking')

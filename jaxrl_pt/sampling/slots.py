@@ -1,0 +1,363 @@
+"""The engine's program on the device: slots that decode, and a queue that refills them.
+
+    while a slot or the queue has work:
+      admit:   each idle slot takes the next request whose pages are free; the first request of
+               a prompt prefills it in chunks, those after it share its pages
+      draw:    one token for each slot, from the state after its last one
+      finish:  slots whose response has ended give their pages back
+      extend:  one forward step over all slots
+
+A request is a row of `Requests` and its response a row of `Slots`; rows are never reshaped or
+dropped, so a batch does not wait for its longest response. The noise of a token is addressed
+by (key, prompt id, sample, position): not by slot, batch or time.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+from flax import struct
+import jax
+import jax.numpy as jnp
+
+from jaxrl_pt.models import paged_cache
+from jaxrl_pt.models.base import Model
+from jaxrl_pt.sampling.policies import RowSamplers, filtered_rows
+from jaxrl_pt.types import Array, Params
+
+IDLE = -1
+RUNNING, STOP, LENGTH, STOP_STRING, CANCELLED = range(5)  # values of Slots.finish
+
+
+class Shape(NamedTuple):
+  """Every size of the program: it is compiled once."""
+
+  slots: int  # B
+  page_size: int
+  num_pages: int  # N, page 0 included
+  queue: int  # Q rows of requests
+  prompt_len: int  # T most tokens of a prompt
+  response_len: int  # S most tokens of a response
+  prefill_chunk: int
+  num_stop: int  # stop tokens of a request at most
+  num_forced: int  # forced tokens of a response at most
+  num_strings: int  # stop strings of a request at most
+  string_len: int  # bytes of a stop string at most
+  num_banned: int  # banned tokens of a request at most
+  vocab_size: int
+
+  @property
+  def table_len(self) -> int:
+    """Pages of the longest sequence."""
+    return -(-(self.prompt_len + self.response_len) // self.page_size)
+
+
+@struct.dataclass
+class Requests:
+  """What is asked, a row each; written by the host alone."""
+
+  tokens: Array  # i32[Q, T] prompts, right-padded
+  lengths: Array  # i32[Q]
+  ids: Array  # i32[Q] of the prompt, addresses the randomness
+  samples: Array  # i32[Q] which sample of the prompt, addresses the randomness
+  prompts: Array  # i32[Q] equal where consecutive requests have the same prompt
+  max_tokens: Array  # i32[Q] forced tokens included
+  max_thought: Array  # i32[Q] drawn tokens before the end of thinking is forced; < 0: no thinking
+  max_answer: Array  # i32[Q] tokens after it
+  forced: Array  # i32[Q, F] the response starts with these
+  num_forced: Array  # i32[Q]
+  stop: Array  # i32[Q, Z] stop tokens; −1 fills up
+  strings: Array  # u8[Q, X, W] stop strings, right-aligned
+  string_lens: Array  # i32[Q, X] bytes; 0 fills up
+  samplers: RowSamplers
+  cancelled: Array  # bool[Q]
+
+
+@struct.dataclass
+class Queue:
+  """The requests in order of arrival; written by the host alone."""
+
+  rows: Requests
+  order: Array  # i32[Q] ring of row numbers
+  tail: Array  # i32[] requests ever queued
+
+
+@struct.dataclass
+class Slots:
+  """The device's state. Donated from call to call."""
+
+  cache: paged_cache.PagedCache
+  references: Array  # i32[N] slots and prompts that hold a page
+  table: Array  # i32[B, P]
+  row: Array  # i32[B] request of each slot, or IDLE
+  length: Array  # i32[B] tokens of the sequence
+  hidden: Array  # f[B, D] state the next token is drawn from
+  thought: Array  # i32[B] tokens drawn since thinking began; −1 once it has ended
+  closing: Array  # i32[B] tokens of the end marker written by force; −1 if none
+  answered: Array  # i32[B] tokens since thinking ended
+  recent: Array  # i32[B, M] newest tokens, as long as the end marker
+  window: Array  # u8[B, W + longest token] newest bytes
+  # Of the newest prefilled prompt, which the next requests may share.
+  prompt: Array  # i32[] its number; −1: none
+  prompt_table: Array  # i32[P]
+  prompt_hidden: Array  # f[D]
+  head: Array  # i32[] requests ever admitted
+  # Responses, a row each as in Requests.
+  tokens: Array  # i32[Q, S]
+  mask: Array  # f32[Q, S] 1 where a token was drawn, 0 where it was forced
+  logp: Array  # f32[Q, S] under the distribution drawn from
+  count: Array  # i32[Q]
+  finish: Array  # i32[Q]
+  # Counters.
+  steps: Array  # i32[] decode steps
+  busy: Array  # i32[] slots that drew, summed over steps
+  prefilled: Array  # i32[] prompt tokens computed
+
+
+class Vocabulary(NamedTuple):
+  """What the program must know of tokens."""
+
+  think_end: tuple[int, ...]  # the end marker of thinking; () where there is none
+  bytes: Array  # u8[V, X] of each token, right-padded
+  num_bytes: Array  # i32[V]
+
+
+def init(model: Model, shape: Shape, vocabulary: Vocabulary, dtype: Any) -> Slots:
+  """No request and an empty cache; dtype is that of the cache's pages."""
+  slots, rows, width = shape.slots, shape.queue, model.config.d_model
+  ints = lambda *dims: jnp.zeros(dims, jnp.int32)
+  floats = lambda *dims: jnp.zeros(dims, jnp.float32)
+  state = jnp.dtype(model.init_cache(1, 1).k.dtype)
+  window = shape.string_len + vocabulary.bytes.shape[1]
+  return Slots(
+      paged_cache.init(model.config, shape.num_pages, shape.page_size, dtype),
+      ints(shape.num_pages).at[paged_cache.NOBODY].set(1), ints(slots, shape.table_len),
+      jnp.full(slots, IDLE), ints(slots), jnp.zeros((slots, width), state), ints(slots) - 1,
+      ints(slots) - 1, ints(slots), ints(slots, max(1, len(vocabulary.think_end))) - 1,
+      jnp.zeros((slots, window), jnp.uint8), ints() - 1, ints(shape.table_len),
+      jnp.zeros(width, state), ints(), ints(rows, shape.response_len),
+      floats(rows, shape.response_len), floats(rows, shape.response_len), ints(rows), ints(rows),
+      ints(), ints(), ints())
+
+
+def advance(model: Model, shape: Shape, vocabulary: Vocabulary, params: Params, key: Array,
+            queue: Queue, slots: Slots, max_steps: Array) -> Slots:
+  """Goes on until `max_steps` decode steps are made or nothing is left to do."""
+  step = functools.partial(_step, model, vocabulary, params, key, queue.rows)
+  admit = functools.partial(_admit, model, shape, params, queue)
+  end = slots.steps + max_steps
+
+  def has_work(slots: Slots) -> Array:
+    return (slots.row != IDLE).any() | (slots.head < queue.tail)
+
+  def body(slots: Slots) -> Slots:
+    slots = jax.lax.while_loop(functools.partial(_admissible, shape, queue), admit, slots)
+    return step(slots)
+
+  return jax.lax.while_loop(lambda s: has_work(s) & (s.steps < end), body, slots)
+
+
+# --- Admission ------------------------------------------------------------------------
+
+
+def _next_row(queue: Queue, slots: Slots) -> Array:
+  return queue.order[slots.head % queue.order.shape[0]]
+
+
+def _pages(shape: Shape, num_tokens: Array) -> Array:
+  return -(-num_tokens // shape.page_size)
+
+
+def _admissible(shape: Shape, queue: Queue, slots: Slots) -> Array:
+  """bool[]: a slot is idle, a request waits and its pages are free."""
+  row, requests = _next_row(queue, slots), queue.rows
+  is_new = requests.prompts[row] != slots.prompt
+  prompt_pages = _pages(shape, requests.lengths[row])
+  own = _pages(shape, requests.lengths[row] + requests.max_tokens[row])
+  own -= requests.lengths[row] // shape.page_size  # Its prompt's full pages are shared.
+  # A new prompt takes the place of the one kept for sharing.
+  kept_alone = (slots.references[slots.prompt_table] == 1) & (slots.prompt_table != 0)
+  free = (slots.references == 0).sum() + jnp.where(is_new, kept_alone.sum(), 0)
+  needed = own + jnp.where(is_new, prompt_pages, 0)
+  waiting = slots.head < queue.tail
+  return waiting & (slots.row == IDLE).any() & (free >= needed)
+
+
+def _take_pages(shape: Shape, references: Array, first: Array,
+                end: Array) -> tuple[Array, Array]:
+  """References with pages taken for the entries first … end − 1 of a table, and the table."""
+  places = jnp.arange(shape.table_len)
+  free = jnp.nonzero(references == 0, size=shape.table_len, fill_value=paged_cache.NOBODY)[0]
+  wanted = (places >= first) & (places < end)
+  table = jnp.where(wanted, free[jnp.maximum(places - first, 0)], paged_cache.NOBODY)
+  return references.at[table].add(wanted.astype(jnp.int32)), table
+
+
+def _admit(model: Model, shape: Shape, params: Params, queue: Queue, slots: Slots) -> Slots:
+  """Gives the next request an idle slot, prefilling its prompt if it is a new one."""
+  row, requests = _next_row(queue, slots), queue.rows
+  slots = jax.lax.cond(
+      (requests.prompts[row] != slots.prompt) & ~requests.cancelled[row],
+      functools.partial(_prefill, model, shape, params, requests, row), lambda s: s, slots)
+  length = requests.lengths[row]
+  full = length // shape.page_size
+  references, own = _take_pages(shape, slots.references, full,
+                                _pages(shape, length + requests.max_tokens[row]))
+  shared = jnp.arange(shape.table_len) < full
+  table = jnp.where(shared, slots.prompt_table, own)
+  references = references.at[table].add(shared.astype(jnp.int32))
+  # The prompt's last page is filled up by each response: every one has a copy.
+  cache = jax.lax.cond(
+      length % shape.page_size > 0,
+      lambda c: paged_cache.copy_page(c, slots.prompt_table[full], own[full]), lambda c: c,
+      slots.cache)
+  slot = jnp.argmax(slots.row == IDLE)
+  at = lambda x, value: x.at[slot].set(value)
+  cleared = lambda x: x.at[row].set(0)
+  return dataclasses.replace(
+      slots, cache=cache, references=references, table=at(slots.table, table),
+      row=at(slots.row, row), length=at(slots.length, length),
+      hidden=at(slots.hidden, slots.prompt_hidden), head=slots.head + 1,
+      thought=at(slots.thought, jnp.where(requests.max_thought[row] < 0, -1, 0)),
+      closing=at(slots.closing, -1), answered=at(slots.answered, 0),
+      recent=at(slots.recent, -1), window=at(slots.window, 0), tokens=cleared(slots.tokens),
+      mask=cleared(slots.mask), logp=cleared(slots.logp), count=cleared(slots.count),
+      finish=cleared(slots.finish))
+
+
+def _prefill(model: Model, shape: Shape, params: Params, requests: Requests, row: Array,
+             slots: Slots) -> Slots:
+  """Runs the prompt of a request through the model in chunks, into pages of its own."""
+  length, chunk = requests.lengths[row], shape.prefill_chunk
+  held = (slots.prompt_table != paged_cache.NOBODY).astype(jnp.int32)
+  references = slots.references.at[slots.prompt_table].add(-held)
+  references, table = _take_pages(shape, references, jnp.zeros((), jnp.int32),
+                                  _pages(shape, length))
+  tokens = jnp.pad(requests.tokens[row], (0, chunk))
+
+  def run(carry: tuple[Array, Array, Any]) -> tuple[Array, Array, Any]:
+    start, _, cache = carry
+    positions = (start + jnp.arange(chunk))[None]
+    hidden, cache = model.extend(
+        params, jax.lax.dynamic_slice_in_dim(tokens, start, chunk)[None], positions, cache,
+        paged_cache.paged(table[None], positions, positions < length))
+    last = hidden[0, jnp.clip(length - 1 - start, 0, chunk - 1)]
+    return start + chunk, last, cache
+
+  _, last, cache = jax.lax.while_loop(lambda c: c[0] < length, run,
+                                      (jnp.zeros((), jnp.int32), slots.prompt_hidden, slots.cache))
+  return dataclasses.replace(slots, cache=cache, references=references, prompt_table=table,
+                             prompt_hidden=last, prompt=requests.prompts[row],
+                             prefilled=slots.prefilled + length)
+
+
+# --- One step -------------------------------------------------------------------------
+
+
+def _step(model: Model, vocabulary: Vocabulary, params: Params, key: Array, requests: Requests,
+          slots: Slots) -> Slots:
+  active = slots.row != IDLE
+  row = jnp.where(active, slots.row, 0)
+  asked = jax.tree.map(lambda x: x[row], requests)
+  token, logp, drawn, slots = _draw(model, vocabulary, params, key, asked, slots, row)
+  slots = _record(slots, asked, row, active, token, logp, drawn, vocabulary)
+  slots = _release(slots)
+  # One forward step; an idle slot's row goes to nobody's page.
+  hidden, cache = model.extend(params, token[:, None], slots.length[:, None], slots.cache,
+                               paged_cache.paged(slots.table, slots.length[:, None]))
+  return dataclasses.replace(
+      slots, cache=cache, hidden=hidden[:, 0], steps=slots.steps + 1,
+      length=jnp.where(slots.row == IDLE, 0, slots.length + 1),
+      busy=slots.busy + active.sum())
+
+
+def _draw(model: Model, vocabulary: Vocabulary, params: Params, key: Array, asked: Requests,
+          slots: Slots, row: Array) -> tuple[Array, Array, Array, Slots]:
+  """The next token of each slot, its log-probability, and whether it was drawn or forced."""
+  logits = jnp.matmul(slots.hidden, model.head(params), preferred_element_type=jnp.float32)
+  filtered = filtered_rows(logits, asked.samplers)
+  keys = jax.vmap(jax.random.fold_in, (None, 0))(key, asked.ids)
+  keys = jax.vmap(jax.random.fold_in)(keys, asked.samples)
+  keys = jax.vmap(jax.random.fold_in)(keys, slots.length)
+  token = jax.vmap(jax.random.categorical)(keys, filtered).astype(jnp.int32)
+  logp = jnp.take_along_axis(jax.nn.log_softmax(filtered), token[:, None], -1)[:, 0]
+
+  count = slots.count[row]
+  is_prefix = count < asked.num_forced
+  prefix = jnp.take_along_axis(asked.forced, jnp.minimum(
+      count, asked.forced.shape[1] - 1)[:, None], -1)[:, 0]
+  token = jnp.where(is_prefix, prefix, token)
+  is_forced, closing = is_prefix, slots.closing
+  if vocabulary.think_end:
+    marker = jnp.array(vocabulary.think_end, jnp.int32)
+    out_of_thought = (slots.thought >= asked.max_thought) & (slots.thought >= 0) & ~is_prefix
+    closing = jnp.where(out_of_thought & (closing < 0), 0, closing)
+    is_closing = closing >= 0
+    token = jnp.where(is_closing, marker[jnp.clip(closing, 0, len(marker) - 1)], token)
+    is_forced |= is_closing
+    closing = jnp.where(is_closing, closing + 1, closing)
+  return (token, jnp.where(is_forced, 0.0, logp), ~is_forced,
+          dataclasses.replace(slots, closing=closing))
+
+
+def _record(slots: Slots, asked: Requests, row: Array, active: Array, token: Array, logp: Array,
+            drawn: Array, vocabulary: Vocabulary) -> Slots:
+  """Writes the tokens down, follows thinking, and decides who has finished."""
+  count, last_row = slots.count[row], slots.tokens.shape[0]
+  at = (jnp.where(active, row, last_row), count)
+  put = lambda x, value: x.at[at].set(value, mode='drop')
+  recent = jnp.concatenate([slots.recent[:, 1:], token[:, None]], 1)
+  thought, answered, closing = slots.thought, slots.answered, slots.closing
+  if vocabulary.think_end:
+    was_thinking = thought >= 0
+    ended = (recent == jnp.array(vocabulary.think_end)).all(-1) & was_thinking
+    thought = jnp.where(ended, -1, thought + (was_thinking & drawn))
+    closing = jnp.where(ended, -1, closing)
+    answered = answered + ~was_thinking
+  window = _shift_in(slots.window, vocabulary.bytes[token], vocabulary.num_bytes[token])
+  matched = _ends_in(window, asked.strings, asked.string_lens, vocabulary.num_bytes[token])
+
+  stops = (token[:, None] == asked.stop).any(-1) & drawn
+  full = count + 1 >= asked.max_tokens
+  if vocabulary.think_end:
+    full |= (asked.max_thought >= 0) & (answered >= asked.max_answer)
+  finish = jnp.where(full, LENGTH, RUNNING)
+  finish = jnp.where(matched & drawn, STOP_STRING, finish)
+  finish = jnp.where(stops, STOP, finish)
+  finish = jnp.where(asked.cancelled, CANCELLED, finish)
+  return dataclasses.replace(
+      slots, tokens=put(slots.tokens, token), logp=put(slots.logp, logp),
+      mask=put(slots.mask, drawn.astype(jnp.float32)), count=slots.count.at[at[0]].add(
+          1, mode='drop'), finish=slots.finish.at[at[0]].set(finish, mode='drop'),
+      thought=thought, answered=answered, closing=closing, recent=recent, window=window,
+      row=jnp.where(active & (finish != RUNNING), IDLE - 1, slots.row))
+
+
+def _shift_in(window_BW: Array, bytes_BX: Array, num_bytes_B: Array) -> Array:
+  """The window with each token's bytes appended on the right."""
+  width = window_BW.shape[1]
+  both = jnp.concatenate([window_BW, bytes_BX], 1)
+  return jax.vmap(lambda x, n: jax.lax.dynamic_slice_in_dim(x, n, width))(both, num_bytes_B)
+
+
+def _ends_in(window_BW: Array, strings: Array, lengths: Array, num_bytes_B: Array) -> Array:
+  """bool[B]: a stop string ends inside the newest token's bytes."""
+  string_len, width = strings.shape[-1], window_BW.shape[1]
+  needed = jnp.arange(string_len) >= string_len - lengths[..., None]  # bool[B, X, W]
+  found = jnp.zeros(window_BW.shape[0], bool)
+  for back in range(width - string_len):  # The string ends `back` bytes before the window's end.
+    text = window_BW[:, width - back - string_len:width - back]
+    same = ((text[:, None] == strings) | ~needed).all(-1) & (lengths > 0)
+    found |= same.any(-1) & (back < num_bytes_B)
+  return found
+
+
+def _release(slots: Slots) -> Slots:
+  """Takes the pages of the slots that have just finished, and makes them idle."""
+  ended = slots.row == IDLE - 1
+  held = ended[:, None] & (slots.table != paged_cache.NOBODY)
+  references = slots.references.at[slots.table].add(-held.astype(jnp.int32))
+  return dataclasses.replace(
+      slots, references=references, row=jnp.where(ended, IDLE, slots.row),
+      table=jnp.where(ended[:, None], paged_cache.NOBODY, slots.table),
+      length=jnp.where(ended, 0, slots.length))
