@@ -190,6 +190,124 @@ class Mesh:
     _integer(self, 'fsdp', 0)
 
 
+# --- Problems -------------------------------------------------------------------
+# Prompts with a reference answer, for a verifier to judge. Generated ones are a function of
+# (seed, index) alone.
+
+
+@dataclass(frozen=True)
+class JsonlProblems:
+  """JSON-lines files (plain or .gz): a row's prompt and its reference answer."""
+
+  glob: str
+  prompt_field: str = 'question'
+  answer_field: str = 'answer'
+
+  def __post_init__(self) -> None:
+    for name in ('glob', 'prompt_field', 'answer_field'):
+      _text(self, name)
+
+
+@dataclass(frozen=True)
+class KnightsAndKnaves:
+  """Knights tell the truth, knaves lie: who is what? Each puzzle has exactly one solution."""
+
+  size: int
+  min_people: int = 3
+  max_people: int = 7
+  seed: int = 0
+
+  def __post_init__(self) -> None:
+    _integer(self, 'size', 1)
+    _integer(self, 'min_people', 2, 8)
+    _integer(self, 'max_people', self.min_people, 8)
+    _integer(self, 'seed', 0)
+
+
+@dataclass(frozen=True)
+class ReasoningGym:
+  """Any task of the reasoning-gym library by its name (needs the `gym` extra)."""
+
+  task: str
+  size: int
+  seed: int = 0
+
+  def __post_init__(self) -> None:
+    _text(self, 'task')
+    _integer(self, 'size', 1)
+    _integer(self, 'seed', 0)
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+  """Sums of num_terms numbers of up to num_digits digits, worked out term by term.
+
+  noise: share of the demonstrations that go wrong at some step.
+  """
+
+  size: int
+  num_terms: int = 3
+  num_digits: int = 2
+  noise: float = 0.5
+  seed: int = 0
+
+  def __post_init__(self) -> None:
+    _integer(self, 'size', 1)
+    _integer(self, 'num_terms', 2, 16)
+    _integer(self, 'num_digits', 1, 9)
+    _number(self, 'noise', 0.0, 1.0)
+    _integer(self, 'seed', 0)
+
+
+@dataclass(frozen=True)
+class RedundantChecks:
+  """Sums modulo 10 of 2 to max_steps + 1 digits: a step for each, then checks that change
+  nothing.
+
+  min_steps, max_steps: steps that the answer needs, which the prompt shows.
+  max_checks: a complete demonstration ends with 0 to max_checks redundant checks.
+  noise: share of the demonstrations that stop before the last step and answer wrongly.
+  """
+
+  size: int
+  min_steps: int = 1
+  max_steps: int = 6
+  max_checks: int = 8
+  noise: float = 0.5
+  seed: int = 0
+
+  def __post_init__(self) -> None:
+    _integer(self, 'size', 1)
+    _integer(self, 'min_steps', 1, 64)
+    _integer(self, 'max_steps', self.min_steps, 64)
+    _integer(self, 'max_checks', 0)
+    _number(self, 'noise', 0.0, 1.0)
+    _integer(self, 'seed', 0)
+
+
+ProblemSource = JsonlProblems | KnightsAndKnaves | ReasoningGym | Arithmetic | RedundantChecks
+
+
+@dataclass(frozen=True)
+class Problems:
+  """Problems to reinforce on, and those held out to measure it.
+
+  template: what the policy reads, with {prompt} where the problem's own text goes.
+  held_out: share of the problems, chosen by a hash of their text, that training never sees.
+  """
+
+  source: ProblemSource
+  template: str = '{prompt}'
+  held_out: float = 0.05
+
+  def __post_init__(self) -> None:
+    _instance(self, 'source', *get_args(ProblemSource))
+    _text(self, 'template')
+    _number(self, 'held_out', 0.0, 1.0)
+    if self.template.count('{prompt}') != 1:
+      _fail(self, 'template', 'a text with {prompt} in it once')
+
+
 # --- Data -----------------------------------------------------------------------
 
 
@@ -274,7 +392,17 @@ class Seqio:
       _text(self, name)
 
 
-Source = PythonStdlib | TextFiles | Jsonl | Parquet | ArrayRecord | Seqio
+@dataclass(frozen=True)
+class Demonstrations:
+  """Worked examples of generated problems, prompt and response: the warm start of RL."""
+
+  source: Arithmetic | RedundantChecks
+
+  def __post_init__(self) -> None:
+    _instance(self, 'source', Arithmetic, RedundantChecks)
+
+
+Source = PythonStdlib | TextFiles | Jsonl | Parquet | ArrayRecord | Seqio | Demonstrations
 
 
 @dataclass(frozen=True)
@@ -949,6 +1077,165 @@ def _check_method(name: str, rollouts: Rollouts, algorithm: Algorithm) -> None:
   if rollouts.mode == OneStepOff() and algorithm.correction == NoCorrection():
     raise UserError(f'{name} draws one step off-policy: choose an Algorithm.correction, such as '
                     '@cfg.TokenTIS(), or Rollouts.mode = @cfg.OnPolicy().')
+
+
+# --- Verifiers --------------------------------------------------------------------
+
+AnswerFormat = Literal['boxed', 'gsm8k', 'last_number']
+GymAnswer = Literal['tags', 'text']
+
+
+@dataclass(frozen=True)
+class AnswerMatch:
+  """On the device: the tokens between the last marker and the end are the answer's.
+
+  marker: text of exactly one token.
+  """
+
+  marker: str = '#'
+
+  def __post_init__(self) -> None:
+    _text(self, 'marker')
+
+
+@dataclass(frozen=True)
+class MathVerifier:
+  r"""The answer is right as a number or, if `symbolic`, as an expression (`math` extra).
+
+  answer: where it stands, 'boxed' in the last balanced \boxed{…}, 'gsm8k' after the last
+  ####, 'last_number' in the last number of the response.
+  """
+
+  answer: AnswerFormat = 'boxed'
+  symbolic: bool = True
+
+  def __post_init__(self) -> None:
+    _choice(self, 'answer', AnswerFormat)
+    _flag(self, 'symbolic')
+
+
+@dataclass(frozen=True)
+class LogicVerifier:
+  """Knights and Knaves: think and answer tags ±1, the roles +2, −1.5 or −2 (short_rl.md 5.1)."""
+
+
+@dataclass(frozen=True)
+class GymVerifier:
+  """reasoning-gym's own scorer of the problem's task.
+
+  answer: 'tags' scores what stands between answer tags, 'text' the whole response.
+  """
+
+  answer: GymAnswer = 'tags'
+
+  def __post_init__(self) -> None:
+    _choice(self, 'answer', GymAnswer)
+
+
+@dataclass(frozen=True)
+class WordVerifier:
+  """Free text: a third of the reward each for the reference word, the length in words and
+  no n-gram said twice; correct where all three hold."""
+
+  min_words: int
+  max_words: int
+  ngram: int = 4
+
+  def __post_init__(self) -> None:
+    _integer(self, 'min_words', 0)
+    _integer(self, 'max_words', max(1, self.min_words))
+    _integer(self, 'ngram', 1)
+
+
+@dataclass(frozen=True)
+class FormatVerifier:
+  """1 where each pair of tags stands in the response once, in this order, else 0."""
+
+  tags: tuple[str, ...] = ('think', 'answer')
+
+  def __post_init__(self) -> None:
+    if (not isinstance(self.tags, (list, tuple)) or not self.tags
+        or not all(isinstance(tag, str) and tag for tag in self.tags)):
+      _fail(self, 'tags', 'a list of names such as [\'think\', \'answer\']')
+    object.__setattr__(self, 'tags', tuple(self.tags))
+
+
+@dataclass(frozen=True)
+class LengthVerifier:
+  """1 up to min_chars of text, falling to 0 at max_chars."""
+
+  min_chars: int
+  max_chars: int
+
+  def __post_init__(self) -> None:
+    _integer(self, 'min_chars', 0)
+    _integer(self, 'max_chars', self.min_chars + 1)
+
+
+@dataclass(frozen=True)
+class PythonVerifier:
+  """A function of your own, (response, reference) → verifiers.judgement.Judgement.
+
+  target: 'module:function', importable where the run starts; parts: names of its parts.
+  """
+
+  target: str
+  parts: tuple[str, ...] = ('answer',)
+
+  def __post_init__(self) -> None:
+    _text(self, 'target')
+    if self.target.count(':') != 1:
+      _fail(self, 'target', "'module:function'")
+    if (not isinstance(self.parts, (list, tuple))
+        or not all(isinstance(part, str) and part for part in self.parts)):
+      _fail(self, 'parts', 'a list of names')
+    object.__setattr__(self, 'parts', tuple(self.parts))
+
+
+Part = (MathVerifier | LogicVerifier | GymVerifier | WordVerifier | FormatVerifier
+        | LengthVerifier | PythonVerifier)
+
+
+@dataclass(frozen=True)
+class Composite:
+  """Σ weight · score of several verifiers; correct is what the first one says."""
+
+  verifiers: tuple[Part, ...]
+  weights: tuple[float, ...]
+
+  def __post_init__(self) -> None:
+    for name in ('verifiers', 'weights'):
+      if not isinstance(getattr(self, name), (list, tuple)):
+        _fail(self, name, 'a list')
+      object.__setattr__(self, name, tuple(getattr(self, name)))
+    if not self.verifiers or not all(isinstance(v, get_args(Part)) for v in self.verifiers):
+      _fail(self, 'verifiers', 'a list such as [@cfg.MathVerifier(), @cfg.FormatVerifier()]')
+    is_numbers = all(isinstance(w, (int, float)) and math.isfinite(w) for w in self.weights)
+    if len(self.weights) != len(self.verifiers) or not is_numbers:
+      _fail(self, 'weights', f'{len(self.verifiers)} numbers, one for each verifier')
+
+
+HostVerifier = Part | Composite
+Verifier = AnswerMatch | HostVerifier
+
+
+@dataclass(frozen=True)
+class VerifierPool:
+  """Child processes that judge text, and what one response may cost before they are killed.
+
+  cpu_seconds does not depend on how busy the machine is; wall_seconds also ends one that waits.
+  """
+
+  num_workers: int = 2
+  cpu_seconds: float = 5.0
+  wall_seconds: float = 30.0
+  memory_mib: int = 2048
+
+  def __post_init__(self) -> None:
+    _integer(self, 'num_workers', 1)
+    _number(self, 'cpu_seconds', 0.01)
+    _number(self, 'wall_seconds', 0.01)
+    _integer(self, 'memory_mib', 64)
 
 
 # --- Objectives of reinforcement learning -------------------------------------------

@@ -1,42 +1,33 @@
 """What a verifier is: on the device a function of arrays, on the host of text."""
 
 from collections.abc import Callable, Sequence
-import enum
 
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl_pt.types import Prompts, Rollout, Verdict
+from jaxrl_pt.types import Array, Prompts, Rollout, Verdict
+from jaxrl_pt.verifiers.judgement import Judgement, Outcome
 
 # Runs inside the jitted step.
 DeviceVerifier = Callable[[Prompts, Rollout], Verdict]
 
-
-class Outcome(enum.Enum):
-  """What became of one response under a host verifier."""
-
-  CORRECT = 'correct'
-  WRONG = 'wrong'
-  UNPARSED = 'unparsed'  # no answer found: counts as wrong
-  TIMEOUT = 'timeout'  # the verifier ran out of time: says nothing about the response
-  CRASH = 'crash'  # the verifier failed: says nothing about the response
+_UNJUDGED = (Outcome.TIMEOUT, Outcome.CRASH)
 
 
-# (response, reference) → outcome; runs in a process that may be killed.
-HostVerifier = Callable[[str, str], Outcome]
-
-
-def verdict(outcomes: Sequence[Sequence[Outcome]]) -> Verdict:
-  """Reward 1 for a correct response; a response that was not judged is masked, not dropped.
+def verdict(groups: Sequence[Sequence[Judgement]], parts: Sequence[str] = ('answer',)) -> Verdict:
+  """The arrays of N groups of G judgements; what was not judged is masked, not dropped.
 
   Args:
-    outcomes: N groups of G.
+    groups: N groups of G.
+    parts: names of the parts to log apart; a judgement without one counts 0 there.
 
   Returns:
-    Verdict of f32[N, G] arrays.
+    Verdict of f32[N, G] arrays: reward is the score, correct is 1 where the outcome is CORRECT.
   """
-  reward = [[outcome is Outcome.CORRECT for outcome in group] for group in outcomes]
-  unjudged = (Outcome.TIMEOUT, Outcome.CRASH)
-  valid = [[outcome not in unjudged for outcome in group] for group in outcomes]
-  correct = jnp.asarray(np.array(reward), jnp.float32)
-  return Verdict(correct, jnp.asarray(np.array(valid), jnp.float32), correct)
+  def table(of: Callable[[Judgement], float]) -> Array:
+    return jnp.asarray(np.array([[of(j) for j in group] for group in groups], np.float32))
+
+  return Verdict(
+      table(lambda j: j.score), table(lambda j: j.outcome not in _UNJUDGED),
+      table(lambda j: j.outcome is Outcome.CORRECT),
+      {name: table(lambda j, name=name: j.parts.get(name, 0.0)) for name in parts})

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from jaxrl_pt.verifiers import next_token as v
-from jaxrl_pt.verifiers.base import Outcome, verdict
+from jaxrl_pt.verifiers.base import verdict
+from jaxrl_pt.verifiers.judgement import Outcome, answer
 
 EURO = '€'.encode()  # Three bytes.
 
@@ -51,8 +52,9 @@ def test_host_outcomes():
   assert v.judge_text('</think>\\boxed{ a}', [b' a']) is Outcome.CORRECT
   assert v.judge_text('</think>\\boxed{a}', [b' a']) is Outcome.WRONG
   assert v.judge_text(' a', [b' a']) is Outcome.UNPARSED
-  judged = verdict([[Outcome.CORRECT, Outcome.WRONG], [Outcome.TIMEOUT, Outcome.CRASH],
-                    [Outcome.UNPARSED, Outcome.CORRECT]])
+  outcomes = [[Outcome.CORRECT, Outcome.WRONG], [Outcome.TIMEOUT, Outcome.CRASH],
+              [Outcome.UNPARSED, Outcome.CORRECT]]
+  judged = verdict([[answer(outcome) for outcome in group] for group in outcomes])
   np.testing.assert_array_equal(judged.reward, [[1, 0], [0, 0], [0, 1]])
   np.testing.assert_array_equal(judged.valid, [[1, 1], [0, 0], [1, 1]])
 
