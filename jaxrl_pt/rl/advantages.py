@@ -1,7 +1,8 @@
 """Advantages: functions from a group's rewards to how much better each response was.
 
-All take f32[N, G] arrays and return f32[N, G]. Rows with `valid` 0 (not judged) take no
-part in a baseline and get advantage 0; a group of one valid row gets 0 too.
+All take f32[N, G] arrays and return f32[N, G]; those of each token are in
+`token_advantages`. Rows with `valid` 0 (not judged) take no part in a baseline and get
+advantage 0; so does the only valid row of a group, except under the batch's baseline.
 """
 
 import chex
@@ -35,6 +36,41 @@ def group_normalised(reward: Array, valid: Array) -> Array:
   return centred / (std + EPSILON)
 
 
+def mean_centred(reward: Array, valid: Array) -> Array:
+  """Dr. GRPO's advantage: A_i = r_i − mean(r) over the valid rows of the group.
+
+  Args:
+    reward: f32[N, G].
+    valid: f32[N, G] in {0, 1}.
+
+  Returns:
+    f32[N, G].
+
+  Source: 2503.20783.
+  """
+  chex.assert_rank(reward, 2)
+  chex.assert_equal_shape([reward, valid])
+  return (reward - _mean(reward, valid)) * valid
+
+
+def leave_one_out(reward: Array, valid: Array) -> Array:
+  """RLOO's advantage: A_i = r_i − Σ_{j≠i} r_j / (G − 1), which is G/(G − 1) · (r_i − mean(r)).
+
+  The second form is how RLP writes its own: G counts the valid rows of the group.
+
+  Args:
+    reward: f32[N, G].
+    valid: f32[N, G] in {0, 1}.
+
+  Returns:
+    f32[N, G].
+
+  Source: 2402.14740; RLP 2510.01265.
+  """
+  num_valid = valid.sum(-1, keepdims=True)
+  return mean_centred(reward, valid) * num_valid / jnp.maximum(num_valid - 1, 1)
+
+
 def length_weighted(reward: Array, lengths: Array, valid: Array) -> Array:
   """OPO's advantage: A_i = r_i − Σ_j |y_j| r_j / Σ_j |y_j| over the valid rows of the group.
 
@@ -54,6 +90,54 @@ def length_weighted(reward: Array, lengths: Array, valid: Array) -> Array:
   chex.assert_rank(reward, 2)
   chex.assert_equal_shape([reward, lengths, valid])
   return (reward - _mean(reward, lengths * valid)) * valid
+
+
+def length_weighted_leave_one_out(reward: Array, lengths: Array, valid: Array) -> Array:
+  """A_i = r_i − Σ_{j≠i} |y_j| r_j / Σ_{j≠i} |y_j|: OPO's baseline without its own response.
+
+  A baseline that does not see its response leaves the gradient's expectation alone; OPO's
+  own shifts its direction a little when lengths differ.
+
+  Args:
+    reward: f32[N, G].
+    lengths: f32[N, G] response tokens, the stop token included.
+    valid: f32[N, G] in {0, 1}.
+
+  Returns:
+    f32[N, G]; 0 where no other valid row has a token.
+
+  Departs from the paper, whose baseline includes the response itself (2505.23585).
+  """
+  chex.assert_rank(reward, 2)
+  chex.assert_equal_shape([reward, lengths, valid])
+  weights = lengths * valid
+  # With Σ of all responses: r_i − b_i = (r_i − b) · Σ_j |y_j| / Σ_{j≠i} |y_j|.
+  total = weights.sum(-1, keepdims=True)
+  others = total - weights
+  scale = jnp.where(others > 0, total / jnp.where(others > 0, others, 1.0), 0.0)
+  return length_weighted(reward, lengths, valid) * scale
+
+
+def length_weighted_batch(reward: Array, lengths: Array, valid: Array) -> Array:
+  """A_i = r_i − Σ_j |y_j| r_j / Σ_j |y_j| over the valid rows of the whole batch.
+
+  What OPO's code offers as a baseline of REINFORCE++: one number for all prompts, so that
+  groups of one will do.
+
+  Args:
+    reward: f32[N, G].
+    lengths: f32[N, G] response tokens, the stop token included.
+    valid: f32[N, G] in {0, 1}.
+
+  Returns:
+    f32[N, G].
+
+  Source: 2505.23585, its code.
+  """
+  chex.assert_rank(reward, 2)
+  chex.assert_equal_shape([reward, lengths, valid])
+  flat = [x.reshape(1, -1) for x in (reward, lengths, valid)]
+  return length_weighted(*flat).reshape(reward.shape)
 
 
 def _mean(values: Array, weights: Array) -> Array:

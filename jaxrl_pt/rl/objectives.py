@@ -1,11 +1,21 @@
-"""Objectives and measures of a rollout: arrays in, a scalar out.
+"""Objectives and measures of a rollout, all to be minimised.
 
-How token terms become one number is a function of its own (`Aggregate`), because it
-decides what a baseline minimises (specs/opo.md 2.4) and is half of what tells GRPO,
-Dr. GRPO and DAPO apart.
+An objective with a ratio gives one term a token (`Surrogate`). How the terms become one
+number is a function of its own (`Aggregate`), because it decides what a baseline minimises
+(specs/opo.md 2.4) and is half of what tells GRPO, Dr. GRPO and DAPO apart:
+
+    surrogate = ppo_clip(logp, old_logp, advantage, low=0.2, high=0.28)
+    loss = token_mean(surrogate.terms, mask)
+    clip_fraction = Weighted.of(surrogate.clipped, mask)
+
+The ratio is ρ_t = π(y_t) / π_old(y_t). The old policy and the advantage are constants of the
+gradient. Where a policy makes one update a batch, ρ = 1, no clip is active and the gradients
+of all of them are that of `policy_gradient`. What a masked token holds does not matter as long
+as it is finite and so is what becomes of it: put its log-probabilities to 0.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import chex
 import jax
@@ -29,6 +39,15 @@ def sequence_mean_token_mean(values: Array, mask: Array) -> Array:
   return means.sum() / jnp.maximum(num_responses, 1)
 
 
+def sequence_mean_token_sum(values: Array, mask: Array) -> Array:
+  """Mean over responses of the sum over their tokens (OPO 2505.23585, RLOO 2402.14740).
+
+  Over the responses that have a token that counts; `token_sum_over` counts all alike.
+  """
+  num_responses = (mask.sum(-1) > 0).sum()
+  return (values * mask).sum() / jnp.maximum(num_responses, 1)
+
+
 def token_sum_over(divisor: float) -> Aggregate:
   """Σ over tokens / a constant, so no response's length or validity reweights another.
 
@@ -36,6 +55,16 @@ def token_sum_over(divisor: float) -> Aggregate:
   token budget Dr. GRPO's normalisation (2503.20783).
   """
   return lambda values, mask: (values * mask).sum() / divisor
+
+
+# --- Policy -----------------------------------------------------------------------
+
+
+class Surrogate(NamedTuple):
+  """An objective before aggregation."""
+
+  terms: Array  # f32[N, G, S] of the loss; garbage where masked
+  clipped: Array  # f32[N, G, S] 1 where a clip has taken the token's gradient
 
 
 def policy_gradient(logp: Array, advantage: Array, mask: Array, aggregate: Aggregate) -> Array:
@@ -55,6 +84,158 @@ def policy_gradient(logp: Array, advantage: Array, mask: Array, aggregate: Aggre
   chex.assert_rank(logp, 3)
   chex.assert_equal_shape([logp, advantage, mask])
   return aggregate(-jax.lax.stop_gradient(advantage) * logp, mask)
+
+
+def ppo_clip(logp: Array, old_logp: Array, advantage: Array, *, low: float, high: float
+             ) -> Surrogate:
+  """−min(ρ_t A_t, clip(ρ_t, 1 − low, 1 + high) A_t).
+
+  Args:
+    logp: f32[N, G, S] under the policy being trained.
+    old_logp: f32[N, G, S] under the policy before the batch's first update.
+    advantage: f32[N, G, S].
+    low, high: how far ρ may fall and rise. PPO and GRPO 0.2 and 0.2, DAPO 0.2 and 0.28.
+
+  Source: 1707.06347, equation 7; unequal ranges 2503.14476.
+  """
+  return _clipped(_log_ratio(logp, old_logp, advantage), advantage, low, high)
+
+
+def dual_clip(logp: Array, old_logp: Array, advantage: Array, *, low: float, high: float,
+              bound: float) -> Surrogate:
+  """`ppo_clip`, whose terms of a negative advantage are at most −bound · A_t.
+
+  Args:
+    logp, old_logp, advantage, low, high: as in `ppo_clip`.
+    bound: > 1; verl takes 3 and has this on by default.
+
+  Source: 1912.09729, equation 5.
+  """
+  once = ppo_clip(logp, old_logp, advantage, low=low, high=high)
+  ceiling = -bound * jax.lax.stop_gradient(advantage)
+  beyond = (advantage < 0) & (once.terms > ceiling)
+  return Surrogate(jnp.where(beyond, ceiling, once.terms),
+                   jnp.maximum(once.clipped, beyond.astype(jnp.float32)))
+
+
+def gspo(logp: Array, old_logp: Array, advantage: Array, mask: Array, *, low: float,
+         high: float) -> Surrogate:
+  """−min(s A_t, clip(s, 1 − low, 1 + high) A_t) with s = exp((1/|y|) Σ_t log ρ_t) on each token.
+
+  Its own aggregate is `sequence_mean_token_mean`, with which a response's equal terms count
+  as one.
+
+  Args:
+    logp, old_logp, advantage: as in `ppo_clip`.
+    mask: f32[N, G, S] 1 on tokens that count.
+    low, high: as in `ppo_clip`, but of a mean: the paper has 3e-4 and 4e-4.
+
+  Source: 2507.18071, equations 5 and 7.
+  """
+  log_ratio = jnp.where(mask > 0, _log_ratio(logp, old_logp, advantage), 0.0)
+  mean = log_ratio.sum(-1, keepdims=True) / jnp.maximum(mask.sum(-1, keepdims=True), 1.0)
+  return _clipped(jnp.broadcast_to(mean, mask.shape), advantage, low, high)
+
+
+def cispo(logp: Array, old_logp: Array, advantage: Array, *, low: float, high: float
+          ) -> Surrogate:
+  """−sg(clip(ρ_t, 1 − low, 1 + high)) A_t log π(y_t): every token keeps a gradient.
+
+  Args:
+    logp, old_logp, advantage: as in `ppo_clip`.
+    low, high: of the weight. The paper bounds it from above alone: low = 1.
+
+  Returns:
+    `clipped` is 1 where the weight, not the gradient, was cut.
+
+  Source: 2506.13585, equation 4.
+  """
+  ratio = jnp.exp(jax.lax.stop_gradient(_log_ratio(logp, old_logp, advantage)))
+  weight = jnp.clip(ratio, 1 - low, 1 + high)
+  clipped = (ratio < 1 - low) | (ratio > 1 + high)
+  return Surrogate(-weight * jax.lax.stop_gradient(advantage) * logp,
+                   clipped.astype(jnp.float32))
+
+
+def _log_ratio(logp: Array, old_logp: Array, advantage: Array) -> Array:
+  chex.assert_rank(logp, 3)
+  chex.assert_equal_shape([logp, old_logp, advantage])
+  return logp - jax.lax.stop_gradient(old_logp)
+
+
+def _clipped(log_ratio: Array, advantage: Array, low: float, high: float) -> Surrogate:
+  advantage = jax.lax.stop_gradient(advantage)
+  ratio = jnp.exp(log_ratio)
+  plain, bounded = ratio * advantage, jnp.clip(ratio, 1 - low, 1 + high) * advantage
+  # Not `minimum`: it would halve the gradient of the tie that every on-policy token is.
+  clipped = bounded < plain
+  return Surrogate(-jnp.where(clipped, bounded, plain), clipped.astype(jnp.float32))
+
+
+# --- Beside the policy's objective ------------------------------------------------
+
+
+def entropy_bonus(entropy: Array, mask: Array, aggregate: Aggregate) -> Array:
+  """f32[]: −aggregate(H_t), which a positive coefficient turns into exploration.
+
+  Args:
+    entropy: f32[N, G, S] of each token's distribution, nats.
+    mask: f32[N, G, S].
+    aggregate: how tokens become one number.
+  """
+  chex.assert_equal_shape([entropy, mask])
+  return -aggregate(entropy, mask)
+
+
+def negative_log_likelihood(logp: Array, mask: Array, aggregate: Aggregate) -> Array:
+  """f32[]: aggregate of −log π(y_t), e.g. of correct responses beside an RL loss.
+
+  Args:
+    logp, mask: f32[N, G, S].
+    aggregate: how tokens become one number.
+  """
+  chex.assert_equal_shape([logp, mask])
+  return aggregate(-logp, mask)
+
+
+def value_loss(values: Array, old_values: Array, returns: Array, *, clip: float) -> Surrogate:
+  """½ max((V − R)², (V_old + clip(V − V_old, ±clip) − R)²): PPO's clipped value loss.
+
+  Args:
+    values: f32[N, G, S] of the value head being trained.
+    old_values: f32[N, G, S] before the batch's first update.
+    returns: f32[N, G, S] targets, of `token_advantages.generalised`.
+    clip: how far a value may move in a batch, in units of reward.
+
+  Source: PPO's public code; verl's default is 0.5.
+  """
+  chex.assert_rank(values, 3)
+  chex.assert_equal_shape([values, old_values, returns])
+  old_values, returns = jax.lax.stop_gradient((old_values, returns))
+  near = jnp.clip(values, old_values - clip, old_values + clip)
+  plain, bounded = jnp.square(values - returns), jnp.square(near - returns)
+  clipped = bounded > plain
+  return Surrogate(jnp.where(clipped, bounded, plain) / 2, clipped.astype(jnp.float32))
+
+
+def dpo(chosen: Array, rejected: Array, reference_chosen: Array, reference_rejected: Array,
+        beta: float) -> Array:
+  """f32[N]: −log σ(β [log π/π_ref(y_w) − log π/π_ref(y_l)]) of each pair.
+
+  Args:
+    chosen, rejected: f32[N] log π of the whole responses, sums over tokens.
+    reference_chosen, reference_rejected: f32[N] the same under the reference.
+    beta: inverse temperature; 0.1 is common.
+
+  Source: 2305.18290, equation 7.
+  """
+  chex.assert_rank(chosen, 1)
+  chex.assert_equal_shape([chosen, rejected, reference_chosen, reference_rejected])
+  reference = jax.lax.stop_gradient(reference_chosen - reference_rejected)
+  return -jax.nn.log_sigmoid(beta * (chosen - rejected - reference))
+
+
+# --- Measures ---------------------------------------------------------------------
 
 
 def trainer_sampler_gap(logp: Array, sampler_logp: Array, mask: Array) -> Weighted:
@@ -80,3 +261,23 @@ def zero_advantage_groups(advantage: Array, valid: Array) -> Weighted:
   # Round-off of a baseline of equal rewards is not a signal.
   silent = (jnp.abs(advantage) < 1e-6).all(-1)
   return Weighted.of(silent.astype(jnp.float32), valid.any(-1))
+
+
+def gradient_variance(advantage: Array, score_norms: Array, mask: Array) -> Weighted:
+  """E[Σ_t A_t² ‖z_t‖²] over responses: what the gradient of a sum of tokens scatters by.
+
+  The second moment of the estimator with respect to the logits, whose scores z_t are
+  orthogonal over tokens: an upper bound of the variance, forward only, that ranks
+  baselines as the variance does since all share one mean.
+
+  Args:
+    advantage: f32[N, G, S].
+    score_norms: f32[N, G, S] `token_advantages.score_norm`, or ones for OPO's ‖z‖² ∝ |y|.
+    mask: f32[N, G, S].
+
+  Source: verl's variance proxy; 2505.23585.
+  """
+  chex.assert_rank(advantage, 3)
+  chex.assert_equal_shape([advantage, score_norms, mask])
+  power = (jnp.square(advantage) * score_norms * mask).sum(-1)
+  return Weighted.of(power, mask.any(-1))

@@ -1,0 +1,66 @@
+"""Weights for responses that another policy drew than the one being trained.
+
+All compare the trainer's log-probabilities with the sampler's and return f32[N, G, S]
+constants of the gradient that multiply the terms of a loss: 1 where both agree, 0 where
+`mask` is 0. The ratio is ρ_t = π_train(y_t) / π_sampler(y_t).
+
+Source: verl's rollout correction; truncation as in IMPALA (1802.01561).
+"""
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from jaxrl_pt.types import Array
+
+
+def token_truncated(logp: Array, sampler_logp: Array, mask: Array, cap: float) -> Array:
+  """sg(min(ρ_t, cap)): a small variance for a bias, as later tokens are not weighed.
+
+  Args:
+    logp, sampler_logp, mask: f32[N, G, S].
+    cap: largest weight, at least 1.
+
+  Returns:
+    f32[N, G, S].
+  """
+  log_ratio = _log_ratio(logp, sampler_logp, mask)
+  return jnp.exp(jnp.minimum(log_ratio, jnp.log(cap))) * mask
+
+
+def sequence_truncated(logp: Array, sampler_logp: Array, mask: Array, cap: float) -> Array:
+  """sg(min(Π_t ρ_t, cap)) on every token: unbiased but for the cap.
+
+  Args:
+    logp, sampler_logp, mask: f32[N, G, S].
+    cap: largest weight, at least 1.
+
+  Returns:
+    f32[N, G, S].
+  """
+  log_ratio = _log_ratio(logp, sampler_logp, mask).sum(-1, keepdims=True)
+  return jnp.exp(jnp.minimum(log_ratio, jnp.log(cap))) * mask
+
+
+def rejected(logp: Array, sampler_logp: Array, mask: Array, low: float, high: float) -> Array:
+  """1 on responses with low ≤ exp(mean_t log ρ_t) ≤ high, 0 on the others.
+
+  Args:
+    logp, sampler_logp, mask: f32[N, G, S].
+    low, high: of the geometric mean of the response's ratios.
+
+  Returns:
+    f32[N, G, S] in {0, 1}.
+  """
+  log_ratio = _log_ratio(logp, sampler_logp, mask).sum(-1, keepdims=True)
+  mean = log_ratio / jnp.maximum(mask.sum(-1, keepdims=True), 1.0)
+  # Near equality: round-off of equal log-probabilities must not reject at a bound of 1.
+  kept = (mean >= jnp.log(low) - 1e-6) & (mean <= jnp.log(high) + 1e-6)
+  return kept * mask
+
+
+def _log_ratio(logp: Array, sampler_logp: Array, mask: Array) -> Array:
+  """f32[N, G, S]: log ρ_t, 0 where masked, whatever is there."""
+  chex.assert_rank(logp, 3)
+  chex.assert_equal_shape([logp, sampler_logp, mask])
+  return jax.lax.stop_gradient(jnp.where(mask > 0, logp - sampler_logp, 0.0))

@@ -1,0 +1,31 @@
+"""Estimators of KL(π ‖ π_ref) from tokens that π drew, one term a token.
+
+As a penalty in the reward (a constant of the gradient) k1 is unbiased and k3 is too, with
+less variance. In the loss their *gradients* tell them apart, not their values: that of k1
+is 0 in expectation, that of k2 is the gradient of KL(π ‖ π_ref), that of k3 the gradient
+of KL(π_ref ‖ π). All f32[N, G, S] → f32[N, G, S].
+
+Source: J. Schulman, Approximating KL divergence, 2020.
+"""
+
+import chex
+import jax.numpy as jnp
+
+from jaxrl_pt.types import Array
+
+
+def k1(logp: Array, reference_logp: Array) -> Array:
+  """log π − log π_ref: unbiased, of either sign. Do not put it in a loss."""
+  chex.assert_equal_shape([logp, reference_logp])
+  return logp - reference_logp
+
+
+def k2(logp: Array, reference_logp: Array) -> Array:
+  """(log π − log π_ref)² / 2: biased in value, right in gradient."""
+  return jnp.square(k1(logp, reference_logp)) / 2
+
+
+def k3(logp: Array, reference_logp: Array) -> Array:
+  """e^u − u − 1 with u = log π_ref − log π: unbiased, never negative (GRPO 2402.03300)."""
+  u = -k1(logp, reference_logp)
+  return jnp.expm1(u) - u
