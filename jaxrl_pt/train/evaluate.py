@@ -92,13 +92,14 @@ def _restore(workdir: Path, step: int | None, data: cfg.Data | None,
   run = dataclasses.replace(run, mesh=mesh, data=data or run.data)
   data_dir: Path | None
   match run.objective:
-    case cfg.RPT(start_from=start):
-      data_dir = Path(start) / 'data'  # Where `rl.train` has left it.
-    case _:
+    case cfg.NextToken():
       data_dir = None
+    case method:
+      data_dir = Path(method.start_from) / 'data'  # Where `rl.train` has left it.
   session = sessions.open_session(run, workdir, text, data_dir)
   optimizer = optim.make_optimizer(run.optimizer, run.train.num_steps)
-  abstract = states.abstract_state(session.model(run.model), optimizer, session.mesh)
+  abstract = states.abstract_state(session.model(run.model), optimizer, session.mesh,
+                                   lambda: states.new_method(run))
   restored = checkpoint.restore(workdir / 'checkpoints',
                                 abstract.params if part == 'params' else abstract, step, part=part)
   sessions.check_tokenizer(session, restored)

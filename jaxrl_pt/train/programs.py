@@ -13,13 +13,16 @@ import optax
 
 from jaxrl_pt import config as cfg
 from jaxrl_pt import metrics
+from jaxrl_pt.models import transformer
+from jaxrl_pt.nn import quant
 from jaxrl_pt.parallel import rules
-from jaxrl_pt.train import losses, optim, rl_step
+from jaxrl_pt.train import learner, losses, optim, rl_step
 from jaxrl_pt.train import session as sessions
 from jaxrl_pt.train import state as states
 from jaxrl_pt.train.step import make_train_step
-from jaxrl_pt.types import Batch, Prompts
+from jaxrl_pt.types import Batch, Params, Prompts
 from jaxrl_pt.verifiers import next_token as verifier
+from jaxrl_pt.verifiers.base import DeviceVerifier
 
 # Without a tokenizer at hand: bytes of the longest token, and the token that ends a text.
 _LONGEST_TOKEN = 16
@@ -44,11 +47,62 @@ def pretrain_step(run: cfg.Run, mesh: Mesh, model: cfg.Model,
   return jax.jit(step, donate_argnums=0)
 
 
-def rpt_step(run: cfg.Run, mesh: Mesh, optimizer: optax.GradientTransformation,
-             table: verifier.TokenBytes, stop_id: int) -> Any:
-  """The jitted step(state, prompts) of RPT, sampler and learner in one; the state is donated."""
+def fused_step(run: cfg.Run, mesh: Mesh, optimizer: optax.GradientTransformation,
+               verify: DeviceVerifier, stop_id: int) -> Any:
+  """The jitted step(state, start policy, prompts): sampler, verifier and learner in one."""
   model = sessions.build_model(run.model, run.compute, mesh)
-  return jax.jit(rl_step.make_rpt_step(model, optimizer, run, table, stop_id), donate_argnums=0)
+  return jax.jit(rl_step.make_fused_step(model, optimizer, run, verify, stop_id),
+                 donate_argnums=0)
+
+
+def sampler(run: cfg.Run, mesh: Mesh, rollouts: cfg.Rollouts, stop_id: int) -> Any:
+  """The jitted sample(handed-over params, prompts, batch, version) → Rollout."""
+  model = sessions.build_model(run.model, run.compute, mesh, rules.SAMPLE)
+  return jax.jit(rl_step.make_sampler(model, run.seed, rollouts, stop_id))
+
+
+def learner_step(run: cfg.Run, mesh: Mesh, optimizer: optax.GradientTransformation,
+                 rollouts: cfg.Rollouts, algorithm: cfg.Algorithm) -> Any:
+  """The jitted learn(state, experience) → (state, metrics); the state is donated."""
+  model = sessions.build_model(run.model, run.compute, mesh)
+  return jax.jit(learner.make_learner(model, optimizer, run, rollouts, algorithm),
+                 donate_argnums=0)
+
+
+def reference(run: cfg.Run, mesh: Mesh, rollouts: cfg.Rollouts) -> Any:
+  """The jitted logp(start policy, prompts, rollout) → f32[N, G, S]."""
+  model = sessions.build_model(run.model, run.compute, mesh)
+  return jax.jit(lambda params, prompts, rollout: rl_step.reference_logp(
+      model, params, prompts, rollout, rollouts.sampler, run.compute.loss_chunk))
+
+
+def hand_over(run: cfg.Run, mesh: Mesh) -> Any:
+  """The jitted params → the sampler's copy of them, laid out by the sampler's table.
+
+  What the forward pass casts anyhow travels in the dtype of the computation, and BitLinear
+  weights as the 2-bit codes that it makes of them. On one device nothing travels, and the
+  parameters are the sampler's as they are.
+  """
+  if mesh.size == 1:
+    return lambda params: params
+  dtype, ternary = jnp.dtype(run.compute.dtype), run.model.quant.weights == 'ternary'
+  specs = sessions.build_model(run.model, run.compute, mesh).specs
+  is_matrix = lambda path: path[-1].key in transformer.PROJECTIONS
+
+  def copy(params: Params) -> Params:
+    if ternary:
+      params = quant.pack(params, is_matrix)
+    is_leaf = lambda x: isinstance(x, quant.TernaryWeight)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: x.astype(dtype) if not is_leaf(x) and (
+            is_matrix(path) or path[-1].key in ('embed', 'head')) else x, params, is_leaf=is_leaf)
+
+  def sharding(path: tuple[Any, ...], one: NamedSharding) -> Any:
+    packed = ternary and is_matrix(path)
+    return quant.TernaryWeight(one, rules.replicated(mesh)) if packed else one  # type: ignore
+
+  shardings = rules.param_shardings(specs, mesh, rules.SAMPLE)
+  return jax.jit(copy, out_shardings=jax.tree_util.tree_map_with_path(sharding, shardings))
 
 
 def continuation_len(method: cfg.RPT) -> int:
@@ -86,7 +140,7 @@ def of_run(run: cfg.Run, mesh: Mesh) -> list[Program]:
   rules.check_divides(run, mesh)
   optimizer = optim.make_optimizer(run.optimizer, run.train.num_steps)
   state = states.abstract_state(sessions.build_model(run.model, run.compute, mesh), optimizer,
-                                mesh)
+                                mesh, lambda: states.new_method(run))
   match run.objective:
     case cfg.NextToken():
       first, last = cfg.model_at(run, 0), cfg.model_at(run, run.train.num_steps - 1)
@@ -97,9 +151,10 @@ def of_run(run: cfg.Run, mesh: Mesh) -> list[Program]:
     case cfg.RPT() as method:
       table = verifier.token_table([bytes(_LONGEST_TOKEN)] * run.model.vocab_size,
                                    run.model.vocab_size)
+      verify = verifier.device_verifier(table)
       return [Program('RPT step: sampler, verifier and learner',
-                      rpt_step(run, mesh, optimizer, table, _STOP_ID),
-                      (state, _abstract_prompts(method, mesh)))]
+                      fused_step(run, mesh, optimizer, verify, _STOP_ID),
+                      (state, state.params, _abstract_prompts(method, mesh)))]
 
 
 def _abstract(shape: tuple[int, ...], dtype: Any, sharding: NamedSharding) -> Any:

@@ -1,44 +1,50 @@
-"""Reinforcement pre-training: the loop round the one-program step of `rl_step`.
+"""Reinforcement learning: take prompts → generate → verify → advantage → update → log.
 
-The pretrained policy is restored and, frozen, scores positions by the entropy of its
-prediction; those it is unsure of become prompts. Each step generates, verifies, computes
-advantages and updates on the device; the same held-out positions are scored before the
-first step, on the way, and after the last, under the same decoding.
+Every method runs through this one loop. Where the verifier is a function of arrays, the four
+middle stages are one program on the device (`rl_step`). Where it reads text, it works in
+processes of its own (`stages`):
+
+- on-policy, each batch is drawn by the parameters that it updates, so generation waits for the
+  update, the update for the verdict, and only logging and evaluation run beside them;
+- one step off-policy, the next batch is drawn while this one is verified, by parameters that
+  are one step old when it is learned from, which the correction pays for.
+
+Killed at any point and started again, a run repeats what it would have done, bit for bit.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterator
+import contextlib
 import dataclasses
-import functools
+import hashlib
+import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 
 from jaxrl_pt import config as cfg
 from jaxrl_pt import metrics, report
 from jaxrl_pt.checkpoint import Checkpointer
-from jaxrl_pt.data import loader, next_token
+from jaxrl_pt.checksum import checksum
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.models.base import Model
-from jaxrl_pt.train import evaluate, optim, programs, rl_step
+from jaxrl_pt.train import evaluate, optim, programs, replay, rpt
 from jaxrl_pt.train import session as sessions
 from jaxrl_pt.train import state as states
 from jaxrl_pt.train.interrupt import stop_on_signals
-from jaxrl_pt.types import Array, Batch, Params, Prompts, Weighted
-from jaxrl_pt.verifiers import next_token as verifier
-
-# Folded into the run's key in place of a step: evaluation draws the same noise every time.
-EVALUATION_STREAM = 2**31 - 1
-EVALUATION_SAMPLES = 8
+from jaxrl_pt.train.stages import Drawn, Judged, Stages
+from jaxrl_pt.train.tasks import Task
+from jaxrl_pt.types import Params, TrainState
 
 
 def train(run: cfg.Run, workdir: Path, resolved_text: str) -> None:
-  """Runs RPT to its last step in `workdir`, resuming what is there.
+  """Runs the method to its last step in `workdir`, resuming what is there.
 
   Args:
-    run: with an RPT objective, whose start_from names a pretraining work directory.
-    workdir: receives config.gin, positions, checkpoints/, metrics.jsonl, report.html.
+    run: with an objective of reinforcement learning, whose start_from names a work directory.
+    workdir: receives config.gin, checkpoints/, metrics.jsonl, report.html and, as asked for,
+      rollouts/.
     resolved_text: the run as gin text, saved with it.
 
   Raises:
@@ -46,29 +52,26 @@ def train(run: cfg.Run, workdir: Path, resolved_text: str) -> None:
   """
   # --- Open ---------------------------------------------------------------------
   method = run.objective
-  assert isinstance(method, cfg.RPT)
+  assert not isinstance(method, cfg.NextToken)
   start = evaluate.load_policy(Path(method.start_from), mesh=run.mesh)
-  _check_start(run, method, start)
+  _check_start(run, method.start_from, start)
   sessions.claim_workdir(workdir, resolved_text)
   session = sessions.open_session(run, workdir, resolved_text, Path(method.start_from) / 'data')
   model = session.model(run.model)
-  optimizer = optim.make_optimizer(run.optimizer, run.train.num_steps)
-  entropy = jax.jit(functools.partial(next_token.position_entropy, model))
-  positions = _choose_positions(session, method, entropy, start.params, 'train')
-  held_out = _choose_positions(session, method, entropy, start.params, 'validation')
-  stop_id = session.data.tokenizer.eos_id
-  table = verifier.token_table(session.data.tokenizer.token_bytes(), run.model.vocab_size)
-  step_fn = programs.rpt_step(run, session.mesh, optimizer, table, stop_id)
-  score = _make_scorer(session, method, model, table, stop_id, held_out)
+  optimizer = optim.make_optimizer(run.optimizer, run.train.num_steps * method.algorithm.updates)
+  new_method = lambda: states.new_method(run)
+  abstract = states.abstract_state(model, optimizer, session.mesh, new_method)
+  digest = _digest(start.params)
 
-  with Checkpointer(workdir / 'checkpoints', run.checkpoint) as checkpointer, \
+  with open_task(session, method, model, start.params) as task, \
+       Checkpointer(workdir / 'checkpoints', run.checkpoint) as checkpointer, \
        stop_on_signals() as stop:
     # --- Restore or start from the pretrained policy -----------------------------
-    abstract = states.abstract_state(model, optimizer, session.mesh)
-    state, _ = sessions.restore_or_init(
+    state, saved = sessions.restore_or_init(
         session, checkpointer, abstract,
-        lambda start=start: states.state_of(start.params, optimizer, abstract))
-    del start
+        lambda: states.state_of(start.params, optimizer, abstract, new_method))
+    stages = Stages(session, task, start.params, optimizer, method.rollouts, method.algorithm)
+    turn = _Turn(0, None) if saved is None else _resumed(saved, digest, method, stages, state)
     first = int(state.step)
     writer = metrics.Writer(workdir, resume_step=first or -1, num_steps=run.train.num_steps,
                             tensorboard=run.train.tensorboard, log_every=run.train.log_every)
@@ -78,23 +81,24 @@ def train(run: cfg.Run, workdir: Path, resolved_text: str) -> None:
 
     with writer:
       if first == 0:
-        writer.write(0, score(state.params), {})
+        writer.write(0, task.score(state.params), {})
 
       # --- Train ------------------------------------------------------------------
       for step in range(first, run.train.num_steps):
-        rows = positions.take(next_token.step_rows(
-            len(positions), method.rollouts.num_prompts, run.seed, step))
-        prompts = _prompts(session.data.train, rows, method)
-        state, values = step_fn(state, session.put_rows(prompts))
-        recorder.dispatched(step + 1, values, rows.example, programs.num_tokens(run))
+        state, turn, done = _step(stages, state, turn, step, method, run.train.log_every)
+        recorder.dispatched(step + 1, done.values, done.drawn.ids, programs.num_tokens(run))
+        recorder.time(stages.finish(state, done.drawn))
+        if method.rollouts.dump_every and (step + 1) % method.rollouts.dump_every == 0:
+          replay.dump(workdir / replay.FOLDER, step + 1, done, session.data.tokenizer)
 
         is_last = step + 1 == run.train.num_steps
         if is_last or (step + 1) % run.train.eval_every == 0:
-          recorder.add(score(state.params))
+          recorder.add(task.score(state.params))
         if is_last or stop.signal_name or (step + 1) % run.checkpoint.every == 0:
           recorder.flush()
-          checkpointer.save(step + 1, state,
-                            sessions.checkpoint_extras(session, {'step': step + 1}))
+          position = {'step': step + 1, 'batches': turn.batch, 'start': digest}
+          checkpointer.save(step + 1, _with_pending(state, turn),
+                            sessions.checkpoint_extras(session, position))
           recorder.restart_clock()
         if stop.signal_name and not is_last:
           checkpointer.wait()
@@ -105,107 +109,85 @@ def train(run: cfg.Run, workdir: Path, resolved_text: str) -> None:
     report.write_report(workdir)
 
 
-def _check_start(run: cfg.Run, method: cfg.RPT, start: evaluate.Policy) -> None:
-  if run.train.accumulation != 1:
-    raise UserError(f'Train.accumulation = {run.train.accumulation} is for pretraining only: set '
-                    'it to 1 and lower Rollouts.num_prompts if memory is short.')
+# --- One step -------------------------------------------------------------------
+
+
+class _Turn(NamedTuple):
+  """What the next step starts with: its batch's number, and that batch if already drawn."""
+
+  batch: int
+  ahead: Drawn | None
+
+
+def _step(stages: Stages, state: TrainState, turn: _Turn, step: int, method: cfg.RPT,
+          log_every: int) -> tuple[TrainState, _Turn, Judged]:
+  """One step: prompts → responses → verdict → advantage → update, as far as dispatched."""
+  measure = (step + 1) % log_every == 0
+  selection = method.rollouts.selection
+  resamples = isinstance(selection, cfg.DynamicSampling) and step >= selection.from_step
+  if stages.fused and not resamples:
+    state, done = stages.step(state, turn.batch, measure)
+    return state, _Turn(turn.batch + 1, None), done
+  if resamples:
+    drawn, verdict, taken = stages.collect(state.params, turn.batch, step)
+    state, done = stages.learn(state, drawn, verdict, measure)
+    return state, _Turn(turn.batch + taken, None), done
+
+  drawn = turn.ahead or stages.draw(state.params, turn.batch, step)
+  ticket = stages.submit(drawn)
+  ahead = None
+  if method.rollouts.mode == cfg.OneStepOff():
+    ahead = stages.draw(state.params, turn.batch + 1, step)  # While the verifier works.
+  verdict = stages.judge(ticket)
+  state, done = stages.learn(state, drawn, verdict, measure)
+  return state, _Turn(turn.batch + 1, ahead), done
+
+
+# --- Start and resume -----------------------------------------------------------
+
+
+@contextlib.contextmanager
+def open_task(session: sessions.Session, method: cfg.RPT, model: Model,
+              start: Params) -> Iterator[Task]:
+  """The task of a method, its verifier's processes running as long as the context is open."""
+  match method:
+    case cfg.RPT():
+      yield rpt.make_task(session, method, model, start)
+
+
+def _check_start(run: cfg.Run, start_from: str, start: evaluate.Policy) -> None:
   ours, theirs = dataclasses.asdict(run.model), dataclasses.asdict(start.model.config)
   for name, value in ours.items():
     if value != theirs[name]:
-      raise UserError(f'Model.{name} = {value!r}, but the policy in {method.start_from} ends with '
+      raise UserError(f'Model.{name} = {value!r}, but the policy in {start_from} ends with '
                       f'{theirs[name]!r}: set it to that.')
 
 
-# --- Positions and prompts ------------------------------------------------------
+def _digest(params: Params) -> str:
+  """Names the start policy by its content."""
+  return hashlib.sha256(json.dumps(checksum(params), sort_keys=True).encode()).hexdigest()
 
 
-def _choose_positions(
-    session: sessions.Session, method: cfg.RPT, entropy: Callable[[Params, Batch], Array],
-    params: Params, split: str) -> next_token.Positions:
-  """Positions of a split whose entropy under the starting policy is at least the minimum.
-
-  Of the split, `scored_examples` examples spread evenly over it are scored; of the
-  validation split's positions, `eval_positions` are taken by a fixed permutation.
+def _resumed(saved: dict[str, Any], digest: str, method: cfg.RPT, stages: Stages,
+             state: TrainState) -> _Turn:
+  """Where a checkpoint stands among the batches, with the rollouts it had drawn ahead.
 
   Raises:
-    UserError: no position is left.
+    UserError: the start policy is not the one that the run began with.
   """
-  held_out = split == 'validation'
-  packed = session.data.validation if held_out else session.data.train
-  minimum = method.difficulty[0] if held_out else method.min_entropy
-  predictable = np.array([len(b) > 0 for b in session.data.tokenizer.token_bytes()]
-                         + [False] * (session.run.model.vocab_size
-                                      - session.data.tokenizer.vocab_size))
-
-  def score() -> next_token.Positions:
-    parts = []
-    for batch in _spread(packed, session.run.train.batch_size, method.scored_examples):
-      values = np.asarray(entropy(params, session.put_global(batch)))
-      parts.append(next_token.select_positions(values, batch, min_entropy=minimum,
-                                               min_context=min(8, method.rollouts.prompt_len),
-                                               predictable=predictable))
-    return next_token.concatenate(parts)
-
-  key = next_token.table_key(params, split=split, min_entropy=minimum, digest=packed.digest,
-                             prompt_len=method.rollouts.prompt_len,
-                             examples=method.scored_examples)
-  positions = next_token.load_or_score(session.workdir / f'positions-{split}.npz', key, score)
-  if len(positions) == 0:
-    raise UserError(f'No position of the {split} split has an entropy of {minimum:g} nats: lower '
-                    'RPT.min_entropy and RPT.difficulty.')
-  if held_out:
-    order = np.random.default_rng(0).permutation(len(positions))
-    positions = positions.take(np.sort(order[:method.eval_positions]))
-  return positions
+  if saved['start'] != digest:
+    raise UserError(f'The policy in {method.start_from} is not the one that this run started '
+                    'from: put it back, or use a new --workdir.')
+  batch = saved['batches']
+  if method.rollouts.mode != cfg.OneStepOff():
+    return _Turn(batch, None)
+  # A copy: the state's own arrays are donated to the step that learns from them.
+  return _Turn(batch, stages.drawn(batch, jax.tree.map(jnp.copy, state.method.pending)))
 
 
-def _spread(packed: loader.Packed, batch_size: int, num_examples: int) -> list[Batch]:
-  """Full batches of at most `num_examples` examples at even distances."""
-  count = min(num_examples, len(packed))
-  ids = np.unique(np.linspace(0, len(packed) - 1, count).astype(np.int64))
-  ids = np.concatenate([ids, np.full(-len(ids) % batch_size, -1)])
-  return [loader.padded_batch(packed, ids[i:i + batch_size])
-          for i in range(0, len(ids), batch_size)]
-
-
-def _prompts(packed: loader.Packed, rows: next_token.Positions, method: cfg.RPT) -> Prompts:
-  """Prompts of these positions. The truth is four times as many tokens as the prediction may
-  have; a right prediction that the truth spells in still more tokens counts as wrong."""
-  examples = packed.batch(np.unique(rows.example))
-  return next_token.build_prompts(examples, rows, prompt_len=method.rollouts.prompt_len,
-                                  num_continuation=programs.continuation_len(method))
-
-
-# --- Held-out accuracy ----------------------------------------------------------
-
-
-def _make_scorer(session: sessions.Session, method: cfg.RPT, model: Model,
-                 table: verifier.TokenBytes, stop_id: int,
-                 held_out: next_token.Positions) -> Callable[[Params], dict[str, float]]:
-  """score(params) → validation/{easy,medium,hard}_{sampled,argmax,count}."""
-  key = jax.random.fold_in(jax.random.key(session.run.seed), EVALUATION_STREAM)
-  accuracy = jax.jit(lambda params, prompts: rl_step.next_token_accuracy(
-      model, params, prompts, key, table, method=method, num_samples=EVALUATION_SAMPLES,
-      stop_id=stop_id))
-  rows = _prompts(session.data.validation, held_out, method)
-  size = 4 * method.rollouts.num_prompts
-  total = -(-len(held_out) // size) * size
-  rows = next_token.pad_prompts(rows, total)
-  batches = [session.put_rows(jax.tree.map(lambda x, i=i: x[i:i + size], rows))
-             for i in range(0, total, size)]
-
-  def score(params: Params) -> dict[str, float]:
-    sums: dict[str, Any] = {}
-    for batch in batches:
-      for name, value in accuracy(params, batch).items():
-        old = sums.get(name)
-        sums[name] = value if old is None else Weighted(old.sum + value.sum,
-                                                        old.count + value.count)
-    results = {f'validation/{k}': v for k, v in metrics.host_values(sums).items()}
-    counts = {f'validation/{k.removesuffix("_argmax")}_count': float(v.count)
-              for k, v in sums.items() if k.endswith('_argmax')}
-    return {**results, **counts}
-
-  return score
-
-
+def _with_pending(state: TrainState, turn: _Turn) -> TrainState:
+  """The state with what has been drawn ahead, as a checkpoint keeps it."""
+  if turn.ahead is None:
+    return state
+  return dataclasses.replace(
+      state, method=dataclasses.replace(state.method, pending=turn.ahead.rollout))

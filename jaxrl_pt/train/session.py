@@ -54,9 +54,11 @@ class Session:
     return jax.tree.map(lambda x: _from_whole(x, sharding), tree)
 
 
-def build_model(config: cfg.Model, compute: cfg.Compute, mesh: Mesh) -> Model:
-  """The model as every training program on this mesh computes it."""
-  return transformer.build(config, compute, rules.make_constrain(mesh), kernels.make_ops(mesh))
+def build_model(config: cfg.Model, compute: cfg.Compute, mesh: Mesh,
+                table: rules.Rules = rules.TRAIN) -> Model:
+  """The model as every program on this mesh computes it, laid out by the table."""
+  return transformer.build(config, compute, rules.make_constrain(mesh, table),
+                           kernels.make_ops(mesh))
 
 
 def _from_whole(x: Any, sharding: jax.sharding.Sharding) -> Any:
@@ -166,6 +168,7 @@ class Recorder:
     self._checkpointer = checkpointer
     self._pending: _Pending | None = None
     self._extra: dict[str, float] = {}
+    self._timing: dict[str, float] = {}
     self._started = self._last = time.perf_counter()
     self._busy = 0.0
 
@@ -177,6 +180,10 @@ class Recorder:
   def add(self, values: Mapping[str, float]) -> None:
     """Adds evaluation results to the row of the pending step."""
     self._extra.update(values)
+
+  def time(self, values: Mapping[str, float]) -> None:
+    """Adds times and speeds of its stages to the row of the pending step."""
+    self._timing.update(values)
 
   def restart_clock(self) -> None:
     """Leaves out of the step time what has just been done (evaluation, compilation)."""
@@ -203,8 +210,8 @@ class Recorder:
     mfu = metrics.mfu(timing['model_flops_per_second'], self._devices)
     if mfu is not None:  # Only where the device's peak is known.
       timing['mfu'] = mfu
-    self._writer.write(pending.step, {**values, **self._extra}, timing)
-    self._extra = {}
+    self._writer.write(pending.step, {**values, **self._extra}, {**timing, **self._timing})
+    self._extra, self._timing = {}, {}
     if bad:
       good = self._checkpointer.latest_step()
       raise UserError(

@@ -1,37 +1,109 @@
 """The training state: described, initialised sharded, restored."""
 
+from collections.abc import Callable
 from typing import Any
 
+from flax import struct
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 import optax
 
+from jaxrl_pt import config as cfg
 from jaxrl_pt import params as P
 from jaxrl_pt.models.base import Model
 from jaxrl_pt.parallel import rules
-from jaxrl_pt.types import Array, Params, TrainState
+from jaxrl_pt.types import Params, Rollout, TrainState
+
+# --- What a method of reinforcement learning keeps between steps ------------------
 
 
-def _new(model: Model, optimizer: optax.GradientTransformation, key: Array) -> TrainState:
-  params = P.init(model.specs, key)
-  return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), {})
+@struct.dataclass
+class ValueHead:
+  """GAE's value head with its own optimizer; empty without one."""
+
+  params: Any  # {'weight': f32[D], 'bias': f32[]} or {}
+  opt_state: Any
 
 
-def abstract_state(model: Model, optimizer: optax.GradientTransformation,
-                   mesh: Mesh) -> TrainState:
+@struct.dataclass
+class MethodState:
+  """`TrainState.method` of a run of reinforcement learning."""
+
+  gate: Any  # f32[] accuracy that Short-RL's gate compares with, or {}
+  value: ValueHead
+  pending: Any  # Rollout drawn ahead of its update (one-step-off), or {}
+
+
+def value_optimizer(advantage: cfg.Advantage) -> optax.GradientTransformation:
+  """Adam for the value head where the advantage has one."""
+  match advantage:
+    case cfg.GAE(value_lr=learning_rate):
+      return optax.adam(learning_rate)
+    case _:
+      return optax.identity()
+
+
+def new_method(run: cfg.Run) -> Any:
+  """The method's state before the first step: {} for pretraining."""
+  match run.objective:
+    case cfg.NextToken():
+      return {}
+    case method:
+      return _new_method(method.rollouts, method.algorithm, run.model.d_model)
+
+
+def _new_method(rollouts: cfg.Rollouts, algorithm: cfg.Algorithm, d_model: int) -> MethodState:
+  head: Any = {}
+  if isinstance(algorithm.advantage, cfg.GAE):
+    head = {'weight': jnp.zeros(d_model), 'bias': jnp.zeros(())}
+  gate: Any = jnp.zeros(()) if isinstance(algorithm.shaping, cfg.ShortRL) else {}
+  pending: Any = {}
+  if rollouts.mode == cfg.OneStepOff():
+    shape = rollouts.num_prompts, rollouts.group_size, rollouts.response_tokens
+    pending = Rollout(jnp.zeros(shape, jnp.int32), jnp.zeros(shape), jnp.zeros(shape),
+                      jnp.zeros((), jnp.int32))
+  return MethodState(gate, ValueHead(head, value_optimizer(algorithm.advantage).init(head)),
+                     pending)
+
+
+def _method_shardings(method: Any, mesh: Mesh) -> Any:
+  """Pending rollouts are split by rows, everything else is replicated."""
+  everywhere, rows = rules.replicated(mesh), rules.row_sharding(mesh)
+  shardings = jax.tree.map(lambda _: everywhere, method)
+  if isinstance(method, MethodState) and isinstance(method.pending, Rollout):
+    pending = Rollout(rows, rows, rows, everywhere)  # type: ignore[arg-type]  # Same tree.
+    shardings = shardings.replace(pending=pending)
+  return shardings
+
+
+# --- The whole state --------------------------------------------------------------
+
+
+def _new(params: Params, optimizer: optax.GradientTransformation, method: Any) -> TrainState:
+  return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), method)
+
+
+def abstract_state(model: Model, optimizer: optax.GradientTransformation, mesh: Mesh,
+                   method: Callable[[], Any] = dict) -> TrainState:
   """The state as ShapeDtypeStructs with shardings: the target of init and of a restore.
 
-  Moments are sharded like their parameters, everything else is replicated.
+  Moments are sharded like their parameters, everything else is replicated but for rows that
+  wait for their update.
+
+  Args:
+    model, optimizer, mesh: of the run.
+    method: makes what `TrainState.method` holds before the first step.
   """
-  shapes = jax.eval_shape(lambda key: _new(model, optimizer, key), jax.random.key(0))
+  shapes = jax.eval_shape(lambda key: _new(P.init(model.specs, key), optimizer, method()),
+                          jax.random.key(0))
   param_shardings = rules.param_shardings(model.specs, mesh)
   everywhere = rules.replicated(mesh)
   opt_shardings = optax.tree_map_params(
       optimizer, lambda _, sharding: sharding, shapes.opt_state, param_shardings,
       transform_non_params=lambda _: everywhere)
   shardings = TrainState(everywhere,  # type: ignore[arg-type]  # Same tree.
-                         param_shardings, opt_shardings, {})
+                         param_shardings, opt_shardings, _method_shardings(shapes.method, mesh))
 
   def with_sharding(shape: Any, sharding: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
@@ -39,12 +111,11 @@ def abstract_state(model: Model, optimizer: optax.GradientTransformation,
   return jax.tree.map(with_sharding, shapes, shardings)
 
 
-def state_of(params: Params, optimizer: optax.GradientTransformation,
-             abstract: TrainState) -> TrainState:
+def state_of(params: Params, optimizer: optax.GradientTransformation, abstract: TrainState,
+             method: Callable[[], Any] = dict) -> TrainState:
   """A new state at step 0 that starts from given parameters (copied: the step donates)."""
   shardings = jax.tree.map(lambda s: s.sharding, abstract)
-  start = jax.jit(lambda p: TrainState(jnp.zeros((), jnp.int32), p, optimizer.init(p), {}),
-                  out_shardings=shardings)
+  start = jax.jit(lambda p: _new(p, optimizer, method()), out_shardings=shardings)
   return start(params)
 
 
@@ -52,5 +123,6 @@ def init_state(model: Model, optimizer: optax.GradientTransformation, mesh: Mesh
                seed: int) -> TrainState:
   """A new state, born sharded: no device ever holds more than its part."""
   shardings = jax.tree.map(lambda s: s.sharding, abstract_state(model, optimizer, mesh))
-  init = jax.jit(lambda key: _new(model, optimizer, key), out_shardings=shardings)
+  init = jax.jit(lambda key: _new(P.init(model.specs, key), optimizer, {}),
+                 out_shardings=shardings)
   return init(jax.random.key(seed))

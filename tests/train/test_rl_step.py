@@ -11,10 +11,10 @@ import pytest
 from jaxrl_pt import config as cfg
 from jaxrl_pt import params as P
 from jaxrl_pt.models import transformer
-from jaxrl_pt.rl import advantages
 from jaxrl_pt.sampling import policies
-from jaxrl_pt.train import optim, rl_step
-from jaxrl_pt.types import Prompts, Rollout, TrainState, Trajectory, Verdict
+from jaxrl_pt.train import learner, optim, rl_step, rpt
+from jaxrl_pt.train import state as states
+from jaxrl_pt.types import Prompts, Rollout, TrainState, Trajectory
 from jaxrl_pt.verifiers import next_token as verifier
 
 VOCAB = 13
@@ -25,6 +25,7 @@ PARAMS = P.init(MODEL.specs, jax.random.key(0))
 PARAMS = {**PARAMS, 'embed': PARAMS['embed'] * 20}
 TOKEN_BYTES = [b'', *(bytes([96 + i]) for i in range(1, VOCAB - 1)), b'ab']
 TABLE = verifier.token_table(TOKEN_BYTES, VOCAB)
+VERIFY = verifier.device_verifier(TABLE)
 quick_jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
 
 CONTEXTS = [[3, 1, 4, 1], [9, 2], [6, 5, 3, 5, 8], [11]]
@@ -85,10 +86,15 @@ def test_learner_equals_whole_sequences(num_tokens, sampler, chunk):
                     jnp.asarray(np.arange(num_tokens) < length[..., None], jnp.float32),
                     jnp.zeros(shape), jnp.zeros((), jnp.int32))
   trajectory = Trajectory(make_prompts(), rollout, jnp.asarray(rng.normal(size=shape)))
+  weights = rollout.mask / (4 * 3)
+  lesson = learner.Lesson(
+      trajectory.prompts, rollout.tokens, rollout.mask, *[jnp.zeros(shape)] * 3,
+      trajectory.advantage, jnp.zeros(shape), weights)
+  loss = learner.make_loss(MODEL, sampler, cfg.Algorithm(), chunk)
 
   def grouped(params):
-    loss, scores = rl_step.rpt_loss(MODEL, params, trajectory, sampler, chunk)
-    return loss, scores.logp
+    scores = learner.response_scores(MODEL, params, trajectory.prompts, rollout.tokens, sampler)
+    return loss((params, {}), lesson)[0], scores.logp
 
   plain = functools.partial(plain_loss, trajectory=trajectory, sampler=sampler)
   (got, got_logp), got_grad = quick_jit(jax.value_and_grad(grouped, has_aux=True))(PARAMS)
@@ -98,19 +104,6 @@ def test_learner_equals_whole_sequences(num_tokens, sampler, chunk):
   for a, b in zip(jax.tree.leaves(got_grad), jax.tree.leaves(want_grad), strict=True):
     assert np.abs(b).max() > 0
     np.testing.assert_allclose(a, b, atol=1e-4 * np.abs(b).max())
-
-
-# --- Advantages by configuration ------------------------------------------------
-
-
-def test_the_method_chooses_the_advantage():
-  reward, valid = jnp.array([[1.0, 0.0, 1.0]]), jnp.array([[1.0, 1.0, 0.0]])
-  mask = jnp.array([[[1.0, 1, 1], [1, 0, 0], [1, 1, 0]]])
-  rollout = Rollout(jnp.zeros(mask.shape, jnp.int32), mask, mask, jnp.zeros((), jnp.int32))
-  opo = rl_step.group_advantage(cfg.OPO(), rollout, Verdict(reward, valid, reward))
-  np.testing.assert_allclose(opo, [[0.25, -0.75, 0]], rtol=1e-6)
-  grpo = rl_step.group_advantage(cfg.GRPO(), rollout, Verdict(reward, valid, reward))
-  np.testing.assert_array_equal(grpo, advantages.group_normalised(reward, valid))
 
 
 # --- The whole step -------------------------------------------------------------
@@ -124,15 +117,16 @@ METHOD = cfg.RPT('unused', rollouts=cfg.Rollouts(
 def compiled_step():
   run = make_run(METHOD)
   optimizer = optim.make_optimizer(run.optimizer, run.train.num_steps)
-  step = quick_jit(rl_step.make_rpt_step(MODEL, optimizer, run, TABLE, stop_id=0))
-  return step, TrainState(jnp.zeros((), jnp.int32), PARAMS, optimizer.init(PARAMS), {})
+  step = quick_jit(rl_step.make_fused_step(MODEL, optimizer, run, VERIFY, stop_id=0))
+  return step, TrainState(jnp.zeros((), jnp.int32), PARAMS, optimizer.init(PARAMS),
+                          states.new_method(run))
 
 
 def test_reward_rises_and_sampler_and_trainer_agree():
   step, state = compiled_step()
   rewards = []
   for i in range(40):
-    state, metrics = step(state, make_prompts())
+    state, metrics, *_ = step(state, PARAMS, make_prompts())
     assert int(state.step) == i + 1
     rewards.append(float(metrics['reward'].mean()))
     assert 1 <= float(metrics['gap'].mean()) < 1.001
@@ -148,9 +142,9 @@ def test_reward_rises_and_sampler_and_trainer_agree():
 
 def test_same_state_gives_the_same_step_and_another_step_other_noise():
   step, state = compiled_step()
-  first, second = (step(state, make_prompts()) for _ in range(2))
+  first, second = (step(state, PARAMS, make_prompts()) for _ in range(2))
   jax.tree.map(np.testing.assert_array_equal, first, second)
-  later, _ = step(state.replace(step=jnp.asarray(5, jnp.int32)), make_prompts())
+  later, *_ = step(state.replace(step=jnp.asarray(5, jnp.int32)), PARAMS, make_prompts())
   assert (later.params['embed'] != first[0].params['embed']).any()
 
 
@@ -158,14 +152,14 @@ def test_a_step_that_is_not_finite_changes_nothing():
   step, state = compiled_step()
   layers = {**PARAMS['layers'], 'wo': PARAMS['layers']['wo'].at[1, 0, 0].set(jnp.inf)}
   broken = state.replace(params={**PARAMS, 'layers': layers})
-  after, metrics = step(broken, make_prompts())
+  after, metrics, *_ = step(broken, PARAMS, make_prompts())
   assert float(metrics['nonfinite'].mean()) == 1
   jax.tree.map(np.testing.assert_array_equal, after, broken)
 
 
 def test_another_objective_is_refused():
   with pytest.raises(TypeError, match='NextToken'):
-    rl_step.make_rpt_step(MODEL, optax.sgd(0.1), make_run(cfg.NextToken()), TABLE)
+    rl_step.make_fused_step(MODEL, optax.sgd(0.1), make_run(cfg.NextToken()), VERIFY)
 
 
 # --- Evaluation -----------------------------------------------------------------
@@ -187,7 +181,7 @@ def test_accuracy_by_difficulty():
               for b, t in zip(best, truth)]
   samples = 4000
   evaluate = quick_jit(functools.partial(
-      rl_step.next_token_accuracy, MODEL, method=method, num_samples=samples))
+      rpt.next_token_accuracy, MODEL, method=method, num_samples=samples))
   got = evaluate(PARAMS, prompts, jax.random.key(3), TABLE)
   chance = [p[n, t[0]] for n, t in enumerate(truth)]
   for split, rows in (('easy', [0, 1, 2]), ('medium', [1, 2]), ('hard', [2])):  # 0.5 is not above

@@ -1,0 +1,263 @@
+"""The learner: judged rollouts → advantages → one or several updates, as a pure function.
+
+Each prompt is computed once, its responses beside it in one packed row, and no logits of
+prompt positions are taken. What the sampler knows is not computed again: with one update a
+batch the old policy is the one being updated, so its log-probabilities are the policy's own
+without gradient; with several, and no correction, they are the sampler's.
+
+What a step keeps besides parameters (a gate, a value head) is in `TrainState.method`.
+"""
+
+from collections.abc import Callable
+import dataclasses
+from typing import Any
+
+from flax import struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxrl_pt import config as cfg
+from jaxrl_pt.models.base import Model
+from jaxrl_pt.models.logprobs import TokenScores, token_logprobs
+from jaxrl_pt.rl import objectives
+from jaxrl_pt.sampling import branch, policies
+from jaxrl_pt.train import algorithm, optim
+from jaxrl_pt.train.state import ValueHead, value_optimizer
+from jaxrl_pt.types import Array, Params, Prompts, Rollout, TrainState, Verdict, Weighted
+
+Metrics = dict[str, Weighted]
+
+
+@struct.dataclass
+class Experience:
+  """A judged batch of rollouts."""
+
+  prompts: Prompts
+  rollout: Rollout
+  verdict: Verdict
+  reference_logp: Array  # f32[N, G, S] under the start policy; zeros where no KL is asked for
+
+
+@struct.dataclass
+class Lesson:
+  """What an update reads of a batch. All but the prompts are constants of the gradient."""
+
+  prompts: Prompts
+  tokens: Array  # i32[N, G, S]
+  mask: Array  # f32[N, G, S]
+  sampler_logp: Array  # f32[N, G, S]
+  old_logp: Array  # f32[N, G, S] of the policy before the first update; not read if it is the only
+  reference_logp: Array  # f32[N, G, S]
+  advantage: Array  # f32[N, G, S]
+  returns: Array  # f32[N, G, S] targets of the value head; not read without one
+  weights: Array  # f32[N, G, S] of the aggregation: the loss is Σ weights · terms
+
+
+Learn = Callable[[TrainState, Experience], tuple[TrainState, Metrics]]
+
+
+def make_learner(model: Model, optimizer: optax.GradientTransformation, run: cfg.Run,
+                 rollouts: cfg.Rollouts, method: cfg.Algorithm) -> Learn:
+  """learn(state, experience) → (state, metrics). Jit it with the state donated.
+
+  A loss or gradient that is not finite leaves the state as it was, its step included, and
+  sets metrics['nonfinite'].
+
+  Args:
+    model, optimizer: of the state; the optimizer makes `method.updates` steps a call.
+    run: its compute, schedule and accumulation are read.
+    rollouts: how the batch was drawn.
+    method: what is learned from it.
+  """
+  schedule = optim.learning_rate(run.optimizer.schedule, run.train.num_steps * method.updates)
+  update = _make_update(model, optimizer, run, rollouts.sampler, method)
+
+  def learn(state: TrainState, experience: Experience) -> tuple[TrainState, Metrics]:
+    verdict = experience.verdict
+    mask = experience.rollout.mask * verdict.valid[..., None]
+    reward, gate, shaping_metrics = algorithm.shape_reward(method.shaping, verdict, mask.sum(-1),
+                                                           state.method.gate)
+    lesson, measures = _prepare(model, state, experience, reward, mask, run, rollouts, method)
+    new, values, first = _updates(update, state, lesson, method)
+    finite = values['nonfinite'].sum == 0
+    new = dataclasses.replace(new, step=state.step + 1,
+                              method=dataclasses.replace(new.method, gate=gate))
+    new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
+    # Of the first update: the later ones move away from the sampler on purpose. A policy that
+    # is a step older than the learner's is stale, which is no fault of the arithmetic.
+    gap = 'gap' if rollouts.mode == cfg.OnPolicy() else 'staleness'
+    return new, {**values, gap: first,
+                 'learning_rate': Weighted.single(schedule(state.step * method.updates)),
+                 **_rollout_metrics(experience, reward), **measures, **shaping_metrics}
+
+  return learn
+
+
+def _prepare(model: Model, state: TrainState, experience: Experience, reward: Array, mask: Array,
+             run: cfg.Run, rollouts: cfg.Rollouts, method: cfg.Algorithm
+             ) -> tuple[Lesson, Metrics]:
+  """Advantages and all else that is fixed before the first update."""
+  rollout, valid = experience.rollout, experience.verdict.valid
+  old_logp, values = rollout.logp, jnp.zeros_like(rollout.logp)
+  if needs_old_policy(method):
+    hidden = response_hidden(model, state.params, experience.prompts, rollout.tokens)
+    old_logp = _scores(model, state.params, hidden, rollout.tokens, rollouts.sampler,
+                       run.compute.loss_chunk).logp
+    values = _values(state.method.value, hidden)
+  advantage, returns = algorithm.token_advantage(
+      method, reward, rollout.logp, experience.reference_logp, mask, valid, values)
+  lesson = Lesson(experience.prompts, rollout.tokens, mask, rollout.logp, old_logp,
+                  experience.reference_logp, advantage, returns, jnp.zeros_like(mask))
+  silent = objectives.zero_advantage_groups((advantage * mask).sum(-1), valid)
+  return lesson, {'zero_advantage_groups': silent}
+
+
+def needs_old_policy(method: cfg.Algorithm) -> bool:
+  """Whether a forward pass comes before the first update: for a value head, or for a
+  correction of what the sampler drew before several updates."""
+  corrected = method.updates > 1 and method.correction != cfg.NoCorrection()
+  return corrected or isinstance(method.advantage, cfg.GAE)
+
+
+def _rollout_metrics(experience: Experience, reward: Array) -> Metrics:
+  verdict, rollout = experience.verdict, experience.rollout
+  return {
+      'reward': Weighted.of(verdict.reward, verdict.valid),
+      'shaped_reward': Weighted.of(reward, verdict.valid),
+      'accuracy': Weighted.of(verdict.correct, verdict.valid),
+      'judged': Weighted.of(verdict.valid, jnp.ones_like(verdict.valid)),
+      'response_length': Weighted.of(rollout.mask.sum(-1), verdict.valid),
+      **{f'reward/{name}': Weighted.of(part, verdict.valid)
+         for name, part in verdict.parts.items()},
+  }
+
+
+# --- Updates --------------------------------------------------------------------
+
+
+def _split(tree: Any, parts: int) -> Any:
+  """[N, …] → [parts, N / parts, …]. Part m has rows m, m + parts, …: every device keeps its own."""
+  return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), tree)
+
+
+def _updates(update: Callable[[TrainState, Lesson], tuple[TrainState, Metrics]],
+             state: TrainState, lesson: Lesson, method: cfg.Algorithm
+             ) -> tuple[TrainState, Metrics, Weighted]:
+  """All updates of a batch, their metrics added up, and the first one's gap."""
+  if method.updates == 1:
+    state, values = update(state, lesson)
+    return state, values, values.pop('gap')
+  passes = [_split(lesson, method.minibatches)] * method.epochs
+  parts = jax.tree.map(lambda *x: jnp.concatenate(x), *passes)
+  state, every = jax.lax.scan(update, state, parts)
+  first = jax.tree.map(lambda x: x[0], every.pop('gap'))
+  return state, jax.tree.map(lambda x: x.sum(0), every), first
+
+
+def _make_update(model: Model, optimizer: optax.GradientTransformation, run: cfg.Run,
+                 sampler: cfg.Sampler, method: cfg.Algorithm
+                 ) -> Callable[[TrainState, Lesson], tuple[TrainState, Metrics]]:
+  loss = make_loss(model, sampler, method, run.compute.loss_chunk)
+  head_optimizer = value_optimizer(method.advantage)
+
+  def update(state: TrainState, lesson: Lesson) -> tuple[TrainState, Metrics]:
+    lesson = dataclasses.replace(
+        lesson, weights=algorithm.token_weights(method.aggregation, lesson.mask))
+    trained = state.params, state.method.value.params
+    (value, metrics), grads = _accumulate(loss, trained, lesson, run.train.accumulation)
+    grad_norm = optim.global_norm(grads[0])
+    updates, opt_state = optimizer.update(grads[0], state.opt_state, state.params)
+    head, head_state = head_optimizer.update(grads[1], state.method.value.opt_state)
+    new_head = ValueHead(optax.apply_updates(state.method.value.params, head), head_state)
+    state = dataclasses.replace(
+        state, opt_state=opt_state, params=optax.apply_updates(state.params, updates),
+        method=dataclasses.replace(state.method, value=new_head))
+    finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
+    return state, {'loss': Weighted.single(value), 'grad_norm': Weighted.single(grad_norm),
+                   'nonfinite': Weighted.single(~finite), **metrics}
+
+  return update
+
+
+def _accumulate(loss: Callable[..., tuple[Array, Metrics]], trained: Any, lesson: Lesson,
+                num_micro: int) -> tuple[tuple[Array, Metrics], Any]:
+  """Value, metrics and gradient of a loss that is a sum over rows, in slices of the rows."""
+  of_slice = jax.value_and_grad(loss, has_aux=True)
+  if num_micro == 1:
+    return of_slice(trained, lesson)
+  slices = _split(lesson, num_micro)
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(
+      of_slice, trained, jax.tree.map(lambda x: x[0], slices)))
+  add = lambda total, one: (jax.tree.map(jnp.add, total, of_slice(trained, one)), None)
+  return jax.lax.scan(add, zeros, slices)[0]
+
+
+# --- The loss -------------------------------------------------------------------
+
+
+def make_loss(model: Model, sampler: cfg.Sampler, method: cfg.Algorithm, loss_chunk: int = 0
+              ) -> Callable[[tuple[Params, Any], Lesson], tuple[Array, Metrics]]:
+  """loss((policy, value head), lesson) → (Σ weights · terms, metrics), a sum over rows."""
+  strict = method.updates == 1
+
+  def loss(trained: tuple[Params, Any], lesson: Lesson) -> tuple[Array, Metrics]:
+    params, head = trained
+    mask = lesson.mask
+    hidden = response_hidden(model, params, lesson.prompts, lesson.tokens)
+    scores = _scores(model, params, hidden, lesson.tokens, sampler, loss_chunk)
+    old_logp = jax.lax.stop_gradient(scores.logp) if strict else lesson.old_logp
+    correction = algorithm.correction_weights(method.correction, old_logp, lesson.sampler_logp,
+                                              mask)
+    total, clipped = algorithm.surrogate_loss(
+        method.surrogate, scores.logp, old_logp, lesson.advantage, mask,
+        lambda values, _: (values * lesson.weights * correction).sum())
+    total += algorithm.kl_loss(method.kl, scores.logp, lesson.reference_logp, lesson.weights)
+    if method.entropy_coef:
+      total -= method.entropy_coef * (lesson.weights * scores.entropy).sum()
+    if isinstance(method.advantage, cfg.GAE):
+      # Under its own optimizer, whose step does not depend on the scale of the gradient.
+      error = _values(head, jax.lax.stop_gradient(hidden)) - lesson.returns
+      total += 0.5 * (lesson.weights * jnp.square(error)).sum()
+    return total, {
+        'gap': objectives.trainer_sampler_gap(jax.lax.stop_gradient(scores.logp),
+                                              lesson.sampler_logp, mask),
+        'entropy': Weighted.of(scores.entropy, mask),
+        'correction': Weighted.of(correction, mask),
+        **clipped,
+    }
+
+  return loss
+
+
+def response_hidden(model: Model, params: Params, prompts: Prompts, tokens_NGS: Array) -> Array:
+  """f[N, G, S, D]: the hidden state before each response token, each prompt computed once."""
+  lengths_NG = jnp.repeat(prompts.lengths[:, None], tokens_NGS.shape[1], 1)
+  return branch.tree_hidden(model, params, prompts.tokens, lengths_NG, tokens_NGS)
+
+
+def response_scores(model: Model, params: Params, prompts: Prompts, tokens_NGS: Array,
+                    sampler: cfg.Sampler, loss_chunk: int = 0) -> TokenScores:
+  """Scores of response tokens under the distribution the sampler draws from.
+
+  Equal, in value and gradient, to `apply` on the N · G whole sequences.
+
+  Returns:
+    TokenScores of f32[N, G, S] arrays; garbage where the response has ended.
+  """
+  hidden = response_hidden(model, params, prompts, tokens_NGS)
+  return _scores(model, params, hidden, tokens_NGS, sampler, loss_chunk)
+
+
+def _scores(model: Model, params: Params, hidden: Array, tokens_NGS: Array, sampler: cfg.Sampler,
+            loss_chunk: int) -> TokenScores:
+  return token_logprobs(
+      hidden, model.head(params), tokens_NGS, loss_chunk,
+      lambda logits, tokens: policies.learner_logits(logits, tokens, sampler))
+
+
+def _values(head: Any, hidden_NGSD: Array) -> Array:
+  """f32[N, G, S]: the value head, linear in the hidden state; 0 without a head."""
+  if not head:
+    return jnp.zeros(hidden_NGSD.shape[:-1])
+  return hidden_NGSD.astype(jnp.float32) @ head['weight'] + head['bias']

@@ -1,0 +1,174 @@
+"""RPT's task: positions that the start policy is unsure of, as prompts with their truth.
+
+The pretrained policy, frozen, scores positions by the entropy of its prediction; those it
+is unsure of become prompts. The same held-out positions are scored before the first step,
+on the way, and after the last, under the same decoding (2506.08007).
+"""
+
+from collections.abc import Callable
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrl_pt import config as cfg
+from jaxrl_pt import metrics
+from jaxrl_pt.data import loader, next_token
+from jaxrl_pt.errors import UserError
+from jaxrl_pt.models.base import Model
+from jaxrl_pt.sampling import decode
+from jaxrl_pt.train import programs
+from jaxrl_pt.train import session as sessions
+from jaxrl_pt.train.tasks import OnDevice, Task
+from jaxrl_pt.types import Array, Batch, Params, Prompts, Weighted
+from jaxrl_pt.verifiers import next_token as verifier
+
+# Folded into the run's key in place of a step: evaluation draws the same noise every time.
+EVALUATION_STREAM = 2**31 - 1
+EVALUATION_SAMPLES = 8
+
+
+def make_task(session: sessions.Session, method: cfg.RPT, model: Model, start: Params) -> Task:
+  """Chooses the positions under the start policy; prompts, verifier and held-out accuracy.
+
+  Raises:
+    UserError: no position is left.
+  """
+  entropy = jax.jit(functools.partial(next_token.position_entropy, model))
+  positions = _choose_positions(session, method, entropy, start, 'train')
+  held_out = _choose_positions(session, method, entropy, start, 'validation')
+  tokenizer = session.data.tokenizer
+  table = verifier.token_table(tokenizer.token_bytes(), session.run.model.vocab_size)
+  num_prompts = method.rollouts.num_prompts
+
+  def take(batch: int) -> tuple[Prompts, tuple[str, ...]]:
+    rows = positions.take(next_token.step_rows(len(positions), num_prompts, session.run.seed,
+                                               batch))
+    return _prompts(session.data.train, rows, method), ()
+
+  return Task(take, OnDevice(verifier.device_verifier(table)),
+              _make_scorer(session, method, model, table, tokenizer.eos_id, held_out))
+
+
+# --- Positions and prompts ------------------------------------------------------
+
+
+def _choose_positions(
+    session: sessions.Session, method: cfg.RPT, entropy: Callable[[Params, Batch], Array],
+    params: Params, split: str) -> next_token.Positions:
+  """Positions of a split whose entropy under the starting policy is at least the minimum.
+
+  Of the split, `scored_examples` examples spread evenly over it are scored; of the
+  validation split's positions, `eval_positions` are taken by a fixed permutation.
+
+  Raises:
+    UserError: no position is left.
+  """
+  held_out = split == 'validation'
+  packed = session.data.validation if held_out else session.data.train
+  minimum = method.difficulty[0] if held_out else method.min_entropy
+  prompt_len = method.rollouts.prompt_len
+  predictable = np.array([len(b) > 0 for b in session.data.tokenizer.token_bytes()]
+                         + [False] * (session.run.model.vocab_size
+                                      - session.data.tokenizer.vocab_size))
+
+  def score() -> next_token.Positions:
+    parts = []
+    for batch in _spread(packed, session.run.train.batch_size, method.scored_examples):
+      values = np.asarray(entropy(params, session.put_global(batch)))
+      parts.append(next_token.select_positions(values, batch, min_entropy=minimum,
+                                               min_context=min(8, prompt_len),
+                                               predictable=predictable))
+    return next_token.concatenate(parts)
+
+  key = next_token.table_key(params, split=split, min_entropy=minimum, digest=packed.digest,
+                             prompt_len=prompt_len, examples=method.scored_examples)
+  positions = next_token.load_or_score(session.workdir / f'positions-{split}.npz', key, score)
+  if len(positions) == 0:
+    raise UserError(f'No position of the {split} split has an entropy of {minimum:g} nats: lower '
+                    'RPT.min_entropy and RPT.difficulty.')
+  if held_out:
+    order = np.random.default_rng(0).permutation(len(positions))
+    positions = positions.take(np.sort(order[:method.eval_positions]))
+  return positions
+
+
+def _spread(packed: loader.Packed, batch_size: int, num_examples: int) -> list[Batch]:
+  """Full batches of at most `num_examples` examples at even distances."""
+  count = min(num_examples, len(packed))
+  ids = np.unique(np.linspace(0, len(packed) - 1, count).astype(np.int64))
+  ids = np.concatenate([ids, np.full(-len(ids) % batch_size, -1)])
+  return [loader.padded_batch(packed, ids[i:i + batch_size])
+          for i in range(0, len(ids), batch_size)]
+
+
+def _prompts(packed: loader.Packed, rows: next_token.Positions, method: cfg.RPT) -> Prompts:
+  """Prompts of these positions. The truth is four times as many tokens as the prediction may
+  have; a right prediction that the truth spells in still more tokens counts as wrong."""
+  examples = packed.batch(np.unique(rows.example))
+  return next_token.build_prompts(examples, rows, prompt_len=method.rollouts.prompt_len,
+                                  num_continuation=programs.continuation_len(method))
+
+
+# --- Held-out accuracy ----------------------------------------------------------
+
+
+def _make_scorer(session: sessions.Session, method: cfg.RPT, model: Model,
+                 table: verifier.TokenBytes, stop_id: int,
+                 held_out: next_token.Positions) -> Callable[[Params], dict[str, float]]:
+  """score(params) → validation/{easy,medium,hard}_{sampled,argmax,count}."""
+  key = jax.random.fold_in(jax.random.key(session.run.seed), EVALUATION_STREAM)
+  accuracy = jax.jit(lambda params, prompts: next_token_accuracy(
+      model, params, prompts, key, table, method=method, num_samples=EVALUATION_SAMPLES,
+      stop_id=stop_id))
+  rows = _prompts(session.data.validation, held_out, method)
+  size = 4 * method.rollouts.num_prompts
+  total = -(-len(held_out) // size) * size
+  rows = next_token.pad_prompts(rows, total)
+  batches = [session.put_rows(jax.tree.map(lambda x, i=i: x[i:i + size], rows))
+             for i in range(0, total, size)]
+
+  def score(params: Params) -> dict[str, float]:
+    sums: dict[str, Any] = {}
+    for batch in batches:
+      for name, value in accuracy(params, batch).items():
+        old = sums.get(name)
+        sums[name] = value if old is None else Weighted(old.sum + value.sum,
+                                                        old.count + value.count)
+    results = {f'validation/{k}': v for k, v in metrics.host_values(sums).items()}
+    counts = {f'validation/{k.removesuffix("_argmax")}_count': float(v.count)
+              for k, v in sums.items() if k.endswith('_argmax')}
+    return {**results, **counts}
+
+  return score
+
+
+def next_token_accuracy(model: Model, params: Params, prompts: Prompts, key: Array,
+                        table: verifier.TokenBytes, *, method: cfg.RPT, num_samples: int,
+                        stop_id: int = decode.NO_STOP) -> dict[str, Weighted]:
+  """Prefix-match accuracy by difficulty, sampled as in training and by the argmax.
+
+  The splits are nested as the paper writes them: entropy above each of
+  `method.difficulty`. To be called under `jit`; sum the results over batches.
+
+  Args:
+    prompts: rows without a continuation (`pad_prompts`) are not counted.
+    num_samples: responses per prompt when sampling; the argmax draws one.
+
+  Returns:
+    {easy,medium,hard}_{sampled,argmax}; the count of an argmax entry is that of positions.
+  """
+  verify = verifier.device_verifier(table)
+  results = {}
+  for name, sampler, samples in (('sampled', method.rollouts.sampler, num_samples),
+                                 ('argmax', cfg.Sampler(temperature=0.0), 1)):
+    rollout = decode.generate(model, params, prompts, key, sampler=sampler, num_samples=samples,
+                              num_tokens=method.rollouts.response_tokens, stop_id=stop_id)
+    reward = verify(prompts, rollout).reward
+    for split, threshold in zip(('easy', 'medium', 'hard'), method.difficulty, strict=True):
+      counted = (prompts.entropy > threshold) & (prompts.continuation_lengths > 0)
+      mask = jnp.broadcast_to(counted[:, None], reward.shape)
+      results[f'{split}_{name}'] = Weighted.of(reward, mask)
+  return results

@@ -1,0 +1,226 @@
+"""The stages of a step, dispatched one by one: draw, submit, judge, compare, learn.
+
+For verifiers on the host, for policies that draw a step ahead, and for sampling again until
+groups teach something. The device works on what has been dispatched while the host waits for
+verdicts; `seconds` says where the time of a step went.
+"""
+
+from collections.abc import Sequence
+import time
+from typing import Any, NamedTuple
+
+import jax
+from jax.experimental import multihost_utils
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxrl_pt import config as cfg
+from jaxrl_pt.train import programs, rl_step
+from jaxrl_pt.train import session as sessions
+from jaxrl_pt.train.learner import Experience
+from jaxrl_pt.train.tasks import OnDevice, OnHost, Task, Ticket
+from jaxrl_pt.types import Array, Params, Prompts, Rollout, TrainState, Verdict, Weighted
+
+
+class Drawn(NamedTuple):
+  """A batch of prompts and the responses that are being drawn to it."""
+
+  batch: int  # its number in the task
+  prompts: Prompts
+  references: Sequence[str]
+  rollout: Rollout
+
+  @property
+  def ids(self) -> np.ndarray:
+    """i32[N]: ids of the prompts on this host."""
+    return np.concatenate([np.asarray(s.data) for s in self.prompts.ids.addressable_shards])
+
+
+class Judged(NamedTuple):
+  """A batch with its verdict and what the update measured."""
+
+  drawn: Drawn
+  verdict: Verdict
+  values: dict[str, Weighted]
+
+
+class _Ready(NamedTuple):
+  """A verdict that is there, or will be when the device gets to it."""
+
+  verdict: Verdict
+
+  def result(self) -> Verdict:
+    return self.verdict
+
+
+def on_host(tree: Any) -> Any:
+  """Whole arrays as numpy, on every host."""
+  if jax.process_count() > 1:
+    return multihost_utils.process_allgather(tree, tiled=True)
+  return jax.tree.map(np.asarray, tree)
+
+
+class Stages:
+  """The compiled programs of one run and the clock of their stages. Final."""
+
+  def __init__(self, session: sessions.Session, task: Task, start: Params,
+               optimizer: optax.GradientTransformation, rollouts: cfg.Rollouts,
+               algorithm: cfg.Algorithm) -> None:
+    """Compiles nothing yet.
+
+    Args:
+      session, task: of the run.
+      start: the start policy's parameters.
+      optimizer: of the state.
+      rollouts, algorithm: of the run's objective.
+    """
+    run, mesh, stop_id = session.run, session.mesh, session.data.tokenizer.eos_id
+    self._session, self._task, self._start = session, task, start
+    self._rollouts, self._algorithm = rollouts, algorithm
+    self._sample = programs.sampler(run, mesh, rollouts, stop_id)
+    self._hand_over = programs.hand_over(run, mesh)
+    self._learn = programs.learner_step(run, mesh, optimizer, rollouts, algorithm)
+    self._reference = programs.reference(run, mesh, rollouts)
+    self.fused = isinstance(task.judge, OnDevice) and rollouts.mode == cfg.OnPolicy()
+    match task.judge:
+      case OnDevice(verify):
+        self._verify = jax.jit(verify)
+        self._fused_step = programs.fused_step(run, mesh, optimizer, verify, stop_id)
+    self.seconds: dict[str, float] = {}
+
+  def clock(self, stage: str, since: float) -> None:
+    """Adds the time since `since` to a stage's of this step."""
+    self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - since
+
+  # --- Take and generate ----------------------------------------------------------
+
+  def take(self, batch: int) -> tuple[Prompts, Sequence[str]]:
+    """Prompts of batch `batch` on the devices, and their references."""
+    prompts, references = self._task.take(batch)
+    return self._session.put_rows(prompts), references
+
+  def draw(self, params: Params, batch: int, version: int) -> Drawn:
+    """Dispatches the generation of responses to batch `batch`."""
+    prompts, references = self.take(batch)
+    rollout = self._sample(self._hand_over(params), prompts, jnp.asarray(batch, jnp.int32),
+                           jnp.asarray(version, jnp.int32))
+    return Drawn(batch, prompts, references, rollout)
+
+  def drawn(self, batch: int, rollout: Rollout) -> Drawn:
+    """Batch `batch` whose responses a checkpoint has kept."""
+    return Drawn(batch, *self.take(batch), rollout)
+
+  # --- Verify -----------------------------------------------------------------------
+
+  def submit(self, drawn: Drawn) -> Ticket:
+    """Hands responses to the verifier, waiting for them if it is on the host."""
+    match self._task.judge:
+      case OnDevice():
+        return _Ready(self._verify(drawn.prompts, drawn.rollout))
+      case OnHost(submit):
+        started = time.perf_counter()
+        rollout = on_host(drawn.rollout)
+        self.clock('generate', started)
+        return submit(rollout, drawn.references)
+
+  def judge(self, ticket: Ticket) -> Verdict:
+    """Waits for the verdict."""
+    started = time.perf_counter()
+    verdict = self._session.put_rows(ticket.result())
+    self.clock('verify', started)
+    return verdict
+
+  def collect(self, params: Params, batch: int, version: int) -> tuple[Drawn, Verdict, int]:
+    """Draws and judges until every group has right and wrong responses (DAPO 2503.14476).
+
+    Returns:
+      The groups that have, filled up with others after the last round; their verdict; and the
+      number of batches taken.
+    """
+    assert isinstance(self._rollouts.selection, cfg.DynamicSampling)
+    good: list[Any] = []
+    rest: list[Any] = []
+    most = self._rollouts.selection.max_rounds
+    for taken in range(1, most + 1):
+      drawn = self.draw(params, batch + taken - 1, version)
+      verdict = self.judge(self.submit(drawn))
+      rows = on_host((drawn.prompts, _rows(drawn.rollout), verdict))
+      informative = _informative(rows[2])
+      for n, keep in enumerate(informative):
+        row = jax.tree.map(lambda x, n=n: x[n], rows), drawn.references[n:n + 1]
+        (good if keep else rest).append(row)
+      if len(good) >= self._rollouts.num_prompts:
+        break
+    chosen = [*good, *rest][:self._rollouts.num_prompts]
+    prompts, (tokens, mask, logp), verdict = self._session.put_rows(
+        jax.tree.map(lambda *x: np.stack(x), *(row for row, _ in chosen)))
+    references = tuple(r for _, one in chosen for r in one)
+    drawn = Drawn(batch, prompts, references,
+                  Rollout(tokens, mask, logp, drawn.rollout.version))
+    return drawn, verdict, taken
+
+  # --- Advantage and update ---------------------------------------------------------
+
+  def learn(self, state: TrainState, drawn: Drawn, verdict: Verdict, measure: bool
+            ) -> tuple[TrainState, Judged]:
+    """Dispatches advantages and updates; the state is donated.
+
+    Args:
+      measure: whether the distance to the start policy is to be measured even if the
+        algorithm does not read it.
+    """
+    reference = jnp.zeros_like(drawn.rollout.logp)
+    reads = rl_step.reads_reference(self._algorithm)
+    if measure or reads:
+      reference = self._reference(self._start, drawn.prompts, drawn.rollout)
+    state, values = self._learn(state, Experience(drawn.prompts, drawn.rollout, verdict,
+                                                  reference))
+    if measure or reads:
+      values = {**values, 'kl': _kl(drawn.rollout, reference)}
+    return state, Judged(drawn, verdict, values)
+
+  # --- All in one -------------------------------------------------------------------
+
+  def step(self, state: TrainState, batch: int, measure: bool) -> tuple[TrainState, Judged]:
+    """Dispatches the one program of a verifier on the device; the state is donated."""
+    prompts, references = self.take(batch)
+    state, values, rollout, verdict = self._fused_step(state, self._start, prompts)
+    if measure:
+      reference = self._reference(self._start, prompts, rollout)
+      values = {**values, 'kl': _kl(rollout, reference)}
+    return state, Judged(Drawn(batch, prompts, references, rollout), verdict, values)
+
+  def finish(self, state: TrainState, drawn: Drawn) -> dict[str, float]:
+    """Seconds and speeds of the stages of the step just dispatched, which is waited for.
+
+    Nothing where the stages are one program: the next step may be dispatched at once.
+    """
+    if isinstance(self._task.judge, OnDevice):
+      return {}
+    started = time.perf_counter()
+    jax.block_until_ready(state.step)
+    self.clock('update', started)
+    seconds, self.seconds = self.seconds, {}
+    responses = float(np.sum(on_host(drawn.rollout.mask)))
+    tokens = responses + float(np.sum(on_host(drawn.prompts.lengths)))
+    speeds = {'generate_tokens_per_second': responses / max(seconds.get('generate', 0.0), 1e-9),
+              'update_tokens_per_second': tokens / max(seconds['update'], 1e-9)}
+    return {**{f'{name}_seconds': value for name, value in seconds.items()}, **speeds}
+
+
+def _rows(rollout: Rollout) -> tuple[Array, Array, Array]:
+  """The arrays of a rollout that have a row for each group."""
+  return rollout.tokens, rollout.mask, rollout.logp
+
+
+def _informative(verdict: Verdict) -> np.ndarray:
+  """bool[N]: whether a group has right and wrong responses among those that were judged."""
+  right = (verdict.correct * verdict.valid).sum(-1)
+  return np.asarray((right > 0) & (right < verdict.valid.sum(-1)))
+
+
+@jax.jit
+def _kl(rollout: Rollout, reference: Array) -> Weighted:
+  u = jnp.where(rollout.mask > 0, reference - rollout.logp, 0.0)
+  return Weighted.of(jnp.exp(u) - u - 1, rollout.mask)
