@@ -4,9 +4,10 @@
 and collects what has been drawn. Its one program is compiled when the engine is made, for one
 set of shapes; nothing is ever compiled again, and a shape that did not fit would be an error.
 
-Floating-point sums depend on how many rows a product has, so on an accelerator a change of
-`Engine.slots` can move a logit by a rounding and, at a near-tie, flip a token; the products of
-ternary weights do not take part in that: they are sums of integers.
+Floating-point sums depend on how many rows a product has, so a change of `Engine.slots` or of
+`prefill_chunk` can move a logit by a rounding and, at a near-tie, flip a token; most of all in
+bfloat16 on an accelerator. The products of ternary weights take no part in that (sums of
+integers are exact), nor does int8's absmax; int4's absmean, norms, attention and head do.
 """
 
 from collections.abc import Iterable, Sequence
@@ -100,7 +101,7 @@ class Engine:
     self._vocabulary = _vocabulary(token_bytes, model.config.vocab_size, think_end)
     dtype = jnp.int8 if config.kv == 'int8' else model.init_cache(1, 1).k.dtype
     self._slots = jax.jit(lambda: device.init(model, self._shape, self._vocabulary, dtype))()
-    self._queue = _empty_queue(self._shape)
+    self._queue: Any = _empty_queue(self._shape)  # of NumPy arrays
     self._on_device: device.Queue | None = None
     self._free = list(range(config.queue - 1, -1, -1))
     self._rows: dict[int, _Row] = {}
@@ -189,7 +190,8 @@ class Engine:
     Returns:
       {request number: its whole responses, by sample}.
     """
-    waiting, done = list(requests)[::-1], {}
+    waiting = list(requests)[::-1]
+    done: dict[int, list[Response]] = {}
     numbers: dict[int, int] = {}
     for request in waiting:
       self.check(request)
@@ -247,7 +249,7 @@ def _vocabulary(token_bytes: Sequence[bytes], vocab_size: int,
   return device.Vocabulary(think_end, jnp.asarray(table), jnp.asarray(lengths))
 
 
-def _empty_queue(shape: device.Shape) -> device.Queue:
+def _empty_queue(shape: device.Shape) -> Any:
   ints = lambda *dims: np.zeros((shape.queue, *dims), np.int32)
   fields: dict[str, Any] = dict(  # NumPy until it is handed over.
       tokens=ints(shape.prompt_len), lengths=ints(), ids=ints(), samples=ints(), prompts=ints(),
@@ -257,8 +259,8 @@ def _empty_queue(shape: device.Shape) -> device.Queue:
       string_lens=ints(shape.num_strings),
       samplers=RowSamplers.of([cfg.Sampler()] * shape.queue, shape.vocab_size, shape.num_banned),
       cancelled=np.zeros(shape.queue, bool))
-  queue: Any = device.Queue(device.Requests(**fields), ints(), np.int32(0))  # type: ignore[arg-type]
-  return queue
+  ring: dict[str, Any] = dict(order=ints(), tail=np.int32(0))
+  return device.Queue(device.Requests(**fields), **ring)
 
 
 def _fill(rows: Any, shape: device.Shape, row: int, request: Request, sample: int,

@@ -6,6 +6,7 @@ learner uses the same functions, so that sampler and trainer speak of the same d
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from flax import struct
 import jax
@@ -81,18 +82,18 @@ def _support(scaled: Array, sampler: Sampler) -> Array:
   if 0 < sampler.top_k < vocab_size:
     keep &= scaled >= jax.lax.top_k(scaled, sampler.top_k)[0][..., -1:]
   if sampler.top_p < 1:
-    probabilities = jax.nn.softmax(jnp.where(keep, scaled, MASKED), -1)
-    descending = jnp.sort(probabilities, -1, descending=True)
-    keep &= probabilities >= _least_of_nucleus(descending, sampler.top_p)
+    descending = jnp.sort(jnp.where(keep, scaled, MASKED), -1, descending=True)
+    keep &= scaled >= _edge_of_nucleus(descending, sampler.top_p)
   if sampler.min_p > 0:
     keep &= scaled >= scaled.max(-1, keepdims=True) + np.log(sampler.min_p)
   return keep
 
 
-def _least_of_nucleus(descending: Array, top_p: Array | float) -> Array:
-  """f32[..., 1]: the smallest probability in the nucleus."""
-  mass_before = jnp.cumsum(descending, -1) - descending
-  return jnp.where(mass_before < top_p, descending, 1.0).min(-1, keepdims=True)
+def _edge_of_nucleus(descending: Array, top_p: Array | float) -> Array:
+  """f32[..., 1]: the smallest logit in the nucleus, of logits in falling order."""
+  probabilities = jax.nn.softmax(descending, -1)
+  mass_before = jnp.cumsum(probabilities, -1) - probabilities
+  return jnp.where(mass_before < top_p, descending, -MASKED).min(-1, keepdims=True)
 
 
 # --- A sampler for each row -----------------------------------------------------------
@@ -116,9 +117,11 @@ class RowSamplers:
       row[:len(sampler.banned)] = sampler.banned
     column = lambda name, dtype: np.array([getattr(s, name) for s in samplers], dtype)
     top_k = column('top_k', np.int32)
-    return cls(column('temperature', np.float32),  # type: ignore[arg-type]  # NumPy for now.
-               np.where(top_k == 0, vocab_size, np.minimum(top_k, vocab_size)),
-               column('top_p', np.float32), column('min_p', np.float32), banned)
+    fields: dict[str, Any] = dict(
+        temperature=column('temperature', np.float32),
+        top_k=np.where(top_k == 0, vocab_size, np.minimum(top_k, vocab_size)),
+        top_p=column('top_p', np.float32), min_p=column('min_p', np.float32), banned=banned)
+    return cls(**fields)
 
 
 def filtered_rows(logits_BV: Array, rows: RowSamplers) -> Array:
@@ -142,11 +145,9 @@ def filtered_rows(logits_BV: Array, rows: RowSamplers) -> Array:
     # One order serves both filters: the k likeliest, then their nucleus.
     descending = jnp.sort(scaled, -1, descending=True)
     kth = jnp.take_along_axis(descending, rows.top_k[:, None] - 1, -1)
-    keep = allowed & (scaled >= kth)
-    probabilities = jax.nn.softmax(jnp.where(keep, scaled, MASKED), -1)
-    by_size = jax.nn.softmax(jnp.where(descending >= kth, descending, MASKED), -1)
-    nucleus = probabilities >= _least_of_nucleus(by_size, rows.top_p[:, None])
-    keep &= nucleus | (rows.top_p[:, None] >= 1)
+    edge = _edge_of_nucleus(jnp.where(descending >= kth, descending, MASKED),
+                            rows.top_p[:, None])
+    keep = allowed & (scaled >= kth) & ((scaled >= edge) | (rows.top_p[:, None] >= 1))
     likeliest = scaled.max(-1, keepdims=True)
     return keep & ((scaled >= likeliest + jnp.log(rows.min_p[:, None]))
                    | (rows.min_p[:, None] == 0))

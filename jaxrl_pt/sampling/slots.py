@@ -304,7 +304,8 @@ def _record(slots: Slots, asked: Requests, row: Array, active: Array, token: Arr
             drawn: Array, vocabulary: Vocabulary) -> Slots:
   """Writes the tokens down, follows thinking, and decides who has finished."""
   count, last_row = slots.count[row], slots.tokens.shape[0]
-  at = (jnp.where(active, row, last_row), count)
+  # A cancelled response gets no more tokens; it may never have had a prompt.
+  at = (jnp.where(active & ~asked.cancelled, row, last_row), count)
   put = lambda x, value: x.at[at].set(value, mode='drop')
   recent = jnp.concatenate([slots.recent[:, 1:], token[:, None]], 1)
   thought, answered, closing = slots.thought, slots.answered, slots.closing
@@ -327,8 +328,9 @@ def _record(slots: Slots, asked: Requests, row: Array, active: Array, token: Arr
   finish = jnp.where(asked.cancelled, CANCELLED, finish)
   return dataclasses.replace(
       slots, tokens=put(slots.tokens, token), logp=put(slots.logp, logp),
-      mask=put(slots.mask, drawn.astype(jnp.float32)), count=slots.count.at[at[0]].add(
-          1, mode='drop'), finish=slots.finish.at[at[0]].set(finish, mode='drop'),
+      mask=put(slots.mask, drawn.astype(jnp.float32)),
+      count=slots.count.at[at[0]].add(1, mode='drop'),
+      finish=slots.finish.at[jnp.where(active, row, last_row)].set(finish, mode='drop'),
       thought=thought, answered=answered, closing=closing, recent=recent, window=window,
       row=jnp.where(active & (finish != RUNNING), IDLE - 1, slots.row))
 
