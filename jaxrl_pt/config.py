@@ -266,7 +266,7 @@ class RedundantChecks:
 
   min_steps, max_steps: steps that the answer needs, which the prompt shows.
   max_checks: a complete demonstration ends with 0 to max_checks redundant checks.
-  noise: share of the demonstrations that stop before the last step and answer wrongly.
+  noise: share of the demonstrations that stop before the last step, mostly wrong then.
   """
 
   size: int
@@ -472,7 +472,8 @@ class Data:
     _integer(self, 'seq_len', 2)
     _number(self, 'validation_fraction', 0.0, 0.5)
     _text(self, 'validation_glob', empty=True)
-    if self.validation_glob and isinstance(self.source, (PythonStdlib, Seqio)):
+    if self.validation_glob and isinstance(self.source,
+                                           (PythonStdlib, Seqio, Demonstrations)):
       raise UserError('Data.validation_glob goes with a source of files: leave it empty for '
                       f'{type(self.source).__name__}.')
     _choice(self, 'long_documents', Literal['split', 'error'])
@@ -662,10 +663,17 @@ class GAE:
     _number(self, 'value_lr', 0.0)
 
 
+@dataclass(frozen=True)
+class OptimalTokenBaseline:
+  """A_t = G_t − Σ_i G_t W_t / Σ_i W_t inside the group, W_t the squared norm of the score of
+  the tokens up to t (verl)."""
+
+
 Advantage = (GRPO | DrGRPO | RLOO | OPO | OPOLeaveOneOut | OPOBatch | ReinforcePlusPlus
-             | ReinforcePlusPlusBaseline | GAE)
+             | ReinforcePlusPlusBaseline | GAE | OptimalTokenBaseline)
 # Those that compare the responses of one prompt.
-GROUPED = (GRPO, DrGRPO, RLOO, OPO, OPOLeaveOneOut, ReinforcePlusPlusBaseline)
+GROUPED = (GRPO, DrGRPO, RLOO, OPO, OPOLeaveOneOut, ReinforcePlusPlusBaseline,
+           OptimalTokenBaseline)
 
 
 # What is maximised.

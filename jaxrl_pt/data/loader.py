@@ -212,7 +212,8 @@ def _build(data: config.Data, cached: Path | None, directory: Path) -> None:
 
 def _validation_source(data: config.Data) -> config.Source:
   """The source's kind over the files of `validation_glob`."""
-  assert not isinstance(data.source, config.PythonStdlib | config.Seqio)  # config refuses them
+  # config refuses them
+  assert not isinstance(data.source, config.PythonStdlib | config.Seqio | config.Demonstrations)
   return dataclasses.replace(data.source, glob=data.validation_glob)
 
 

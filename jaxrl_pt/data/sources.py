@@ -19,6 +19,7 @@ from typing import IO, Any
 import zlib
 
 from jaxrl_pt import config
+from jaxrl_pt.data import generated
 from jaxrl_pt.errors import UserError
 
 # Tests, vendored wheels and tables of code points are not prose about programs.
@@ -54,11 +55,13 @@ def documents(source: config.Source) -> Iterator[str]:
     case config.Seqio(name=name):
       raise UserError(f'The seqio task {name} yields token ids, not texts: it is prepared by '
                       'data.seqio_tasks.')
+    case config.Demonstrations(source=problems):
+      texts = (generated.demonstration(problems, i) for i in range(problems.size))
   return (text for text in texts if text.strip())
 
 
 def files(source: config.Source) -> list[Path]:
-  """The files that a source reads, sorted; empty for seqio.
+  """The files that a source reads, sorted; empty for seqio and generated ones.
 
   Raises:
     UserError: the glob matches no file.
@@ -66,7 +69,7 @@ def files(source: config.Source) -> list[Path]:
   match source:
     case config.PythonStdlib():
       return _stdlib_files()
-    case config.Seqio():
+    case config.Seqio() | config.Demonstrations():
       return []
     case _:
       return _matches(source.glob)
@@ -188,7 +191,12 @@ def _text_files(pattern: str, document_start: str) -> Iterator[str]:
     yield from (text[a:b] for a, b in itertools.pairwise(cuts))
 
 
-def _jsonl(pattern: str, text_field: str) -> Iterator[str]:
+def json_rows(pattern: str) -> Iterator[tuple[str, dict[str, Any]]]:
+  """Yields ('file:line', object) of each row of JSON-lines files, blank lines left out.
+
+  Raises:
+    UserError: no file matches, or a row is not a JSON object.
+  """
   for path in _matches(pattern):
     for number, offset, line in _lines(path):
       if not line.strip():
@@ -197,13 +205,29 @@ def _jsonl(pattern: str, text_field: str) -> Iterator[str]:
         row = json.loads(_decode(path, line, offset))
       except (ValueError, RecursionError) as error:
         raise UserError(f'{path}:{number} is not JSON: {error}.') from error
-      if not isinstance(row, dict) or not isinstance(row.get(text_field), str):
-        raise UserError(f'{path}:{number} has no text in the field {text_field!r}: set '
-                        f'Jsonl.text_field to one of {_names(row)}.')
-      if not _is_unicode(row[text_field]):
-        raise UserError(f'{path}:{number} holds half of a surrogate pair (\\ud800–\\udfff) in '
-                        f'{text_field!r}: that is not text; mend or drop the row.')
-      yield row[text_field]
+      if not isinstance(row, dict):
+        raise UserError(f'{path}:{number} is not a JSON object: write one object a line.')
+      yield f'{path}:{number}', row
+
+
+def text_of(value: Any, place: str, setting: str, field: str, row: dict[str, Any]) -> str:
+  """`value`, found in `field` of `row`, if it is text.
+
+  Raises:
+    UserError: it is none, or not valid Unicode.
+  """
+  if not isinstance(value, str):
+    raise UserError(f'{place} has no text in the field {field!r}: set {setting} to one of '
+                    f'{_names(row)}.')
+  if not _is_unicode(value):
+    raise UserError(f'{place} holds half of a surrogate pair (\\ud800–\\udfff) in {field!r}: '
+                    'that is not text; mend or drop the row.')
+  return value
+
+
+def _jsonl(pattern: str, text_field: str) -> Iterator[str]:
+  for place, row in json_rows(pattern):
+    yield text_of(row.get(text_field), place, 'Jsonl.text_field', text_field, row)
 
 
 def _names(row: Any) -> str:

@@ -1,0 +1,89 @@
+"""Problems that are a function of (seed, index), with demonstrations for a warm start.
+
+Small enough that a model of a million parameters learns them from bytes in minutes. Every
+response ends with `#` and the answer.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from jaxrl_pt import config
+
+MARKER = '#'
+
+
+@dataclass(frozen=True)
+class Problem:
+  """What the policy is asked and what the verifier compares with.
+
+  id: number within its source; place: where it stands, for messages.
+  demonstration: a worked response, right or wrong; empty where the source has none.
+  """
+
+  id: int
+  prompt: str
+  answer: str
+  place: str
+  demonstration: str = ''
+
+
+def arithmetic(source: config.Arithmetic, index: int) -> Problem:
+  """`47+5+38=` with the response `47+5=52;52+38=90;#90`.
+
+  A noisy demonstration is off by 1 to 9 at one step and goes on from there.
+  """
+  rng = np.random.default_rng([source.seed, index])
+  terms = [int(n) for n in rng.integers(0, 10**source.num_digits, source.num_terms)]
+  slip = _slip(rng, source.noise, source.num_terms - 1)
+  error = int(rng.integers(1, 10))
+  steps, total = [], terms[0]
+  for step, term in enumerate(terms[1:]):
+    reached = total + term + (error if step == slip else 0)
+    steps.append(f'{total}+{term}={reached};')
+    total = reached
+  return Problem(index, '+'.join(map(str, terms)) + '=', str(sum(terms)),
+                 f'problem {index} of Arithmetic', ''.join(steps) + MARKER + str(total))
+
+
+def redundant_checks(source: config.RedundantChecks, index: int) -> Problem:
+  """`7402:` with the response `+4=1+0=1+2=3?3?3#3`: steps modulo 10, then checks.
+
+  The number of steps an answer needs is one less than the digits shown; checks repeat the
+  last result and change nothing. A noisy demonstration stops before its last step and answers
+  with what it has; it too may check.
+
+  Source: the task of specs/short_rl.md 5.5.
+  """
+  rng = np.random.default_rng([source.seed, index])
+  num_steps = int(rng.integers(source.min_steps, source.max_steps + 1))
+  digits = rng.integers(0, 10, num_steps + 1)
+  sums = np.cumsum(digits) % 10
+  num_checks = int(rng.integers(0, source.max_checks + 1))
+  slip = _slip(rng, source.noise, num_steps)
+  taken = num_steps if slip is None else slip
+  steps = ''.join(f'+{digits[i]}={sums[i]}' for i in range(1, taken + 1))
+  return Problem(index, ''.join(map(str, digits)) + ':', str(sums[-1]),
+                 f'problem {index} of RedundantChecks',
+                 f'{steps}{f"?{sums[taken]}" * num_checks}{MARKER}{sums[taken]}')
+
+
+def _slip(rng: np.random.Generator, noise: float, num_steps: int) -> int | None:
+  """The step at which a demonstration goes wrong, or None."""
+  wrong, step = rng.random() < noise, int(rng.integers(num_steps))
+  return step if wrong else None
+
+
+def problem(source: config.Arithmetic | config.RedundantChecks, index: int) -> Problem:
+  """Problem `index` of a source that has demonstrations."""
+  match source:
+    case config.Arithmetic():
+      return arithmetic(source, index)
+    case config.RedundantChecks():
+      return redundant_checks(source, index)
+
+
+def demonstration(source: config.Arithmetic | config.RedundantChecks, index: int) -> str:
+  """Prompt and worked response of problem `index`, as one document."""
+  found = problem(source, index)
+  return found.prompt + found.demonstration

@@ -1,0 +1,171 @@
+"""Problems → prompts: what a step asks is a function of (problems, seed, step).
+
+    cfg.Problems → load → (training, held-out) lists of Problem
+                 → encode with the run's tokenizer → ProblemSet
+                 → step_prompts(set, num_prompts, seed, step) → Prompts and their references
+
+A device verifier reads the answer's tokens in `Prompts.continuation`, a host verifier the
+reference text.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+import functools
+import hashlib
+import json
+from typing import Any
+
+import numpy as np
+
+from jaxrl_pt import config
+from jaxrl_pt.data import generated, knights, pack, sources
+from jaxrl_pt.data.generated import Problem
+from jaxrl_pt.data.next_token import step_rows
+from jaxrl_pt.data.tokenizer import Tokenizer
+from jaxrl_pt.errors import UserError
+from jaxrl_pt.types import Prompts
+
+
+@dataclass(frozen=True)
+class ProblemSet:
+  """Problems and their tokens, right-padded with 0. Host arrays.
+
+  digest: of prompts, answers and tokens; it must be the same when a run resumes.
+  """
+
+  problems: tuple[Problem, ...]
+  tokens: np.ndarray  # i32[R, T] prompts
+  lengths: np.ndarray  # i32[R]
+  answers: np.ndarray  # i32[R, W]
+  answer_lengths: np.ndarray  # i32[R]
+
+  def __len__(self) -> int:
+    return len(self.problems)
+
+  @functools.cached_property
+  def digest(self) -> str:
+    """sha256 of all texts and tokens."""
+    texts = json.dumps([(p.id, p.prompt, p.answer) for p in self.problems])
+    return hashlib.sha256(texts.encode() + self.tokens.tobytes()
+                          + self.answers.tobytes()).hexdigest()
+
+  def prompts(self, rows: np.ndarray) -> tuple[Prompts, list[str]]:
+    """The prompts of `rows`, i64[N], as numpy arrays, and their reference answers.
+
+    ids are the problems' own: a prompt draws the same noise wherever in a batch it stands.
+    """
+    chosen = [self.problems[row] for row in rows]
+    ids: Any = np.array([p.id for p in chosen], np.int32)
+    arrays: Any = [x[rows] for x in (self.tokens, self.lengths, self.answers,
+                                     self.answer_lengths)]
+    tokens, lengths, answers, answer_lengths = arrays
+    entropy: Any = np.zeros(len(rows), np.float32)
+    return (Prompts(tokens, lengths, ids, answers, answer_lengths, entropy),
+            [p.answer for p in chosen])
+
+
+def step_prompts(problems: ProblemSet, num_prompts: int, seed: int, step: int
+                 ) -> tuple[Prompts, list[str]]:
+  """What step `step` (from 0) asks: all problems in a new order each epoch, f(seed, epoch)."""
+  return problems.prompts(step_rows(len(problems), num_prompts, seed, step))
+
+
+# --- Loading --------------------------------------------------------------------
+
+
+def load(problems: config.Problems) -> tuple[list[Problem], list[Problem]]:
+  """(training, held-out) problems in the template, in the source's order.
+
+  Which are held out follows from a hash of the prompt alone: equal prompts fall on the same
+  side.
+
+  Raises:
+    UserError: a file cannot be read, a task does not exist, or no problem is left to train on.
+  """
+  before, _, after = problems.template.partition('{prompt}')
+  sides: tuple[list[Problem], list[Problem]] = [], []
+  for p in _problems(problems.source):
+    held_out = pack.hold_out(p.prompt) < problems.held_out
+    sides[held_out].append(Problem(p.id, before + p.prompt + after, p.answer, p.place,
+                                   p.demonstration))
+  name = type(problems.source).__name__
+  if not sides[0]:
+    raise UserError(f'{name} has no problem to train on: give more, or lower Problems.held_out.')
+  if problems.held_out and not sides[1]:
+    raise UserError(f'None of the {len(sides[0])} problems of {name} is held out: give more, or '
+                    'set Problems.held_out higher, or to 0 for none.')
+  return sides
+
+
+def _problems(source: config.ProblemSource) -> Iterator[Problem]:
+  match source:
+    case config.JsonlProblems():
+      return _jsonl(source)
+    case config.KnightsAndKnaves(size=size):
+      return (knights.puzzle(source, i) for i in range(size))
+    case config.ReasoningGym():
+      return _reasoning_gym(source)
+    case config.Arithmetic(size=size) | config.RedundantChecks(size=size):
+      return (generated.problem(source, i) for i in range(size))
+
+
+def _jsonl(source: config.JsonlProblems) -> Iterator[Problem]:
+  for i, (place, row) in enumerate(sources.json_rows(source.glob)):
+    texts = []
+    for setting, field in (('prompt_field', source.prompt_field),
+                           ('answer_field', source.answer_field)):
+      value = row.get(field)
+      if isinstance(value, (int, float)) and not isinstance(value, bool):
+        value = str(value)
+      texts.append(sources.text_of(value, place, f'JsonlProblems.{setting}', field, row))
+    yield Problem(i, texts[0], texts[1], place)
+
+
+def _reasoning_gym(source: config.ReasoningGym) -> Iterator[Problem]:
+  """The reference names the problem; the scorer makes it again from that."""
+  try:
+    import reasoning_gym  # an extra: only this source needs it
+  except ImportError as error:
+    raise UserError("ReasoningGym needs the extra `gym`: pip install 'jaxrl_pt[gym]'.") from error
+  try:
+    data = reasoning_gym.create_dataset(source.task, seed=source.seed, size=source.size)
+  except ValueError as error:
+    raise UserError(f'ReasoningGym.task = {source.task!r}: {error}.') from error
+  for i in range(source.size):
+    reference = json.dumps({'task': source.task, 'seed': source.seed, 'size': source.size,
+                            'index': i})
+    yield Problem(i, data[i]['question'], reference, f'problem {i} of {source.task}')
+
+
+# --- Encoding -------------------------------------------------------------------
+
+
+def encode(problems: Sequence[Problem], tokenizer: Tokenizer, prompt_len: int) -> ProblemSet:
+  """Tokens of all prompts and answers.
+
+  Args:
+    problems: at least one.
+    tokenizer: of the run.
+    prompt_len: T, the most tokens that a prompt may have.
+
+  Raises:
+    UserError: a prompt is empty or longer than `prompt_len`.
+  """
+  prompts = tokenizer.encode_batch([p.prompt for p in problems])
+  for problem, tokens in zip(problems, prompts, strict=True):
+    if not 1 <= len(tokens) <= prompt_len:
+      raise UserError(f'The prompt of {problem.place} has {len(tokens)} tokens, and '
+                      f'Rollouts.prompt_len is {prompt_len}: ' + (
+                          'raise it, or leave the row out.' if tokens else
+                          'a prompt needs at least one; leave the row out.'))
+  answers = tokenizer.encode_batch([p.answer for p in problems])
+  tokens_RT, lengths = _padded(prompts, prompt_len)
+  answers_RW, answer_lengths = _padded(answers, max(1, max(map(len, answers))))
+  return ProblemSet(tuple(problems), tokens_RT, lengths, answers_RW, answer_lengths)
+
+
+def _padded(rows: list[list[int]], width: int) -> tuple[np.ndarray, np.ndarray]:
+  table = np.zeros((len(rows), width), np.int32)
+  for i, row in enumerate(rows):
+    table[i, :len(row)] = row
+  return table, np.array([len(row) for row in rows], np.int32)
