@@ -1280,7 +1280,35 @@ class RPT:
     _rising(self, 'difficulty', 3)
 
 
-Objective = NextToken | RPT
+@dataclass(frozen=True)
+class RL:
+  """Reinforcement learning on problems whose answers can be verified.
+
+  start_from: work directory of the policy to begin with, which is also the reference of KL.
+  pool: the processes of a verifier that reads text; not read by one on the device.
+  eval_problems: held-out problems measured, once sampled as in training and once greedily.
+  """
+
+  start_from: str
+  problems: Problems
+  verifier: Verifier
+  pool: VerifierPool = field(default_factory=VerifierPool)
+  rollouts: Rollouts = field(default_factory=Rollouts)
+  algorithm: Algorithm = field(default_factory=Algorithm)
+  eval_problems: int = 256
+
+  def __post_init__(self) -> None:
+    _text(self, 'start_from')
+    _instance(self, 'problems', Problems)
+    _instance(self, 'verifier', *get_args(Verifier))
+    _instance(self, 'pool', VerifierPool)
+    _instance(self, 'rollouts', Rollouts)
+    _instance(self, 'algorithm', Algorithm)
+    _check_method('RL', self.rollouts, self.algorithm)
+    _integer(self, 'eval_problems', 1)
+
+
+Objective = NextToken | RPT | RL
 
 
 # --- Run ------------------------------------------------------------------------

@@ -173,7 +173,7 @@ def _train(args: argparse.Namespace) -> int:
     case cfg.NextToken():
       from jaxrl_pt.train import pretrain
       pretrain.train(run, args.workdir, resolved_text)
-    case cfg.RPT():
+    case cfg.RPT() | cfg.RL():
       from jaxrl_pt.train import rl
       rl.train(run, args.workdir, resolved_text)
   return 0

@@ -64,6 +64,8 @@ VALID: dict[type, dict[str, Any]] = {
     cfg.PythonVerifier: {'target': 'module:function'},
     cfg.Composite: {'verifiers': (cfg.MathVerifier(),), 'weights': (1.0,)},
     cfg.RPT: {'start_from': 'a'},
+    cfg.RL: {'start_from': 'a', 'problems': cfg.Problems(cfg.Arithmetic(9)),
+             'verifier': cfg.AnswerMatch()},
     cfg.Train: {'num_steps': 4, 'batch_size': 2},
     cfg.Checkpoint: {},
     cfg.Run: RUN,
@@ -206,6 +208,10 @@ REFUSED: list[tuple[type, str, list[Any], str]] = [
     (cfg.Rollouts, 'dump_every', [-1, 0.5], 'at least 0'),
     (cfg.RPT, 'min_entropy', [-1, NAN], 'a number of at least 0'),
     (cfg.RPT, 'difficulty', [3, (1, 2), (2, 1, 3), (0.1, '1', 2), None], '3 numbers that rise'),
+    (cfg.RL, 'start_from', ['', None], 'a non-empty string'),
+    *((cfg.RL, name, [None, 'x'], '@cfg.')
+      for name in ('problems', 'verifier', 'pool', 'rollouts', 'algorithm')),
+    (cfg.RL, 'eval_problems', [0, 1.5], 'at least 1'),
     *((cfg.Train, name, [0, -1, 1.5, None], 'at least 1')
       for name in ('num_steps', 'batch_size', 'accumulation', 'log_every', 'eval_every')),
     (cfg.Train, 'eval_batches', [-1], 'at least 0'),

@@ -20,6 +20,7 @@ class TokenScores:
   logp: Array  # f32[B, T] log-probability of the target
   entropy: Array  # f32[B, T] entropy of the distribution, nats
   correct: Array  # f32[B, T] 1 where the target is the most likely token
+  collision: Array  # f32[B, T] Σ p², the chance that two draws agree
 
 
 def score(logits: Array, targets: Array) -> TokenScores:
@@ -29,9 +30,10 @@ def score(logits: Array, targets: Array) -> TokenScores:
   target_logit = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
   log_probabilities = logits - log_z[..., None]
   # Not log Z − Σ p·logit: that difference of large numbers loses what a sure model has left.
-  entropy = -(jnp.exp(log_probabilities) * log_probabilities).sum(-1)
+  probabilities = jnp.exp(log_probabilities)
+  entropy = -(probabilities * log_probabilities).sum(-1)
   correct = (logits.argmax(-1) == targets).astype(jnp.float32)
-  return TokenScores(target_logit - log_z, entropy, correct)
+  return TokenScores(target_logit - log_z, entropy, correct, jnp.square(probabilities).sum(-1))
 
 
 def token_logprobs(hidden_BTD: Array, head_DV: Array, targets_BT: Array, chunk: int = 0,

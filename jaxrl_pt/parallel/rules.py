@@ -96,7 +96,7 @@ def check_divides(run: cfg.Run, mesh: Mesh) -> None:
   batch = 'data × fsdp', mesh.shape['data'] * fsdp
   prompts: tuple[tuple[str, int, str, int], ...] = ()
   match run.objective:
-    case cfg.RPT(rollouts=rollouts):
+    case cfg.RPT(rollouts=rollouts) | cfg.RL(rollouts=rollouts):
       prompts = (('Rollouts.num_prompts', rollouts.num_prompts, *batch),)
   for what, size, axis, parts in (
       ('Model.num_heads', model.num_heads, 'tensor', tensor),

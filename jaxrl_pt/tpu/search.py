@@ -90,8 +90,8 @@ def _attempts(run: cfg.Run, devices: int) -> Iterator[list[str]]:
   match run.objective:
     case cfg.NextToken():
       yield from _pretraining_attempts(run, devices, added)
-    case cfg.RPT() as rpt:
-      yield from _halved('cfg.Rollouts.num_prompts', rpt.rollouts.num_prompts, devices, added)
+    case cfg.RPT() | cfg.RL() as method:
+      yield from _halved('cfg.Rollouts.num_prompts', method.rollouts.num_prompts, devices, added)
 
 
 def _pretraining_attempts(run: cfg.Run, devices: int, added: list[str]) -> Iterator[list[str]]:

@@ -20,7 +20,7 @@ import optax
 from jaxrl_pt import config as cfg
 from jaxrl_pt.models.base import Model
 from jaxrl_pt.models.logprobs import TokenScores, token_logprobs
-from jaxrl_pt.rl import objectives
+from jaxrl_pt.rl import objectives, token_advantages
 from jaxrl_pt.sampling import branch, policies
 from jaxrl_pt.train import algorithm, optim
 from jaxrl_pt.train.state import ValueHead, value_optimizer
@@ -99,25 +99,19 @@ def _prepare(model: Model, state: TrainState, experience: Experience, reward: Ar
              ) -> tuple[Lesson, Metrics]:
   """Advantages and all else that is fixed before the first update."""
   rollout, valid = experience.rollout, experience.verdict.valid
-  old_logp, values = rollout.logp, jnp.zeros_like(rollout.logp)
-  if needs_old_policy(method):
+  zeros = jnp.zeros_like(mask)
+  old, values = TokenScores(rollout.logp, zeros, zeros, zeros), zeros
+  if algorithm.needs_old_policy(method):
     hidden = response_hidden(model, state.params, experience.prompts, rollout.tokens)
-    old_logp = _scores(model, state.params, hidden, rollout.tokens, rollouts.sampler,
-                       run.compute.loss_chunk).logp
-    values = _values(state.method.value, hidden)
+    old = _scores(model, state.params, hidden, rollout.tokens, rollouts.sampler,
+                  run.compute.loss_chunk)
+    values = _values(state.method.value.params, hidden)
   advantage, returns = algorithm.token_advantage(
-      method, reward, rollout.logp, experience.reference_logp, mask, valid, values)
-  lesson = Lesson(experience.prompts, rollout.tokens, mask, rollout.logp, old_logp,
-                  experience.reference_logp, advantage, returns, jnp.zeros_like(mask))
+      method, reward, rollout, mask, valid, experience.reference_logp, old, values)
+  lesson = Lesson(experience.prompts, rollout.tokens, mask, rollout.logp, old.logp,
+                  experience.reference_logp, advantage, returns, zeros)
   silent = objectives.zero_advantage_groups((advantage * mask).sum(-1), valid)
   return lesson, {'zero_advantage_groups': silent}
-
-
-def needs_old_policy(method: cfg.Algorithm) -> bool:
-  """Whether a forward pass comes before the first update: for a value head, or for a
-  correction of what the sampler drew before several updates."""
-  corrected = method.updates > 1 and method.correction != cfg.NoCorrection()
-  return corrected or isinstance(method.advantage, cfg.GAE)
 
 
 def _rollout_metrics(experience: Experience, reward: Array) -> Metrics:
@@ -203,28 +197,30 @@ def make_loss(model: Model, sampler: cfg.Sampler, method: cfg.Algorithm, loss_ch
 
   def loss(trained: tuple[Params, Any], lesson: Lesson) -> tuple[Array, Metrics]:
     params, head = trained
-    mask = lesson.mask
+    mask, there = lesson.mask, lambda x: jnp.where(lesson.mask > 0, x, 0.0)
     hidden = response_hidden(model, params, lesson.prompts, lesson.tokens)
     scores = _scores(model, params, hidden, lesson.tokens, sampler, loss_chunk)
-    old_logp = jax.lax.stop_gradient(scores.logp) if strict else lesson.old_logp
-    correction = algorithm.correction_weights(method.correction, old_logp, lesson.sampler_logp,
-                                              mask)
-    total, clipped = algorithm.surrogate_loss(
-        method.surrogate, scores.logp, old_logp, lesson.advantage, mask,
-        lambda values, _: (values * lesson.weights * correction).sum())
-    total += algorithm.kl_loss(method.kl, scores.logp, lesson.reference_logp, lesson.weights)
+    logp = there(scores.logp)  # Beyond a response's end is garbage, whose exp might overflow.
+    old_logp = jax.lax.stop_gradient(logp) if strict else there(lesson.old_logp)
+    correction = algorithm.correction(method.correction, old_logp, lesson.sampler_logp, mask)
+    surrogate = algorithm.surrogate(method.surrogate, logp, old_logp, lesson.advantage, mask)
+    terms = surrogate.terms * correction
+    terms += algorithm.kl_terms(method.kl, logp, there(lesson.reference_logp))
     if method.entropy_coef:
-      total -= method.entropy_coef * (lesson.weights * scores.entropy).sum()
+      terms -= method.entropy_coef * scores.entropy
+    total = (lesson.weights * terms).sum()
     if isinstance(method.advantage, cfg.GAE):
       # Under its own optimizer, whose step does not depend on the scale of the gradient.
       error = _values(head, jax.lax.stop_gradient(hidden)) - lesson.returns
       total += 0.5 * (lesson.weights * jnp.square(error)).sum()
     return total, {
-        'gap': objectives.trainer_sampler_gap(jax.lax.stop_gradient(scores.logp),
-                                              lesson.sampler_logp, mask),
+        'gap': objectives.trainer_sampler_gap(logp, lesson.sampler_logp, mask),
         'entropy': Weighted.of(scores.entropy, mask),
         'correction': Weighted.of(correction, mask),
-        **clipped,
+        'clip_fraction': Weighted.of(surrogate.clipped, mask),
+        'gradient_variance': objectives.gradient_variance(
+            lesson.advantage,
+            token_advantages.score_norm(logp, scores.collision), mask),
     }
 
   return loss

@@ -115,7 +115,7 @@ def num_tokens(run: cfg.Run) -> int:
   match run.objective:
     case cfg.NextToken():
       return run.train.batch_size * run.data.seq_len
-    case cfg.RPT(rollouts=r):
+    case cfg.RPT(rollouts=r) | cfg.RL(rollouts=r):
       return r.num_prompts * (r.prompt_len + r.group_size * r.response_tokens)
 
 
@@ -124,7 +124,7 @@ def model_flops(run: cfg.Run) -> float:
   match run.objective:
     case cfg.NextToken():
       return num_tokens(run) * metrics.flops_per_token(run.model, (run.data.seq_len + 1) / 2)
-    case cfg.RPT(rollouts=r):
+    case cfg.RPT(rollouts=r) | cfg.RL(rollouts=r):
       forward = metrics.flops_per_token(run.model, r.prompt_len / 2, backward=False)
       return 4 * num_tokens(run) * forward
 

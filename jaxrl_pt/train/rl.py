@@ -119,7 +119,7 @@ class _Turn(NamedTuple):
   ahead: Drawn | None
 
 
-def _step(stages: Stages, state: TrainState, turn: _Turn, step: int, method: cfg.RPT,
+def _step(stages: Stages, state: TrainState, turn: _Turn, step: int, method: cfg.RL | cfg.RPT,
           log_every: int) -> tuple[TrainState, _Turn, Judged]:
   """One step: prompts → responses → verdict → advantage → update, as far as dispatched."""
   measure = (step + 1) % log_every == 0
@@ -147,7 +147,7 @@ def _step(stages: Stages, state: TrainState, turn: _Turn, step: int, method: cfg
 
 
 @contextlib.contextmanager
-def open_task(session: sessions.Session, method: cfg.RPT, model: Model,
+def open_task(session: sessions.Session, method: cfg.RL | cfg.RPT, model: Model,
               start: Params) -> Iterator[Task]:
   """The task of a method, its verifier's processes running as long as the context is open."""
   match method:
@@ -168,7 +168,7 @@ def _digest(params: Params) -> str:
   return hashlib.sha256(json.dumps(checksum(params), sort_keys=True).encode()).hexdigest()
 
 
-def _resumed(saved: dict[str, Any], digest: str, method: cfg.RPT, stages: Stages,
+def _resumed(saved: dict[str, Any], digest: str, method: cfg.RL | cfg.RPT, stages: Stages,
              state: TrainState) -> _Turn:
   """Where a checkpoint stands among the batches, with the rollouts it had drawn ahead.
 
