@@ -1,11 +1,22 @@
-"""Advantages against numbers worked out by hand."""
+"""Advantages against numbers worked out by hand, slow definitions and their identities."""
+
+import itertools
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from jaxrl_pt.rl import advantages as adv
 
 ONES = jnp.ones((1, 4))
+
+
+def draw(seed=0, shape=(5, 8)):
+  random = np.random.default_rng(seed)
+  reward = random.normal(size=shape).astype(np.float32)
+  lengths = random.integers(1, 30, shape).astype(np.float32)
+  valid = (random.random(shape) < 0.8).astype(np.float32)
+  return reward, lengths, valid
 
 
 def test_group_normalised_by_hand():
@@ -20,10 +31,101 @@ def test_length_weighted_by_hand():
   np.testing.assert_allclose(got, [[0.3, -0.7, 0.3, -0.7]], rtol=1e-6)
 
 
-def test_opo_is_the_mean_baseline_at_equal_lengths():
-  reward = jnp.asarray(np.random.default_rng(0).normal(size=(5, 8)), jnp.float32)
-  got = adv.length_weighted(reward, jnp.full((5, 8), 7.0), jnp.ones((5, 8)))
-  np.testing.assert_allclose(got, reward - reward.mean(-1, keepdims=True), atol=1e-6)
+def test_mean_centred_and_leave_one_out_by_hand():
+  reward = jnp.array([[1.0, 0, 0, 0]])
+  np.testing.assert_allclose(adv.mean_centred(reward, ONES), [[0.75, -0.25, -0.25, -0.25]])
+  np.testing.assert_allclose(adv.leave_one_out(reward, ONES),
+                             [[1, -1 / 3, -1 / 3, -1 / 3]], rtol=1e-6)
+
+
+def test_length_weighted_leave_one_out_by_hand():
+  # Baselines of the others: 1/4, 7/8, 6/9 and 7/9.
+  got = adv.length_weighted_leave_one_out(jnp.array([[1.0, 0, 1, 0]]),
+                                          jnp.array([[6.0, 2, 1, 1]]), ONES)
+  np.testing.assert_allclose(got, [[3 / 4, -7 / 8, 1 / 3, -7 / 9]], rtol=1e-6)
+
+
+def test_length_weighted_batch_by_hand():
+  # (1·3 + 0·1 + 2·2) / 6 over both groups, the last row apart.
+  got = adv.length_weighted_batch(jnp.array([[1.0, 0], [2, 9]]), jnp.array([[3.0, 1], [2, 5]]),
+                                  jnp.array([[1.0, 1], [1, 0]]))
+  np.testing.assert_allclose(got, [[-1 / 6, -7 / 6], [5 / 6, 0]], rtol=1e-6)
+
+
+def opo_by_loops(reward, lengths, valid):
+  """verl's compute_opo_outcome_advantage restated: one weighted mean a prompt."""
+  advantage = np.zeros_like(reward)
+  for n in range(reward.shape[0]):
+    rows = [g for g in range(reward.shape[1]) if valid[n, g]]
+    tokens = sum(lengths[n, g] for g in rows)
+    for g in rows:
+      advantage[n, g] = reward[n, g] - sum(lengths[n, k] * reward[n, k] for k in rows) / tokens
+  return advantage
+
+
+def leave_one_out_by_loops(reward, weights, valid):
+  advantage = np.zeros_like(reward)
+  for n, g in itertools.product(*map(range, reward.shape)):
+    others = [k for k in range(reward.shape[1]) if k != g and valid[n, k]]
+    if valid[n, g] and others:
+      tokens = sum(weights[n, k] for k in others)
+      advantage[n, g] = reward[n, g] - sum(weights[n, k] * reward[n, k] for k in others) / tokens
+  return advantage
+
+
+@pytest.mark.parametrize('shape', [(5, 8), (6, 2), (4, 1)])
+def test_group_baselines_equal_their_loops(shape):
+  reward, lengths, valid = draw(1, shape)
+  ones = np.ones_like(lengths)
+  for got, expected in (
+      (adv.length_weighted(reward, lengths, valid), opo_by_loops(reward, lengths, valid)),
+      (adv.mean_centred(reward, valid), opo_by_loops(reward, ones, valid)),
+      (adv.leave_one_out(reward, valid), leave_one_out_by_loops(reward, ones, valid)),
+      (adv.length_weighted_leave_one_out(reward, lengths, valid),
+       leave_one_out_by_loops(reward, lengths, valid))):
+    np.testing.assert_allclose(got, expected, atol=2e-5)
+
+
+def test_identities():
+  reward, lengths, valid = draw(2)
+  everyone = np.ones_like(valid)
+  # RLOO = K / (K − 1) × the mean baseline's advantage.
+  np.testing.assert_allclose(adv.leave_one_out(reward, everyone),
+                             8 / 7 * adv.mean_centred(reward, everyone), rtol=1e-5)
+  # At equal lengths OPO is Dr. GRPO and its leave-one-out form is RLOO.
+  equal = np.full_like(lengths, 7.0)
+  np.testing.assert_allclose(adv.length_weighted(reward, equal, valid),
+                             adv.mean_centred(reward, valid), atol=1e-6)
+  np.testing.assert_allclose(adv.length_weighted_leave_one_out(reward, equal, valid),
+                             adv.leave_one_out(reward, valid), atol=1e-5)
+  # One group is the whole batch.
+  np.testing.assert_allclose(adv.length_weighted_batch(reward[:1], lengths[:1], valid[:1]),
+                             adv.length_weighted(reward[:1], lengths[:1], valid[:1]), atol=1e-6)
+  # GRPO is Dr. GRPO over the unbiased standard deviation.
+  np.testing.assert_allclose(
+      adv.group_normalised(reward, everyone),
+      adv.mean_centred(reward, everyone) / (reward.std(-1, ddof=1, keepdims=True) + 1e-6),
+      rtol=1e-4)
+
+
+def test_leave_one_out_leaves_the_expected_gradient_alone():
+  # Three responses of a softmax policy p with scores z = e_y − p; all groups of three drawn.
+  probability, reward = np.array([0.5, 0.3, 0.2]), np.array([0.0, 1.0, 0.5])
+  lengths, score = np.array([1.0, 4.0, 9.0]), np.eye(3) - probability
+  groups = np.array(list(itertools.product(range(3), repeat=3)))
+  weight = probability[groups].prod(-1)
+  r, y, ones = jnp.asarray(reward[groups]), jnp.asarray(lengths[groups]), jnp.ones(groups.shape)
+
+  def expectation(advantage):
+    return np.einsum('n,nk,nkd->d', weight, advantage, score[groups]) / 3
+
+  truth = (probability * reward) @ score
+  np.testing.assert_allclose(expectation(adv.leave_one_out(r, ones)), truth, atol=1e-6)
+  np.testing.assert_allclose(expectation(adv.mean_centred(r, ones)), truth * 2 / 3, atol=1e-6)
+  np.testing.assert_allclose(expectation(adv.length_weighted_leave_one_out(r, y, ones)), truth,
+                             atol=1e-6)
+  own = expectation(adv.length_weighted(r, y, ones))  # OPO's sees its own response
+  assert own @ truth / np.linalg.norm(own) / np.linalg.norm(truth) < 0.995
 
 
 def test_equal_rewards_teach_nothing():

@@ -1,11 +1,13 @@
-"""Objectives against numbers worked out by hand."""
+"""Objectives against numbers worked out by hand and finite differences."""
 
 import jax
 import jax.numpy as jnp
+from jax.test_util import check_grads
 import numpy as np
 import pytest
 
 from jaxrl_pt.rl import objectives as obj
+from jaxrl_pt.rl import token_advantages
 
 LOGP = jnp.array([[[-1.0, -2.0], [-3.0, -9.0]]])
 ADVANTAGE = jnp.array([[[1.0, 1.0], [-2.0, -2.0]]])
@@ -16,7 +18,8 @@ MASK = jnp.array([[[1.0, 1.0], [1.0, 0.0]]])
     # Token terms −A·logp: 1, 2 and −6.
     (obj.token_mean, (1 + 2 - 6) / 3),
     (obj.sequence_mean_token_mean, (1.5 - 6) / 2),
-    (obj.token_sum_over(2.0), (1 + 2 - 6) / 2),
+    (obj.sequence_mean_token_sum, (1 + 2 - 6) / 2),
+    (obj.token_sum_over(4.0), (1 + 2 - 6) / 4),
 ])
 def test_policy_gradient_by_hand(aggregate, expected):
   got = obj.policy_gradient(LOGP, ADVANTAGE, MASK, aggregate)
@@ -37,6 +40,148 @@ def test_wrong_shapes_are_refused():
     obj.policy_gradient(LOGP, ADVANTAGE[..., 0], MASK, obj.token_mean)
 
 
+def test_sums_count_responses_differently():
+  mask = MASK * jnp.array([1.0, 0])[:, None]  # the second response does not count
+  np.testing.assert_allclose(obj.sequence_mean_token_sum(LOGP, mask), -3)
+  np.testing.assert_allclose(obj.token_sum_over(2.0)(LOGP, mask), -1.5)
+  for aggregate in (obj.token_mean, obj.sequence_mean_token_sum, obj.sequence_mean_token_mean):
+    np.testing.assert_array_equal(aggregate(LOGP, 0 * MASK), 0)
+
+
+# --- Ratios -----------------------------------------------------------------------
+
+# ρ = 2, 0.5, 1.1, 0.9 under a positive and under a negative advantage.
+RATIO = np.array([[[2.0, 0.5, 1.1, 0.9], [2.0, 0.5, 1.1, 0.9]]], np.float32)
+OLD = np.array([[[-1.0, -2.0, -0.5, -3.0], [-1.5, -0.2, -2.5, -1.0]]], np.float32)
+NEW = OLD + np.log(RATIO)
+SIGNS = np.array([[[1.0] * 4, [-2.0] * 4]], np.float32)
+ALL = np.ones_like(NEW)
+
+
+def test_ppo_clip_by_hand():
+  got = obj.ppo_clip(NEW, OLD, SIGNS, low=0.2, high=0.28)
+  # A = 1: only ρ above 1.28 is cut. A = −2: only ρ below 0.8 is, and min keeps −2 · 2.
+  np.testing.assert_allclose(got.terms, [[[-1.28, -0.5, -1.1, -0.9], [4, 1.6, 2.2, 1.8]]],
+                             rtol=1e-5)
+  np.testing.assert_array_equal(got.clipped, [[[1, 0, 0, 0], [0, 1, 0, 0]]])
+
+
+def test_dual_clip_by_hand():
+  got = obj.dual_clip(NEW, OLD, SIGNS, low=0.2, high=0.28, bound=1.5)
+  np.testing.assert_allclose(got.terms, [[[-1.28, -0.5, -1.1, -0.9], [3, 1.6, 2.2, 1.8]]],
+                             rtol=1e-5)
+  np.testing.assert_array_equal(got.clipped, [[[1, 0, 0, 0], [1, 1, 0, 0]]])
+
+
+def test_gspo_by_hand():
+  mask = np.array([[[1.0, 1, 0, 0], [1, 1, 1, 1]]])
+  # s = √(2 · ½) = 1 on the first; (2 · ½ · 1.1 · 0.9)^¼ on the second.
+  s = 0.99**0.25
+  got = obj.gspo(NEW, OLD, SIGNS, mask, low=0.1, high=0.1)
+  np.testing.assert_allclose(got.terms, [[[-1.0] * 4, [2 * s] * 4]], rtol=1e-5)
+  np.testing.assert_array_equal(got.clipped, np.zeros((1, 2, 4)))
+  tight = obj.gspo(NEW, OLD, SIGNS, mask, low=1e-3, high=1e-3)
+  np.testing.assert_allclose(tight.terms[0, 1], [2 * 0.999] * 4, rtol=1e-5)
+  np.testing.assert_array_equal(tight.clipped[0, 1], [1] * 4)
+  # (1/G) Σ s A of the paper, by the sequence mean.
+  np.testing.assert_allclose(obj.sequence_mean_token_mean(got.terms, mask), (-1 + 2 * s) / 2,
+                             rtol=1e-5)
+
+
+def test_cispo_by_hand():
+  got, gradient = jax.value_and_grad(
+      lambda logp: obj.cispo(logp, OLD, SIGNS, low=0.4, high=0.28).terms.sum())(NEW)
+  weight = np.array([1.28, 0.6, 1.1, 0.9])
+  by_hand = -weight * SIGNS * NEW
+  np.testing.assert_allclose(got, by_hand.sum(), rtol=1e-5)
+  np.testing.assert_allclose(gradient, -weight * SIGNS, rtol=1e-5)  # no token lost its own
+  np.testing.assert_array_equal(obj.cispo(NEW, OLD, SIGNS, low=0.4, high=0.28).clipped,
+                                [[[1, 1, 0, 0]] * 2])
+  # The paper's form has no lower bound.
+  assert float(obj.cispo(NEW, OLD, SIGNS, low=1.0, high=0.2).clipped.sum()) == 2
+
+
+SURROGATES = {
+    'ppo': lambda logp, old: obj.ppo_clip(logp, old, SIGNS, low=0.2, high=0.28),
+    'dual': lambda logp, old: obj.dual_clip(logp, old, SIGNS, low=0.2, high=0.28, bound=1.5),
+    'gspo': lambda logp, old: obj.gspo(logp, old, SIGNS, ALL, low=0.2, high=0.28),
+    'cispo': lambda logp, old: obj.cispo(logp, old, SIGNS, low=0.4, high=0.28),
+}
+
+
+@pytest.mark.parametrize('name', ['ppo', 'dual', 'gspo'])
+def test_gradients_equal_finite_differences(name):
+  def loss(logp):
+    return obj.token_mean(SURROGATES[name](logp, OLD).terms, ALL)
+
+  check_grads(loss, (jnp.asarray(NEW),), order=1, modes=['rev'], eps=1e-2, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize('name', ['ppo', 'dual'])
+def test_clipped_tokens_have_no_gradient_and_the_others_do(name):
+  gradient = jax.grad(lambda logp: SURROGATES[name](logp, OLD).terms.sum())(NEW)
+  np.testing.assert_array_equal(gradient == 0, SURROGATES[name](NEW, OLD).clipped == 1)
+
+
+@pytest.mark.parametrize('name', SURROGATES)
+@pytest.mark.parametrize('aggregate', [
+    obj.token_mean, obj.sequence_mean_token_sum, obj.sequence_mean_token_mean,
+    obj.token_sum_over(3.0)])
+def test_at_one_step_per_batch_all_share_the_gradient(name, aggregate):
+  mask = np.array([[[1.0, 1, 1, 0], [1, 1, 0, 0]]], np.float32)
+  on_policy = jax.grad(lambda logp: obj.policy_gradient(logp, SIGNS, mask, aggregate))(NEW)
+  if name == 'gspo':
+    surrogate = lambda logp: obj.gspo(logp, NEW, SIGNS, mask, low=0.2, high=0.28)
+  else:
+    surrogate = lambda logp: SURROGATES[name](logp, NEW)
+  got = jax.grad(lambda logp: aggregate(surrogate(logp).terms, mask))(NEW)
+  np.testing.assert_allclose(got, on_policy, rtol=1e-5, atol=1e-7)
+  assert float((surrogate(NEW).clipped * mask).sum()) == 0
+
+
+def test_no_gradient_reaches_the_old_policy_or_the_advantage():
+  for call in (
+      lambda old, a: obj.ppo_clip(NEW, old, a, low=0.2, high=0.2),
+      lambda old, a: obj.dual_clip(NEW, old, a, low=0.2, high=0.2, bound=3.0),
+      lambda old, a: obj.gspo(NEW, old, a, ALL, low=0.2, high=0.2),
+      lambda old, a: obj.cispo(NEW, old, a, low=0.2, high=0.2)):
+    for gradient in jax.grad(lambda *x, call=call: call(*x).terms.sum(), (0, 1))(OLD, SIGNS):
+      np.testing.assert_array_equal(gradient, 0)
+
+
+# --- Beside the policy ------------------------------------------------------------
+
+
+def test_value_loss_by_hand():
+  values = jnp.array([[[1.0, 1.0, 0.4]]])
+  old = jnp.array([[[0.0, 0.0, 0.3]]])
+  returns = jnp.array([[[2.0, 0.0, 1.0]]])
+  got = obj.value_loss(values, old, returns, clip=0.5)
+  # Clipped values 0.5, 0.5, 0.4: squares 1 or 2.25, 1 or 0.25, and 0.36 alone.
+  np.testing.assert_allclose(got.terms, [[[1.125, 0.5, 0.18]]], rtol=1e-6)
+  np.testing.assert_array_equal(got.clipped, [[[1, 0, 0]]])
+  gradient = jax.grad(lambda v: obj.value_loss(v, old, returns, clip=0.5).terms.sum())(values)
+  np.testing.assert_allclose(gradient, [[[0, 1, -0.6]]], rtol=1e-6)
+
+
+def test_dpo_by_hand():
+  # Margin 0.5 · ((−1 + 2) − (−4 + 3)) = 1; σ(1) = 1 / (1 + 1/e).
+  arrays = [jnp.array([x]) for x in (-1.0, -4.0, -2.0, -3.0)]
+  np.testing.assert_allclose(obj.dpo(*arrays, beta=0.5), [np.log1p(np.exp(-1))], rtol=1e-6)
+  # With the policy at the reference: log 2, and the gradient −β/2 and β/2.
+  at_start = [arrays[0], arrays[1], arrays[0], arrays[1]]
+  np.testing.assert_allclose(obj.dpo(*at_start, beta=0.5), [np.log(2)], rtol=1e-6)
+  gradients = jax.grad(lambda *x: obj.dpo(*x, beta=0.5).sum(), (0, 1, 2, 3))(*at_start)
+  np.testing.assert_allclose(jnp.concatenate(gradients), [-0.25, 0.25, 0, 0], atol=1e-7)
+  check_grads(lambda x: obj.dpo(x, *arrays[1:], beta=0.5).sum(), (arrays[0],), order=1,
+              modes=['rev'], eps=1e-2, rtol=1e-3)
+
+
+def test_entropy_and_likelihood_by_hand():
+  np.testing.assert_allclose(obj.entropy_bonus(-LOGP, MASK, obj.token_mean), -2)
+  np.testing.assert_allclose(obj.negative_log_likelihood(LOGP, MASK, obj.token_mean), 2)
+
+
 def test_gap():
   sampler = LOGP + jnp.array([[[jnp.log(2.0), -jnp.log(3.0)], [0.0, -jnp.inf]]])
   gap = obj.trainer_sampler_gap(LOGP, sampler, MASK)
@@ -49,3 +194,24 @@ def test_zero_advantage_groups():
   valid = jnp.array([[1.0, 1.0], [1.0, 1.0], [0.0, 0.0], [1.0, 1.0]])
   silent = obj.zero_advantage_groups(advantage, valid)
   assert (float(silent.sum), float(silent.count)) == (2, 3)
+
+
+def test_gradient_variance_by_hand_and_against_autodiff():
+  advantage = jnp.array([[[2.0, 2.0], [-1.0, -1.0]], [[3.0, 0.0], [1.0, 1.0]]])
+  mask = jnp.array([[[1.0, 1], [1, 0]], [[0, 0], [1, 1]]])
+  got = obj.gradient_variance(advantage, jnp.ones_like(mask), mask)
+  assert (float(got.sum), float(got.count)) == (4 + 4 + 1 + 1 + 1, 3)
+
+  logits = jnp.asarray(np.random.default_rng(0).normal(size=(1, 3, 4, 5)), jnp.float32)
+  tokens = jnp.asarray(np.random.default_rng(1).integers(0, 5, (1, 3, 4)))
+  weights = jnp.asarray(np.random.default_rng(2).normal(size=(1, 3, 4)), jnp.float32)
+
+  def log_likelihood(logits):
+    logp = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[..., None], -1)[..., 0]
+    return (weights * logp).sum(), logp
+
+  gradient, logp = jax.grad(log_likelihood, has_aux=True)(logits)
+  collision = jnp.square(jax.nn.softmax(logits)).sum(-1)
+  got = obj.gradient_variance(weights, token_advantages.score_norm(logp, collision),
+                              jnp.ones_like(logp))
+  np.testing.assert_allclose(got.sum, jnp.square(gradient).sum(), rtol=1e-5)
