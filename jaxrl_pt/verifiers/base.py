@@ -1,6 +1,7 @@
 """What a verifier is: on the device a function of arrays, on the host of text."""
 
 from collections.abc import Callable, Sequence
+import functools
 
 import jax.numpy as jnp
 import numpy as np
@@ -30,4 +31,8 @@ def verdict(groups: Sequence[Sequence[Judgement]], parts: Sequence[str] = ('answ
   return Verdict(
       table(lambda j: j.score), table(lambda j: j.outcome not in _UNJUDGED),
       table(lambda j: j.outcome is Outcome.CORRECT),
-      {name: table(lambda j, name=name: j.parts.get(name, 0.0)) for name in parts})
+      {name: table(functools.partial(_part, name)) for name in parts})
+
+
+def _part(name: str, judgement: Judgement) -> float:
+  return judgement.parts.get(name, 0.0)

@@ -1,0 +1,54 @@
+"""reasoning-gym's tasks: the scorer of the task judges the answer of the response.
+
+The reference names a problem as JSON {"task", "seed", "size", "index"}; the library makes the
+same problem again from it, so that its scorer sees what it made and nothing is stored.
+"""
+
+import functools
+import json
+from typing import Any
+
+from jaxrl_pt.config import GymAnswer
+from jaxrl_pt.errors import UserError
+from jaxrl_pt.verifiers.judgement import HostVerifier, Judgement, Outcome
+
+RIGHT = 0.99  # the library scores from 0 to 1, some tasks in floating point
+
+
+@functools.lru_cache(maxsize=16)
+def _dataset(task: str, seed: int, size: int) -> Any:
+  import reasoning_gym
+  return reasoning_gym.create_dataset(task, seed=seed, size=size)
+
+
+def extract(response: str, form: GymAnswer) -> str | None:
+  """What stands in the last `<answer>…</answer>`, or the whole response; None if blank."""
+  if form == 'text':
+    return response.strip() or None
+  before, closing, _ = response.rpartition('</answer>')
+  _, opening, found = before.rpartition('<answer>')
+  return found.strip() or None if closing and opening else None
+
+
+def verifier(form: GymAnswer) -> HostVerifier:
+  """The verifier of reasoning-gym's problems; the reward is the scorer's, from 0 to 1.
+
+  Raises:
+    UserError: the `gym` extra is missing.
+  """
+  try:
+    import reasoning_gym  # noqa: F401 an extra: only this verifier needs it
+  except ImportError as error:
+    raise UserError("GymVerifier needs the extra `gym`: pip install 'jaxrl_pt[gym]'.") from error
+
+  def judge(response: str, reference: str) -> Judgement:
+    found = extract(response, form)
+    if found is None:
+      return Judgement(Outcome.UNPARSED, {'answer': 0.0})
+    place = json.loads(reference)
+    data = _dataset(place['task'], place['seed'], place['size'])
+    score = float(data.score_answer(answer=found, entry=data[place['index']]))
+    outcome = Outcome.CORRECT if score >= RIGHT else Outcome.WRONG
+    return Judgement(outcome, {'answer': score})
+
+  return judge

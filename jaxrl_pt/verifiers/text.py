@@ -1,0 +1,68 @@
+"""Rewards of plain text: tags in their place, a length, words said and not repeated."""
+
+from collections.abc import Sequence
+import re
+
+from jaxrl_pt.verifiers.judgement import Judgement, Outcome
+
+_WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
+
+
+def between_tags(text: str, tags: Sequence[str]) -> list[str] | None:
+  """What stands in `<tag>…</tag>` of each tag, or None.
+
+  None unless every opening and closing tag occurs exactly once and they follow each other in
+  the order of `tags`: tags are neither nested nor repeated.
+  """
+  contents, place = [], 0
+  for tag in tags:
+    opening, closing = f'<{tag}>', f'</{tag}>'
+    if text.count(opening) != 1 or text.count(closing) != 1:
+      return None
+    start, end = text.find(opening), text.find(closing)
+    if not place <= start < start + len(opening) <= end:
+      return None
+    contents.append(text[start + len(opening):end])
+    place = end + len(closing)
+  return contents
+
+
+def judge_format(response: str, tags: Sequence[str]) -> Judgement:
+  """1 where each pair of `tags` stands in the response once and in order, else 0."""
+  is_right = between_tags(response, tags) is not None
+  return Judgement(Outcome.CORRECT if is_right else Outcome.WRONG, {'format': float(is_right)})
+
+
+def judge_length(response: str, min_chars: int, max_chars: int) -> Judgement:
+  """clip((max_chars − length) / (max_chars − min_chars), 0, 1), length in characters."""
+  value = min(1.0, max(0.0, (max_chars - len(response)) / (max_chars - min_chars)))
+  return Judgement(Outcome.CORRECT if value > 0 else Outcome.WRONG, {'length': value})
+
+
+def judge_words(response: str, reference: str, min_words: int, max_words: int,
+                ngram: int) -> Judgement:
+  """A third of the reward each for the word `reference`, the length and no repetition.
+
+  length: 1 inside [min_words, max_words], falling linearly to 0 at min_words / 2 below and at
+  2 · max_words above; repetition: the share of `ngram`-grams that were not said before, 0 where
+  there is none. Words are compared without case.
+
+  Returns:
+    parts word, length and novelty; CORRECT where all three are whole, UNPARSED without a word.
+  """
+  words = [w.lower() for w in _WORD.findall(response)]
+  if not words:
+    return Judgement(Outcome.UNPARSED, {'word': 0.0, 'length': 0.0, 'novelty': 0.0})
+  said = 1.0 if reference.strip().lower() in words else 0.0
+  grams = [tuple(words[i:i + ngram]) for i in range(len(words) - ngram + 1)]
+  novelty = len(set(grams)) / len(grams) if grams else 0.0
+  values = {'word': said, 'length': _window(len(words), min_words, max_words), 'novelty': novelty}
+  is_right = min(values.values()) == 1.0
+  return Judgement(Outcome.CORRECT if is_right else Outcome.WRONG,
+                   {name: value / 3 for name, value in values.items()})
+
+
+def _window(num_words: int, low: int, high: int) -> float:
+  if num_words < low:
+    return max(0.0, 2 * num_words / low - 1)
+  return min(1.0, max(0.0, 2 - num_words / high))
