@@ -1,9 +1,9 @@
 """Estimators of KL(π ‖ π_ref) from tokens that π drew, one term a token.
 
 As a penalty in the reward (a constant of the gradient) k1 is unbiased and so is k3, which
-scatters less near the reference. In the loss their *gradients* tell them apart, not their values: that of k1
-is 0 in expectation, that of k2 is the gradient of KL(π ‖ π_ref), that of k3 the gradient
-of KL(π_ref ‖ π). All f32[N, G, S] → f32[N, G, S].
+scatters less near the reference. In the loss their *gradients* tell them apart, not their
+values: that of k1 is 0 in expectation, that of k2 is the gradient of KL(π ‖ π_ref), that of
+k3 the gradient of KL(π_ref ‖ π). All f32[N, G, S] → f32[N, G, S].
 
 Source: J. Schulman, Approximating KL divergence, 2020.
 """
