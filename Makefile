@@ -27,7 +27,7 @@ lint: $(STAMP) ## ruff and mypy
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 
-parity: $(STAMP) ## adds PyTorch and transformers, the references of the parity tests
+parity: $(STAMP) ## adds PyTorch, transformers and TRL, the references of the parity tests
 	@$(BIN)/python -m pip install -qq -r requirements/parity.txt -c $(LOCK)
 
 seqio: $(STAMP) ## adds seqio (with TensorFlow), for the tests of its tasks
