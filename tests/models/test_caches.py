@@ -1,0 +1,142 @@
+"""Every cache gives what the whole forward gives, at every position."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrl_pt import config as cfg
+from jaxrl_pt import params as P
+from jaxrl_pt.models import kv_cache, paged_cache, transformer
+from jaxrl_pt.nn import quant as quantisers
+
+B, T = 3, 11
+QUANTS = {'plain': cfg.Quant(), 'int8': cfg.Quant('ternary', 'int8'),
+          'int4_hadamard': cfg.Quant('ternary', 'int4', True)}
+TOKENS = jax.random.randint(jax.random.key(1), (B, T), 0, 32)
+POSITIONS = jnp.broadcast_to(jnp.arange(T), (B, T))
+# These programs run for microseconds: compiling them well is what would take the time.
+quick_jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
+
+
+@functools.lru_cache
+def make(quant, style, packed=False):
+  shape = {'llama': dict(num_heads=4, num_kv_heads=2),
+           'bitnet': dict(num_heads=2, num_kv_heads=1, activation='relu2', sub_norm=True)}[style]
+  config = cfg.Model(num_layers=2, d_model=32, d_ff=64, head_dim=16, vocab_size=32,
+                     quant=QUANTS[quant], **shape)
+  model = transformer.build(config)
+  params = P.init(model.specs, jax.random.key(0))
+  whole = quick_jit(model.apply)(params, TOKENS, POSITIONS, jnp.ones_like(TOKENS))
+  if packed:
+    params = quantisers.pack(params, lambda path: path[-1].key in transformer.PROJECTIONS)
+  return model, params, whole
+
+
+def by_slots(model, params, chunks):
+  cache, outs = model.init_cache(B, T + 2), []
+  extend = quick_jit(model.extend)
+  for start, end in chunks:
+    hidden, cache = extend(params, TOKENS[:, start:end], POSITIONS[:, start:end], cache)
+    outs.append(hidden)
+  return jnp.concatenate(outs, 1)
+
+
+def by_pages(model, params, chunks, dtype=jnp.float32, page=4):
+  """Pages of the rows lie mixed up in the pool."""
+  per_row = -(-T // page)
+  order = np.random.default_rng(0).permutation(np.arange(1, 1 + B * per_row))
+  table = jnp.asarray(order.reshape(B, per_row))
+  cache = paged_cache.init(model.config, 1 + B * per_row, page, dtype)
+
+  @quick_jit
+  def extend(params, tokens, positions, cache):
+    return model.extend(params, tokens, positions, cache, paged_cache.paged(table, positions))
+
+  outs = []
+  for start, end in chunks:
+    hidden, cache = extend(params, TOKENS[:, start:end], POSITIONS[:, start:end], cache)
+    outs.append(hidden)
+  return jnp.concatenate(outs, 1)
+
+
+def by_branches(model, params, chunks):
+  """The first chunk as a document, the others as tokens of the one branch that it has."""
+  (_, first), *rest = chunks
+  prefix = model.init_cache(B, first)
+  hidden, prefix = quick_jit(lambda p, t, c: model.extend(
+      p, t, POSITIONS[:, :first], c, kv_cache.prompts(model.ops, B, first)))(
+          params, TOKENS[:, :first], prefix)
+  cache, outs = kv_cache.branch(prefix, 1, T - first), [hidden]
+  lengths = jnp.full((B, 1), first)
+
+  @quick_jit
+  def extend(params, tokens, positions, cache):
+    attend = kv_cache.branched(model.ops, lengths, positions[0, 0] - first)
+    return model.extend(params, tokens, positions, cache, attend)
+
+  for start, end in rest:
+    hidden, cache = extend(params, TOKENS[:, start:end], POSITIONS[:, start:end], cache)
+    outs.append(hidden)
+  return jnp.concatenate(outs, 1)
+
+
+CHUNKS = {'prefill and single tokens': [(0, 5), *((i, i + 1) for i in range(5, T))],
+          'chunks': [(0, 3), (3, 7), (7, T)]}
+
+
+@pytest.mark.parametrize('cached', [by_slots, by_pages, by_branches])
+@pytest.mark.parametrize('chunks, style', [('prefill and single tokens', 'llama'),
+                                           ('chunks', 'bitnet')])
+@pytest.mark.parametrize('quant', QUANTS)
+def test_equals_the_whole_forward(cached, chunks, style, quant):
+  model, params, whole = make(quant, style)
+  assert_close(cached(model, params, CHUNKS[chunks]), whole, quant)
+
+
+@pytest.mark.parametrize('cached', [by_slots, by_pages, by_branches])
+def test_equals_it_on_packed_weights(cached):
+  model, params, whole = make('int8', 'bitnet', packed=True)
+  assert_close(cached(model, params, CHUNKS['chunks']), whole, 'int8')
+
+
+def assert_close(actual, expected, quant):
+  error = np.abs(np.asarray(actual - expected))
+  if quant == 'plain':
+    assert error.max() < 2e-5
+  else:  # A rounding can flip a code, whose effect is that of the code.
+    assert np.median(error) < 2e-5 and (error > 1e-3).mean() < 0.1 and error.max() < 0.5
+
+
+@pytest.mark.parametrize('style', ['llama', 'bitnet'])
+def test_int8_pages_err_by_their_rounding(style):
+  model, params, whole = make('plain', style)
+  error = by_pages(model, params, CHUNKS['chunks'], jnp.int8) - whole
+  relative = float(jnp.linalg.norm(error) / jnp.linalg.norm(whole))
+  assert 1e-4 < relative < 0.02  # 1/254 of each vector's largest entry, at most
+
+
+@pytest.mark.parametrize('shape', [(7,), (2, 3, 5)])
+def test_int8_codes_of_vectors(shape):
+  x = jax.random.normal(jax.random.key(0), (*shape, 16)) * 3
+  codes, scale = paged_cache.quantise(x)
+  assert codes.dtype == jnp.int8 and scale.shape == shape
+  step = jnp.abs(x).max(-1, keepdims=True) / 127
+  assert (jnp.abs(codes * scale[..., None] - x) <= step / 2 * 1.001).all()
+  assert (jnp.abs(codes).max(-1) == 127).all()
+  zero = paged_cache.quantise(jnp.zeros((2, 4)))
+  assert (zero[0] == 0).all() and jnp.isfinite(zero[1]).all()
+
+
+def test_padding_writes_to_nobodys_page():
+  model, params, _ = make('plain', 'llama')
+  cache = paged_cache.init(model.config, 4, 4, jnp.float32)
+  positions = jnp.arange(6)[None]
+  table = jnp.array([[2, 3]])
+  _, cache = model.extend(params, TOKENS[:1, :6], positions, cache,
+                          paged_cache.paged(table, positions, positions < 5))
+  pages = np.asarray(cache.pages)
+  assert (pages[:, :, 1] == 0).all() and (pages[:, :, 3, :, 1:] == 0).all()
+  assert (pages[:, :, 3, :, 0] != 0).any() and (pages[:, :, 0] != 0).any()

@@ -1,0 +1,141 @@
+"""Branch rollouts and the tree forward against independent prompts."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrl_pt import config as cfg
+from jaxrl_pt import params as P
+from jaxrl_pt.config import Sampler
+from jaxrl_pt.models import transformer
+from jaxrl_pt.sampling import branch, decode
+from jaxrl_pt.types import Prompts
+
+VOCAB, STOP, T = 19, 12, 10
+KEY = jax.random.key(7)
+LENGTHS = np.array([[1, 4, 9], [10, 2, 7]], np.int32)
+IDS = np.array([[5, 6, 7], [20, 21, -3]], np.int32)
+# These programs run for microseconds: compiling them well is what would take the time.
+quick_jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
+
+
+@functools.lru_cache
+def make(weights='none', activations='none'):
+  config = cfg.Model(num_layers=2, d_model=16, d_ff=32, num_heads=4, num_kv_heads=2, head_dim=8,
+                     vocab_size=VOCAB, activation='relu2', sub_norm=True,
+                     quant=cfg.Quant(weights, activations))
+  model = transformer.build(config)
+  params = P.init(model.specs, jax.random.key(0))
+  return model, {**params, 'embed': params['embed'] * 25}
+
+
+DOCUMENTS = np.asarray(jax.random.randint(jax.random.key(3), (2, T), 0, VOCAB))
+
+
+def branches(suffix):
+  return branch.Branches(jnp.asarray(DOCUMENTS), jnp.asarray(LENGTHS), jnp.asarray(IDS),
+                         jnp.array(suffix, jnp.int32))
+
+
+def independent(suffix):
+  """The same as one right-padded prompt per position."""
+  width = T + len(suffix)
+  tokens, lengths = np.zeros((6, width), np.int32), LENGTHS.ravel() + len(suffix)
+  for row, (n, length) in zip(tokens, [(d, t) for d in range(2) for t in LENGTHS[d]]):
+    row[:length] = DOCUMENTS[n, :length]
+    row[length:length + len(suffix)] = suffix
+  return Prompts(jnp.asarray(tokens), jnp.asarray(lengths), jnp.asarray(IDS.ravel()),
+                 jnp.zeros((6, 0), jnp.int32), jnp.zeros(6, jnp.int32), jnp.zeros(6))
+
+
+@pytest.mark.parametrize('suffix', [(), (4,), (8, 1, 2)])
+@pytest.mark.parametrize('sampler', [Sampler(), Sampler(0.0), Sampler(0.8, top_p=0.9)],
+                         ids=['plain', 'greedy', 'filtered'])
+def test_equals_independent_prompts(suffix, sampler):
+  model, params = make()
+  asked = dict(sampler=sampler, num_samples=3, num_tokens=7, stop_id=STOP)
+  run = quick_jit(functools.partial(branch.generate, model, **asked))
+  together = run(params, branches(suffix), KEY)
+  apart = quick_jit(functools.partial(decode.generate, model, **asked))(
+      params, independent(suffix), KEY)
+  np.testing.assert_array_equal(together.tokens, apart.tokens)
+  np.testing.assert_array_equal(together.mask, apart.mask)
+  np.testing.assert_allclose(together.logp, apart.logp, atol=2e-5)
+
+
+def test_many_tokens_grow_the_cache_in_stages(monkeypatch):
+  model, params = make()
+  asked = dict(sampler=Sampler(), num_samples=2, num_tokens=30)
+  whole = quick_jit(functools.partial(branch.generate, model, **asked))(
+      params, branches((4,)), KEY)
+  monkeypatch.setattr(decode, 'FIRST_SLOTS', 4)
+  assert decode._stages(29) == [4, 8, 16, 29] and decode._stages(0) == []
+  staged = quick_jit(functools.partial(branch.generate, model, **asked))(
+      params, branches((4,)), KEY)
+  np.testing.assert_array_equal(whole.tokens, staged.tokens)
+
+
+def packed(model, params, own):
+  hidden = branch.tree_hidden(model, params, jnp.asarray(DOCUMENTS), jnp.asarray(LENGTHS), own)
+  return jax.nn.log_softmax(hidden @ model.head(params))
+
+
+def one_by_one(model, params, own):
+  """One `apply` of each branch's whole sequence."""
+  def of(n, r):
+    length = int(LENGTHS[n, r])
+    tokens = jnp.concatenate([jnp.asarray(DOCUMENTS[n, :length]), own[n, r, :-1]])[None]
+    positions = jnp.arange(tokens.shape[1])[None]
+    hidden = model.apply(params, tokens, positions, jnp.ones_like(tokens))
+    return jax.nn.log_softmax(hidden[0, length - 1:] @ model.head(params))
+  return jnp.stack([jnp.stack([of(n, r) for r in range(3)]) for n in range(2)])
+
+
+@pytest.mark.parametrize('num_own', [1, 4])
+def test_the_tree_forward_equals_whole_sequences_in_value_and_gradient(num_own):
+  model, params = make()
+  own = jax.random.randint(jax.random.key(1), (2, 3, num_own), 0, VOCAB)
+  weights = jax.random.normal(jax.random.key(2), (2, 3, num_own, VOCAB))
+  results = []
+  for scores in (packed, one_by_one):
+    loss = lambda p, scores=scores: (scores(model, p, own) * weights).sum()
+    results.append(quick_jit(jax.value_and_grad(loss))(params))
+  (value, grads), (expected, expected_grads) = results
+  np.testing.assert_allclose(value, expected, rtol=1e-5)
+  for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(expected_grads)):
+    np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(b).max()) + 1e-7)
+
+
+@pytest.mark.parametrize('activations', ['int8', 'int4'])
+def test_the_sampler_agrees_with_the_tree_forward(activations):
+  """Teacher-forced: the learner's log-probabilities of what the sampler drew."""
+  model, params = make('ternary', activations)
+  rollout = quick_jit(functools.partial(
+      branch.generate, model, sampler=Sampler(), num_samples=2, num_tokens=6))(
+          params, branches((4, 9)), KEY)
+  own = jnp.concatenate([jnp.broadcast_to(jnp.array([4, 9]), (6, 2, 2)), rollout.tokens], -1)
+  lengths = jnp.repeat(jnp.asarray(LENGTHS), 2, 1)
+  hidden = branch.tree_hidden(model, params, jnp.asarray(DOCUMENTS), lengths,
+                              own.reshape(2, 6, 8))[:, :, 2:]
+  logp = jnp.take_along_axis(jax.nn.log_softmax(hidden @ model.head(params)),
+                             rollout.tokens.reshape(2, 6, 6)[..., None], -1)[..., 0]
+  gap = jnp.exp(jnp.abs(logp - rollout.logp.reshape(2, 6, 6))).mean()
+  assert float(gap) <= 1.01
+
+
+def test_a_document_is_prefilled_once():
+  """FLOPs of the compiled prefill: 16 positions of 64 tokens against 16 prompts."""
+  model, params = make()
+  document = jnp.zeros((1, 64), jnp.int32)
+  lengths = jnp.arange(49, 65)[None]
+  asked = dict(sampler=Sampler(), num_samples=1, num_tokens=1)
+  flops = lambda f, *args: jax.jit(f).lower(params, *args, KEY).compile().cost_analysis()['flops']
+  shared = flops(functools.partial(branch.generate, model, **asked), branch.Branches(
+      document, lengths, lengths, jnp.zeros(0, jnp.int32)))
+  prompts = Prompts(jnp.zeros((16, 64), jnp.int32), lengths[0], lengths[0],
+                    jnp.zeros((16, 0), jnp.int32), lengths[0], lengths[0])
+  apart = flops(functools.partial(decode.generate, model, **asked), prompts)
+  assert apart > 10 * shared
