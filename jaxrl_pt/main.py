@@ -70,13 +70,7 @@ def _make_parser() -> argparse.ArgumentParser:
   train.add_argument('--multihost', action='store_true', help='join the other hosts of a TPU '
                      'slice before training (run the same command on each)')
 
-  sample = add('sample', 'Continue prompts with a trained model.',
-               'jaxrl-pt sample --workdir runs/pretrain_tiny --prompt "def main(" --num_samples 2')
-  _add_workdir(sample)
-  _add_step(sample)
-  _add_sampling(sample)
-  _add_json(sample)
-
+  _add_frontends(add)
   evaluate = add('eval', "A trained model's loss, bits per byte and accuracy on held-out text.",
                  'jaxrl-pt eval --workdir runs/pretrain_tiny --json')
   _add_workdir(evaluate)
@@ -139,19 +133,77 @@ def _add_json(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--json', action='store_true', help='print JSON')
 
 
-def _add_sampling(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument('--prompt', action='append', help='text to continue; may be repeated; '
-                      'without it standard input is the prompt')
-  parser.add_argument('--num_tokens', type=_at_least(1), default=64,
-                      help='most tokens of a sample (default %(default)s)')
-  parser.add_argument('--num_samples', type=_at_least(1), default=1,
+def _add_frontends(add: Callable[[str, str, str], argparse.ArgumentParser]) -> None:
+  sample = add('sample', 'Continue prompts with a trained model.',
+               'jaxrl-pt sample --workdir runs/pretrain_tiny --prompt "def main(" --num_samples 2')
+  _add_workdir(sample)
+  _add_step(sample)
+  sample.add_argument('--prompt', action='append', help='text to continue; may be repeated; '
+                      'without it standard input is the prompt, or each line typed at a terminal')
+  sample.add_argument('--prompt_file', type=Path, metavar='FILE', help='one prompt a line; of a '
+                      '.jsonl file, each line\'s "prompt"')
+  _add_sampling(sample, num_tokens=64)
+  sample.add_argument('--num_samples', type=_at_least(1), default=1,
                       help='samples of each prompt (default %(default)s)')
+  sample.add_argument('--stop', action='append', default=[], metavar='TEXT',
+                      help='ends a sample and is left out of it; may be repeated')
+  _add_json(sample)
+
+  chat = add('chat', 'Talk with a trained model at the terminal.',
+             'jaxrl-pt chat --workdir runs/pretrain_tiny --temperature 0.7 --max_thought 200')
+  _add_workdir(chat)
+  _add_step(chat)
+  _add_sampling(chat, num_tokens=512)
+  chat.add_argument('--system', default='', metavar='TEXT', help='what stands before all turns')
+  chat.add_argument('--max_thought', type=_at_least(0), help='think first, for at most that many '
+                    'tokens; without it the model decides')
+  chat.add_argument('--max_answer', type=_at_least(1), help='most tokens after a thought')
+  _add_chat_format(chat)
+
+  serve = add('serve', "A small HTTP server with OpenAI's completions and chat completions.",
+              'jaxrl-pt serve --workdir runs/pretrain_tiny --port 8000')
+  _add_workdir(serve)
+  _add_step(serve)
+  serve.add_argument('--host', default='127.0.0.1', help='where to listen (default %(default)s); '
+                     'any but a loopback address needs a token')
+  serve.add_argument('--port', type=_at_least(0), default=8000,
+                     help='0 takes a free one (default %(default)s)')
+  serve.add_argument('--token_file', type=Path, metavar='FILE', help='holds the token that '
+                     'clients send as API key; or set JAXRL_PT_TOKEN')
+  for name, default, about in (
+      ('slots', 32, 'responses decoded at once'), ('queue', 256, 'responses waiting or under way '
+       'at most; more get 429'), ('response_len', 1024, 'most tokens of a response'),
+      ('max_samples', 16, 'most responses to one prompt')):
+    serve.add_argument(f'--{name}', type=_at_least(1), default=default,
+                       help=f'{about} (default %(default)s)')
+  serve.add_argument('--kv', choices=('model', 'int8'), default='model',
+                     help='how keys and values are kept (default %(default)s)')
+  serve.add_argument('--seed', type=_at_least(0), default=0, help="of the noise, with a request's "
+                     'own seed (default %(default)s)')
+  _add_chat_format(serve)
+
+
+def _add_chat_format(parser: argparse.ArgumentParser) -> None:
+  parser.add_argument('--prompt_len', type=_at_least(1), default=1024,
+                      help='most tokens of a prompt (default %(default)s)')
+  parser.add_argument('--template', type=Path, metavar='FILE', help='how turns become text: JSON '
+                      'with system, user, assistant, opening, stop (default plain text)')
+  parser.add_argument('--markers', nargs=2, default=('<think>', '</think>'),
+                      metavar=('START', 'END'), help='what encloses thinking (default <think> '
+                      '</think>)')
+
+
+def _add_sampling(parser: argparse.ArgumentParser, num_tokens: int) -> None:
+  parser.add_argument('--num_tokens', type=_at_least(1), default=num_tokens,
+                      help='most tokens of a response (default %(default)s)')
   parser.add_argument('--temperature', type=float, default=1.0,
                       help='0 is greedy (default %(default)s)')
   parser.add_argument('--top_k', type=int, default=0, help='0 keeps all (default %(default)s)')
   parser.add_argument('--top_p', type=float, default=1.0, help='1 keeps all (default %(default)s)')
+  parser.add_argument('--min_p', type=float, default=0.0, help='drops tokens less likely than '
+                      'this times the likeliest (default %(default)s)')
   parser.add_argument('--seed', type=_at_least(0), default=0,
-                      help='equal seeds draw equal samples (default %(default)s)')
+                      help='equal seeds draw equal responses (default %(default)s)')
 
 
 # --- Commands ---------------------------------------------------------------------
@@ -180,20 +232,44 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _sample(args: argparse.Namespace) -> int:
-  sampler = cfg.Sampler(args.temperature, args.top_k, args.top_p)
+  sampler = _sampler(args)
+  if args.prompt is not None and args.prompt_file is not None:
+    raise UserError('Give prompts as --prompt or as --prompt_file, not both.')
   prompts = args.prompt
-  if prompts is None:
-    prompts = [''] if sys.stdin.isatty() else [_read_stdin()]
-  from jaxrl_pt.train import evaluate
-  samples = evaluate.sample_workdir(
-      args.workdir, prompts, sampler=sampler, num_tokens=args.num_tokens,
-      num_samples=args.num_samples, seed=args.seed, step=args.step)
-  if args.json:
-    print(json.dumps(samples, ensure_ascii=False, indent=2))
-  else:
-    for sample in samples:
-      print(f'{sample["prompt"]}{sample["text"]}')
-      print(f'--- {sample["num_tokens"]} tokens, log-probability {sample["logp"]:.2f} nats')
+  if prompts is None and args.prompt_file is None and not sys.stdin.isatty():
+    prompts = [_read_stdin()]
+  from jaxrl_pt import frontends
+  if args.prompt_file is not None:
+    prompts = frontends.read_prompts(args.prompt_file)
+  frontends.sample(
+      args.workdir, prompts, step=args.step, as_json=args.json, prompt_len=1024, sampler=sampler,
+      num_tokens=args.num_tokens, num_samples=args.num_samples, seed=args.seed,
+      stop=tuple(args.stop))
+  return 0
+
+
+def _sampler(args: argparse.Namespace) -> cfg.Sampler:
+  return cfg.Sampler(args.temperature, args.top_k, args.top_p, args.min_p)
+
+
+def _chat(args: argparse.Namespace) -> int:
+  sampler = _sampler(args)
+  from jaxrl_pt import frontends
+  frontends.chat(
+      args.workdir, step=args.step, prompt_len=args.prompt_len, template=args.template,
+      markers=args.markers, seed=args.seed, sampler=sampler, max_tokens=args.num_tokens,
+      max_thought=args.max_thought, max_answer=args.max_answer, system=args.system)
+  return 0
+
+
+def _serve(args: argparse.Namespace) -> int:
+  engine = cfg.Engine(slots=args.slots, queue=args.queue, prompt_len=args.prompt_len,
+                      response_len=args.response_len, kv=args.kv, steps_per_call=4)
+  from jaxrl_pt import frontends
+  frontends.serve(
+      args.workdir, step=args.step, host=args.host, port=args.port, token_file=args.token_file,
+      engine=engine, max_samples=args.max_samples, template=args.template, markers=args.markers,
+      seed=args.seed)
   return 0
 
 
@@ -265,7 +341,8 @@ def _kernels(args: argparse.Namespace) -> int:
   return 1 if failed else 0
 
 
-_COMMANDS = {'quickstart': _quickstart, 'train': _train, 'sample': _sample, 'eval': _eval,
+_COMMANDS = {'quickstart': _quickstart, 'train': _train, 'sample': _sample, 'chat': _chat,
+             'serve': _serve, 'eval': _eval,
              'doctor': _doctor, 'kernels': _kernels, 'preflight': _preflight}
 
 

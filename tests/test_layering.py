@@ -16,8 +16,8 @@ KERNELS = ROOT / 'pallas_kernels'
 _BASE = {'config', 'errors', 'types'}
 _MODEL = _BASE | {'params', 'nn', 'parallel', 'models'}
 _EVERYTHING = _MODEL | {'checkpoint', 'checksum', 'data', 'game', 'gin_bindings', 'interop',
-                        'metrics', 'report', 'rl', 'sampling', 'scaling', 'tpu', 'train',
-                        'verifiers'}
+                        'metrics', 'report', 'rl', 'sampling', 'scaling', 'serving', 'tpu',
+                        'train', 'verifiers'}
 ALLOWED: dict[str, set[str]] = {
     'errors': set(),
     'types': set(),
@@ -27,7 +27,8 @@ ALLOWED: dict[str, set[str]] = {
     'nn': _BASE,
     'parallel': _BASE | {'params', 'nn', 'models'},
     'models': _BASE | {'params', 'nn'},
-    'sampling': _MODEL,
+    'sampling': _MODEL | {'checksum'},
+    'serving': _BASE | {'data', 'sampling'},
     'rl': {'types', 'config', 'errors'},
     'verifiers': {'types', 'config', 'errors'},
     'data': _MODEL | {'checksum'},
@@ -42,7 +43,8 @@ ALLOWED: dict[str, set[str]] = {
     'train': _EVERYTHING,
     'quickstart': _EVERYTHING,
     'doctor': _EVERYTHING,
-    'main': _EVERYTHING | {'quickstart', 'doctor'},
+    'frontends': _EVERYTHING,
+    'main': _EVERYTHING | {'quickstart', 'doctor', 'frontends'},
 }
 # Only here may the state of the process change: these names must not be called elsewhere.
 PROCESS_STATE = ('jax.config.update', 'jax.distributed.initialize', 'os.environ.setdefault',

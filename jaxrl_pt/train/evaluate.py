@@ -1,5 +1,7 @@
 """Evaluation and sampling of a policy: during training, and from a work directory."""
 
+import collections
+from collections.abc import Iterator
 import dataclasses
 from dataclasses import dataclass
 import functools
@@ -8,21 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from jaxrl_pt import checkpoint, gin_bindings, metrics
 from jaxrl_pt import config as cfg
 from jaxrl_pt.checkpoint import Restored
 from jaxrl_pt.data import loader
-from jaxrl_pt.data import tokenizer as tokenizers
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.models.base import Model
-from jaxrl_pt.sampling import decode
+from jaxrl_pt.sampling.engine import Engine, Request, Response
+from jaxrl_pt.serving import stream
 from jaxrl_pt.train import losses, optim
 from jaxrl_pt.train import session as sessions
 from jaxrl_pt.train import state as states
-from jaxrl_pt.types import Params, Prompts, TrainState, Weighted
+from jaxrl_pt.types import Params, TrainState, Weighted
 
 
 def evaluate_packed(session: sessions.Session, model: cfg.Model, params: Params,
@@ -124,51 +124,64 @@ def evaluate_workdir(workdir: Path, *, step: int | None = None,
           'num_bytes': packed.num_bytes, **results}
 
 
+# --- Sampling -------------------------------------------------------------------------
+
+
+def make_engine(policy: Policy, config: cfg.Engine, *, seed: int,
+                think_end: tuple[int, ...] = ()) -> Engine:
+  """The engine of a policy; arguments as `Engine` takes them."""
+  return Engine(policy.model, policy.params, config, seed=seed, think_end=think_end,
+                token_bytes=policy.session.data.tokenizer.token_bytes(), version=policy.step)
+
+
 def sample_workdir(workdir: Path, prompts: list[str], *, sampler: cfg.Sampler, num_tokens: int,
                    num_samples: int, seed: int, step: int | None = None) -> list[dict[str, Any]]:
-  """The `sample` command: continuations of each prompt, with their log-probabilities."""
+  """`sample` with the policy of a work directory."""
   return sample(load_policy(workdir, step), prompts, sampler=sampler, num_tokens=num_tokens,
                 num_samples=num_samples, seed=seed)
 
 
 def sample(policy: Policy, prompts: list[str], *, sampler: cfg.Sampler, num_tokens: int,
-           num_samples: int, seed: int) -> list[dict[str, Any]]:
+           num_samples: int, seed: int, stop: tuple[str, ...] = (),
+           engine: Engine | None = None) -> list[dict[str, Any]]:
   """One dict per prompt and sample: prompt, text, num_tokens, logp (sum, nats).
 
+  Arguments as in `stream_samples`.
+  """
+  texts: dict[tuple[int, int], str] = collections.defaultdict(str)
+  ends: dict[tuple[int, int], Response] = {}
+  for piece in stream_samples(policy, prompts, sampler=sampler, num_tokens=num_tokens,
+                              num_samples=num_samples, seed=seed, stop=stop, engine=engine):
+    key = piece.number, piece.response.sample
+    texts[key] += piece.text
+    ends[key] = piece.response
+  return [
+      {'prompt': prompts[n], 'text': texts[n, g], 'num_tokens': int(ends[n, g].mask.sum()),
+       'logp': float((ends[n, g].logp * ends[n, g].mask).sum())}
+      for n in range(len(prompts)) for g in range(num_samples)]
+
+
+def stream_samples(policy: Policy, prompts: list[str], *, sampler: cfg.Sampler, num_tokens: int,
+                   num_samples: int, seed: int, stop: tuple[str, ...] = (),
+                   engine: Engine | None = None) -> Iterator[stream.Piece]:
+  """Continuations of each prompt, as they are drawn.
+
   An empty prompt starts from the end-of-text token, as documents do.
+
+  Args:
+    policy: whose.
+    prompts: their numbers address the randomness.
+    sampler, num_tokens, num_samples, stop: of every request.
+    seed: equal seeds draw equal samples.
+    engine: one that is large enough; None makes one of just the size (and its own seed).
   """
   tokenizer = policy.session.data.tokenizer
-  encoded = [tokenizer.encode(p) or [tokenizer.eos_id] for p in prompts]
-  rollout = generate_tokens(policy, encoded, sampler=sampler, num_tokens=num_tokens,
-                            num_samples=num_samples, seed=seed)
-  tokens, mask, logp = (np.asarray(x) for x in (rollout.tokens, rollout.mask, rollout.logp))
-  return [
-      {'prompt': prompt, 'text': _text(tokenizer, tokens[n, g][mask[n, g] > 0]),
-       'num_tokens': int(mask[n, g].sum()), 'logp': float((logp[n, g] * mask[n, g]).sum())}
-      for n, prompt in enumerate(prompts) for g in range(num_samples)]
-
-
-def _text(tokenizer: tokenizers.Tokenizer, ids: np.ndarray) -> str:
-  return tokenizer.decode([i for i in ids.tolist() if i != tokenizer.eos_id])
-
-
-def generate_tokens(policy: Policy, prompts: list[list[int]], *, sampler: cfg.Sampler,
-                    num_tokens: int, num_samples: int, seed: int) -> Any:
-  """Rollout of token prompts, right-padded to the longest."""
-  lengths = np.array([len(p) for p in prompts], np.int32)
-  tokens = np.zeros((len(prompts), lengths.max()), np.int32)
-  for row, prompt in zip(tokens, prompts, strict=True):
-    row[:len(prompt)] = prompt
-  generate = jax.jit(functools.partial(
-      decode.generate, policy.model, sampler=sampler, num_samples=num_samples,
-      num_tokens=num_tokens, stop_id=policy.session.data.tokenizer.eos_id))
-  return generate(policy.params, decode_prompts(tokens, lengths), key=jax.random.key(seed),
-                  version=policy.step)
-
-
-def decode_prompts(tokens: np.ndarray, lengths: np.ndarray) -> Prompts:
-  """Prompts without a known continuation; row numbers address the randomness."""
-  rows = len(lengths)
-  nothing = jnp.zeros((rows, 0), jnp.int32), jnp.zeros(rows, jnp.int32)
-  return Prompts(jnp.asarray(tokens), jnp.asarray(lengths), jnp.arange(rows, dtype=jnp.int32),
-                 *nothing, jnp.zeros(rows, jnp.float32))
+  requests = [
+      Request(tuple(tokenizer.encode(prompt)) or (tokenizer.eos_id,), n, num_tokens, num_samples,
+              sampler, (tokenizer.eos_id,), stop) for n, prompt in enumerate(prompts)]
+  if engine is None:
+    total, longest = len(requests) * num_samples, max(len(r.prompt) for r in requests)
+    engine = make_engine(policy, cfg.Engine(
+        slots=min(total, 32), queue=max(num_samples, min(total, 256)), prompt_len=longest,
+        response_len=num_tokens, prefill_chunk=min(longest, 128), steps_per_call=8), seed=seed)
+  return stream.stream(engine, tokenizer, requests, starts_text=[not p for p in prompts])

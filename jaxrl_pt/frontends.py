@@ -1,0 +1,215 @@
+"""The commands that use a trained model: `sample`, `chat` and `serve`."""
+
+from collections.abc import Iterable
+import json
+import os
+from pathlib import Path
+import socket
+import sys
+from typing import Any
+
+from rich.console import Console
+
+from jaxrl_pt import config as cfg
+from jaxrl_pt.errors import UserError
+from jaxrl_pt.sampling.engine import Engine
+from jaxrl_pt.serving import terminal
+from jaxrl_pt.serving.conversation import Template, read_template
+from jaxrl_pt.serving.protocol import Service
+from jaxrl_pt.serving.text import Markers
+from jaxrl_pt.serving.worker import Worker
+from jaxrl_pt.train import evaluate, interrupt
+
+TOKEN_VARIABLE = 'JAXRL_PT_TOKEN'
+_SHUTDOWN_SECONDS = 30  # for the answers under way
+
+
+# --- sample ---------------------------------------------------------------------------
+
+
+def read_prompts(path: Path) -> list[str]:
+  """The prompts of a file: its lines, or of a .jsonl file each line's "prompt".
+
+  Raises:
+    UserError: no such file, not UTF-8, a line without a prompt, no prompt at all.
+  """
+  try:
+    lines = path.read_bytes().decode('utf-8').splitlines()
+  except OSError as e:
+    raise UserError(f'Cannot read the prompts in {path}: {e.strerror}.') from e
+  except UnicodeDecodeError as e:
+    raise UserError(f'{path} is not UTF-8 text (byte {e.start}): convert it first.') from e
+  prompts = [_json_prompt(line, f'{path}:{n}') if path.suffix == '.jsonl' else line
+             for n, line in enumerate(lines, 1) if line.strip()]
+  if not prompts:
+    raise UserError(f'{path} holds no prompt: write one a line.')
+  return prompts
+
+
+def _json_prompt(line: str, where: str) -> str:
+  try:
+    prompt = json.loads(line)['prompt']
+    prompt.encode()
+  except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
+    raise UserError(f'{where}: expected an object like {{"prompt": "some text"}}.') from e
+  return prompt
+
+
+def sample(workdir: Path, prompts: list[str] | None, *, step: int | None, as_json: bool,
+           prompt_len: int, **settings: Any) -> None:
+  """Prints continuations as they are drawn, or all of them as JSON.
+
+  Args:
+    workdir: of a trained model.
+    prompts: None asks for them on the terminal, one after the other.
+    step: which checkpoint.
+    as_json: print one JSON list at the end.
+    prompt_len: most tokens of a prompt typed at the terminal.
+    settings: as `evaluate.stream_samples` takes them.
+  """
+  policy, num_samples = evaluate.load_policy(workdir, step), settings['num_samples']
+  if prompts is not None and as_json:
+    print(json.dumps(evaluate.sample(policy, prompts, **settings), ensure_ascii=False, indent=2))
+  elif prompts is not None:
+    pieces = evaluate.stream_samples(policy, prompts, **settings)
+    terminal.show_samples(pieces, prompts, num_samples, sys.stdout)
+  else:
+    engine = evaluate.make_engine(policy, cfg.Engine(
+        slots=min(num_samples, 32), queue=num_samples, prompt_len=prompt_len,
+        response_len=settings['num_tokens'], steps_per_call=8), seed=settings['seed'])
+    for line in terminal.read_lines('prompt> '):
+      _sample_line(policy, line, engine, as_json, settings)
+
+
+def _sample_line(policy: evaluate.Policy, line: str, engine: Engine, as_json: bool,
+                 settings: dict[str, Any]) -> None:
+  try:
+    line.encode()
+    if as_json:
+      print(json.dumps(evaluate.sample(policy, [line], engine=engine, **settings),
+                       ensure_ascii=False, indent=2))
+      return
+    pieces = evaluate.stream_samples(policy, [line], engine=engine, **settings)
+    terminal.show_samples(pieces, [line], settings['num_samples'], sys.stdout)
+  except UnicodeEncodeError:
+    print('jaxrl-pt: That line is not UTF-8 text.', file=sys.stderr)
+  except UserError as e:  # The next prompt may be better.
+    print(f'jaxrl-pt: {e}', file=sys.stderr)
+
+
+# --- chat -----------------------------------------------------------------------------
+
+
+def chat(workdir: Path, *, step: int | None, prompt_len: int, template: Path | None,
+         markers: Iterable[str], seed: int, **settings: Any) -> None:
+  """Talks at the terminal.
+
+  Args:
+    workdir: of a trained model.
+    step: which checkpoint.
+    prompt_len: most tokens of a conversation that the model sees.
+    template: a JSON file; None takes plain text.
+    markers: what starts and what ends thinking.
+    seed: equal seeds and equal lines get equal answers.
+    settings: as `terminal.Chat` takes them.
+  """
+  layout, enclosing = _template(template), Markers(*markers)
+  policy = evaluate.load_policy(workdir, step)
+  tokenizer = policy.session.data.tokenizer
+  talk = terminal.Chat(tokenizer, layout, enclosing, **settings)
+  longest = talk.request((0,), 0).max_tokens
+  engine = evaluate.make_engine(
+      policy, cfg.Engine(slots=1, queue=1, prompt_len=prompt_len, response_len=longest,
+                         steps_per_call=2),
+      seed=seed, think_end=tuple(tokenizer.encode(enclosing.end)))
+  engine.check(talk.request((0,), 0))
+  console = Console(highlight=False)
+  if console.is_terminal:
+    console.print(f'{_name(workdir)}, step {policy.step}. Ctrl-C stops an answer, /new starts a '
+                  'new conversation, Ctrl-D leaves.', style='dim', markup=False)
+  terminal.talk(engine, talk, terminal.read_lines('you> '), console)
+
+
+def _template(path: Path | None) -> Template:
+  return Template() if path is None else read_template(path)
+
+
+def _name(workdir: Path) -> str:
+  return workdir.resolve().name
+
+
+# --- serve ----------------------------------------------------------------------------
+
+
+def serve(workdir: Path, *, step: int | None, host: str, port: int, token_file: Path | None,
+          engine: cfg.Engine, max_samples: int, template: Path | None, markers: Iterable[str],
+          seed: int) -> None:
+  """Serves a model until SIGTERM or Ctrl-C, then ends what is under way.
+
+  Args:
+    workdir: of a trained model; its last name is the model's.
+    step: which checkpoint.
+    host, port: where to listen; port 0 takes a free one.
+    token_file: holds what clients must send; None looks at the environment.
+    engine: sizes.
+    max_samples: most responses to one prompt.
+    template: a JSON file for chat completions; None takes plain text.
+    markers: what starts and what ends thinking.
+    seed: of the noise, with each request's own.
+
+  Raises:
+    UserError: the address cannot be listened at, or is open to others without a token.
+  """
+  try:
+    import uvicorn
+
+    from jaxrl_pt.serving import app
+  except ImportError as e:
+    raise UserError('`serve` needs the extra of that name: '
+                    "pip install 'jaxrl_pt[serve]'.") from e
+  token, layout, enclosing = _read_token(token_file), _template(template), Markers(*markers)
+  if token is None and not app.is_loopback(host):
+    raise UserError(f'--host {host} lets others in: give a --token_file, or set '
+                    f'{TOKEN_VARIABLE}, that clients must send.')
+  listening = _listen(host, port)
+  with listening, interrupt.stop_on_signals() as stopped:
+    policy = evaluate.load_policy(workdir, step)
+    tokenizer = policy.session.data.tokenizer
+    service = Service(_name(workdir), tokenizer, engine, layout, enclosing,
+                      max_samples=max_samples)
+    worker = Worker(evaluate.make_engine(policy, engine, seed=seed,
+                                         think_end=tuple(tokenizer.encode(enclosing.end))))
+    server = uvicorn.Server(uvicorn.Config(
+        app.make_app(service, worker, token), log_level='warning', access_log=False,
+        timeout_graceful_shutdown=_SHUTDOWN_SECONDS))
+    if stopped.signal_name is not None:
+      return
+    shown = f'[{host}]' if ':' in host else host
+    print(f'Serving {service.name}, step {policy.step}, at '
+          f'http://{shown}:{listening.getsockname()[1]}/v1', flush=True)
+    server.run(sockets=[listening])
+
+
+def _read_token(path: Path | None) -> str | None:
+  if path is None:
+    token, where = os.environ.get(TOKEN_VARIABLE), TOKEN_VARIABLE
+    if token is None:
+      return None
+  else:
+    where = str(path)
+    try:
+      token = path.read_text(encoding='ascii').strip()
+    except (OSError, UnicodeDecodeError) as e:
+      raise UserError(f'Cannot read a token in {path} ({e}).') from e
+  if not token or not all('!' <= c <= '~' for c in token):
+    raise UserError(f'{where} must hold one token of visible ASCII characters, without spaces.')
+  return token
+
+
+def _listen(host: str, port: int) -> socket.socket:
+  try:
+    family = socket.AF_INET6 if ':' in host else socket.AF_INET
+    return socket.create_server((host.strip('[]'), port), family=family)
+  except (OSError, OverflowError) as e:
+    raise UserError(f'Cannot listen at {host}:{port} ({e}): choose another --host or '
+                    '--port.') from e

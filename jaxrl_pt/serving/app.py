@@ -1,0 +1,341 @@
+"""The HTTP server: OpenAI's completions and chat completions over one worker.
+
+    POST /v1/completions, /v1/chat/completions    GET /v1/models, /health, /metrics
+
+A request that is wrong, too large or too many is answered on its own and disturbs no other.
+When a client goes away, its responses are cancelled and their slots and pages are free again.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+import contextlib
+import hmac
+import ipaddress
+import json
+import time
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from jaxrl_pt.errors import UserError
+from jaxrl_pt.sampling.engine import Response as Sampled
+from jaxrl_pt.serving import protocol
+from jaxrl_pt.serving.answers import Answer, Delta
+from jaxrl_pt.serving.protocol import ApiError, Ask, Service
+from jaxrl_pt.serving.telemetry import Telemetry
+from jaxrl_pt.serving.worker import Busy, Job, Stopped, Worker
+
+_RETRY_SECONDS = 1
+_BODY_SECONDS = 30.0  # A body must have arrived by then.
+# A larger body is read to here and thrown away, so that its sender sees the answer.
+_MOST_DRAINED = 32_000_000
+
+
+def is_loopback(host: str) -> bool:
+  """Whether only this machine can reach that address."""
+  try:
+    return ipaddress.ip_address(host.strip('[]')).is_loopback
+  except ValueError:
+    return host == 'localhost'
+
+
+def make_app(service: Service, worker: Worker, token: str | None = None) -> ASGIApp:
+  """The ASGI application. It starts the worker, and stops it at the end.
+
+  Args:
+    service: what is served.
+    worker: not yet started.
+    token: what clients must send as `Authorization: Bearer TOKEN`; without one, only requests
+      that name this machine as their host are answered (no web page can pose as one).
+  """
+  telemetry = Telemetry()
+  server = _Server(service, worker, telemetry)
+
+  @contextlib.asynccontextmanager
+  async def lifespan(app: Starlette) -> AsyncIterator[None]:
+    del app
+    worker.start()
+    try:
+      yield
+    finally:
+      await asyncio.to_thread(worker.stop)
+
+  app = Starlette(lifespan=lifespan, routes=[
+      Route('/v1/completions', server.completions, methods=['POST']),
+      Route('/v1/chat/completions', server.chat, methods=['POST']),
+      Route('/v1/models', server.models), Route('/v1/models/{name}', server.model),
+      Route('/health', server.health), Route('/metrics', server.metrics)],
+      exception_handlers={ApiError: _api_error, HTTPException: _http_error})
+  return _Guard(app, token, telemetry, [route.path for route in app.routes
+                                        if isinstance(route, Route)])
+
+
+def _error(error: ApiError) -> Response:
+  return JSONResponse(error.body, error.status, error.headers)
+
+
+def _api_error(request: Request, error: Exception) -> Response:
+  del request
+  assert isinstance(error, ApiError)
+  return _error(error)
+
+
+def _http_error(request: Request, error: Exception) -> Response:
+  assert isinstance(error, HTTPException)
+  return _error(ApiError(error.status_code, f'{request.method} {request.url.path}: '
+                         f'{error.detail}.'))
+
+
+class _Guard:
+  """Lets in who may come in, counts the answers, and gives a defect a shape."""
+
+  def __init__(self, app: ASGIApp, token: str | None, telemetry: Telemetry,
+               paths: list[str]) -> None:
+    self._app, self._telemetry, self._paths = app, telemetry, frozenset(paths)
+    self._expected = None if token is None else f'Bearer {token}'.encode()
+
+  async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    if scope['type'] != 'http':
+      await self._app(scope, receive, send)
+      return
+    path = scope['path'] if scope['path'] in self._paths else 'other'
+    has_started = False
+
+    async def counted(message: Message) -> None:
+      nonlocal has_started
+      if message['type'] == 'http.response.start':
+        has_started = True
+        self._telemetry.requests[path, message['status']] += 1
+      await send(message)
+
+    refusal = self._refusal(dict(scope['headers']), scope['path'])
+    try:
+      await (_error(refusal) if refusal else self._app)(scope, receive, counted)
+    except ClientDisconnect:
+      self._telemetry.num_disconnects += 1
+    except Exception:
+      if not has_started:
+        await _error(ApiError(500, 'The server failed; its log says how.'))(
+            scope, receive, counted)
+      raise  # uvicorn writes the traceback to its log.
+
+  def _refusal(self, headers: dict[bytes, bytes], path: str) -> ApiError | None:
+    if self._expected is None:
+      host = headers.get(b'host', b'').decode('latin-1').rpartition(':')
+      if is_loopback(host[0] if host[2].isdecimal() else ''.join(host)):
+        return None
+      return ApiError(403, 'Without a token this server answers only requests to this machine.')
+    if path == '/health' or hmac.compare_digest(headers.get(b'authorization', b''),
+                                                self._expected):
+      return None
+    return ApiError(401, 'Send the server\'s token as "Authorization: Bearer TOKEN".',
+                    code='invalid_api_key', headers={'WWW-Authenticate': 'Bearer'})
+
+
+class _News:
+  """The newest state of each response of a job, brought from the worker's thread.
+
+  Only the newest: a response holds all its tokens so far, so that a slow client costs nothing.
+  """
+
+  def __init__(self) -> None:
+    self._loop = asyncio.get_running_loop()
+    self._changed = asyncio.Event()
+    self._latest: dict[tuple[int, int], Sampled] = {}
+    self._failure: Exception | None = None
+
+  def listen(self, number: int, response: Sampled | Exception) -> None:
+    """The worker's listener."""
+    with contextlib.suppress(RuntimeError):  # The loop is closed: nobody waits any more.
+      self._loop.call_soon_threadsafe(self._put, number, response)
+
+  def _put(self, number: int, response: Sampled | Exception) -> None:
+    if isinstance(response, Exception):
+      self._failure = response
+    else:
+      self._latest[number, response.sample] = response
+    self._changed.set()
+
+  async def get(self) -> list[tuple[int, Sampled]]:
+    """What has changed since the last call, at least something."""
+    await self._changed.wait()
+    self._changed.clear()
+    if self._failure is not None:
+      raise ApiError(503, f'The answer was broken off: {self._failure}.') from self._failure
+    news, self._latest = self._latest, {}
+    return [(number, response) for (number, _), response in news.items()]
+
+
+class _Server:
+  """The endpoints."""
+
+  def __init__(self, service: Service, worker: Worker, telemetry: Telemetry) -> None:
+    self._service, self._worker, self._telemetry = service, worker, telemetry
+    self._ids = protocol.Ids()
+    self._started = int(time.time())
+
+  async def completions(self, request: Request) -> Response:
+    return await self._answer(request, protocol.completion)
+
+  async def chat(self, request: Request) -> Response:
+    return await self._answer(request, protocol.chat)
+
+  async def models(self, request: Request) -> Response:
+    del request
+    return JSONResponse({'object': 'list', 'data': [self._model()]})
+
+  async def model(self, request: Request) -> Response:
+    if request.path_params['name'] != self._service.name:
+      raise ApiError(404, 'There is no such model here.', code='model_not_found')
+    return JSONResponse(self._model())
+
+  def _model(self) -> dict[str, Any]:
+    return {'id': self._service.name, 'object': 'model', 'created': self._started,
+            'owned_by': 'jaxrl_pt'}
+
+  async def health(self, request: Request) -> Response:
+    del request
+    failure = self._worker.failure
+    return JSONResponse({'status': 'ok' if failure is None else f'failed: {failure}'},
+                        200 if failure is None else 503)
+
+  async def metrics(self, request: Request) -> Response:
+    del request
+    try:
+      counters = await asyncio.wrap_future(self._worker.counters())
+    except Stopped as e:
+      raise ApiError(503, f'The engine does not run: {e}.') from e
+    return PlainTextResponse(self._telemetry.text(counters),
+                             media_type='text/plain; version=0.0.4')
+
+  # --- Answers --------------------------------------------------------------------------
+
+  async def _answer(self, request: Request, understand: Callable[..., Ask]) -> Response:
+    arrived = time.monotonic()
+    body = await _read_body(request, self._service.max_body_bytes)
+    # Tokenizing a long text takes a while: in a thread it holds up nobody.
+    ask = await asyncio.to_thread(
+        lambda: understand(protocol.read_json(body), self._service, self._ids))
+    news = _News()
+    try:
+      job = self._worker.submit(ask.requests, news.listen)
+    except UserError as e:
+      raise ApiError(400, str(e)) from e
+    except Busy as e:
+      raise ApiError(429, f'Too much to do: {e}. Try again later.', code='queue_full',
+                     headers={'Retry-After': str(_RETRY_SECONDS)}) from e
+    except Stopped as e:
+      raise ApiError(503, f'The engine does not run: {e}.') from e
+    self._telemetry.num_prompt_tokens += sum(len(r.prompt) for r in ask.requests)
+    answer = Answer(self._service, ask)
+    deltas = self._deltas(answer, news, arrived)
+    if ask.is_stream:
+      return _Stream(answer, deltas, lambda: self._end(job, answer))
+    try:
+      return JSONResponse(answer.body(await _unless_disconnected(request, _all(deltas))))
+    finally:
+      self._end(job, answer)
+
+  async def _deltas(self, answer: Answer, news: _News, arrived: float) -> AsyncIterator[Delta]:
+    is_first = True
+    while not answer.is_done:
+      for number, response in await news.get():
+        if is_first:
+          self._telemetry.note_first_token(time.monotonic() - arrived)
+          is_first = False
+        yield answer.update(number, response)
+
+  def _end(self, job: Job, answer: Answer) -> None:
+    """After the last byte, or when the client has gone."""
+    self._worker.cancel(job)
+    self._telemetry.num_tokens += answer.usage()['completion_tokens']
+    self._telemetry.num_disconnects += not answer.is_done
+
+
+class _Stream(Response):
+  """Server-sent events; whatever happens while they are sent, the job ends with them."""
+
+  def __init__(self, answer: Answer, deltas: AsyncIterator[Delta],
+               end: Callable[[], None]) -> None:
+    super().__init__()
+    self._answer, self._deltas, self._end = answer, deltas, end
+
+  async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    try:
+      await StreamingResponse(self._events(), media_type='text/event-stream', headers={
+          'Cache-Control': 'no-cache', 'X-Accel-Buffering': 'no'})(scope, receive, send)
+    finally:
+      self._end()
+
+  async def _events(self) -> AsyncIterator[str]:
+    event = lambda value: f'data: {json.dumps(value, ensure_ascii=False)}\n\n'
+    for opening in self._answer.opening():
+      yield event(opening)
+    try:
+      async for delta in self._deltas:
+        if (chunk := self._answer.chunk(delta)) is not None:
+          yield event(chunk)
+    except ApiError as e:  # Too late for a status.
+      yield event(e.body)
+      return
+    if (closing := self._answer.closing()) is not None:
+      yield event(closing)
+    yield 'data: [DONE]\n\n'
+
+
+async def _all(deltas: AsyncIterator[Delta]) -> list[Delta]:
+  return [delta async for delta in deltas]
+
+
+async def _unless_disconnected(request: Request, work: Any) -> list[Delta]:
+  """Awaits the work, but only as long as somebody waits for it."""
+  working = asyncio.ensure_future(work)
+  leaving = asyncio.ensure_future(_disconnect(request))
+  try:
+    await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+    if not working.done():
+      raise ClientDisconnect
+    return working.result()
+  finally:
+    for task in (working, leaving):
+      task.cancel()
+    await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+async def _disconnect(request: Request) -> None:
+  while (await request.receive())['type'] != 'http.disconnect':
+    pass
+
+
+async def _read_body(request: Request, most: int) -> bytes:
+  """The body, if it is JSON of a permitted size.
+
+  Raises:
+    ApiError: 413, 415 or 408.
+  """
+  too_large = ApiError(413, f'The body is larger than {most} bytes.')
+  length = request.headers.get('content-length', '0')
+  if length.isdecimal() and int(length) > _MOST_DRAINED:
+    raise too_large
+  body, num_bytes = bytearray(), 0
+  try:
+    async with asyncio.timeout(_BODY_SECONDS):
+      async for piece in request.stream():
+        num_bytes += len(piece)
+        if num_bytes > _MOST_DRAINED:
+          raise too_large
+        if num_bytes <= most:
+          body += piece
+  except TimeoutError as e:
+    raise ApiError(408, f'The body did not arrive within {_BODY_SECONDS:.0f} s.') from e
+  if num_bytes > most:
+    raise too_large
+  if request.headers.get('content-type', '').partition(';')[0].strip() != 'application/json':
+    # A web page cannot send this type to us behind its user's back.
+    raise ApiError(415, 'Send the body as Content-Type: application/json.')
+  return bytes(body)

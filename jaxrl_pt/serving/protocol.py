@@ -1,0 +1,281 @@
+"""OpenAI's request bodies → checked requests of the engine.
+
+Fields mean what they mean there. What this server cannot do is refused by name, never ignored.
+Beside OpenAI's fields it takes `top_k`, `min_p`, `max_thought` and `max_answer`.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+import itertools
+import json
+import math
+import secrets
+from typing import Any, NamedTuple, NoReturn
+
+from jaxrl_pt import config as cfg
+from jaxrl_pt.data.tokenizer import Tokenizer
+from jaxrl_pt.sampling.engine import Request
+from jaxrl_pt.serving.conversation import Message, Template
+from jaxrl_pt.serving.text import Markers
+
+_SEEDED = 2**31  # Ids of requests with a seed are above it, all others below.
+
+
+@dataclass(frozen=True)
+class Service:
+  """What is served, and its limits.
+
+  max_samples: responses to one prompt; max_prompts: of one body.
+  """
+
+  name: str
+  tokenizer: Tokenizer
+  engine: cfg.Engine
+  template: Template = Template()
+  markers: Markers = Markers()
+  max_body_bytes: int = 1_000_000
+  max_samples: int = 16
+  max_prompts: int = 16
+
+
+class ApiError(Exception):
+  """An answer in the shape of OpenAI's errors."""
+
+  def __init__(self, status: int, message: str, *, param: str | None = None,
+               code: str | None = None, headers: dict[str, str] | None = None) -> None:
+    super().__init__(message)
+    self.status, self.headers = status, headers or {}
+    kind = {401: 'authentication_error', 429: 'rate_limit_error'}.get(
+        status, 'invalid_request_error' if status < 500 else 'server_error')
+    self.body = {'error': {'message': message, 'type': kind, 'param': param, 'code': code}}
+
+
+class Ask(NamedTuple):
+  """One body, understood."""
+
+  requests: tuple[Request, ...]
+  is_chat: bool
+  is_stream: bool
+  has_usage: bool  # the stream ends with the usage
+  has_logprobs: bool
+
+
+class Ids:
+  """Addresses of the noise: one and the same for a seed, fresh ones without."""
+
+  def __init__(self) -> None:
+    self._fresh = itertools.count(secrets.randbelow(_SEEDED))
+
+  def of(self, seed: int | None) -> int:
+    """A request id in [0, 2³²)."""
+    return next(self._fresh) % _SEEDED if seed is None else _SEEDED + seed % _SEEDED
+
+
+# --- Fields ---------------------------------------------------------------------------
+
+
+def read_json(body: bytes) -> dict[str, Any]:
+  """The object that a body holds.
+
+  Raises:
+    ApiError: not UTF-8, not JSON, not an object.
+  """
+  def refuse(constant: str) -> NoReturn:
+    raise ValueError(f'{constant} is no number')
+
+  try:
+    value = json.loads(body.decode('utf-8'), parse_constant=refuse)
+  except UnicodeDecodeError as e:
+    raise ApiError(400, f'The body is not UTF-8 text (byte {e.start}).') from e
+  except (ValueError, RecursionError) as e:
+    what = 'it is nested too deeply' if isinstance(e, RecursionError) else e
+    raise ApiError(400, f'The body is not JSON: {what}.') from e
+  if not isinstance(value, dict):
+    raise ApiError(400, 'The body must be a JSON object.')
+  return value
+
+
+class Fields:
+  """A body whose fields are taken one by one; what is left at the end is unknown."""
+
+  def __init__(self, body: dict[str, Any]) -> None:
+    self._left = {k: v for k, v in body.items() if v is not None}
+
+  def take(self, name: str, expected: str, is_valid: Callable[[Any], bool],
+           default: Any = None) -> Any:
+    """The field's value, `default` where it is missing or null.
+
+    Raises:
+      ApiError: it is not what is expected.
+    """
+    value = self._left.pop(name, None)
+    if value is None:
+      return default
+    if not is_valid(value):
+      raise ApiError(400, f'{name} = {_short(value)}: expected {expected}.', param=name)
+    return value
+
+  def integer(self, name: str, default: int | None, low: int, high: int) -> Any:
+    return self.take(name, f'a whole number from {low} to {high}',
+                     lambda x: _is_integer(x) and low <= x <= high, default)
+
+  def number(self, name: str, default: float, expected: str,
+             is_valid: Callable[[float], bool]) -> float:
+    return self.take(name, expected, lambda x: (_is_integer(x) or isinstance(x, float)) and
+                     abs(x) < 1e30 and math.isfinite(x) and is_valid(x), default)
+
+  def flag(self, name: str) -> bool:
+    return self.take(name, 'true or false', lambda x: isinstance(x, bool), False)
+
+  def texts(self, name: str) -> tuple[str, ...]:
+    value = self.take(name, 'a text or a list of texts, none of them empty', lambda x: (
+        _is_text(x) if isinstance(x, str) else isinstance(x, list) and all(map(_is_text, x))), ())
+    return (value,) if isinstance(value, str) else tuple(value)
+
+  def refuse(self, name: str, *harmless: Any) -> None:
+    """For what this server cannot do: only values that ask for nothing pass."""
+    value = self._left.pop(name, None)
+    if value is not None and value not in harmless:
+      raise ApiError(400, f'{name} = {_short(value)}: this server does not support it.',
+                     param=name)
+
+  def finish(self) -> None:
+    """Refuses what nothing has taken."""
+    for name in self._left:
+      raise ApiError(400, f'Unknown field {_short(name)}.', param=name)
+
+
+def _is_integer(value: Any) -> bool:
+  return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_text(value: Any) -> bool:
+  """A text that is not empty and can be written as UTF-8: no lone surrogates."""
+  try:
+    return isinstance(value, str) and bool(value.encode())
+  except UnicodeEncodeError:
+    return False
+
+
+def _short(value: Any) -> str:
+  text = ascii(value)
+  return text if len(text) <= 60 else text[:57] + '...'
+
+
+# --- Bodies ---------------------------------------------------------------------------
+
+
+def completion(body: dict[str, Any], service: Service, ids: Ids) -> Ask:
+  """A body of /v1/completions.
+
+  Raises:
+    ApiError: 400, or 404 for another model.
+  """
+  fields = Fields(body)
+  _check_model(fields, service)
+  prompts = fields.take(
+      'prompt', f'a text, a list of token ids, or a list of at most {service.max_prompts} of '
+      'either, none of them empty', lambda x: _is_prompts(x, service.max_prompts))
+  if prompts is None:
+    raise ApiError(400, 'prompt is missing.', param='prompt')
+  if isinstance(prompts, str) or _is_integer(prompts[0]):
+    prompts = [prompts]
+  tokens = [service.tokenizer.encode(p) if isinstance(p, str) else p for p in prompts]
+  has_logprobs = fields.take(
+      'logprobs', '0: the drawn token\'s own log-probability is all that can be given',
+      lambda x: _is_integer(x) and x == 0) is not None
+  for name, *harmless in (('echo', False), ('best_of', 1), ('suffix', '')):
+    fields.refuse(name, *harmless)
+  max_tokens = fields.integer('max_tokens', min(16, service.engine.response_len), 1,
+                              service.engine.response_len)
+  return _ask(fields, service, ids, tokens, max_tokens, (), is_chat=False,
+              has_logprobs=has_logprobs)
+
+
+def chat(body: dict[str, Any], service: Service, ids: Ids) -> Ask:
+  """A body of /v1/chat/completions.
+
+  Raises:
+    ApiError: 400, or 404 for another model.
+  """
+  fields = Fields(body)
+  _check_model(fields, service)
+  messages = fields.take('messages', 'a list of at least one message',
+                         lambda x: isinstance(x, list) and bool(x))
+  if messages is None:
+    raise ApiError(400, 'messages is missing.', param='messages')
+  text = service.template.text([_message(m, f'messages[{i}]') for i, m in enumerate(messages)])
+  has_logprobs = fields.flag('logprobs')
+  for name, *harmless in (
+      ('top_logprobs', 0), ('tools', []), ('tool_choice', 'none', 'auto'), ('functions', []),
+      ('response_format', {'type': 'text'}), ('modalities', ['text'])):
+    fields.refuse(name, *harmless)
+  most = service.engine.response_len
+  max_tokens = fields.integer('max_tokens', most, 1, most)
+  max_tokens = fields.integer('max_completion_tokens', max_tokens, 1, most)
+  return _ask(fields, service, ids, [service.tokenizer.encode(text)], max_tokens,
+              service.template.stop, is_chat=True, has_logprobs=has_logprobs)
+
+
+def _ask(fields: Fields, service: Service, ids: Ids, prompts: Sequence[Sequence[int]],
+         max_tokens: int, stop: tuple[str, ...], *, is_chat: bool, has_logprobs: bool) -> Ask:
+  """What both kinds of bodies share."""
+  is_stream = fields.flag('stream')
+  options = Fields(fields.take('stream_options', 'an object', lambda x: isinstance(x, dict), {}))
+  has_usage = options.flag('include_usage')
+  options.finish()
+  for name, *harmless in (('frequency_penalty', 0), ('presence_penalty', 0), ('logit_bias', {})):
+    fields.refuse(name, *harmless)
+  fields.take('user', 'a text', lambda x: isinstance(x, str))  # Means nothing here.
+  seed = fields.integer('seed', None, -2**63, 2**63 - 1)
+  num_samples = fields.integer('n', 1, 1, service.max_samples)
+  sampler = cfg.Sampler(
+      temperature=fields.number('temperature', 1.0, 'a number of at least 0', lambda x: x >= 0),
+      top_k=fields.integer('top_k', 0, 0, 2**31 - 1),
+      top_p=fields.number('top_p', 1.0, 'a number above 0 and at most 1', lambda x: 0 < x <= 1),
+      min_p=fields.number('min_p', 0.0, 'a number from 0 to 1', lambda x: 0 <= x <= 1))
+  stop = (*stop, *fields.texts('stop'))
+  most = service.engine.response_len
+  max_thought = fields.integer('max_thought', None, 0, most)
+  max_answer = fields.integer('max_answer', None, 1, most)
+  fields.finish()
+  # A budget for thinking makes the response begin with it.
+  forced = () if max_thought is None else tuple(service.tokenizer.encode(service.markers.start))
+  return Ask(tuple(
+      Request(tuple(tokens), ids.of(seed), min(max_tokens + len(forced), most), num_samples,
+              sampler, (service.tokenizer.eos_id,), stop, forced, max_thought, max_answer)
+      for tokens in prompts), is_chat, is_stream, has_usage, has_logprobs)
+
+
+def _check_model(fields: Fields, service: Service) -> None:
+  name = fields.take('model', 'a text', lambda x: isinstance(x, str), service.name)
+  if name != service.name:
+    raise ApiError(404, f'There is no model {_short(name)} here, only {service.name!r}.',
+                   param='model', code='model_not_found')
+
+
+def _is_prompts(value: Any, most: int) -> bool:
+  is_one = lambda x: _is_text(x) or (isinstance(x, list) and bool(x) and all(map(_is_integer, x)))
+  return is_one(value) or (
+      isinstance(value, list) and 1 <= len(value) <= most and all(map(is_one, value)))
+
+
+def _message(value: Any, where: str) -> Message:
+  fields = Fields(value if isinstance(value, dict) else {})
+  role = fields.take('role', 'system, developer, user or assistant',
+                     lambda x: x in ('system', 'developer', 'user', 'assistant'))
+  content = fields.take('content', 'a text or a list of text parts', _is_content)
+  fields.take('name', 'a text', lambda x: isinstance(x, str))
+  if role is None or content is None:
+    raise ApiError(400, f'{where} must be an object with a role and a content.', param='messages')
+  fields.finish()
+  if isinstance(content, list):
+    content = ''.join(part['text'] for part in content)
+  return Message('system' if role == 'developer' else role, content)
+
+
+def _is_content(value: Any) -> bool:
+  if isinstance(value, list):
+    return all(isinstance(part, dict) and part.get('type') == 'text' and
+               _is_text(part.get('text')) for part in value)
+  return value == '' or _is_text(value)

@@ -1,0 +1,63 @@
+"""Requests answered in the calling thread, their text handed out as it is drawn."""
+
+from collections.abc import Generator, Sequence
+from typing import NamedTuple
+
+from jaxrl_pt.data.tokenizer import Tokenizer
+from jaxrl_pt.sampling.engine import Engine, Request, Response
+from jaxrl_pt.serving.text import TextStream
+
+
+class Piece(NamedTuple):
+  """What has become certain of a response."""
+
+  number: int  # of its request
+  text: str  # after the pieces before
+  response: Response  # so far
+
+
+def stream(engine: Engine, tokenizer: Tokenizer, requests: Sequence[Request], *,
+           starts_text: Sequence[bool] = ()) -> Generator[Piece]:
+  """Answers requests; closing the iterator cancels what is under way.
+
+  Args:
+    engine: idle, and nobody else's as long as this iterates.
+    tokenizer: of the model.
+    requests: submitted in this order, as the queue has room.
+    starts_text: for each request, whether its prompt is no text (default: none is).
+
+  Yields:
+    Pieces of responses in the order in which they are drawn.
+
+  Raises:
+    UserError: a request is wrong; none has been answered.
+  """
+  for request in requests:
+    engine.check(request)
+  texts = [[TextStream(tokenizer, r.stop_strings, starts_text=starts_text[n] if starts_text
+                       else False) for _ in range(r.num_samples)]
+           for n, r in enumerate(requests)]
+  seen = [[0] * r.num_samples for r in requests]
+  left = {n: r.num_samples for n, r in enumerate(requests)}
+  handles: dict[int, int] = {}  # → number of the request
+  waiting = list(range(len(requests)))[::-1]
+  try:
+    while left:
+      while waiting and requests[waiting[-1]].num_samples <= engine.room():
+        number = waiting.pop()
+        handles[engine.submit(requests[number])] = number
+      for handle, response in engine.advance():
+        number, sample = handles[handle], response.sample
+        if response.finish:
+          left[number] -= 1
+          left = {n: k for n, k in left.items() if k}
+        new = response.tokens[seen[number][sample]:].tolist()
+        seen[number][sample] += len(new)
+        text, _ = texts[number][sample].feed(new, response.finish)
+        yield Piece(number, text, response)
+  finally:
+    for handle, number in handles.items():
+      if number in left:
+        engine.cancel(handle)
+    while engine.room() < engine.config.queue:
+      engine.advance()

@@ -1,0 +1,204 @@
+"""What `sample` and `chat` show on a terminal."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+import contextlib
+from dataclasses import dataclass
+import signal
+import sys
+import threading
+import time
+from types import FrameType
+from typing import TextIO
+
+from rich.console import Console
+
+from jaxrl_pt import config as cfg
+from jaxrl_pt.data.tokenizer import Tokenizer
+from jaxrl_pt.errors import UserError
+from jaxrl_pt.sampling.engine import Engine, Request
+from jaxrl_pt.serving.conversation import Message, Template, fit
+from jaxrl_pt.serving.stream import Piece, stream
+from jaxrl_pt.serving.text import Markers, ThoughtSplitter, printable
+
+# --- Samples --------------------------------------------------------------------------
+
+
+def show_samples(pieces: Iterable[Piece], prompts: Sequence[str], num_samples: int,
+                 out: TextIO) -> None:
+  """Prints each prompt with its continuations, in order, as soon as they are drawn.
+
+  The first unfinished response is shown token by token; what is drawn of the later ones
+  meanwhile follows when it is their turn.
+  """
+  order = [(n, g) for n in range(len(prompts)) for g in range(num_samples)]
+  texts = {key: prompts[key[0]] for key in order}
+  ends: dict[tuple[int, int], str] = {}
+  clean = printable if out.isatty() else str
+  turn, num_tokens, start = 0, 0, time.perf_counter()
+  for piece in pieces:
+    response = piece.response
+    key = (piece.number, response.sample)
+    texts[key] += piece.text
+    if response.finish:
+      drawn = int(response.mask.sum())
+      num_tokens += drawn
+      ends[key] = (f'\n--- {drawn} tokens, log-probability '
+                   f'{float((response.logp * response.mask).sum()):.2f} nats\n')
+    while turn < len(order):
+      out.write(clean(texts[order[turn]]))
+      texts[order[turn]] = ''
+      if order[turn] not in ends:
+        break
+      out.write(ends[order[turn]])
+      turn += 1
+    out.flush()
+  seconds = time.perf_counter() - start
+  out.write(f'=== {num_tokens} tokens in {seconds:.2f} s: {num_tokens / seconds:,.0f} tokens/s\n')
+  out.flush()
+
+
+def read_lines(prompt: str) -> Iterator[str]:
+  """Lines typed at the terminal, or those of standard input, to its end.
+
+  Ctrl-C drops the line being typed and says how to leave.
+  """
+  with contextlib.suppress(ImportError):
+    import readline  # noqa: F401  # Gives `input` its line editing.
+  while True:
+    try:
+      yield input(prompt) if sys.stdin.isatty() else _line_of_pipe()
+    except KeyboardInterrupt:
+      print('\n(Ctrl-D leaves.)')
+    except EOFError:
+      return
+
+
+def _line_of_pipe() -> str:
+  line = sys.stdin.buffer.readline()
+  if not line:
+    raise EOFError
+  try:
+    return line.decode('utf-8').rstrip('\r\n')
+  except UnicodeDecodeError as e:
+    raise UserError(f'Standard input is not UTF-8 text (byte {e.start} of a line): convert it '
+                    'first.') from e
+
+
+# --- Chat -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Chat:
+  """A conversation's settings.
+
+  max_tokens: of an answer, its thought included. max_thought: tokens after which the end of
+  thinking is forced, None leaves it to the model whether to think; max_answer: tokens after it.
+  """
+
+  tokenizer: Tokenizer
+  template: Template
+  markers: Markers
+  sampler: cfg.Sampler
+  max_tokens: int
+  max_thought: int | None = None
+  max_answer: int | None = None
+  system: str = ''
+
+  def request(self, prompt: Sequence[int], turn: int) -> Request:
+    """The request for the next answer; the turn addresses its randomness."""
+    forced: tuple[int, ...] = ()
+    if self.max_thought is not None:
+      forced = tuple(self.tokenizer.encode(self.markers.start))
+    return Request(tuple(prompt), turn, self.max_tokens + len(forced), 1, self.sampler,
+                   (self.tokenizer.eos_id,), self.template.stop, forced, self.max_thought,
+                   self.max_answer)
+
+
+def talk(engine: Engine, chat: Chat, lines: Iterable[str], console: Console) -> None:
+  """Answers line after line; the thought is dim, and Ctrl-C stops an answer.
+
+  Args:
+    engine: with the markers' end as its end of thinking.
+    chat: settings.
+    lines: what the user says; `/new` forgets the conversation, `/quit` ends it.
+    console: where answers go.
+  """
+  note = lambda text: console.print(f'({text})', style='dim italic', markup=False,
+                                    highlight=False)
+  messages = [Message('system', chat.system)] if chat.system else []
+  start, turn = list(messages), 0
+  for line in lines:
+    match line.strip():
+      case '':
+        continue
+      case '/quit':
+        return
+      case '/new':
+        messages = list(start)
+        note('a new conversation')
+        continue
+    asked = [*messages, Message('user', line)]
+    with _noting_interrupt() as is_interrupted:
+      try:
+        line.encode()
+        prompt, num_cut = fit(chat.template, chat.tokenizer, asked, engine.config.prompt_len)
+      except (UserError, UnicodeEncodeError) as e:
+        note(str(e) if isinstance(e, UserError) else 'that line is not UTF-8 text')
+        continue
+      if num_cut:
+        note(f'the model takes {engine.config.prompt_len} tokens: of this conversation it no '
+             f'longer sees the first {num_cut} messages')
+      answer = _answer(engine, chat, chat.request(prompt, turn), console, is_interrupted)
+    turn += 1
+    if is_interrupted():
+      note('stopped')
+    if answer:
+      messages = [*asked, Message('assistant', answer)]
+
+
+def _answer(engine: Engine, chat: Chat, request: Request, console: Console,
+            is_interrupted: Callable[[], bool]) -> str:
+  """Shows the answer as it is drawn and returns it, without its thought."""
+  splitter = ThoughtSplitter(chat.markers)
+  answer, has_thought, num_tokens, began = '', False, 0, time.perf_counter()
+  with contextlib.closing(stream(engine, chat.tokenizer, [request])) as pieces:
+    for piece in pieces:
+      thought, text = splitter.feed(piece.text, last=bool(piece.response.finish))
+      _show(console, thought, 'dim')
+      if text and has_thought and not answer:
+        console.print('\n')
+      _show(console, text)
+      has_thought, answer = has_thought or bool(thought), answer + text
+      num_tokens = len(piece.response.tokens)
+      if is_interrupted():
+        break
+  console.print()
+  rate = num_tokens / (time.perf_counter() - began)
+  console.print(f'({num_tokens} tokens, {rate:,.0f} tokens/s)', style='dim italic', markup=False,
+                highlight=False)
+  return answer.strip()
+
+
+def _show(console: Console, text: str, style: str | None = None) -> None:
+  if text:
+    console.print(printable(text), style=style, end='', markup=False, highlight=False,
+                  emoji=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def _noting_interrupt() -> Iterator[Callable[[], bool]]:
+  """Ctrl-C sets a flag and nothing more: the engine's state must not be lost in a step."""
+  interrupted = threading.Event()
+  if threading.current_thread() is not threading.main_thread():
+    yield interrupted.is_set  # Python delivers signals to the main thread only.
+    return
+
+  def note(number: int, frame: FrameType | None) -> None:
+    del number, frame
+    interrupted.set()
+
+  previous = signal.signal(signal.SIGINT, note)
+  try:
+    yield interrupted.is_set
+  finally:
+    signal.signal(signal.SIGINT, previous)

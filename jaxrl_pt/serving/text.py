@@ -1,0 +1,155 @@
+"""Tokens to text while they are drawn: whole characters, no stop string, thought apart.
+
+The engine's responses grow by tokens, and a token may end in the middle of a character, of a
+stop string or of a marker. What could still become one of those is held back, so that the
+pieces shown, joined, are the text of the whole response.
+"""
+
+import codecs
+from collections.abc import Sequence
+from typing import AnyStr, NamedTuple
+
+from jaxrl_pt.data.tokenizer import Tokenizer
+
+
+class Markers(NamedTuple):
+  """What encloses thinking at the start of a response."""
+
+  start: str = '<think>'
+  end: str = '</think>'
+
+
+def _num_held(text: AnyStr, whole: Sequence[AnyStr]) -> int:
+  """Length of the longest end of `text` that could grow into one of `whole`."""
+  longest = max((len(w) - 1 for w in whole), default=0)
+  return next((n for n in range(min(longest, len(text)), 0, -1)
+               if any(w.startswith(text[len(text) - n:]) for w in whole if len(w) > n)), 0)
+
+
+class TextStream:
+  """The text of one response, piece by piece."""
+
+  def __init__(self, tokenizer: Tokenizer, stop_strings: Sequence[str] = (), *,
+               starts_text: bool = False) -> None:
+    """Starts without a token.
+
+    Args:
+      tokenizer: what the tokens spell.
+      stop_strings: as in the request; the one that ends the response is left out of the text.
+      starts_text: the prompt was no text, so that the space some tokenizers put before a text
+        is left out.
+    """
+    self._tokenizer, self._table = tokenizer, tokenizer.token_bytes()
+    self._stop_strings = [s.encode() for s in stop_strings]
+    self._starts_text = starts_text
+    self._decoder = codecs.getincrementaldecoder('utf-8')('replace')
+    self._bytes = bytearray()
+    self._starts: list[int] = []  # offset of each token's first byte
+    self._shown = 0  # bytes given to the decoder
+    self._num_given = 0  # tokens whose bytes are all shown
+
+  def feed(self, tokens: Sequence[int], finish: str) -> tuple[str, range]:
+    """What has become certain.
+
+    Args:
+      tokens: the next tokens of the response.
+      finish: its finish reason, '' while it runs.
+
+    Returns:
+      (the next piece of text, the numbers of the tokens whose text is now complete); the
+      token that ended the response is none of them, nor are those after a stop string began.
+    """
+    before = len(self._bytes)
+    for token in tokens:
+      if self._starts_text and not self._starts:
+        piece = self._tokenizer.decode_bytes([token])
+      else:
+        piece = self._table[token] if token < len(self._table) else b''
+      before = len(self._bytes)
+      self._starts.append(before)
+      self._bytes += piece
+    end = len(self._bytes)
+    if finish == 'stop_string':
+      end = self._stop_start(before)
+    elif not finish:
+      end -= _num_held(bytes(self._bytes[self._shown:]), self._stop_strings)
+    text = self._decoder.decode(bytes(self._bytes[self._shown:end]), final=bool(finish))
+    self._shown = max(end, self._shown)
+    return text, self._given(finish)
+
+  def _stop_start(self, newest: int) -> int:
+    """Where the stop string starts that the newest token (at byte `newest`) has completed."""
+    found = []
+    for text in self._stop_strings:
+      start = self._bytes.find(text, max(0, newest - len(text) + 1))
+      if start >= 0:
+        found.append((start + len(text), start))
+    return min(found)[1] if found else len(self._bytes)
+
+  def _given(self, finish: str) -> range:
+    first, num = self._num_given, len(self._starts)
+    if finish == 'stop':
+      num -= 1
+    elif finish == 'stop_string':
+      num = sum(start < self._shown for start in self._starts)
+    elif not finish:
+      ends = [*self._starts[1:], len(self._bytes)]
+      num = next((i for i in range(first, num) if ends[i] > self._shown), num)
+    self._num_given = max(first, num)
+    return range(first, self._num_given)
+
+
+class ThoughtSplitter:
+  """Streamed text, split into a thought and the answer after it.
+
+  Thinking is what the markers enclose at the very start; white space round the markers and
+  before the answer belongs to neither.
+  """
+
+  def __init__(self, markers: Markers) -> None:
+    self._markers = markers
+    self._is_thinking, self._is_start = False, True
+    self._held = ''
+
+  def feed(self, text: str, *, last: bool = False) -> tuple[str, str]:
+    """The next pieces of (thought, answer); `last` says that no more text comes."""
+    self._held += text
+    thought = ''
+    if self._is_start and not self._is_thinking:
+      self._held = self._held.lstrip()
+      if self._held.startswith(self._markers.start):
+        self._is_thinking, self._held = True, self._held[len(self._markers.start):]
+      elif self._markers.start.startswith(self._held) and not last:
+        return '', ''  # Still white space or a part of the marker.
+    if self._is_thinking:
+      thought = self._take_thought(last)
+      if self._is_thinking:
+        return thought, ''
+    answer = self._held.lstrip() if self._is_start else self._held
+    self._is_start = self._is_start and not answer
+    self._held = ''
+    return thought, answer
+
+  def _take_thought(self, last: bool) -> str:
+    thought, marker, rest = self._held.partition(self._markers.end)
+    if marker:
+      self._is_thinking, self._held = False, rest
+      # Whatever follows is the answer: a second marker is text.
+      self._markers = Markers('\0', '\0')
+      return thought
+    keep = 0 if last else _num_held(self._held, [self._markers.end])
+    shown, self._held = self._held[:len(self._held) - keep], self._held[len(self._held) - keep:]
+    return shown
+
+
+def printable(text: str) -> str:
+  """Text for a terminal: control characters, which could command it, as visible signs."""
+  return ''.join(c if c in '\n\t' or not _is_control(ord(c)) else _visible(ord(c)) for c in text)
+
+
+def _is_control(code: int) -> bool:
+  return code < 32 or 127 <= code < 160
+
+
+def _visible(code: int) -> str:
+  return chr(0x2400 + code) if code < 32 else '\u2421' if code == 127 else '\ufffd'
