@@ -2,7 +2,7 @@
 
 `Engine` is the host's half of `slots`: it checks requests, keeps their rows, hands them over
 and collects what has been drawn. Its one program is compiled when the engine is made, for one
-set of shapes; nothing is ever compiled again, and a shape that did not fit would be an error.
+set of shapes; to compile again is an error.
 
 Floating-point sums depend on how many rows a product has, so a change of `Engine.slots` or of
 `prefill_chunk` can move a logit by a rounding and, at a near-tie, flip a token; most of all in
@@ -13,7 +13,6 @@ integers are exact), nor does int8's absmax; int4's absmean, norms, attention an
 from collections.abc import Iterable, Sequence
 import dataclasses
 from dataclasses import dataclass, field
-import functools
 from typing import Any, NoReturn
 
 import jax
@@ -106,10 +105,15 @@ class Engine:
     self._free = list(range(config.queue - 1, -1, -1))
     self._rows: dict[int, _Row] = {}
     self._num_handles = self._num_prompts = 0
-    run = functools.partial(device.advance, model, self._shape, self._vocabulary)
+    self._num_traces = 0
+
+    def run(*args: Any) -> device.Slots:
+      self._num_traces += 1
+      return device.advance(model, self._shape, self._vocabulary, *args)
+
     # The device's state is donated: a call updates it in place.
-    self._advance = jax.jit(run, donate_argnums=3).lower(
-        params, self._key, self._queue, self._slots, np.int32(0)).compile()
+    self._run = jax.jit(run, donate_argnums=3)
+    self.advance(0)
 
   # --- Requests -------------------------------------------------------------------------
 
@@ -166,8 +170,10 @@ class Engine:
     if self._on_device is None:
       self._on_device = jax.tree.map(jnp.asarray, self._queue)
     steps = self.config.steps_per_call if max_steps is None else max_steps
-    self._slots = self._advance(self._params, self._key, self._on_device, self._slots,
-                                np.int32(steps))
+    self._slots = self._run(self._params, self._key, self._on_device, self._slots,
+                            np.int32(steps))
+    if self._num_traces > 1:
+      raise RuntimeError('the engine compiled again: its parameters changed their shapes')
     out = self._slots
     head, count, finish, tokens, logp, mask = jax.device_get(
         (out.head, out.count, out.finish, out.tokens, out.logp, out.mask))

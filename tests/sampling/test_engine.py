@@ -224,6 +224,10 @@ def test_nothing_compiles_after_the_engine_is_made(caplog):
     one.run(requests(Sampler(0.7, top_k=5), num_samples=2, stop_strings=('AB',)))
     one.run([Request((1,), 99, 1)])
   assert [r.message for r in caplog.records if 'Compiling' in r.message] == []
+  one.load({**PARAMS, 'embed': PARAMS['embed'].astype(jnp.bfloat16)}, 1)
+  with pytest.raises(RuntimeError, match='compiled again'):
+    one.advance(0)
+  make.cache_clear()
 
 
 @pytest.mark.parametrize('fields, message', [

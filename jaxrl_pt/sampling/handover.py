@@ -1,0 +1,100 @@
+"""The hand-over of a policy from the trainer to the sampler, on the same mesh.
+
+Training splits weights over FSDP; a sampler wants them whole along `embed`, so that a decode
+step of few rows gathers nothing. One jitted program lays them out anew (and packs BitLinear
+weights to two bits), stamps them with their version, and checks that what arrived is what left.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxrl_pt.checksum import checksum
+from jaxrl_pt.models.base import Model
+from jaxrl_pt.models.transformer import PROJECTIONS
+from jaxrl_pt.nn.quant import TernaryWeight, pack
+from jaxrl_pt.parallel import rules
+from jaxrl_pt.params import is_spec
+from jaxrl_pt.types import Params
+
+
+class Policy(NamedTuple):
+  """Parameters as a sampler holds them: a copy, which outlives the trainer's donated ones."""
+
+  params: Params
+  version: int  # optimiser step
+  checksum: dict[str, int]  # of every leaf
+
+
+def is_bit_linear(path: tuple[Any, ...]) -> bool:
+  """Whether the leaf at a path of the parameter tree is a BitLinear's weight."""
+  return path[-1].key in PROJECTIONS
+
+
+def make_hand_over(model: Model, mesh: Mesh, packed: bool) -> Callable[[Params, int], Policy]:
+  """hand_over(params, version) → Policy, compiled once.
+
+  Args:
+    model: of the parameters; packed needs ternary weights.
+    mesh: of trainer and sampler.
+    packed: two bits a BitLinear weight instead of float32.
+
+  Raises:
+    ValueError: packed, and the model's weights are not ternary.
+    RuntimeError: (of hand_over) a leaf's checksum differs after the move.
+  """
+  if packed and model.config.quant.weights != 'ternary':
+    raise ValueError('only ternary weights can be packed')
+
+  def copy(params: Params) -> Params:
+    chosen = pack(params, is_bit_linear) if packed else params
+    return jax.tree.map(jnp.copy, chosen)
+
+  move = jax.jit(copy, out_shardings=shardings(model, mesh, packed))
+  leave = jax.jit(lambda p: pack(p, is_bit_linear) if packed else p)
+
+  def hand_over(params: Params, version: int) -> Policy:
+    arrived = move(params)
+    sums = checksum(arrived)
+    check(checksum(leave(params)), sums)
+    return Policy(arrived, version, sums)
+
+  return hand_over
+
+
+def check(left: dict[str, int], arrived: dict[str, int]) -> None:
+  """Compares the checksums of two trees.
+
+  Raises:
+    RuntimeError: names the leaves that differ.
+  """
+  wrong = sorted(path for path in left.keys() | arrived.keys()
+                 if left.get(path) != arrived.get(path))
+  if wrong:
+    raise RuntimeError(f'{len(wrong)} of {len(left)} parameters changed on their way to the '
+                       f'sampler: {", ".join(wrong[:3])}')
+
+
+def shardings(model: Model, mesh: Mesh, packed: bool) -> Any:
+  """NamedSharding of every leaf in the sampler's layout."""
+  whole = rules.param_shardings(model.specs, mesh, rules.SAMPLE)
+
+  def leaf(path: tuple[Any, ...], sharding: NamedSharding) -> Any:
+    if not packed or not is_bit_linear(path):
+      return sharding
+    return TernaryWeight(sharding, NamedSharding(mesh, PartitionSpec()))  # type: ignore[arg-type]
+
+  return jax.tree_util.tree_map_with_path(leaf, whole)
+
+
+def abstract(model: Model, mesh: Mesh, packed: bool) -> Params:
+  """The sampler's parameters as ShapeDtypeStructs with shardings, to compile for."""
+  specs = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype), model.specs,
+                       is_leaf=is_spec)
+  shapes = jax.eval_shape(lambda p: pack(p, is_bit_linear) if packed else p, specs)
+  return jax.tree.map(
+      lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes,
+      shardings(model, mesh, packed))

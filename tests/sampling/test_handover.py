@@ -1,0 +1,58 @@
+"""What arrives at the sampler is what left the trainer, in another layout."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrl_pt import config as cfg
+from jaxrl_pt import params as P
+from jaxrl_pt.models import transformer
+from jaxrl_pt.parallel.mesh import make_mesh
+from jaxrl_pt.sampling import engine, handover
+
+CONFIG = cfg.Model(num_layers=2, d_model=16, d_ff=32, num_heads=2, num_kv_heads=1, head_dim=8,
+                   vocab_size=19, quant=cfg.Quant('ternary', 'int8'))
+MODEL = transformer.build(CONFIG)
+PARAMS = P.init(MODEL.specs, jax.random.key(0))
+MESH = make_mesh(cfg.Mesh(fsdp=1))
+
+
+@pytest.mark.parametrize('packed', [False, True])
+def test_the_copy_outlives_the_trainers_parameters(packed):
+  params = jax.tree.map(jnp.copy, PARAMS)
+  policy = handover.make_hand_over(MODEL, MESH, packed)(params, 3)
+  assert policy.version == 3 and len(policy.checksum) == len(jax.tree.leaves(policy.params))
+  jax.tree.map(lambda x: x.delete(), params)  # As a step that donates its state would.
+  expected = PARAMS['layers']['wq']
+  got = policy.params['layers']['wq']
+  if packed:
+    assert got.codes.dtype == jnp.int2
+    assert handover.abstract(MODEL, MESH, True)['layers']['wq'].codes.shape == expected.shape
+  else:
+    np.testing.assert_array_equal(got, expected)
+
+
+def test_packed_and_latent_policies_draw_the_same():
+  sizes = cfg.Engine(slots=2, queue=8, prompt_len=8, response_len=8, page_size=4,
+                     prefill_chunk=8)
+  drawn = []
+  for packed in (False, True):
+    policy = handover.make_hand_over(MODEL, MESH, packed)(PARAMS, 0)
+    one = engine.Engine(MODEL, policy.params, sizes, seed=1, token_bytes=[b'a'] * 19)
+    drawn.append([r.tokens.tolist() for r in one.run([engine.Request((1, 2), 0, 8, 4)])[0]])
+  assert drawn[0] == drawn[1]
+
+
+def test_a_change_on_the_way_is_named():
+  sums = handover.make_hand_over(MODEL, MESH, False)(PARAMS, 0).checksum
+  other = {**sums, 'layers/wq': sums['layers/wq'] ^ 1}
+  with pytest.raises(RuntimeError, match='1 of .* parameters changed .*layers/wq'):
+    handover.check(sums, other)
+
+
+def test_only_ternary_weights_are_packed():
+  plain = transformer.build(cfg.Model(num_layers=1, d_model=16, d_ff=32, num_heads=2,
+                                      num_kv_heads=1, head_dim=8, vocab_size=19))
+  with pytest.raises(ValueError, match='ternary'):
+    handover.make_hand_over(plain, MESH, True)
