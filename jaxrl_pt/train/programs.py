@@ -4,6 +4,7 @@ The loops call the functions that make a step; `of_run` puts the same steps besi
 arguments, so that a program can be lowered for devices that are not there and without data.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -20,13 +21,16 @@ from jaxrl_pt.train import learner, losses, optim, rl_step
 from jaxrl_pt.train import session as sessions
 from jaxrl_pt.train import state as states
 from jaxrl_pt.train.step import make_train_step
-from jaxrl_pt.types import Batch, Params, Prompts
+from jaxrl_pt.types import Batch, Params, Prompts, Rollout, TrainState, Verdict
+from jaxrl_pt.verifiers import exact
 from jaxrl_pt.verifiers import next_token as verifier
 from jaxrl_pt.verifiers.base import DeviceVerifier
 
-# Without a tokenizer at hand: bytes of the longest token, and the token that ends a text.
+# Without a tokenizer at hand: bytes of the longest token, the token that ends a text, and how
+# many the longest answer has.
 _LONGEST_TOKEN = 16
 _STOP_ID = 0
+_ANSWER_TOKENS = 16
 
 
 class Program(NamedTuple):
@@ -85,24 +89,39 @@ def hand_over(run: cfg.Run, mesh: Mesh) -> Any:
   """
   if mesh.size == 1:
     return lambda params: params
-  dtype, ternary = jnp.dtype(run.compute.dtype), run.model.quant.weights == 'ternary'
-  specs = sessions.build_model(run.model, run.compute, mesh).specs
-  is_matrix = lambda path: path[-1].key in transformer.PROJECTIONS
+  return jax.jit(functools.partial(_sampler_copy, run),
+                 out_shardings=_sampler_shardings(run, mesh))
 
-  def copy(params: Params) -> Params:
-    if ternary:
-      params = quant.pack(params, is_matrix)
-    is_leaf = lambda x: isinstance(x, quant.TernaryWeight)
-    return jax.tree_util.tree_map_with_path(
-        lambda path, x: x.astype(dtype) if not is_leaf(x) and (
-            is_matrix(path) or path[-1].key in ('embed', 'head')) else x, params, is_leaf=is_leaf)
+
+def _is_matrix(path: tuple[Any, ...]) -> bool:
+  return path[-1].key in transformer.PROJECTIONS
+
+
+def _sampler_copy(run: cfg.Run, params: Params) -> Params:
+  dtype = jnp.dtype(run.compute.dtype)
+  if run.model.quant.weights == 'ternary':
+    params = quant.pack(params, _is_matrix)
+
+  def cast(path: tuple[Any, ...], leaf: Any) -> Any:
+    is_cast = _is_matrix(path) or path[-1].key in ('embed', 'head')
+    packed = isinstance(leaf, quant.TernaryWeight)
+    return leaf.astype(dtype) if is_cast and not packed else leaf
+
+  return jax.tree_util.tree_map_with_path(
+      cast, params, is_leaf=lambda x: isinstance(x, quant.TernaryWeight))
+
+
+def _sampler_shardings(run: cfg.Run, mesh: Mesh) -> Any:
+  specs = sessions.build_model(run.model, run.compute, mesh).specs
+  scale = rules.replicated(mesh)
 
   def sharding(path: tuple[Any, ...], one: NamedSharding) -> Any:
-    packed = ternary and is_matrix(path)
-    return quant.TernaryWeight(one, rules.replicated(mesh)) if packed else one  # type: ignore
+    if run.model.quant.weights == 'ternary' and _is_matrix(path):
+      return quant.TernaryWeight(one, scale)  # type: ignore[arg-type]  # Same tree.
+    return one
 
-  shardings = rules.param_shardings(specs, mesh, rules.SAMPLE)
-  return jax.jit(copy, out_shardings=jax.tree_util.tree_map_with_path(sharding, shardings))
+  return jax.tree_util.tree_map_with_path(
+      sharding, rules.param_shardings(specs, mesh, rules.SAMPLE))
 
 
 def continuation_len(method: cfg.RPT) -> int:
@@ -151,10 +170,45 @@ def of_run(run: cfg.Run, mesh: Mesh) -> list[Program]:
     case cfg.RPT() as method:
       table = verifier.token_table([bytes(_LONGEST_TOKEN)] * run.model.vocab_size,
                                    run.model.vocab_size)
-      verify = verifier.device_verifier(table)
-      return [Program('RPT step: sampler, verifier and learner',
-                      fused_step(run, mesh, optimizer, verify, _STOP_ID),
-                      (state, state.params, _abstract_prompts(method, mesh)))]
+      prompts = _abstract_prompts(method.rollouts, continuation_len(method), mesh)
+      return _rl_programs(run, mesh, state, method, prompts, verifier.device_verifier(table))
+    case cfg.RL() as method:
+      judge = None
+      if isinstance(method.verifier, cfg.AnswerMatch):
+        judge = exact.device_verifier(_STOP_ID + 1, _STOP_ID)
+      prompts = _abstract_prompts(method.rollouts, _ANSWER_TOKENS, mesh)
+      return _rl_programs(run, mesh, state, method, prompts, judge)
+
+
+def _rl_programs(run: cfg.Run, mesh: Mesh, state: TrainState, method: cfg.RPT | cfg.RL,
+                 prompts: Prompts, verify: DeviceVerifier | None) -> list[Program]:
+  """One program if a verifier on the device and the mode allow it, else those of the stages."""
+  rollouts, algorithm = method.rollouts, method.algorithm
+  optimizer = optim.make_optimizer(run.optimizer, run.train.num_steps)
+  if verify is not None and rollouts.mode == cfg.OnPolicy():
+    step = fused_step(run, mesh, optimizer, verify, _STOP_ID)
+    return [Program(f'{type(method).__name__} step: sampler, verifier and learner', step,
+                    (state, state.params, prompts))]
+  shape = rollouts.num_prompts, rollouts.group_size, rollouts.response_tokens
+  rows, everywhere = rules.row_sharding(mesh), rules.replicated(mesh)
+  reals, number = _abstract(shape, jnp.float32, rows), _abstract((), jnp.int32, everywhere)
+  group = _abstract(shape[:2], jnp.float32, rows)
+  rollout = Rollout(_abstract(shape, jnp.int32, rows), reals, reals, number)
+  experience = learner.Experience(prompts, rollout, Verdict(group, group, group), reals)
+  found = [Program('learner: advantages and updates',
+                   learner_step(run, mesh, optimizer, rollouts, algorithm), (state, experience)),
+           Program('start policy: log-probabilities for KL', reference(run, mesh, rollouts),
+                   (state.params, prompts, rollout))]
+  handed = state.params
+  if mesh.size > 1:
+    found.append(Program('hand-over: parameters to the sampler', hand_over(run, mesh),
+                         (state.params,)))
+    handed = jax.tree.map(lambda x, sharding: _abstract(x.shape, x.dtype, sharding),
+                          jax.eval_shape(functools.partial(_sampler_copy, run), state.params),
+                          _sampler_shardings(run, mesh))
+  sample = sampler(run, mesh, rollouts, _STOP_ID)
+  return [Program('sampler: prefill and decode', sample, (handed, prompts, number, number)),
+          *found]
 
 
 def _abstract(shape: tuple[int, ...], dtype: Any, sharding: NamedSharding) -> Any:
@@ -170,10 +224,10 @@ def _abstract_batch(run: cfg.Run, mesh: Mesh) -> Batch:
                _abstract((rows,), jnp.int32, shardings.ids))  # type: ignore[arg-type]
 
 
-def _abstract_prompts(method: cfg.RPT, mesh: Mesh) -> Prompts:
+def _abstract_prompts(rollouts: cfg.Rollouts, num_continuation: int, mesh: Mesh) -> Prompts:
   rows = rules.row_sharding(mesh)
-  n = method.rollouts.num_prompts
+  n = rollouts.num_prompts
   each = _abstract((n,), jnp.int32, rows)
-  return Prompts(_abstract((n, method.rollouts.prompt_len), jnp.int32, rows), each, each,
-                 _abstract((n, continuation_len(method)), jnp.int32, rows), each,
+  return Prompts(_abstract((n, rollouts.prompt_len), jnp.int32, rows), each, each,
+                 _abstract((n, num_continuation), jnp.int32, rows), each,
                  _abstract((n,), jnp.float32, rows))

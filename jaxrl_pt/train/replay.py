@@ -14,7 +14,8 @@ import jax
 import numpy as np
 
 from jaxrl_pt.data.tokenizer import Tokenizer
-from jaxrl_pt.train.stages import Judged, on_host
+from jaxrl_pt.train.stages import Judged
+from jaxrl_pt.train.tasks import on_host
 
 FOLDER = 'rollouts'
 

@@ -29,7 +29,7 @@ from jaxrl_pt.checkpoint import Checkpointer
 from jaxrl_pt.checksum import checksum
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.models.base import Model
-from jaxrl_pt.train import evaluate, optim, programs, replay, rpt
+from jaxrl_pt.train import evaluate, optim, problem_task, programs, replay, rpt
 from jaxrl_pt.train import session as sessions
 from jaxrl_pt.train import state as states
 from jaxrl_pt.train.interrupt import stop_on_signals
@@ -71,7 +71,7 @@ def train(run: cfg.Run, workdir: Path, resolved_text: str) -> None:
         session, checkpointer, abstract,
         lambda: states.state_of(start.params, optimizer, abstract, new_method))
     stages = Stages(session, task, start.params, optimizer, method.rollouts, method.algorithm)
-    turn = _Turn(0, None) if saved is None else _resumed(saved, digest, method, stages, state)
+    turn = _Turn(0, None) if saved is None else _resumed(saved, digest, task, method, stages, state)
     first = int(state.step)
     writer = metrics.Writer(workdir, resume_step=first or -1, num_steps=run.train.num_steps,
                             tensorboard=run.train.tensorboard, log_every=run.train.log_every)
@@ -96,7 +96,8 @@ def train(run: cfg.Run, workdir: Path, resolved_text: str) -> None:
           recorder.add(task.score(state.params))
         if is_last or stop.signal_name or (step + 1) % run.checkpoint.every == 0:
           recorder.flush()
-          position = {'step': step + 1, 'batches': turn.batch, 'start': digest}
+          position = {'step': step + 1, 'batches': turn.batch, 'start': digest,
+                      'task': task.digest}
           checkpointer.save(step + 1, _with_pending(state, turn),
                             sessions.checkpoint_extras(session, position))
           recorder.restart_clock()
@@ -153,6 +154,9 @@ def open_task(session: sessions.Session, method: cfg.RL | cfg.RPT, model: Model,
   match method:
     case cfg.RPT():
       yield rpt.make_task(session, method, model, start)
+    case cfg.RL():
+      with problem_task.open_task(session, method) as task:
+        yield task
 
 
 def _check_start(run: cfg.Run, start_from: str, start: evaluate.Policy) -> None:
@@ -168,16 +172,19 @@ def _digest(params: Params) -> str:
   return hashlib.sha256(json.dumps(checksum(params), sort_keys=True).encode()).hexdigest()
 
 
-def _resumed(saved: dict[str, Any], digest: str, method: cfg.RL | cfg.RPT, stages: Stages,
-             state: TrainState) -> _Turn:
+def _resumed(saved: dict[str, Any], digest: str, task: Task, method: cfg.RL | cfg.RPT,
+             stages: Stages, state: TrainState) -> _Turn:
   """Where a checkpoint stands among the batches, with the rollouts it had drawn ahead.
 
   Raises:
-    UserError: the start policy is not the one that the run began with.
+    UserError: the start policy or the prompts are not those that the run began with.
   """
   if saved['start'] != digest:
     raise UserError(f'The policy in {method.start_from} is not the one that this run started '
                     'from: put it back, or use a new --workdir.')
+  if saved['task'] != task.digest:
+    raise UserError('The problems are not those that this run began with: put them back, or use a '
+                    'new --workdir.')
   batch = saved['batches']
   if method.rollouts.mode != cfg.OneStepOff():
     return _Turn(batch, None)

@@ -7,6 +7,7 @@ on the way, and after the last, under the same decoding (2506.08007).
 
 from collections.abc import Callable
 import functools
+import hashlib
 from typing import Any
 
 import jax
@@ -49,7 +50,12 @@ def make_task(session: sessions.Session, method: cfg.RPT, model: Model, start: P
     return _prompts(session.data.train, rows, method), ()
 
   return Task(take, OnDevice(verifier.device_verifier(table)),
-              _make_scorer(session, method, model, table, tokenizer.eos_id, held_out))
+              _make_scorer(session, method, model, table, tokenizer.eos_id, held_out),
+              _digest(positions))
+
+
+def _digest(positions: next_token.Positions) -> str:
+  return hashlib.sha256(positions.example.tobytes() + positions.t.tobytes()).hexdigest()
 
 
 # --- Positions and prompts ------------------------------------------------------

@@ -10,16 +10,16 @@ import time
 from typing import Any, NamedTuple
 
 import jax
-from jax.experimental import multihost_utils
 import jax.numpy as jnp
 import numpy as np
 import optax
 
 from jaxrl_pt import config as cfg
+from jaxrl_pt.rl import kl, selection
 from jaxrl_pt.train import programs, rl_step
 from jaxrl_pt.train import session as sessions
 from jaxrl_pt.train.learner import Experience
-from jaxrl_pt.train.tasks import OnDevice, OnHost, Task, Ticket
+from jaxrl_pt.train.tasks import OnDevice, OnHost, Task, Ticket, agreed, on_host
 from jaxrl_pt.types import Array, Params, Prompts, Rollout, TrainState, Verdict, Weighted
 
 
@@ -52,13 +52,6 @@ class _Ready(NamedTuple):
 
   def result(self) -> Verdict:
     return self.verdict
-
-
-def on_host(tree: Any) -> Any:
-  """Whole arrays as numpy, on every host."""
-  if jax.process_count() > 1:
-    return multihost_utils.process_allgather(tree, tiled=True)
-  return jax.tree.map(np.asarray, tree)
 
 
 class Stages:
@@ -127,7 +120,9 @@ class Stages:
   def judge(self, ticket: Ticket) -> Verdict:
     """Waits for the verdict."""
     started = time.perf_counter()
-    verdict = self._session.put_rows(ticket.result())
+    verdict = ticket.result()
+    if isinstance(self._task.judge, OnHost):
+      verdict = self._session.put_rows(agreed(verdict))
     self.clock('verify', started)
     return verdict
 
@@ -146,7 +141,7 @@ class Stages:
       drawn = self.draw(params, batch + taken - 1, version)
       verdict = self.judge(self.submit(drawn))
       rows = on_host((drawn.prompts, _rows(drawn.rollout), verdict))
-      informative = _informative(rows[2])
+      informative = np.asarray(selection.informative_groups(verdict.correct, verdict.valid)) > 0
       for n, keep in enumerate(informative):
         row = jax.tree.map(lambda x, n=n: x[n], rows), drawn.references[n:n + 1]
         (good if keep else rest).append(row)
@@ -214,13 +209,7 @@ def _rows(rollout: Rollout) -> tuple[Array, Array, Array]:
   return rollout.tokens, rollout.mask, rollout.logp
 
 
-def _informative(verdict: Verdict) -> np.ndarray:
-  """bool[N]: whether a group has right and wrong responses among those that were judged."""
-  right = (verdict.correct * verdict.valid).sum(-1)
-  return np.asarray((right > 0) & (right < verdict.valid.sum(-1)))
-
-
 @jax.jit
 def _kl(rollout: Rollout, reference: Array) -> Weighted:
-  u = jnp.where(rollout.mask > 0, reference - rollout.logp, 0.0)
-  return Weighted.of(jnp.exp(u) - u - 1, rollout.mask)
+  u = jnp.where(rollout.mask > 0, reference, 0.0)
+  return Weighted.of(kl.k3(rollout.logp, u), rollout.mask)

@@ -1,0 +1,100 @@
+"""Problems with verifiable answers as a task: on the device by tokens, on the host by text."""
+
+from collections.abc import Callable, Iterator, Sequence
+import contextlib
+import functools
+
+import numpy as np
+
+from jaxrl_pt import config as cfg
+from jaxrl_pt.data import problems
+from jaxrl_pt.data.tokenizer import Tokenizer
+from jaxrl_pt.errors import UserError
+from jaxrl_pt.train import programs
+from jaxrl_pt.train import session as sessions
+from jaxrl_pt.train.tasks import OnDevice, OnHost, Task, judged
+from jaxrl_pt.types import Params, Prompts
+from jaxrl_pt.verifiers import exact, host, pool
+
+# In place of a batch's number: evaluation draws the same noise every time.
+EVALUATION_STREAM = 2**31 - 1
+
+
+@contextlib.contextmanager
+def open_task(session: sessions.Session, method: cfg.RL) -> Iterator[Task]:
+  """The problems of `method` and their verifier, whose processes run inside the context.
+
+  Raises:
+    UserError: unreadable problems, prompts too long, a verifier whose extra is missing.
+  """
+  tokenizer, rollouts = session.data.tokenizer, method.rollouts
+  training, held_out = problems.load(method.problems)
+  trained_on = problems.encode(training, tokenizer, rollouts.prompt_len)
+
+  def take(batch: int) -> tuple[Prompts, Sequence[str]]:
+    return problems.step_prompts(trained_on, rollouts.num_prompts, session.run.seed, batch)
+
+  with _open_judge(method, tokenizer) as judge:
+    score: Callable[[Params], dict[str, float]] = lambda params: {}
+    if held_out:
+      measured = problems.encode(held_out[:method.eval_problems], tokenizer, rollouts.prompt_len)
+      score = _make_scorer(session, rollouts, judge, measured)
+    yield Task(take, judge, score, trained_on.digest)
+
+
+@contextlib.contextmanager
+def _open_judge(method: cfg.RL, tokenizer: Tokenizer) -> Iterator[OnDevice | OnHost]:
+  match method.verifier:
+    case cfg.AnswerMatch(marker=marker):
+      ids = tokenizer.encode(marker)
+      if len(ids) != 1:
+        raise UserError(f'AnswerMatch.marker = {marker!r} is {len(ids)} tokens: choose a text '
+                        'that is one.')
+      yield OnDevice(exact.device_verifier(ids[0], tokenizer.eos_id))
+    case verifier:
+      with pool.Pool(verifier, method.pool) as verifiers:
+        yield OnHost(functools.partial(host.submit, verifiers, tokenizer.decode))
+
+
+def _make_scorer(session: sessions.Session, rollouts: cfg.Rollouts, judge: OnDevice | OnHost,
+                 held_out: problems.ProblemSet) -> Callable[[Params], dict[str, float]]:
+  """score(params) → validation/{accuracy,reward,response_length}, sampled and by the argmax.
+
+  Each problem is answered once as in training and once greedily.
+  """
+  run, mesh, stop_id = session.run, session.mesh, session.data.tokenizer.eos_id
+  once = {'': rollouts.sampler, '_argmax': cfg.Sampler(temperature=0.0)}
+  samplers = {suffix: programs.sampler(run, mesh, _once(rollouts, sampler), stop_id)
+              for suffix, sampler in once.items()}
+  hand_over = programs.hand_over(run, mesh)
+  size = rollouts.num_prompts
+  batches = []
+  for start in range(0, len(held_out), size):
+    rows = np.arange(start, start + size)
+    prompts, references = held_out.prompts(np.minimum(rows, len(held_out) - 1))
+    batches.append((session.put_rows(prompts), references, rows < len(held_out)))
+
+  def score(params: Params) -> dict[str, float]:
+    params = hand_over(params)
+    results = {}
+    for suffix, sample in samplers.items():
+      rows = []
+      for prompts, references, counted in batches:
+        rollout = sample(params, prompts, np.int32(EVALUATION_STREAM), np.int32(0))
+        verdict, host_rollout = judged(judge, prompts, rollout, references)
+        rows.append(np.stack([verdict.reward[:, 0], verdict.correct[:, 0],
+                              host_rollout.mask[:, 0].sum(-1), verdict.valid[:, 0] * counted]))
+      reward, correct, length, counts = np.concatenate(rows, 1)
+      for name, values in (('reward', reward), ('accuracy', correct),
+                           ('response_length', length)):
+        results[f'validation/{name}{suffix}'] = float(
+            (values * counts).sum() / max(counts.sum(), 1.0))
+    return results
+
+  return score
+
+
+def _once(rollouts: cfg.Rollouts, sampler: cfg.Sampler) -> cfg.Rollouts:
+  """The same lengths, one response a prompt."""
+  return cfg.Rollouts(rollouts.num_prompts, 1, rollouts.prompt_len, rollouts.response_tokens,
+                      sampler)
