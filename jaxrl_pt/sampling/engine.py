@@ -17,11 +17,13 @@ from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
 from jaxrl_pt import config as cfg
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.models.base import Model
+from jaxrl_pt.parallel.rules import SAMPLE
 from jaxrl_pt.sampling import slots as device
 from jaxrl_pt.sampling.policies import RowSamplers
 from jaxrl_pt.types import Params
@@ -82,7 +84,7 @@ class Engine:
 
   def __init__(self, model: Model, params: Params, config: cfg.Engine, *, seed: int,
                token_bytes: Sequence[bytes], think_end: tuple[int, ...] = (),
-               version: int = 0) -> None:
+               version: int = 0, mesh: Mesh | None = None) -> None:
     """Compiles the program.
 
     Args:
@@ -92,6 +94,8 @@ class Engine:
       token_bytes: of every token of the vocabulary.
       think_end: tokens of the marker that ends thinking.
       version: optimiser step of `params`.
+      mesh: over which `params` lie; key/value heads are split over its tensor axis. None for
+        the default device.
     """
     self.config, self._params = config, params
     self.version = version
@@ -99,7 +103,10 @@ class Engine:
     self._shape = _shape(config, model.config.vocab_size)
     self._vocabulary = _vocabulary(token_bytes, model.config.vocab_size, think_end)
     dtype = jnp.int8 if config.kv == 'int8' else model.init_cache(1, 1).k.dtype
-    self._slots = jax.jit(lambda: device.init(model, self._shape, self._vocabulary, dtype))()
+    init = lambda: device.init(model, self._shape, self._vocabulary, dtype)
+    layout = None if mesh is None else _layout(mesh, jax.eval_shape(init))
+    self._everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+    self._slots = jax.jit(init, out_shardings=layout)()
     self._queue: Any = _empty_queue(self._shape)  # of NumPy arrays
     self._on_device: device.Queue | None = None
     self._free = list(range(config.queue - 1, -1, -1))
@@ -112,7 +119,7 @@ class Engine:
       return device.advance(model, self._shape, self._vocabulary, *args)
 
     # The device's state is donated: a call updates it in place.
-    self._run = jax.jit(run, donate_argnums=3)
+    self._run = jax.jit(run, donate_argnums=3, out_shardings=layout)
     self.advance(0)
 
   # --- Requests -------------------------------------------------------------------------
@@ -168,7 +175,7 @@ class Engine:
       one is forgotten here.
     """
     if self._on_device is None:
-      self._on_device = jax.tree.map(jnp.asarray, self._queue)
+      self._on_device = jax.device_put(self._queue, self._everywhere)
     steps = self.config.steps_per_call if max_steps is None else max_steps
     self._slots = self._run(self._params, self._key, self._on_device, self._slots,
                             np.int32(steps))
@@ -243,6 +250,14 @@ def _shape(config: cfg.Engine, vocab_size: int) -> device.Shape:
       prefill_chunk=config.prefill_chunk, num_stop=4, num_forced=16, num_strings=4,
       string_len=32, num_banned=16,
       vocab_size=vocab_size)
+
+
+def _layout(mesh: Mesh, slots: device.Slots) -> Any:
+  """Shardings of the state: pages by heads, all else everywhere."""
+  everywhere = NamedSharding(mesh, PartitionSpec())
+  by_heads = NamedSharding(mesh, PartitionSpec(None, SAMPLE['kv_heads']))
+  layout = jax.tree.map(lambda _: everywhere, slots)
+  return dataclasses.replace(layout, cache=jax.tree.map(lambda _: by_heads, slots.cache))
 
 
 def _vocabulary(token_bytes: Sequence[bytes], vocab_size: int,

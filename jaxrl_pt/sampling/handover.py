@@ -46,14 +46,7 @@ def make_hand_over(model: Model, mesh: Mesh, packed: bool) -> Callable[[Params, 
     ValueError: packed, and the model's weights are not ternary.
     RuntimeError: (of hand_over) a leaf's checksum differs after the move.
   """
-  if packed and model.config.quant.weights != 'ternary':
-    raise ValueError('only ternary weights can be packed')
-
-  def copy(params: Params) -> Params:
-    chosen = pack(params, is_bit_linear) if packed else params
-    return jax.tree.map(jnp.copy, chosen)
-
-  move = jax.jit(copy, out_shardings=shardings(model, mesh, packed))
+  move = make_move(model, mesh, packed)
   leave = jax.jit(lambda p: pack(p, is_bit_linear) if packed else p)
 
   def hand_over(params: Params, version: int) -> Policy:
@@ -63,6 +56,22 @@ def make_hand_over(model: Model, mesh: Mesh, packed: bool) -> Callable[[Params, 
     return Policy(arrived, version, sums)
 
   return hand_over
+
+
+def make_move(model: Model, mesh: Mesh, packed: bool) -> Any:
+  """The jitted params → the sampler's copy of them; arguments as of `make_hand_over`.
+
+  Raises:
+    ValueError: packed, and the model's weights are not ternary.
+  """
+  if packed and model.config.quant.weights != 'ternary':
+    raise ValueError('only ternary weights can be packed')
+
+  def copy(params: Params) -> Params:
+    chosen = pack(params, is_bit_linear) if packed else params
+    return jax.tree.map(jnp.copy, chosen)
+
+  return jax.jit(copy, out_shardings=shardings(model, mesh, packed))
 
 
 def check(left: dict[str, int], arrived: dict[str, int]) -> None:

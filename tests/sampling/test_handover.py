@@ -39,7 +39,8 @@ def test_packed_and_latent_policies_draw_the_same():
   drawn = []
   for packed in (False, True):
     policy = handover.make_hand_over(MODEL, MESH, packed)(PARAMS, 0)
-    one = engine.Engine(MODEL, policy.params, sizes, seed=1, token_bytes=[b'a'] * 19)
+    one = engine.Engine(MODEL, policy.params, sizes, seed=1, token_bytes=[b'a'] * 19,
+                        mesh=MESH)
     drawn.append([r.tokens.tolist() for r in one.run([engine.Request((1, 2), 0, 8, 4)])[0]])
   assert drawn[0] == drawn[1]
 
