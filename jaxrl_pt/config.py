@@ -1249,6 +1249,37 @@ class VerifierPool:
 # --- Objectives of reinforcement learning -------------------------------------------
 
 
+# What RPT pays for a prediction (2506.08007).
+
+
+@dataclass(frozen=True)
+class PrefixMatch:
+  """1 if the bytes are those of the truth up to the end of one of its tokens, else 0."""
+
+
+@dataclass(frozen=True)
+class FirstTokenMatch:
+  """1 if the first token is the true one, else 0."""
+
+
+@dataclass(frozen=True)
+class DenseMatch:
+  """1 if the prefix matches, else the policy's own probability of the wrong prediction."""
+
+
+@dataclass(frozen=True)
+class GatedDenseMatch:
+  """DenseMatch in groups with a match; −penalty for each response of the others."""
+
+  penalty: float = 0.0
+
+  def __post_init__(self) -> None:
+    _number(self, 'penalty', 0.0)
+
+
+NextTokenReward = PrefixMatch | FirstTokenMatch | DenseMatch | GatedDenseMatch
+
+
 @dataclass(frozen=True)
 class RPT:
   """Reinforcement Pre-Training (2506.08007): reward a correct prediction of what comes next.

@@ -9,6 +9,14 @@ Nothing is stripped: whitespace counts. Predictions are compared as bytes and ne
 decoded, so a boundary inside a UTF-8 character can be hit. Tokens without bytes (end of
 text and other special tokens) add nothing on either side.
 
+The paper's variants, which differ in what a wrong prediction earns:
+
+    first token    r = 1 if the first token of Y is the first true token, else 0
+    dense          r = 1 if the prefix matches, else Π p(y) over the tokens of Y
+    gated dense    dense where some response of the group matches; −penalty for all elsewhere
+
+A response that reasons in tokens has its prediction after the last answer marker.
+
 Departs from the paper in saying that an empty prediction is wrong (2506.08007).
 """
 
@@ -19,14 +27,16 @@ from flax import struct
 import jax.numpy as jnp
 import numpy as np
 
+from jaxrl_pt import config as cfg
 from jaxrl_pt.types import Array, Prompts, Rollout, Verdict
 from jaxrl_pt.verifiers.base import DeviceVerifier, Outcome
 
 THINK_END = '</think>'
 BOX = '\\boxed{'
+NO_MARKER = -1
 
 
-# --- The definition -------------------------------------------------------------
+# --- The definitions ------------------------------------------------------------
 
 
 def prefix_match(prediction: bytes, continuation_tokens: Sequence[bytes]) -> float:
@@ -37,18 +47,62 @@ def prefix_match(prediction: bytes, continuation_tokens: Sequence[bytes]) -> flo
   return float(matches and len(prediction) > 0)
 
 
+def first_token_match(prediction_tokens: Sequence[bytes],
+                      continuation_tokens: Sequence[bytes]) -> float:
+  """1 if the first token with bytes is the same on both sides, whatever follows, else 0."""
+  first, truth = (next(filter(None, tokens), b'')
+                  for tokens in (prediction_tokens, continuation_tokens))
+  return float(first == truth and len(first) > 0)
+
+
+def dense_match(prediction: bytes, continuation_tokens: Sequence[bytes],
+                probability: float) -> float:
+  """1 if the prefix matches, else the policy's own probability of the wrong prediction.
+
+  Args:
+    prediction: its bytes; an empty one earns 0.
+    continuation_tokens: bytes of the true tokens.
+    probability: Π p of the prediction's tokens that have bytes.
+
+  Departs from the paper, which speaks of one token, where predictions have several.
+  """
+  if prefix_match(prediction, continuation_tokens):
+    return 1.0
+  return probability if prediction else 0.0
+
+
+def gated_dense(dense: Sequence[float], correct: Sequence[float], penalty: float) -> list[float]:
+  """A group's dense rewards if one of its responses matches, else −penalty for each.
+
+  Without the gate a group that is wrong throughout would learn to be sure of it.
+  """
+  return list(dense) if any(correct) else [-penalty] * len(dense)
+
+
+def prediction_tokens(response: Sequence[int], marker: int) -> list[int]:
+  """The tokens after the last answer marker; none without a marker."""
+  places = [i for i, token in enumerate(response) if token == marker]
+  return list(response[places[-1] + 1:]) if places else []
+
+
 def extract_prediction(response: str) -> str | None:
-  r"""Text of the last balanced `\boxed{…}` after the last `</think>`, unstripped, or None."""
+  r"""Text of the last balanced `\boxed{…}` after the last `</think>`, unstripped, or None.
+
+  Linear in the length of the response, however many boxes and braces it opens.
+  """
   _, found, answer = response.rpartition(THINK_END)
-  start = answer.rfind(BOX) if found else -1
-  while start >= 0:
-    begin, depth = start + len(BOX), 1
-    for end in range(begin, len(answer)):
-      depth += {'{': 1, '}': -1}.get(answer[end], 0)
-      if depth == 0:
-        return answer[begin:end]
-    start = answer.rfind(BOX, 0, start)
-  return None
+  if not found:
+    return None
+  opened: list[int] = []
+  last = None  # (begin, end) of the balanced box that opens last
+  for place, character in enumerate(answer):
+    if character == '{':
+      opened.append(place)
+    elif character == '}' and opened:
+      begin = opened.pop() + 1
+      if answer.endswith(BOX, 0, begin) and (last is None or begin > last[0]):
+        last = begin, place
+  return None if last is None else answer[last[0]:last[1]]
 
 
 def judge_text(response: str, continuation_tokens: Sequence[bytes]) -> Outcome:
@@ -132,11 +186,84 @@ def _truth(table: TokenBytes, continuation: Array,
   return buffer.at[rows, places].set(table.bytes[continuation], mode='drop'), ends, ends[:, -1]
 
 
-def device_verifier(table: TokenBytes) -> DeviceVerifier:
-  """RPT's reward as a verifier inside the jitted step; every row is valid."""
+def prediction_mask(tokens: Array, mask: Array, marker: int) -> Array:
+  """`prediction_tokens` of whole batches: f32[..., S], 1 on the tokens of the prediction.
+
+  Args:
+    tokens: i32[..., S] responses.
+    mask: f32[..., S] 1 on tokens of a response.
+    marker: the token after whose last place the prediction begins; with `NO_MARKER` the whole
+      response is the prediction.
+  """
+  if marker == NO_MARKER:
+    return mask
+  at_marker = (tokens == marker) & (mask > 0)
+  none_ahead = jnp.cumsum(at_marker[..., ::-1], -1)[..., ::-1] == 0
+  return mask * none_ahead * at_marker.any(-1, keepdims=True)
+
+
+def first_token_arrays(table: TokenBytes, tokens: Array, mask: Array, continuation: Array,
+                       continuation_lengths: Array) -> Array:
+  """`first_token_match` of whole batches; arguments as in `prefix_match_arrays`."""
+  is_token = jnp.arange(continuation.shape[1]) < continuation_lengths[:, None]
+  first, length = _first(table, tokens, mask > 0)
+  truth, true_length = _first(table, continuation, is_token)
+  same = (first == truth[:, None]).all(-1) & (length == true_length[:, None])
+  return (same & (length > 0)).astype(jnp.float32)
+
+
+def _first(table: TokenBytes, tokens: Array, there: Array) -> tuple[Array, Array]:
+  """u8[..., M] bytes and i32[...] length of the first token with bytes; length 0 if none."""
+  has_bytes = there & (table.lengths[tokens] > 0)
+  token = jnp.take_along_axis(tokens, has_bytes.argmax(-1, keepdims=True), -1)[..., 0]
+  return table.bytes[token], jnp.where(has_bytes.any(-1), table.lengths[token], 0)
+
+
+def dense_arrays(table: TokenBytes, tokens: Array, mask: Array, logp: Array,
+                 correct: Array) -> Array:
+  """`dense_match` of whole batches, from log-probabilities.
+
+  Args:
+    table, tokens, mask: as in `prefix_match_arrays`.
+    logp: f32[N, G, S] of the tokens under the policy that drew them.
+    correct: f32[N, G] `prefix_match_arrays` of them.
+
+  Returns:
+    f32[N, G] in [0, 1].
+  """
+  counts = (mask > 0) & (table.lengths[tokens] > 0)
+  probability = jnp.exp(jnp.where(counts, logp, 0.0).sum(-1))
+  return jnp.where(correct > 0, 1.0, jnp.where(counts.any(-1), probability, 0.0))
+
+
+def gated_dense_arrays(dense: Array, correct: Array, penalty: float) -> Array:
+  """`gated_dense` of whole batches, f32[N, G]."""
+  return jnp.where((correct > 0).any(-1, keepdims=True), dense, -penalty)
+
+
+def device_verifier(table: TokenBytes, reward: cfg.NextTokenReward = cfg.PrefixMatch(),
+                    marker: int = NO_MARKER) -> DeviceVerifier:
+  """RPT's reward as a verifier inside the jitted step; every row is valid.
+
+  Args:
+    table: bytes of the vocabulary.
+    reward: which variant is earned; `correct` is the prefix match under all of them.
+    marker: as in `prediction_mask`.
+  """
   def verify(prompts: Prompts, rollout: Rollout) -> Verdict:
-    reward = prefix_match_arrays(table, rollout.tokens, rollout.mask, prompts.continuation,
-                                 prompts.continuation_lengths)
-    return Verdict(reward, jnp.ones_like(reward), reward)
+    mask = prediction_mask(rollout.tokens, rollout.mask, marker)
+    truth = prompts.continuation, prompts.continuation_lengths
+    correct = prefix_match_arrays(table, rollout.tokens, mask, *truth)
+    dense = dense_arrays(table, rollout.tokens, mask, rollout.logp, correct)
+    match reward:
+      case cfg.PrefixMatch():
+        earned = correct
+      case cfg.FirstTokenMatch():
+        earned = first_token_arrays(table, rollout.tokens, mask, *truth)
+      case cfg.DenseMatch():
+        earned = dense
+      case cfg.GatedDenseMatch(penalty=penalty):
+        earned = gated_dense_arrays(dense, correct, penalty)
+    return Verdict(earned, jnp.ones_like(earned), correct)
 
   return verify

@@ -1,5 +1,7 @@
 """RPT's reward: the definition by cases, the device version equal to it."""
 
+import time
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 import jax
@@ -7,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxrl_pt import config as cfg
+from jaxrl_pt.types import Prompts, Rollout
 from jaxrl_pt.verifiers import next_token as v
 from jaxrl_pt.verifiers.base import verdict
 from jaxrl_pt.verifiers.judgement import Outcome, answer
@@ -46,6 +50,69 @@ def test_boxed_text():
   assert extract('\\boxed{a}</think> nothing') is None
   assert extract('\\boxed{a}') is None
   assert extract('</think>\\boxed{a') is None
+
+
+def slow_extract(response):
+  """Every box, from each `{` counted to its `}`; the last that closes."""
+  _, found, answer = response.rpartition(v.THINK_END)
+  boxes = []
+  for start in range(len(answer) if found else 0):
+    if answer.startswith(v.BOX, start):
+      begin, depth = start + len(v.BOX), 1
+      for end in range(begin, len(answer)):
+        depth += {'{': 1, '}': -1}.get(answer[end], 0)
+        if depth == 0:
+          boxes.append(answer[begin:end])
+          break
+  return boxes[-1] if boxes else None
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.lists(st.sampled_from([v.BOX, v.THINK_END, '{', '}', 'a', ' ', '\\boxed', 'é']),
+                max_size=12))
+def test_boxed_text_equals_its_slow_definition(pieces):
+  assert v.extract_prediction(''.join(pieces)) == slow_extract(''.join(pieces))
+
+
+def test_hostile_responses_are_read_in_linear_time():
+  started = time.perf_counter()
+  many = v.THINK_END + v.BOX * 150_000  # 1 MB of boxes that never close
+  assert v.extract_prediction(many) is None
+  assert v.extract_prediction(many + 'x' + '}' * 150_000) == 'x'
+  assert v.extract_prediction(v.THINK_END + '}' * 1_000_000 + '\\boxed{y}') == 'y'
+  assert time.perf_counter() - started < 10  # quadratic time would be hours
+
+
+@pytest.mark.parametrize('prediction, truth, reward', [
+    ([b' cat'], [b' cat', b' sat'], 1),
+    ([b' cat', b' mat'], [b' cat', b' sat'], 1),  # what follows does not matter
+    ([b' c', b'at'], [b' cat'], 0),  # the same bytes, another token
+    ([b'', b' cat'], [b'', b' cat'], 1),  # special tokens are passed over
+    ([b''], [b' cat'], 0),
+    ([], [b' cat'], 0),
+    ([b' cat'], [], 0),
+    ([], [], 0),
+])
+def test_definition_of_the_first_token(prediction, truth, reward):
+  assert v.first_token_match(prediction, truth) == reward
+
+
+def test_definition_of_dense_rewards():
+  truth = [b' cat', b' sat']
+  assert v.dense_match(b' cat', truth, 0.25) == 1
+  assert v.dense_match(b' dog', truth, 0.25) == 0.25
+  assert v.dense_match(b'', truth, 1.0) == 0
+  assert v.gated_dense([0.25, 1.0, 0.5], [0, 1, 0], 0.1) == [0.25, 1.0, 0.5]
+  assert v.gated_dense([0.25, 0.125], [0, 0], 0.0) == [0, 0]
+  assert v.gated_dense([0.25, 0.125], [0, 0], 0.1) == [-0.1, -0.1]
+
+
+def test_definition_of_what_follows_the_marker():
+  assert v.prediction_tokens([5, 9, 7, 8], 9) == [7, 8]
+  assert v.prediction_tokens([9, 7, 9, 8], 9) == [8]
+  assert v.prediction_tokens([7, 9], 9) == []
+  assert v.prediction_tokens([7, 8], 9) == []
+  assert v.prediction_tokens([], 9) == []
 
 
 def test_host_outcomes():
@@ -129,3 +196,77 @@ def test_device_on_the_cases_of_the_definition():
   np.testing.assert_array_equal(device_rewards(vocabulary, truth, responses, 2), expected)
   assert device_rewards(vocabulary, truth, [[[0, 10]] * G] * N, 0)[0, 0] == 0  # off boundary
   assert device_rewards(vocabulary, truth, [[[5]] * G] * N, 0)[0, 0] == 0  # space dropped
+
+
+# --- The variants on the device --------------------------------------------------
+
+MARKER, PENALTY = 3, 0.25
+
+
+def host_rewards(case, logp, reward):
+  """The definitions applied to one group after another, on bytes."""
+  vocabulary, truth, responses = case
+  results = []
+  for n in range(N):
+    true_tokens = [vocabulary[i] for i in truth[n]]
+    dense, correct, first = [], [], []
+    for g, response in enumerate(responses[n]):
+      drawn = v.prediction_tokens(response, MARKER)
+      places = range(len(response) - len(drawn), len(response))
+      tokens = [vocabulary[i] for i in drawn]
+      probability = np.exp(sum(float(logp[n, g, s]) for s in places if vocabulary[response[s]]))
+      correct.append(v.prefix_match(b''.join(tokens), true_tokens))
+      dense.append(v.dense_match(b''.join(tokens), true_tokens, probability))
+      first.append(v.first_token_match(tokens, true_tokens))
+    results.append({
+        cfg.PrefixMatch(): correct, cfg.FirstTokenMatch(): first, cfg.DenseMatch(): dense,
+        cfg.GatedDenseMatch(PENALTY): v.gated_dense(dense, correct, PENALTY)}[reward])
+  return results
+
+
+def _variant(reward):
+  def judge(table, tokens, mask, logp, continuation, lengths):
+    prompts = Prompts(continuation, lengths, lengths, continuation, lengths, lengths)
+    verdict = v.device_verifier(table, reward, MARKER)(prompts, Rollout(tokens, mask, logp, 0))
+    return verdict.reward, verdict.correct
+  return jax.jit(judge)
+
+
+_VARIANTS = {r: _variant(r) for r in (cfg.PrefixMatch(), cfg.FirstTokenMatch(), cfg.DenseMatch(),
+                                      cfg.GatedDenseMatch(PENALTY))}
+
+
+@pytest.mark.parametrize('reward', _VARIANTS, ids=lambda r: type(r).__name__)
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(cases(), st.integers(0, 2**16))
+def test_variants_equal_their_definitions(reward, case, seed):
+  vocabulary, truth, responses = case
+  # A marker before some responses, so that many have a prediction.
+  responses = [[[MARKER, *r] if (n + g) % 2 else r for g, r in enumerate(group)]
+               for n, group in enumerate(responses)]
+  width = S + 1
+  table = v.token_table(vocabulary, VOCAB)
+  table = v.TokenBytes(jnp.pad(table.bytes, ((0, 0), (0, LONGEST - table.bytes.shape[1]))),
+                       table.lengths)
+  tokens, mask = np.full((N, G, width), MARKER, np.int32), np.zeros((N, G, width), np.float32)
+  for n in range(N):
+    for g, response in enumerate(responses[n]):
+      tokens[n, g, :len(response)] = response
+      mask[n, g, :len(response)] = 1
+  continuation = np.zeros((N, W), np.int32)
+  for n in range(N):
+    continuation[n, :len(truth[n])] = truth[n]
+  logp = np.random.default_rng(seed).uniform(-3, 0, tokens.shape).astype(np.float32)
+  lengths = np.array([len(t) for t in truth], np.int32)
+  got, correct = _VARIANTS[reward](table, tokens, mask, logp, continuation, lengths)
+  case = vocabulary, truth, responses
+  np.testing.assert_allclose(got, host_rewards(case, logp, reward), atol=1e-6)
+  np.testing.assert_array_equal(correct, host_rewards(case, logp, cfg.PrefixMatch()))
+
+
+def test_without_a_marker_the_whole_response_is_the_prediction():
+  mask = jnp.array([[[1.0, 1.0, 0.0]]])
+  np.testing.assert_array_equal(
+      v.prediction_mask(jnp.array([[[1, 2, 3]]]), mask, v.NO_MARKER), mask)
+  # A marker beyond the response's end is none.
+  np.testing.assert_array_equal(v.prediction_mask(jnp.array([[[1, 2, 3]]]), mask, 3), 0 * mask)
