@@ -4,17 +4,18 @@ import json
 import os
 from pathlib import Path
 import re
+import socket
 import subprocess
 import sys
 
 import pytest
 
-from jaxrl_pt import doctor
+from jaxrl_pt import doctor, frontends
 from jaxrl_pt import main as cli
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = str(ROOT / 'gin/run/pretrain_tiny.gin')
-COMMANDS = ('quickstart', 'train', 'sample', 'eval', 'doctor')
+COMMANDS = ('quickstart', 'train', 'sample', 'chat', 'serve', 'eval', 'doctor')
 
 
 def _run(*args: str, cwd: Path = ROOT, stdin: bytes = b'') -> subprocess.CompletedProcess[bytes]:
@@ -72,6 +73,23 @@ def test_help_imports_neither_jax_nor_numpy():
     (('sample', '--workdir', 'x', '--prompt', 'a', '--temperature', '-1'),
      'Sampler.temperature = -1.0'),
     (('sample', '--workdir', 'x', '--prompt', 'a', '--top_p', '0'), 'Sampler.top_p = 0'),
+    (('sample', '--workdir', 'x', '--prompt', 'a', '--min_p', '2'), 'Sampler.min_p = 2.0'),
+    (('sample', '--workdir', 'x', '--prompt', 'a', '--prompt_file', 'b'), 'not both'),
+    (('sample', '--workdir', 'x', '--prompt_file', 'nowhere.txt'),
+     'Cannot read the prompts in nowhere.txt'),
+    (('sample', '--workdir', 'nowhere', '--prompt', 'a'), 'nowhere holds no config.gin'),
+    (('chat', '--workdir', 'nowhere'), 'nowhere holds no config.gin'),
+    (('chat', '--workdir', 'x', '--temperature', 'hot'), "invalid float value: 'hot'"),
+    (('chat', '--workdir', 'x', '--template', 'nowhere.json'),
+     'Cannot read the chat template nowhere.json'),
+    (('chat', '--workdir', 'x', '--markers', '<think>'), 'expected 2 arguments'),
+    (('serve', '--workdir', 'nowhere', '--port', '0'), 'nowhere holds no config.gin'),
+    (('serve', '--workdir', 'x', '--host', '0.0.0.0'), 'lets others in: give a --token_file'),
+    (('serve', '--workdir', 'x', '--host', '::'), 'lets others in'),
+    (('serve', '--workdir', 'x', '--token_file', 'nowhere.txt'),
+     'Cannot read a token in nowhere.txt'),
+    (('serve', '--workdir', 'x', '--port', '99999'), 'Cannot listen at 127.0.0.1:99999'),
+    (('serve', '--workdir', 'x', '--slots', '0'), 'whole number of at least 1'),
     (('eval', '--workdir', 'nowhere', '--gin_bindings', 'cfg.Data.seq_len = 8'),
      'nowhere holds no config.gin'),
 ])
@@ -95,6 +113,41 @@ def test_the_process_ends_with_the_exit_code(tmp_path):
 def test_standard_input_must_be_utf8(tmp_path):
   done = _run('sample', '--workdir', 'w', stdin=b'ab\xff', cwd=tmp_path)
   assert done.returncode == 2 and b'not UTF-8 text (byte 2)' in done.stderr
+
+
+def test_a_port_that_is_taken(capfd):
+  with socket.create_server(('127.0.0.1', 0)) as taken:
+    port = str(taken.getsockname()[1])
+    assert f'Cannot listen at 127.0.0.1:{port}' in _mistake(
+        capfd, 'serve', '--workdir', 'x', '--port', port)
+
+
+@pytest.mark.parametrize('token', ['', ' \n', 'two words', 'é'])
+def test_a_token_that_is_none(token, tmp_path, capfd, monkeypatch):
+  (tmp_path / 'token').write_text(token)
+  line = _mistake(capfd, 'serve', '--workdir', 'x', '--token_file', str(tmp_path / 'token'))
+  assert 'token' in line
+  monkeypatch.setenv('JAXRL_PT_TOKEN', token)
+  assert 'JAXRL_PT_TOKEN must hold one token' in _mistake(capfd, 'serve', '--workdir', 'x')
+
+
+@pytest.mark.parametrize(('name', 'content', 'expected'), [
+    ('p.txt', b'', 'holds no prompt'), ('p.txt', b'a\n\xff', 'not UTF-8 text (byte 2)'),
+    ('p.jsonl', b'{"prompt": "a"}\n"b"\n', 'p.jsonl:2: expected an object'),
+    ('p.jsonl', b'{"prompt": 3}', 'p.jsonl:1: expected'),
+    ('p.jsonl', b'{"prompt": "\\ud800"}', 'p.jsonl:1: expected'),
+    ('p.jsonl', b'{"prompt"', 'p.jsonl:1: expected')])
+def test_a_prompt_file_that_is_none(name, content, expected, tmp_path, capfd):
+  (tmp_path / name).write_bytes(content)
+  assert expected in _mistake(capfd, 'sample', '--workdir', 'x', '--prompt_file',
+                              str(tmp_path / name))
+
+
+def test_prompt_files(tmp_path):
+  (tmp_path / 'p.txt').write_text('one\n\n  two\r\nthrée\n')
+  (tmp_path / 'p.jsonl').write_text('{"prompt": "a\\nb", "id": 1}\n\n{"prompt": ""}\n')
+  assert frontends.read_prompts(tmp_path / 'p.txt') == ['one', '  two', 'thrée']
+  assert frontends.read_prompts(tmp_path / 'p.jsonl') == ['a\nb', '']
 
 
 def test_interruption_is_a_clean_message(capfd, monkeypatch):

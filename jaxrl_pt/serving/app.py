@@ -117,7 +117,7 @@ class _Guard:
     try:
       await (_error(refusal) if refusal else self._app)(scope, receive, counted)
     except ClientDisconnect:
-      self._telemetry.num_disconnects += 1
+      pass  # Nobody is there to be answered.
     except Exception:
       if not has_started:
         await _error(ApiError(500, 'The server failed; its log says how.'))(

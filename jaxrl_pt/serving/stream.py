@@ -55,9 +55,10 @@ def stream(engine: Engine, tokenizer: Tokenizer, requests: Sequence[Request], *,
         seen[number][sample] += len(new)
         text, _ = texts[number][sample].feed(new, response.finish)
         yield Piece(number, text, response)
-  finally:
+  except GeneratorExit:
     for handle, number in handles.items():
       if number in left:
         engine.cancel(handle)
     while engine.room() < engine.config.queue:
       engine.advance()
+    raise

@@ -131,7 +131,8 @@ def make_engine(policy: Policy, config: cfg.Engine, *, seed: int,
                 think_end: tuple[int, ...] = ()) -> Engine:
   """The engine of a policy; arguments as `Engine` takes them."""
   return Engine(policy.model, policy.params, config, seed=seed, think_end=think_end,
-                token_bytes=policy.session.data.tokenizer.token_bytes(), version=policy.step)
+                token_bytes=policy.session.data.tokenizer.token_bytes(), version=policy.step,
+                mesh=policy.session.mesh)
 
 
 def sample_workdir(workdir: Path, prompts: list[str], *, sampler: cfg.Sampler, num_tokens: int,

@@ -1,0 +1,176 @@
+"""What is wrong with a request is said in OpenAI's shape to its sender, and the others go on."""
+
+from collections.abc import Iterator
+import json
+import socket
+import threading
+
+import httpx2
+import pytest
+
+from jaxrl_pt.sampling.engine import Engine
+from tests.serving.conftest import SIZES, Running, running
+
+
+@pytest.fixture(scope='module')
+def server(engine: Engine) -> Iterator[Running]:
+  with running(engine) as it:
+    yield it
+
+
+COMPLETIONS, CHAT = '/v1/completions', '/v1/chat/completions'
+HI = [{'role': 'user', 'content': 'hi'}]
+
+
+def refused(server: Running, path: str, status: int = 400, **request: object) -> dict:
+  answer = httpx2.post(f'{server.url}{path}', timeout=30, **request)
+  assert answer.status_code == status, answer.text
+  assert answer.headers['content-type'] == 'application/json'
+  error = answer.json()['error']
+  assert set(error) == {'message', 'type', 'param', 'code'} and error['message'].endswith('.')
+  return error
+
+
+@pytest.mark.parametrize(('fields', 'expected'), [
+    ({}, 'prompt is missing'),
+    ({'prompt': ''}, 'none of them empty'),
+    ({'prompt': []}, 'none of them empty'),
+    ({'prompt': ['a', '']}, 'none of them empty'),
+    ({'prompt': ['a'] * 17}, 'at most 16'),
+    ({'prompt': {'text': 'a'}}, "prompt = {'text': 'a'}: expected a text"),
+    ({'prompt': [1, 'a']}, 'expected a text'),
+    ({'prompt': [1, True]}, 'expected a text'),
+    ({'prompt': [65, 257]}, 'token 257, outside the vocabulary of 257'),
+    ({'prompt': [-1]}, 'token -1, outside the vocabulary'),
+    ({'prompt': [10**30]}, 'outside the vocabulary'),
+    ({'prompt': 'x' * (SIZES.prompt_len + 1)}, '65 tokens and the cache takes 64'),
+    ({'prompt': 'x' * 900_000}, '900000 tokens and the cache takes 64'),
+    ({'prompt': 'a\ud800'}, 'expected a text'),
+    ({'stop': ''}, 'stop = \'\': expected a text or a list of texts, none of them empty'),
+    ({'stop': ['a', '']}, 'none of them empty'),
+    ({'stop': 3}, 'stop = 3'),
+    ({'stop': ['a', 'b', 'c', 'd', 'e']}, '5 entries in stop_strings; at most 4'),
+    ({'stop': 'x' * 33}, 'write 1 to 32 bytes'),
+    ({'top_p': 0}, 'top_p = 0: expected a number above 0 and at most 1'),
+    ({'top_p': 1.01}, 'top_p = 1.01'),
+    ({'top_p': '1'}, "top_p = '1'"),
+    ({'temperature': -0.1}, 'temperature = -0.1: expected a number of at least 0'),
+    ({'temperature': True}, 'temperature = True'),
+    ({'temperature': 10**400}, 'temperature = 1'),
+    ({'min_p': 2}, 'min_p = 2'),
+    ({'top_k': -1}, 'top_k = -1'),
+    ({'top_k': 2**40}, 'top_k = '),
+    ({'n': 0}, 'n = 0: expected a whole number from 1 to 16'),
+    ({'n': 17}, 'n = 17'),
+    ({'n': 9}, 'num_samples = 9; write 1 to 8'),
+    ({'n': 3, 'prompt': ['a', 'b', 'c']}, '9 responses are asked for at once and at most 8'),
+    ({'max_tokens': 0}, 'max_tokens = 0: expected a whole number from 1 to 96'),
+    ({'max_tokens': 97}, 'max_tokens = 97'),
+    ({'max_tokens': 2.5}, 'max_tokens = 2.5'),
+    ({'seed': 2**63}, 'seed = 9223372036854775808'),
+    ({'stream': 'yes'}, 'stream = \'yes\': expected true or false'),
+    ({'stream_options': 1}, 'stream_options = 1'),
+    ({'stream_options': {'every': 1}}, "Unknown field 'every'"),
+    ({'logprobs': 2}, 'logprobs = 2: expected 0'),
+    ({'echo': True}, 'echo = True: this server does not support it'),
+    ({'best_of': 3}, 'best_of = 3'),
+    ({'logit_bias': {'3': 1}}, 'logit_bias'),
+    ({'frequency_penalty': 0.5}, 'frequency_penalty = 0.5'),
+    ({'temprature': 1}, "Unknown field 'temprature'"),
+    ({'max_thought': -1}, 'max_thought = -1'),
+    ({'user': 3}, 'user = 3'),
+])
+def test_a_wrong_field(server: Running, fields: dict, expected: str):
+  body = ({'prompt': 'x'} if 'prompt' not in fields and fields else {}) | fields
+  error = refused(server, COMPLETIONS, content=json.dumps(body),
+                  headers={'Content-Type': 'application/json'})
+  assert expected in error['message'] and error['type'] == 'invalid_request_error'
+  assert len(error['message']) < 300
+
+
+@pytest.mark.parametrize(('fields', 'expected'), [
+    ({}, 'messages is missing'),
+    ({'messages': []}, 'at least one message'),
+    ({'messages': 'hi'}, 'at least one message'),
+    ({'messages': ['hi']}, 'messages[0] must be an object'),
+    ({'messages': [*HI, {'role': 'user'}]}, 'messages[1] must be an object with a role'),
+    ({'messages': [{'role': 'tool', 'content': ''}]}, "role = 'tool'"),
+    ({'messages': [{'role': [], 'content': ''}]}, 'role = []'),
+    ({'messages': [{'role': 'user', 'content': [{'type': 'image_url'}]}]}, 'text parts'),
+    ({'messages': [{'role': 'user', 'content': 'a\udc00'}]}, 'content = '),
+    ({'messages': [{**HI[0], 'tool_calls': [1]}]}, "Unknown field 'tool_calls'"),
+    ({'messages': [{'role': 'user', 'content': 'x' * 64}]}, 'the cache takes 64'),
+    ({'messages': HI, 'tools': [{}]}, 'tools'),
+    ({'messages': HI, 'top_logprobs': 3}, 'top_logprobs = 3'),
+    ({'messages': HI, 'response_format': {'type': 'json_object'}}, 'response_format'),
+    ({'messages': HI, 'max_completion_tokens': 97}, 'max_completion_tokens = 97'),
+    ({'messages': HI, 'stop': ['a', 'b', 'c', 'd']}, '5 entries in stop_strings'),
+    ({'messages': HI, 'prompt': 'x'}, "Unknown field 'prompt'"),
+])
+def test_a_wrong_chat(server: Running, fields: dict, expected: str):
+  error = refused(server, CHAT, content=json.dumps(fields),
+                  headers={'Content-Type': 'application/json'})
+  assert expected in error['message']
+
+
+@pytest.mark.parametrize(('body', 'expected'), [
+    (b'{"prompt": "\xff"}', 'not UTF-8 text (byte 12)'),
+    (b'', 'not JSON'),
+    (b'{"prompt": "x"', 'not JSON'),
+    (b'["x"]', 'must be a JSON object'),
+    (b'{"prompt": "x", "temperature": NaN}', 'NaN is no number'),
+    (b'{"prompt": "x", "temperature": 1e999}', 'temperature = inf'),
+    (b'{"prompt": "x", "seed": ' + b'9' * 5000 + b'}', 'not JSON'),
+    (b'[' * 500_000, 'nested too deeply'),
+])
+def test_a_body_of_the_wrong_shape(server: Running, body: bytes, expected: str):
+  error = refused(server, COMPLETIONS, content=body,
+                  headers={'Content-Type': 'application/json'})
+  assert expected in error['message']
+
+
+def test_another_model(server: Running):
+  error = refused(server, COMPLETIONS, 404, json={'model': 'huge', 'prompt': 'x'})
+  assert error['code'] == 'model_not_found' and error['param'] == 'model'
+
+
+@pytest.mark.parametrize('chunked', [False, True])
+def test_a_body_of_10_mb(server: Running, chunked: bool):
+  body = json.dumps({'prompt': 'x' * 10_000_000}).encode()
+  content = (body[i:i + 2**16] for i in range(0, len(body), 2**16)) if chunked else body
+  error = refused(server, COMPLETIONS, 413, content=content,
+                  headers={'Content-Type': 'application/json'})
+  assert 'larger than 1000000 bytes' in error['message']
+
+
+def test_a_body_of_a_gigabyte_is_refused_by_its_length(server: Running):
+  host, port = server.url.removeprefix('http://').split(':')
+  with socket.create_connection((host, int(port)), timeout=30) as connection:
+    connection.sendall(b'POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\n'
+                       b'Content-Type: application/json\r\nContent-Length: 1000000000\r\n\r\n{')
+    assert b'413' in connection.recv(100)
+
+
+def test_wrong_paths_and_methods(server: Running):
+  assert httpx2.get(f'{server.url}/v1/embeddings').json()['error']['message'] == (
+      'GET /v1/embeddings: Not Found.')
+  assert httpx2.get(f'{server.url}{COMPLETIONS}').status_code == 405
+
+
+def test_the_others_go_on(server: Running):
+  """Wrong requests among right ones: each right one gets what it gets alone."""
+  right = {'prompt': 'hello', 'max_tokens': 60}
+  post = lambda body: httpx2.post(f'{server.url}{COMPLETIONS}', json=body, timeout=60)
+  alone = [post(right | {'seed': s}).json()['choices'][0]['text'] for s in range(3)]
+  bodies = [right | {'seed': s} for s in range(3)] + [
+      {'prompt': 'x' * 65}, {'prompt': [999]}, {'prompt': 'x', 'stop': ''},
+      {'prompt': 'x', 'top_p': 7}]
+  answers: dict[int, httpx2.Response] = {}
+  threads = [threading.Thread(target=lambda i=i, b=b: answers.update({i: post(b)}))
+             for i, b in enumerate(bodies)]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  assert [answers[i].json()['choices'][0]['text'] for i in range(3)] == alone
+  assert [answers[i].status_code for i in range(3, 7)] == [400] * 4
