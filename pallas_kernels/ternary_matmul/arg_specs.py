@@ -49,11 +49,11 @@ def _choices(M: int, K: int, N: int, generation: Generation) -> list[Blocks]:
     return [Blocks(M, columns, M) for columns in (256, 512, 640, 768, 1024, 1152, 2048)
             if N % columns == 0 and N // columns >= 4]
   if generation in ('v5e', 'v5p'):  # Small MXUs: code grows four times as fast.
-    return [Blocks(2048, 256, 2048), Blocks(2048, 256, 256), Blocks(1024, 256, 1024),
-            Blocks(512, 512, 512)]
-  wide = [Blocks(2048, columns, 256) for columns in (512, 768, 1024, 1280)
-          if N % columns == 0 and K * columns <= 1 << 22]
-  return [Blocks(2048, 256, 2048), Blocks(2048, 512, 512), *wide]
+    return [Blocks(2048, columns, chunk) for columns, chunk in
+            ((256, 256), (256, 512), (256, 2048), (512, 256))]
+  # Fewer, wider steps hide more, in longer code.
+  return [Blocks(2048, columns, chunk) for columns in (512, 768, 1024, 1280, 2304)
+          if N % columns == 0 and K * columns <= 9 << 20 for chunk in (256, 512, 1024)]
 
 
 def _case(M: int, K: int, N: int, activations: Activations, chosen: Blocks,
@@ -64,10 +64,8 @@ def _case(M: int, K: int, N: int, activations: Activations, chosen: Blocks,
   out = array((M, N), jnp.bfloat16)
   args = (x, x_scale, w, w_scale)
   least = tuning.num_bytes(*args, out)
-  # Besides: weights once more for every further block of rows; scales spread over lanes.
+  # Besides: weights once more for every further block of rows.
   moved = least + (-(-M // chosen.rows) - 1) * tuning.num_bytes(w)
-  if M > kernel_tpu.FEW_ROWS:
-    moved += 2 * tuning.num_bytes(array((M, kernel_tpu.LANES), jnp.float32))
   run = functools.partial(kernel_tpu.ternary_matmul, out_dtype=jnp.bfloat16,
                           generation=generation, blocks=chosen)
   operand = kernel_tpu.unit(generation, x.dtype).operand

@@ -19,8 +19,11 @@ from pallas_kernels.dispatch import Generation
 from pallas_kernels.ternary_matmul.tuning import LANES, VMEM_BYTES, Blocks
 
 Array = jax.Array
-# Up to here a scale is spread over lanes in the kernel: fewer bytes, few instructions.
+# Up to here scales come as a column; more come as a row, which takes 128 times fewer bytes, and
+# are turned in the kernel.
 FEW_ROWS = 128
+# Scaled at a time: two float32 registers make one of bfloat16, and one store.
+WIDTH = 2 * LANES
 
 
 class Unit(NamedTuple):
@@ -46,23 +49,34 @@ def unit(generation: Generation, activations_dtype: DTypeLike) -> Unit:
       raise NotImplementedError('2-bit integers in VMEM')
 
 
-def _body(x_ref: Any, scale_ref: Any, w_ref: Any, *refs: Any, unit: Unit, chunk: int) -> None:
+def _column(scale_ref: Any, start: int, rows: int) -> Array:
+  """[rows, LANES] of scales that lie in a row, whole tiles from `start` on."""
+  tiles = [jnp.broadcast_to(scale_ref[:, pl.ds(tile, LANES)], (LANES, LANES)).T
+           for tile in range(start, start + rows, LANES)]
+  return jnp.concatenate(tiles)[:rows]
+
+
+def _body(x_ref: Any, scale_ref: Any, w_ref: Any, *refs: Any, unit: Unit, chunk: int,
+          is_row: bool) -> None:
   *column_scale, out_ref, converted_ref = refs
   rows, columns = out_ref.shape
   converted_ref[...] = w_ref[...].astype(unit.operand)
   for start in range(0, rows, chunk):
-    r = pl.ds(start, min(chunk, rows - start))
+    size = min(chunk, rows - start)
+    r = pl.ds(start, size)
     sums = jax.lax.dot_general(x_ref[r, :].astype(unit.operand), converted_ref[...],
                                (((1,), (0,)), ((), ())), preferred_element_type=unit.sums)
     if out_ref.dtype == jnp.int32:
       out_ref[r, :] = sums.astype(jnp.int32)
       continue
-    for lane in range(0, columns, LANES):
-      c = pl.ds(lane, LANES)
-      scale = scale_ref[r, :]
+    row_scale = _column(scale_ref, start, size) if is_row else scale_ref[r, :]
+    for lane in range(0, columns, WIDTH):
+      width = min(WIDTH, columns - lane)
+      c = pl.ds(lane, width)
+      scale = jnp.concatenate([row_scale] * (width // LANES), 1) if is_row else row_scale
       if column_scale:
         scale = scale * column_scale[0][:, c]
-      y = sums[:, lane:lane + LANES].astype(jnp.float32) * scale
+      y = sums[:, lane:lane + width].astype(jnp.float32) * scale
       out_ref[r, c] = y.astype(out_ref.dtype)
 
 
@@ -88,15 +102,20 @@ def ternary_matmul(x_codes_MK: Array, x_scale_M1: Array, w_codes_KN: Array, w_sc
   row_block, column_block = (lambda m, n: (m, 0)), (lambda m, n: (0, n))
   per_column = w_scale.size > 1
   scale = x_scale_M1 if per_column else x_scale_M1 * w_scale.reshape(1, 1)
-  lanes = 1 if M <= FEW_ROWS else LANES
-  args = [x_codes_MK, jnp.broadcast_to(scale, (M, lanes)), w_codes_KN]
-  in_specs = [pl.BlockSpec((rows, K), row_block), pl.BlockSpec((rows, lanes), row_block),
+  is_row = M > FEW_ROWS
+  if is_row:
+    scale = jnp.pad(scale.reshape(1, M), ((0, 0), (0, -M % LANES)))
+    scale_spec = pl.BlockSpec((1, -(-rows // LANES) * LANES), lambda m, n: (0, m))
+  else:
+    scale_spec = pl.BlockSpec((rows, 1), row_block)
+  args = [x_codes_MK, scale, w_codes_KN]
+  in_specs = [pl.BlockSpec((rows, K), row_block), scale_spec,
               pl.BlockSpec((K, columns), column_block)]
   if per_column:
     args.append(w_scale)
     in_specs.append(pl.BlockSpec((1, columns), column_block))
   return pl.pallas_call(
-      functools.partial(_body, unit=kind, chunk=chunk),
+      functools.partial(_body, unit=kind, chunk=chunk, is_row=is_row),
       grid=(pl.cdiv(M, rows), pl.cdiv(N, columns)),
       in_specs=in_specs,
       out_specs=pl.BlockSpec((rows, columns), lambda m, n: (m, n)),

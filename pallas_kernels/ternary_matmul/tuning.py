@@ -17,9 +17,9 @@ VMEM_BYTES: dict[Generation, int] = {
 class Blocks(NamedTuple):
   """rows, columns: of the output in a grid step, the whole contraction with them.
 
-  rows: all M, or a multiple of 64.
+  rows: all M, or a multiple of 128 (of 64 where M is at most 128).
   columns: a multiple of 128.
-  chunk: rows whose sums are finished before the next rows'.
+  chunk: rows whose sums are finished before the next rows'; a multiple of 128 where M is more.
   """
 
   rows: int
@@ -31,7 +31,7 @@ def vmem_bytes(blocks: Blocks, K: int) -> int:
   """An upper estimate: operands twice, converted weights, and what is finished."""
   rows, columns, chunk = blocks
   rows = -(-rows // 64) * 64
-  operands = rows * K + columns * K // 4 + rows * columns * 4 + rows * LANES * 4
+  operands = rows * K + columns * K // 4 + rows * columns * 4
   return 2 * operands + 2 * columns * K + 4 * chunk * columns
 
 
@@ -42,9 +42,9 @@ def default(M: int, K: int, N: int, generation: Generation) -> Blocks:
     NotImplementedError: not even the smallest block fits.
   """
   columns = min(256, -(-N // LANES) * LANES)
-  for rows in (2048, 1024, 512, 256, 128, 64):
+  for rows in (2048, 1024, 512, 256, 128):
     blocks = Blocks(min(rows, M), columns, min(256, M))
-    if (rows < 2 * M or rows == 64) and vmem_bytes(blocks, K) <= VMEM_BYTES[generation]:
+    if (rows < 2 * M or rows == 128) and vmem_bytes(blocks, K) <= VMEM_BYTES[generation]:
       return blocks
   raise NotImplementedError(f'a contraction over {K} does not fit into VMEM')
 

@@ -38,7 +38,7 @@ def scaled(args, dtype):
 
 # The plain interpreter: the TPU interpreter takes no 2- and 4-bit integers.
 @settings(max_examples=12, deadline=None)
-@given(M=st.integers(1, 70), K=st.integers(1, 300), N=st.integers(1, 300),
+@given(M=st.integers(1, 70) | st.integers(129, 300), K=st.integers(1, 300), N=st.integers(1, 300),
        activations=st.sampled_from(('int8', 'int4')), per_column=st.booleans(),
        generation=st.sampled_from(GENERATIONS),
        out_dtype=st.sampled_from((jnp.bfloat16, jnp.float32, jnp.int32)),
@@ -46,7 +46,10 @@ def scaled(args, dtype):
 def test_kernel_is_the_integer_product(M, K, N, activations, per_column, generation, out_dtype,
                                        seed):
   args = arguments(seed, M, K, N, activations, per_column)
-  blocks = tuning.Blocks(min(64, M), 128, min(32, M))
+  if M <= kernel_tpu.FEW_ROWS:
+    blocks = tuning.Blocks(min(64, M), 128, 32)
+  else:  # All rows, and blocks of rows.
+    blocks = tuning.Blocks(M if M <= 256 else 256, 384, 128)
   out = kernel_tpu.ternary_matmul(*args, out_dtype=out_dtype, generation=generation,
                                   blocks=blocks, interpret=testing.PLAIN)
   expected = sums(args) if out_dtype == jnp.int32 else scaled(args, out_dtype)
@@ -54,7 +57,7 @@ def test_kernel_is_the_integer_product(M, K, N, activations, per_column, generat
   np.testing.assert_array_equal(np.asarray(out), np.asarray(expected))
 
 
-@pytest.mark.parametrize('M, K, N', [(1, 128, 128), (33, 200, 130), (130, 128, 300)])
+@pytest.mark.parametrize('M, K, N', [(1, 128, 128), (33, 200, 130), (130, 128, 300), (600, 128, 128)])
 @pytest.mark.parametrize('activations', ['int8', 'int4'])
 def test_kernel_equals_the_reference_bit_for_bit(M, K, N, activations):
   args = arguments(1, M, K, N, activations)
