@@ -972,6 +972,46 @@ class Sampler:
 
 
 @dataclass(frozen=True)
+class Every:
+  """Rectify after every so many tokens of a row. 1 reads a dense cache at each step: the
+  ceiling of what sparse reading alone allows ("decode-only")."""
+
+  tokens: int = 32
+
+  def __post_init__(self) -> None:
+    _integer(self, 'tokens', 1)
+
+
+@dataclass(frozen=True)
+class Never:
+  """Sparse decoding without rectification."""
+
+
+@dataclass(frozen=True)
+class ReSA:
+  """Rectified sparse attention (2506.04108): blocks of `block` tokens, of which a step reads
+  the share `active`, at least min_blocks, the last local_blocks always among them.
+
+  refresh: when keys and values of drawn tokens are computed again by dense attention.
+  """
+
+  block: int = 16
+  active: float = 0.1
+  min_blocks: int = 16
+  local_blocks: int = 1
+  refresh: Every | Never = field(default_factory=Every)
+
+  def __post_init__(self) -> None:
+    _integer(self, 'block', 1)
+    _number(self, 'active', 0.0, 1.0)
+    if self.active == 0:
+      _fail(self, 'active', 'a share of the blocks above 0, at most 1')
+    _integer(self, 'min_blocks', 1)
+    _integer(self, 'local_blocks', 0, self.min_blocks)
+    _instance(self, 'refresh', Every, Never)
+
+
+@dataclass(frozen=True)
 class Engine:
   """Sizes of the continuous-batching engine; its program is compiled once for them.
 
