@@ -1,0 +1,132 @@
+"""RLP's step: draw thoughts, see what each adds to the true next token, learn, average.
+
+    thoughts → r(c) = log p_θ(x_t | x_<t, c) − log p̄_φ(x_t | x_<t) → A = G/(G−1) · (r − mean r)
+    → clipped surrogate on the thoughts → φ ← τ φ + (1 − τ) θ
+
+One jitted program without a verifier: the corpus is the judge. What a step keeps besides the
+policy is the average φ, in `TrainState.method`. The prompts end with a think marker; a thought
+ends with the answer marker, whose choice is part of it, or is cut off at the token budget,
+after which the marker is put there for it.
+
+Source: RLP 2510.01265 (specs/rpt.md 1.6). Departs from the paper in that the baseline may read
+a template's text before the context too.
+"""
+
+from collections.abc import Callable
+import dataclasses
+from dataclasses import dataclass
+
+from flax import struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxrl_pt import config as cfg
+from jaxrl_pt.models.base import Model
+from jaxrl_pt.models.logprobs import token_logprobs
+from jaxrl_pt.rl import rlp
+from jaxrl_pt.sampling import decode
+from jaxrl_pt.train import learner
+from jaxrl_pt.train.state import MethodState
+from jaxrl_pt.types import Array, Params, Prompts, Rollout, TrainState, Verdict, Weighted
+
+Metrics = dict[str, Weighted]
+Step = Callable[[TrainState, Prompts], tuple[TrainState, Metrics, Rollout, Verdict]]
+
+
+@struct.dataclass
+class State:
+  """`TrainState.method` of RLP."""
+
+  learner: MethodState
+  average: Params  # φ, the policy whose predictions without a thought are the baseline
+
+
+@dataclass(frozen=True)
+class Markers:
+  """What the template appends to a context, and the token that ends a thought.
+
+  num_after: tokens at the end of each prompt that the baseline does not read.
+  answer: the token between thought and prediction.
+  """
+
+  num_after: int
+  answer: int
+
+
+def new_state(params: Params, learner_state: MethodState) -> State:
+  """The method's state before the first step: φ = θ, as a copy (the step donates)."""
+  return State(learner_state, jax.tree.map(jnp.copy, params))
+
+
+def rewards(model: Model, params: Params, average: Params, prompts: Prompts, thoughts: Rollout,
+            markers: Markers) -> Array:
+  """f32[N, G]: the information gain of each thought, nats.
+
+  Args:
+    params: θ, which drew the thoughts.
+    average: φ.
+    prompts: contexts with the template's tokens; of the continuation the first token is read.
+    thoughts: `mask` covers a thought with the answer marker that ended it, if one did.
+    markers: of the template.
+  """
+  truth_N = prompts.continuation[:, 0]
+  logp = _logp_after(model, params, prompts, thoughts, markers.answer)
+  positions = jnp.broadcast_to(jnp.arange(prompts.tokens.shape[1]), prompts.tokens.shape)
+  hidden_NTD = model.apply(average, prompts.tokens, positions, jnp.ones_like(positions))
+  last = (prompts.lengths - 1 - markers.num_after)[:, None, None]
+  hidden_ND = jnp.take_along_axis(hidden_NTD, last, 1)[:, 0]
+  baseline_N = token_logprobs(hidden_ND, model.head(average), truth_N).logp
+  return rlp.information_gain(logp, baseline_N)
+
+
+def _logp_after(model: Model, params: Params, prompts: Prompts, thoughts: Rollout,
+                answer: int) -> Array:
+  """f32[N, G]: log p_θ of the true token after the thought and exactly one answer marker."""
+  place = jnp.arange(thoughts.tokens.shape[-1])
+  ended = ((thoughts.tokens == answer) & (thoughts.mask > 0)).any(-1)
+  length_NG = thoughts.mask.sum(-1).astype(jnp.int32) - ended  # without its marker
+  within = place < length_NG[..., None]
+  # Everything from the marker on is the marker; two slots more, for it and for the truth.
+  own_NGS = jnp.where(within, thoughts.tokens, answer)
+  own_NGS = jnp.pad(own_NGS, ((0, 0), (0, 0), (0, 2)), constant_values=answer)
+  hidden = learner.response_hidden(model, params, prompts, own_NGS)
+  before_truth = jnp.take_along_axis(hidden, (length_NG + 1)[..., None, None], 2)[:, :, 0]
+  truth_NG = jnp.broadcast_to(prompts.continuation[:, :1], length_NG.shape)
+  return token_logprobs(before_truth, model.head(params), truth_NG).logp
+
+
+def make_step(model: Model, optimizer: optax.GradientTransformation, run: cfg.Run,
+              rollouts: cfg.Rollouts, algorithm: cfg.Algorithm, markers: Markers,
+              decay: float = 0.999) -> Step:
+  """step(state, prompts) → (state, metrics, thoughts, verdict); jit it with the state donated.
+
+  The verdict's reward is the information gain; `correct` is where it is above 0.
+
+  Args:
+    model, optimizer: of the state, whose method is a `State`.
+    run: its seed, compute, schedule and accumulation are read.
+    rollouts: response_tokens is the budget of a thought, its marker included.
+    algorithm: RLOO's advantage and a clipped surrogate in the paper.
+    markers: of the template.
+    decay: τ of the average.
+  """
+  learn = learner.make_learner(model, optimizer, run, rollouts, algorithm)
+
+  def step(state: TrainState, prompts: Prompts
+           ) -> tuple[TrainState, Metrics, Rollout, Verdict]:
+    key = jax.random.fold_in(jax.random.key(run.seed), state.step)
+    thoughts = decode.generate(
+        model, state.params, prompts, key, sampler=rollouts.sampler,
+        num_samples=rollouts.group_size, num_tokens=rollouts.response_tokens,
+        stop_id=markers.answer, version=state.step)
+    gain = rewards(model, state.params, state.method.average, prompts, thoughts, markers)
+    verdict = Verdict(gain, jnp.ones_like(gain), (gain > 0).astype(jnp.float32))
+    inner = dataclasses.replace(state, method=state.method.learner)
+    experience = learner.Experience(prompts, thoughts, verdict, jnp.zeros_like(thoughts.logp))
+    new, metrics = learn(inner, experience)
+    average = rlp.average(state.method.average, new.params, decay)
+    return (dataclasses.replace(new, method=State(new.method, average)), metrics, thoughts,
+            verdict)
+
+  return step

@@ -1,0 +1,113 @@
+"""RLP's reward against whole sequences, and that its step learns from thoughts alone."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrl_pt import config as cfg
+from jaxrl_pt import params as P
+from jaxrl_pt.models import transformer
+from jaxrl_pt.rl import advantages, rlp
+from jaxrl_pt.train import optim, rlp_step
+from jaxrl_pt.train import state as states
+from jaxrl_pt.types import Prompts, Rollout, TrainState
+
+VOCAB, THINK, ANSWER = 11, 9, 10
+CONFIG = cfg.Model(num_layers=2, d_model=16, d_ff=32, num_heads=2, num_kv_heads=1, head_dim=8,
+                   vocab_size=VOCAB)
+MODEL = transformer.build(CONFIG)
+quick_jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
+
+
+def make_params(seed):
+  params = P.init(MODEL.specs, jax.random.key(seed))
+  return {**params, 'embed': params['embed'] * 20}
+
+
+THETA, PHI = make_params(0), make_params(1)
+CONTEXTS, TRUTH = [[3, 1, 4], [5, 2], [6, 5, 3, 8]], [7, 1, 2]
+PROMPTS = Prompts(jnp.array([[3, 1, 4, THINK, 0], [5, 2, THINK, 0, 0], [6, 5, 3, 8, THINK]]),
+                  jnp.array([4, 3, 5]), jnp.arange(3), jnp.array([[7], [1], [2]]),
+                  jnp.ones(3, jnp.int32), jnp.ones(3))
+# Ended by the marker at once, after two tokens, and cut off at the budget of three.
+THOUGHTS = [[[ANSWER], [1, 2, ANSWER], [3, 4, 5]]] * 3
+
+
+def log_probability(params, sequence, token):
+  tokens = jnp.asarray([sequence])
+  positions = jnp.arange(len(sequence))[None]
+  hidden = MODEL.apply(params, tokens, positions, jnp.ones_like(positions))
+  return float(jax.nn.log_softmax(hidden[0, -1] @ MODEL.head(params))[token])
+
+
+def test_reward_equals_its_definition_on_whole_sequences():
+  tokens, mask = np.zeros((3, 3, 3), np.int32), np.zeros((3, 3, 3), np.float32)
+  expected = np.zeros((3, 3))
+  for n in range(3):
+    for g, thought in enumerate(THOUGHTS[n]):
+      tokens[n, g, :len(thought)] = thought
+      mask[n, g, :len(thought)] = 1
+      words = [t for t in thought if t != ANSWER]
+      with_thought = [*CONTEXTS[n], THINK, *words, ANSWER]
+      expected[n, g] = (log_probability(THETA, with_thought, TRUTH[n])
+                        - log_probability(PHI, CONTEXTS[n], TRUTH[n]))
+  rollout = Rollout(jnp.asarray(tokens), jnp.asarray(mask), jnp.zeros((3, 3, 3)), jnp.zeros(()))
+  got = quick_jit(lambda theta, phi: rlp_step.rewards(
+      MODEL, theta, phi, PROMPTS, rollout, rlp_step.Markers(1, ANSWER)))(THETA, PHI)
+  np.testing.assert_allclose(got, expected, atol=1e-4)
+  assert np.abs(expected).max() > 0.1
+
+
+def test_gain_average_and_advantage_by_hand():
+  gain = rlp.information_gain(jnp.log(jnp.array([[0.5, 0.25]])), jnp.log(jnp.array([0.25])))
+  np.testing.assert_allclose(gain, [[np.log(2), 0]], atol=1e-6)
+  # G/(G − 1) · (r − mean) = 2 · (±ln 2 / 2)
+  np.testing.assert_allclose(advantages.leave_one_out(gain, jnp.ones((1, 2))),
+                             [[np.log(2), -np.log(2)]], atol=1e-6)
+  mixed = rlp.average({'w': jnp.array([1.0])}, {'w': jnp.array([3.0])}, 0.75)
+  np.testing.assert_allclose(mixed['w'], [1.5])
+  with pytest.raises(AssertionError):
+    rlp.information_gain(jnp.zeros((2, 2)), jnp.zeros((2, 2)))
+
+
+def test_step_raises_the_gain_and_keeps_the_average():
+  rollouts = cfg.Rollouts(num_prompts=3, group_size=8, prompt_len=5, response_tokens=2)
+  algorithm = cfg.Algorithm(advantage=cfg.RLOO(), surrogate=cfg.PPOClip(),
+                            aggregation=cfg.TokenMean())
+  run = cfg.Run(
+      seed=0, model=CONFIG, objective=cfg.NextToken(),
+      data=cfg.Data(source=cfg.PythonStdlib(), tokenizer=cfg.Bytes(), seq_len=16),
+      optimizer=cfg.AdamW(schedule=cfg.Constant(0.01), weight_decay=0.0),
+      train=cfg.Train(num_steps=30, batch_size=4))
+  optimizer = optim.make_optimizer(run.optimizer, 30)
+  learner_state = states.MethodState({}, states.ValueHead({}, optim.optax.EmptyState()), {})
+  state = TrainState(jnp.zeros((), jnp.int32), THETA, optimizer.init(THETA),
+                     rlp_step.new_state(THETA, learner_state))
+  step = quick_jit(rlp_step.make_step(MODEL, optimizer, run, rollouts, algorithm,
+                                      rlp_step.Markers(1, ANSWER), decay=0.999))
+  gains = []
+  for i in range(30):
+    before = state
+    state, metrics, thoughts, verdict = step(state, PROMPTS)
+    gains.append(float(verdict.reward.mean()))
+    assert int(state.step) == i + 1
+    # Nothing of a response lies beyond the marker that ends the thought.
+    ended = np.cumsum(np.asarray(thoughts.tokens) == ANSWER, -1) - (thoughts.tokens == ANSWER)
+    np.testing.assert_array_equal(thoughts.mask, ended == 0)
+  want = jax.tree.map(lambda old, new: 0.999 * old + 0.001 * new, before.method.average, state.params)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state.method.average,
+               want)
+  assert metrics['gap'].mean() < 1.001
+  assert np.mean(gains[-5:]) > np.mean(gains[:5]) + 0.1
+
+
+def test_a_longer_budget_changes_nothing_for_thoughts_that_have_ended():
+  short, long = (quick_jit(lambda p, s=s: rlp_step.rewards(
+      MODEL, p, PHI, PROMPTS, Rollout(
+          jnp.full((3, 1, s), 4).at[:, :, 1].set(ANSWER),
+          jnp.zeros((3, 1, s)).at[:, :, :2].set(1), jnp.zeros((3, 1, s)), jnp.zeros(())),
+      rlp_step.Markers(1, ANSWER)))(THETA) for s in (2, 5))
+  np.testing.assert_allclose(short, long, atol=1e-5)
