@@ -9,8 +9,9 @@ the last one:
 
 Two answers are equal if they are the same exact number, the same text up to spacing and
 dressing ($, \left, \text, a final full stop), or, where asked for, the same expression
-to `math-verify`; not where it holds a power or factorial too large to work out. An answer of more than MAX_ANSWER characters is wrong without being
-read: no answer is that long, and reading it could take for ever.
+to `math-verify`, which is not asked of powers and factorials too large to work out. An answer
+of more than MAX_ANSWER characters is wrong without being read: none is that long, and reading
+it could take for ever.
 """
 
 import fractions
