@@ -43,19 +43,19 @@ class Choice:
     request = ask.requests[number]
     self.index = number * request.num_samples + sample
     self.num_tokens = 0
-    self._table = service.tokenizer.token_bytes()
-    self._stream = TextStream(service.tokenizer, request.stop_strings)
+    self._table = service.token_bytes
+    self._stream = TextStream(service.tokenizer, self._table, request.stop_strings)
     self._splitter = ThoughtSplitter(service.markers) if ask.is_chat else None
     self._num_chars = 0
 
   def update(self, response: Response) -> Delta:
     """Takes the response so far."""
-    ids = response.tokens.tolist()
-    text, given = self._stream.feed(ids[self.num_tokens:], response.finish)
-    self.num_tokens = len(ids)
+    text, given = self._stream.feed(response.tokens[self.num_tokens:].tolist(), response.finish)
+    self.num_tokens = len(response.tokens)
     tokens = []
     for i in given:
-      spelt = self._table[ids[i]] if ids[i] < len(self._table) else b''
+      token = int(response.tokens[i])
+      spelt = self._table[token] if token < len(self._table) else b''
       tokens.append(Token(spelt, float(response.logp[i]), self._num_chars))
       self._num_chars += len(spelt.decode('utf-8', 'replace'))
     thought = ''

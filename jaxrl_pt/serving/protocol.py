@@ -6,6 +6,7 @@ Beside OpenAI's fields it takes `top_k`, `min_p`, `max_thought` and `max_answer`
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+import functools
 import itertools
 import json
 import math
@@ -36,6 +37,11 @@ class Service:
   max_body_bytes: int = 1_000_000
   max_samples: int = 16
   max_prompts: int = 16
+
+  @functools.cached_property
+  def token_bytes(self) -> list[bytes]:
+    """The bytes of each token."""
+    return self.tokenizer.token_bytes()
 
 
 class ApiError(Exception):

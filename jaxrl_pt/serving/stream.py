@@ -34,9 +34,10 @@ def stream(engine: Engine, tokenizer: Tokenizer, requests: Sequence[Request], *,
   """
   for request in requests:
     engine.check(request)
-  texts = [[TextStream(tokenizer, r.stop_strings, starts_text=starts_text[n] if starts_text
-                       else False) for _ in range(r.num_samples)]
-           for n, r in enumerate(requests)]
+  table = tokenizer.token_bytes()
+  texts = [[TextStream(tokenizer, table, r.stop_strings,
+                       starts_text=bool(starts_text) and starts_text[n])
+            for _ in range(r.num_samples)] for n, r in enumerate(requests)]
   seen = [[0] * r.num_samples for r in requests]
   left = {n: r.num_samples for n, r in enumerate(requests)}
   handles: dict[int, int] = {}  # → number of the request

@@ -29,17 +29,18 @@ def _num_held(text: AnyStr, whole: Sequence[AnyStr]) -> int:
 class TextStream:
   """The text of one response, piece by piece."""
 
-  def __init__(self, tokenizer: Tokenizer, stop_strings: Sequence[str] = (), *,
-               starts_text: bool = False) -> None:
+  def __init__(self, tokenizer: Tokenizer, table: Sequence[bytes],
+               stop_strings: Sequence[str] = (), *, starts_text: bool = False) -> None:
     """Starts without a token.
 
     Args:
-      tokenizer: what the tokens spell.
+      tokenizer: of the tokens.
+      table: its `token_bytes`, shared by all streams.
       stop_strings: as in the request; the one that ends the response is left out of the text.
       starts_text: the prompt was no text, so that the space some tokenizers put before a text
         is left out.
     """
-    self._tokenizer, self._table = tokenizer, tokenizer.token_bytes()
+    self._tokenizer, self._table = tokenizer, table
     self._stop_strings = [s.encode() for s in stop_strings]
     self._starts_text = starts_text
     self._decoder = codecs.getincrementaldecoder('utf-8')('replace')
@@ -87,15 +88,13 @@ class TextStream:
     return min(found)[1] if found else len(self._bytes)
 
   def _given(self, finish: str) -> range:
-    first, num = self._num_given, len(self._starts)
-    if finish == 'stop':
-      num -= 1
-    elif finish == 'stop_string':
-      num = sum(start < self._shown for start in self._starts)
-    elif not finish:
-      ends = [*self._starts[1:], len(self._bytes)]
-      num = next((i for i in range(first, num) if ends[i] > self._shown), num)
-    self._num_given = max(first, num)
+    first, last = self._num_given, len(self._starts) - (finish == 'stop')
+    is_shown = lambda i: self._shown >= (
+        self._starts[i + 1] if i + 1 < len(self._starts) else len(self._bytes))
+    if finish == 'stop_string':
+      is_shown = lambda i: self._starts[i] < self._shown
+    while self._num_given < last and is_shown(self._num_given):
+      self._num_given += 1
     return range(first, self._num_given)
 
 

@@ -11,6 +11,10 @@ BYTES = ByteTokenizer()
 quick = settings(max_examples=60, deadline=None, derandomize=True)
 
 
+def text_stream(tokenizer=BYTES, stop_strings=(), **options):
+  return TextStream(tokenizer, tokenizer.token_bytes(), stop_strings, **options)
+
+
 def feed_all(stream, tokens, finish, sizes):
   """Feeds the tokens in portions; returns the pieces and the numbers of all given tokens."""
   pieces, given_tokens, start = [], [], 0
@@ -28,7 +32,7 @@ def feed_all(stream, tokens, finish, sizes):
 @example('aé€😀'.encode(), [2, 4, 5, 7, 9])
 @example(b'\xe2\x82', [1])
 def test_pieces_join_to_the_whole_text(data, sizes):
-  pieces, numbers = feed_all(TextStream(BYTES), list(data), 'length', sizes)
+  pieces, numbers = feed_all(text_stream(), list(data), 'length', sizes)
   assert ''.join(pieces) == data.decode('utf-8', 'replace')
   assert numbers == list(range(len(data)))
 
@@ -36,7 +40,7 @@ def test_pieces_join_to_the_whole_text(data, sizes):
 @quick
 @given(st.text(alphabet='aé€😀', max_size=8))
 def test_a_character_comes_whole_with_its_last_byte(text):
-  stream, shown = TextStream(BYTES), ''
+  stream, shown = text_stream(), ''
   data = text.encode()
   for i, byte in enumerate(data):
     shown += stream.feed([byte], '')[0]
@@ -63,7 +67,7 @@ def test_a_stop_string_is_left_out_and_never_shown_in_part(text, stops, sizes):
   found = slow_stop(text.encode(), [s.encode() for s in stops])
   num, kept = found or (len(text), len(text))
   tokens = list(text.encode())[:num]
-  stream = TextStream(BYTES, stops)
+  stream = text_stream(BYTES, stops)
   pieces, numbers = feed_all(stream, tokens, 'stop_string' if found else 'length', sizes)
   assert ''.join(pieces) == text[:kept]
   assert numbers == list(range(kept))
@@ -74,14 +78,14 @@ def test_a_stop_string_may_end_inside_a_token():
     def token_bytes(self):
       return [b'ab', b'cd', b'ef']
 
-  stream = TextStream(Pairs(), ['bc'])
+  stream = text_stream(Pairs(), ['bc'])
   assert stream.feed([2, 0], '') == ('efa', range(1))
   # The token with the `a` before the stop string is a token of the text, `cd` is not.
   assert stream.feed([1], 'stop_string') == ('', range(1, 2))
 
 
 def test_the_token_that_ends_the_text_is_none_of_it():
-  stream = TextStream(BYTES)
+  stream = text_stream()
   assert stream.feed([*b'ok', BYTES.eos_id], 'stop') == ('ok', range(2))
 
 
@@ -93,12 +97,12 @@ def test_the_space_before_a_text_is_left_out_only_where_a_text_starts():
     def decode_bytes(self, ids):
       return b''.join(self.token_bytes()[i] for i in ids)[1:]
 
-  assert TextStream(Dummy(), starts_text=True).feed([0, 1], 'length')[0] == 'once upon'
-  assert TextStream(Dummy()).feed([0, 1], 'length')[0] == ' once upon'
+  assert text_stream(Dummy(), starts_text=True).feed([0, 1], 'length')[0] == 'once upon'
+  assert text_stream(Dummy()).feed([0, 1], 'length')[0] == ' once upon'
 
 
 def test_a_token_beyond_the_tokenizer_spells_nothing():
-  assert TextStream(BYTES).feed([97, 300, 98], 'length') == ('ab', range(3))
+  assert text_stream().feed([97, 300, 98], 'length') == ('ab', range(3))
 
 
 # --- Thought --------------------------------------------------------------------------
