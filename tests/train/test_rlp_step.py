@@ -80,7 +80,7 @@ def test_step_raises_the_gain_and_keeps_the_average():
   run = cfg.Run(
       seed=0, model=CONFIG, objective=cfg.NextToken(),
       data=cfg.Data(source=cfg.PythonStdlib(), tokenizer=cfg.Bytes(), seq_len=16),
-      optimizer=cfg.AdamW(schedule=cfg.Constant(0.01), weight_decay=0.0),
+      optimizer=cfg.AdamW(schedule=cfg.Constant(0.003), weight_decay=0.0),
       train=cfg.Train(num_steps=30, batch_size=4))
   optimizer = optim.make_optimizer(run.optimizer, 30)
   learner_state = states.MethodState({}, states.ValueHead({}, optim.optax.EmptyState()), {})
