@@ -12,7 +12,7 @@ STAMP := $(VENV)/.installed
 LOCK := requirements/cpu.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint parity seqio libtpu golden lock clean
+.PHONY: help quickstart test lint parity seqio libtpu verifiers golden lock clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -35,6 +35,9 @@ seqio: $(STAMP) ## adds seqio (with TensorFlow), for the tests of its tasks
 
 libtpu: $(STAMP) ## adds the TPU compiler, for `jaxrl-pt preflight` and `kernels` and their tests
 	@$(BIN)/python -m pip install -qq -r requirements/libtpu.txt -c $(LOCK)
+
+verifiers: $(STAMP) ## adds math-verify and reasoning-gym, for their verifiers and the tests of them
+	@$(BIN)/python -m pip install -qq -r requirements/verifiers.txt -c $(LOCK)
 
 golden: $(STAMP) ## rewrites the resolved texts of the shipped run files
 	@$(BIN)/python -m tests.golden.regenerate

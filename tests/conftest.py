@@ -16,6 +16,7 @@ def _missing(*names: str) -> list[str]:
 
 _PARITY = _missing('torch', 'transformers')
 _SEQIO = _missing('seqio')
+_VERIFIERS = _missing('math_verify', 'reasoning_gym')
 collect_ignore_glob = ['parity/*'] if _PARITY else []
 
 
@@ -25,5 +26,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     left_out.append(f'parity tests ({" and ".join(_PARITY)} not installed: `make parity`)')
   if _SEQIO:
     left_out.append('tests of seqio tasks (seqio not installed: `make seqio`)')
+  if _VERIFIERS:
+    left_out.append(f'tests of verifiers ({" and ".join(_VERIFIERS)} not installed: '
+                    '`make verifiers`)')
   if left_out:
     terminalreporter.write_line(f'Left out: {", ".join(left_out)}.')

@@ -1,7 +1,8 @@
 """reasoning-gym's tasks: the scorer of the task judges the answer of the response.
 
 The reference names a problem as JSON {"task", "seed", "size", "index"}; the library makes the
-same problem again from it, so that its scorer sees what it made and nothing is stored.
+same problem again from it, so that its scorer sees what it made and nothing is stored. Some of
+the scorers evaluate the answer as an expression: judge in the pool, never in the trainer.
 """
 
 import functools
@@ -47,7 +48,11 @@ def verifier(form: GymAnswer) -> HostVerifier:
       return Judgement(Outcome.UNPARSED, {'answer': 0.0})
     place = json.loads(reference)
     data = _dataset(place['task'], place['seed'], place['size'])
-    score = float(data.score_answer(answer=found, entry=data[place['index']]))
+    entry = data[place['index']]
+    try:
+      score = float(data.score_answer(answer=found, entry=entry))
+    except Exception as error:  # scorers read well-formed answers: this one could not be read
+      return Judgement(Outcome.UNPARSED, {'answer': 0.0}, f'{type(error).__name__}: {error}')
     outcome = Outcome.CORRECT if score >= RIGHT else Outcome.WRONG
     return Judgement(outcome, {'answer': score})
 

@@ -1,0 +1,216 @@
+"""The pool: typed outcomes, order, deadlines, replacement, and no process left behind."""
+
+from concurrent.futures import CancelledError
+import os
+from pathlib import Path
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from jaxrl_pt import config as cfg
+from jaxrl_pt.data.tokenizer import ByteTokenizer
+from jaxrl_pt.errors import UserError
+from jaxrl_pt.types import Rollout
+from jaxrl_pt.verifiers import build, host
+from jaxrl_pt.verifiers.judgement import Judgement, Outcome
+from jaxrl_pt.verifiers.pool import Pool
+
+ROOT = Path(__file__).resolve().parents[2]
+MISBEHAVING = cfg.PythonVerifier('tests.verifiers.misbehaving:judge')
+LIMITS = cfg.VerifierPool(num_workers=2, cpu_seconds=0.5, wall_seconds=3.0)
+
+
+@pytest.fixture(scope='module')
+def pool():
+  with Pool(MISBEHAVING, LIMITS) as pool:
+    yield pool
+
+
+def _outcomes(pool, *responses):
+  return [j.outcome for j in pool.submit([(r, 'good') for r in responses]).result()]
+
+
+def test_results_in_order_whatever_becomes_of_others(pool):
+  start = time.monotonic()
+  judged = _outcomes(pool, 'good', 'spin', 'bad', 'exit', 'good', 'backtrack', 'good')
+  assert judged == [Outcome.CORRECT, Outcome.TIMEOUT, Outcome.WRONG, Outcome.CRASH,
+                    Outcome.CORRECT, Outcome.TIMEOUT, Outcome.CORRECT]
+  assert time.monotonic() - start < 60  # two timeouts of half a second and three new children
+
+
+def test_one_that_waits_is_ended_by_the_wall_clock():
+  limits = cfg.VerifierPool(num_workers=2, cpu_seconds=5, wall_seconds=0.5)
+  with Pool(MISBEHAVING, limits) as pool:
+    assert _outcomes(pool, 'sleep 1000', 'ignore_signals', 'good') == [
+        Outcome.TIMEOUT, Outcome.TIMEOUT, Outcome.CORRECT]
+
+
+def test_failures_are_crashes_and_say_why(pool):
+  names = ['abort', 'raise', 'recurse', 'memory', 'nan', 'infinite', 'part']
+  judged = pool.submit([(name, 'good') for name in names]).result()
+  assert [j.outcome for j in judged] == [Outcome.CRASH] * len(names)
+  assert all(not j.parts and j.score == 0 for j in judged)
+  details = dict(zip(names, (j.detail for j in judged), strict=True))
+  assert f'code {-signal.SIGABRT}' in details['abort']
+  assert details['raise'].startswith('ValueError: broken (misbehaving.py:')
+  assert 'RecursionError' in details['recurse'] and 'MemoryError' in details['memory']
+  assert _outcomes(pool, 'good') == [Outcome.CORRECT]
+
+
+def test_what_a_verifier_prints_does_not_disturb_the_answers(pool):
+  assert _outcomes(pool, 'print', 'good') == [Outcome.WRONG, Outcome.CORRECT]
+
+
+def test_children_start_without_jax_and_with_a_fixed_hash(pool):
+  assert _outcomes(pool, 'jax') == [Outcome.CORRECT]
+  with Pool(MISBEHAVING, LIMITS) as other:
+    one, two = (p.submit([('hash', '')]).result()[0].score for p in (pool, other))
+  assert one == two
+
+
+def test_one_mebibyte_and_text_that_is_not_unicode_arrive_whole(pool):
+  for text in ('x' * (1 << 20), '\ud800 \0 ü', ''):
+    assert pool.submit([(text, text)]).result()[0].outcome is Outcome.CORRECT
+
+
+def test_submit_returns_before_anything_is_judged(pool):
+  start = time.monotonic()
+  ticket = pool.submit([('sleep 0.5', '')] * 2)
+  assert time.monotonic() - start < 0.4 and not ticket.done()
+  assert [j.outcome for j in ticket.result()] == [Outcome.WRONG] * 2
+  assert ticket.done()
+
+
+def test_a_child_killed_from_outside_costs_at_most_its_own_item(pool):
+  pids = {int(j.score) for j in pool.submit([('pid', '')] * 20).result()}
+  for pid in pids:
+    os.kill(pid, signal.SIGKILL)
+  time.sleep(0.1)
+  assert _outcomes(pool, 'good', 'good') == [Outcome.CORRECT] * 2  # idle ones are replaced
+
+
+def test_closing_is_immediate_and_cancels():
+  pool = Pool(MISBEHAVING, cfg.VerifierPool(num_workers=1, cpu_seconds=60, wall_seconds=60))
+  pid = int(pool.submit([('pid', '')]).result()[0].score)
+  ticket = pool.submit([('sleep 1000', ''), ('good', 'good')])
+  time.sleep(0.2)
+  start = time.monotonic()
+  pool.close()
+  assert time.monotonic() - start < 5 and not _exists(pid)
+  with pytest.raises(CancelledError):
+    ticket.result()
+  with pytest.raises(RuntimeError, match='closed'):
+    pool.submit([('good', 'good')])
+  pool.close()
+
+
+# --- Starting ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('target', ['no_such_module:judge', 'math:no_such_function'])
+def test_a_function_that_cannot_be_imported_is_the_users_mistake(target):
+  with pytest.raises(UserError, match=f"target = '{target}' cannot be imported"):
+    Pool(cfg.PythonVerifier(target), LIMITS)
+
+
+def test_a_module_that_kills_the_child_is_named_in_the_error():
+  with pytest.raises(RuntimeError, match='did not start'):
+    Pool(cfg.PythonVerifier('tests.verifiers.dies:judge'), LIMITS)
+
+
+@pytest.mark.parametrize('settings', [
+    cfg.MathVerifier('gsm8k', symbolic=False), cfg.LogicVerifier(), cfg.FormatVerifier(('a', 'b')),
+    cfg.WordVerifier(1, 2), MISBEHAVING,
+    cfg.Composite((cfg.LogicVerifier(), cfg.LengthVerifier(1, 2)), (1.0, 0.5))])
+def test_settings_travel_whole(settings):
+  assert build.from_json(build.to_json(settings)) == settings
+
+
+# --- No process left --------------------------------------------------------------
+
+
+def _exists(pid: int) -> bool:
+  try:
+    state = Path(f'/proc/{pid}/stat').read_text(encoding='utf-8').rsplit(')', 1)[1].split()[0]
+  except FileNotFoundError:
+    return False
+  return state != 'Z'
+
+
+_PARENT = '''
+import sys, time
+from jaxrl_pt import config as cfg
+from jaxrl_pt.verifiers.pool import Pool
+pool = Pool(cfg.PythonVerifier('tests.verifiers.misbehaving:judge'),
+            cfg.VerifierPool(num_workers=2, cpu_seconds=500, wall_seconds=500))
+pids = [int(j.score) for j in pool.submit([('pid', '')] * 40).result()]
+pool.submit([(sys.argv[1], ''), ('good', '')])
+print(*sorted(set(pids)), flush=True)
+time.sleep(1000)
+'''
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
+@pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGINT], ids=['SIGKILL', 'Ctrl-C'])
+def test_children_end_with_their_parent_even_in_the_middle_of_an_item(number):
+  parent = subprocess.Popen([sys.executable, '-c', _PARENT, 'spin'], cwd=ROOT, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+  pids = [int(pid) for pid in parent.stdout.readline().split()]
+  assert pids and all(_exists(pid) for pid in pids)
+  parent.send_signal(number)
+  parent.wait(60)
+  deadline = time.monotonic() + 20
+  while any(_exists(pid) for pid in pids) and time.monotonic() < deadline:
+    time.sleep(0.05)
+  assert not any(_exists(pid) for pid in pids)
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
+def test_what_a_verifier_has_started_ends_with_it(tmp_path):
+  with Pool(MISBEHAVING, cfg.VerifierPool(num_workers=1, wall_seconds=2)) as pool:
+    assert _outcomes(pool, f'grandchild {tmp_path / "pids"}') == [Outcome.TIMEOUT]
+  pids = [int(pid) for pid in (tmp_path / 'pids').read_text(encoding='utf-8').split()]
+  deadline = time.monotonic() + 10
+  while any(_exists(pid) for pid in pids) and time.monotonic() < deadline:
+    time.sleep(0.05)
+  assert not any(_exists(pid) for pid in pids)
+
+
+# --- From tokens to a verdict -----------------------------------------------------
+
+
+def test_rollouts_become_a_verdict_with_masked_rows_and_parts():
+  texts = [['good', 'spin'], ['bad', 'raise']]
+  tokens = np.zeros((2, 2, 6), np.int32)
+  mask = np.zeros((2, 2, 6), np.float32)
+  for n, g in np.ndindex(2, 2):
+    ids = [*texts[n][g].encode(), 256]  # with the token that ends a response
+    tokens[n, g, :len(ids)], mask[n, g, :len(ids)] = ids, 1
+  rollout = Rollout(tokens, mask, mask, np.int32(0))
+  with Pool(MISBEHAVING, LIMITS) as pool:
+    verdict = host.submit(pool, ByteTokenizer().decode, rollout, ['good', 'good']).result()
+  np.testing.assert_array_equal(verdict.reward, [[1, 0], [0, 0]])
+  np.testing.assert_array_equal(verdict.valid, [[1, 0], [1, 0]])
+  np.testing.assert_array_equal(verdict.correct, [[1, 0], [0, 0]])
+  np.testing.assert_array_equal(verdict.parts['answer'], [[1, 0], [0, 0]])
+
+
+def test_composite_weighs_and_names_each_part():
+  def first(response, _):
+    return Judgement(Outcome.WRONG, {'format': 1.0, 'answer': -1.5})
+
+  def second(response, _):
+    return Judgement(Outcome.CORRECT, {'length': 0.5})
+
+  judged = build.composite([first, second], (2.0, -1.0), ['Logic', 'Length'])('', '')
+  assert judged == Judgement(Outcome.WRONG, {'Logic/format': 2.0, 'Logic/answer': -3.0,
+                                             'Length/length': -0.5})
+  assert judged.score == -1.5
+  settings = cfg.Composite((cfg.LogicVerifier(), cfg.LengthVerifier(10, 20)), (1.0, 2.0))
+  judged = build.host_verifier(settings)('x' * 15, 'Ann is a knight')
+  assert tuple(judged.parts) == build.part_names(settings)
+  assert judged.outcome is Outcome.UNPARSED and judged.score == -3 + 2 * 0.5
