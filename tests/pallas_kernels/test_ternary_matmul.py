@@ -57,7 +57,8 @@ def test_kernel_is_the_integer_product(M, K, N, activations, per_column, generat
   np.testing.assert_array_equal(np.asarray(out), np.asarray(expected))
 
 
-@pytest.mark.parametrize('M, K, N', [(1, 128, 128), (33, 200, 130), (130, 128, 300), (600, 128, 128)])
+@pytest.mark.parametrize('M, K, N', [(1, 128, 128), (33, 200, 130), (130, 128, 300),
+                                     (600, 128, 128)])
 @pytest.mark.parametrize('activations', ['int8', 'int4'])
 def test_kernel_equals_the_reference_bit_for_bit(M, K, N, activations):
   args = arguments(1, M, K, N, activations)
