@@ -132,7 +132,10 @@ def _rollout_metrics(experience: Experience, reward: Array) -> Metrics:
 
 def _split(tree: Any, parts: int) -> Any:
   """[N, …] → [parts, N / parts, …]. Part m has rows m, m + parts, …: every device keeps its own."""
-  return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), tree)
+  def split(x: Array) -> Array:
+    return jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)
+
+  return jax.tree.map(split, tree)
 
 
 def _updates(update: Callable[[TrainState, Lesson], tuple[TrainState, Metrics]],
@@ -209,11 +212,14 @@ def make_loss(model: Model, sampler: cfg.Sampler, method: cfg.Algorithm, loss_ch
     if method.entropy_coef:
       terms -= method.entropy_coef * scores.entropy
     total = (lesson.weights * terms).sum()
+    measured: Metrics = {}
     if isinstance(method.advantage, cfg.GAE):
       # Under its own optimizer, whose step does not depend on the scale of the gradient.
-      error = _values(head, jax.lax.stop_gradient(hidden)) - lesson.returns
-      total += 0.5 * (lesson.weights * jnp.square(error)).sum()
+      error = 0.5 * jnp.square(_values(head, jax.lax.stop_gradient(hidden)) - lesson.returns)
+      total += (lesson.weights * error).sum()
+      measured['value_loss'] = Weighted.of(error, mask)
     return total, {
+        **measured,
         'gap': objectives.trainer_sampler_gap(logp, lesson.sampler_logp, mask),
         'entropy': Weighted.of(scores.entropy, mask),
         'correction': Weighted.of(correction, mask),

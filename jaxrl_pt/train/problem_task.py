@@ -75,7 +75,7 @@ def _make_scorer(session: sessions.Session, rollouts: cfg.Rollouts, judge: OnDev
     batches.append((session.put_rows(prompts), references, rows < len(held_out)))
 
   def score(params: Params) -> dict[str, float]:
-    params = hand_over(params)
+    params = hand_over(params, 0)
     results = {}
     for suffix, sample in samplers.items():
       rows = []

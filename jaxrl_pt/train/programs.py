@@ -4,7 +4,7 @@ The loops call the functions that make a step; `of_run` puts the same steps besi
 arguments, so that a program can be lowered for devices that are not there and without data.
 """
 
-import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -14,9 +14,8 @@ import optax
 
 from jaxrl_pt import config as cfg
 from jaxrl_pt import metrics
-from jaxrl_pt.models import transformer
-from jaxrl_pt.nn import quant
 from jaxrl_pt.parallel import rules
+from jaxrl_pt.sampling import handover
 from jaxrl_pt.train import learner, losses, optim, rl_step
 from jaxrl_pt.train import session as sessions
 from jaxrl_pt.train import state as states
@@ -80,48 +79,20 @@ def reference(run: cfg.Run, mesh: Mesh, rollouts: cfg.Rollouts) -> Any:
       model, params, prompts, rollout, rollouts.sampler, run.compute.loss_chunk))
 
 
-def hand_over(run: cfg.Run, mesh: Mesh) -> Any:
-  """The jitted params → the sampler's copy of them, laid out by the sampler's table.
+def hand_over(run: cfg.Run, mesh: Mesh) -> Callable[[Params, int], Params]:
+  """(params, version) → the sampler's copy of them, checked on arrival.
 
-  What the forward pass casts anyhow travels in the dtype of the computation, and BitLinear
-  weights as the 2-bit codes that it makes of them. On one device nothing travels, and the
-  parameters are the sampler's as they are.
+  On one device nothing travels, and the trainer's parameters are the sampler's as they are.
   """
   if mesh.size == 1:
-    return lambda params: params
-  return jax.jit(functools.partial(_sampler_copy, run),
-                 out_shardings=_sampler_shardings(run, mesh))
+    return lambda params, version: params
+  model = sessions.build_model(run.model, run.compute, mesh)
+  give = handover.make_hand_over(model, mesh, _packed(run))
+  return lambda params, version: give(params, version).params
 
 
-def _is_matrix(path: tuple[Any, ...]) -> bool:
-  return path[-1].key in transformer.PROJECTIONS
-
-
-def _sampler_copy(run: cfg.Run, params: Params) -> Params:
-  dtype = jnp.dtype(run.compute.dtype)
-  if run.model.quant.weights == 'ternary':
-    params = quant.pack(params, _is_matrix)
-
-  def cast(path: tuple[Any, ...], leaf: Any) -> Any:
-    is_cast = _is_matrix(path) or path[-1].key in ('embed', 'head')
-    packed = isinstance(leaf, quant.TernaryWeight)
-    return leaf.astype(dtype) if is_cast and not packed else leaf
-
-  return jax.tree_util.tree_map_with_path(
-      cast, params, is_leaf=lambda x: isinstance(x, quant.TernaryWeight))
-
-
-def _sampler_shardings(run: cfg.Run, mesh: Mesh) -> Any:
-  specs = sessions.build_model(run.model, run.compute, mesh).specs
-  scale = rules.replicated(mesh)
-
-  def sharding(path: tuple[Any, ...], one: NamedSharding) -> Any:
-    if run.model.quant.weights == 'ternary' and _is_matrix(path):
-      return quant.TernaryWeight(one, scale)  # type: ignore[arg-type]  # Same tree.
-    return one
-
-  return jax.tree_util.tree_map_with_path(
-      sharding, rules.param_shardings(specs, mesh, rules.SAMPLE))
+def _packed(run: cfg.Run) -> bool:
+  return run.model.quant.weights == 'ternary'
 
 
 def continuation_len(method: cfg.RPT) -> int:
@@ -201,11 +172,10 @@ def _rl_programs(run: cfg.Run, mesh: Mesh, state: TrainState, method: cfg.RPT | 
                    (state.params, prompts, rollout))]
   handed = state.params
   if mesh.size > 1:
-    found.append(Program('hand-over: parameters to the sampler', hand_over(run, mesh),
-                         (state.params,)))
-    handed = jax.tree.map(lambda x, sharding: _abstract(x.shape, x.dtype, sharding),
-                          jax.eval_shape(functools.partial(_sampler_copy, run), state.params),
-                          _sampler_shardings(run, mesh))
+    model = sessions.build_model(run.model, run.compute, mesh)
+    found.append(Program('hand-over: parameters to the sampler',
+                         handover.make_move(model, mesh, _packed(run)), (state.params,)))
+    handed = handover.abstract(model, mesh, _packed(run))
   sample = sampler(run, mesh, rollouts, _STOP_ID)
   return [Program('sampler: prefill and decode', sample, (handed, prompts, number, number)),
           *found]

@@ -96,7 +96,7 @@ class Stages:
   def draw(self, params: Params, batch: int, version: int) -> Drawn:
     """Dispatches the generation of responses to batch `batch`."""
     prompts, references = self.take(batch)
-    rollout = self._sample(self._hand_over(params), prompts, jnp.asarray(batch, jnp.int32),
+    rollout = self._sample(self._hand_over(params, version), prompts, jnp.asarray(batch, jnp.int32),
                            jnp.asarray(version, jnp.int32))
     return Drawn(batch, prompts, references, rollout)
 

@@ -62,6 +62,28 @@ cfg.RPT.scored_examples = 32
 cfg.RPT.eval_positions = 64
 """).replace('cfg.Cosine.peak = 0.01', 'cfg.Cosine.peak = 0.002')
 
+RL = PRETRAIN.replace('cfg.Run.objective = @cfg.NextToken()', """
+cfg.Run.objective = @cfg.RL()
+cfg.RL.start_from = '{start_from}'
+cfg.RL.problems = @cfg.Problems()
+cfg.Problems.source = @cfg.Arithmetic()
+cfg.Arithmetic.size = 200
+cfg.RL.verifier = @cfg.LengthVerifier()
+cfg.LengthVerifier.min_chars = 2
+cfg.LengthVerifier.max_chars = 9
+cfg.RL.rollouts = @cfg.Rollouts()
+cfg.RL.pool = @cfg.VerifierPool()
+cfg.VerifierPool.num_workers = 1
+cfg.Rollouts.num_prompts = 4
+cfg.Rollouts.group_size = 4
+cfg.Rollouts.prompt_len = 16
+cfg.Rollouts.response_tokens = 8
+cfg.RL.eval_problems = 8
+""").replace('cfg.Train.num_steps = 60', 'cfg.Train.num_steps = 8').replace(
+    'cfg.Train.eval_every = 15', 'cfg.Train.eval_every = 4').replace(
+        'cfg.Checkpoint.every = 10', 'cfg.Checkpoint.every = 2').replace(
+            'cfg.Train.log_every = 20', 'cfg.Train.log_every = 2')
+
 WORDS = 'the model reads a ternary word and then predicts another byte of it while resuming'.split()
 
 

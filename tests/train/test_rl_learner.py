@@ -1,0 +1,247 @@
+"""The learner: methods against each other, slices against the whole, state that moves."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrl_pt import config as cfg
+from jaxrl_pt import params as P
+from jaxrl_pt.models import transformer
+from jaxrl_pt.train import algorithm, learner, optim, rl_step
+from jaxrl_pt.train import state as states
+from jaxrl_pt.types import Prompts, Rollout, TrainState, Verdict
+
+CONFIG = cfg.Model(num_layers=1, d_model=16, d_ff=16, num_heads=2, num_kv_heads=1, head_dim=8,
+                   vocab_size=11)
+MODEL = transformer.build(CONFIG)
+PARAMS = P.init(MODEL.specs, jax.random.key(0))
+PARAMS = {**PARAMS, 'embed': PARAMS['embed'] * 20}
+N, G, S = 4, 4, 3
+quick_jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
+
+PROMPTS = Prompts(jnp.asarray([[3, 1, 4], [9, 2, 0], [6, 5, 3], [7, 0, 0]], jnp.int32),
+                  jnp.asarray([3, 2, 3, 1], jnp.int32), jnp.arange(N, dtype=jnp.int32),
+                  jnp.zeros((N, 0), jnp.int32), jnp.zeros(N, jnp.int32), jnp.zeros(N))
+
+
+def make_run(method: cfg.Algorithm, accumulation=1, **rollouts) -> cfg.Run:
+  objective = cfg.RL(
+      'unused', cfg.Problems(cfg.Arithmetic(9)), cfg.AnswerMatch(), algorithm=method,
+      rollouts=cfg.Rollouts(num_prompts=N, group_size=G, prompt_len=3, response_tokens=S,
+                            **rollouts))
+  return cfg.Run(
+      seed=1, model=CONFIG, objective=objective,
+      data=cfg.Data(source=cfg.PythonStdlib(), tokenizer=cfg.Bytes(), seq_len=16),
+      optimizer=cfg.AdamW(schedule=cfg.Constant(0.01), weight_decay=0.0, clip_norm=0.0),
+      train=cfg.Train(num_steps=9, batch_size=4, accumulation=accumulation))
+
+
+def make_state(run: cfg.Run) -> tuple[TrainState, object]:
+  optimizer = optim.make_optimizer(run.optimizer, run.train.num_steps)
+  return TrainState(jnp.zeros((), jnp.int32), PARAMS, optimizer.init(PARAMS),
+                    states.new_method(run)), optimizer
+
+
+@functools.cache
+def drawn() -> Rollout:
+  run = make_run(cfg.Algorithm())
+  sample = rl_step.make_sampler(MODEL, 1, run.objective.rollouts, stop_id=0)
+  return quick_jit(sample)(PARAMS, PROMPTS, jnp.int32(0), jnp.int32(0))
+
+
+def experience(reference_logp=None, correct=None) -> learner.Experience:
+  rng = np.random.default_rng(0)
+  correct = jnp.asarray(rng.integers(0, 2, (N, G)) if correct is None else correct, jnp.float32)
+  valid = jnp.ones((N, G)).at[1, 2].set(0)
+  reference = jnp.zeros((N, G, S)) if reference_logp is None else reference_logp
+  return learner.Experience(PROMPTS, drawn(), Verdict(correct, valid, correct, {'a': correct}),
+                            reference)
+
+
+def learn(method: cfg.Algorithm, batch=None, accumulation=1, steps=1, **rollouts):
+  run = make_run(method, accumulation, **rollouts)
+  state, optimizer = make_state(run)
+  step = quick_jit(learner.make_learner(MODEL, optimizer, run, run.objective.rollouts, method))
+  for _ in range(steps):
+    state, metrics = step(state, experience() if batch is None else batch)
+  return state, {name: float(value.mean()) for name, value in metrics.items()}
+
+
+def assert_same(one, other, rtol=1e-4):
+  for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+    np.testing.assert_allclose(a, b, atol=rtol * np.abs(b).max())
+
+
+# --- Methods --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('surrogate', [cfg.PPOClip(), cfg.DualClip(), cfg.CISPO(), cfg.GSPO()],
+                         ids=lambda s: type(s).__name__)
+def test_with_one_update_a_batch_every_surrogate_is_the_policy_gradient(surrogate):
+  """specs/baselines.md; GSPO's ratio being the sequence's, only with a mean in each response."""
+  parts = {'aggregation': cfg.SequenceMeanTokenMean(), 'advantage': cfg.RLOO()}
+  plain, _ = learn(cfg.Algorithm(**parts))
+  other, metrics = learn(cfg.Algorithm(surrogate=surrogate, **parts))
+  assert metrics['clip_fraction'] == 0
+  # Moments are linear in the gradient, and do not divide by it as the update does.
+  assert_same(other.opt_state[1].mu, plain.opt_state[1].mu)
+
+
+def test_what_the_surrogates_do_after_the_first_update_differs():
+  results = [learn(cfg.Algorithm(surrogate=s, epochs=4, aggregation=cfg.TokenMean()))
+             for s in (cfg.PPOClip(0.01, 0.01), cfg.CISPO(0.01, 0.01))]
+  assert all(metrics['clip_fraction'] > 0 for _, metrics in results)
+  assert (results[0][0].params['embed'] != results[1][0].params['embed']).any()
+
+
+ADVANTAGES = (cfg.GRPO(), cfg.DrGRPO(), cfg.RLOO(), cfg.OPO(), cfg.OPOLeaveOneOut(),
+              cfg.OPOBatch(), cfg.ReinforcePlusPlus(), cfg.ReinforcePlusPlusBaseline(),
+              cfg.GAE(), cfg.OptimalTokenBaseline())
+
+
+@pytest.mark.parametrize('advantage', ADVANTAGES, ids=lambda a: type(a).__name__)
+def test_every_advantage_prefers_what_was_rewarded(advantage):
+  """Rows not judged take no part, and what is left sums to about nothing."""
+  method = cfg.Algorithm(advantage=advantage)
+  batch = experience()
+  mask = batch.rollout.mask * batch.verdict.valid[..., None]
+  scores = quick_jit(functools.partial(learner.response_scores, MODEL, sampler=cfg.Sampler()))(
+      PARAMS, PROMPTS, batch.rollout.tokens)
+  values, returns = algorithm.token_advantage(
+      method, batch.verdict.reward, batch.rollout, mask, batch.verdict.valid,
+      batch.reference_logp, scores, jnp.zeros_like(mask))
+  assert values.shape == (N, G, S)
+  counted = np.asarray(values * mask)
+  right, wrong = (counted[np.asarray(batch.verdict.correct * batch.verdict.valid == c)
+                          & np.asarray(batch.verdict.valid > 0)] for c in (1, 0))
+  assert right.sum() > 0 > wrong.sum()
+  assert (returns != 0).any() == isinstance(advantage, cfg.GAE)
+
+
+def test_kl_in_the_reward_is_taken_from_it():
+  batch = experience()
+  far = dataclasses.replace(batch, reference_logp=jnp.where(
+      jnp.arange(G)[:, None] == 0, batch.rollout.logp - 2, batch.rollout.logp))
+  mask = batch.rollout.mask * batch.verdict.valid[..., None]
+  zero = jnp.zeros_like(batch.verdict.reward)
+  method = cfg.Algorithm(advantage=cfg.DrGRPO(), kl=cfg.KLInReward(0.5))
+  advantage, _ = algorithm.token_advantage(method, zero, batch.rollout, mask, batch.verdict.valid,
+                                           far.reference_logp, None, None)
+  # Sample 0 of each group pays 0.5 · 2 nats for each of its tokens, the others nothing.
+  paid = np.zeros((N, G))
+  paid[:, 0] = -np.asarray(mask.sum(-1))[:, 0]
+  valid = np.asarray(batch.verdict.valid)
+  want = (paid - (paid * valid).sum(1, keepdims=True) / valid.sum(1, keepdims=True)) * valid
+  np.testing.assert_allclose(advantage[..., 0], want, atol=1e-6)
+
+
+def test_kl_in_the_loss_pulls_towards_the_reference():
+  batch = experience(correct=np.zeros((N, G)))  # No reward: KL alone moves the policy.
+  batch = dataclasses.replace(batch, reference_logp=batch.rollout.logp + 0.5)
+  method = cfg.Algorithm(kl=cfg.KLInLoss(1.0, 'k2'))
+  state, metrics = learn(method, batch, steps=5)
+  assert metrics['zero_advantage_groups'] == 1
+  scores = learner.response_scores(MODEL, state.params, PROMPTS, batch.rollout.tokens,
+                                   cfg.Sampler())
+  before, after = (float((jnp.square(batch.reference_logp - logp) * batch.rollout.mask).sum())
+                   for logp in (batch.rollout.logp, scores.logp))
+  assert after < 0.8 * before
+
+
+def test_entropy_bonus_raises_entropy():
+  batch = experience(correct=np.zeros((N, G)))
+  _, first = learn(cfg.Algorithm(), batch)
+  _, later = learn(cfg.Algorithm(entropy_coef=1.0), batch, steps=5)
+  assert later['entropy'] > first['entropy'] + 0.01
+
+
+def test_a_cap_of_one_lowers_and_a_stale_sampler_weighs():
+  """A sampler that was twice as sure gets half the weight; one half as sure is capped."""
+  batch = experience()
+  for factor, want in ((np.log(2), 0.5), (-np.log(2), 1.0)):
+    stale = dataclasses.replace(batch, rollout=dataclasses.replace(
+        batch.rollout, logp=batch.rollout.logp + factor))
+    _, metrics = learn(cfg.Algorithm(correction=cfg.TokenTIS(1.0)), stale,
+                       mode=cfg.OneStepOff())
+    np.testing.assert_allclose(metrics['correction'], want, rtol=1e-3)
+    np.testing.assert_allclose(metrics['staleness'], 2.0, rtol=1e-3)
+    assert 'gap' not in metrics
+
+
+# --- Slices and several updates -------------------------------------------------
+
+
+@pytest.mark.parametrize('aggregation', [
+    cfg.TokenMean(), cfg.SequenceMeanTokenSum(), cfg.SequenceMeanTokenMean(),
+    cfg.ConstantDivisor(7)], ids=lambda a: type(a).__name__)
+def test_accumulation_is_exact(aggregation):
+  method = cfg.Algorithm(advantage=cfg.GAE(), aggregation=aggregation,
+                         surrogate=cfg.GSPO(), entropy_coef=0.1)
+  whole, metrics = learn(method)
+  sliced, sliced_metrics = learn(method, accumulation=2)
+  assert_same(sliced.opt_state[1].mu, whole.opt_state[1].mu)
+  assert_same(sliced.method.value.opt_state[0].mu, whole.method.value.opt_state[0].mu)
+  for name, value in metrics.items():
+    np.testing.assert_allclose(sliced_metrics[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def test_one_minibatch_once_is_the_whole_batch_and_two_are_two_updates():
+  ppo = functools.partial(cfg.Algorithm, surrogate=cfg.PPOClip(), advantage=cfg.RLOO())
+  state, metrics = learn(ppo(minibatches=2, epochs=2))
+  assert int(state.step) == 1 and int(state.opt_state[1].count) == 4
+  assert 1 <= metrics['gap'] < 1.001  # Of the first update.
+  once, _ = learn(ppo())
+  assert int(once.opt_state[1].count) == 1
+
+
+def test_a_correction_of_several_updates_compares_the_policy_before_them():
+  method = cfg.Algorithm(surrogate=cfg.PPOClip(), epochs=3, correction=cfg.TokenTIS(2.0))
+  _, metrics = learn(method)
+  np.testing.assert_allclose(metrics['correction'], 1.0, rtol=1e-4)  # The sampler was right.
+
+
+# --- State of the method --------------------------------------------------------
+
+
+def test_the_value_head_learns_the_reward():
+  correct = np.ones((N, G))
+  method = cfg.Algorithm(advantage=cfg.GAE(value_lr=0.1), aggregation=cfg.TokenMean())
+  _, first = learn(method, experience(correct=correct))
+  state, last = learn(method, experience(correct=correct), steps=30)
+  assert last['value_loss'] < 0.1 * first['value_loss']
+  assert set(state.method.value.params) == {'weight', 'bias'}
+
+
+def test_short_rls_gate_is_state_and_closes_when_accuracy_falls():
+  method = cfg.Algorithm(shaping=cfg.ShortRL(slack_tokens=0, slack_accuracy=0.1))
+  run = make_run(method)
+  state, optimizer = make_state(run)
+  step = quick_jit(learner.make_learner(MODEL, optimizer, run, run.objective.rollouts, method))
+  good, bad = (experience(correct=np.full((N, G), c)) for c in (1.0, 0.0))
+  state, metrics = step(state, good)
+  assert float(metrics['gate_open'].mean()) == 1 and float(state.method.gate) == 1
+  state, metrics = step(state, bad)
+  assert float(metrics['gate_open'].mean()) == 0 and float(state.method.gate) == 1
+
+
+def test_a_step_that_is_not_finite_leaves_gate_and_head_alone():
+  method = cfg.Algorithm(advantage=cfg.GAE(), shaping=cfg.ShortRL())
+  run = make_run(method)
+  state, optimizer = make_state(run)
+  step = quick_jit(learner.make_learner(MODEL, optimizer, run, run.objective.rollouts, method))
+  batch = experience()
+  broken = dataclasses.replace(batch, verdict=dataclasses.replace(
+      batch.verdict, reward=batch.verdict.reward * jnp.nan))
+  after, metrics = step(state, broken)
+  assert float(metrics['nonfinite'].mean()) == 1
+  jax.tree.map(np.testing.assert_array_equal, after, state)
+
+
+def test_parts_of_the_reward_are_logged_apart():
+  _, metrics = learn(cfg.Algorithm())
+  assert metrics['reward/a'] == metrics['reward'] == metrics['accuracy']
+  assert metrics['judged'] == 15 / 16
