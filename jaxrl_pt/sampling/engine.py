@@ -197,25 +197,30 @@ class Engine:
         self._free.append(row)
     return news
 
-  def run(self, requests: Iterable[Request]) -> dict[int, list[Response]]:
-    """Answers requests to the end.
+  def run(self, requests: Iterable[Request]) -> list[list[Response]]:
+    """Answers requests to the end; those of the largest budget start first, so that no long
+    response is left to run alone.
 
     Returns:
-      {request number: its whole responses, by sample}.
+      For each request its whole responses, by sample.
+
+    Raises:
+      UserError: one of the requests is wrong; none has been queued.
     """
-    waiting = list(requests)[::-1]
-    done: dict[int, list[Response]] = {}
-    numbers: dict[int, int] = {}
-    for request in waiting:
+    requests = list(requests)
+    for request in requests:
       self.check(request)
-    total = len(waiting)
+    waiting = sorted(range(len(requests)), key=lambda i: requests[i].max_tokens)  # From its end.
+    numbers: dict[int, int] = {}
+    done: list[list[Response]] = [[] for _ in requests]
     while waiting or self._rows:
-      while waiting and waiting[-1].num_samples <= self.room():
-        numbers[self.submit(waiting.pop())] = len(numbers)
+      while waiting and requests[waiting[-1]].num_samples <= self.room():
+        number = waiting.pop()
+        numbers[self.submit(requests[number])] = number
       for handle, response in self.advance(None if waiting else self._shape.response_len):
         if response.finish:
-          done.setdefault(numbers[handle], []).append(response)
-    return {n: sorted(done[n], key=lambda r: r.sample) for n in range(total)}
+          done[numbers[handle]].append(response)
+    return [sorted(group, key=lambda r: r.sample) for group in done]
 
   def load(self, params: Params, version: int) -> None:
     """Takes other parameters of the same shapes.

@@ -73,7 +73,7 @@ def assert_equal(responses, wanted, atol=1e-5):
 
 
 def flat(done):
-  return [response for group in done.values() for response in group]
+  return [response for group in done for response in group]
 
 
 @pytest.mark.parametrize('sampler', [
