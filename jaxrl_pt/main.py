@@ -78,12 +78,26 @@ def _make_parser() -> argparse.ArgumentParser:
   _add_gin(evaluate, "other data than the run's own")
   _add_json(evaluate)
 
+  _add_rl_commands(add)
   _add_tpu_commands(add)
   doctor = add('doctor', 'What this machine offers, and a self-check of ten seconds.',
                'jaxrl-pt doctor --json')
   _add_workdir(doctor, '.')
   _add_json(doctor)
   return parser
+
+
+def _add_rl_commands(add: Callable[[str, str, str], argparse.ArgumentParser]) -> None:
+  add('methods', 'The methods of reinforcement learning: equation, paper, gin file, experiment.',
+      'jaxrl-pt methods')
+  replay = add('replay', 'One half of an RL step alone: learn from kept rollouts, or only draw.',
+               'jaxrl-pt replay --workdir runs/opo_tiny --only learner --step 10')
+  _add_workdir(replay)
+  _add_step(replay)
+  replay.add_argument('--only', choices=('learner', 'sampler'), required=True,
+                      help='learner: from the rollouts that Rollouts.dump_every = 1 has kept; '
+                      'sampler: the batch after the checkpoint')
+  _add_json(replay)
 
 
 def _add_tpu_commands(add: Callable[[str, str, str], argparse.ArgumentParser]) -> None:
@@ -299,6 +313,20 @@ def _eval(args: argparse.Namespace) -> int:
   return 0
 
 
+def _methods(args: argparse.Namespace) -> int:
+  from jaxrl_pt import methods
+  print(methods.table())
+  return 0
+
+
+def _replay(args: argparse.Namespace) -> int:
+  from jaxrl_pt.train import replay
+  half = replay.learner if args.only == 'learner' else replay.sampler
+  found: Any = half(args.workdir, args.step)
+  print(json.dumps(found, ensure_ascii=False, indent=2) if args.json else replay.text(found))
+  return 0
+
+
 def _doctor(args: argparse.Namespace) -> int:
   from jaxrl_pt import doctor
   found = doctor.examine(args.workdir)
@@ -342,7 +370,7 @@ def _kernels(args: argparse.Namespace) -> int:
 
 
 _COMMANDS = {'quickstart': _quickstart, 'train': _train, 'sample': _sample, 'chat': _chat,
-             'serve': _serve, 'eval': _eval,
+             'serve': _serve, 'eval': _eval, 'methods': _methods, 'replay': _replay,
              'doctor': _doctor, 'kernels': _kernels, 'preflight': _preflight}
 
 

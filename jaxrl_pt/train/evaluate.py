@@ -108,7 +108,12 @@ def _restore(workdir: Path, step: int | None, data: cfg.Data | None,
 
 def load_state(workdir: Path, step: int | None = None) -> TrainState:
   """The whole training state of a checkpoint, e.g. to compare two runs."""
-  return _restore(workdir, step, None, cfg.Mesh(), part='')[1].state
+  return load_run(workdir, step)[1].state
+
+
+def load_run(workdir: Path, step: int | None = None) -> tuple[sessions.Session, Restored]:
+  """A run as a checkpoint has it: its surroundings, whole state and extras."""
+  return _restore(workdir, step, None, cfg.Mesh(), part='')
 
 
 def evaluate_workdir(workdir: Path, *, step: int | None = None,

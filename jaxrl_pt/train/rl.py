@@ -29,7 +29,7 @@ from jaxrl_pt.checkpoint import Checkpointer
 from jaxrl_pt.checksum import checksum
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.models.base import Model
-from jaxrl_pt.train import evaluate, optim, problem_task, programs, replay, rpt
+from jaxrl_pt.train import evaluate, optim, problem_task, programs, rollouts, rpt
 from jaxrl_pt.train import session as sessions
 from jaxrl_pt.train import state as states
 from jaxrl_pt.train.interrupt import stop_on_signals
@@ -89,7 +89,7 @@ def train(run: cfg.Run, workdir: Path, resolved_text: str) -> None:
         recorder.dispatched(step + 1, done.values, done.drawn.ids, programs.num_tokens(run))
         recorder.time(stages.finish(state, done.drawn))
         if method.rollouts.dump_every and (step + 1) % method.rollouts.dump_every == 0:
-          replay.dump(workdir / replay.FOLDER, step + 1, done, session.data.tokenizer)
+          rollouts.dump(workdir / rollouts.FOLDER, step + 1, done, session.data.tokenizer)
 
         is_last = step + 1 == run.train.num_steps
         if is_last or (step + 1) % run.train.eval_every == 0:

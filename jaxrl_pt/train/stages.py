@@ -100,6 +100,11 @@ class Stages:
                            jnp.asarray(version, jnp.int32))
     return Drawn(batch, prompts, references, rollout)
 
+  def put_rollout(self, rollout: Rollout) -> Rollout:
+    """A rollout on the host → the devices, its groups split as the prompts are."""
+    tokens, mask, logp = self._session.put_rows(_rows(rollout))
+    return Rollout(tokens, mask, logp, jnp.asarray(rollout.version, jnp.int32))
+
   def drawn(self, batch: int, rollout: Rollout) -> Drawn:
     """Batch `batch` whose responses a checkpoint has kept."""
     return Drawn(batch, *self.take(batch), rollout)
