@@ -45,6 +45,7 @@ class Worker:
     self._room = engine.room()  # rows that are not promised to any job
     self._jobs: dict[int, tuple[Job, int]] = {}  # handle → job, number of the request in it
     self._left: dict[int, int] = {}  # handle → responses under way
+    self._has_begun = self._is_short = False
     self.failure: Exception | None = None
     self._thread = threading.Thread(target=self._work, name='engine', daemon=True)
 
@@ -103,7 +104,7 @@ class Worker:
     try:
       while self._obey():
         if self._jobs:
-          for handle, response in self._engine.advance():
+          for handle, response in self._engine.advance(self._steps()):
             self._deliver(handle, response)
     except Exception as e:  # Whatever broke the engine, those who wait must be told.
       logging.getLogger(__name__).exception('The engine has failed.')
@@ -129,6 +130,15 @@ class Worker:
         command()
     return None not in commands
 
+  def _steps(self) -> int | None:
+    """Steps of the next call: one where a job has just begun, for an early first token.
+
+    Not twice in a row, so that many new jobs cannot keep the calls short.
+    """
+    self._is_short = self._has_begun and not self._is_short
+    self._has_begun = False
+    return 1 if self._is_short else None
+
   def _begin(self, job: Job) -> None:
     if self.failure is not None:
       job.listener(0, self.failure)
@@ -141,6 +151,7 @@ class Worker:
       job.handles.append(handle)
       self._jobs[handle] = job, number
       self._left[handle] = request.num_samples
+      self._has_begun = True
 
   def _end(self, job: Job) -> None:
     for handle in job.handles:

@@ -157,9 +157,9 @@ def slow(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
   """The engine takes its time, so that something can happen meanwhile."""
   advance = engine.advance
 
-  def slowly() -> list:
+  def slowly(max_steps: int | None = None) -> list:
     time.sleep(0.05)
-    return advance()
+    return advance(max_steps)
 
   monkeypatch.setattr(engine, 'advance', slowly)
 
@@ -227,8 +227,8 @@ def test_a_broken_engine_tells_all_and_is_unhealthy(slow: None, engine: Engine,
     stream = ask(server, stream=True)
     next(iter(stream))
     whole = engine.advance
-    def broken() -> list:
-      whole()
+    def broken(max_steps: int | None) -> list:
+      whole(max_steps)
       raise RuntimeError('out of luck')
     monkeypatch.setattr(engine, 'advance', broken)
     with pytest.raises(openai.APIError, match='out of luck'):
