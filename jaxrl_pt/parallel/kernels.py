@@ -21,11 +21,12 @@ from jax.typing import DTypeLike
 
 from jaxrl_pt.config import ActivationQuant
 from jaxrl_pt.nn import ops
-from jaxrl_pt.nn.attention import causal_attention
+from jaxrl_pt.nn.attention import branch_attention, causal_attention
 from jaxrl_pt.nn.norm import rms_norm
 from jaxrl_pt.nn.quant import hadamard
 from jaxrl_pt.parallel.rules import TRAIN, Rules, partition_spec
 from jaxrl_pt.types import Array
+from pallas_kernels import branch_decode as branch_kernel
 from pallas_kernels import dispatch
 from pallas_kernels.dispatch import Generation, Implementation
 from pallas_kernels.hadamard_quantize import hadamard_quantize
@@ -51,7 +52,10 @@ def kernel_ops(mesh: Mesh, rules: Rules, generation: Generation,
       _or_xla('ternary_matmul', Implementation('tpu', product), ops.product),
       _or_xla('hadamard_quantize', Implementation('tpu', rotated), ops.rotated),
       _or_xla('attention', Implementation('splash', on(_attention, mesh, rules, interpret)),
-              causal_attention))
+              causal_attention),
+      _or_xla('branch_decode',
+              Implementation('tpu', on(_branches, mesh, rules, generation, interpret)),
+              branch_attention))
 
 
 def _or_xla(op: str, kernel: Implementation, definition: Callable[..., Any]
@@ -185,3 +189,30 @@ def _attention(mesh: Mesh, rules: Rules, interpret: bool, q: Array, k: Array, v:
   sharded = jax.shard_map(local, mesh=mesh, check_vma=False, out_specs=spec,
                           in_specs=(spec, spec, spec, PartitionSpec(rules['batch'] or None, None)))
   return sharded(q, k, v, segments_BT)
+
+
+def _branches(mesh: Mesh, rules: Rules, generation: Generation, interpret: bool, q_NRSHE: Array,
+              k_prefix: Array, v_prefix: Array, lengths_NR: Array, k_own: Array, v_own: Array,
+              step: Array | int) -> Array:
+  """One new token of each branch by the branch kernel; documents and heads split over chips."""
+  if q_NRSHE.shape[2] != 1:
+    raise NotImplementedError('the kernel takes one new token a branch')
+  rows, heads, kv_heads = (rules[name] or None for name in ('batch', 'heads', 'kv_heads'))
+  q_spec = PartitionSpec(rows, None, None, heads, None)
+  keys, own = PartitionSpec(rows, kv_heads), PartitionSpec(rows, kv_heads)
+  for x, spec in ((q_NRSHE, q_spec), (k_prefix, PartitionSpec(rows, kv_heads, None, None))):
+    _check_divides(mesh, x.shape, spec)
+
+  def local(q: Array, k_prefix: Array, v_prefix: Array, lengths_NR: Array, k_own: Array,
+            v_own: Array, step: Array) -> Array:
+    out_NHRE, _ = branch_kernel.branch_decode(
+        q[:, :, 0].transpose(0, 2, 1, 3), k_prefix.astype(q.dtype), v_prefix.astype(q.dtype),
+        lengths_NR, k_own.astype(q.dtype), v_own.astype(q.dtype),
+        jnp.broadcast_to(step + 1, lengths_NR.shape), generation=generation, interpret=interpret)
+    return out_NHRE.transpose(0, 2, 1, 3)[:, :, None]
+
+  sharded = jax.shard_map(
+      local, mesh=mesh, check_vma=False, out_specs=q_spec,
+      in_specs=(q_spec, keys, keys, PartitionSpec(rows), own, own, PartitionSpec()))
+  return sharded(q_NRSHE, k_prefix, v_prefix, lengths_NR, k_own, v_own,
+                 jnp.asarray(step, jnp.int32))
