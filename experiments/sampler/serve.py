@@ -181,10 +181,13 @@ def plot(rounds: list[Round], memories: list[list[tuple[float, float]]], path: P
   left.set(xscale='log', xlabel='first-token latency, ms', ylabel='share of streams',
            title=f'{NUM_STREAMS} concurrent streams')
   left.legend()
+  start, most = 0.0, 0.0
   for i, memory in enumerate(memories):
-    right.plot(*zip(*memory, strict=True), label=f'minute {i + 1}')
-  right.set(xlabel='seconds', ylabel='resident memory of the server, MB', ylim=(0, None),
-            title='Memory under load')
+    seconds, mb = np.array(memory).T
+    right.plot(start + seconds, mb, label=f'minute {i + 1}')
+    start, most = start + seconds[-1], max(most, mb.max())
+  right.set(xlabel='seconds under load', ylabel='resident memory of the server, MB',
+            ylim=(0, 1.2 * most), title='Memory')
   right.legend()
   figure.savefig(path, dpi=120)
 

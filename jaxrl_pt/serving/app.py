@@ -41,7 +41,7 @@ def is_loopback(host: str) -> bool:
   try:
     return ipaddress.ip_address(host.strip('[]')).is_loopback
   except ValueError:
-    return host == 'localhost'
+    return host.lower() == 'localhost'
 
 
 def make_app(service: Service, worker: Worker, token: str | None = None) -> ASGIApp:
@@ -70,7 +70,8 @@ def make_app(service: Service, worker: Worker, token: str | None = None) -> ASGI
       Route('/v1/chat/completions', server.chat, methods=['POST']),
       Route('/v1/models', server.models), Route('/v1/models/{name}', server.model),
       Route('/health', server.health), Route('/metrics', server.metrics)],
-      exception_handlers={ApiError: _api_error, HTTPException: _http_error})
+      exception_handlers={ApiError: _api_error, HTTPException: _http_error,
+                          ClientDisconnect: _nobody, Exception: _defect})
   return _Guard(app, token, telemetry, [route.path for route in app.routes
                                         if isinstance(route, Route)])
 
@@ -91,8 +92,18 @@ def _http_error(request: Request, error: Exception) -> Response:
                          f'{error.detail}.'))
 
 
+def _nobody(request: Request, error: Exception) -> Response:
+  del request, error
+  return Response(status_code=499)  # For the counts only: the client has gone.
+
+
+def _defect(request: Request, error: Exception) -> Response:
+  del request, error  # uvicorn writes the traceback to its log.
+  return _error(ApiError(500, 'The server failed; its log says how.'))
+
+
 class _Guard:
-  """Lets in who may come in, counts the answers, and gives a defect a shape."""
+  """Lets in who may come in, and counts the answers."""
 
   def __init__(self, app: ASGIApp, token: str | None, telemetry: Telemetry,
                paths: list[str]) -> None:
@@ -104,25 +115,14 @@ class _Guard:
       await self._app(scope, receive, send)
       return
     path = scope['path'] if scope['path'] in self._paths else 'other'
-    has_started = False
 
     async def counted(message: Message) -> None:
-      nonlocal has_started
       if message['type'] == 'http.response.start':
-        has_started = True
         self._telemetry.requests[path, message['status']] += 1
       await send(message)
 
     refusal = self._refusal(dict(scope['headers']), scope['path'])
-    try:
-      await (_error(refusal) if refusal else self._app)(scope, receive, counted)
-    except ClientDisconnect:
-      pass  # Nobody is there to be answered.
-    except Exception:
-      if not has_started:
-        await _error(ApiError(500, 'The server failed; its log says how.'))(
-            scope, receive, counted)
-      raise  # uvicorn writes the traceback to its log.
+    await (_error(refusal) if refusal else self._app)(scope, receive, counted)
 
   def _refusal(self, headers: dict[bytes, bytes], path: str) -> ApiError | None:
     if self._expected is None:

@@ -10,6 +10,7 @@ import openai
 import pytest
 
 from jaxrl_pt.sampling.engine import Engine, Request
+from jaxrl_pt.serving import protocol
 from tests.serving.conftest import SIZES, TOKENIZER, Running, running
 
 EOS = TOKENIZER.eos_id
@@ -207,6 +208,9 @@ def test_a_client_that_leaves_frees_slots_and_pages(slow: None, server: Running,
   assert counters['pages_in_use'] == idle
   text = httpx2.get(f'{server.url}/metrics').text
   assert 'jaxrl_pt_disconnects_total 1\n' in text and 'jaxrl_pt_responses 0\n' in text
+  status = 200 if stream else 499
+  assert f'jaxrl_pt_requests_total{{path="/v1/completions",status="{status}"}}' in text
+  assert 'status="500"' not in text
 
 
 def test_going_down_ends_what_is_under_way(slow: None, engine: Engine):
@@ -241,6 +245,18 @@ def test_a_broken_engine_tells_all_and_is_unhealthy(slow: None, engine: Engine,
     monkeypatch.setattr(engine, 'advance', whole)
   while engine.room() < SIZES.queue:
     engine.advance()
+
+
+def test_a_defect_has_a_shape_and_the_others_go_on(server: Running,
+                                                   monkeypatch: pytest.MonkeyPatch):
+  def broken(*args: object) -> None:
+    raise RuntimeError('a secret of the inside')
+  with monkeypatch.context() as patch:
+    patch.setattr(protocol, 'completion', broken)
+    with pytest.raises(openai.InternalServerError) as raised:
+      ask(server)
+  assert raised.value.type == 'server_error' and 'secret' not in str(raised.value)
+  assert ask(server).usage.prompt_tokens == 5
 
 
 # --- Around it ------------------------------------------------------------------------
