@@ -29,7 +29,7 @@ def candidates(generation: Generation) -> dict[str, list[tuple[dict, tuning.Case
   """Block choices for the tuner; rows of one bucket are tuned at its largest."""
   return {key(M, K, N, activations): [
       (choice._asdict(), _case(M, K, N, activations, choice, generation))
-      for choice in _choices(M, K, N, generation)]
+      for choice in _choices(M, K, N, activations, generation)]
       for M, (K, N), activations in _calls(generation) if M > 1}
 
 
@@ -39,7 +39,8 @@ def _calls(generation: Generation) -> Iterable[tuple[int, tuple[int, int], Activ
                 for activations in get_args(Activations))
 
 
-def _choices(M: int, K: int, N: int, generation: Generation) -> list[Blocks]:
+def _choices(M: int, K: int, N: int, activations: Activations,
+             generation: Generation) -> list[Blocks]:
   """Columns that divide N: a last block of few columns costs as much as a full one.
 
   Few rows take at least four blocks. The first waits for its weights, which the static floor
@@ -49,11 +50,11 @@ def _choices(M: int, K: int, N: int, generation: Generation) -> list[Blocks]:
     return [Blocks(M, columns, M) for columns in (256, 512, 640, 768, 1024, 1152, 2048)
             if N % columns == 0 and N // columns >= 4]
   if generation in ('v5e', 'v5p'):  # Small MXUs: code grows four times as fast.
-    return [Blocks(2048, columns, chunk) for columns, chunk in
-            ((256, 256), (256, 512), (256, 2048), (512, 256))]
-  # Fewer, wider steps hide more, in longer code.
+    return [Blocks(2048, 256, chunk) for chunk in (256, 512)]
+  # Fewer, wider steps hide more, in longer code: of int8 products they save little.
+  widest = (9 if activations == 'int4' else 4) << 20
   return [Blocks(2048, columns, chunk) for columns in (512, 768, 1024, 1280, 2304)
-          if N % columns == 0 and K * columns <= 9 << 20 for chunk in (256, 512, 1024)]
+          if N % columns == 0 and K * columns <= widest for chunk in (256, 512, 1024)]
 
 
 def _case(M: int, K: int, N: int, activations: Activations, chosen: Blocks,
