@@ -83,13 +83,15 @@ def puzzle(source: config.KnightsAndKnaves, index: int) -> Problem:
 
 
 def _statement(rng: np.random.Generator, num_people: int, speaker: int) -> Statement:
-  """About others only, where there are two of them; nobody says `I am a knave`."""
-  others = [p for p in range(num_people) if p != speaker]
-  first, second = rng.choice(others, 2, replace=len(others) < 2)
-  joins = len(_JOINS) if first != second else 1  # of one person, only the plain claim has a point
+  """First about another person, then, where joined, about any but that one.
+
+  Two people who make plain claims of each other never have one solution: joins are needed.
+  """
+  first = int(rng.choice([p for p in range(num_people) if p != speaker]))
+  second = int(rng.choice([p for p in range(num_people) if p != first]))
   knight = rng.integers(0, 2, 2) == 1
-  return Statement(int(rng.integers(joins)), Claim(int(first), bool(knight[0])),
-                   Claim(int(second), bool(knight[1])))
+  return Statement(int(rng.integers(len(_JOINS))), Claim(first, bool(knight[0])),
+                   Claim(second, bool(knight[1])))
 
 
 def _text(statement: Statement, names: list[str]) -> str:

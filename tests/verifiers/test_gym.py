@@ -1,0 +1,79 @@
+"""Every task of reasoning-gym by its name: deterministic, and judged by its own scorer."""
+
+import json
+
+import pytest
+
+from jaxrl_pt import config as cfg
+from jaxrl_pt.data import problems
+from jaxrl_pt.errors import UserError
+from jaxrl_pt.verifiers import gym
+from jaxrl_pt.verifiers.judgement import Outcome
+from jaxrl_pt.verifiers.pool import Pool
+
+reasoning_gym = pytest.importorskip('reasoning_gym')
+from reasoning_gym.factory import DATASETS  # noqa: E402 only where the extra is there
+
+# A mixture of other tasks, which needs settings of its own.
+MIXTURE = 'composite'
+# The library gives no solution, only a scorer.
+NO_ANSWER = {'boxnet', 'graph_color', 'propositional_logic', 'rubiks_cube', 'rush_hour'}
+# Scored right by the library whatever the answer says: `False` is what it reads.
+ACCEPTS_ANYTHING = {'game_of_life_halting'}
+TASKS = sorted(set(DATASETS) - {MIXTURE})
+
+
+@pytest.fixture(scope='module')
+def made():
+  """The first problem of every task, and the library's own solution."""
+  found = {}
+  for task in TASKS:
+    problem = next(iter(problems.load(cfg.Problems(cfg.ReasoningGym(task, 1, seed=1),
+                                                   held_out=0.0))[0]))
+    solution = reasoning_gym.create_dataset(task, seed=1, size=1)[0]['answer']
+    found[task] = problem, solution
+  return found
+
+
+def test_there_are_the_tasks_that_the_library_promises():
+  assert len(TASKS) > 100 and NO_ANSWER | ACCEPTS_ANYTHING < set(TASKS)
+
+
+def test_every_task_makes_and_judges_a_problem(made):
+  items = []
+  for problem, solution in made.values():
+    items += [(f'<think>…</think><answer>{solution}</answer>', problem.answer),
+              ('<answer>zzz</answer>', problem.answer), (str(solution), problem.answer)]
+  with Pool(cfg.GymVerifier(), cfg.VerifierPool(num_workers=2, cpu_seconds=30)) as pool:
+    judged = pool.submit(items).result()
+  for i, task in enumerate(TASKS):
+    right, wrong, untagged = judged[3 * i:3 * i + 3]
+    assert untagged.outcome is Outcome.UNPARSED, task
+    if task not in NO_ANSWER:
+      assert right.outcome is Outcome.CORRECT, (task, right)
+    if task not in ACCEPTS_ANYTHING:
+      assert wrong.outcome in (Outcome.WRONG, Outcome.UNPARSED), (task, wrong)
+    assert 0 <= wrong.score <= 1 and 0 <= right.score <= 1, task
+
+
+def test_problems_depend_on_seed_and_index_alone(made):
+  for task in ('chain_sum', 'knights_knaves', 'word_sorting'):
+    again, other = (problems.load(cfg.Problems(cfg.ReasoningGym(task, 3, seed=seed),
+                                               held_out=0.0))[0] for seed in (1, 2))
+    assert again[0].prompt == made[task][0].prompt != other[0].prompt
+    assert json.loads(again[2].answer) == {'task': task, 'seed': 1, 'size': 3, 'index': 2}
+
+
+def test_a_task_that_does_not_exist_is_the_users_mistake():
+  with pytest.raises(UserError, match="ReasoningGym.task = 'chain_sums'"):
+    problems.load(cfg.Problems(cfg.ReasoningGym('chain_sums', 1)))
+  with pytest.raises(UserError, match="ReasoningGym.task = 'composite'"):
+    problems.load(cfg.Problems(cfg.ReasoningGym('composite', 1)))
+
+
+@pytest.mark.parametrize('text, found', [
+    ('<answer> 4 </answer>', '4'), ('<answer>1</answer><answer>2</answer>', '2'),
+    ('<answer>1', None), ('1</answer>', None), ('<answer></answer>', None), ('', None)])
+def test_answer_between_tags(text, found):
+  assert gym.extract(text, 'tags') == found
+  assert gym.extract(' 4 ', 'text') == '4' and gym.extract(' ', 'text') is None
