@@ -59,6 +59,7 @@ def test_at_most_three_layers_of_include(path):
 def test_model_files_equal_presets(name):
   presets_by_name = {
       'tiny': presets.tiny, 'small': presets.small, 'medium': presets.medium,
+      'qwen2_5_7b': presets.qwen2_5_7b, 'qwen2_5_14b': presets.qwen2_5_14b,
       'bitnet_2b4t': presets.bitnet_2b4t, 'bitnet_v2_400m': presets.bitnet_v2_400m,
       'bitnet_v2_1_3b': presets.bitnet_v2_1_3b, 'bitnet_v2_3b': presets.bitnet_v2_3b,
       'bitnet_v2_7b': presets.bitnet_v2_7b}
@@ -75,7 +76,7 @@ def _plain_quant() -> str:
       "cfg.Model.activation = 'swiglu'"])
 
 
-@pytest.mark.parametrize('name', ['v5e_16', 'v5e_256', 'v6e_2x256'])
+@pytest.mark.parametrize('name', ['v5e_16', 'v5e_256', 'v6e_2x256', 'v5p_8', 'v5p_512'])
 def test_cluster_files_only_shape_the_mesh(name):
   before, _ = gin_bindings.load([TINY], ())
   after, _ = gin_bindings.load([TINY, f'gin/cluster/{name}.gin'], ())

@@ -163,9 +163,9 @@ def tree(ops: Ops, prefix_len: int, prefix_lengths_NR: Array) -> Attend:
       return out_doc, cache
     q_NRSHE, k_own, v_own = (
         x[:, prefix_len:].reshape(num_docs, num_branches, -1, *x.shape[2:]) for x in (q, k, v))
-    out_own = attn.branch_attention(
+    out_own = attn.blocked_branch_attention(
         q_NRSHE, jnp.swapaxes(k_doc, 1, 2), jnp.swapaxes(v_doc, 1, 2), prefix_lengths_NR,
-        k_own.transpose(0, 3, 1, 2, 4), v_own.transpose(0, 3, 1, 2, 4), 0)
+        k_own.transpose(0, 3, 1, 2, 4), v_own.transpose(0, 3, 1, 2, 4))
     return jnp.concatenate([out_doc, out_own.reshape(num_docs, -1, *q.shape[2:])], 1), cache
 
   return attend

@@ -29,6 +29,18 @@ def stories260k() -> Model:
                vocab_size=512)
 
 
+def qwen2_5_7b() -> Model:
+  """The shape of Qwen2.5-Math-7B, without its biases: what OPO and Short-RL start from."""
+  return Model(num_layers=28, d_model=3584, d_ff=18_944, num_heads=28, num_kv_heads=4,
+               head_dim=128, vocab_size=152_064, tied_head=False, norm_epsilon=1e-6)
+
+
+def qwen2_5_14b() -> Model:
+  """The shape of Qwen2.5-14B, without its biases: what RPT starts from."""
+  return Model(num_layers=48, d_model=5120, d_ff=13_824, num_heads=40, num_kv_heads=8,
+               head_dim=128, vocab_size=152_064, rope_theta=1_000_000.0, tied_head=False)
+
+
 def _bitnet_v2(d_model: int, d_ff: int, num_heads: int, num_layers: int) -> Model:
   return Model(num_layers=num_layers, d_model=d_model, d_ff=d_ff, num_heads=num_heads,
                num_kv_heads=num_heads, head_dim=d_model // num_heads, vocab_size=32_000,

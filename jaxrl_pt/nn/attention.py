@@ -110,6 +110,31 @@ def branch_attention(q_NRSHE: Array, k_prefix: Array, v_prefix: Array, prefix_le
   return out.reshape(q_NRSHE.shape)
 
 
+# Queries of a branch that a learner scores at once, so that the float32 scores of long
+# responses are never all there: R · H · 128 · (T + C) of a document.
+BRANCH_BLOCK = 128
+
+
+def blocked_branch_attention(q_NRSHE: Array, k_prefix: Array, v_prefix: Array,
+                             prefix_lengths_NR: Array, k_own: Array, v_own: Array) -> Array:
+  """`branch_attention` of whole branches (step 0), some queries at a time; the backward pass
+  computes their scores again."""
+  num_new = q_NRSHE.shape[2]
+  if num_new <= BRANCH_BLOCK:
+    return branch_attention(q_NRSHE, k_prefix, v_prefix, prefix_lengths_NR, k_own, v_own, 0)
+  pad = [(0, 0)] * 2 + [(0, -num_new % BRANCH_BLOCK)] + [(0, 0)] * 2
+  q = jnp.pad(q_NRSHE, pad)
+  blocks = jnp.moveaxis(q.reshape(*q.shape[:2], -1, BRANCH_BLOCK, *q.shape[3:]), 2, 0)
+
+  @jax.checkpoint
+  def block(q_and_start: tuple[Array, Array]) -> Array:
+    return branch_attention(q_and_start[0], k_prefix, v_prefix, prefix_lengths_NR, k_own, v_own,
+                            q_and_start[1])
+
+  out = jax.lax.map(block, (blocks, BRANCH_BLOCK * jnp.arange(len(blocks))))
+  return jnp.moveaxis(out, 0, 2).reshape(q.shape)[:, :, :num_new]
+
+
 def causal_attention(q: Array, k: Array, v: Array, segments_BT: Array) -> Array:
   """`attention(q, k, v, packed_mask(segments_BT))`, faster and in less memory.
 

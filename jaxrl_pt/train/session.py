@@ -58,7 +58,7 @@ def build_model(config: cfg.Model, compute: cfg.Compute, mesh: Mesh,
                 table: rules.Rules = rules.TRAIN) -> Model:
   """The model as every program on this mesh computes it, laid out by the table."""
   return transformer.build(config, compute, rules.make_constrain(mesh, table),
-                           kernels.make_ops(mesh))
+                           kernels.make_ops(mesh, table))
 
 
 def _from_whole(x: Any, sharding: jax.sharding.Sharding) -> Any:

@@ -1,6 +1,8 @@
 """RL with a verifier on the host, killed with SIGKILL inside each stage, ends bit-identical."""
 
 from collections.abc import Callable
+import json
+from pathlib import Path
 import signal
 import subprocess
 import sys
@@ -10,8 +12,9 @@ import numpy as np
 import pytest
 
 from jaxrl_pt import metrics
+from jaxrl_pt.train import replay
 from jaxrl_pt.train.evaluate import load_state
-from tests.e2e.conftest import RL, Job
+from tests.e2e.conftest import RL, RPT, Job
 
 LAST = 8
 # Stage, before or after it, and at which of its calls since the process started.
@@ -24,17 +27,52 @@ OFF = ('cfg.Rollouts.mode = @cfg.OneStepOff()', 'cfg.Algorithm.correction = @cfg
 def die(job: Job, stage: str, when: str, call: int) -> None:
   command = [sys.executable, '-m', 'tests.e2e.die_in_stage', stage, when, str(call),
              *job.command()[3:]]
-  done = subprocess.run(command, env=job.environment, capture_output=True, text=True, timeout=240,
+  done = subprocess.run(command, env=job.environment, capture_output=True, text=True, timeout=600,
                         check=False)
   assert done.returncode == -signal.SIGKILL, done.stdout + done.stderr
   assert job.last_step() < LAST
 
 
+def assert_replayed(workdir: Path, step: int) -> None:
+  """Each half of a step, run alone from a checkpoint, repeats what the run did."""
+  rows = replay.learner(workdir, step)
+  assert [row['step'] for row in rows] == list(range(step + 1, LAST + 1))
+  for row in rows:
+    np.testing.assert_allclose(row['loss'], row['recorded_loss'], rtol=1e-4, atol=1e-6)
+  text = json.loads((workdir / 'rollouts' / f'{step + 1}.json').read_text())
+  assert len(text['groups']) == 4 and len(text['groups'][0]['responses']) == 4
+  assert 'recorded_loss' in replay.text(rows)
+
+
+def assert_drawn_again(workdir: Path, step: int) -> None:
+  found = replay.sampler(workdir, step)
+  assert found['same_tokens'] and found['largest_difference'] < 1e-4
+  kept = json.loads((workdir / 'rollouts' / f'{step + 1}.json').read_text())
+  rewards, kept_rewards = ([[r['reward'] for r in g['responses']] for g in groups]
+                           for groups in (found['groups'], kept['groups']))
+  assert rewards == kept_rewards
+  assert 'the same tokens as' in replay.text(found)
+
+
+def test_rollouts_of_the_fused_program_are_those_of_the_stages(
+    make_job: Callable[..., Job], pretrained: Job):
+  """RPT's one program against draw, judge and learn dispatched one by one."""
+  job = make_job(RPT, start_from=str(pretrained.workdir), bindings=(
+      'cfg.Train.num_steps = 8', 'cfg.Checkpoint.every = 4', 'cfg.Rollouts.dump_every = 1',
+      'cfg.Rollouts.num_prompts = 4', 'cfg.Rollouts.group_size = 4'))
+  done = job.run()
+  assert done.returncode == 0, done.stderr
+  assert_drawn_again(job.workdir, 4)
+  assert_replayed(job.workdir, 4)
+
+
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize('bindings, deaths', [((), ON_POLICY), (OFF, ONE_STEP_OFF)],
                          ids=['on_policy', 'one_step_off'])
 def test_killed_in_each_stage_is_bit_identical(
     make_job: Callable[..., Job], pretrained: Job, bindings, deaths):
-  whole = make_job(RL, start_from=str(pretrained.workdir), bindings=bindings)
+  whole = make_job(RL, start_from=str(pretrained.workdir),
+                   bindings=(*bindings, 'cfg.Rollouts.dump_every = 1'))
   done = whole.run()
   assert done.returncode == 0, done.stderr
   job = make_job(RL, start_from=str(pretrained.workdir), bindings=bindings)
@@ -51,5 +89,8 @@ def test_killed_in_each_stage_is_bit_identical(
   # It has learned something, so that equality says something.
   first, last = load_state(whole.workdir, 2).params, other.params
   assert np.abs(np.asarray(first['embed']) - np.asarray(last['embed'])).max() > 0
+  assert_replayed(whole.workdir, 2)
+  if not bindings:
+    assert_drawn_again(whole.workdir, 2)
   gap = 'staleness' if bindings else 'gap'
   assert all(1 <= r[gap] < (2 if bindings else 1.01) for r in rows[1][1:])

@@ -6,8 +6,15 @@ from jaxrl_pt import gin_bindings
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = Path(__file__).parent / 'gin'
+_POD = ("cfg.ArrayRecord.glob = 'corpus/*.array_record'",
+        "cfg.HuggingFaceTokenizer.path = 'tokenizer.json'",
+        "cfg.HuggingFaceTokenizer.end_of_text = '<|endoftext|>'")
 # What a user must add to a run file that leaves values open.
 REQUIRED = {
+    'opo_7b': (*_POD, "cfg.RL.start_from = 'runs/policy'",
+               "cfg.JsonlProblems.glob = 'problems.jsonl'"),
+    'rpt_14b': (*_POD, "cfg.RPT.start_from = 'runs/policy'"),
+    'short_rl_7b': (*_POD, "cfg.RL.start_from = 'runs/policy'"),
     'pretrain_2b4t': ("cfg.ArrayRecord.glob = 'corpus/*.array_record'",
                       "cfg.HuggingFaceTokenizer.path = 'tokenizer.json'"),
     'pretrain_small': ("cfg.TextFiles.glob = 'wikitext2/train.txt.gz'",
