@@ -1,0 +1,382 @@
+"""Rectified sparse attention over pages: its cache and the two attends that fill and read it.
+
+    dense   S new tokens see everything before them; the descriptors of the blocks that they
+            touch are computed again. Prefill, rectification and verification.
+    sparse  one new token sees the blocks whose descriptors promise the largest logits.
+
+A block is a page. Both attends read pages through one loop over lists of them with a running
+softmax, so that memory does not grow with the context, and copy a list's pages whole.
+
+Source: 2506.04108 section 2.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import functools
+import math
+from typing import NamedTuple
+
+from flax import struct
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from jaxrl_pt import config as cfg
+from jaxrl_pt.models.kv_cache import Attend
+from jaxrl_pt.nn.attention import MASKED
+from jaxrl_pt.types import Array
+from pallas_kernels.dispatch import Generation
+from pallas_kernels.sparse_decode import Selection, sparse_decode, update_descriptors
+from pallas_kernels.sparse_decode.reference import block_scores, num_blocks
+
+NOBODY = 0  # the page that belongs to no row, in each layer
+# What one turn of the loop over pages holds at most: copied keys and values, and scores.
+COPIED_NUMBERS, SCORES = 2**21, 2**20
+
+# scores(q_BHE, bounds_BKPD) → f32[B, K, P]
+Scores = Callable[[Array, Array], Array]
+
+
+@struct.dataclass
+class SparseCache:
+  """N pages of b tokens in each layer, B rows' tables of P pages, and their descriptors."""
+
+  pages: Array  # f[K, L · N, 2, b, E] keys, then values; a layer's pages side by side
+  bounds: Array  # f[L, B, K, P, 2E] maxima, then minima, of the keys of each row's blocks
+  table: Array  # i32[B, P] page of each block, counted inside the layer
+
+  @property
+  def block(self) -> int:
+    """Tokens of a block."""
+    return self.pages.shape[3]
+
+  @property
+  def pages_per_layer(self) -> int:
+    """N."""
+    return self.pages.shape[1] // self.bounds.shape[0]
+
+
+def init(config: cfg.Model, table_BP: Array, num_pages: int, block: int,
+         dtype: DTypeLike) -> SparseCache:
+  """An empty cache for the rows of `table_BP`; page `NOBODY` is among the num_pages."""
+  layers, heads, width = config.num_layers, config.num_kv_heads, config.head_dim
+  pages = jnp.zeros((heads, layers * num_pages, 2, block, width), dtype)
+  bounds = jnp.zeros((layers, table_BP.shape[0], heads, table_BP.shape[1], 2 * width), dtype)
+  return SparseCache(pages, bounds, table_BP)
+
+
+def rows_of_pages(num_rows: int, num_blocks: int) -> tuple[Array, int]:
+  """A table in which each row has pages of its own, side by side; and the pool's size."""
+  table = 1 + jnp.arange(num_rows * num_blocks, dtype=jnp.int32).reshape(num_rows, num_blocks)
+  return table, 1 + num_rows * num_blocks
+
+
+# --- Attends ----------------------------------------------------------------------
+
+
+def dense(rows_R: Array, positions_RS: Array, is_token_RS: Array) -> Attend:
+  """S consecutive new tokens of some rows; keys, values and touched descriptors are written.
+
+  Args:
+    rows_R: i32[R] rows of the cache, distinct; B stands for none, whose results mean nothing.
+    positions_RS: i32[R, S], rising by one.
+    is_token_RS: bool[R, S], False for the padding on the right.
+  """
+  def attend(q: Array, k: Array, v: Array, cache: SparseCache,
+             layer: Array) -> tuple[Array, SparseCache]:
+    table = jnp.take(cache.table, rows_R, axis=0, mode='fill', fill_value=NOBODY)
+    cache = _write(cache, layer, table, positions_RS, is_token_RS, k, v)
+    lengths = positions_RS[:, 0] + is_token_RS.sum(1)
+    cache = describe(cache, layer[None], rows_R, positions_RS[:, 0], lengths, k.shape[1])
+    last = jnp.where(is_token_RS, positions_RS, 0).max()
+    lists = PageLists(
+        jnp.broadcast_to(jnp.arange(table.shape[1]), (table.shape[0], 1, table.shape[1])), table,
+        first_masked=jnp.where(is_token_RS[:, 0], positions_RS[:, 0], last).min() // cache.block,
+        end=last // cache.block + 1)
+    return attend_pages(q, positions_RS, cache, layer, lists), cache
+
+  return attend
+
+
+def sparse(resa: cfg.ReSA, positions_B: Array, active_B: Array,
+           generation: Generation | None = None, scores: Scores = block_scores) -> Attend:
+  """One new token of each row, which sees the blocks selected for each key/value head.
+
+    out = softmax(q k_Sᵀ / √E) v_S,  S = the n = min(M, max(n_min, ⌈M p⌉)) highest of
+    score_i = Σ_j max(q̄_j kmax_ij, q̄_j kmin_ij), the last n_local of the M blocks forced
+
+  Args:
+    positions_B: i32[B].
+    active_B: bool[B]; other rows write nowhere, read nothing and return what means nothing.
+    generation: the TPU's, whose kernels are called; None takes XLA's path.
+    scores: of the blocks, for controls.
+  """
+  selection = Selection(resa.active, resa.min_blocks, resa.local_blocks)
+
+  def attend(q: Array, k: Array, v: Array, cache: SparseCache,
+             layer: Array) -> tuple[Array, SparseCache]:
+    cache = _write(cache, layer, cache.table, positions_B[:, None], active_B[:, None], k, v)
+    bounds = _updated(cache, layer, k[:, 0], positions_B, active_B)
+    cache = dataclasses.replace(cache, bounds=bounds)
+    lengths = jnp.where(active_B, positions_B + 1, 0)
+    if generation is not None:
+      out, _ = sparse_decode(q[:, 0], cache.pages, bounds[layer],
+                             cache.table + layer * cache.pages_per_layer, lengths,
+                             selection=selection, generation=generation)
+      return out[:, None], cache
+    num_scored = num_blocks(lengths, cache.block)
+    blocks, counts = select(_score_layer(scores, q[:, 0], bounds, layer, num_scored.max()),
+                            num_scored, selection)
+    lists = PageLists(
+        blocks, cache.table, end=counts.max(),
+        first_masked=jnp.where(active_B, counts, blocks.shape[-1]).min() - 1)
+    return attend_pages(q, positions_B[:, None], cache, layer, lists), cache
+
+  return attend
+
+
+def _write(cache: SparseCache, layer: Array, table_RP: Array, positions_RS: Array,
+           is_token_RS: Array, k_RSKE: Array, v_RSKE: Array) -> SparseCache:
+  pages = jnp.take_along_axis(table_RP, positions_RS // cache.block, 1, mode='clip')
+  pages = jnp.where(is_token_RS, pages, NOBODY) + layer * cache.pages_per_layer
+  new_RSK2E = jnp.stack([k_RSKE, v_RSKE], 3).astype(cache.pages.dtype)
+  if pages.size == 1:
+    # XLA would fuse a single update into each of its readers and copy the cache for them.
+    pages = jnp.concatenate([pages, jnp.full_like(pages, NOBODY)])
+    positions_RS, new_RSK2E = (jnp.concatenate([x, x]) for x in (positions_RS, new_RSK2E))
+  at = cache.pages.at[:, pages, :, positions_RS % cache.block]
+  return dataclasses.replace(cache, pages=at.set(new_RSK2E))
+
+
+# --- Descriptors ------------------------------------------------------------------
+
+
+def describe(cache: SparseCache, layers_L: Array, rows_R: Array, starts_R: Array,
+             lengths_R: Array, num_tokens: int) -> SparseCache:
+  """Computes again the descriptors of the ⌈S / b⌉ + 1 blocks from each row's start on.
+
+  Args:
+    layers_L: i32[L'] which layers.
+    rows_R: i32[R] distinct rows; B stands for none.
+    starts_R: i32[R] first position that changed; lengths_R: tokens of the rows. Keys beyond
+      a row's length are left out, and blocks without keys keep their descriptors.
+    num_tokens: S, how many may have changed.
+  """
+  num_rows, table_len = cache.table.shape
+  touched = starts_R[:, None] // cache.block + jnp.arange(-(-num_tokens // cache.block) + 1)
+  table = jnp.take(cache.table, rows_R, axis=0, mode='fill', fill_value=NOBODY)
+  pages = jnp.take_along_axis(table, touched, 1, mode='clip')
+  positions = touched[..., None] * cache.block + jnp.arange(cache.block)
+  seen = (positions < lengths_R[:, None, None])[None, None, :, :, :, None]
+  at = layers_L[:, None, None] * cache.pages_per_layer + pages
+  k = cache.pages[:, at, 0].swapaxes(0, 1)  # [L', K, R, T, b, E]
+  bounds = jnp.concatenate([jnp.where(seen, k, -jnp.inf).max(-2),
+                            jnp.where(seen, k, jnp.inf).min(-2)], -1)
+  has_keys = (touched * cache.block < lengths_R[:, None]) & (rows_R < num_rows)[:, None]
+  place = (layers_L[:, None, None], rows_R[:, None], slice(None),
+           jnp.where(has_keys, touched, table_len))
+  return dataclasses.replace(cache, bounds=cache.bounds.at[place].set(
+      bounds.transpose(0, 2, 3, 1, 4), mode='drop'))
+
+
+def _updated(cache: SparseCache, layer: Array, k_BKE: Array, positions_B: Array,
+             active_B: Array) -> Array:
+  """Descriptors of all layers after one more key of the active rows in one of them."""
+  num_rows, table_len = cache.table.shape
+  at = (layer, jnp.arange(num_rows), slice(None), positions_B // cache.block)
+  old_BKD = cache.bounds.at[at].get(mode='clip')
+  new_BKD = update_descriptors(old_BKD[:, :, None], k_BKE, positions_B % cache.block,
+                               page_size=cache.block)[:, :, 0]
+  blocks = jnp.where(active_B, positions_B // cache.block, table_len)
+  return cache.bounds.at[layer, jnp.arange(num_rows), :, blocks].set(new_BKD, mode='drop')
+
+
+# --- Selection --------------------------------------------------------------------
+
+
+def scored_per_turn(num_lists: int, table_len: int, width: int) -> int:
+  """Descriptors of each list that one turn of the scoring loop reads."""
+  turns = -(-num_lists * table_len * width // COPIED_NUMBERS)
+  return -(-table_len // turns)
+
+
+def _score_layer(scores: Scores, q_BHE: Array, bounds_LBKPD: Array, layer: Array,
+                 end: Array) -> Array:
+  """f32[B, K, P]: scores of a layer's blocks before `end`, a part at a time so that what is
+  copied stays small."""
+  _, num_rows, num_groups, table_len, width = bounds_LBKPD.shape
+  size = scored_per_turn(num_rows * num_groups, table_len, width)
+
+  def turn(i: Array, values: Array) -> Array:
+    # The last part may begin early; it then computes some scores again.
+    part = jax.lax.dynamic_slice(bounds_LBKPD, (layer, 0, 0, i * size, 0),
+                                 (1, num_rows, num_groups, size, width))[0]
+    return jax.lax.dynamic_update_slice(values, scores(q_BHE, part), (0, 0, i * size))
+
+  return jax.lax.fori_loop(0, -(-end // size), turn,
+                           jnp.zeros((num_rows, num_groups, table_len)))
+
+
+def select(scores_BKP: Array, blocks_B: Array, selection: Selection) -> tuple[Array, Array]:
+  """The n highest of each row's M blocks in ascending order, of equal ones the first.
+
+  Equals `pallas_kernels.sparse_decode.select_blocks`, without a sort: the n-th highest score
+  is found by bisection on the bits of the scores, 32 counts of a row.
+
+  Args:
+    scores_BKP: f32[B, K, P], no NaN in a row's blocks.
+    blocks_B: i32[B] M.
+
+  Returns:
+    blocks i32[B, K, N], P beyond the count, and the counts n, i32[B].
+  """
+  capacity = scores_BKP.shape[-1]
+  counts_B = selection.num_selected(blocks_B).astype(jnp.int32)
+  num_listed = selection.num_selected(capacity)
+  index, blocks = jnp.arange(capacity), blocks_B[:, None, None]
+  lowest, highest = jnp.iinfo(jnp.int32).min, jnp.iinfo(jnp.int32).max
+  # An integer with the order of the score; + 0 makes of −0 the 0 that it equals.
+  bits = jax.lax.bitcast_convert_type(scores_BKP.astype(jnp.float32) + 0.0, jnp.int32)
+  order = jnp.where(bits < 0, bits ^ highest, bits)
+  order = jnp.where(index >= blocks - selection.local_blocks, highest, order)
+  order = jnp.where(index >= blocks, lowest, order)
+  threshold = _nth_highest(order, counts_B[:, None])[..., None]
+  above, equal = order > threshold, (order == threshold) & (index < blocks)
+  still_free = counts_B[:, None, None] - above.sum(-1, keepdims=True)
+  chosen = above | (equal & (_running_count(equal) <= still_free))
+  place = jnp.where(chosen, _running_count(chosen) - 1, num_listed)
+  listed = jnp.full((*scores_BKP.shape[:2], num_listed), capacity, jnp.int32)
+  put = lambda row, at: row.at[at].set(index.astype(jnp.int32), mode='drop')
+  return jax.vmap(jax.vmap(put))(listed, place), counts_B
+
+
+def _nth_highest(order_BKP: Array, counts_B1: Array) -> Array:
+  """i32[B, K]: the largest t that at least `count` entries of a row reach."""
+  def halve(bit: Array, threshold: Array) -> Array:
+    # From the lowest integer up; adding its highest bit wraps round to 0.
+    higher = threshold + jnp.left_shift(1, 31 - bit)
+    enough = (order_BKP >= higher[..., None]).sum(-1) >= counts_B1
+    return jnp.where(enough, higher, threshold)
+
+  return jax.lax.fori_loop(0, 32, halve,
+                           jnp.full(order_BKP.shape[:2], jnp.iinfo(jnp.int32).min))
+
+
+def _running_count(mask_BKP: Array, width: int = 128) -> Array:
+  """Inclusive running sum of booleans, as two products with triangles; exact below 2²⁴."""
+  capacity = mask_BKP.shape[-1]
+  padded = jnp.pad(mask_BKP, ((0, 0), (0, 0), (0, -capacity % width))).astype(jnp.float32)
+  parts = padded.reshape(*mask_BKP.shape[:2], -1, width)
+  inside = parts @ jnp.triu(jnp.ones((width, width)))
+  totals = inside[..., -1]
+  before = totals @ jnp.triu(jnp.ones((totals.shape[-1], totals.shape[-1])), 1)
+  return (inside + before[..., None]).reshape(padded.shape)[..., :capacity].astype(jnp.int32)
+
+
+# --- Attention to lists of pages --------------------------------------------------
+
+
+class PageLists(NamedTuple):
+  """Which blocks a row's queries read, in ascending order."""
+
+  blocks: Array  # i32[B, K or 1, N]; P and beyond stand for none
+  table: Array  # i32[B, P]
+  first_masked: Array  # i32[] entries before it hold nothing but keys that all queries see
+  end: Array  # i32[] no row reads from here on
+
+
+def pages_per_turn(num_lists: int, num_queries: int, num_listed: int, page_numbers: int,
+                   block: int) -> int:
+  """Pages of each list that one turn of the loop reads, so that turns are about equal."""
+  most = min(COPIED_NUMBERS // (num_lists * page_numbers),
+             SCORES // (num_lists * num_queries * block))
+  turns = -(-num_listed // max(1, most))
+  return -(-num_listed // turns)
+
+
+def attend_pages(q_BSHE: Array, positions_BS: Array, cache: SparseCache, layer: Array,
+                 lists: PageLists) -> Array:
+  """softmax(q kᵀ / √E) v over the keys of the listed blocks up to each query's position.
+
+  Each query must see a key of its list's first block.
+
+  Returns:
+    f[B, S, H, E] in q's dtype; the softmax is float32.
+  """
+  num_rows, num_new, num_heads, width = q_BSHE.shape
+  num_groups, block = cache.pages.shape[0], cache.block
+  group = num_heads // num_groups
+  q = q_BSHE.reshape(num_rows, num_new, num_groups, group, width)
+  q = q.transpose(0, 2, 3, 1, 4).reshape(num_rows * num_groups, group * num_new, width)
+  q = (q * width**-0.5).astype(q.dtype)
+  positions = jnp.broadcast_to(positions_BS[:, None, None],
+                               (num_rows, num_groups, group, num_new)).reshape(q.shape[:2])
+  blocks = jnp.broadcast_to(lists.blocks, (num_rows, num_groups, lists.blocks.shape[-1]))
+  page_numbers = math.prod(cache.pages.shape[2:])
+  per_turn = pages_per_turn(q.shape[0], q.shape[1], blocks.shape[-1], page_numbers, block)
+  none = lists.table.shape[1]
+  blocks = jnp.pad(blocks, ((0, 0), (0, 0), (0, -blocks.shape[-1] % per_turn)),
+                   constant_values=none)
+  ids = _page_ids(cache, layer, lists.table, blocks).reshape(q.shape[0], -1)
+  blocks = blocks.reshape(ids.shape)
+  pages = cache.pages.reshape(-1, page_numbers)
+
+  def turn(masked: bool, i: Array, state: _Softmax) -> _Softmax:
+    part = lambda x: jax.lax.dynamic_slice_in_dim(x, i * per_turn, per_turn, 1)
+    rows = _copy_pages(pages, part(ids))
+    half = page_numbers // 2
+    k, v = (x.reshape(q.shape[0], -1, width) for x in (rows[..., :half], rows[..., half:]))
+    scores = jnp.einsum('xqe,xce->xqc', q, k.astype(q.dtype),
+                        preferred_element_type=jnp.float32)
+    if masked:
+      at = part(blocks)[..., None] * block + jnp.arange(block)
+      seen = at.reshape(q.shape[0], 1, -1) <= positions[..., None]
+      scores = jnp.where(seen, scores, MASKED)
+    return state.add(scores, v)
+
+  turns = -(-lists.end // per_turn)
+  unmasked = jnp.clip(lists.first_masked // per_turn, 0, turns)
+  state = _Softmax.empty(*q.shape)
+  state = jax.lax.fori_loop(0, unmasked, functools.partial(turn, False), state)
+  state = jax.lax.fori_loop(unmasked, turns, functools.partial(turn, True), state)
+  out = state.out / jnp.maximum(state.total, 1e-30)[..., None]
+  out = out.reshape(num_rows, num_groups, group, num_new, width).transpose(0, 3, 1, 2, 4)
+  return out.reshape(q_BSHE.shape).astype(q_BSHE.dtype)
+
+
+class _Softmax(NamedTuple):
+  """A softmax-weighted sum under way, of X lists with Q queries each."""
+
+  highest: Array  # f32[X, Q]
+  total: Array  # f32[X, Q] Σ exp(score − highest)
+  out: Array  # f32[X, Q, E]
+
+  @classmethod
+  def empty(cls, *shape: int) -> '_Softmax':
+    return cls(jnp.full(shape[:2], MASKED), jnp.zeros(shape[:2]), jnp.zeros(shape))
+
+  def add(self, scores_XQC: Array, v_XCE: Array) -> '_Softmax':
+    highest = jnp.maximum(self.highest, scores_XQC.max(-1))
+    weights = jnp.exp(scores_XQC - highest[..., None])
+    kept = jnp.exp(self.highest - highest)
+    new = jnp.einsum('xqc,xce->xqe', weights.astype(v_XCE.dtype), v_XCE,
+                     preferred_element_type=jnp.float32)
+    return _Softmax(highest, self.total * kept + weights.sum(-1),
+                    self.out * kept[..., None] + new)
+
+
+def _page_ids(cache: SparseCache, layer: Array, table_BP: Array, blocks_BKN: Array) -> Array:
+  """i32[B, K, N]: where the blocks' pages lie among those of all heads and layers."""
+  pages = jnp.take_along_axis(table_BP[:, None], blocks_BKN, 2, mode='clip')
+  pages = jnp.where(blocks_BKN < table_BP.shape[1], pages, NOBODY)
+  heads = jnp.arange(blocks_BKN.shape[1])[:, None] * cache.pages.shape[1]
+  return heads + layer * cache.pages_per_layer + pages
+
+
+def _copy_pages(pages_ND: Array, ids_XN: Array) -> Array:
+  """f[X, N, D]: whole rows."""
+  numbers = jax.lax.GatherDimensionNumbers(offset_dims=(2,), collapsed_slice_dims=(0,),
+                                           start_index_map=(0,))
+  return jax.lax.gather(pages_ND, ids_XN[..., None], numbers,
+                        (1, pages_ND.shape[1]),
+                        mode=jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS)
