@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from jaxrl_pt import config
-from jaxrl_pt.data import generated, knights, pack, sources
+from jaxrl_pt.data import generated, gym_questions, knights, pack, sources
 from jaxrl_pt.data.generated import Problem
 from jaxrl_pt.data.next_token import step_rows
 from jaxrl_pt.data.tokenizer import Tokenizer
@@ -123,18 +123,11 @@ def _jsonl(source: config.JsonlProblems) -> Iterator[Problem]:
 
 def _reasoning_gym(source: config.ReasoningGym) -> Iterator[Problem]:
   """The reference names the problem; the scorer makes it again from that."""
-  try:
-    import reasoning_gym  # an extra: only this source needs it
-  except ImportError as error:
-    raise UserError("ReasoningGym needs the extra `gym`: pip install 'jaxrl_pt[gym]'.") from error
-  try:
-    data = reasoning_gym.create_dataset(source.task, seed=source.seed, size=source.size)
-  except ValueError as error:
-    raise UserError(f'ReasoningGym.task = {source.task!r}: {error}.') from error
-  for i in range(source.size):
+  texts = gym_questions.questions(source.task, source.seed, source.size)
+  for i, text in enumerate(texts):
     reference = json.dumps({'task': source.task, 'seed': source.seed, 'size': source.size,
                             'index': i})
-    yield Problem(i, data[i]['question'], reference, f'problem {i} of {source.task}')
+    yield Problem(i, text, reference, f'problem {i} of {source.task}')
 
 
 # --- Encoding -------------------------------------------------------------------
