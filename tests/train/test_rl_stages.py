@@ -1,0 +1,112 @@
+"""Stages dispatched one by one: sampling again, and the same rewards as the one program."""
+
+import dataclasses
+import functools
+from pathlib import Path
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrl_pt import config as cfg
+from jaxrl_pt.parallel.mesh import make_mesh
+from jaxrl_pt.train import optim, programs, stages, tasks
+from jaxrl_pt.train import session as sessions
+from jaxrl_pt.train import state as states
+from jaxrl_pt.types import Prompts, Verdict
+
+N, G, S = 4, 4, 2
+MODEL = cfg.Model(num_layers=1, d_model=16, d_ff=16, num_heads=2, num_kv_heads=1, head_dim=8,
+                  vocab_size=11)
+
+
+def make_session(rollouts: cfg.Rollouts) -> sessions.Session:
+  objective = cfg.RL('unused', cfg.Problems(cfg.Arithmetic(9)), cfg.AnswerMatch(),
+                     rollouts=rollouts, algorithm=cfg.Algorithm(advantage=cfg.DrGRPO()))
+  run = cfg.Run(
+      seed=1, model=MODEL, objective=objective,
+      data=cfg.Data(source=cfg.PythonStdlib(), tokenizer=cfg.Bytes(), seq_len=16),
+      optimizer=cfg.AdamW(schedule=cfg.Constant(0.01)), train=cfg.Train(9, batch_size=4))
+  data = types.SimpleNamespace(tokenizer=types.SimpleNamespace(eos_id=0))
+  return sessions.Session(run, Path('unused'), '', make_mesh(cfg.Mesh()), data)
+
+
+def take(batch: int) -> tuple[Prompts, list[str]]:
+  """Prompts of one token; prompt n of batch b has the id 10 b + n."""
+  ids = 10 * batch + np.arange(N, dtype=np.int32)
+  rows = np.ones((N, 1), np.int32)
+  return Prompts(rows, rows[:, 0], ids, rows[:, :0], 0 * ids, np.zeros(N, np.float32)), [
+      str(i) for i in ids]
+
+
+def even_prompts_teach(prompts, rollout) -> Verdict:
+  """Of an even prompt the first sample is right, of an odd one all are wrong."""
+  right = (prompts.ids[:, None] % 2 == 0) & (jnp.arange(G) == 0)
+  correct = jnp.broadcast_to(right, rollout.mask.shape[:2]).astype(jnp.float32)
+  return Verdict(correct, jnp.ones_like(correct), correct)
+
+
+@functools.cache
+def make(selection, verify=even_prompts_teach):
+  rollouts = cfg.Rollouts(N, G, 1, S, selection=selection)
+  session = make_session(rollouts)
+  method = session.run.objective
+  optimizer = optim.make_optimizer(session.run.optimizer, 9)
+  model = session.model(MODEL)
+  state = states.init_state(model, optimizer, session.mesh, 0)
+  state = state.replace(method=states.new_method(session.run))
+  task = tasks.Task(take, tasks.OnDevice(verify), lambda params: {}, '')
+  return stages.Stages(session, task, state.params, optimizer, rollouts, method.algorithm), state
+
+
+def test_draws_again_until_every_group_teaches():
+  several, state = make(cfg.DynamicSampling(max_rounds=3))
+  drawn, verdict, taken = several.collect(state.params, 5, 0)
+  # Batches 5 and 6 have two even prompts each.
+  assert taken == 2
+  assert np.asarray(drawn.prompts.ids).tolist() == [50, 52, 60, 62]
+  assert drawn.references == ('50', '52', '60', '62')
+  assert np.asarray(verdict.correct.sum(-1)).tolist() == [1, 1, 1, 1]
+  alone = several.draw(state.params, 6, 0)
+  np.testing.assert_array_equal(drawn.rollout.tokens[2:], alone.rollout.tokens[::2])
+
+
+def test_after_the_last_round_uninformative_groups_fill_up():
+  once, state = make(cfg.DynamicSampling(max_rounds=1))
+  drawn, verdict, taken = once.collect(state.params, 5, 0)
+  assert taken == 1
+  assert np.asarray(drawn.prompts.ids).tolist() == [50, 52, 51, 53]
+  assert np.asarray(verdict.correct.sum(-1)).tolist() == [1, 1, 0, 0]
+
+
+def short_is_right(prompts, rollout) -> Verdict:
+  correct = (rollout.tokens[..., 0] % 2 == 0).astype(jnp.float32)
+  return Verdict(correct, jnp.ones_like(correct), correct)
+
+
+def test_one_program_draws_judges_and_learns_as_the_stages_do():
+  several, state = make(cfg.AllGroups(), short_is_right)
+  copy = lambda: jax.tree.map(jnp.copy, state)  # Both donate.
+  fused, judged = several.step(copy(), 0, measure=True)
+  drawn = several.draw(state.params, 0, 0)
+  verdict = several.judge(several.submit(drawn))
+  staged, other = several.learn(copy(), drawn, verdict, measure=True)
+  np.testing.assert_array_equal(judged.drawn.rollout.tokens, drawn.rollout.tokens)
+  np.testing.assert_array_equal(judged.verdict.reward, verdict.reward)
+  assert 0 < float(verdict.reward.mean()) < 1
+  for name, value in judged.values.items():
+    np.testing.assert_allclose(value.mean(), other.values[name].mean(), rtol=1e-4, atol=1e-6)
+  for a, b in zip(jax.tree.leaves(fused.params), jax.tree.leaves(staged.params), strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-5)
+  assert float(judged.values['kl'].mean()) < 1e-6  # It still is the start policy.
+
+
+def test_preflight_has_the_programs_of_each_mode():
+  on_device = make_session(cfg.Rollouts(N, G, 1, S)).run
+  objective = dataclasses.replace(on_device.objective, verifier=cfg.MathVerifier())
+  on_host = dataclasses.replace(on_device, objective=objective)
+  names = [[p.name.split(':')[0] for p in programs.of_run(run, make_mesh(cfg.Mesh()))]
+           for run in (on_device, on_host)]
+  # On one device there is nothing to hand over.
+  assert names == [['RL step'], ['sampler', 'learner', 'start policy']]
