@@ -258,7 +258,7 @@ def plot(runs, path):
   axes[0].set(xlabel='rollout batches', ylabel='reward', title='mean of the seeds')
   axes[1].set(xlabel='reward', ylabel='KL to the start policy, nats a response')
   axes[2].set(xlabel='reward', ylabel='entropy, nats a token')
-  axes[0].legend(title='baseline, updates', fontsize=8)
+  figure.legend(*axes[0].get_legend_handles_labels(), loc='outside right upper', fontsize=8)
   figure.savefig(path, dpi=120)
 
 

@@ -163,24 +163,23 @@ def summarise(rows, ratio=False):
   return [float(x) for x in (np.exp(bounds) if ratio else bounds)]
 
 
-def bars(axis, summary, offset, width, label, pick):
+def points(axis, summary, offset, label, pick):
   mean, low, high = np.array([pick(summary[regime]) for regime in REGIMES]).T
-  axis.bar(np.arange(len(REGIMES)) + offset, mean, width, label=label,
-           yerr=[mean - low, high - mean])
+  axis.errorbar(np.arange(len(REGIMES)) + offset, mean, [mean - low, high - mean], fmt='o',
+                capsize=3, label=label)
 
 
 def plot(summary, path):
   """Of one policy scale: population baselines, then finite groups."""
   figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout='constrained')
   for i, name in enumerate(('mean', 'length')):
-    bars(axes[0], summary, (i - 0.5) * 0.35, 0.35, name,
-         lambda part, name=name: part['population']['variance'][name])
-  axes[0].set(ylabel='variance / optimal baseline', title='population baselines',
-              ylim=(0.9, None))
+    points(axes[0], summary, (i - 0.5) * 0.2, name,
+           lambda part, name=name: part['population']['variance'][name])
+  axes[0].set(ylabel='variance / optimal baseline', title='population baselines')
   for i, (size, name) in enumerate(itertools.product((4, 8), ('OPO', 'OPO leave-one-out'))):
-    bars(axes[1], summary, (i - 1.5) * 0.2, 0.2, f'{name}, K = {size}',
-         lambda part, name=name, size=size: part[f'K={size}'][name]['variance'])
-  axes[1].set(ylabel='variance / RLOO', title='groups of K responses', ylim=(0.7, None))
+    points(axes[1], summary, (i - 1.5) * 0.15, f'{name}, K = {size}',
+           lambda part, name=name, size=size: part[f'K={size}'][name]['variance'])
+  axes[1].set(ylabel='variance / RLOO', title='groups of K responses')
   for axis in axes:
     axis.axhline(1, color='black', linewidth=0.8)
     axis.set_xticks(range(len(REGIMES)), REGIMES, fontsize=8)
@@ -211,7 +210,7 @@ def measure(scores, scale, lengths, num_seeds, num_groups):
           'identity_error': float(max(row['identity_error'] for row in flat)),
           'seeds_where_length_beats_mean': {k: int(v) for k, v in wins.items()},
           'seeds_where_OPO_loses_to_RLOO_at_K=4': {
-              regime: sum(row['K=4']['OPO']['variance'] > 1 for row in rows[regime])
+              regime: int(sum(row['K=4']['OPO']['variance'] > 1 for row in rows[regime]))
               for regime in REGIMES},
           'summary': {regime: summarise(rows[regime]) for regime in REGIMES}}
 
