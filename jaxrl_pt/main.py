@@ -5,220 +5,18 @@ are called, so that `--help` and a mistyped flag answer at once.
 """
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 import json
 import os
 from pathlib import Path
 import sys
 import traceback
-from typing import Any, NoReturn
+from typing import Any
 
 from jaxrl_pt import config as cfg
+from jaxrl_pt import flags
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.tpu.child import VIRTUAL_HOST
-
-DESCRIPTION = 'Pretrain ternary transformers and reinforce them, on a laptop or a TPU pod.'
-_RUN = 'gin/run/pretrain_tiny.gin'
-
-
-class _Parser(argparse.ArgumentParser):
-  """Answers a wrong flag with one sentence, like every other mistake."""
-
-  def error(self, message: str) -> NoReturn:
-    raise UserError(f'{message[:1].upper()}{message[1:].rstrip(".")}: see {self.prog} --help.')
-
-
-def _at_least(low: int) -> Any:
-  def whole_number(text: str) -> int:
-    try:
-      value = int(text)
-    except ValueError:
-      value = low - 1
-    if value < low:
-      raise argparse.ArgumentTypeError(f'expected a whole number of at least {low}, not {text!r}')
-    return value
-  return whole_number
-
-
-# --- Flags ------------------------------------------------------------------------
-
-
-def _make_parser() -> argparse.ArgumentParser:
-  debug = _Parser(add_help=False)
-  debug.add_argument('--debug', action='store_true',
-                     help='show the full traceback of a mistake')
-  parser = _Parser(prog='jaxrl-pt', description=DESCRIPTION, allow_abbrev=False)
-  commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
-
-  def add(name: str, summary: str, example: str) -> argparse.ArgumentParser:
-    return commands.add_parser(
-        name, help=summary, description=summary, epilog=f'example:\n  {example}',
-        parents=[debug], allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
-
-  quickstart = add('quickstart', 'The main job on real text, offline, in a few minutes.',
-                   "jaxrl-pt quickstart --data 'books/*.txt'")
-  _add_workdir(quickstart, 'runs/quickstart')
-  quickstart.add_argument('--data', metavar='GLOB', help='UTF-8 text files to learn; without it '
-                          "the standard library's own text")
-
-  train = add('train', 'Train what a gin file describes; run again to resume.',
-              f'jaxrl-pt train --gin_file {_RUN} --workdir runs/pretrain_tiny \\\n'
-              '    --gin_bindings "cfg.Train.num_steps = 100"')
-  _add_gin(train)
-  _add_workdir(train)
-  train.add_argument('--multihost', action='store_true', help='join the other hosts of a TPU '
-                     'slice before training (run the same command on each)')
-
-  _add_frontends(add)
-  evaluate = add('eval', "A trained model's loss, bits per byte and accuracy on held-out text.",
-                 'jaxrl-pt eval --workdir runs/pretrain_tiny --json')
-  _add_workdir(evaluate)
-  _add_step(evaluate)
-  _add_gin(evaluate, "other data than the run's own")
-  _add_json(evaluate)
-
-  _add_rl_commands(add)
-  _add_tpu_commands(add)
-  doctor = add('doctor', 'What this machine offers, and a self-check of ten seconds.',
-               'jaxrl-pt doctor --json')
-  _add_workdir(doctor, '.')
-  _add_json(doctor)
-  return parser
-
-
-def _add_rl_commands(add: Callable[[str, str, str], argparse.ArgumentParser]) -> None:
-  add('methods', 'The methods of reinforcement learning: equation, paper, gin file, experiment.',
-      'jaxrl-pt methods')
-  replay = add('replay', 'One half of an RL step alone: learn from kept rollouts, or only draw.',
-               'jaxrl-pt replay --workdir runs/opo_tiny --only learner --step 10')
-  _add_workdir(replay)
-  _add_step(replay)
-  replay.add_argument('--only', choices=('learner', 'sampler'), required=True,
-                      help='learner: from the rollouts that Rollouts.dump_every = 1 has kept; '
-                      'sampler: the batch after the checkpoint')
-  _add_json(replay)
-
-
-def _add_tpu_commands(add: Callable[[str, str, str], argparse.ArgumentParser]) -> None:
-  preflight = add('preflight', 'Compile a run for a TPU slice, without one: does it fit, what '
-                  'bounds it?',
-                  'jaxrl-pt preflight --gin_file gin/run/pretrain_2b4t.gin \\\n'
-                  '    --gin_file gin/cluster/v5e_256.gin --topology v5e:16x16')
-  _add_gin(preflight)
-  preflight.add_argument('--topology', required=True, metavar='NAME',
-                         help='e.g. v4:4x4x4, v5e:16x16, v5p:4x4x4, v6e:16x16 or tpu7x:4x4x4')
-  preflight.add_argument('--no_search', action='store_true',
-                         help='do not look for settings that fit when the run does not')
-  _add_json(preflight)
-
-  kernels = add('kernels', 'What the TPU compiler makes of each Pallas kernel: a static report.',
-                'jaxrl-pt kernels --topology v5e:2x2 --kernel ternary_matmul')
-  kernels.add_argument('--topology', required=True, metavar='NAME',
-                       help='e.g. v4:2x2x1, v5e:2x2, v5p:2x2x1, v6e:2x2 or tpu7x:2x2x1')
-  kernels.add_argument('--kernel', action='append', default=[], metavar='NAME',
-                       help='one kernel instead of all; may be repeated')
-  kernels.add_argument('--only', default='', metavar='REGEX',
-                       help='only the cases whose name matches, e.g. "int4 2048x"')
-  kernels.add_argument('--keep', type=Path, metavar='DIR',
-                       help="keep the compiler's raw schedules here")
-  _add_json(kernels)
-
-
-def _add_gin(parser: argparse.ArgumentParser, purpose: str = 'what to run') -> None:
-  parser.add_argument('--gin_file', action='append', default=[], metavar='FILE',
-                      help=f'{purpose}, as a gin file; may be repeated, later ones win')
-  parser.add_argument('--gin_bindings', action='append', default=[], metavar='BINDING',
-                      help='one setting on top of the files, e.g. "cfg.Run.seed = 1"; may be '
-                      'repeated')
-
-
-def _add_workdir(parser: argparse.ArgumentParser, default: str | None = None) -> None:
-  parser.add_argument('--workdir', type=Path, default=default and Path(default), metavar='DIR',
-                      required=default is None, help='where the run lives'
-                      + (f' (default {default})' if default else ''))
-
-
-def _add_step(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument('--step', type=_at_least(0), help='which checkpoint (default the newest)')
-
-
-def _add_json(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument('--json', action='store_true', help='print JSON')
-
-
-def _add_frontends(add: Callable[[str, str, str], argparse.ArgumentParser]) -> None:
-  sample = add('sample', 'Continue prompts with a trained model.',
-               'jaxrl-pt sample --workdir runs/pretrain_tiny --prompt "def main(" --num_samples 2')
-  _add_workdir(sample)
-  _add_step(sample)
-  sample.add_argument('--prompt', action='append', help='text to continue; may be repeated; '
-                      'without it standard input is the prompt, or each line typed at a terminal')
-  sample.add_argument('--prompt_file', type=Path, metavar='FILE', help='one prompt a line; of a '
-                      '.jsonl file, each line\'s "prompt"')
-  _add_sampling(sample, num_tokens=64)
-  sample.add_argument('--num_samples', type=_at_least(1), default=1,
-                      help='samples of each prompt (default %(default)s)')
-  sample.add_argument('--stop', action='append', default=[], metavar='TEXT',
-                      help='ends a sample and is left out of it; may be repeated')
-  _add_json(sample)
-
-  chat = add('chat', 'Talk with a trained model at the terminal.',
-             'jaxrl-pt chat --workdir runs/pretrain_tiny --temperature 0.7 --max_thought 200')
-  _add_workdir(chat)
-  _add_step(chat)
-  _add_sampling(chat, num_tokens=512)
-  chat.add_argument('--system', default='', metavar='TEXT', help='what stands before all turns')
-  chat.add_argument('--max_thought', type=_at_least(0), help='think first, for at most that many '
-                    'tokens; without it the model decides')
-  chat.add_argument('--max_answer', type=_at_least(1), help='most tokens after a thought')
-  _add_chat_format(chat)
-
-  serve = add('serve', "A small HTTP server with OpenAI's completions and chat completions.",
-              'jaxrl-pt serve --workdir runs/pretrain_tiny --port 8000')
-  _add_workdir(serve)
-  _add_step(serve)
-  serve.add_argument('--host', default='127.0.0.1', help='where to listen (default %(default)s); '
-                     'any but a loopback address needs a token')
-  serve.add_argument('--port', type=_at_least(0), default=8000,
-                     help='0 takes a free one (default %(default)s)')
-  serve.add_argument('--token_file', type=Path, metavar='FILE', help='holds the token that '
-                     'clients send as API key; or set JAXRL_PT_TOKEN')
-  for name, default, about in (
-      ('slots', 32, 'responses decoded at once'), ('queue', 256, 'responses waiting or under way '
-       'at most; more get 429'), ('response_len', 1024, 'most tokens of a response'),
-      ('max_samples', 16, 'most responses to one prompt')):
-    serve.add_argument(f'--{name}', type=_at_least(1), default=default,
-                       help=f'{about} (default %(default)s)')
-  serve.add_argument('--kv', choices=('model', 'int8'), default='model',
-                     help='how keys and values are kept (default %(default)s)')
-  serve.add_argument('--seed', type=_at_least(0), default=0, help="of the noise, with a request's "
-                     'own seed (default %(default)s)')
-  _add_chat_format(serve)
-
-
-def _add_chat_format(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument('--prompt_len', type=_at_least(1), default=1024,
-                      help='most tokens of a prompt (default %(default)s)')
-  parser.add_argument('--template', type=Path, metavar='FILE', help='how turns become text: JSON '
-                      'with system, user, assistant, opening, stop (default plain text)')
-  parser.add_argument('--markers', nargs=2, default=('<think>', '</think>'),
-                      metavar=('START', 'END'), help='what encloses thinking (default <think> '
-                      '</think>)')
-
-
-def _add_sampling(parser: argparse.ArgumentParser, num_tokens: int) -> None:
-  parser.add_argument('--num_tokens', type=_at_least(1), default=num_tokens,
-                      help='most tokens of a response (default %(default)s)')
-  parser.add_argument('--temperature', type=float, default=1.0,
-                      help='0 is greedy (default %(default)s)')
-  parser.add_argument('--top_k', type=int, default=0, help='0 keeps all (default %(default)s)')
-  parser.add_argument('--top_p', type=float, default=1.0, help='1 keeps all (default %(default)s)')
-  parser.add_argument('--min_p', type=float, default=0.0, help='drops tokens less likely than '
-                      'this times the likeliest (default %(default)s)')
-  parser.add_argument('--seed', type=_at_least(0), default=0,
-                      help='equal seeds draw equal responses (default %(default)s)')
-
 
 # --- Commands ---------------------------------------------------------------------
 
@@ -398,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     sys.unraisablehook = _hide_closed_loops
   _quiet_libtpu()
   try:
-    args = _make_parser().parse_args(arguments)
+    args = flags.make_parser().parse_args(arguments)
     code = _COMMANDS[args.command](args)
     sys.stdout.flush()  # A closed pipe shows here, not when Python exits.
     return code

@@ -45,7 +45,8 @@ ALLOWED: dict[str, set[str]] = {
     'doctor': _EVERYTHING,
     'frontends': _EVERYTHING,
     'methods': set(),
-    'main': _EVERYTHING | {'methods', 'quickstart', 'doctor', 'frontends'},
+    'flags': {'errors'},
+    'main': _EVERYTHING | {'methods', 'quickstart', 'doctor', 'frontends', 'flags'},
 }
 # Only here may the state of the process change: these names must not be called elsewhere.
 PROCESS_STATE = ('jax.config.update', 'jax.distributed.initialize', 'os.environ.setdefault',

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from jaxrl_pt import doctor, frontends
+from jaxrl_pt import doctor, flags, frontends
 from jaxrl_pt import main as cli
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,7 +47,7 @@ def test_examples_parse(command, capsys):
   example = capsys.readouterr().out.split('example:\n')[1].replace('\\\n', ' ')
   arguments = [a.strip('\'"') for a in re.findall(r'"[^"]*"|\'[^\']*\'|\S+', example)]
   assert arguments[0] == 'jaxrl-pt'
-  assert cli._make_parser().parse_args(arguments[1:]).command == command
+  assert flags.make_parser().parse_args(arguments[1:]).command == command
 
 
 def test_help_imports_neither_jax_nor_numpy():
