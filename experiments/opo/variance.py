@@ -179,7 +179,7 @@ def plot(summary, path):
   for i, (size, name) in enumerate(itertools.product((4, 8), ('OPO', 'OPO leave-one-out'))):
     points(axes[1], summary, (i - 1.5) * 0.15, f'{name}, K = {size}',
            lambda part, name=name, size=size: part[f'K={size}'][name]['variance'])
-  axes[1].set(ylabel='variance / RLOO', title='groups of K responses')
+  axes[1].set(ylabel='variance / RLOO', title='groups of K responses', ylim=(0.6, 1.4))
   for axis in axes:
     axis.axhline(1, color='black', linewidth=0.8)
     axis.set_xticks(range(len(REGIMES)), REGIMES, fontsize=8)
