@@ -39,6 +39,7 @@ OPTIONAL = (
     ('sentencepiece', 'sentencepiece', 'SentencePiece tokenizers',
      "pip install 'jaxrl_pt[sentencepiece]'"),
     ('safetensors', 'safetensors', 'Hugging Face weights', "pip install 'jaxrl_pt[hf]'"),
+    ('starlette', 'starlette', 'the HTTP server', "pip install 'jaxrl_pt[serve]'"),
     ('torch', 'torch', 'parity tests', 'make parity'),
     ('transformers', 'transformers', 'parity tests', 'make parity'),
 )

@@ -7,7 +7,7 @@ here. The server is a process of its own. Each of 64 requests (prompt, seed, len
 answered alone; then 64 clients send random ones of them for a minute and leave some streams
 early. Every stream that was read to the end must equal the answer alone, every other one must
 be a beginning of it; afterwards no response may be left and the cache must be as it was.
-A second minute shows whether the memory goes on growing. Results: results/serve.json and .png.
+Three more minutes show whether the memory goes on growing. Results: results/serve.json and .png.
 """
 
 import argparse
@@ -150,9 +150,9 @@ async def load(url: str, requests: list[dict], alone: list[str], seed: int, seco
   return shown, memory
 
 
-async def answer_alone(url: str, requests: list[dict]) -> list[str]:
+async def answer_alone(url: str, requests: list[dict], shown: Round) -> list[str]:
   async with httpx2.AsyncClient(timeout=120) as client:
-    return [(await read(client, url, body, None, Round()))[0] for body in requests]
+    return [(await read(client, url, body, None, shown))[0] for body in requests]
 
 
 # --- Numbers --------------------------------------------------------------------------
@@ -165,12 +165,6 @@ def percentile(values: list[float], q: float) -> dict[str, float]:
   low, high = np.percentile(resampled, [2.5, 97.5])
   return {'ms': round(float(np.percentile(data, q)), 1), 'low': round(float(low), 1),
           'high': round(float(high), 1)}
-
-
-def growth(memory: list[tuple[float, float]]) -> float:
-  """MB a minute, by least squares, after the first 15 seconds."""
-  seconds, mb = np.array([m for m in memory if m[0] > 15]).T
-  return float(np.polyfit(seconds / 60, mb, 1)[0])
 
 
 def plot(rounds: list[Round], memories: list[list[tuple[float, float]]], path: Path) -> None:
@@ -202,15 +196,15 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
   parser.add_argument('--workdir', type=Path, default=Path('runs/pretrain_tiny'))
   parser.add_argument('--seconds', type=float, default=60)
-  parser.add_argument('--rounds', type=int, default=2)
+  parser.add_argument('--rounds', type=int, default=4)
   args = parser.parse_args()
   workdir = args.workdir.resolve()
   if not (workdir / 'checkpoints').is_dir():
     train(workdir)
   requests = make_requests(random.Random(0))
-  rounds, memories, after = [], [], []
+  rounds, memories, after, single = [], [], [], Round()
   with serving(workdir) as (process, url):
-    alone = asyncio.run(answer_alone(url, requests))
+    alone = asyncio.run(answer_alone(url, requests, single))
     before = wait_until_idle(url)
     for seed in range(args.rounds):
       shown, memory = asyncio.run(load(url, requests, alone, seed, args.seconds, process.pid))
@@ -224,13 +218,15 @@ def main() -> None:
   results = {
       'streams': NUM_STREAMS, 'slots': SLOTS, 'seconds': args.seconds,
       'cores': len(os.sched_getaffinity(0)), 'load_average': os.getloadavg()[0],
+      'one_stream_first_token_p50': percentile(single.first_tokens, 50),
       'pages_in_use_before': before['cache_pages_in_use'],
       'tokens': last['tokens_total'] - before['tokens_total'],
       'decode_steps': last['decode_steps_total'] - before['decode_steps_total'],
       'rounds': [{
           'outcomes': dict(shown.outcomes), 'first_token_p50': percentile(shown.first_tokens, 50),
           'first_token_p99': percentile(shown.first_tokens, 99),
-          'memory_growth_mb_per_minute': round(growth(memory), 2), 'after': state}
+          'resident_mb': {q: round(float(np.percentile([mb for _, mb in memory], p)), 1)
+                          for q, p in (('median', 50), ('max', 100))}, 'after': state}
           for shown, memory, state in zip(rounds, memories, after, strict=True)]}
   bad = sum(shown.outcomes['lost'] + shown.outcomes['mixed'] for shown in rounds)
   results['lost_or_mixed'] = bad
