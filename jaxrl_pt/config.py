@@ -1320,12 +1320,42 @@ class GatedDenseMatch:
 NextTokenReward = PrefixMatch | FirstTokenMatch | DenseMatch | GatedDenseMatch
 
 
+# How RPT's policy comes to a prediction.
+
+
+@dataclass(frozen=True)
+class Direct:
+  """The response is the prediction."""
+
+
+@dataclass(frozen=True)
+class Reason:
+  """Context, think marker, thought, answer marker, prediction.
+
+  think, answer: texts of exactly one token each; rollouts.prompt_len holds the think marker
+  too, and rollouts.response_tokens the thought, the answer marker and the prediction.
+  """
+
+  think: str = '<think>'
+  answer: str = '</think>'
+
+  def __post_init__(self) -> None:
+    _text(self, 'think')
+    _text(self, 'answer')
+    if self.think == self.answer:
+      _fail(self, 'answer', 'another text than Reason.think')
+
+
+Prediction = Direct | Reason
+
+
 @dataclass(frozen=True)
 class RPT:
   """Reinforcement Pre-Training (2506.08007): reward a correct prediction of what comes next.
 
-  start_from: work directory (or checkpoint) of the pretrained policy; its frozen
-  copy is also the proxy whose entropy chooses positions.
+  start_from: work directory (or checkpoint) of the pretrained policy.
+  proxy_from: work directory of the frozen proxy whose entropy chooses positions, with the
+  same tokenizer; empty takes the start policy.
   min_entropy: positions whose proxy entropy (nats, over its 16 likeliest tokens,
   renormalised) is below are dropped; difficulty: nested thresholds (nats) of the
   easy, medium and hard evaluation splits; scored_examples: packed examples of each split
@@ -1339,9 +1369,15 @@ class RPT:
   difficulty: tuple[float, float, float] = (0.5, 1.0, 1.5)
   scored_examples: int = 1024
   eval_positions: int = 1024
+  reward: NextTokenReward = field(default_factory=PrefixMatch)
+  prediction: Prediction = field(default_factory=Direct)
+  proxy_from: str = ''
 
   def __post_init__(self) -> None:
     _text(self, 'start_from')
+    _text(self, 'proxy_from', empty=True)
+    _instance(self, 'reward', *get_args(NextTokenReward))
+    _instance(self, 'prediction', *get_args(Prediction))
     _instance(self, 'rollouts', Rollouts)
     _instance(self, 'algorithm', Algorithm)
     _check_method('RPT', self.rollouts, self.algorithm)
@@ -1454,6 +1490,12 @@ class Run:
       case NextToken(int4_from=fraction) if fraction < 1 and self.model.quant.weights == 'none':
         raise UserError('NextToken.int4_from < 1 switches BitLinear activations: set '
                         "Quant.weights = 'ternary' too.")
+      case RPT(rollouts=rollouts, algorithm=algorithm) | RL(rollouts=rollouts,
+                                                            algorithm=algorithm):
+        rows, parts = rollouts.num_prompts // algorithm.minibatches, self.train.accumulation
+        if rows % parts:
+          raise UserError(f'Train.accumulation = {parts} does not divide the {rows} prompts of an '
+                          'update (Rollouts.num_prompts / Algorithm.minibatches): change one.')
       case _:
         pass
 

@@ -265,6 +265,9 @@ def test_every_field_has_a_row():
     (lambda: cfg.RPT('a', cfg.Rollouts(group_size=1)), 'OPO compares the responses of a group'),
     (lambda: cfg.RPT('a', cfg.Rollouts(), cfg.Algorithm(surrogate=cfg.PPOClip(), minibatches=3)),
      'Algorithm.minibatches = 3 does not divide'),
+    (lambda: cfg.Run(**{**RUN, 'objective': cfg.RPT('a', cfg.Rollouts(num_prompts=3)),
+                        'train': cfg.Train(4, batch_size=2, accumulation=2)}),
+     'Train.accumulation = 2 does not divide the 3 prompts'),
     (lambda: cfg.RPT('a', cfg.Rollouts(mode=cfg.OneStepOff())), 'choose an Algorithm.correction'),
 ])
 def test_refused_together(make, expected):

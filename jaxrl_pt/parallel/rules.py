@@ -96,8 +96,10 @@ def check_divides(run: cfg.Run, mesh: Mesh) -> None:
   batch = 'data × fsdp', mesh.shape['data'] * fsdp
   prompts: tuple[tuple[str, int, str, int], ...] = ()
   match run.objective:
-    case cfg.RPT(rollouts=rollouts) | cfg.RL(rollouts=rollouts):
-      prompts = (('Rollouts.num_prompts', rollouts.num_prompts, *batch),)
+    case cfg.RPT(rollouts=r, algorithm=a) | cfg.RL(rollouts=r, algorithm=a):
+      at_once = r.num_prompts // a.minibatches // run.train.accumulation
+      prompts = (('Rollouts.num_prompts / Algorithm.minibatches / Train.accumulation', at_once,
+                  *batch),)
   for what, size, axis, parts in (
       ('Model.num_heads', model.num_heads, 'tensor', tensor),
       ('Model.num_kv_heads', model.num_kv_heads, 'tensor', tensor),

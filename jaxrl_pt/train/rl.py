@@ -35,7 +35,7 @@ from jaxrl_pt.train import state as states
 from jaxrl_pt.train.interrupt import stop_on_signals
 from jaxrl_pt.train.stages import Drawn, Judged, Stages
 from jaxrl_pt.train.tasks import Task
-from jaxrl_pt.types import Params, TrainState
+from jaxrl_pt.types import Params, TrainState, Weighted
 
 
 def train(run: cfg.Run, workdir: Path, resolved_text: str) -> None:
@@ -132,7 +132,8 @@ def _step(stages: Stages, state: TrainState, turn: _Turn, step: int, method: cfg
   if resamples:
     drawn, verdict, taken = stages.collect(state.params, turn.batch, step)
     state, done = stages.learn(state, drawn, verdict, measure)
-    return state, _Turn(turn.batch + taken, None), done
+    rounds = {**done.values, 'rounds': Weighted.single(taken)}
+    return state, _Turn(turn.batch + taken, None), done._replace(values=rounds)
 
   drawn = turn.ahead or stages.draw(state.params, turn.batch, step)
   ticket = stages.submit(drawn)
