@@ -114,7 +114,7 @@ def tunix(shape: Shape, rows: int) -> Run:
     """A tokenizer for which a prompt is the number of its row."""
 
     def encode(self, text: str) -> list[int]:
-      return ids[int(text)].tolist()
+      return ids[int(text), 1:].tolist()  # The sampler puts a BOS before it.
 
     def decode(self, tokens: Any) -> str:
       return str(len(tokens))
@@ -126,7 +126,7 @@ def tunix(shape: Shape, rows: int) -> Run:
 
   with mesh:
     sampler = samplers.Sampler(model, Tokens(), samplers.CacheConfig(
-        cache_size=PROMPT + NEW, num_layers=shape.num_layers, num_kv_heads=shape.num_kv_heads,
+        cache_size=PROMPT + NEW + 1, num_layers=shape.num_layers, num_kv_heads=shape.num_kv_heads,
         head_dim=shape.head_dim))
 
   def run() -> None:

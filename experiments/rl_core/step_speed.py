@@ -1,0 +1,284 @@
+"""One GRPO step on this CPU (rollout, reward, update): jaxrl_pt, TRL and Tunix.
+
+    python experiments/rl_core/step_speed.py --peer_python PATH
+
+PATH is a Python interpreter that has google-tunix, torch, transformers and trl. All take the
+same Llama shape in float32 (2.8M weights), 8 prompts × 8 samples of 64 + 64 tokens, none of
+which ends early, the same reward (share of even tokens, computed on the host), no KL, AdamW, one
+update a batch. Each contender is a child that compiles, warms up and then waits; rounds of one
+step alternate between them, so that what else the machine does meets all alike. Medians,
+ranges and the split of jaxrl_pt's step go to results/step_speed.json.
+"""
+
+import argparse
+from collections.abc import Callable, Iterator
+import functools
+import json
+import os
+from pathlib import Path
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+RESULT = Path(__file__).parent / 'results' / 'step_speed.json'
+LAYERS, WIDTH, FF, HEADS, KV_HEADS, HEAD, VOCAB = 6, 192, 512, 6, 2, 32, 1024
+PROMPTS, SAMPLES, PROMPT, NEW, RATE = 8, 8, 64, 64, 1e-5
+WARMUP = 3
+
+# step() → seconds by stage, 'step' among them
+Step = Callable[[], dict[str, float]]
+
+
+def prompt_ids(step: int) -> Any:
+  """i32[PROMPTS, PROMPT]; the first ids are left to special tokens."""
+  import numpy as np
+  rng = np.random.default_rng(step)
+  return rng.integers(8, VOCAB, (PROMPTS, PROMPT)).astype(np.int32)
+
+
+# --- Contenders -----------------------------------------------------------------------
+
+
+def jaxrl_pt() -> Step:
+  import jax
+  import jax.numpy as jnp
+  import numpy as np
+
+  from jaxrl_pt import config as cfg
+  from jaxrl_pt import params as P
+  from jaxrl_pt.models import transformer
+  from jaxrl_pt.parallel.mesh import make_mesh
+  from jaxrl_pt.train import learner, optim, rl_step, state
+  from jaxrl_pt.types import Prompts, Verdict
+
+  rollouts = cfg.Rollouts(num_prompts=PROMPTS, group_size=SAMPLES, prompt_len=PROMPT,
+                          response_tokens=NEW)
+  method = cfg.Algorithm(advantage=cfg.GRPO(), surrogate=cfg.PPOClip(),
+                         aggregation=cfg.SequenceMeanTokenMean())
+  run = cfg.Run(
+      seed=0, model=cfg.Model(LAYERS, WIDTH, FF, HEADS, KV_HEADS, HEAD, VOCAB),
+      data=cfg.Data(cfg.PythonStdlib(), cfg.Bytes(), PROMPT + NEW),
+      objective=cfg.RPT('unread', rollouts=rollouts, algorithm=method),
+      optimizer=cfg.AdamW(cfg.Constant(RATE), weight_decay=0.0),
+      train=cfg.Train(num_steps=1000, batch_size=PROMPTS), compute=cfg.Compute(unroll=0))
+  model = transformer.build(run.model, run.compute)
+  optimizer = optim.make_optimizer(run.optimizer, run.train.num_steps)
+  mesh = make_mesh(run.mesh)
+  new_method = lambda: state.new_method(run)
+  now = state.state_of(P.init(model.specs, jax.random.key(0)), optimizer,
+                       state.abstract_state(model, optimizer, mesh, new_method), new_method)
+  sample = jax.jit(rl_step.make_sampler(model, run.seed, rollouts, VOCAB + 1))
+  learn = jax.jit(learner.make_learner(model, optimizer, run, rollouts, method),
+                  donate_argnums=0)
+  number = 0
+
+  def step() -> dict[str, float]:
+    nonlocal now, number
+    times = [time.perf_counter()]
+    none = jnp.zeros((PROMPTS, 0), jnp.int32), jnp.zeros(PROMPTS, jnp.int32), jnp.zeros(PROMPTS)
+    prompts = Prompts(jnp.asarray(prompt_ids(number)), jnp.full(PROMPTS, PROMPT),
+                      jnp.arange(PROMPTS), *none)
+    rollout = sample(now.params, prompts, jnp.int32(number), jnp.int32(number))
+    tokens = np.asarray(rollout.tokens)
+    assert np.asarray(rollout.mask).all()
+    times.append(time.perf_counter())
+    reward = jnp.asarray((tokens % 2 == 0).mean(-1), jnp.float32)
+    verdict = Verdict(reward, jnp.ones_like(reward), jnp.zeros_like(reward), {})
+    times.append(time.perf_counter())
+    now, _ = learn(now, learner.Experience(prompts, rollout, verdict, jnp.zeros_like(rollout.logp)))
+    jax.block_until_ready(now)
+    times.append(time.perf_counter())
+    number += 1
+    split = dict(zip(('generate', 'verify', 'update'),
+                     (b - a for a, b in zip(times, times[1:], strict=False)), strict=True))
+    return {'step': times[-1] - times[0], **split}
+
+  return step
+
+
+def _word_tokenizer() -> Any:
+  """A transformers tokenizer whose token i is the word t{i}."""
+  import tokenizers
+  import transformers
+
+  words = {f't{i}': i for i in range(VOCAB)}
+  backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token='t0'))
+  backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+  return transformers.PreTrainedTokenizerFast(
+      tokenizer_object=backend, pad_token='t0', eos_token='t1', bos_token='t2', unk_token='t0')
+
+
+def _texts(step: int) -> list[str]:
+  return [' '.join(f't{i}' for i in row) for row in prompt_ids(step)]
+
+
+def _reward(completions: list[str], **unused: Any) -> list[float]:
+  ids = [[int(word[1:]) for word in text.split()] for text in completions]
+  return [sum(i % 2 == 0 for i in row) / max(1, len(row)) for row in ids]
+
+
+def _serve_from_inside(train: Callable[[Callable[[], None]], None]) -> None:
+  """For trainers that own the loop: `train` calls its argument after each step."""
+  done = 0
+  last = time.perf_counter()
+
+  def after_step() -> None:
+    nonlocal done, last
+    seconds, done = time.perf_counter() - last, done + 1
+    if done == WARMUP:
+      print('ready', flush=True)
+    if done > WARMUP:
+      print(json.dumps({'step': seconds}), flush=True)
+    if done >= WARMUP and not sys.stdin.readline():
+      sys.exit(0)
+    last = time.perf_counter()
+
+  train(after_step)
+
+
+def trl(after_step: Callable[[], None]) -> None:
+  import datasets
+  import torch
+  import transformers
+  from trl import GRPOConfig, GRPOTrainer
+
+  torch.manual_seed(0)
+  model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+      vocab_size=VOCAB, hidden_size=WIDTH, intermediate_size=FF, num_hidden_layers=LAYERS,
+      num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, head_dim=HEAD,
+      tie_word_embeddings=True, max_position_embeddings=256, eos_token_id=1, pad_token_id=0))
+
+  class Clock(transformers.TrainerCallback):
+    def on_step_end(self, *unused: Any, **more: Any) -> None:
+      after_step()
+
+  rows = datasets.Dataset.from_list([{'prompt': p} for i in range(200) for p in _texts(i)])
+  with tempfile.TemporaryDirectory() as folder:
+    config = GRPOConfig(
+        output_dir=folder, per_device_train_batch_size=PROMPTS * SAMPLES,
+        num_generations=SAMPLES, max_completion_length=NEW, beta=0.0, learning_rate=RATE,
+        lr_scheduler_type='constant', loss_type='grpo', temperature=1.0, max_steps=200,
+        generation_kwargs={'min_new_tokens': NEW}, use_cpu=True, bf16=False, report_to='none',
+        logging_strategy='no', save_strategy='no', disable_tqdm=True, gradient_checkpointing=False)
+    GRPOTrainer(model, _reward, args=config, train_dataset=rows,
+                processing_class=_word_tokenizer(), callbacks=[Clock()]).train()
+
+
+def tunix(after_step: Callable[[], None]) -> None:
+  from flax import nnx
+  import jax
+  import numpy as np
+  import optax
+  from tunix.models.llama3 import model as llama3
+  from tunix.rl import rl_cluster
+  from tunix.rl.grpo import grpo_learner
+  from tunix.rl.rollout import base_rollout
+
+  shape = llama3.ModelConfig(
+      num_layers=LAYERS, vocab_size=VOCAB, embed_dim=WIDTH, hidden_dim=FF, num_heads=HEADS,
+      head_dim=HEAD, num_kv_heads=KV_HEADS, rope_theta=10_000, norm_eps=1e-5, weight_tying=True)
+  mesh = jax.make_mesh((1, 1), ('fsdp', 'tp'), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+  with mesh:
+    model = llama3.Llama3(shape, rngs=nnx.Rngs(0))
+
+  class Tokens:
+    """Token i is the word t{i}; an EOS that is never drawn keeps all responses long."""
+
+    def encode(self, text: str, **unused: Any) -> list[int]:
+      return [int(w[1:]) for w in text.split()][1:]  # The sampler puts a BOS before it.
+
+    def decode(self, tokens: Any, **unused: Any) -> str:
+      return ' '.join(f't{int(i)}' for i in tokens)
+
+    bos_id, eos_id, pad_id = (lambda self: 2), (lambda self: VOCAB + 1), (lambda self: 0)
+
+    def dedup_bos_ids(self, tokens: list[int]) -> list[int]:
+      return tokens
+
+  roles = (rl_cluster.Role.ACTOR, rl_cluster.Role.ROLLOUT, rl_cluster.Role.REFERENCE)
+  cluster = rl_cluster.RLCluster(
+      actor=model, tokenizer=Tokens(), cluster_config=rl_cluster.ClusterConfig(
+          role_to_mesh=dict.fromkeys(roles, mesh), rollout_engine='vanilla',
+          training_config=rl_cluster.RLTrainingConfig(
+              actor_optimizer=optax.adamw(RATE), eval_every_n_steps=10**9, max_steps=200,
+              mini_batch_size=PROMPTS, train_micro_batch_size=PROMPTS),
+          rollout_config=base_rollout.RolloutConfig(
+              max_tokens_to_generate=NEW, max_prompt_length=PROMPT, kv_cache_size=PROMPT + NEW + 1,
+              temperature=1.0, top_p=1.0)))
+
+  def batches() -> Iterator[dict[str, Any]]:
+    for i in range(200):
+      yield {'prompts': np.array(_texts(i))}
+      # The learner asks for more once it has dispatched an update: wait for that.
+      jax.block_until_ready(nnx.state(cluster.actor_trainer.model))
+      after_step()
+
+  learner = grpo_learner.GRPOLearner(
+      cluster, grpo_learner.GRPOConfig(num_generations=SAMPLES, num_iterations=1, beta=0.0),
+      lambda prompts, completions, **unused: _reward(completions))
+  learner.train(batches())
+
+
+def serve(name: str) -> None:
+  """The child: one step for each line on standard input."""
+  if name != 'jaxrl_pt':
+    return _serve_from_inside({'trl': trl, 'tunix': tunix}[name])
+  step = jaxrl_pt()
+  for _ in range(WARMUP):
+    step()
+  print('ready', flush=True)
+  for _ in sys.stdin:
+    print(json.dumps(step()), flush=True)
+
+
+# --- Rounds -----------------------------------------------------------------------------
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+  parser.add_argument('--peer_python', default=sys.executable)
+  parser.add_argument('--rounds', type=int, default=10)
+  parser.add_argument('--child', choices=('jaxrl_pt', 'trl', 'tunix'))
+  args = parser.parse_args()
+  if args.child:
+    return serve(args.child)
+  pythons = {'jaxrl_pt': sys.executable, 'trl': args.peer_python, 'tunix': args.peer_python}
+  children = {name: subprocess.Popen(
+      [python, __file__, '--child', name], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+      stderr=subprocess.DEVNULL, text=True, env={**os.environ, 'JAX_PLATFORMS': 'cpu'})
+      for name, python in pythons.items()}
+
+  def line(name: str) -> str:
+    for text in children[name].stdout:
+      if text.startswith(('ready', '{"step"')):
+        return text
+    raise SystemExit(f'{name} ended early: run it alone with --child {name}')
+
+  for name in children:
+    line(name)
+  rounds: dict[str, list[dict[str, float]]] = {name: [] for name in children}
+  for _ in range(args.rounds):
+    for name, child in children.items():
+      child.stdin.write('go\n')
+      child.stdin.flush()
+      rounds[name].append(json.loads(line(name)))
+  for child in children.values():
+    child.kill()
+  median = functools.partial(statistics.median)
+  seconds = {name: median(r['step'] for r in rows) for name, rows in rounds.items()}
+  split = {stage: median(r[stage] for r in rounds['jaxrl_pt'])
+           for stage in ('generate', 'verify', 'update')}
+  ratio = min(seconds['trl'], seconds['tunix']) / seconds['jaxrl_pt']
+  RESULT.write_text(json.dumps({'seconds_a_step': seconds, 'split_of_jaxrl_pt': split,
+                                'faster_than_the_faster': ratio, 'rounds': rounds},
+                               indent=1) + '\n')
+  print('  '.join(f'{name} {value:.2f} s' for name, value in seconds.items())
+        + f'  → {ratio:.2f}×; ours: '
+        + '  '.join(f'{stage} {value:.2f}' for stage, value in split.items()))
+
+
+if __name__ == '__main__':
+  main()
