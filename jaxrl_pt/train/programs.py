@@ -142,7 +142,9 @@ def of_run(run: cfg.Run, mesh: Mesh) -> list[Program]:
       table = verifier.token_table([bytes(_LONGEST_TOKEN)] * run.model.vocab_size,
                                    run.model.vocab_size)
       prompts = _abstract_prompts(method.rollouts, continuation_len(method), mesh)
-      return _rl_programs(run, mesh, state, method, prompts, verifier.device_verifier(table))
+      marker = verifier.NO_MARKER if method.prediction == cfg.Direct() else _STOP_ID + 1
+      return _rl_programs(run, mesh, state, method, prompts,
+                          verifier.device_verifier(table, method.reward, marker))
     case cfg.RL() as method:
       judge = None
       if isinstance(method.verifier, cfg.AnswerMatch):

@@ -71,7 +71,7 @@ def rewards(model: Model, params: Params, average: Params, prompts: Prompts, tho
     markers: of the template.
   """
   truth_N = prompts.continuation[:, 0]
-  logp = _logp_after(model, params, prompts, thoughts, markers.answer)
+  logp = logp_after_thought(model, params, prompts, thoughts, markers.answer)
   positions = jnp.broadcast_to(jnp.arange(prompts.tokens.shape[1]), prompts.tokens.shape)
   hidden_NTD = model.apply(average, prompts.tokens, positions, jnp.ones_like(positions))
   last = (prompts.lengths - 1 - markers.num_after)[:, None, None]
@@ -80,9 +80,13 @@ def rewards(model: Model, params: Params, average: Params, prompts: Prompts, tho
   return rlp.information_gain(logp, baseline_N)
 
 
-def _logp_after(model: Model, params: Params, prompts: Prompts, thoughts: Rollout,
-                answer: int) -> Array:
-  """f32[N, G]: log p_θ of the true token after the thought and exactly one answer marker."""
+def logp_after_thought(model: Model, params: Params, prompts: Prompts, thoughts: Rollout,
+                       answer: int) -> Array:
+  """f32[N, G]: log p_θ of the true token after the thought and exactly one answer marker.
+
+  Its exponential is the chance of a right prediction where a thought that did not end in time
+  is ended for the policy. Arguments as in `rewards`.
+  """
   place = jnp.arange(thoughts.tokens.shape[-1])
   ended = ((thoughts.tokens == answer) & (thoughts.mask > 0)).any(-1)
   length_NG = thoughts.mask.sum(-1).astype(jnp.int32) - ended  # without its marker

@@ -1,13 +1,17 @@
 """RPT's task: positions that the start policy is unsure of, as prompts with their truth.
 
-The pretrained policy, frozen, scores positions by the entropy of its prediction; those it
-is unsure of become prompts. The same held-out positions are scored before the first step,
-on the way, and after the last, under the same decoding (2506.08007).
+A frozen proxy, the pretrained policy or another checkpoint, scores positions by the entropy of
+its prediction; those it is unsure of become prompts. The response is the prediction, or a
+thought that ends with one. The same held-out positions are scored before the first step, on
+the way, and after the last, under the same decoding (2506.08007).
 """
 
 from collections.abc import Callable
+import dataclasses
+from dataclasses import dataclass
 import functools
 import hashlib
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,11 +20,12 @@ import numpy as np
 
 from jaxrl_pt import config as cfg
 from jaxrl_pt import metrics
-from jaxrl_pt.data import loader, next_token
+from jaxrl_pt.data import loader, next_token, templates
+from jaxrl_pt.data.tokenizer import Tokenizer
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.models.base import Model
 from jaxrl_pt.sampling import decode
-from jaxrl_pt.train import programs
+from jaxrl_pt.train import evaluate, programs
 from jaxrl_pt.train import session as sessions
 from jaxrl_pt.train.tasks import OnDevice, Task
 from jaxrl_pt.types import Array, Batch, Params, Prompts, Weighted
@@ -32,26 +37,83 @@ EVALUATION_SAMPLES = 8
 
 
 def make_task(session: sessions.Session, method: cfg.RPT, model: Model, start: Params) -> Task:
-  """Chooses the positions under the start policy; prompts, verifier and held-out accuracy.
+  """Chooses the positions under the proxy; prompts, verifier and held-out accuracy.
 
   Raises:
-    UserError: no position is left.
+    UserError: no position is left, a proxy with another tokenizer, a marker that is not one
+      token.
   """
-  entropy = jax.jit(functools.partial(next_token.position_entropy, model))
-  positions = _choose_positions(session, method, entropy, start, 'train')
-  held_out = _choose_positions(session, method, entropy, start, 'validation')
+  proxy, proxy_params = _proxy(session, method, model, start)
+  entropy = jax.jit(functools.partial(next_token.position_entropy, proxy))
+  positions = _choose_positions(session, method, entropy, proxy_params, 'train')
+  held_out = _choose_positions(session, method, entropy, proxy_params, 'validation')
   tokenizer = session.data.tokenizer
-  table = verifier.token_table(tokenizer.token_bytes(), session.run.model.vocab_size)
+  frame = make_frame(method.prediction, tokenizer)
+  table = _table(session, frame)
   num_prompts = method.rollouts.num_prompts
 
   def take(batch: int) -> tuple[Prompts, tuple[str, ...]]:
     rows = positions.take(next_token.step_rows(len(positions), num_prompts, session.run.seed,
                                                batch))
-    return _prompts(session.data.train, rows, method), ()
+    return _prompts(session.data.train, rows, method, frame), ()
 
-  return Task(take, OnDevice(verifier.device_verifier(table)),
-              _make_scorer(session, method, model, table, tokenizer.eos_id, held_out),
+  return Task(take, OnDevice(verifier.device_verifier(table, method.reward, frame.marker)),
+              _make_scorer(session, method, model, table, tokenizer.eos_id, frame, held_out),
               _digest(positions))
+
+
+@dataclass(frozen=True)
+class Frame:
+  """What stands after a context, and the token after which a response predicts."""
+
+  template: templates.TokenTemplate = templates.TokenTemplate()
+  marker: int = verifier.NO_MARKER
+
+  @property
+  def num_after(self) -> int:
+    """Tokens of a prompt that are not its context's."""
+    return len(self.template.after)
+
+
+def make_frame(prediction: cfg.Prediction, tokenizer: Tokenizer) -> Frame:
+  """The frame of a kind of prediction in a tokenizer's tokens.
+
+  Raises:
+    UserError: a marker that is not one token.
+  """
+  match prediction:
+    case cfg.Direct():
+      return Frame()
+    case cfg.Reason(think=think, answer=answer):
+      ids = []
+      for name, text in (('think', think), ('answer', answer)):
+        found = tokenizer.encode(text)
+        if len(found) != 1:
+          raise UserError(f'Reason.{name} = {text!r} is {len(found)} tokens: choose a text that '
+                          'is one and that the corpus does not use.')
+        ids += found
+      return Frame(templates.TokenTemplate(after=(ids[0],)), ids[1])
+
+
+def _table(session: sessions.Session, frame: Frame) -> verifier.TokenBytes:
+  """Bytes of the vocabulary; markers spell nothing in a prediction."""
+  spelled = list(session.data.tokenizer.token_bytes())
+  for marker in (*frame.template.after, frame.marker):
+    if marker != verifier.NO_MARKER:
+      spelled[marker] = b''
+  return verifier.token_table(spelled, session.run.model.vocab_size)
+
+
+def _proxy(session: sessions.Session, method: cfg.RPT, model: Model,
+           start: Params) -> tuple[Model, Params]:
+  """The policy that says which positions are worth a prompt."""
+  if not method.proxy_from:
+    return model, start
+  policy = evaluate.load_policy(Path(method.proxy_from), mesh=session.run.mesh)
+  if policy.session.data.tokenizer.fingerprint != session.data.tokenizer.fingerprint:
+    raise UserError(f'The proxy in {method.proxy_from} has another tokenizer than the policy in '
+                    f'{method.start_from}: choose one that was trained with the same.')
+  return policy.model, policy.params
 
 
 def _digest(positions: next_token.Positions) -> str:
@@ -64,7 +126,7 @@ def _digest(positions: next_token.Positions) -> str:
 def _choose_positions(
     session: sessions.Session, method: cfg.RPT, entropy: Callable[[Params, Batch], Array],
     params: Params, split: str) -> next_token.Positions:
-  """Positions of a split whose entropy under the starting policy is at least the minimum.
+  """Positions of a split whose entropy under the proxy is at least the minimum.
 
   Of the split, `scored_examples` examples spread evenly over it are scored; of the
   validation split's positions, `eval_positions` are taken by a fixed permutation.
@@ -110,26 +172,30 @@ def _spread(packed: loader.Packed, batch_size: int, num_examples: int) -> list[B
           for i in range(0, len(ids), batch_size)]
 
 
-def _prompts(packed: loader.Packed, rows: next_token.Positions, method: cfg.RPT) -> Prompts:
-  """Prompts of these positions. The truth is four times as many tokens as the prediction may
-  have; a right prediction that the truth spells in still more tokens counts as wrong."""
+def _prompts(packed: loader.Packed, rows: next_token.Positions, method: cfg.RPT,
+             frame: Frame) -> Prompts:
+  """Prompts of these positions in their frame. The truth is four times as many tokens as the
+  response may have; a right prediction that it spells in still more tokens counts as wrong."""
   examples = packed.batch(np.unique(rows.example))
-  return next_token.build_prompts(examples, rows, prompt_len=method.rollouts.prompt_len,
-                                  num_continuation=programs.continuation_len(method))
+  contexts = next_token.build_prompts(
+      examples, rows, prompt_len=method.rollouts.prompt_len - frame.num_after,
+      num_continuation=programs.continuation_len(method))
+  return templates.apply(frame.template, contexts)
 
 
 # --- Held-out accuracy ----------------------------------------------------------
 
 
 def _make_scorer(session: sessions.Session, method: cfg.RPT, model: Model,
-                 table: verifier.TokenBytes, stop_id: int,
+                 table: verifier.TokenBytes, stop_id: int, frame: Frame,
                  held_out: next_token.Positions) -> Callable[[Params], dict[str, float]]:
-  """score(params) → validation/{easy,medium,hard}_{sampled,argmax,count}."""
+  """score(params) → validation/{easy,medium,hard}_{sampled,argmax,count}, and _direct where the
+  policy reasons."""
   key = jax.random.fold_in(jax.random.key(session.run.seed), EVALUATION_STREAM)
   accuracy = jax.jit(lambda params, prompts: next_token_accuracy(
       model, params, prompts, key, table, method=method, num_samples=EVALUATION_SAMPLES,
-      stop_id=stop_id))
-  rows = _prompts(session.data.validation, held_out, method)
+      stop_id=stop_id, frame=frame))
+  rows = _prompts(session.data.validation, held_out, method, frame)
   size = 4 * method.rollouts.num_prompts
   total = -(-len(held_out) // size) * size
   rows = next_token.pad_prompts(rows, total)
@@ -153,7 +219,8 @@ def _make_scorer(session: sessions.Session, method: cfg.RPT, model: Model,
 
 def next_token_accuracy(model: Model, params: Params, prompts: Prompts, key: Array,
                         table: verifier.TokenBytes, *, method: cfg.RPT, num_samples: int,
-                        stop_id: int = decode.NO_STOP) -> dict[str, Weighted]:
+                        stop_id: int = decode.NO_STOP, frame: Frame = Frame()
+                        ) -> dict[str, Weighted]:
   """Prefix-match accuracy by difficulty, sampled as in training and by the argmax.
 
   The splits are nested as the paper writes them: entropy above each of
@@ -162,19 +229,27 @@ def next_token_accuracy(model: Model, params: Params, prompts: Prompts, key: Arr
   Args:
     prompts: rows without a continuation (`pad_prompts`) are not counted.
     num_samples: responses per prompt when sampling; the argmax draws one.
+    frame: of the prompts; where it asks for a thought, 'argmax' thinks too, and 'direct' is the
+      likeliest next token of the context itself, as of a model that only predicts.
 
   Returns:
-    {easy,medium,hard}_{sampled,argmax}; the count of an argmax entry is that of positions.
+    {easy,medium,hard}_{sampled,argmax,direct}; the count of an argmax entry is that of positions.
   """
-  verify = verifier.device_verifier(table)
+  greedy = cfg.Sampler(temperature=0.0)
+  thinks = prompts, frame.marker, method.rollouts.response_tokens
+  modes = {'sampled': (method.rollouts.sampler, num_samples, *thinks),
+           'argmax': (greedy, 1, *thinks)}
+  if frame.marker != verifier.NO_MARKER:
+    contexts = dataclasses.replace(
+        prompts, lengths=jnp.maximum(prompts.lengths - frame.num_after, 1))
+    modes['direct'] = greedy, 1, contexts, verifier.NO_MARKER, 1
   results = {}
-  for name, sampler, samples in (('sampled', method.rollouts.sampler, num_samples),
-                                 ('argmax', cfg.Sampler(temperature=0.0), 1)):
-    rollout = decode.generate(model, params, prompts, key, sampler=sampler, num_samples=samples,
-                              num_tokens=method.rollouts.response_tokens, stop_id=stop_id)
-    reward = verify(prompts, rollout).reward
+  for name, (sampler, samples, asked, marker, num_tokens) in modes.items():
+    rollout = decode.generate(model, params, asked, key, sampler=sampler, num_samples=samples,
+                              num_tokens=num_tokens, stop_id=stop_id)
+    correct = verifier.device_verifier(table, marker=marker)(asked, rollout).correct
     for split, threshold in zip(('easy', 'medium', 'hard'), method.difficulty, strict=True):
       counted = (prompts.entropy > threshold) & (prompts.continuation_lengths > 0)
-      mask = jnp.broadcast_to(counted[:, None], reward.shape)
-      results[f'{split}_{name}'] = Weighted.of(reward, mask)
+      mask = jnp.broadcast_to(counted[:, None], correct.shape)
+      results[f'{split}_{name}'] = Weighted.of(correct, mask)
   return results
