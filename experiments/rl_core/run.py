@@ -126,7 +126,7 @@ def main() -> None:
     (results / 'opo_seeds.json').write_text(json.dumps(
         {seed: summary(rows) for seed, rows in runs.items()}, indent=1) + '\n')
     draw(results / 'opo_seeds.png', {'OPO, W1.58A8': [curve(r, 'reward') for r in runs.values()]},
-         'OPO on sums of two numbers, three seeds')
+         'OPO on sums of three digits, three seeds')
   if args.only != 'seeds':
     found: dict[str, dict] = {}
     for method, run in (('opo', opo), ('rpt', rpt)):
