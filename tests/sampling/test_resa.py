@@ -1,0 +1,299 @@
+"""Rectification restores the dense cache; generation and speculation equal decode.generate."""
+
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrl_pt import config as cfg
+from jaxrl_pt import params as P
+from jaxrl_pt.config import Every, Never, ReSA, Sampler
+from jaxrl_pt.errors import UserError
+from jaxrl_pt.interop import llama2c
+from jaxrl_pt.models import transformer
+from jaxrl_pt.sampling import decode, resa, resa_attention, resa_speculate
+from jaxrl_pt.types import Prompts
+
+CONFIG = cfg.Model(num_layers=2, d_model=16, d_ff=32, num_heads=4, num_kv_heads=2, head_dim=8,
+                   vocab_size=19)
+MODEL = transformer.build(CONFIG)
+PARAMS = P.init(MODEL.specs, jax.random.key(0))
+# A random model is near uniform; a larger embedding (tied head) makes it have opinions.
+PARAMS = {**PARAMS, 'embed': PARAMS['embed'] * 25}
+BLOCK, ROWS = 4, 3
+KEY = jax.random.key(7)
+
+# These programs run for microseconds: compiling them well is what would take the time.
+quick_jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
+
+
+def prompts(lengths=(11, 8, 3), ids=(4, 7, 9), width=11):
+  tokens = jax.random.randint(jax.random.key(1), (3, 11), 0, 19)[:, :width]
+  none = jnp.zeros((3, 0), jnp.int32), jnp.zeros(3, jnp.int32), jnp.zeros(3)
+  return Prompts(tokens, jnp.array(lengths), jnp.array(ids), *none)
+
+
+def keys_and_values(cache, length):
+  """f[2, L, B, K, T, E] as a row of slots would hold them."""
+  at = cache.table + (jnp.arange(CONFIG.num_layers) * cache.pages_per_layer)[:, None, None]
+  kv = cache.pages[:, at].transpose(4, 1, 2, 0, 3, 5, 6)
+  return kv.reshape(*kv.shape[:4], -1, kv.shape[-1])[..., :length, :]
+
+
+# --- Rectification --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('window', [1, 16, 32, 128])
+def test_after_each_rectification_the_cache_is_the_dense_one(window):
+  """Rows at different phases: each has its own length and its own count since the last time."""
+  prompt_lens, total = jnp.array([20, 33, 27]), 33 + window + 40
+  tokens = jax.random.randint(jax.random.key(2), (ROWS, total), 0, 19)
+  hidden, plain = decode.prefill(MODEL, PARAMS, tokens)
+  table, num_pages = resa_attention.rows_of_pages(ROWS, -(-total // BLOCK))
+  cache = resa_attention.init(CONFIG, table, num_pages, BLOCK, jnp.float32)
+  settings = ReSA(BLOCK, 0.1, min_blocks=2)
+  last, cache = quick_jit(functools.partial(resa.prefill, MODEL))(
+      PARAMS, cache, tokens[:, :33], prompt_lens)
+  np.testing.assert_allclose(last, hidden[jnp.arange(ROWS), prompt_lens - 1], atol=1e-5)
+
+  @quick_jit
+  def step(carry, i):
+    cache, fresh = carry
+    # Row 2 starts two steps late.
+    positions = prompt_lens + jnp.where(jnp.arange(ROWS) == 2, i - 2, i)
+    active = positions >= prompt_lens
+    newest = tokens[jnp.arange(ROWS), positions]
+    _, cache = resa.decode(MODEL, PARAMS, settings, cache, newest, positions, active)
+    due = active & (positions + 1 - fresh == window)
+    at = jnp.minimum(fresh[:, None] + jnp.arange(window), total - 1)
+    before = cache
+    cache = resa.rectify(MODEL, PARAMS, cache, jnp.take_along_axis(tokens, at, 1), fresh,
+                         jnp.where(due, window, 0))
+    return (cache, jnp.where(due, positions + 1, fresh)), (before, due, positions + 1)
+
+  carry, num_rectified, was_wrong = (cache, prompt_lens), 0, False
+  for i in range(window + 3 if window > 1 else 6):
+    carry, (before, due, lengths) = step(carry, i)
+    kv, old = (keys_and_values(c, total) for c in (carry[0], before))
+    for row in np.flatnonzero(due):
+      num_rectified += 1
+      part = (slice(None), slice(None), row, slice(None), slice(0, int(lengths[row])))
+      expected = jnp.stack([plain.k, plain.v])[part]
+      np.testing.assert_allclose(kv[part], expected, rtol=1e-5, atol=2e-6)
+      was_wrong |= bool(np.abs(old[part] - expected).max() > 1e-3)
+    for row in np.flatnonzero(~due):  # The others are left alone, bit for bit.
+      np.testing.assert_array_equal(kv[:, :, row], old[:, :, row])
+  assert num_rectified >= ROWS - 1 and was_wrong
+  cache, fresh = carry
+  rows = jnp.arange(ROWS)
+  again = quick_jit(resa_attention.describe, static_argnums=5)(
+      cache, jnp.arange(2), rows, jnp.zeros(ROWS, jnp.int32), lengths, total)
+  for row in range(ROWS):  # Descriptors are those of the keys, exactly.
+    used = -(-int(lengths[row]) // BLOCK)
+    np.testing.assert_array_equal(cache.bounds[:, row, :, :used], again.bounds[:, row, :, :used])
+
+
+def test_trailing_windows_of_any_length():
+  """Counts below the window's width: each row ends with the dense cache of its own tokens."""
+  tokens = jax.random.randint(jax.random.key(3), (ROWS, 24), 0, 19)
+  _, plain = decode.prefill(MODEL, PARAMS, tokens)
+  table, num_pages = resa_attention.rows_of_pages(ROWS, 6)
+  cache = resa_attention.init(CONFIG, table, num_pages, BLOCK, jnp.float32)
+  starts, counts = jnp.array([16, 10, 13]), jnp.array([7, 0, 1])
+  _, cache = resa.prefill(MODEL, PARAMS, cache, tokens, starts)
+  window = jnp.take_along_axis(tokens, starts[:, None] + jnp.arange(8), 1)
+  rectified = quick_jit(functools.partial(resa.rectify, MODEL))(PARAMS, cache, window, starts,
+                                                                counts)
+  kv, before = keys_and_values(rectified, 24), keys_and_values(cache, 24)
+  for row, (start, count) in enumerate(zip(starts, counts)):
+    end = int(start + count)
+    np.testing.assert_allclose(kv[:, :, row, :, :end],
+                               jnp.stack([plain.k, plain.v])[:, :, row, :, :end], atol=1e-5)
+    np.testing.assert_array_equal(kv[:, :, row, :, end:], before[:, :, row, :, end:])
+
+
+# --- Generation -----------------------------------------------------------------------
+
+DRAW = dict(sampler=Sampler(0.9, top_p=0.95), num_samples=2, num_tokens=14, stop_id=12)
+
+
+@functools.cache
+def dense_rollout():
+  return quick_jit(functools.partial(decode.generate, MODEL, version=3, **DRAW))(
+      PARAMS, prompts(), KEY)
+
+
+def assert_same(rollout, expected):
+  np.testing.assert_array_equal(rollout.tokens, expected.tokens)
+  np.testing.assert_array_equal(rollout.mask, expected.mask)
+  np.testing.assert_allclose(rollout.logp, expected.logp, atol=2e-5)
+  assert int(rollout.version) == int(expected.version)
+
+
+@functools.cache
+def generator(settings):
+  return quick_jit(functools.partial(resa.generate, MODEL, resa=settings, version=3, **DRAW))
+
+
+@pytest.mark.parametrize('refresh', [Never(), Every(5)])
+def test_all_blocks_reproduce_dense_decoding(refresh):
+  rollout = generator(ReSA(BLOCK, active=1.0, min_blocks=1, refresh=refresh))(
+      PARAMS, prompts(), KEY)
+  assert_same(rollout, dense_rollout())
+  lengths = rollout.mask.sum(-1)
+  assert lengths.min() < 14 <= lengths.max()  # Some stopped and some did not.
+
+
+def test_generation_equals_a_slow_loop_and_rows_do_not_matter():
+  """One row at a time, a step at a time, rectified by hand."""
+  settings, window = ReSA(BLOCK, 0.1, min_blocks=1, refresh=Every(4)), 4
+  rollout = generator(settings)(PARAMS, prompts(), KEY)
+  assert np.abs(np.asarray(rollout.logp - dense_rollout().logp)).max() > 1e-3  # It is sparse.
+  head = MODEL.head(PARAMS)
+  prefill = quick_jit(functools.partial(resa.prefill, MODEL))
+  step = quick_jit(functools.partial(resa.decode, MODEL, resa=settings))
+  rectify = quick_jit(functools.partial(resa.rectify, MODEL))
+  keys = decode.sample_keys(KEY, prompts().ids, 2)
+  table, num_pages = resa_attention.rows_of_pages(1, 7)
+  for n, g in ((0, 1), (1, 0), (2, 1)):
+    length = int(prompts().lengths[n])
+    cache = resa_attention.init(CONFIG, table, num_pages, BLOCK, jnp.float32)
+    hidden, cache = prefill(PARAMS, cache, prompts().tokens[n:n + 1], jnp.array([length]))
+    drawn = []
+    for i in range(14):
+      token, logp = resa.draw(hidden, head, keys[2 * n + g:2 * n + g + 1],
+                              jnp.array([length + i]), DRAW['sampler'])
+      drawn.append(int(token[0]))
+      np.testing.assert_allclose(rollout.logp[n, g, i], logp[0], atol=2e-5)
+      if drawn[-1] == 12:
+        break
+      hidden, cache = step(PARAMS, cache=cache, tokens_B=token, positions_B=jnp.array([length + i]),
+                           active_B=jnp.array([True]))
+      if len(drawn) % window == 0:
+        start = jnp.array([length + len(drawn) - window])
+        cache = rectify(PARAMS, cache, jnp.array([drawn[-window:]]), start, jnp.array([window]))
+    np.testing.assert_array_equal(rollout.tokens[n, g, :len(drawn)], drawn)
+    assert int(rollout.mask[n, g].sum()) == len(drawn)
+
+
+@pytest.mark.parametrize('sampler', [Sampler(0.0), Sampler(0.9, top_p=0.95)])
+def test_speculation_draws_the_very_tokens_of_dense_decoding(sampler):
+  options = {**DRAW, 'sampler': sampler}
+  expected = quick_jit(functools.partial(decode.generate, MODEL, version=3, **options))(
+      PARAMS, prompts(), KEY)
+  speculate = functools.partial(resa_speculate.generate, MODEL, version=3, num_drafts=3, **options)
+  rollout, poor = quick_jit(functools.partial(
+      speculate, sparse=ReSA(BLOCK, 0.1, min_blocks=1)))(PARAMS, prompts(), KEY)
+  assert_same(rollout, expected)
+  assert 0 < int(poor.agreed) < int(poor.drafted) == 3 * int(poor.rounds)
+  if sampler.temperature:
+    return
+  rollout, perfect = quick_jit(functools.partial(
+      speculate, sparse=ReSA(BLOCK, 1.0, min_blocks=1)))(PARAMS, prompts(), KEY)
+  assert_same(rollout, expected)
+  assert int(perfect.agreed) == int(perfect.drafted)
+
+
+@pytest.mark.parametrize('settings', [
+    dict(active=0.0), dict(active=1.5), dict(active=float('nan')), dict(block=0),
+    dict(local_blocks=17), dict(min_blocks=0), dict(refresh=32)])
+def test_bad_settings_say_what_to_write(settings):
+  with pytest.raises(UserError, match=rf'ReSA\.{next(iter(settings))} = .*expected'):
+    ReSA(**settings)
+  with pytest.raises(UserError, match=r'Every\.tokens = 0'):
+    Every(0)
+
+
+# --- Real weights ---------------------------------------------------------------------
+
+WEIGHTS = Path(__file__).parents[3] / 'shared' / 'data' / 'weights-stories260k'
+
+
+@pytest.fixture(scope='module')
+def stories():
+  if not WEIGHTS.exists():
+    pytest.skip(f'{WEIGHTS.name} is not in ../shared/data: nothing to compare with')
+  config, params = llama2c.load_model(WEIGHTS / 'stories260K.bin')
+  return transformer.build(config), params
+
+
+def story(model, params, settings, num_tokens, sampler, num_samples=1):
+  none = jnp.zeros((1, 0), jnp.int32), jnp.zeros(1, jnp.int32), jnp.zeros(1)
+  bos = Prompts(jnp.full((1, 1), llama2c.BOS), jnp.ones(1, jnp.int32), jnp.zeros(1, jnp.int32),
+                *none)
+  return jax.jit(functools.partial(
+      resa.generate, model, sampler=sampler, resa=settings, num_samples=num_samples,
+      num_tokens=num_tokens))(params, bos, KEY)
+
+
+def dense_nll(model, params, tokens_GS):
+  """Nats per token of texts under the dense model."""
+  whole = jnp.pad(tokens_GS, ((0, 0), (1, 0)), constant_values=llama2c.BOS)
+  hidden = model.apply(params, whole[:, :-1],
+                       jnp.broadcast_to(jnp.arange(whole.shape[1] - 1), tokens_GS.shape),
+                       jnp.ones_like(tokens_GS))
+  logp = jax.nn.log_softmax(hidden @ model.head(params))
+  return float(-jnp.take_along_axis(logp, tokens_GS[..., None], -1).mean())
+
+
+def test_greedy_text_of_real_weights(stories):
+  model, params = stories
+  text = (WEIGHTS / 'stories260K.md').read_text(encoding='utf-8')
+  tokenizer = llama2c.load_tokenizer(WEIGHTS / 'tok512.bin')
+  rollout = story(model, params, ReSA(8, 1.0, refresh=Every(16)), 120, Sampler(0.0))
+  written = tokenizer.decode(np.asarray(rollout.tokens[0, 0]).tolist())
+  assert written[:150] in text and len(written) > 200
+
+
+def test_sampled_text_of_real_weights_stays_likely(stories):
+  """A quarter of the blocks of 8 tokens: the dense model finds the text about as likely."""
+  model, params = stories
+  nlls = {}
+  for name, settings in (('dense', ReSA(8, 1.0)),
+                         ('resa', ReSA(8, 0.25, min_blocks=4, refresh=Every(16))),
+                         ('blind', ReSA(8, 0.01, min_blocks=1, refresh=Never()))):
+    rollout = story(model, params, settings, 200, Sampler(0.8), num_samples=16)
+    nlls[name] = dense_nll(model, params, rollout.tokens[0])
+  assert nlls['dense'] < 1.2 and abs(nlls['resa'] - nlls['dense']) < 0.15, nlls
+  assert nlls['blind'] > nlls['dense'] + 0.3, nlls
+
+
+def test_controls_are_detectably_worse(stories):
+  """Random blocks, stale descriptors and no local block, by their KL from dense decoding."""
+  model, params = stories
+  settings = ReSA(4, 0.1, min_blocks=4)
+  tokens = story(model, params, ReSA(8, 1.0), 241, Sampler(0.8), num_samples=8).tokens[0]
+  num_rows, start = 8, 200
+  table, num_pages = resa_attention.rows_of_pages(num_rows, 62)
+  cache = resa_attention.init(model.config, table, num_pages, 4, jnp.float32)
+  _, cache = resa.prefill(model, params, cache, tokens, jnp.full(num_rows, start))
+  rows = jnp.arange(num_rows)
+
+  def random_scores(q, bounds):
+    key = jax.random.fold_in(KEY, jax.lax.bitcast_convert_type(q.sum(), jnp.int32))
+    return jax.random.normal(key, bounds.shape[:3])
+
+  def logits(cache, attend_at):
+    def step(cache, i):
+      positions = jnp.full(num_rows, i)
+      hidden, cache = model.extend(params, tokens[:, i][:, None], positions[:, None], cache,
+                                   attend_at(positions))
+      return cache, jax.nn.log_softmax(hidden[:, 0] @ model.head(params))
+    return jax.jit(lambda c: jax.lax.scan(step, c, start + jnp.arange(40))[1])(cache)
+
+  sparse = functools.partial(resa_attention.sparse, active_B=rows >= 0)
+  use = lambda settings, **options: lambda at: sparse(settings, positions_B=at, **options)
+  every = logits(cache, use(ReSA(4, 1.0)))
+  divergence = lambda other: float((jnp.exp(every) * (every - other)).sum(-1).mean())
+  kl = divergence(logits(cache, use(settings)))
+  stale = cache.replace(bounds=jnp.roll(cache.bounds, 17, axis=3))
+  controls = {
+      'random blocks': logits(cache, use(settings, scores=random_scores)),
+      'stale descriptors': logits(stale, use(settings)),
+      'no local block': logits(cache, use(ReSA(4, 0.1, 4, local_blocks=0)))}
+  kls = {name: divergence(values) for name, values in controls.items()}
+  assert kls['random blocks'] > 2 * kl and kls['stale descriptors'] > 1.5 * kl, (kl, kls)
+  assert kls['no local block'] > kl, (kl, kls)
