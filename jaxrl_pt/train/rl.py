@@ -141,6 +141,8 @@ def _step(stages: Stages, state: TrainState, turn: _Turn, step: int, method: cfg
   if method.rollouts.mode == cfg.OneStepOff():
     ahead = stages.draw(state.params, turn.batch + 1, step)  # While the verifier works.
   verdict = stages.judge(ticket)
+  if ahead is not None:
+    stages.wait(ahead)
   state, done = stages.learn(state, drawn, verdict, measure)
   return state, _Turn(turn.batch + 1, ahead), done
 

@@ -131,6 +131,12 @@ class Stages:
     self.clock('verify', started)
     return verdict
 
+  def wait(self, drawn: Drawn) -> None:
+    """Waits for responses that were being drawn beside the verifier."""
+    started = time.perf_counter()
+    jax.block_until_ready(drawn.rollout)
+    self.clock('generate', started)
+
   def collect(self, params: Params, batch: int, version: int) -> tuple[Drawn, Verdict, int]:
     """Draws and judges until every group has right and wrong responses (DAPO 2503.14476).
 
