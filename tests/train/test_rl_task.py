@@ -1,0 +1,104 @@
+"""Problems as a task, and what a run refuses to go on with."""
+
+import dataclasses
+from pathlib import Path
+import types
+
+import numpy as np
+import pytest
+
+from jaxrl_pt import config as cfg
+from jaxrl_pt.data.tokenizer import ByteTokenizer
+from jaxrl_pt.errors import UserError
+from jaxrl_pt.parallel.mesh import make_mesh
+from jaxrl_pt.train import problem_task, rl, rollouts
+from jaxrl_pt.train import session as sessions
+from jaxrl_pt.train.stages import Drawn, Judged
+from jaxrl_pt.train.tasks import OnDevice, OnHost
+from jaxrl_pt.types import Prompts, Rollout, Verdict
+
+MODEL = cfg.Model(num_layers=1, d_model=16, d_ff=16, num_heads=2, num_kv_heads=1, head_dim=8,
+                  vocab_size=257)
+METHOD = cfg.RL('somewhere', cfg.Problems(cfg.Arithmetic(60), held_out=0.2), cfg.AnswerMatch(),
+                rollouts=cfg.Rollouts(4, 2, 16, 8))
+
+
+def make_session(method: cfg.RL) -> sessions.Session:
+  run = cfg.Run(
+      seed=1, model=MODEL, objective=method,
+      data=cfg.Data(source=cfg.PythonStdlib(), tokenizer=cfg.Bytes(), seq_len=16),
+      optimizer=cfg.AdamW(schedule=cfg.Constant(0.01)), train=cfg.Train(9, batch_size=4))
+  data = types.SimpleNamespace(tokenizer=ByteTokenizer())
+  return sessions.Session(run, Path('unused'), '', make_mesh(cfg.Mesh()), data)
+
+
+def test_prompts_are_a_function_of_the_batch_and_the_answers_are_theirs():
+  with problem_task.open_task(make_session(METHOD), METHOD) as task:
+    assert isinstance(task.judge, OnDevice)
+    (prompts, references), (again, _), (other, _) = (task.take(b) for b in (3, 3, 4))
+  np.testing.assert_array_equal(prompts.tokens, again.tokens)
+  assert (prompts.ids != other.ids).any()
+  for row, length, reference in zip(prompts.tokens, prompts.lengths, references, strict=True):
+    text = bytes(row[:length].tolist()).decode()
+    assert text.endswith('=') and sum(map(int, text[:-1].split('+'))) == int(reference)
+
+
+def test_without_held_out_problems_nothing_is_measured():
+  method = dataclasses.replace(METHOD, problems=cfg.Problems(cfg.Arithmetic(60), held_out=0))
+  with problem_task.open_task(make_session(method), method) as task:
+    assert task.score({}) == {}
+
+
+def test_a_marker_of_several_tokens_is_refused():
+  method = dataclasses.replace(METHOD, verifier=cfg.AnswerMatch('##'))
+  with pytest.raises(UserError, match="marker = '##' is 2 tokens"):
+    with problem_task.open_task(make_session(method), method):
+      pass
+
+
+def test_a_verifier_of_text_judges_on_the_host():
+  method = dataclasses.replace(METHOD, verifier=cfg.LengthVerifier(1, 3),
+                               pool=cfg.VerifierPool(num_workers=1))
+  with problem_task.open_task(make_session(method), method) as task:
+    assert isinstance(task.judge, OnHost)
+    tokens = np.array([[[97, 97, 256], [97, 97, 97]]], np.int32)
+    mask = np.array([[[1, 0, 0], [1, 1, 0]]], np.float32)
+    verdict = task.judge.submit(Rollout(tokens, mask, mask, 0), ['']).result()
+  assert np.asarray(verdict.reward).tolist() == [[1.0, 0.5]]
+  assert list(verdict.parts) == ['length']
+
+
+@pytest.mark.parametrize('changed, expected', [
+    ('start', 'is not the one that this run started from'),
+    ('task', 'The problems are not those')])
+def test_a_run_goes_on_from_its_own_start_and_problems_only(changed, expected):
+  saved = {'start': 'a', 'task': 'b', 'batches': 3}
+  task = types.SimpleNamespace(digest='b')
+  assert rl._resumed(saved, 'a', task, METHOD, None, None).batch == 3
+  with pytest.raises(UserError, match=expected):
+    rl._resumed({**saved, changed: 'other'}, 'a', task, METHOD, None, None)
+
+
+def test_rollouts_on_disk_come_back_and_damage_is_named(tmp_path):
+  with problem_task.open_task(make_session(METHOD), METHOD) as task:
+    prompts, references = task.take(0)
+  rng = np.random.default_rng(0)
+  reals = rng.random((4, 2, 8)).astype(np.float32)
+  rollout = Rollout(rng.integers(0, 256, (4, 2, 8)).astype(np.int32), np.ones_like(reals), reals,
+                    np.array(7, np.int32))
+  verdict = Verdict(reals[..., 0], np.ones((4, 2), np.float32), reals[..., 0] > 0.5,
+                    {'answer': reals[..., 0]})
+  rollouts.dump(tmp_path, 5, Judged(Drawn(2, prompts, references, rollout), verdict, {}),
+                ByteTokenizer())
+  found = rollouts.load(tmp_path / '5.npz')
+  for one, other in zip(found, (prompts, rollout, verdict), strict=True):
+    for field in dataclasses.fields(one):
+      if field.name != 'parts':
+        np.testing.assert_array_equal(getattr(one, field.name), getattr(other, field.name))
+  assert isinstance(found[0], Prompts)
+  np.testing.assert_array_equal(found[2].parts['answer'], verdict.parts['answer'])
+  damaged = tmp_path / '6.npz'
+  damaged.write_bytes((tmp_path / '5.npz').read_bytes()[:300])
+  for path in (damaged, tmp_path / 'none.npz'):
+    with pytest.raises(UserError, match='dump_every = 1'):
+      rollouts.load(path)
