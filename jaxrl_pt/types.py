@@ -30,14 +30,19 @@ class Batch:
 
 @struct.dataclass
 class Prompts:
-  """Next-token prompts: a context and its true continuation. Right-padded."""
+  """Next-token prompts: a context and its true continuation. Right-padded.
 
-  tokens: Array  # i32[N, T]
+  Several prompts may share a document: D divides N, and prompt n is the first lengths[n] tokens
+  of document n // (N / D), followed by the document's suffix.
+  """
+
+  tokens: Array  # i32[D, T]
   lengths: Array  # i32[N] context tokens, 1 ≤ length ≤ T
   ids: Array  # i32[N] addresses the randomness; equal ids draw equal responses
   continuation: Array  # i32[N, W] true next tokens
   continuation_lengths: Array  # i32[N] valid tokens of continuation
   entropy: Array  # f32[N] proxy entropy at the predicted position, nats
+  suffix: Any = ()  # i32[D, M] what follows each context of a document, or () for nothing
 
 
 @struct.dataclass

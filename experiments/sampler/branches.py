@@ -40,12 +40,11 @@ def main() -> None:
   lengths = np.sort(rng.choice(np.arange(32, LENGTH + 1), POSITIONS, replace=False))
   lengths = lengths.astype(np.int32)
   ids = np.arange(POSITIONS, dtype=np.int32)
-  branches = branch.Branches(jnp.asarray(document)[None], jnp.asarray(lengths)[None],
-                             jnp.asarray(ids)[None], jnp.zeros(0, jnp.int32))
+  branches = branch.documents(jnp.asarray(document)[None], jnp.asarray(lengths)[None],
+                              jnp.asarray(ids)[None])
   asked = dict(sampler=cfg.Sampler(), num_samples=SAMPLES, num_tokens=NEW)
   key = jax.random.key(0)
-  grow = jax.jit(functools.partial(branch.generate, model, **asked))
-  alone = jax.jit(functools.partial(decode.generate, model, **asked))
+  generate = jax.jit(functools.partial(decode.generate, model, **asked))
 
   def prompts(rows: slice) -> Prompts:
     """One prompt a position, padded to the longest of these."""
@@ -57,8 +56,8 @@ def main() -> None:
   # Positions in order of length, so that batches of 16 are padded little.
   batches = [prompts(slice(i, i + 16)) for i in range(0, POSITIONS, 16)]
   arms: dict[str, Any] = {
-      'branch': lambda: grow(params, branches, key).tokens,
-      'prompts': lambda: jnp.concatenate([alone(params, b, key).tokens for b in batches])}
+      'branch': lambda: generate(params, branches, key).tokens,
+      'prompts': lambda: jnp.concatenate([generate(params, b, key).tokens for b in batches])}
   drawn, seconds = {}, {name: [] for name in arms}
   for name, run in arms.items():
     drawn[name] = np.asarray(run())

@@ -1,8 +1,10 @@
 """Prefill and decode: draws groups of responses through the model's own `extend`.
 
-A prompt is computed once and its keys are shared by the group's samples. The noise of a
-token is addressed by (key, prompt id, sample, position), so a response does not depend
-on the batch it is drawn in, on the row's place or on padding.
+A document is computed once; its keys are shared by the prompts that end at its positions and
+by the samples of each (branch rollouts). The noise of a token is addressed by (key, prompt id,
+sample, position), so a response does not depend on the batch it is drawn in, on the row's
+place, on padding or on what shares its document. Tokens equal those of independent prompts;
+log-probabilities differ by the order of sums only.
 """
 
 import dataclasses
@@ -59,12 +61,12 @@ def generate(model: Model, params: Params, prompts: Prompts, key: Array, *, samp
   """Draws `num_samples` responses of at most `num_tokens` to each prompt.
 
     token_{n,g,s} ~ softmax(filtered_logits(z)) with key fold(fold(fold(key, id_n), g), p),
-    p = length_n + s its position in the sequence
+    p = length_n + M + s its position in the sequence
 
   A pure function to be called under `jit`. The loop ends when every row has stopped.
 
   Args:
-    prompts: tokens, lengths and ids are read.
+    prompts: tokens, lengths, ids and suffix are read.
     key: of the run (and, in training, of the step).
     stop_id: the token that ends a response and belongs to it; `NO_STOP` never ends one.
     version: optimiser step of `params`.
@@ -72,37 +74,55 @@ def generate(model: Model, params: Params, prompts: Prompts, key: Array, *, samp
   Returns:
     Rollout; beyond a response's end tokens are `stop_id`, mask and logp 0.
   """
-  num_prompts = prompts.tokens.shape[0]
-  hidden_NTD, cache = prefill(model, params, prompts.tokens)
-  last = jnp.take_along_axis(hidden_NTD, (prompts.lengths - 1)[:, None, None], axis=1)
-  lengths_NG = jnp.repeat(prompts.lengths[:, None], num_samples, 1)
+  num_prompts, num_docs = prompts.lengths.shape[0], prompts.tokens.shape[0]
+  lengths_DP = prompts.lengths.reshape(num_docs, -1)
+  hidden_DTD, prefix = prefill(model, params, prompts.tokens)
+  if jnp.size(prompts.suffix):
+    hidden_ND, own = _extend_suffix(model, params, prompts.suffix, lengths_DP, prefix)
+  else:
+    last = jnp.take_along_axis(hidden_DTD, (lengths_DP - 1)[..., None], axis=1)
+    hidden_ND = last.reshape(num_prompts, -1)
+    own = kv_cache.branch(prefix, lengths_DP.shape[1], 0)
+  # The samples of a prompt share its suffix too, but each goes on in slots of its own.
+  copies = lambda x: jnp.repeat(x, num_samples, 3)
   rows = draw_branches(
-      model, params, jnp.repeat(last[:, 0], num_samples, 0), cache, lengths_NG,
-      sample_keys(key, prompts.ids, num_samples), sampler=sampler, num_tokens=num_tokens,
-      stop_id=stop_id)
+      model, params, jnp.repeat(hidden_ND, num_samples, 0),
+      dataclasses.replace(own, k=copies(own.k), v=copies(own.v)),
+      jnp.repeat(lengths_DP, num_samples, 1), sample_keys(key, prompts.ids, num_samples),
+      sampler=sampler, num_tokens=num_tokens, stop_id=stop_id)
   tokens, mask, logp = (x.reshape(num_prompts, num_samples, num_tokens) for x in rows)
   return Rollout(tokens, mask, logp, jnp.asarray(version, jnp.int32))
 
 
-def draw_branches(model: Model, params: Params, hidden_BD: Array, prefix: kv_cache.KVCache,
-                  lengths_NR: Array, keys_B: Array, *, sampler: Sampler, num_tokens: int,
-                  stop_id: int, own: kv_cache.Branches | None = None,
-                  num_own: int = 0) -> tuple[Array, Array, Array]:
-  """Decodes R branches of each of N prefilled documents.
+def _extend_suffix(model: Model, params: Params, suffix_DM: Array, lengths_DP: Array,
+                   prefix: kv_cache.KVCache) -> tuple[Array, kv_cache.Branches]:
+  """f[N, D] hidden state of each prompt's last suffix token, and the cache that holds them."""
+  num_own, num_prompts = suffix_DM.shape[1], lengths_DP.size
+  tokens = jnp.repeat(suffix_DM, lengths_DP.shape[1], 0)
+  positions = lengths_DP.reshape(num_prompts, 1) + jnp.arange(num_own)
+  hidden_NMD, cache = model.extend(
+      params, tokens, positions, kv_cache.branch(prefix, lengths_DP.shape[1], num_own),
+      kv_cache.branched(model.ops, lengths_DP, 0))
+  return hidden_NMD[:, -1], cache
+
+
+def draw_branches(model: Model, params: Params, hidden_BD: Array, cache: kv_cache.Branches,
+                  lengths_DR: Array, keys_B: Array, *, sampler: Sampler, num_tokens: int,
+                  stop_id: int) -> tuple[Array, Array, Array]:
+  """Decodes R branches of each of D prefilled documents.
 
   Args:
-    hidden_BD: f[N · R, D] of the token before a branch's first drawn one.
-    prefix: of the documents.
-    lengths_NR: i32[N, R] positions of the document that a branch sees.
-    keys_B: key[N · R]; a token's noise is fold_in(key, its position).
-    own, num_own: the cache in which each branch already has `num_own` tokens of its own.
+    hidden_BD: f[D · R, D] of the token before a branch's first drawn one.
+    cache: whose slots of the branches' own are full.
+    lengths_DR: i32[D, R] positions of the document that a branch sees.
+    keys_B: key[D · R]; a token's noise is fold_in(key, its position).
 
   Returns:
     tokens i32[B, S], mask f32[B, S], logp f32[B, S].
   """
-  num_rows, num_branches = hidden_BD.shape[0], lengths_NR.shape[1]
+  num_rows, num_own = hidden_BD.shape[0], cache.k.shape[4]
   head_DV = model.head(params)
-  starts_B = lengths_NR.reshape(-1) + num_own
+  starts_B = lengths_DR.reshape(-1) + num_own
   fill = max(stop_id, 0)
 
   def draw(state: _Decoding, hidden_BD: Array) -> _Decoding:
@@ -122,15 +142,14 @@ def draw_branches(model: Model, params: Params, hidden_BD: Array, prefix: kv_cac
 
   def decode(state: _Decoding) -> _Decoding:
     newest = jax.lax.dynamic_slice_in_dim(state.tokens, state.step - 1, 1, axis=1)
-    attend = kv_cache.branched(model.ops, lengths_NR, num_own + state.step - 1)
+    attend = kv_cache.branched(model.ops, lengths_DR, num_own + state.step - 1)
     hidden, cache = model.extend(params, newest, (starts_B + state.step - 1)[:, None],
                                  state.cache, attend)
     return draw(dataclasses.replace(state, cache=cache), hidden[:, 0])
 
   empty = jnp.zeros((num_rows, num_tokens), jnp.float32)
   state = _Decoding(jnp.zeros((), jnp.int32), jnp.full(empty.shape, fill, jnp.int32), empty,
-                    empty, jnp.zeros((num_rows,), bool),
-                    kv_cache.branch(prefix, num_branches, 0) if own is None else own)
+                    empty, jnp.zeros((num_rows,), bool), cache)
   state = draw(state, hidden_BD)
   # The last token needs no slot: nothing is drawn after it.
   for end in _stages(num_tokens - 1):

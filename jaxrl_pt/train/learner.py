@@ -102,7 +102,7 @@ def _prepare(model: Model, state: TrainState, experience: Experience, reward: Ar
   zeros = jnp.zeros_like(mask)
   old, values = TokenScores(rollout.logp, zeros, zeros, zeros), zeros
   if algorithm.needs_old_policy(method):
-    hidden = response_hidden(model, state.params, experience.prompts, rollout.tokens)
+    hidden = branch.response_hidden(model, state.params, experience.prompts, rollout.tokens)
     old = _scores(model, state.params, hidden, rollout.tokens, rollouts.sampler,
                   run.compute.loss_chunk)
     values = _values(state.method.value.params, hidden)
@@ -201,7 +201,7 @@ def make_loss(model: Model, sampler: cfg.Sampler, method: cfg.Algorithm, loss_ch
   def loss(trained: tuple[Params, Any], lesson: Lesson) -> tuple[Array, Metrics]:
     params, head = trained
     mask, there = lesson.mask, lambda x: jnp.where(lesson.mask > 0, x, 0.0)
-    hidden = response_hidden(model, params, lesson.prompts, lesson.tokens)
+    hidden = branch.response_hidden(model, params, lesson.prompts, lesson.tokens)
     scores = _scores(model, params, hidden, lesson.tokens, sampler, loss_chunk)
     logp = there(scores.logp)  # Beyond a response's end is garbage, whose exp might overflow.
     old_logp = jax.lax.stop_gradient(logp) if strict else there(lesson.old_logp)
@@ -232,12 +232,6 @@ def make_loss(model: Model, sampler: cfg.Sampler, method: cfg.Algorithm, loss_ch
   return loss
 
 
-def response_hidden(model: Model, params: Params, prompts: Prompts, tokens_NGS: Array) -> Array:
-  """f[N, G, S, D]: the hidden state before each response token, each prompt computed once."""
-  lengths_NG = jnp.repeat(prompts.lengths[:, None], tokens_NGS.shape[1], 1)
-  return branch.tree_hidden(model, params, prompts.tokens, lengths_NG, tokens_NGS)
-
-
 def response_scores(model: Model, params: Params, prompts: Prompts, tokens_NGS: Array,
                     sampler: cfg.Sampler, loss_chunk: int = 0) -> TokenScores:
   """Scores of response tokens under the distribution the sampler draws from.
@@ -247,7 +241,7 @@ def response_scores(model: Model, params: Params, prompts: Prompts, tokens_NGS: 
   Returns:
     TokenScores of f32[N, G, S] arrays; garbage where the response has ended.
   """
-  hidden = response_hidden(model, params, prompts, tokens_NGS)
+  hidden = branch.response_hidden(model, params, prompts, tokens_NGS)
   return _scores(model, params, hidden, tokens_NGS, sampler, loss_chunk)
 
 

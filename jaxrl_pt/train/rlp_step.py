@@ -25,7 +25,7 @@ from jaxrl_pt import config as cfg
 from jaxrl_pt.models.base import Model
 from jaxrl_pt.models.logprobs import token_logprobs
 from jaxrl_pt.rl import rlp
-from jaxrl_pt.sampling import decode
+from jaxrl_pt.sampling import branch, decode
 from jaxrl_pt.train import learner
 from jaxrl_pt.train.state import MethodState
 from jaxrl_pt.types import Array, Params, Prompts, Rollout, TrainState, Verdict, Weighted
@@ -94,7 +94,7 @@ def logp_after_thought(model: Model, params: Params, prompts: Prompts, thoughts:
   # Everything from the marker on is the marker; two slots more, for it and for the truth.
   own_NGS = jnp.where(within, thoughts.tokens, answer)
   own_NGS = jnp.pad(own_NGS, ((0, 0), (0, 0), (0, 2)), constant_values=answer)
-  hidden = learner.response_hidden(model, params, prompts, own_NGS)
+  hidden = branch.response_hidden(model, params, prompts, own_NGS)
   before_truth = jnp.take_along_axis(hidden, (length_NG + 1)[..., None, None], 2)[:, :, 0]
   truth_NG = jnp.broadcast_to(prompts.continuation[:, :1], length_NG.shape)
   return token_logprobs(before_truth, model.head(params), truth_NG).logp

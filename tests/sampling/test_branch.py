@@ -36,8 +36,8 @@ DOCUMENTS = np.asarray(jax.random.randint(jax.random.key(3), (2, T), 0, VOCAB))
 
 
 def branches(suffix):
-  return branch.Branches(jnp.asarray(DOCUMENTS), jnp.asarray(LENGTHS), jnp.asarray(IDS),
-                         jnp.array(suffix, jnp.int32))
+  return branch.documents(jnp.asarray(DOCUMENTS), jnp.asarray(LENGTHS), jnp.asarray(IDS),
+                          jnp.array([suffix] * 2, jnp.int32))
 
 
 def independent(suffix):
@@ -57,7 +57,7 @@ def independent(suffix):
 def test_equals_independent_prompts(suffix, sampler):
   model, params = make()
   asked = dict(sampler=sampler, num_samples=3, num_tokens=7, stop_id=STOP)
-  run = quick_jit(functools.partial(branch.generate, model, **asked))
+  run = quick_jit(functools.partial(decode.generate, model, **asked))
   together = run(params, branches(suffix), KEY)
   apart = quick_jit(functools.partial(decode.generate, model, **asked))(
       params, independent(suffix), KEY)
@@ -69,11 +69,11 @@ def test_equals_independent_prompts(suffix, sampler):
 def test_many_tokens_grow_the_cache_in_stages(monkeypatch):
   model, params = make()
   asked = dict(sampler=Sampler(), num_samples=2, num_tokens=30)
-  whole = quick_jit(functools.partial(branch.generate, model, **asked))(
+  whole = quick_jit(functools.partial(decode.generate, model, **asked))(
       params, branches((4,)), KEY)
   monkeypatch.setattr(decode, 'FIRST_SLOTS', 4)
   assert decode._stages(29) == [4, 8, 16, 29] and decode._stages(0) == []
-  staged = quick_jit(functools.partial(branch.generate, model, **asked))(
+  staged = quick_jit(functools.partial(decode.generate, model, **asked))(
       params, branches((4,)), KEY)
   np.testing.assert_array_equal(whole.tokens, staged.tokens)
 
@@ -114,15 +114,12 @@ def test_the_sampler_agrees_with_the_tree_forward(activations):
   """Teacher-forced: the learner's log-probabilities of what the sampler drew."""
   model, params = make('ternary', activations)
   rollout = quick_jit(functools.partial(
-      branch.generate, model, sampler=Sampler(), num_samples=2, num_tokens=6))(
+      decode.generate, model, sampler=Sampler(), num_samples=2, num_tokens=6))(
           params, branches((4, 9)), KEY)
-  own = jnp.concatenate([jnp.broadcast_to(jnp.array([4, 9]), (6, 2, 2)), rollout.tokens], -1)
-  lengths = jnp.repeat(jnp.asarray(LENGTHS), 2, 1)
-  hidden = branch.tree_hidden(model, params, jnp.asarray(DOCUMENTS), lengths,
-                              own.reshape(2, 6, 8))[:, :, 2:]
+  hidden = branch.response_hidden(model, params, branches((4, 9)), rollout.tokens)
   logp = jnp.take_along_axis(jax.nn.log_softmax(hidden @ model.head(params)),
-                             rollout.tokens.reshape(2, 6, 6)[..., None], -1)[..., 0]
-  gap = jnp.exp(jnp.abs(logp - rollout.logp.reshape(2, 6, 6))).mean()
+                             rollout.tokens[..., None], -1)[..., 0]
+  gap = jnp.exp(jnp.abs(logp - rollout.logp)).mean()
   assert float(gap) <= 1.01
 
 
@@ -133,8 +130,8 @@ def test_a_document_is_prefilled_once():
   lengths = jnp.arange(49, 65)[None]
   asked = dict(sampler=Sampler(), num_samples=1, num_tokens=1)
   flops = lambda f, *args: jax.jit(f).lower(params, *args, KEY).compile().cost_analysis()['flops']
-  shared = flops(functools.partial(branch.generate, model, **asked), branch.Branches(
-      document, lengths, lengths, jnp.zeros(0, jnp.int32)))
+  shared = flops(functools.partial(decode.generate, model, **asked), branch.documents(
+      document, lengths, lengths))
   prompts = Prompts(jnp.zeros((16, 64), jnp.int32), lengths[0], lengths[0],
                     jnp.zeros((16, 0), jnp.int32), lengths[0], lengths[0])
   apart = flops(functools.partial(decode.generate, model, **asked), prompts)

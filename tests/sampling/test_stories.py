@@ -81,9 +81,8 @@ def test_branches_write_the_documented_text(key):
   tokens = tokenizer.encode(documented)
   lengths = jnp.array([[1, 5, 40, 63]])
   rollout = jax.jit(functools.partial(
-      branch.generate, model, sampler=cfg.Sampler(0.0), num_samples=2, num_tokens=60))(
-          params, branch.Branches(jnp.array([tokens[:64]]), lengths, lengths,
-                                  jnp.zeros(0, jnp.int32)), jax.random.key(0))
+      decode.generate, model, sampler=cfg.Sampler(0.0), num_samples=2, num_tokens=60))(
+          params, branch.documents(jnp.array([tokens[:64]]), lengths, lengths), jax.random.key(0))
   for drawn, length in zip(np.asarray(rollout.tokens), (1, 5, 40, 63)):
     text = tokenizer.decode([*tokens[:length], *drawn[0].tolist()])
     # Encoding the text may cut pieces otherwise than the model wrote them, after which other
@@ -111,9 +110,9 @@ def test_log_probabilities_equal_the_trainers(key, kv):
 def test_generate_equals_the_documented_text(key):
   model, params, tokenizer, documented = key
   rollout = jax.jit(functools.partial(
-      branch.generate, model, sampler=cfg.Sampler(0.0), num_samples=1, num_tokens=NUM_TOKENS))(
-          params, branch.Branches(jnp.array([[llama2c.BOS]]), jnp.ones((1, 1), jnp.int32),
-                                  jnp.zeros((1, 1), jnp.int32), jnp.zeros(0, jnp.int32)),
+      decode.generate, model, sampler=cfg.Sampler(0.0), num_samples=1, num_tokens=NUM_TOKENS))(
+          params, branch.documents(jnp.array([[llama2c.BOS]]), jnp.ones((1, 1), jnp.int32),
+                                   jnp.zeros((1, 1), jnp.int32)),
           jax.random.key(0))
   assert decode.FIRST_SLOTS < NUM_TOKENS  # so that the cache grows on the way
   assert tokenizer.decode(rollout.tokens[0, 0].tolist()) == documented
