@@ -141,7 +141,8 @@ def of_run(run: cfg.Run, mesh: Mesh) -> list[Program]:
     case cfg.RPT() as method:
       table = verifier.token_table([bytes(_LONGEST_TOKEN)] * run.model.vocab_size,
                                    run.model.vocab_size)
-      prompts = _abstract_prompts(method.rollouts, continuation_len(method), mesh)
+      prompts = _abstract_prompts(method.rollouts, continuation_len(method), mesh,
+                                  method.positions_per_document)
       marker = verifier.NO_MARKER if method.prediction == cfg.Direct() else _STOP_ID + 1
       return _rl_programs(run, mesh, state, method, prompts,
                           verifier.device_verifier(table, method.reward, marker))
@@ -155,13 +156,20 @@ def of_run(run: cfg.Run, mesh: Mesh) -> list[Program]:
 
 def _rl_programs(run: cfg.Run, mesh: Mesh, state: TrainState, method: cfg.RPT | cfg.RL,
                  prompts: Prompts, verify: DeviceVerifier | None) -> list[Program]:
-  """One program if a verifier on the device and the mode allow it, else those of the stages."""
+  """One program if a verifier on the device and the mode allow it, else those of the stages;
+  both if groups are drawn again from a later step on."""
   rollouts, algorithm = method.rollouts, method.algorithm
   optimizer = optim.make_optimizer(run.optimizer, run.train.num_steps)
+  in_one: list[Program] = []
   if verify is not None and rollouts.mode == cfg.OnPolicy():
     step = fused_step(run, mesh, optimizer, verify, _STOP_ID)
-    return [Program(f'{type(method).__name__} step: sampler, verifier and learner', step,
-                    (state, state.params, prompts))]
+    in_one = [Program(f'{type(method).__name__} step: sampler, verifier and learner', step,
+                      (state, state.params, prompts))]
+    match rollouts.selection:
+      case cfg.AllGroups():
+        return in_one
+      case cfg.DynamicSampling(from_step=0):
+        in_one = []
   shape = rollouts.num_prompts, rollouts.group_size, rollouts.response_tokens
   rows, everywhere = rules.row_sharding(mesh), rules.replicated(mesh)
   reals, number = _abstract(shape, jnp.float32, rows), _abstract((), jnp.int32, everywhere)
@@ -179,8 +187,8 @@ def _rl_programs(run: cfg.Run, mesh: Mesh, state: TrainState, method: cfg.RPT | 
                          handover.make_move(model, mesh, _packed(run)), (state.params,)))
     handed = handover.abstract(model, mesh, _packed(run))
   sample = sampler(run, mesh, rollouts, _STOP_ID)
-  return [Program('sampler: prefill and decode', sample, (handed, prompts, number, number)),
-          *found]
+  return [*in_one,
+          Program('sampler: prefill and decode', sample, (handed, prompts, number, number)), *found]
 
 
 def _abstract(shape: tuple[int, ...], dtype: Any, sharding: NamedSharding) -> Any:
@@ -196,10 +204,11 @@ def _abstract_batch(run: cfg.Run, mesh: Mesh) -> Batch:
                _abstract((rows,), jnp.int32, shardings.ids))  # type: ignore[arg-type]
 
 
-def _abstract_prompts(rollouts: cfg.Rollouts, num_continuation: int, mesh: Mesh) -> Prompts:
+def _abstract_prompts(rollouts: cfg.Rollouts, num_continuation: int, mesh: Mesh,
+                      per_document: int = 1) -> Prompts:
   rows = rules.row_sharding(mesh)
   n = rollouts.num_prompts
   each = _abstract((n,), jnp.int32, rows)
-  return Prompts(_abstract((n, rollouts.prompt_len), jnp.int32, rows), each, each,
+  return Prompts(_abstract((n // per_document, rollouts.prompt_len), jnp.int32, rows), each, each,
                  _abstract((n, num_continuation), jnp.int32, rows), each,
                  _abstract((n,), jnp.float32, rows))
