@@ -1360,6 +1360,8 @@ class RPT:
   renormalised) is below are dropped; difficulty: nested thresholds (nats) of the
   easy, medium and hard evaluation splits; scored_examples: packed examples of each split
   that the proxy scores; eval_positions: held-out positions evaluated.
+  positions_per_document: so many prompts of a batch end in the same document, whose first
+  prompt_len tokens are computed once for all; 1 gives each its own last prompt_len tokens.
   """
 
   start_from: str
@@ -1372,8 +1374,11 @@ class RPT:
   reward: NextTokenReward = field(default_factory=PrefixMatch)
   prediction: Prediction = field(default_factory=Direct)
   proxy_from: str = ''
+  positions_per_document: int = 1
 
   def __post_init__(self) -> None:
+    _integer(self, 'positions_per_document', 1)
+    _check_shared(self)
     _text(self, 'start_from')
     _text(self, 'proxy_from', empty=True)
     _instance(self, 'reward', *get_args(NextTokenReward))
@@ -1385,6 +1390,20 @@ class RPT:
     _integer(self, 'scored_examples', 1)
     _integer(self, 'eval_positions', 1)
     _rising(self, 'difficulty', 3)
+
+
+def _check_shared(method: RPT) -> None:
+  """What prompts that share a document do not go with."""
+  shared, rollouts = method.positions_per_document, method.rollouts
+  if shared == 1:
+    return
+  if rollouts.num_prompts % shared:
+    raise UserError(f'RPT.positions_per_document = {shared} does not divide '
+                    f'Rollouts.num_prompts = {rollouts.num_prompts}: change one of them.')
+  if method.algorithm.minibatches > 1 or rollouts.selection != AllGroups():
+    raise UserError(f'RPT.positions_per_document = {shared} keeps prompts together that '
+                    'Algorithm.minibatches and Rollouts.selection would part: set them to 1 and '
+                    '@cfg.AllGroups().')
 
 
 @dataclass(frozen=True)
@@ -1498,6 +1517,11 @@ class Run:
                           'update (Rollouts.num_prompts / Algorithm.minibatches): change one.')
       case _:
         pass
+    match self.objective:
+      case RPT(positions_per_document=shared) if shared > 1 and self.train.accumulation > 1:
+        raise UserError(f'RPT.positions_per_document = {shared} keeps prompts together that '
+                        f'Train.accumulation = {self.train.accumulation} would part: set one of '
+                        'them to 1.')
 
 
 def model_at(run: Run, step: int) -> Model:

@@ -180,6 +180,55 @@ def _order(num_rows: int, seed: int, epoch: int) -> np.ndarray:
   return np.random.default_rng([seed, epoch]).permutation(num_rows)
 
 
+def document_rows(examples: Batch, rows: Positions, *, prompt_len: int,
+                  num_positions: int) -> np.ndarray:
+  """Which rows of the table may share a document: its first `prompt_len` tokens are the context
+  of all of them.
+
+  Args:
+    examples: the host rows of all examples of the table.
+    rows: R positions.
+    num_positions: P; documents with fewer are left out.
+
+  Returns:
+    i64[D, R'] rows of each document, rising, −1 beyond its last; R' ≥ P.
+  """
+  row, t = _rows_of(np.asarray(examples.ids), rows.example), rows.t.astype(np.int64)
+  segments = np.asarray(examples.segments)[row]
+  here = segments[np.arange(len(row)), t]
+  start = (segments == here[:, None]).argmax(1)  # A segment is one stretch of its example.
+  fits = np.flatnonzero(t - start < prompt_len)
+  order = fits[np.lexsort((t[fits], start[fits], rows.example[fits]))]
+  keys = np.stack([rows.example[order], start[order]], 1)
+  _, first, counts = np.unique(keys, axis=0, return_index=True, return_counts=True)
+  table = np.full((len(first), max(counts, default=1)), -1, np.int64)
+  for document, (begin, count) in zip(table, zip(first, counts, strict=True), strict=True):
+    document[:count] = order[begin:begin + count]
+  return table[counts >= num_positions]
+
+
+def step_documents(documents: np.ndarray, num_documents: int, num_positions: int, seed: int,
+                   step: int) -> np.ndarray:
+  """i64[num_documents · num_positions]: the rows of step `step` (from 0), those of a document
+  side by side and rising.
+
+  Documents come as `step_rows` says; which of its positions is f(seed, step, place).
+  """
+  chosen = documents[step_rows(len(documents), num_documents, seed, step)]
+  rows = []
+  for place, document in enumerate(chosen):
+    rng = np.random.default_rng([seed, step, place])
+    there = document[document >= 0]
+    rows.append(there[np.sort(rng.choice(len(there), num_positions, replace=False))])
+  return np.concatenate(rows)
+
+
+def share_documents(prompts: Prompts, num_positions: int) -> Prompts:
+  """Prompts of `step_documents`, each document's tokens once: those of its longest context."""
+  tokens: Any = np.asarray(prompts.tokens)[num_positions - 1::num_positions]
+  return dataclasses.replace(prompts, tokens=tokens)
+
+
 def build_prompts(examples: Batch, rows: Positions, *, prompt_len: int,
                   num_continuation: int) -> Prompts:
   """Prompts that end at the chosen positions, with what truly follows.

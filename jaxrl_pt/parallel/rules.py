@@ -100,6 +100,10 @@ def check_divides(run: cfg.Run, mesh: Mesh) -> None:
       at_once = r.num_prompts // a.minibatches // run.train.accumulation
       prompts = (('Rollouts.num_prompts / Algorithm.minibatches / Train.accumulation', at_once,
                   *batch),)
+  match run.objective:
+    case cfg.RPT(rollouts=r, positions_per_document=shared) if shared > 1:
+      prompts += (('Rollouts.num_prompts / RPT.positions_per_document', r.num_prompts // shared,
+                   *batch),)
   for what, size, axis, parts in (
       ('Model.num_heads', model.num_heads, 'tensor', tensor),
       ('Model.num_kv_heads', model.num_kv_heads, 'tensor', tensor),

@@ -39,15 +39,16 @@ def dump(directory: Path, step: int, judged: Judged, tokenizer: Tokenizer) -> No
 def as_text(trees: dict[str, Any], references: Any, tokenizer: Tokenizer) -> list[dict[str, Any]]:
   """Each group's prompt, reference and judged responses."""
   prompts, rollout, verdict = trees['prompts'], trees['rollout'], trees['verdict']
-  groups = []
+  groups, per_document = [], len(prompts.lengths) // len(prompts.tokens)
   for n, length in enumerate(prompts.lengths):
+    document = prompts.tokens[n // per_document]
     responses = [
         {'text': tokenizer.decode(tokens[mask > 0].tolist()), 'reward': float(reward),
          'correct': bool(correct), 'judged': bool(valid)}
         for tokens, mask, reward, correct, valid in zip(
             rollout.tokens[n], rollout.mask[n], verdict.reward[n], verdict.correct[n],
             verdict.valid[n], strict=True)]
-    groups.append({'prompt': tokenizer.decode(prompts.tokens[n][:length].tolist()),
+    groups.append({'prompt': tokenizer.decode(document[:length].tolist()),
                    'reference': references[n] if references else None, 'responses': responses})
   return groups
 

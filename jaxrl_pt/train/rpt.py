@@ -50,13 +50,7 @@ def make_task(session: sessions.Session, method: cfg.RPT, model: Model, start: P
   tokenizer = session.data.tokenizer
   frame = make_frame(method.prediction, tokenizer)
   table = _table(session, frame)
-  num_prompts = method.rollouts.num_prompts
-
-  def take(batch: int) -> tuple[Prompts, tuple[str, ...]]:
-    rows = positions.take(next_token.step_rows(len(positions), num_prompts, session.run.seed,
-                                               batch))
-    return _prompts(session.data.train, rows, method, frame), ()
-
+  take = _taker(session, method, positions, frame)
   return Task(take, OnDevice(verifier.device_verifier(table, method.reward, frame.marker)),
               _make_scorer(session, method, model, table, tokenizer.eos_id, frame, held_out),
               _digest(positions))
@@ -170,6 +164,41 @@ def _spread(packed: loader.Packed, batch_size: int, num_examples: int) -> list[B
   ids = np.concatenate([ids, np.full(-len(ids) % batch_size, -1)])
   return [loader.padded_batch(packed, ids[i:i + batch_size])
           for i in range(0, len(ids), batch_size)]
+
+
+def _taker(session: sessions.Session, method: cfg.RPT, positions: next_token.Positions,
+           frame: Frame) -> Callable[[int], tuple[Prompts, tuple[str, ...]]]:
+  """take(batch) → the prompts of a batch, whose references they carry themselves.
+
+  Raises:
+    UserError: no document has as many positions as are to share one.
+  """
+  packed, seed, num_prompts = session.data.train, session.run.seed, method.rollouts.num_prompts
+  per_document = method.positions_per_document
+  if per_document == 1:
+    def take(batch: int) -> tuple[Prompts, tuple[str, ...]]:
+      rows = next_token.step_rows(len(positions), num_prompts, seed, batch)
+      return _prompts(packed, positions.take(rows), method, frame), ()
+    return take
+
+  documents = next_token.document_rows(
+      packed.batch(np.unique(positions.example)), positions,
+      prompt_len=method.rollouts.prompt_len - frame.num_after, num_positions=per_document)
+  if len(documents) == 0:
+    raise UserError(f'No document has {per_document} positions of at least {method.min_entropy:g} '
+                    f'nats in its first {method.rollouts.prompt_len} tokens: lower '
+                    'RPT.positions_per_document or RPT.min_entropy.')
+
+  def take_documents(batch: int) -> tuple[Prompts, tuple[str, ...]]:
+    rows = next_token.step_documents(documents, num_prompts // per_document, per_document, seed,
+                                     batch)
+    plain = _prompts(packed, positions.take(rows), method, Frame())
+    shared = next_token.share_documents(plain, per_document)
+    after = np.broadcast_to(np.array(frame.template.after, np.int32),
+                            (len(shared.tokens), frame.num_after))
+    return (dataclasses.replace(shared, suffix=after) if frame.num_after else shared), ()
+
+  return take_documents
 
 
 def _prompts(packed: loader.Packed, rows: next_token.Positions, method: cfg.RPT,

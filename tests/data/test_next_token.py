@@ -186,3 +186,37 @@ def test_no_positions_at_all():
   table = nt.concatenate([])
   assert len(table) == 0
   assert len(nt.concatenate([select(), select()])) == 2 * len(select())
+
+
+def shared_documents():
+  """Two examples of three and one segments; every position is in the table but for a few."""
+  segments = np.array([[1] * 5 + [2] * 4 + [3] * 3, [1] * 10 + [0] * 2], np.int32)
+  tokens = np.arange(24, dtype=np.int32).reshape(2, 12)
+  batch = Batch(tokens, tokens + 1, np.zeros((2, 12), np.int32), segments,
+                (segments > 0).astype(np.float32), np.array([7, 9], np.int32))
+  rows = [(7, t) for t in (0, 2, 4, 5, 8, 11)] + [(9, t) for t in range(9)]
+  table = nt.Positions(np.array([e for e, _ in rows]), np.array([t for _, t in rows]),
+                               np.ones(len(rows), np.float32))
+  return batch, table
+
+
+def test_positions_of_a_document_are_found():
+  batch, table = shared_documents()
+  documents = nt.document_rows(batch, table, prompt_len=4, num_positions=2)
+  found = [[(int(table.example[r]), int(table.t[r])) for r in d if r >= 0] for d in documents]
+  # Position 4 of the first segment has five tokens of context; the third segment has one position.
+  assert found == [[(7, 0), (7, 2)], [(7, 5), (7, 8)], [(9, 0), (9, 1), (9, 2), (9, 3)]]
+
+
+def test_prompts_that_share_a_document_see_what_they_would_see_alone():
+  batch, table = shared_documents()
+  documents = nt.document_rows(batch, table, prompt_len=4, num_positions=2)
+  rows = nt.step_documents(documents, 3, 2, seed=1, step=4)
+  np.testing.assert_array_equal(rows, nt.step_documents(documents, 3, 2, seed=1, step=4))
+  alone = nt.build_prompts(batch, table.take(rows), prompt_len=4, num_continuation=2)
+  shared = nt.share_documents(alone, 2)
+  assert shared.tokens.shape == (3, 4) and shared.lengths.shape == (6,)
+  for n, length in enumerate(shared.lengths):
+    np.testing.assert_array_equal(shared.tokens[n // 2][:length], alone.tokens[n][:length])
+  every = {tuple(nt.step_documents(documents, 3, 2, 1, s)) for s in range(20)}
+  assert len(every) > 1
