@@ -1,6 +1,7 @@
 """Resume equals never having stopped: real processes, really killed, compared bit for bit."""
 
 from collections.abc import Callable
+import json
 import random
 import signal
 
@@ -88,3 +89,15 @@ def test_the_pretrained_model_has_learned(pretrained: Job):
   rows = pretrained.rows()
   assert rows[-1]['validation/loss'] < rows[0]['loss'] - 1.5
   assert (pretrained.workdir / 'report.html').stat().st_size > 10_000
+
+
+def test_rpt_at_several_positions_of_a_document(make_job: Callable[..., Job], pretrained: Job):
+  job = make_job(RPT, start_from=str(pretrained.workdir), bindings=(
+      'cfg.RPT.positions_per_document = 4', 'cfg.Train.num_steps = 3', 'cfg.Rollouts.dump_every = 3'))
+  done = job.run()
+  assert done.returncode == 0, done.stderr
+  assert max(r['gap'] for r in job.rows()[1:]) <= 1.01
+  page = json.loads((job.workdir / 'rollouts' / '3.json').read_text())
+  groups = page['groups'] if isinstance(page, dict) else page
+  first = [g['prompt'] for g in groups[:4]]
+  assert all(a == b[:len(a)] and len(a) < len(b) for a, b in zip(first, first[1:]))
