@@ -1,9 +1,9 @@
-"""RL from a real trained policy: stories260K learns to end its story in time, with a given word.
+"""RL from a real trained policy: stories260K learns to write short stories with a given word.
 
     python experiments/rl_core/stories.py --data ../shared/data
 
 The policy writes 96 tokens after the beginning of a story. A verifiable reward of three parts,
-a third each: the required word occurs; a length window holds (30 to 50 words); no run of three
+a third each: the word "happy" occurs; a length window holds (30 to 50 words); no run of three
 words occurs twice. OPO with k3 to the start policy in the loss, 8 prompts × 8 samples a step.
 Reported with each step: reward by part, KL; at start and end: samples of held-out beginnings,
 and how likely the start policy finds the text (nats a token), which says whether it is still a
@@ -32,18 +32,18 @@ from jaxrl_pt.types import Prompts, Rollout, Verdict
 
 RESULT = Path(__file__).parent / 'results' / 'stories.json'
 NEW, PROMPTS, SAMPLES, WIDTH = 96, 8, 8, 24
-WORDS = ('dog', 'ball', 'tree', 'mom', 'happy', 'park', 'bird', 'cake')
+WORD = 'happy'
 STARTS = ('Once upon a time', 'One day, Tom', 'Lily was', 'There was a little', 'Sue and Ben',
           'In the park', 'A big cat', 'The sun was')
 HELD_OUT = ('One sunny day', 'Tim had a', 'Mia saw a', 'A small boy')
 PARTS = ('word', 'length', 'no_repetition')
 
 
-def judge(text: str, word: str) -> tuple[float, float, float]:
+def judge(text: str) -> tuple[float, float, float]:
   """The reward's parts, 0 or 1 each; any text has an answer."""
   words = re.findall(r"[a-z']+", text.lower())
   triples = list(zip(words, words[1:], words[2:], strict=False))
-  return (float(word in words), float(30 <= len(words) <= 50),
+  return (float(WORD in words), float(30 <= len(words) <= 50),
           float(len(set(triples)) == len(triples)))
 
 
@@ -71,11 +71,11 @@ def train(data: Path, seed: int, num_steps: int) -> dict[str, Any]:
   tokenizer = llama2c.load_tokenizer(weights / 'tok512.bin')
   rollouts = cfg.Rollouts(num_prompts=PROMPTS, group_size=SAMPLES, prompt_len=WIDTH,
                           response_tokens=NEW)
-  method = cfg.Algorithm(advantage=cfg.OPO(), kl=cfg.KLInLoss(coef=0.01))
+  method = cfg.Algorithm(advantage=cfg.OPO(), kl=cfg.KLInLoss(coef=0.05))
   run = cfg.Run(
       seed=seed, model=model_config, data=cfg.Data(cfg.PythonStdlib(), cfg.Bytes(), WIDTH + NEW),
       objective=cfg.RPT('unread', rollouts=rollouts, algorithm=method),
-      optimizer=cfg.AdamW(cfg.Constant(1e-3), weight_decay=0.0),
+      optimizer=cfg.AdamW(cfg.Constant(3e-4), weight_decay=0.0),
       train=cfg.Train(num_steps=num_steps, batch_size=PROMPTS))
   model = transformer.build(run.model, run.compute)
   optimizer, mesh = optim.make_optimizer(run.optimizer, num_steps), make_mesh(run.mesh)
@@ -94,7 +94,7 @@ def train(data: Path, seed: int, num_steps: int) -> dict[str, Any]:
   def examine(params: Any) -> dict[str, Any]:
     rollout = sample(params, held_out, far, jnp.int32(0))
     written = texts(tokenizer, rollout)
-    parts = np.array([[judge(f'{HELD_OUT[n % 4]}{t}', WORDS[n]) for t in group]
+    parts = np.array([[judge(f'{HELD_OUT[n % 4]}{t}') for t in group]
                       for n, group in enumerate(written)])
     logp = compare(start, held_out, rollout)
     mask = np.asarray(rollout.mask)
@@ -105,12 +105,11 @@ def train(data: Path, seed: int, num_steps: int) -> dict[str, Any]:
 
   before, rows = examine(now.params), []
   for step in range(num_steps):
-    # The word is of the beginning, so that it can be learned: a story of a dog has a dog.
     chosen = rng.integers(0, len(STARTS), PROMPTS)
     prompts = prompts_of(tokenizer, [STARTS[i] for i in chosen],
                          [step * PROMPTS + i for i in range(PROMPTS)])
     rollout = sample(now.params, prompts, jnp.int32(step), jnp.int32(step))
-    parts = np.array([[judge(STARTS[i] + t, WORDS[i]) for t in group]
+    parts = np.array([[judge(STARTS[i] + t) for t in group]
                       for i, group in zip(chosen, texts(tokenizer, rollout), strict=True)])
     reward = jnp.asarray(parts.mean(-1), jnp.float32)
     verdict = Verdict(reward, jnp.ones_like(reward), (reward == 1).astype(jnp.float32), {})
