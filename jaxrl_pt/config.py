@@ -831,6 +831,9 @@ class KLInLoss:
   def __post_init__(self) -> None:
     _number(self, 'coef', 0.0)
     _choice(self, 'estimator', KLEstimator)
+    if self.estimator == 'k1':
+      raise UserError("KLInLoss.estimator = 'k1' has an expected gradient of zero: choose 'k2' or "
+                      "'k3', or @cfg.KLInReward().")
 
 
 @dataclass(frozen=True)

@@ -282,6 +282,7 @@ def test_every_field_has_a_row():
     (lambda: cfg.Run(**{**RUN, 'objective': cfg.NextToken(0.5)}), "Quant.weights = 'ternary'"),
     (lambda: cfg.Algorithm(epochs=2), 'choose a surrogate with a ratio'),
     (lambda: cfg.Rollouts(mode=cfg.OneStepOff(), selection=cfg.DynamicSampling()), 'OnPolicy'),
+    (lambda: cfg.KLInLoss(0.1, 'k1'), 'expected gradient of zero'),
     (lambda: cfg.Engine(num_pages=9), 'set it to at least 193'),
     (lambda: cfg.RPT('a', cfg.Rollouts(num_prompts=8), positions_per_document=3),
      'positions_per_document = 3 does not divide'),
