@@ -130,12 +130,18 @@ def _rollout_metrics(experience: Experience, reward: Array) -> Metrics:
 # --- Updates --------------------------------------------------------------------
 
 
-def _split(tree: Any, parts: int) -> Any:
-  """[N, …] → [parts, N / parts, …]. Part m has rows m, m + parts, …: every device keeps its own."""
-  def split(x: Array) -> Array:
-    return jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)
+def _split(lesson: Lesson, parts: int) -> Any:
+  """[N, …] → [parts, N / parts, …], the prompts of a document staying together.
 
-  return jax.tree.map(split, tree)
+  Part m has documents m, m + parts, …: every device keeps its own.
+  """
+  num_docs = lesson.prompts.tokens.shape[0]
+
+  def split(x: Array) -> Array:
+    grouped = x.reshape(num_docs // parts, parts, x.shape[0] // num_docs, *x.shape[1:])
+    return jnp.moveaxis(grouped, 1, 0).reshape(parts, x.shape[0] // parts, *x.shape[1:])
+
+  return jax.tree.map(split, lesson)
 
 
 def _updates(update: Callable[[TrainState, Lesson], tuple[TrainState, Metrics]],
