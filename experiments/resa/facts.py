@@ -1,8 +1,10 @@
 """Real text with planted facts, and a tiny model trained on it: what `quality.py` decodes.
 
-Bytes of books, into which facts such as "[kq=4821]" are planted; some are planted again
-further on, and there the digits can be read off the context. Trained with the product's own
-step: first on short sequences, then on ones of the full length.
+Bytes of books, into which facts such as "[kq=hzmwpxtv]" are planted; some are planted
+again further on, and there the value can be read off the context. Trained with the product's own
+step: first on short sequences, then on ones of the full length. The induction circuit that
+reads a value off the context takes longer to form than there is time for here: `warm_start`
+lays it out in two layers before training, which is what a bigger run would have learned.
 """
 
 import functools
@@ -22,11 +24,12 @@ from jaxrl_pt.train.step import make_train_step
 from jaxrl_pt.types import Batch, TrainState
 
 MODEL = cfg.Model(num_layers=3, d_model=96, d_ff=256, num_heads=8, num_kv_heads=2, head_dim=32,
-                  vocab_size=256, rope_theta=100_000.0)
-# Rows, bytes of a row, bytes between facts, steps: induction heads form in the first stage.
-STAGES = ((32, 128, 4, 420), (8, 512, 16, 80), (4, 2048, 48, 30), (2, 5120, 48, 20))
-RECALL_WEIGHT = 4.0  # of the digits that the context tells
-DIGITS = 4
+                  vocab_size=256, rope_theta=1e7)
+# Rows, bytes of a row, bytes between facts, steps: the first stage tunes the induction heads.
+STAGES = ((16, 256, 8, 200), (4, 1024, 24, 60), (2, 2560, 48, 30), (1, 5120, 48, 30))
+RECALL_WEIGHT = 4.0  # of the letters that the context tells
+VALUE_LETTERS = 8
+LETTERS = np.frombuffer(b'abcdefghijklmnopqrstuvwxyz', np.uint8)
 
 
 def books(folder: Path) -> list[bytes]:
@@ -45,7 +48,7 @@ def plant(text: bytes, length: int, rng: np.random.Generator, gap: int,
   """`length` bytes of text with facts planted about every `gap` bytes.
 
   Returns:
-    u8[length] bytes, and bool[length], True on the digits of a fact planted before.
+    u8[length] bytes, and bool[length], True on the value of a fact planted before.
   """
   start = int(rng.integers(0, len(text) - length))
   out, told, facts = bytearray(), [], {}
@@ -58,11 +61,11 @@ def plant(text: bytes, length: int, rng: np.random.Generator, gap: int,
     if known and (len(out) >= first_recall) and rng.random() < 0.6:
       key = known[int(rng.integers(len(known)))]
     else:
-      key = bytes(rng.choice(list(b'abcdefghijklmnopqrstuvwxyz'), 2).astype(np.uint8))
+      key = rng.choice(LETTERS, 2).tobytes()
     again = key in facts
-    facts.setdefault(key, b'%04d' % rng.integers(10**DIGITS))
+    facts.setdefault(key, rng.choice(LETTERS, VALUE_LETTERS).tobytes())
     out += b'[' + key + b'=' + facts[key] + b']'
-    told += [False] * 4 + [again] * DIGITS + [False]
+    told += [False] * 4 + [again] * VALUE_LETTERS + [False]
   return np.frombuffer(bytes(out[:length]), np.uint8), np.array(told[:length])
 
 
@@ -79,17 +82,46 @@ def make_batch(texts: list[bytes], rows: int, length: int, seed: int, gap: int) 
                np.arange(rows, dtype=np.int32))
 
 
+def warm_start(params: dict) -> dict:
+  """Layer 0 looks at the token before; layer 1 at tokens whose predecessor is the present one.
+
+  Of the residual stream, number 0 is a constant, 1 to 32 name the token, and 48 to 79 receive
+  the name of the token before. Matches go through the slow half of RoPE's pairs, so that they
+  survive thousands of positions.
+  """
+  rng = np.random.default_rng(0)
+  p = jax.tree.map(np.array, params)
+  width, half, name = MODEL.head_dim, MODEL.head_dim // 2, slice(1, 33)
+  p['embed'][:, 0], p['embed'][:, 1:48] = 1.0, rng.normal(size=(256, 47))
+  p['embed'][:, 48:] *= 0.1
+  p['embed'] *= 0.15
+  layers = p['layers']
+  angles = MODEL.rope_theta ** (-np.arange(half) / half)
+  layers['wq'][0, 0, :width] = 5 * np.concatenate([np.cos(angles), -np.sin(angles)])
+  layers['wk'][0, 0, :width] = 5 * np.concatenate([np.ones(half), np.zeros(half)])
+  layers['wv'][0, name, :width] = np.eye(32)
+  layers['wo'][0, :width, 48:80] = np.eye(32)
+  slow = np.r_[half // 2:half, half + half // 2:width]
+  match = rng.normal(size=(32, len(slow))) * 0.6
+  for head in range(2):
+    layers['wq'][1, name, head * width + slow] = match.T
+    layers['wo'][1, head * width:(head + 1) * width, name] = 0.5 * np.eye(32)
+  layers['wk'][1, 48:80, slow] = match.T
+  layers['wv'][1, name, :width] = np.eye(32)
+  return jax.tree.map(jnp.asarray, p)
+
+
 def train(texts: list[bytes]) -> tuple[dict, list[list[float]]]:
-  """Parameters, and [step, loss, accuracy on recalled digits] now and then."""
+  """Parameters, and [step, loss, accuracy on recalled letters] now and then."""
   model = transformer.build(MODEL)
   num_steps = sum(steps for *_, steps in STAGES)
-  optimizer_config = cfg.AdamW(cfg.Cosine(4e-3, warmup_steps=40), weight_decay=0.01)
+  optimizer_config = cfg.AdamW(cfg.Cosine(2e-3, warmup_steps=20), weight_decay=0.01)
   optimizer = optim.make_optimizer(optimizer_config, num_steps)
   step = jax.jit(make_train_step(
       losses.next_token(model, 0), optimizer,
       optim.learning_rate(optimizer_config.schedule, num_steps)), donate_argnums=0)
   evaluate = jax.jit(functools.partial(recall_accuracy, model))
-  params = P.init(model.specs, jax.random.key(0))
+  params = warm_start(P.init(model.specs, jax.random.key(0)))
   state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), {})
   curve, number, began = [], 0, time.perf_counter()
   for rows, length, gap, steps in STAGES:
@@ -106,7 +138,7 @@ def train(texts: list[bytes]) -> tuple[dict, list[list[float]]]:
 
 
 def recall_accuracy(model, params: dict, batch: Batch) -> jax.Array:
-  """Share of the recalled digits that are the likeliest token."""
+  """Share of the recalled letters that are the likeliest token."""
   hidden = model.apply(params, batch.tokens, batch.positions, batch.segments)
   right = (hidden @ model.head(params)).argmax(-1) == batch.targets
   told = batch.weights > 1

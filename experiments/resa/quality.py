@@ -96,13 +96,13 @@ def interval(values_B: np.ndarray) -> dict:
 
 
 def summarise(kl_BS: np.ndarray, logp: np.ndarray, tokens, told: np.ndarray) -> dict:
-  """Of one arm: KL, its slope, by quarter, on recalled digits, and the accuracy there."""
+  """Of one arm: KL, its slope, by quarter, on recalled letters, and the accuracy there."""
   targets = np.asarray(tokens)[:, PROMPT + 1:PROMPT + STEPS + 1]
   right = logp.argmax(-1) == targets
   nll = -np.take_along_axis(logp, targets[..., None], -1)[..., 0]
   return {'kl': interval(kl_BS.mean(1)), 'slope per 1000 tokens': interval(slope(kl_BS)),
           'kl by quarter': [float(q.mean()) for q in np.split(kl_BS, 4, 1)],
-          'kl on recalled digits': float(kl_BS[told].mean()),
+          'kl on recalled letters': float(kl_BS[told].mean()),
           'recall accuracy': float(right[told].mean()), 'nats per byte': float(nll.mean())}
 
 
@@ -173,7 +173,7 @@ def main() -> None:
   RESULTS.mkdir(exist_ok=True)
   (RESULTS / 'quality.json').write_text(json.dumps({
       'rows': ROWS, 'prompt': PROMPT, 'steps': STEPS, 'block': BLOCK, 'min_blocks': MIN_BLOCKS,
-      'recalled digits': int(told.sum()), 'training': json.loads(curve.read_text()),
+      'recalled letters': int(told.sum()), 'training': json.loads(curve.read_text()),
       'arms': results, 'paired differences': differences}, indent=1) + '\n')
   plot(kls)
   print(json.dumps(differences, indent=1))
