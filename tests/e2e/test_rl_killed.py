@@ -87,10 +87,10 @@ def test_killed_in_each_stage_is_bit_identical(
   rows = [[metrics.deterministic(r) for r in j.rows()] for j in (job, whole)]
   assert rows[0] == rows[1] and len(rows[0]) == LAST + 1
   # It has learned something, so that equality says something.
-  first, last = load_state(whole.workdir, 2).params, other.params
+  first, last = load_state(whole.workdir, 4).params, other.params
   assert np.abs(np.asarray(first['embed']) - np.asarray(last['embed'])).max() > 0
-  assert_replayed(whole.workdir, 2)
+  assert_replayed(whole.workdir, 4)
   if not bindings:
-    assert_drawn_again(whole.workdir, 2)
+    assert_drawn_again(whole.workdir, 4)
   gap = 'staleness' if bindings else 'gap'
   assert all(1 <= r[gap] < (2 if bindings else 1.01) for r in rows[1][1:])
