@@ -24,9 +24,9 @@ from jaxrl_pt.train.step import make_train_step
 from jaxrl_pt.types import Batch, TrainState
 
 MODEL = cfg.Model(num_layers=3, d_model=96, d_ff=256, num_heads=8, num_kv_heads=2, head_dim=32,
-                  vocab_size=256, rope_theta=1e7)
+                  vocab_size=256, rope_theta=1e7, tied_head=False)
 # Rows, bytes of a row, bytes between facts, steps: the first stage tunes the induction heads.
-STAGES = ((16, 256, 8, 200), (4, 1024, 24, 60), (2, 2560, 48, 30), (1, 5120, 48, 30))
+STAGES = ((16, 256, 8, 100), (4, 1024, 24, 30), (2, 2560, 48, 15), (1, 5120, 48, 25))
 RECALL_WEIGHT = 4.0  # of the letters that the context tells
 VALUE_LETTERS = 8
 LETTERS = np.frombuffer(b'abcdefghijklmnopqrstuvwxyz', np.uint8)
@@ -85,29 +85,39 @@ def make_batch(texts: list[bytes], rows: int, length: int, seed: int, gap: int) 
 def warm_start(params: dict) -> dict:
   """Layer 0 looks at the token before; layer 1 at tokens whose predecessor is the present one.
 
-  Of the residual stream, number 0 is a constant, 1 to 32 name the token, and 48 to 79 receive
-  the name of the token before. Matches go through the slow half of RoPE's pairs, so that they
-  survive thousands of positions.
+  Of the residual stream, number 0 is a constant, and three parts hold the token's name, the
+  name of the token before, and the name that the context suggests. Matches go through the
+  slow half of RoPE's pairs, so that they survive thousands of positions.
   """
-  rng = np.random.default_rng(0)
+  rng, names = np.random.default_rng(0), 31
   p = jax.tree.map(np.array, params)
-  width, half, name = MODEL.head_dim, MODEL.head_dim // 2, slice(1, 33)
-  p['embed'][:, 0], p['embed'][:, 1:48] = 1.0, rng.normal(size=(256, 47))
-  p['embed'][:, 48:] *= 0.1
-  p['embed'] *= 0.15
-  layers = p['layers']
+  layers, width, half = p['layers'], MODEL.head_dim, MODEL.head_dim // 2
+  own, before, told = slice(1, 32), slice(32, 63), slice(64, 95)
+  for name in ('wo', 'w_down'):
+    layers[name] *= 0.3
+  p['embed'][:] = 0
+  words = rng.normal(size=(256, names))
+  words *= names**0.5 / np.linalg.norm(words, axis=1, keepdims=True)
+  p['embed'][:, 0], p['embed'][:, own] = 0.15, 0.15 * words
+  p['head'] *= 0.1
+  p['head'][told] = p['embed'][:, own].T
   angles = MODEL.rope_theta ** (-np.arange(half) / half)
-  layers['wq'][0, 0, :width] = 5 * np.concatenate([np.cos(angles), -np.sin(angles)])
-  layers['wk'][0, 0, :width] = 5 * np.concatenate([np.ones(half), np.zeros(half)])
-  layers['wv'][0, name, :width] = np.eye(32)
-  layers['wo'][0, :width, 48:80] = np.eye(32)
+  fast = 1.0 * (np.arange(half) < half // 2)
+  layers['wq'][0, :, :width] = 0
+  layers['wq'][0, 0, :width] = 8 * np.concatenate([fast * np.cos(angles), -fast * np.sin(angles)])
+  layers['wk'][0, :, :width], layers['wv'][0, :, :width] = 0, 0
+  layers['wk'][0, 0, :width] = 8 * np.concatenate([fast, np.zeros(half)])
+  layers['wv'][0, own, :names] = np.eye(names)
+  layers['wo'][0, :names, before] = 0.087 * np.eye(names)
   slow = np.r_[half // 2:half, half + half // 2:width]
-  match = rng.normal(size=(32, len(slow))) * 0.6
+  match = 0.6 * rng.normal(size=(names, len(slow)))
+  layers['wk'][1, :, :width], layers['wv'][1, :, :width] = 0, 0
+  layers['wk'][1, before, slow] = match.T
+  layers['wv'][1, own, :names] = np.eye(names)
   for head in range(2):
-    layers['wq'][1, name, head * width + slow] = match.T
-    layers['wo'][1, head * width:(head + 1) * width, name] = 0.5 * np.eye(32)
-  layers['wk'][1, 48:80, slow] = match.T
-  layers['wv'][1, name, :width] = np.eye(32)
+    layers['wq'][1, :, head * width:(head + 1) * width] = 0
+    layers['wq'][1, own, head * width + slow] = match.T
+    layers['wo'][1, head * width:head * width + names, told] = 0.15 * np.eye(names)
   return jax.tree.map(jnp.asarray, p)
 
 

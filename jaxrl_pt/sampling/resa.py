@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_pt import config as cfg
+from jaxrl_pt.errors import UserError
 from jaxrl_pt.models.base import Model
 from jaxrl_pt.sampling import resa_attention
 from jaxrl_pt.sampling.decode import NO_STOP, sample_keys
@@ -133,8 +134,14 @@ def start(model: Model, params: Params, prompts: Prompts, num_samples: int, num_
 
   Returns:
     f[N · G, D], the hidden states of the prompts' last tokens, and the rows' cache.
+
+  Raises:
+    UserError: prompts that share documents or have a suffix.
   """
   num_prompts, prompt_len = prompts.tokens.shape
+  if num_prompts != prompts.lengths.shape[0] or jax.tree.leaves(prompts.suffix):
+    raise UserError('Rectified sparse attention takes one document a prompt and no suffix: write '
+                    'the suffix into the prompts, or decode branches densely.')
   num_rows = num_prompts * num_samples
   prompt_table, first_own = resa_attention.rows_of_pages(num_prompts, -(-prompt_len // block))
   # A row's first own page begins with what the prompt left in its last one.

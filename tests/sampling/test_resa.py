@@ -217,6 +217,13 @@ def test_bad_settings_say_what_to_write(settings):
     Every(0)
 
 
+def test_branches_of_shared_documents_are_refused():
+  branches = prompts().replace(lengths=jnp.full(6, 3), ids=jnp.arange(6))
+  for refused in (branches, prompts().replace(suffix=jnp.ones((3, 2), jnp.int32))):
+    with pytest.raises(UserError, match='one document a prompt and no suffix'):
+      resa.start(MODEL, PARAMS, refused, 2, 4, BLOCK)
+
+
 # --- Real weights ---------------------------------------------------------------------
 
 WEIGHTS = Path(__file__).parents[3] / 'shared' / 'data' / 'weights-stories260k'
