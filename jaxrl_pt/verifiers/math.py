@@ -32,7 +32,8 @@ _THOUSANDS = re.compile(r'(?<=\d),(?=\d{3}(?!\d))')
 # Dressing that changes no value.
 _DRESSING = re.compile(r'\\(?:left|right|displaystyle|[,;:!\s])|[$\s]|\\[%$]|%')
 # Powers that no reference needs and whose value fills the memory: 9^{9^9}, 2^{12345}, 10000!.
-_HUGE = re.compile(r'(?:\^|\*\*)\s*\{?\s*[(-]*(?:\d{4}|[^{}^*]*(?:\^|\*\*))|\d{4}[\s)}]*!|![\s)}]*!')
+_HUGE = re.compile(
+    r'(?:\^|\*\*)\s*\{?\s*[(-]*(?:\d{4}|[^{}^*]*(?:\^|\*\*))|\d{4}[\s)}]*!|![\s)}]*!')
 _WRAPPED = re.compile(r'\\(?:text|textbf|mathrm|mathbf|mbox)\{([^{}]*)\}')
 
 

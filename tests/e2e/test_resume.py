@@ -93,7 +93,8 @@ def test_the_pretrained_model_has_learned(pretrained: Job):
 
 def test_rpt_at_several_positions_of_a_document(make_job: Callable[..., Job], pretrained: Job):
   job = make_job(RPT, start_from=str(pretrained.workdir), bindings=(
-      'cfg.RPT.positions_per_document = 4', 'cfg.Train.num_steps = 3', 'cfg.Rollouts.dump_every = 3'))
+      'cfg.RPT.positions_per_document = 4', 'cfg.Train.num_steps = 3',
+      'cfg.Rollouts.dump_every = 3'))
   done = job.run()
   assert done.returncode == 0, done.stderr
   assert max(r['gap'] for r in job.rows()[1:]) <= 1.01

@@ -97,7 +97,8 @@ def test_step_raises_the_gain_and_keeps_the_average():
     # Nothing of a response lies beyond the marker that ends the thought.
     ended = np.cumsum(np.asarray(thoughts.tokens) == ANSWER, -1) - (thoughts.tokens == ANSWER)
     np.testing.assert_array_equal(thoughts.mask, ended == 0)
-  want = jax.tree.map(lambda old, new: 0.999 * old + 0.001 * new, before.method.average, state.params)
+  want = jax.tree.map(lambda old, new: 0.999 * old + 0.001 * new, before.method.average,
+                      state.params)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state.method.average,
                want)
   assert metrics['gap'].mean() < 1.001
