@@ -1,0 +1,226 @@
+"""Does Reinforcement Pre-Training (2506.08007) lift next-token accuracy where one pass fails?
+
+    python experiments/rpt/run.py --data ../shared/data
+
+Two corpora: modular chains (synthetic.py), and the solutions of GSM8K (solutions.py). Seeds
+that have been run are kept in the work directory, so the command may be interrupted and
+repeated. Results go to results/rpt.json and results/*.png; README.md reads them.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from scipy import stats
+import solutions
+import synthetic
+
+from jaxrl_pt.scaling import fit
+
+matplotlib.use('Agg')
+from matplotlib import pyplot as plt  # The backend comes first.
+
+HERE = Path(__file__).parent
+RESULTS = HERE / 'results'
+SPLITS = ('easy', 'medium', 'hard')
+
+
+def interval(values: Any) -> dict[str, float]:
+  """Mean and half of its 95 % interval over seeds (Student's t)."""
+  values = np.asarray(values, float)
+  spread = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
+  return {'mean': round(float(values.mean()), 4),
+          'half_width_95': round(float(stats.t.ppf(0.975, len(values) - 1) * spread), 4)}
+
+
+def paired(seeds: list[dict], of: Any, minus: Any) -> dict[str, float]:
+  """The difference of two measures, seed by seed."""
+  return interval([of(s) - minus(s) for s in seeds])
+
+
+def informative_share(rows: list[dict]) -> float:
+  """Share of groups whose advantage is not zero, over some steps."""
+  return float(np.mean([1 - row['zero_advantage_groups'] for row in rows]))
+
+
+# --- The synthetic corpus -----------------------------------------------------------
+
+
+def scaling(seeds: list[dict]) -> dict[str, Any]:
+  """P(C) = A/C^α + P* of RPT's sampled accuracy, with the last point held out."""
+  config, rollouts = synthetic.SETTING, synthetic.ROLLOUTS
+  # At the start nothing has been spent and the law is not defined: marked steps alone.
+  compute = np.array(synthetic.MARKED) * synthetic.arms.rollout_flops(config, rollouts)
+  report = {'compute_flops': compute.tolist()}
+  for split in SPLITS:
+    runs = np.array([[score[split] for score in s['curve'][1:]] for s in seeds])
+    law = fit.fit(compute, runs, num_bootstrap=200)
+    last = fit.forecast_last(compute, runs, num_bootstrap=200)
+    edges = lambda x: [round(x.low, 4), round(x.high, 4)]
+    report[split] = {
+        'exponent': round(law.law.exponent, 4), 'exponent_95': edges(law.exponent),
+        'limit': round(law.law.limit, 4), 'limit_95': edges(law.limit),
+        'amplitude': law.law.amplitude, 'r_squared': round(law.r_squared, 4),
+        'last_predicted': round(last.predicted, 4), 'last_measured': round(last.measured, 4),
+        'last_error': round(last.error, 4), 'last_interval_95': edges(last.interval),
+        'seed_spread': round(last.spread, 4), 'mean': runs.mean(0).round(4).tolist()}
+  return report
+
+
+def summarise_synthetic(seeds: list[dict]) -> dict[str, Any]:
+  """Claims and their intervals."""
+  kinds = list(seeds[0]['ntp_argmax'])
+  table = {}
+  for kind in kinds:
+    table[kind] = {
+        'NTP argmax': interval([s['ntp_argmax'][kind] for s in seeds]),
+        'NTP argmax, compute-matched': interval([s['ntp_matched_argmax'][kind] for s in seeds])}
+    for arm in ('warm', 'rpt', 'shuffled', 'unfiltered'):
+      for how in ('greedy', 'sampled', 'argmax'):
+        table[kind][f'{arm} {how}'] = interval([s[arm][how][kind] for s in seeds])
+  matched = lambda kind: lambda s: s['ntp_matched_argmax'][kind]
+  arm = lambda name, how, kind: lambda s: s[name][how][kind]
+  lift = {kind: {
+      'rpt greedy − matched argmax': paired(seeds, arm('rpt', 'greedy', kind), matched(kind)),
+      'rpt sampled − matched argmax': paired(seeds, arm('rpt', 'sampled', kind), matched(kind)),
+      'rpt − warm, greedy': paired(seeds, arm('rpt', 'greedy', kind), arm('warm', 'greedy', kind)),
+      'rpt − warm, sampled': paired(seeds, arm('rpt', 'sampled', kind),
+                                    arm('warm', 'sampled', kind)),
+      'shuffled − warm, sampled': paired(seeds, arm('shuffled', 'sampled', kind),
+                                         arm('warm', 'sampled', kind))}
+          for kind in (*SPLITS, 'filler')}
+  informative = {}
+  for window, stop in (('first_steps', synthetic.SHORT), ('all_steps', synthetic.RPT_STEPS)):
+    filtered, all_positions = (
+        np.array([informative_share(s['rows'][name][:stop]) for s in seeds])
+        for name in ('rpt', 'unfiltered'))
+    informative[window] = {'filter': interval(filtered), 'no filter': interval(all_positions),
+                           'difference': interval(filtered - all_positions)}
+  return {'accuracy': table, 'lift': lift, 'informative_groups': informative,
+          'filter_keeps': interval([s['filter_keeps'] for s in seeds]),
+          'largest_gap': max(r['gap'] for s in seeds for rows in s['rows'].values()
+                             for r in rows),
+          'rlp': summarise_rlp(seeds), 'scaling': scaling(seeds)}
+
+
+def summarise_rlp(seeds: list[dict]) -> dict[str, Any]:
+  """RPT and RLP where nearly all groups are wrong."""
+  tenth = lambda s, arm, key: np.mean([r[key] for r in s[arm]['rows'][:10]])
+  report = {
+      'rpt_all_wrong_groups_first_10_steps': interval(
+          [tenth(s, 'weak_rpt', 'all_wrong') for s in seeds]),
+      'reward_variance_in_groups_first_10_steps': {
+          arm: interval([tenth(s, arm, 'advantage_variance') for s in seeds])
+          for arm in ('weak_rpt', 'weak_rlp')},
+      'silent_groups_first_10_steps': {
+          arm: interval([tenth(s, arm, 'zero_advantage_groups') for s in seeds])
+          for arm in ('weak_rpt', 'weak_rlp')}}
+  for kind in ('hard', 'steps_5', 'steps_6'):
+    for unit in ('chance', 'nats'):
+      ends = {arm: np.array([[s[arm]['curve'][i][unit][kind] for i in (0, -1)] for s in seeds])
+              for arm in ('weak_rpt', 'weak_rlp')}
+      gains = {arm: values[:, 1] - values[:, 0] for arm, values in ends.items()}
+      report[f'{kind}, {unit} of the truth'] = {
+          'start': interval(ends['weak_rpt'][:, 0]), 'rpt_gain': interval(gains['weak_rpt']),
+          'rlp_gain': interval(gains['weak_rlp']),
+          'rlp − rpt': interval(gains['weak_rlp'] - gains['weak_rpt'])}
+  return report
+
+
+def plot_synthetic(seeds: list[dict], summary: dict[str, Any]) -> None:
+  """Accuracy by steps, the curve with its law, RPT against RLP."""
+  figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4))
+  steps = np.arange(1, 7)
+  for label, key in (('NTP argmax, compute-matched',) * 2, ('warm start, sampled', 'warm sampled'),
+                     ('RPT, sampled', 'rpt sampled'), ('RPT, greedy', 'rpt greedy'),
+                     ('RPT, argmax without thought', 'rpt argmax'),
+                     ('shuffled truth, sampled', 'shuffled sampled')):
+    cells = [summary['accuracy'][f'steps_{k}'][key] for k in steps]
+    left.errorbar(steps, [c['mean'] for c in cells], [c['half_width_95'] for c in cells],
+                  marker='o', markersize=3, capsize=2, label=label)
+  left.axhline(1 / synthetic.corpus.NUM_STATES, color='grey', linewidth=0.8, linestyle=':')
+  left.set(xlabel='serial steps of the result', ylabel='next-token accuracy', ylim=(0, 1.02))
+  left.legend(fontsize=7)
+  law = summary['scaling']
+  compute = np.array(law['compute_flops'])
+  for split in SPLITS:
+    row = law[split]
+    line, = middle.plot(compute, row['mean'], 'o', markersize=4, label=split)
+    dense = np.geomspace(compute[0], compute[-1], 100)
+    curve = fit.PowerLaw(row['amplitude'], row['exponent'], row['limit'])
+    middle.plot(dense, curve(dense), color=line.get_color(), linewidth=1)
+    middle.plot(compute[-1], row['last_predicted'], 'x', color=line.get_color())
+  middle.set(xscale='log', xlabel='FLOPs of RPT', ylabel='sampled accuracy',
+             title='law of all points; × forecast without the last')
+  middle.legend(fontsize=7)
+  places = np.array((0, *synthetic.WEAK_MARKED)) * synthetic.WEAK_ROLLOUTS.num_prompts
+  for arm, label in (('weak_rpt', 'RPT'), ('weak_rlp', 'RLP')):
+    values = np.array([[score['nats']['hard'] for score in s[arm]['curve']] for s in seeds])
+    right.errorbar(places * synthetic.WEAK_ROLLOUTS.group_size, values.mean(0),
+                   values.std(0, ddof=min(1, len(values) - 1)), marker='o', capsize=2, label=label)
+  right.set(xlabel='rollouts', ylabel='log p of the truth after a thought, nats, hard',
+            title='weak warm start')
+  right.legend(fontsize=8)
+  figure.tight_layout()
+  figure.savefig(RESULTS / 'synthetic.png', dpi=110)
+
+
+# --- Solutions ------------------------------------------------------------------------
+
+
+def summarise_solutions(seeds: list[dict]) -> dict[str, Any]:
+  """Accuracies by arm and kind of position, and the paired lift."""
+  arms = ('ntp_argmax', 'ntp_matched_argmax', 'warm_greedy', 'rpt_greedy', 'warm_sampled',
+          'rpt_sampled', 'rpt_argmax')
+  kinds = [*SPLITS, 'result']
+  return {
+      'positions': {kind: seeds[0]['counts'][kind] for kind in kinds},
+      'accuracy': {kind: {arm: interval([s[arm][kind] for s in seeds]) for arm in arms}
+                   for kind in kinds},
+      'rpt greedy − matched argmax': {
+          kind: paired(seeds, lambda s, k=kind: s['rpt_greedy'][k],
+                       lambda s, k=kind: s['ntp_matched_argmax'][k]) for kind in kinds},
+      'rpt − warm, sampled': {
+          kind: paired(seeds, lambda s, k=kind: s['rpt_sampled'][k],
+                       lambda s, k=kind: s['warm_sampled'][k]) for kind in kinds},
+      'reward_first_last_10': [[round(float(np.mean([r['reward'] for r in part])), 4)
+                                for part in (s['rows'][:10], s['rows'][-10:])] for s in seeds]}
+
+
+def kept(path: Path, compute: Any) -> dict:
+  """What `compute` gives, from `path` if it was run before."""
+  if not path.is_file():
+    path.write_text(json.dumps(compute()))
+  return json.loads(path.read_text())
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument('--data', type=Path, default=HERE.parents[1] / '../shared/data')
+  parser.add_argument('--work', type=Path, default=Path('runs/rpt'))
+  parser.add_argument('--seeds', type=int, default=5)
+  parser.add_argument('--solution_seeds', type=int, default=2)
+  args = parser.parse_args()
+  args.work.mkdir(parents=True, exist_ok=True)
+  RESULTS.mkdir(exist_ok=True)
+  report: dict[str, Any] = {'command': 'python experiments/rpt/run.py --data DIR'}
+  seeds = [kept(args.work / f'synthetic-{s}.json', lambda s=s: synthetic.run_seed(s))
+           for s in range(args.seeds)]
+  report['synthetic'] = {'seeds': len(seeds), 'control_steps': seeds[0]['control_steps'],
+                         **summarise_synthetic(seeds)}
+  plot_synthetic(seeds, report['synthetic'])
+  if args.solution_seeds and solutions.is_there(args.data):
+    runs = [kept(args.work / f'solutions-{s}.json', lambda s=s: solutions.run_seed(args.data, s))
+            for s in range(args.solution_seeds)]
+    report['solutions'] = {'seeds': len(runs), **summarise_solutions(runs)}
+  else:
+    print(f'The part on real text is left out: no seeds, or no math-gsm8k in {args.data}.')
+  (RESULTS / 'rpt.json').write_text(json.dumps(report, indent=1, ensure_ascii=False) + '\n')
+  print(json.dumps(report['synthetic']['lift'], indent=1, ensure_ascii=False))
+
+
+if __name__ == '__main__':
+  main()
