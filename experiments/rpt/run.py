@@ -118,15 +118,17 @@ def summarise_rlp(seeds: list[dict]) -> dict[str, Any]:
       'silent_groups_first_10_steps': {
           arm: interval([tenth(s, arm, 'zero_advantage_groups') for s in seeds])
           for arm in ('weak_rpt', 'weak_rlp')}}
+  rollouts = synthetic.WEAK_ROLLOUTS.num_prompts * synthetic.WEAK_ROLLOUTS.group_size
   for kind in ('hard', 'steps_5', 'steps_6'):
     for unit in ('chance', 'nats'):
-      ends = {arm: np.array([[s[arm]['curve'][i][unit][kind] for i in (0, -1)] for s in seeds])
-              for arm in ('weak_rpt', 'weak_rlp')}
-      gains = {arm: values[:, 1] - values[:, 0] for arm, values in ends.items()}
-      report[f'{kind}, {unit} of the truth'] = {
-          'start': interval(ends['weak_rpt'][:, 0]), 'rpt_gain': interval(gains['weak_rpt']),
-          'rlp_gain': interval(gains['weak_rlp']),
-          'rlp − rpt': interval(gains['weak_rlp'] - gains['weak_rpt'])}
+      values = {arm: np.array([[score[unit][kind] for score in s[arm]['curve']] for s in seeds])
+                for arm in ('weak_rpt', 'weak_rlp')}
+      row = {'start': interval(values['weak_rpt'][:, 0])}
+      for place, step in enumerate(synthetic.WEAK_MARKED, start=1):
+        rpt, rlp = (values[arm][:, place] - values[arm][:, 0] for arm in values)
+        row[f'gain after {step * rollouts} rollouts'] = {
+            'rpt': interval(rpt), 'rlp': interval(rlp), 'rlp − rpt': interval(rlp - rpt)}
+      report[f'{kind}, {unit} of the truth'] = row
   return report
 
 
@@ -143,7 +145,7 @@ def plot_synthetic(seeds: list[dict], summary: dict[str, Any]) -> None:
                   marker='o', markersize=3, capsize=2, label=label)
   left.axhline(1 / synthetic.corpus.NUM_STATES, color='grey', linewidth=0.8, linestyle=':')
   left.set(xlabel='serial steps of the result', ylabel='next-token accuracy', ylim=(0, 1.02))
-  left.legend(fontsize=7)
+  left.legend(fontsize=6, loc='lower left', bbox_to_anchor=(0, 0.08))
   law = summary['scaling']
   compute = np.array(law['compute_flops'])
   for split in SPLITS:
@@ -159,10 +161,12 @@ def plot_synthetic(seeds: list[dict], summary: dict[str, Any]) -> None:
   places = np.array((0, *synthetic.WEAK_MARKED)) * synthetic.WEAK_ROLLOUTS.num_prompts
   for arm, label in (('weak_rpt', 'RPT'), ('weak_rlp', 'RLP')):
     values = np.array([[score['nats']['hard'] for score in s[arm]['curve']] for s in seeds])
-    right.errorbar(places * synthetic.WEAK_ROLLOUTS.group_size, values.mean(0),
-                   values.std(0, ddof=min(1, len(values) - 1)), marker='o', capsize=2, label=label)
+    line, = right.plot(places * synthetic.WEAK_ROLLOUTS.group_size, np.median(values, 0),
+                       marker='o', label=label)
+    right.plot(places * synthetic.WEAK_ROLLOUTS.group_size, values.T, color=line.get_color(),
+               linewidth=0.6, alpha=0.5)
   right.set(xlabel='rollouts', ylabel='log p of the truth after a thought, nats, hard',
-            title='weak warm start')
+            title='weak warm start: seeds and median')
   right.legend(fontsize=8)
   figure.tight_layout()
   figure.savefig(RESULTS / 'synthetic.png', dpi=110)
