@@ -273,7 +273,14 @@ def main() -> None:
   parser.add_argument('--rounds', type=int, default=7)
   parser.add_argument('--batches', type=int, nargs='+', default=[1, 8])
   parser.add_argument('--contexts', type=int, nargs='+', default=[2**14, 2**16, 2**18])
+  parser.add_argument('--parts', action='store_true',
+                      help="measure one layer's parts again and put them into the results")
   args = parser.parse_args()
+  if args.parts:
+    results = json.loads((RESULTS / 'speed.json').read_text())
+    results['one layer, 256K'] = one_layer(2**18, 15)
+    (RESULTS / 'speed.json').write_text(json.dumps(results, indent=1) + '\n')
+    return
   model = transformer.build(MODEL)
   params = P.init(model.specs, jax.random.key(0))
   results = {'cpus': os.cpu_count(), 'parameters': P.count(model.specs), 'settings': []}

@@ -149,9 +149,8 @@ def generator(settings):
   return quick_jit(functools.partial(resa.generate, MODEL, resa=settings, version=3, **DRAW))
 
 
-@pytest.mark.parametrize('refresh', [Never(), Every(5)])
-def test_all_blocks_reproduce_dense_decoding(refresh):
-  rollout = generator(ReSA(BLOCK, active=1.0, min_blocks=1, refresh=refresh))(
+def test_all_blocks_reproduce_dense_decoding():
+  rollout = generator(ReSA(BLOCK, active=1.0, min_blocks=1, refresh=Every(5)))(
       PARAMS, prompts(), KEY)
   assert_same(rollout, dense_rollout())
   lengths = rollout.mask.sum(-1)
@@ -195,16 +194,10 @@ def test_speculation_draws_the_very_tokens_of_dense_decoding(sampler):
   expected = quick_jit(functools.partial(decode.generate, MODEL, version=3, **options))(
       PARAMS, prompts(), KEY)
   speculate = functools.partial(resa_speculate.generate, MODEL, version=3, num_drafts=3, **options)
-  rollout, poor = quick_jit(functools.partial(
+  rollout, drafting = quick_jit(functools.partial(
       speculate, sparse=ReSA(BLOCK, 0.1, min_blocks=1)))(PARAMS, prompts(), KEY)
   assert_same(rollout, expected)
-  assert 0 < int(poor.agreed) < int(poor.drafted) == 3 * int(poor.rounds)
-  if sampler.temperature:
-    return
-  rollout, perfect = quick_jit(functools.partial(
-      speculate, sparse=ReSA(BLOCK, 1.0, min_blocks=1)))(PARAMS, prompts(), KEY)
-  assert_same(rollout, expected)
-  assert int(perfect.agreed) == int(perfect.drafted)
+  assert 0 < int(drafting.agreed) < int(drafting.drafted) == 3 * int(drafting.rounds)
 
 
 @pytest.mark.parametrize('settings', [
@@ -272,7 +265,7 @@ def test_sampled_text_of_real_weights_stays_likely(stories):
   for name, settings in (('dense', ReSA(8, 1.0)),
                          ('resa', ReSA(8, 0.25, min_blocks=4, refresh=Every(16))),
                          ('blind', ReSA(8, 0.01, min_blocks=1, refresh=Never()))):
-    rollout = story(model, params, settings, 200, Sampler(0.8), num_samples=16)
+    rollout = story(model, params, settings, 128, Sampler(0.8), num_samples=16)
     nlls[name] = dense_nll(model, params, rollout.tokens[0])
   assert nlls['dense'] < 1.2 and abs(nlls['resa'] - nlls['dense']) < 0.15, nlls
   assert nlls['blind'] > nlls['dense'] + 0.3, nlls
