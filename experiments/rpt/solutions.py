@@ -28,7 +28,8 @@ NOTE = re.compile(r'<<([^<>]*)>>')
 THINK, ANSWER = '\x01', '\x02'
 CONFIG = cfg.Model(num_layers=3, d_model=96, d_ff=256, num_heads=4, num_kv_heads=4, head_dim=24,
                    vocab_size=VOCAB)
-BATCH, PRETRAIN, WARM, RPT_STEPS, RATE, NOISE = 16, 400, 150, 50, 4e-4, 0.3
+BATCH, PRETRAIN, RPT_STEPS, RATE = 16, 400, 60, 6e-4
+WARM, WARM_BATCH, NOISE = 200, 48, 0.3
 MIN_ENTROPY, DIFFICULTY = 0.5, {'easy': 0.5, 'medium': 1.0, 'hard': 1.5}
 ROLLOUTS = cfg.Rollouts(num_prompts=16, group_size=8, prompt_len=LENGTH + 1,
                         response_tokens=THOUGHT + 3)
@@ -105,9 +106,9 @@ def rows(documents: list[Solution], ids: np.ndarray) -> Batch:
 def demonstrations(corpus: Corpus, rng: np.random.Generator) -> Batch:
   """Contexts with a thought and a prediction: half at a result, half anywhere."""
   setting, width = corpus.setting, LENGTH + 1 + THOUGHT + 3
-  tokens = np.zeros((BATCH, width), np.int32)
-  weights = np.zeros((BATCH, width - 1), np.float32)
-  for n in range(BATCH):
+  tokens = np.zeros((WARM_BATCH, width), np.int32)
+  weights = np.zeros((WARM_BATCH, width - 1), np.float32)
+  for n in range(WARM_BATCH):
     document = corpus.train[rng.integers(len(corpus.train))]
     at, thought = int(rng.integers(1, len(document.tokens))), []
     if document.notes and rng.random() < 0.5:
@@ -118,7 +119,7 @@ def demonstrations(corpus: Corpus, rng: np.random.Generator) -> Batch:
     tokens[n, :len(sequence)] = sequence
     weights[n, :at - 1] = 1
     weights[n, at:len(sequence) - 1] = 1
-  return arms.batch_of(tokens, weights, np.arange(BATCH))
+  return arms.batch_of(tokens, weights, np.arange(WARM_BATCH))
 
 
 def _thought(corpus: Corpus, note: str, rng: np.random.Generator) -> list[int]:
@@ -179,7 +180,7 @@ class HeldOut:
 def matched_steps() -> int:
   """Steps of pretraining that cost what warm start and RPT cost together."""
   one = arms.training_flops(CONFIG, BATCH * LENGTH)
-  warm = arms.training_flops(CONFIG, BATCH * (LENGTH + THOUGHT + 3)) * WARM
+  warm = arms.training_flops(CONFIG, WARM_BATCH * (LENGTH + THOUGHT + 3)) * WARM
   setting = arms.Setting(CONFIG, (), 0, 0, 0, LENGTH + 1, THOUGHT + 3)
   return round((warm + RPT_STEPS * arms.rollout_flops(setting, ROLLOUTS)) / one)
 
