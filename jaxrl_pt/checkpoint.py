@@ -321,6 +321,10 @@ class Checkpointer:
       self._corrupt = {s for s in self.steps() if s > found.step}
     return found
 
+  def read_extras(self) -> dict[str, Any]:
+    """The extras of the newest readable checkpoint."""
+    return read_extras(self._directory)[1]
+
   @contextlib.contextmanager
   def _explaining(self, step: int) -> Iterator[None]:
     try:

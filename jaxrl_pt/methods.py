@@ -23,6 +23,9 @@ class Method:
 METHODS: Sequence[Method] = (
     Method('RPT', 'r = 1 if the predicted bytes begin the text and end at a token, else 0',
            '2506.08007', 'gin/method/rpt.gin', 'gin/run/rpt_tiny.gin', 'experiments/rpt'),
+    Method('RPT, shared documents', 'the same at several positions of a document, computed once',
+           '2506.08007', 'gin/method/rpt_branches.gin', 'gin/run/rpt_branches_tiny.gin',
+           'experiments/sampler'),
     Method('OPO', 'A = r − Σ|y|r / Σ|y|, one update a batch', '2505.23585',
            'gin/method/opo.gin', 'gin/run/opo_tiny.gin', 'experiments/rl_core'),
     Method('OPO, leave one out', 'A_i = r_i − Σ_{j≠i}|y_j|r_j / Σ_{j≠i}|y_j|', '2505.23585',

@@ -132,13 +132,13 @@ def check_tokenizer(session: Session, restored: Restored) -> None:
         f'({saved[:12]}): use the same Data settings, or a new --workdir.')
 
 
-def check_objective(session: Session, restored: Restored) -> None:
+def check_objective(session: Session, extras: Mapping[str, Any]) -> None:
   """Refuses to go on with RPT where pretraining stopped, or the other way round.
 
   Raises:
     UserError: the checkpoint is of another objective.
   """
-  saved, ours = restored.extras.get('objective'), type(session.run.objective).__name__
+  saved, ours = extras.get('objective'), type(session.run.objective).__name__
   if saved != ours:
     raise UserError(f'The work directory {session.workdir} holds a run of {saved}, this one is '
                     f'{ours}: choose another --workdir.')
@@ -232,8 +232,9 @@ def restore_or_init(session: Session, checkpointer: Checkpointer, abstract: Trai
   if checkpointer.latest_step() is None:
     config.write_text(session.resolved_text, encoding='utf-8')
     return fresh(), None
+  # Before the arrays: another objective's state is another tree.
+  check_objective(session, checkpointer.read_extras())
   restored = checkpointer.restore(abstract)
-  check_objective(session, restored)
   check_tokenizer(session, restored)
   config.write_text(session.resolved_text, encoding='utf-8')
   print(f'Resuming from step {restored.step} in {session.workdir}', flush=True)

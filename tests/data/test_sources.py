@@ -196,7 +196,7 @@ def test_bad_regular_expression(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(('line', 'message'), [
     ('{"body": 1}', 'no text in the field'), ('{}', 'no text in the field'),
-    ('{"text": null}', 'no text in the field'), ('[1]', 'no text in the field'),
+    ('{"text": null}', 'no text in the field'), ('[1]', 'is not a JSON object'),
     ('{"text": "a"', 'is not JSON'), ('{"text": "\\ud800"}', 'surrogate'),
     ('[' * 100_000, 'is not JSON')])
 def test_bad_json_row_names_file_and_line(tmp_path: Path, line: str, message: str) -> None:
