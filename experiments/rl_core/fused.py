@@ -51,8 +51,8 @@ def main() -> None:
       f'cfg.Rollouts.response_tokens = {PREDICTION_TOKENS}'])
   method, mesh = run.objective, make_mesh(cfg.Mesh())
   vocab_size = run.model.vocab_size
-  # One byte a token, of few values, so that predictions are sometimes right.
-  token_bytes = [bytes([97 + i % 4]) for i in range(vocab_size)]
+  # One byte a token, of two values, so that predictions are sometimes right.
+  token_bytes = [bytes([97 + i % 2]) for i in range(vocab_size)]
   table = next_token.token_table(token_bytes, vocab_size)
   model = sessions.build_model(run.model, run.compute, mesh)
   optimizer = optim.make_optimizer(run.optimizer, run.train.num_steps)

@@ -104,10 +104,10 @@ def _examine(program: programs.Program, run: cfg.Run, chip: chips.Chip,
               f'({_size(memory.peak_memory_in_bytes)} alive at peak, which the compiler accepts)'),
           'buffers': [dataclasses.asdict(b) for b in hlo.biggest(module)],
           'compile_seconds': seconds,
-          **_speeds(module, traced.jaxpr.jaxpr, run, chip, num_devices)}
+          **_speeds(module, traced.jaxpr.jaxpr, run, program.share, chip, num_devices)}
 
 
-def _speeds(module: hlo.Module, jaxpr: Any, run: cfg.Run, chip: chips.Chip,
+def _speeds(module: hlo.Module, jaxpr: Any, run: cfg.Run, share: float, chip: chips.Chip,
             num_devices: int) -> Row:
   """Collectives, kernels, FLOPs and the roofline of a compiled program."""
   collectives = hlo.collectives(module)
@@ -115,7 +115,7 @@ def _speeds(module: hlo.Module, jaxpr: Any, run: cfg.Run, chip: chips.Chip,
   per_device = type(macs)({kind: n / num_devices for kind, n in macs.items()})
   hbm_bytes = hlo.hbm_bytes(module)
   bound = roofline.estimate(chip, per_device, hbm_bytes, sum(c.wire_bytes for c in collectives))
-  flops, tokens = programs.model_flops(run), programs.num_tokens(run)
+  flops, tokens = share * programs.model_flops(run), programs.num_tokens(run)
   peak = 2 * chip.macs_per_second['bf16'] * num_devices
   return {
       'collectives': [dataclasses.asdict(c) for c in collectives],

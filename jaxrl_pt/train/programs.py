@@ -33,11 +33,15 @@ _ANSWER_TOKENS = 16
 
 
 class Program(NamedTuple):
-  """A jitted function and the abstract arguments that the loop would call it with."""
+  """A jitted function and the abstract arguments that the loop would call it with.
+
+  share: of the step's model FLOPs (`model_flops`) that are its own.
+  """
 
   name: str
   run: Any  # of jax.jit
   args: tuple[Any, ...]
+  share: float = 1.0
 
 
 def pretrain_step(run: cfg.Run, mesh: Mesh, model: cfg.Model,
@@ -177,18 +181,20 @@ def _rl_programs(run: cfg.Run, mesh: Mesh, state: TrainState, method: cfg.RPT | 
   rollout = Rollout(_abstract(shape, jnp.int32, rows), reals, reals, number)
   experience = learner.Experience(prompts, rollout, Verdict(group, group, group), reals)
   found = [Program('learner: advantages and updates',
-                   learner_step(run, mesh, optimizer, rollouts, algorithm), (state, experience)),
+                   learner_step(run, mesh, optimizer, rollouts, algorithm),
+                   (state, experience), 3 / 4),
            Program('start policy: log-probabilities for KL', reference(run, mesh, rollouts),
-                   (state.params, prompts, rollout))]
+                   (state.params, prompts, rollout), 1 / 4)]
   handed = state.params
   if mesh.size > 1:
     model = sessions.build_model(run.model, run.compute, mesh)
     found.append(Program('hand-over: parameters to the sampler',
-                         handover.make_move(model, mesh, _packed(run)), (state.params,)))
+                         handover.make_move(model, mesh, _packed(run)), (state.params,), 0.0))
     handed = handover.abstract(model, mesh, _packed(run))
   sample = sampler(run, mesh, rollouts, _STOP_ID)
   return [*in_one,
-          Program('sampler: prefill and decode', sample, (handed, prompts, number, number)), *found]
+          Program('sampler: prefill and decode', sample, (handed, prompts, number, number), 1 / 4),
+          *found]
 
 
 def _abstract(shape: tuple[int, ...], dtype: Any, sharding: NamedSharding) -> Any:
