@@ -44,6 +44,11 @@ class Prompts:
   entropy: Array  # f32[N] proxy entropy at the predicted position, nats
   suffix: Any = ()  # i32[D, M] what follows each context of a document, or () for nothing
 
+  @property
+  def num_suffix(self) -> int:
+    """M."""
+    return 0 if isinstance(self.suffix, tuple) else self.suffix.shape[1]
+
 
 @struct.dataclass
 class Rollout:

@@ -34,12 +34,10 @@ def response_hidden(model: Model, params: Params, prompts: Prompts, tokens_NGS: 
   num_docs, (num_samples, num_tokens) = prompts.tokens.shape[0], tokens_NGS.shape[1:]
   lengths_DR = jnp.repeat(prompts.lengths.reshape(num_docs, -1), num_samples, 1)
   own = tokens_NGS.reshape(num_docs, -1, num_tokens)
-  num_suffix = 0
-  if jnp.size(prompts.suffix):
-    num_suffix = prompts.suffix.shape[1]
+  if prompts.num_suffix:
     suffix = jnp.repeat(prompts.suffix[:, None], own.shape[1], 1)
     own = jnp.concatenate([suffix, own], -1)
-  hidden = tree_hidden(model, params, prompts.tokens, lengths_DR, own)[:, :, num_suffix:]
+  hidden = tree_hidden(model, params, prompts.tokens, lengths_DR, own)[:, :, prompts.num_suffix:]
   return hidden.reshape(*tokens_NGS.shape, hidden.shape[-1])
 
 

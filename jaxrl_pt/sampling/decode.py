@@ -77,7 +77,7 @@ def generate(model: Model, params: Params, prompts: Prompts, key: Array, *, samp
   num_prompts, num_docs = prompts.lengths.shape[0], prompts.tokens.shape[0]
   lengths_DP = prompts.lengths.reshape(num_docs, -1)
   hidden_DTD, prefix = prefill(model, params, prompts.tokens)
-  if jnp.size(prompts.suffix):
+  if prompts.num_suffix:
     hidden_ND, own = _extend_suffix(model, params, prompts.suffix, lengths_DP, prefix)
   else:
     last = jnp.take_along_axis(hidden_DTD, (lengths_DP - 1)[..., None], axis=1)
