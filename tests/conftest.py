@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import signal
 
 import pytest
 
@@ -31,3 +32,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
                     '`make verifiers`)')
   if left_out:
     terminalreporter.write_line(f'Left out: {", ".join(left_out)}.')
+
+
+# A job that a shell starts in the background ignores Ctrl-C, and so would the processes that
+# tests start and then interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
