@@ -28,7 +28,7 @@ NOTE = re.compile(r'<<([^<>]*)>>')
 THINK, ANSWER = '\x01', '\x02'
 CONFIG = cfg.Model(num_layers=3, d_model=96, d_ff=256, num_heads=4, num_kv_heads=4, head_dim=24,
                    vocab_size=VOCAB)
-BATCH, PRETRAIN, RPT_STEPS, RATE = 16, 400, 60, 6e-4
+BATCH, PRETRAIN, RPT_STEPS, RATE = 16, 400, 60, 1e-4
 WARM, WARM_BATCH, NOISE = 200, 48, 0.3
 MIN_ENTROPY, DIFFICULTY = 0.5, {'easy': 0.5, 'medium': 1.0, 'hard': 1.5}
 ROLLOUTS = cfg.Rollouts(num_prompts=16, group_size=8, prompt_len=LENGTH + 1,
