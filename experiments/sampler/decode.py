@@ -5,9 +5,9 @@
 PATH is a Python interpreter that has google-tunix, torch and transformers. All sample (not
 greedy) 256 tokens after prompts of 128 from random weights of the same Llama shape in
 float32; a result counts every row's tokens over the whole call, prefill included. Each
-contender is a child that compiles, warms up and then waits; rounds alternate between them,
-so that what else the machine does meets all alike. Medians and ranges of the rounds go to
-results/decode.json.
+contender is a child that compiles, warms up and then waits; rounds of at least ROUND_SECONDS
+alternate between them, so that what else the machine does meets all alike. Medians and all
+rounds go to results/decode.json.
 """
 
 import argparse
@@ -23,6 +23,8 @@ from typing import Any, NamedTuple
 RESULT = Path(__file__).parent / 'results' / 'decode.json'
 PROMPT, NEW = 128, 256
 BATCHES = (1, 16, 64)
+# A call at batch 1 takes 0.1 s: too short a look at a machine whose speed wanders.
+ROUND_SECONDS = 2.0
 
 
 class Shape(NamedTuple):
@@ -148,9 +150,11 @@ def serve(name: str, shape: str, rows: int) -> None:
   run()
   print('ready', flush=True)
   for _ in sys.stdin:
-    start = time.perf_counter()
-    run()
-    print(rows * NEW / (time.perf_counter() - start), flush=True)
+    start, calls = time.perf_counter(), 0
+    while time.perf_counter() - start < ROUND_SECONDS:
+      run()
+      calls += 1
+    print(calls * rows * NEW / (time.perf_counter() - start), flush=True)
 
 
 # --- Rounds -----------------------------------------------------------------------------

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
+import jax
+
 from jaxrl_pt.config import Model as ModelConfig
 from jaxrl_pt.models.kv_cache import Attend, KVCache
 from jaxrl_pt.nn.ops import Ops
@@ -27,7 +29,7 @@ class Model(NamedTuple):
   """One forward function, for whole sequences and for new tokens against a cache.
 
   apply(params, tokens_BT, positions_BT, segments_BT) → hidden_BTD
-  extend: see `Extend`; `apply` is `extend` without a cache.
+  extend: see `Extend`; `apply` is `extend` without a cache. Takes `unstacked` parameters too.
   head(params) → f[D, V], so that logits_BTV = hidden_BTD @ head
   init_cache(num_rows, num_slots) → empty KVCache
   ops: what the block computes with, for attends that have kernels.
@@ -40,3 +42,13 @@ class Model(NamedTuple):
   head: Callable[[Params], Array]
   init_cache: Callable[[int, int], KVCache]
   ops: Ops
+
+
+def unstacked(params: Params, num_layers: int) -> Params:
+  """The same parameters, each layer's weights arrays of their own.
+
+  A scan over layers copies each layer's weights out of the stack before it reads them. Where
+  reading them is all that a step does, taking them apart once, before the loop, costs less.
+  """
+  layer = lambda i: jax.tree.map(lambda x: x[i], params['layers'])
+  return {**params, 'layers': tuple(map(layer, range(num_layers)))}

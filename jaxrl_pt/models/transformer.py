@@ -68,9 +68,14 @@ def build(config: cfg.Model, compute: cfg.Compute = cfg.Compute(),
       (x_BSD, cache), (p, i) = x_and_cache, p_and_i
       return block(p, x_BSD, angles, lambda q, k, v: attend(q, k, v, cache, i)), None
 
-    layers = params['layers'], jnp.arange(config.num_layers)
-    (x_BSD, cache), _ = jax.lax.scan(remat(layer), (embed_tokens(params, tokens_BS), cache),
-                                     layers, unroll=unroll)
+    x_and_cache = embed_tokens(params, tokens_BS), cache
+    if isinstance(params['layers'], tuple):  # As `unstacked` leaves them.
+      for p_and_i in zip(params['layers'], range(config.num_layers), strict=True):
+        x_and_cache, _ = layer(x_and_cache, p_and_i)
+    else:
+      layers = params['layers'], jnp.arange(config.num_layers)
+      x_and_cache, _ = jax.lax.scan(remat(layer), x_and_cache, layers, unroll=unroll)
+    x_BSD, cache = x_and_cache
     return rms_norm(x_BSD, params['final_norm'], config.norm_epsilon), cache
 
   def apply(params: Params, tokens_BT: Array, positions_BT: Array, segments_BT: Array) -> Array:

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 
 from jaxrl_pt.config import Sampler
 from jaxrl_pt.models import kv_cache
-from jaxrl_pt.models.base import Model
-from jaxrl_pt.sampling.policies import filtered_logits
+from jaxrl_pt.models.base import Model, unstacked
+from jaxrl_pt.sampling.policies import draw, filtered_logits
 from jaxrl_pt.types import Array, Params, Prompts, Rollout
 
 NO_STOP = -1
@@ -60,7 +60,7 @@ def generate(model: Model, params: Params, prompts: Prompts, key: Array, *, samp
              version: Array | int = 0) -> Rollout:
   """Draws `num_samples` responses of at most `num_tokens` to each prompt.
 
-    token_{n,g,s} ~ softmax(filtered_logits(z)) with key fold(fold(fold(key, id_n), g), p),
+    token_{n,g,s} = draw(key, filtered_logits(z)) with key fold(fold(fold(key, id_n), g), p),
     p = length_n + M + s its position in the sequence
 
   A pure function to be called under `jit`. The loop ends when every row has stopped.
@@ -122,15 +122,15 @@ def draw_branches(model: Model, params: Params, hidden_BD: Array, cache: kv_cach
   """
   num_rows, num_own = hidden_BD.shape[0], cache.k.shape[4]
   head_DV = model.head(params)
+  if num_rows == 1:  # 1.4 times faster on a CPU; from two rows on the scan is (results/decode.json).
+    params = unstacked(params, model.config.num_layers)
   starts_B = lengths_DR.reshape(-1) + num_own
   fill = max(stop_id, 0)
 
-  def draw(state: _Decoding, hidden_BD: Array) -> _Decoding:
+  def append(state: _Decoding, hidden_BD: Array) -> _Decoding:
     logits_BV = jnp.matmul(hidden_BD, head_DV, preferred_element_type=jnp.float32)
-    filtered = filtered_logits(logits_BV, sampler)
     keys = jax.vmap(jax.random.fold_in)(keys_B, starts_B + state.step)
-    token = jax.vmap(jax.random.categorical)(keys, filtered).astype(jnp.int32)
-    logp = jnp.take_along_axis(jax.nn.log_softmax(filtered), token[:, None], -1)[:, 0]
+    token, logp = draw(keys, filtered_logits(logits_BV, sampler))
     running = ~state.done
     token = jnp.where(running, token, fill)
     return dataclasses.replace(
@@ -145,12 +145,12 @@ def draw_branches(model: Model, params: Params, hidden_BD: Array, cache: kv_cach
     attend = kv_cache.branched(model.ops, lengths_DR, num_own + state.step - 1)
     hidden, cache = model.extend(params, newest, (starts_B + state.step - 1)[:, None],
                                  state.cache, attend)
-    return draw(dataclasses.replace(state, cache=cache), hidden[:, 0])
+    return append(dataclasses.replace(state, cache=cache), hidden[:, 0])
 
   empty = jnp.zeros((num_rows, num_tokens), jnp.float32)
   state = _Decoding(jnp.zeros((), jnp.int32), jnp.full(empty.shape, fill, jnp.int32), empty,
                     empty, jnp.zeros((num_rows,), bool), cache)
-  state = draw(state, hidden_BD)
+  state = append(state, hidden_BD)
   # The last token needs no slot: nothing is drawn after it.
   for end in _stages(num_tokens - 1):
     state = dataclasses.replace(state, cache=kv_cache.grow(state.cache, num_own + end))

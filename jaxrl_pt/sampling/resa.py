@@ -25,7 +25,7 @@ from jaxrl_pt.errors import UserError
 from jaxrl_pt.models.base import Model
 from jaxrl_pt.sampling import resa_attention
 from jaxrl_pt.sampling.decode import NO_STOP, sample_keys
-from jaxrl_pt.sampling.policies import filtered_logits
+from jaxrl_pt.sampling import policies
 from jaxrl_pt.sampling.resa_attention import NOBODY, SparseCache
 from jaxrl_pt.types import Array, Params, Prompts, Rollout
 from pallas_kernels.dispatch import Generation
@@ -105,24 +105,14 @@ def rectify(model: Model, params: Params, cache: SparseCache, tokens_BF: Array, 
   return jax.lax.fori_loop(0, -(-num_due // size), turn, cache)
 
 
-class Drawn(NamedTuple):
-  """Tokens and their log-probabilities under the distribution that they were drawn from."""
-
-  token: Array  # i32[...]
-  logp: Array  # f32[...]
-
-
 def draw(hidden: Array, head_DV: Array, keys: Array, positions: Array,
-         sampler: cfg.Sampler) -> Drawn:
+         sampler: cfg.Sampler) -> policies.Drawn:
   """Draws the token at each position: hidden f[..., D] of the token before, keys [...]."""
   logits = jnp.matmul(hidden, head_DV, preferred_element_type=jnp.float32)
-  filtered = filtered_logits(logits, sampler)
-  fold_in, categorical = jax.random.fold_in, jax.random.categorical
+  fold_in = jax.random.fold_in
   for _ in positions.shape:
-    fold_in, categorical = jax.vmap(fold_in), jax.vmap(categorical)
-  token = categorical(fold_in(keys, positions), filtered).astype(jnp.int32)
-  logp = jnp.take_along_axis(jax.nn.log_softmax(filtered), token[..., None], -1)[..., 0]
-  return Drawn(token, logp)
+    fold_in = jax.vmap(fold_in)
+  return policies.draw(fold_in(keys, positions), policies.filtered_logits(logits, sampler))
 
 
 def start(model: Model, params: Params, prompts: Prompts, num_samples: int, num_slots: int,

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 
 from jaxrl_pt.models import paged_cache
 from jaxrl_pt.models.base import Model
-from jaxrl_pt.sampling.policies import RowSamplers, filtered_rows
+from jaxrl_pt.sampling.policies import RowSamplers, draw, filtered_rows
 from jaxrl_pt.types import Array, Params
 
 IDLE = -1
@@ -279,8 +279,7 @@ def _draw(model: Model, vocabulary: Vocabulary, params: Params, key: Array, aske
   keys = jax.vmap(jax.random.fold_in, (None, 0))(key, asked.ids)
   keys = jax.vmap(jax.random.fold_in)(keys, asked.samples)
   keys = jax.vmap(jax.random.fold_in)(keys, slots.length)
-  token = jax.vmap(jax.random.categorical)(keys, filtered).astype(jnp.int32)
-  logp = jnp.take_along_axis(jax.nn.log_softmax(filtered), token[:, None], -1)[:, 0]
+  token, logp = draw(keys, filtered)
 
   count = slots.count[row]
   is_prefix = count < asked.num_forced

@@ -67,7 +67,7 @@ def logits_after(tokens, length=16):
 @functools.partial(quick_jit, static_argnums=3)
 def slow_draw(key, position, logits, sampler):
   filtered = policies.filtered_logits(logits, sampler)
-  token = jax.random.categorical(jax.random.fold_in(key, position), filtered)
+  token = policies.draw(jax.random.fold_in(key, position), filtered).token
   return token, jax.nn.log_softmax(filtered)[token]
 
 
