@@ -2,7 +2,8 @@
 
     python experiments/rl_core/fused.py [--rounds 30]
 
-The shapes are those of gin/run/rpt_tiny.gin; the weights are new, since a step costs the same.
+The shapes are those of gin/run/rpt_tiny.gin (32 prompts × 16 samples), and of a quarter and a
+sixteenth of its batch; the weights are new, since a step costs the same.
 The host's path draws, fetches the tokens, judges their bytes with the definition of the reward
 and learns: once with the verifier pool, once by a plain Python loop, which has no protection from
 a verifier that hangs. Rounds alternate, and every round checks that the rewards are equal.
@@ -13,6 +14,7 @@ import json
 from pathlib import Path
 import statistics
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,12 +45,11 @@ def draw_prompts(method: cfg.RPT, vocab_size: int) -> Prompts:
                  np.ones(shape[0], np.float32))
 
 
-def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument('--rounds', type=int, default=30)
-  args = parser.parse_args()
+def measure(num_prompts: int, group_size: int, rounds: int) -> dict[str, Any]:
   run, _ = gin_bindings.load(['gin/run/rpt_tiny.gin'], [
-      f'cfg.Rollouts.response_tokens = {PREDICTION_TOKENS}'])
+      f'cfg.Rollouts.response_tokens = {PREDICTION_TOKENS}',
+      f'cfg.Rollouts.num_prompts = {num_prompts}', f'cfg.Rollouts.group_size = {group_size}',
+      f'cfg.Train.batch_size = {num_prompts}'])
   method, mesh = run.objective, make_mesh(cfg.Mesh())
   vocab_size = run.model.vocab_size
   # One byte a token, of two values, so that predictions are sometimes right.
@@ -98,7 +99,7 @@ def main() -> None:
   settings = cfg.PythonVerifier('experiments.rl_core.prefix:judge')
   with pool.Pool(settings, cfg.VerifierPool()) as verifiers:
     seconds = {name: [] for name in ways}
-    for i in range(args.rounds + 2):
+    for i in range(rounds + 2):
       rewards = []
       for name, step in ways.items():
         copy = jax.block_until_ready(jax.tree.map(jnp.copy, state))
@@ -117,7 +118,15 @@ def main() -> None:
     ratios = [b / a for a, b in zip(seconds['one program'], seconds[name], strict=True)]
     found[name]['times_one_program'] = found[name]['median_seconds'] / base
     found[name]['median_ratio_of_rounds'] = statistics.median(ratios)
-  found['mean_reward'] = float(rewards[0].mean())
+  return {'prompts': num_prompts, 'samples': group_size, **found,
+          'mean_reward': float(rewards[0].mean())}
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument('--rounds', type=int, default=30)
+  args = parser.parse_args()
+  found = [measure(*shape, args.rounds) for shape in ((32, 16), (16, 8), (8, 4))]
   RESULT.parent.mkdir(exist_ok=True)
   RESULT.write_text(json.dumps(found, indent=1) + '\n')
   print(json.dumps(found, indent=1))
