@@ -114,10 +114,27 @@ def branch(prefix: KVCache, num_branches: int, num_slots: int) -> Branches:
   return Branches(prefix, jnp.zeros(shape, prefix.k.dtype), jnp.zeros(shape, prefix.k.dtype))
 
 
-def grow(branches: Branches, num_slots: int) -> Branches:
-  """The same branches with room for `num_slots` tokens."""
-  more = [(0, 0)] * 4 + [(0, num_slots - branches.k.shape[4]), (0, 0)]
-  return dataclasses.replace(branches, k=jnp.pad(branches.k, more), v=jnp.pad(branches.v, more))
+def grow(cache: 'KVCache | Branches', num_slots: int) -> 'KVCache | Branches':
+  """The same rows, or the same branches, with room for `num_slots` tokens."""
+  def padded(x: Array) -> Array:
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, num_slots - x.shape[-2]), (0, 0)])
+
+  return dataclasses.replace(cache, k=padded(cache.k), v=padded(cache.v))
+
+
+def joined(branches: Branches, prefix_len: Array) -> KVCache:
+  """The one branch of one document as a plain row: the positions it sees, then its own.
+
+  Args:
+    branches: of one document with one branch.
+    prefix_len: i32[] positions of the document that the branch sees.
+  """
+  def join(prefix_L1KTE: Array, own_L1K1CE: Array) -> Array:
+    own = own_L1K1CE[:, :, :, 0]
+    room = jnp.pad(prefix_L1KTE, [(0, 0)] * 3 + [(0, own.shape[3]), (0, 0)])
+    return jax.lax.dynamic_update_slice(room, own, (0, 0, 0, prefix_len, 0))
+
+  return KVCache(join(branches.prefix.k, branches.k), join(branches.prefix.v, branches.v))
 
 
 def branched(ops: Ops, prefix_lengths_NR: Array, step: Array | int) -> Attend:

@@ -63,7 +63,7 @@ def build(config: cfg.Model, compute: cfg.Compute = cfg.Compute(),
     attend = attend or kv_cache.dense(positions_BS)
     angles = embed.rope(positions_BS, config.head_dim, config.rope_theta)
 
-    def layer(x_and_cache: tuple[Array, Any], p_and_i: tuple[Params, Array]
+    def layer(x_and_cache: tuple[Array, Any], p_and_i: tuple[Params, Any]
               ) -> tuple[tuple[Array, Any], None]:
       (x_BSD, cache), (p, i) = x_and_cache, p_and_i
       return block(p, x_BSD, angles, lambda q, k, v: attend(q, k, v, cache, i)), None

@@ -1,6 +1,7 @@
 """The device mesh, and nothing else that knows devices."""
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType
 import numpy as np
 
@@ -26,4 +27,6 @@ def make_mesh(config: cfg.Mesh, devices: list[jax.Device] | None = None) -> jax.
         f'tensor={config.tensor} × context={config.context} does not cover the '
         f'{len(devices)} devices present: choose axes whose product is {len(devices)}, or '
         'fsdp = 0 with the others dividing it.')
-  return jax.make_mesh(shape, AXES, devices=devices, axis_types=(AxisType.Auto,) * len(AXES))
+  # jax.make_mesh, but for slices that no axis fills, as tensor = 2 on 8×8×8.
+  grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+  return jax.sharding.Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))

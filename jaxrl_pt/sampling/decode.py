@@ -35,7 +35,7 @@ class _Decoding:
   mask: Array  # f32[B, S]
   logp: Array  # f32[B, S]
   done: Array  # bool[B]
-  cache: kv_cache.Branches
+  cache: kv_cache.Branches | kv_cache.KVCache
 
 
 def prefill(model: Model, params: Params, tokens_NT: Array) -> tuple[Array, kv_cache.KVCache]:
@@ -122,8 +122,13 @@ def draw_branches(model: Model, params: Params, hidden_BD: Array, cache: kv_cach
   """
   num_rows, num_own = hidden_BD.shape[0], cache.k.shape[4]
   head_DV = model.head(params)
-  if num_rows == 1:  # 1.4 times faster on a CPU; from two rows on the scan is (results/decode.json).
+  row: kv_cache.Branches | kv_cache.KVCache = cache
+  # Reading is all that a step of one row does: fewer, longer reads. With more rows, slower.
+  alone = num_rows == 1
+  if alone:
     params = unstacked(params, model.config.num_layers)
+    row = kv_cache.joined(cache, lengths_DR[0, 0])
+  num_slots = row.k.shape[-2]
   starts_B = lengths_DR.reshape(-1) + num_own
   fill = max(stop_id, 0)
 
@@ -142,18 +147,19 @@ def draw_branches(model: Model, params: Params, hidden_BD: Array, cache: kv_cach
 
   def decode(state: _Decoding) -> _Decoding:
     newest = jax.lax.dynamic_slice_in_dim(state.tokens, state.step - 1, 1, axis=1)
-    attend = kv_cache.branched(model.ops, lengths_DR, num_own + state.step - 1)
-    hidden, cache = model.extend(params, newest, (starts_B + state.step - 1)[:, None],
-                                 state.cache, attend)
+    positions = (starts_B + state.step - 1)[:, None]
+    attend = (kv_cache.dense(positions) if alone else
+              kv_cache.branched(model.ops, lengths_DR, num_own + state.step - 1))
+    hidden, cache = model.extend(params, newest, positions, state.cache, attend)
     return append(dataclasses.replace(state, cache=cache), hidden[:, 0])
 
   empty = jnp.zeros((num_rows, num_tokens), jnp.float32)
   state = _Decoding(jnp.zeros((), jnp.int32), jnp.full(empty.shape, fill, jnp.int32), empty,
-                    empty, jnp.zeros((num_rows,), bool), cache)
+                    empty, jnp.zeros((num_rows,), bool), row)
   state = append(state, hidden_BD)
   # The last token needs no slot: nothing is drawn after it.
   for end in _stages(num_tokens - 1):
-    state = dataclasses.replace(state, cache=kv_cache.grow(state.cache, num_own + end))
+    state = dataclasses.replace(state, cache=kv_cache.grow(state.cache, num_slots + end))
     going_on = lambda s, end: (s.step <= end) & ~s.done.all()
     state = jax.lax.while_loop(functools.partial(going_on, end=end), decode, state)
   return state.tokens, state.mask, state.logp

@@ -14,7 +14,6 @@ whole buffer, and in leaving finished rows alone.
 """
 
 import dataclasses
-from typing import NamedTuple
 
 from flax import struct
 import jax
@@ -23,9 +22,8 @@ import jax.numpy as jnp
 from jaxrl_pt import config as cfg
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.models.base import Model
-from jaxrl_pt.sampling import resa_attention
+from jaxrl_pt.sampling import policies, resa_attention
 from jaxrl_pt.sampling.decode import NO_STOP, sample_keys
-from jaxrl_pt.sampling import policies
 from jaxrl_pt.sampling.resa_attention import NOBODY, SparseCache
 from jaxrl_pt.types import Array, Params, Prompts, Rollout
 from pallas_kernels.dispatch import Generation

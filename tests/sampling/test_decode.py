@@ -1,5 +1,6 @@
 """generate against a slow loop that runs the whole model for every token."""
 
+import dataclasses
 import functools
 
 import jax
@@ -156,3 +157,22 @@ def test_the_loop_ends_when_every_row_has_stopped():
   assert len(calls) == 1  # The prefill alone.
   np.testing.assert_array_equal(rollout.mask[0], [[1, 0, 0, 0, 0, 0]] * 2)
   assert int(rollout.tokens[0, 0, 0]) == first
+
+
+@pytest.mark.parametrize('suffix', [(), (4, 4, 2)])
+def test_a_lone_row_equals_its_row_in_a_batch(monkeypatch, suffix):
+  """One row has a cache of another kind. It grows on the way and has a suffix or none."""
+  monkeypatch.setattr(decode, 'FIRST_SLOTS', 2)
+  draw = quick_jit(functools.partial(decode.generate, MODEL, sampler=Sampler(), num_samples=1,
+                                     num_tokens=9, stop_id=STOP))
+
+  def ask(which):
+    prompts = make_prompts([TOKENS[i] for i in which], ids=which)
+    return dataclasses.replace(prompts, suffix=jnp.array([suffix] * len(which), jnp.int32)
+                               if suffix else ())
+
+  whole = draw(PARAMS, ask([0, 1, 2, 3]), KEY)
+  for n in range(4):
+    alone = draw(PARAMS, ask([n]), KEY)
+    np.testing.assert_array_equal(alone.tokens[0], whole.tokens[n])
+    np.testing.assert_allclose(alone.logp[0], whole.logp[n], atol=1e-5)
