@@ -226,16 +226,24 @@ class KnightsAndKnaves:
 
 @dataclass(frozen=True)
 class ReasoningGym:
-  """Any task of the reasoning-gym library by its name (needs the `gym` extra)."""
+  """Any task of the reasoning-gym library by its name (needs the `gym` extra).
+
+  settings: of the task, as pairs of name and value: (('max_terms', 3), ('max_digits', 1)).
+  """
 
   task: str
   size: int
   seed: int = 0
+  settings: tuple[tuple[str, int | float | str], ...] = ()
 
   def __post_init__(self) -> None:
     _text(self, 'task')
     _integer(self, 'size', 1)
     _integer(self, 'seed', 0)
+    is_pair = lambda x: (isinstance(x, tuple) and len(x) == 2 and isinstance(x[0], str)
+                         and isinstance(x[1], (int, float, str)))
+    if not isinstance(self.settings, tuple) or not all(map(is_pair, self.settings)):
+      _fail(self, 'settings', "pairs of a setting's name and its value, as (('max_terms', 3),)")
 
 
 @dataclass(frozen=True)
@@ -394,12 +402,16 @@ class Seqio:
 
 @dataclass(frozen=True)
 class Demonstrations:
-  """Worked examples of generated problems, prompt and response: the warm start of RL."""
+  """Examples of problems, prompt and response: the warm start of RL.
 
-  source: Arithmetic | RedundantChecks
+  Those of generated problems are worked, with slips where the source is noisy; those of
+  reasoning-gym are the bare answer.
+  """
+
+  source: Arithmetic | RedundantChecks | ReasoningGym
 
   def __post_init__(self) -> None:
-    _instance(self, 'source', Arithmetic, RedundantChecks)
+    _instance(self, 'source', Arithmetic, RedundantChecks, ReasoningGym)
 
 
 Source = PythonStdlib | TextFiles | Jsonl | Parquet | ArrayRecord | Seqio | Demonstrations

@@ -115,6 +115,8 @@ REFUSED: list[tuple[type, str, list[Any], str]] = [
     (cfg.KnightsAndKnaves, 'min_people', [1, 9], 'from 2 to 8'),
     (cfg.KnightsAndKnaves, 'max_people', [2, 9], 'from 3 to 8'),
     (cfg.ReasoningGym, 'task', ['', None], 'a non-empty string'),
+    (cfg.ReasoningGym, 'settings', [('max_terms', 3), (('max_terms',),), ((3, 3),), {'a': 1}],
+     "as (('max_terms', 3),)"),
     (cfg.Arithmetic, 'num_terms', [1, 17], 'from 2 to 16'),
     (cfg.Arithmetic, 'num_digits', [0, 10], 'from 1 to 9'),
     *((t, 'noise', [-0.1, 1.1, NAN], 'a number from 0 to 1')

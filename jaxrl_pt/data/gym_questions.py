@@ -1,49 +1,69 @@
-"""Questions of a reasoning-gym task: `python -m jaxrl_pt.data.gym_questions TASK SEED SIZE`.
+"""Questions of a reasoning-gym task: `python -m jaxrl_pt.data.gym_questions SOURCE`.
 
 A process of its own, because some of the library's tasks follow the order of sets and so of
 string hashes: `questions` starts it with the hash seed that the verifiers' processes have, and
-(task, seed, size, index) then names the same problem everywhere. Imports no JAX.
+(source, index) then names the same problem everywhere. Imports no JAX.
 """
 
 import json
 import os
 import subprocess
 import sys
+from typing import Any, NamedTuple
 
+from jaxrl_pt import config
 from jaxrl_pt.errors import UserError
 
 HASH_SEED = {'PYTHONHASHSEED': '0'}
 
 
-def questions(task: str, seed: int, size: int) -> list[str]:
-  """The texts of `size` problems.
+class Question(NamedTuple):
+  """A problem as the library words it; answer: one that it accepts, empty where it has none."""
+
+  text: str
+  answer: str
+
+
+def reference(source: config.ReasoningGym) -> dict[str, Any]:
+  """What names a task's problems in JSON."""
+  return {'task': source.task, 'seed': source.seed, 'size': source.size,
+          'settings': [list(pair) for pair in source.settings]}
+
+
+def questions(source: config.ReasoningGym) -> list[Question]:
+  """The problems of a task.
 
   Raises:
-    UserError: the `gym` extra is missing, or there is no such task.
+    UserError: the `gym` extra is missing, there is no such task, or it has no such setting.
   """
   process = subprocess.run(
-      [sys.executable, '-m', 'jaxrl_pt.data.gym_questions', task, str(seed), str(size)],
+      [sys.executable, '-m', 'jaxrl_pt.data.gym_questions', json.dumps(reference(source))],
       env={**os.environ, **HASH_SEED}, capture_output=True, text=True, check=False)
   if process.returncode:
-    raise RuntimeError(f'reasoning-gym failed at the task {task}: {process.stderr[-2000:]}')
+    raise RuntimeError(f'reasoning-gym failed at the task {source.task}: '
+                       f'{process.stderr[-2000:]}')
   said = json.loads(process.stdout.splitlines()[-1])  # a task may print too
   if 'error' in said:
     raise UserError(said['error'])
-  found: list[str] = said['questions']
-  return found
+  return [Question(*pair) for pair in said['questions']]
 
 
-def _answer(task: str, seed: int, size: int) -> dict[str, str | list[str]]:
+def _answer(task: str, seed: int, size: int, settings: list[list[Any]]) -> dict[str, Any]:
   try:
     import reasoning_gym  # an extra: only this source needs it
   except ImportError:
     return {'error': "ReasoningGym needs the extra `gym`: pip install 'jaxrl_pt[gym]'."}
   try:
-    data = reasoning_gym.create_dataset(task, seed=seed, size=size)
+    data = reasoning_gym.create_dataset(task, seed=seed, size=size, **dict(settings))
+  except TypeError as error:  # an argument that the task does not have
+    return {'error': f'ReasoningGym.settings = {dict(settings)} of the task {task!r}: {error}.'}
   except (ValueError, AssertionError) as error:  # no such task; one that needs settings
     return {'error': f'ReasoningGym.task = {task!r}: {error}.'}
-  return {'questions': [data[i]['question'] for i in range(size)]}
+  entries = [data[i] for i in range(size)]
+  return {'questions': [
+      (entry['question'], '' if entry['answer'] is None else str(entry['answer']))
+      for entry in entries]}
 
 
 if __name__ == '__main__':
-  print(json.dumps(_answer(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))))
+  print(json.dumps(_answer(**json.loads(sys.argv[1]))))

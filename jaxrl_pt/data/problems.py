@@ -123,11 +123,9 @@ def _jsonl(source: config.JsonlProblems) -> Iterator[Problem]:
 
 def _reasoning_gym(source: config.ReasoningGym) -> Iterator[Problem]:
   """The reference names the problem; the scorer makes it again from that."""
-  texts = gym_questions.questions(source.task, source.seed, source.size)
-  for i, text in enumerate(texts):
-    reference = json.dumps({'task': source.task, 'seed': source.seed, 'size': source.size,
-                            'index': i})
-    yield Problem(i, text, reference, f'problem {i} of {source.task}')
+  for i, question in enumerate(gym_questions.questions(source)):
+    reference = json.dumps({**gym_questions.reference(source), 'index': i})
+    yield Problem(i, question.text, reference, f'problem {i} of {source.task}', question.answer)
 
 
 # --- Encoding -------------------------------------------------------------------

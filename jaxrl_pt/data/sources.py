@@ -19,7 +19,7 @@ from typing import IO, Any
 import zlib
 
 from jaxrl_pt import config
-from jaxrl_pt.data import generated
+from jaxrl_pt.data import generated, gym_questions
 from jaxrl_pt.errors import UserError
 
 # Tests, vendored wheels and tables of code points are not prose about programs.
@@ -55,6 +55,8 @@ def documents(source: config.Source) -> Iterator[str]:
     case config.Seqio(name=name):
       raise UserError(f'The seqio task {name} yields token ids, not texts: it is prepared by '
                       'data.seqio_tasks.')
+    case config.Demonstrations(source=config.ReasoningGym() as task):
+      texts = (question.text + question.answer for question in gym_questions.questions(task))
     case config.Demonstrations(source=problems):
       texts = (generated.demonstration(problems, i) for i in range(problems.size))
   return (text for text in texts if text.strip())

@@ -157,11 +157,15 @@ def draw_branches(model: Model, params: Params, hidden_BD: Array, cache: kv_cach
   state = _Decoding(jnp.zeros((), jnp.int32), jnp.full(empty.shape, fill, jnp.int32), empty,
                     empty, jnp.zeros((num_rows,), bool), row)
   state = append(state, hidden_BD)
-  # The last token needs no slot: nothing is drawn after it.
+  # The last token needs no slot: nothing is drawn after it. The first one is drawn already.
+  begin = 1
   for end in _stages(num_tokens - 1):
     state = dataclasses.replace(state, cache=kv_cache.grow(state.cache, num_slots + end))
-    going_on = lambda s, end: (s.step <= end) & ~s.done.all()
-    state = jax.lax.while_loop(functools.partial(going_on, end=end), decode, state)
+    # Counted from the stage's start, so that the condition shows its most turns (tpu.roofline).
+    going_on = lambda s, begin, turns: (s.step - begin < turns) & ~s.done.all()
+    state = jax.lax.while_loop(
+        functools.partial(going_on, begin=begin, turns=end + 1 - begin), decode, state)
+    begin = end + 1
   return state.tokens, state.mask, state.logp
 
 

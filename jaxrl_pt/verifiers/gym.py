@@ -1,6 +1,6 @@
 """reasoning-gym's tasks: the scorer of the task judges the answer of the response.
 
-The reference names a problem as JSON {"task", "seed", "size", "index"}; the library makes the
+The reference names a problem as JSON {"task", "seed", "size", "settings", "index"}; the library makes the
 same problem again from it, so that its scorer sees what it made and nothing is stored. Some of
 the scorers evaluate the answer as an expression: judge in the pool, never in the trainer.
 """
@@ -17,9 +17,9 @@ RIGHT = 0.99  # the library scores from 0 to 1, some tasks in floating point
 
 
 @functools.lru_cache(maxsize=16)
-def _dataset(task: str, seed: int, size: int) -> Any:
+def _dataset(task: str, seed: int, size: int, settings: tuple[tuple[str, Any], ...]) -> Any:
   import reasoning_gym
-  return reasoning_gym.create_dataset(task, seed=seed, size=size)
+  return reasoning_gym.create_dataset(task, seed=seed, size=size, **dict(settings))
 
 
 def extract(response: str, form: GymAnswer) -> str | None:
@@ -47,7 +47,8 @@ def verifier(form: GymAnswer) -> HostVerifier:
     if found is None:
       return Judgement(Outcome.UNPARSED, {'answer': 0.0})
     place = json.loads(reference)
-    data = _dataset(place['task'], place['seed'], place['size'])
+    data = _dataset(place['task'], place['seed'], place['size'],
+                    tuple(map(tuple, place['settings'])))
     entry = data[place['index']]
     try:
       score = float(data.score_answer(answer=found, entry=entry))

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from jaxrl_pt import config as cfg
-from jaxrl_pt.data import gym_questions, problems
+from jaxrl_pt.data import gym_questions, problems, sources
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.verifiers import gym
 from jaxrl_pt.verifiers.judgement import Outcome
@@ -45,7 +45,7 @@ def made():
 
 
 def _reference(task: str, size: int = 1, index: int = 0) -> str:
-  return json.dumps({'task': task, 'seed': 1, 'size': size, 'index': index})
+  return json.dumps({'task': task, 'seed': 1, 'size': size, 'settings': [], 'index': index})
 
 
 def test_there_are_the_tasks_that_the_library_promises():
@@ -80,6 +80,26 @@ def test_problems_depend_on_seed_and_index_alone(made):
 def test_a_task_that_does_not_exist_is_the_users_mistake():
   with pytest.raises(UserError, match="ReasoningGym.task = 'chain_sums'"):
     problems.load(cfg.Problems(cfg.ReasoningGym('chain_sums', 1)))
+
+
+def test_settings_reach_the_task_its_demonstrations_and_its_scorer():
+  source = cfg.ReasoningGym('chain_sum', 20, settings=(('max_terms', 2), ('max_digits', 1)))
+  found = problems.load(cfg.Problems(source, held_out=0.0))[0]
+  for problem in found:
+    first, sign, second = problem.prompt.split(': ')[1].removesuffix(' =').split()
+    right = int(first) + int(second) * (1 if sign == '+' else -1)
+    assert max(int(first), int(second)) < 10 and problem.demonstration == str(right)
+  judge = gym.verifier('text')
+  assert judge(found[7].demonstration, found[7].answer).outcome is Outcome.CORRECT
+  assert judge('77', found[7].answer).outcome is Outcome.WRONG
+  texts = list(sources.documents(cfg.Demonstrations(source)))
+  assert texts == [p.prompt + p.demonstration for p in found]
+
+
+def test_a_setting_that_the_task_does_not_have_is_the_users_mistake():
+  source = cfg.ReasoningGym('chain_sum', 1, settings=(('max_trems', 2),))
+  with pytest.raises(UserError, match=r"ReasoningGym.settings = .*'max_trems'.* 'chain_sum'"):
+    problems.load(cfg.Problems(source))
 
 
 @pytest.mark.parametrize('text, found', [

@@ -1,0 +1,36 @@
+"""Products are counted with the turns of the loops around them."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxrl_pt import config as cfg
+from jaxrl_pt import params as P
+from jaxrl_pt.models import transformer
+from jaxrl_pt.sampling import decode
+from jaxrl_pt.tpu import roofline
+from jaxrl_pt.types import Prompts
+
+
+@pytest.mark.parametrize('num_samples', [1, 3])
+def test_every_turn_of_the_decode_loop_counts(num_samples):
+  """Its last turn is the most that may run; the loop has stages, whose turns add up."""
+  model = transformer.build(cfg.Model(2, 32, 64, 2, 1, 16, 96))
+  params, num_prompts, prompt_len, num_tokens = P.abstract(model.specs), 2, 8, 300
+  ints = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
+  prompts = Prompts(ints((num_prompts, prompt_len)), ints((num_prompts,)), ints((num_prompts,)),
+                    ints((num_prompts, 0)), ints((num_prompts,)), ints((num_prompts,)))
+  trace = jax.jit(functools.partial(
+      decode.generate, model, sampler=cfg.Sampler(), num_samples=num_samples,
+      num_tokens=num_tokens)).trace(params, prompts, jax.eval_shape(lambda: jax.random.key(0)))
+  (count,) = roofline.multiply_adds(trace.jaxpr).values()
+  weights = 2 * (32 * 32 * 2 + 2 * 32 * 16 + 3 * 32 * 64)
+  rows = num_prompts * num_samples
+  projections = (num_prompts * prompt_len + rows * (num_tokens - 1)) * weights
+  head = rows * num_tokens * 32 * 96
+  # Attention: of a turn, at most everything there is room for in both layers.
+  attention = 2 * 2 * 32 * (num_prompts * prompt_len**2
+                            + rows * (num_tokens - 1) * (prompt_len + num_tokens))
+  assert projections + head < count < projections + head + attention
