@@ -1,6 +1,10 @@
-"""OPO on sums, three seeds, and the same OPO and RPT runs in float32, W1.58A8 and W1.58A4.
+"""OPO in three seeds, OPO and RPT in three precisions, and every tiny run for a few steps.
 
-    python experiments/rl_core/run.py [--only seeds|low_bit] [--steps 120] [--workdir runs/rl_core]
+    python experiments/rl_core/run.py [--only PART] [--steps 120] [--workdir runs/rl_core]
+
+seeds: OPO on sums. gym: OPO on reasoning-gym's chain_sum. low_bit: the same OPO and RPT runs in
+float32, W1.58A8 and W1.58A4. gaps: every gin/run/*_tiny.gin for ten steps, and its largest
+distance between trainer and sampler.
 
 Every run is a `jaxrl-pt train` of a shipped gin file in a process of its own. Finished runs are
 kept, and what was interrupted goes on.
@@ -16,7 +20,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 import numpy as np
 
-from jaxrl_pt import metrics
+from jaxrl_pt import gin_bindings, metrics
 
 HERE = Path(__file__).parent
 PRECISIONS = {
@@ -68,6 +72,28 @@ def rpt(root: Path, name: str, seed: int, steps: int) -> list[dict]:
       f'cfg.Train.eval_every = {steps}'))
 
 
+def gym(root: Path, seed: int, steps: int) -> list[dict]:
+  """One OPO run on reasoning-gym's chain_sum."""
+  start = root / 'warmstart-gym'
+  train('gin/run/warmstart_gym_tiny.gin', start, ())
+  return train('gin/run/opo_gym_tiny.gin', root / f'gym-{seed}', (
+      f'cfg.RL.start_from = {str(start)!r}', f'cfg.Run.seed = {seed}',
+      f'cfg.Train.num_steps = {steps}', f'cfg.Train.eval_every = {steps}'))
+
+
+def gap(root: Path, gin_file: Path) -> dict[str, float]:
+  """The largest gap in ten steps of a shipped run, from the policy that it names."""
+  run, _ = gin_bindings.load([str(gin_file)], [])
+  start = Path(run.objective.start_from).name  # runs/NAME is what gin/run/NAME.gin leaves
+  train(f'gin/run/{start}.gin', root / start, ())
+  objective = type(run.objective).__name__
+  rows = train(str(gin_file), root / f'gap-{gin_file.stem}', (
+      f'cfg.{objective}.start_from = {str(root / start)!r}', 'cfg.Train.num_steps = 10',
+      'cfg.Train.log_every = 1', 'cfg.Train.eval_every = 10'))
+  worst = lambda key: max((row[key] for row in rows if key in row), default=None)
+  return {'gap': worst('gap'), 'staleness': worst('staleness')}
+
+
 # --- What came of it ------------------------------------------------------------
 
 
@@ -113,21 +139,29 @@ def draw(path: Path, curves: dict[str, list[np.ndarray]], title: str) -> None:
   figure.savefig(path)
 
 
+def three_seeds(results: Path, name: str, title: str, runs: dict[int, list[dict]]) -> None:
+  (results / f'{name}.json').write_text(json.dumps(
+      {seed: summary(rows) for seed, rows in runs.items()}, indent=1) + '\n')
+  draw(results / f'{name}.png', {'OPO, W1.58A8': [curve(r, 'reward') for r in runs.values()]},
+       title)
+
+
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument('--only', choices=('seeds', 'low_bit'))
+  parser = argparse.ArgumentParser(description=__doc__,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('--only', choices=('seeds', 'gym', 'low_bit', 'gaps'))
   parser.add_argument('--steps', type=int, default=120)
   parser.add_argument('--workdir', type=Path, default=Path('runs/rl_core'))
   args = parser.parse_args()
   results = HERE / 'results'
   results.mkdir(exist_ok=True)
-  if args.only != 'low_bit':
-    runs = {seed: opo(args.workdir, 'W1.58A8', seed, args.steps) for seed in SEEDS}
-    (results / 'opo_seeds.json').write_text(json.dumps(
-        {seed: summary(rows) for seed, rows in runs.items()}, indent=1) + '\n')
-    draw(results / 'opo_seeds.png', {'OPO, W1.58A8': [curve(r, 'reward') for r in runs.values()]},
-         'OPO on sums of three digits, three seeds')
-  if args.only != 'seeds':
+  if args.only in (None, 'seeds'):
+    three_seeds(results, 'opo_seeds', 'OPO on sums of three digits, three seeds',
+                {seed: opo(args.workdir, 'W1.58A8', seed, args.steps) for seed in SEEDS})
+  if args.only in (None, 'gym'):
+    three_seeds(results, 'gym_seeds', "OPO on reasoning-gym's chain_sum, three seeds",
+                {seed: gym(args.workdir, seed, args.steps) for seed in SEEDS})
+  if args.only in (None, 'low_bit'):
     found: dict[str, dict] = {}
     for method, run in (('opo', opo), ('rpt', rpt)):
       runs_of = {name: [run(args.workdir, name, seed, args.steps) for seed in SEEDS]
@@ -137,6 +171,12 @@ def main() -> None:
            {name: [curve(r, 'reward') for r in runs] for name, runs in runs_of.items()},
            f'{method.upper()} in three precisions, three seeds')
     (results / 'low_bit.json').write_text(json.dumps(found, indent=1) + '\n')
+  if args.only in (None, 'gaps'):
+    files = sorted(Path('gin/run').glob('*_tiny.gin'))
+    found = {path.stem: gap(args.workdir, path) for path in files
+             if not path.stem.startswith(('pretrain', 'warmstart'))}
+    (results / 'gaps.json').write_text(json.dumps(found, indent=1) + '\n')
+    print(json.dumps(found, indent=1))
 
 
 if __name__ == '__main__':
