@@ -28,6 +28,8 @@ METHODS: Sequence[Method] = (
            'experiments/sampler'),
     Method('OPO', 'A = r − Σ|y|r / Σ|y|, one update a batch', '2505.23585',
            'gin/method/opo.gin', 'gin/run/opo_tiny.gin', 'experiments/rl_core'),
+    Method('OPO, reasoning-gym', "the same under a host's scorer, of any of the library's tasks",
+           '2505.23585', 'gin/method/opo.gin', 'gin/run/opo_gym_tiny.gin', 'experiments/rl_core'),
     Method('OPO, leave one out', 'A_i = r_i − Σ_{j≠i}|y_j|r_j / Σ_{j≠i}|y_j|', '2505.23585',
            'gin/method/opo_leave_one_out.gin', '', 'experiments/opo'),
     Method('GRPO', 'A = (r − mean) / std; mean of each response; + β KL₃', '2402.03300',
