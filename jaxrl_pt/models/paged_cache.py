@@ -66,7 +66,10 @@ def paged(table_BP: Array, positions_BS: Array, is_token_BS: Array | bool = True
 
 def _write(cache: PagedCache, layer: Array, pages_BS: Array, offsets_BS: Array,
            new_BSK2E: Array) -> PagedCache:
-  at = (layer, slice(None), pages_BS, slice(None), offsets_BS)
+  # Every axis but the last is indexed: an axis left whole between them would make the TPU's
+  # scatter ask for another layout, and the whole pool be copied there and back in each layer.
+  heads_K1, both = jnp.arange(new_BSK2E.shape[2])[:, None], jnp.arange(2)
+  at = (layer, heads_K1, pages_BS[..., None, None], both, offsets_BS[..., None, None])
   if cache.scales is None:
     return PagedCache(cache.pages.at[at].set(new_BSK2E.astype(cache.pages.dtype)), None)
   codes, scales = quantise(new_BSK2E)

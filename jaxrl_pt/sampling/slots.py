@@ -196,9 +196,8 @@ def _take_pages(shape: Shape, references: Array, first: Array,
 def _admit(model: Model, shape: Shape, params: Params, queue: Queue, slots: Slots) -> Slots:
   """Gives the next request an idle slot, prefilling its prompt if it is a new one."""
   row, requests = _next_row(queue, slots), queue.rows
-  slots = jax.lax.cond(
-      (requests.prompts[row] != slots.prompt) & ~requests.cancelled[row],
-      functools.partial(_prefill, model, shape, params, requests, row), lambda s: s, slots)
+  is_new = (requests.prompts[row] != slots.prompt) & ~requests.cancelled[row]
+  slots = _prefill(model, shape, params, requests, row, is_new, slots)
   length = requests.lengths[row]
   full = length // shape.page_size
   references, own = _take_pages(shape, slots.references, full,
@@ -206,11 +205,11 @@ def _admit(model: Model, shape: Shape, params: Params, queue: Queue, slots: Slot
   shared = jnp.arange(shape.table_len) < full
   table = jnp.where(shared, slots.prompt_table, own)
   references = references.at[table].add(shared.astype(jnp.int32))
-  # The prompt's last page is filled up by each response: every one has a copy.
-  cache = jax.lax.cond(
-      length % shape.page_size > 0,
-      lambda c: paged_cache.copy_page(c, slots.prompt_table[full], own[full]), lambda c: c,
-      slots.cache)
+  # The prompt's last page is filled up by each response: every one has a copy. No branch, here
+  # and in `_prefill`: the pool would be copied into it.
+  is_shared = length % shape.page_size > 0
+  cache = paged_cache.copy_page(slots.cache, slots.prompt_table[full],
+                                jnp.where(is_shared, own[full], paged_cache.NOBODY))
   slot = jnp.argmax(slots.row == IDLE)
   at = lambda x, value: x.at[slot].set(value)
   cleared = lambda x: x.at[row].set(0)
@@ -226,11 +225,12 @@ def _admit(model: Model, shape: Shape, params: Params, queue: Queue, slots: Slot
 
 
 def _prefill(model: Model, shape: Shape, params: Params, requests: Requests, row: Array,
-             slots: Slots) -> Slots:
-  """Runs the prompt of a request through the model in chunks, into pages of its own."""
-  length, chunk = requests.lengths[row], shape.prefill_chunk
+             is_new: Array, slots: Slots) -> Slots:
+  """Runs the prompt of a request through the model in chunks, into pages of its own; nothing
+  changes unless it is new."""
+  length, chunk = jnp.where(is_new, requests.lengths[row], 0), shape.prefill_chunk
   held = (slots.prompt_table != paged_cache.NOBODY).astype(jnp.int32)
-  references = slots.references.at[slots.prompt_table].add(-held)
+  references = slots.references.at[slots.prompt_table].add(-held * is_new)
   references, table = _take_pages(shape, references, jnp.zeros((), jnp.int32),
                                   _pages(shape, length))
   tokens = jnp.pad(requests.tokens[row], (0, chunk))
@@ -246,9 +246,11 @@ def _prefill(model: Model, shape: Shape, params: Params, requests: Requests, row
 
   _, last, cache = jax.lax.while_loop(lambda c: c[0] < length, run,
                                       (jnp.zeros((), jnp.int32), slots.prompt_hidden, slots.cache))
-  return dataclasses.replace(slots, cache=cache, references=references, prompt_table=table,
-                             prompt_hidden=last, prompt=requests.prompts[row],
-                             prefilled=slots.prefilled + length)
+  return dataclasses.replace(
+      slots, cache=cache, references=references, prompt_hidden=last,
+      prompt_table=jnp.where(is_new, table, slots.prompt_table),
+      prompt=jnp.where(is_new, requests.prompts[row], slots.prompt),
+      prefilled=slots.prefilled + length)
 
 
 # --- One step -------------------------------------------------------------------------
