@@ -1,0 +1,66 @@
+"""Child of test_engine.py: the sampling engine's program, compiled for a TPU.
+
+Prints a JSON row for each kind of storage: the bytes of the pool of pages, the bytes that the
+program updates in place, and its copies of anything as large as the pool.
+"""
+
+import functools
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrl_pt import config as cfg
+from jaxrl_pt import params as P
+from jaxrl_pt.parallel.mesh import AXES
+from jaxrl_pt.sampling import slots
+from jaxrl_pt.sampling.policies import RowSamplers
+from jaxrl_pt.tpu import chips, hlo
+from jaxrl_pt.train import session as sessions
+
+VOCAB = 512
+SHAPE = slots.Shape(slots=8, page_size=16, num_pages=8192, queue=16, prompt_len=256,
+                    response_len=256, prefill_chunk=64, num_stop=2, num_forced=2, num_strings=1,
+                    string_len=8, num_banned=2, vocab_size=VOCAB)
+
+
+def main(topology: str, dtype: str) -> None:
+  device = chips.topology_devices(topology)[0]
+  mesh = jax.sharding.Mesh(np.array([device]).reshape(1, 1, 1, 1), AXES)
+  here = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  place = functools.partial(
+      jax.tree.map, lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here))
+  ints = lambda *dims: place(jax.ShapeDtypeStruct(dims, jnp.int32))
+  model = sessions.build_model(cfg.Model(2, 256, 512, 2, 2, 128, VOCAB),
+                               cfg.Compute(dtype='bfloat16'), mesh)
+  words = place(jax.ShapeDtypeStruct((VOCAB, 4), jnp.uint8))
+  vocabulary = lambda words, lengths: slots.Vocabulary((5, 6), words, lengths)
+  state = place(jax.eval_shape(lambda: slots.init(
+      model, SHAPE, vocabulary(jnp.zeros(words.shape, jnp.uint8), None), jnp.dtype(dtype))))
+  q = SHAPE.queue
+  requests = slots.Requests(
+      ints(q, SHAPE.prompt_len), *(ints(q) for _ in range(7)), ints(q, 2), ints(q), ints(q, 2),
+      place(jax.ShapeDtypeStruct((q, 1, 8), jnp.uint8)), ints(q, 1),
+      place(RowSamplers.of([cfg.Sampler()] * q, VOCAB, 2)),
+      place(jax.ShapeDtypeStruct((q,), jnp.bool_)))
+  key = place(jax.eval_shape(lambda: jax.random.key(0)))
+
+  def run(params, key, queue, state, steps, words, lengths):
+    return slots.advance(model, SHAPE, vocabulary(words, lengths), params, key, queue, state, steps)
+
+  compiled = jax.jit(run, donate_argnums=3).trace(
+      place(P.abstract(model.specs)), key, slots.Queue(requests, ints(q), ints()), state, ints(),
+      words, ints(VOCAB)).lower().compile()
+  pool = state.cache.pages
+  shape = f'[{",".join(map(str, pool.shape))}]'
+  module = hlo.parse(compiled.as_text())
+  copies = [i.name for computation in module.computations.values() for i in computation.values()
+            if i.opcode in ('copy', 'copy-start', 'transpose') and shape in i.type]
+  print(json.dumps({'pool': pool.size * pool.dtype.itemsize, 'copies': copies,
+                    'in_place': compiled.memory_analysis().alias_size_in_bytes}), flush=True)
+
+
+if __name__ == '__main__':
+  main(*sys.argv[1:])
