@@ -149,6 +149,7 @@ def _add_frontends(add: Callable[[str, str, str], argparse.ArgumentParser]) -> N
                       help='samples of each prompt (default %(default)s)')
   sample.add_argument('--stop', action='append', default=[], metavar='TEXT',
                       help='ends a sample and is left out of it; may be repeated')
+  _add_resa(sample)
   _add_json(sample)
 
   chat = add('chat', 'Talk with a trained model at the terminal.',
@@ -183,6 +184,17 @@ def _add_frontends(add: Callable[[str, str, str], argparse.ArgumentParser]) -> N
   serve.add_argument('--seed', type=_at_least(0), default=0, help="of the noise, with a request's "
                      'own seed (default %(default)s)')
   _add_chat_format(serve)
+
+
+def _add_resa(parser: argparse.ArgumentParser) -> None:
+  parser.add_argument('--resa', action='store_true', help='rectified sparse decoding, e.g. --resa '
+                      '--resa_share 0.1 --resa_every 32: a step reads a part of the cache')
+  parser.add_argument('--resa_block', type=int, default=16, metavar='TOKENS',
+                      help='of a block (default %(default)s)')
+  parser.add_argument('--resa_share', type=float, default=0.1, metavar='SHARE', help='of the '
+                      'blocks that a step reads; 1 is dense (default %(default)s)')
+  parser.add_argument('--resa_every', type=int, default=32, metavar='TOKENS',
+                      help='between two rectifications (default %(default)s)')
 
 
 def _add_chat_format(parser: argparse.ArgumentParser) -> None:

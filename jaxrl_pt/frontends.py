@@ -1,17 +1,23 @@
 """The commands that use a trained model: `sample`, `chat` and `serve`."""
 
 from collections.abc import Iterable
+import functools
 import json
 import os
 from pathlib import Path
 import socket
 import sys
+import time
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 from rich.console import Console
 
 from jaxrl_pt import config as cfg
 from jaxrl_pt.errors import UserError
+from jaxrl_pt.sampling import resa as rectified
 from jaxrl_pt.sampling.engine import Engine
 from jaxrl_pt.serving import terminal
 from jaxrl_pt.serving.conversation import Template, read_template
@@ -19,6 +25,7 @@ from jaxrl_pt.serving.protocol import Service
 from jaxrl_pt.serving.text import Markers
 from jaxrl_pt.serving.worker import Worker
 from jaxrl_pt.train import evaluate, interrupt
+from jaxrl_pt.types import Prompts
 
 TOKEN_VARIABLE = 'JAXRL_PT_TOKEN'
 _SHUTDOWN_SECONDS = 30  # for the answers under way
@@ -95,6 +102,48 @@ def _sample_line(policy: evaluate.Policy, line: str, engine: Engine, as_json: bo
     print('jaxrl-pt: That line is not UTF-8 text.', file=sys.stderr)
   except UserError as e:  # The next prompt may be better.
     print(f'jaxrl-pt: {e}', file=sys.stderr)
+
+
+def sample_resa(workdir: Path, prompts: list[str], *, step: int | None, as_json: bool,
+                resa: cfg.ReSA, sampler: cfg.Sampler, num_tokens: int, num_samples: int,
+                seed: int) -> None:
+  """`sample` with rectified sparse attention; prints once all is drawn.
+
+  Args:
+    workdir, prompts, step, as_json, sampler, num_tokens, num_samples, seed: as in `sample`.
+    resa: with an active share of 1 the texts are those of `sample`.
+  """
+  policy = evaluate.load_policy(workdir, step)
+  tokenizer = policy.session.data.tokenizer
+  rows = [tokenizer.encode(prompt) or [tokenizer.eos_id] for prompt in prompts]
+  lengths = np.array([len(row) for row in rows], np.int32)
+  tokens = np.zeros((len(rows), lengths.max()), np.int32)
+  for n, row in enumerate(rows):
+    tokens[n, :len(row)] = row
+  none = np.zeros(len(rows), np.int32)
+  batch = Prompts(*map(jnp.asarray, (tokens, lengths, np.arange(len(rows), dtype=np.int32),
+                                     none[:, None], none, none.astype(np.float32))))
+  draw = jax.jit(functools.partial(
+      rectified.generate, policy.model, sampler=sampler, resa=resa, num_samples=num_samples,
+      num_tokens=num_tokens, stop_id=tokenizer.eos_id))
+  start = time.perf_counter()
+  drawn = jax.device_get(draw(policy.params, batch, jax.random.key(seed)))
+  seconds = time.perf_counter() - start
+  counts = drawn.mask.sum(-1).astype(int)
+  samples = [
+      {'prompt': prompt, 'num_tokens': int(counts[n, g]),
+       'text': tokenizer.decode([t for t in drawn.tokens[n, g, :counts[n, g]].tolist()
+                                 if t != tokenizer.eos_id]),
+       'logp': float((drawn.logp[n, g] * drawn.mask[n, g]).sum())}
+      for n, prompt in enumerate(prompts) for g in range(num_samples)]
+  if as_json:
+    print(json.dumps(samples, ensure_ascii=False, indent=2))
+    return
+  for s in samples:
+    print(f'{s["prompt"]}{s["text"]}\n--- {s["num_tokens"]} tokens, log-probability '
+          f'{s["logp"]:.2f} nats')
+  print(f'=== {counts.sum()} tokens in {seconds:.2f} s: {counts.sum() / seconds:,.0f} tokens/s, '
+        'compilation included')
 
 
 # --- chat -----------------------------------------------------------------------------

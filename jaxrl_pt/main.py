@@ -44,7 +44,7 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _sample(args: argparse.Namespace) -> int:
-  sampler = _sampler(args)
+  sampler, resa = _sampler(args), _resa(args)
   if args.prompt is not None and args.prompt_file is not None:
     raise UserError('Give prompts as --prompt or as --prompt_file, not both.')
   prompts = args.prompt
@@ -53,6 +53,13 @@ def _sample(args: argparse.Namespace) -> int:
   from jaxrl_pt import frontends
   if args.prompt_file is not None:
     prompts = frontends.read_prompts(args.prompt_file)
+  if resa is not None:
+    if prompts is None or args.stop:
+      raise UserError('--resa takes --prompt, --prompt_file or piped input, and no --stop.')
+    frontends.sample_resa(
+        args.workdir, prompts, step=args.step, as_json=args.json, resa=resa, sampler=sampler,
+        num_tokens=args.num_tokens, num_samples=args.num_samples, seed=args.seed)
+    return 0
   frontends.sample(
       args.workdir, prompts, step=args.step, as_json=args.json, prompt_len=1024, sampler=sampler,
       num_tokens=args.num_tokens, num_samples=args.num_samples, seed=args.seed,
@@ -62,6 +69,12 @@ def _sample(args: argparse.Namespace) -> int:
 
 def _sampler(args: argparse.Namespace) -> cfg.Sampler:
   return cfg.Sampler(args.temperature, args.top_k, args.top_p, args.min_p)
+
+
+def _resa(args: argparse.Namespace) -> cfg.ReSA | None:
+  if not args.resa:
+    return None
+  return cfg.ReSA(args.resa_block, args.resa_share, refresh=cfg.Every(args.resa_every))
 
 
 def _chat(args: argparse.Namespace) -> int:

@@ -44,6 +44,20 @@ def test_sample_streams_what_json_says(pretrained: Job, tmp_path, capsys):
   assert re.fullmatch(rf'=== {total} tokens in \d+\.\d\d s: [\d,]+ tokens/s\n', last)
 
 
+def test_sparse_sampling_of_every_block_is_dense(pretrained: Job, capsys):
+  flags = ('sample', '--workdir', str(pretrained.workdir), '--prompt', 'the model ', '--prompt', '',
+           '--num_samples', '2', '--num_tokens', '24', '--seed', '5', '--json')
+  assert main(flags) == 0
+  dense = json.loads(capsys.readouterr().out)
+  # 16 blocks of one token: a share below 1 would leave some of them out.
+  assert main([*flags, '--resa', '--resa_block', '1', '--resa_share', '1']) == 0
+  sparse = json.loads(capsys.readouterr().out)
+  assert [s['text'] for s in sparse] == [s['text'] for s in dense]
+  assert [s['num_tokens'] for s in sparse] == [s['num_tokens'] for s in dense]
+  assert main([*flags, '--resa', '--resa_block', '1', '--resa_share', '0.1']) == 0
+  assert json.loads(capsys.readouterr().out) != sparse
+
+
 def test_chat_over_a_pipe(pretrained: Job):
   said = output(pretrained, 'chat', '--temperature', '0', '--num_tokens', '20', '--prompt_len',
                 '64', stdin='hello\n/new\nhello\n/quit\n')
