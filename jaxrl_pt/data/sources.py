@@ -57,7 +57,7 @@ def documents(source: config.Source) -> Iterator[str]:
                       'data.seqio_tasks.')
     case config.Demonstrations(source=config.ReasoningGym() as task):
       texts = (question.text + question.answer for question in gym_questions.questions(task))
-    case config.Demonstrations(source=problems):
+    case config.Demonstrations(source=config.Arithmetic() | config.RedundantChecks() as problems):
       texts = (generated.demonstration(problems, i) for i in range(problems.size))
   return (text for text in texts if text.strip())
 

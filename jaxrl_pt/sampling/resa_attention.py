@@ -120,8 +120,8 @@ def sparse(resa: cfg.ReSA, positions_B: Array, active_B: Array,
     cache = dataclasses.replace(cache, bounds=bounds)
     lengths = jnp.where(active_B, positions_B + 1, 0)
     if generation is not None:
-      out, _ = sparse_decode(q[:, 0], cache.pages, bounds[layer],
-                             cache.table + layer * cache.pages_per_layer, lengths,
+      out, _ = sparse_decode(q[:, 0], cache.pages, bounds,
+                             cache.table + layer * cache.pages_per_layer, lengths, layer,
                              selection=selection, generation=generation)
       return out[:, None], cache
     num_scored = num_blocks(lengths, cache.block)
@@ -144,7 +144,11 @@ def _write(cache: SparseCache, layer: Array, table_RP: Array, positions_RS: Arra
     # XLA would fuse a single update into each of its readers and copy the cache for them.
     pages = jnp.concatenate([pages, jnp.full_like(pages, NOBODY)])
     positions_RS, new_RSK2E = (jnp.concatenate([x, x]) for x in (positions_RS, new_RSK2E))
-  at = cache.pages.at[:, pages, :, positions_RS % cache.block]
+  # All axes but the last are indexed, as in `models.paged_cache`: a TPU copies the pages
+  # otherwise.
+  heads_K1, both = jnp.arange(new_RSK2E.shape[2])[:, None], jnp.arange(2)
+  offsets = positions_RS % cache.block
+  at = cache.pages.at[heads_K1, pages[..., None, None], both, offsets[..., None, None]]
   return dataclasses.replace(cache, pages=at.set(new_RSK2E))
 
 
@@ -319,13 +323,12 @@ def attend_pages(q_BSHE: Array, positions_BS: Array, cache: SparseCache, layer: 
                    constant_values=none)
   ids = _page_ids(cache, layer, lists.table, blocks).reshape(q.shape[0], -1)
   blocks = blocks.reshape(ids.shape)
-  pages = cache.pages.reshape(-1, page_numbers)
+  pages = cache.pages.reshape(-1, *cache.pages.shape[2:])
 
   def turn(masked: bool, i: Array, state: _Softmax) -> _Softmax:
     part = lambda x: jax.lax.dynamic_slice_in_dim(x, i * per_turn, per_turn, 1)
-    rows = _copy_pages(pages, part(ids))
-    half = page_numbers // 2
-    k, v = (x.reshape(q.shape[0], -1, width) for x in (rows[..., :half], rows[..., half:]))
+    copied = _copy_pages(pages, part(ids))
+    k, v = (copied[:, :, i].reshape(q.shape[0], -1, width) for i in (0, 1))
     scores = jnp.einsum('xqe,xce->xqc', q, k.astype(q.dtype),
                         preferred_element_type=jnp.float32)
     if masked:
@@ -373,10 +376,9 @@ def _page_ids(cache: SparseCache, layer: Array, table_BP: Array, blocks_BKN: Arr
   return heads + layer * cache.pages_per_layer + pages
 
 
-def _copy_pages(pages_ND: Array, ids_XN: Array) -> Array:
-  """f[X, N, D]: whole rows."""
-  numbers = jax.lax.GatherDimensionNumbers(offset_dims=(2,), collapsed_slice_dims=(0,),
+def _copy_pages(pages_N2PE: Array, ids_XN: Array) -> Array:
+  """f[X, N, 2, b, E]: whole pages."""
+  numbers = jax.lax.GatherDimensionNumbers(offset_dims=(2, 3, 4), collapsed_slice_dims=(0,),
                                            start_index_map=(0,))
-  return jax.lax.gather(pages_ND, ids_XN[..., None], numbers,
-                        (1, pages_ND.shape[1]),
+  return jax.lax.gather(pages_N2PE, ids_XN[..., None], numbers, (1, *pages_N2PE.shape[1:]),
                         mode=jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS)

@@ -23,8 +23,9 @@ Array = jax.Array
 
 
 def sparse_decode(q_BHE: Array, kv_pages_KNSPE: Array, bounds_BKPD: Array, page_table_BP: Array,
-                  lengths_B: Array, *, selection: Selection, generation: Generation | None,
-                  blocks: tuning.Blocks | None = None) -> tuple[Array, Array]:
+                  lengths_B: Array, layer: Array | None = None, *, selection: Selection,
+                  generation: Generation | None, blocks: tuning.Blocks | None = None
+                  ) -> tuple[Array, Array]:
   """Attention of one query a row to the selected blocks of its context.
 
     o = softmax(q k_Sᵀ / √E) v_S,  S = tokens of select(block_scores(q, bounds))
@@ -40,6 +41,7 @@ def sparse_decode(q_BHE: Array, kv_pages_KNSPE: Array, bounds_BKPD: Array, page_
     page_table_BP: i32[B, P]: the page of each block; rows may share pages. Entries of the
       row's blocks must name pages.
     lengths_B: i32[B]: tokens in the cache, the query's own among them; at most P · page.
+    layer: as in `block_scores`.
     selection: which share of the blocks.
     generation: the TPU's; None takes the reference.
     blocks: block sizes other than the tuned ones.
@@ -57,15 +59,15 @@ def sparse_decode(q_BHE: Array, kv_pages_KNSPE: Array, bounds_BKPD: Array, page_
   page_size = kv_pages_KNSPE.shape[3]
   if blocks is None:
     blocks = tuning.blocks(generation, page_size) if generation else tuning.DEFAULT
-  scores = block_scores(q_BHE, bounds_BKPD, generation=generation, blocks=blocks)
+  scores = block_scores(q_BHE, bounds_BKPD, layer, generation=generation, blocks=blocks)
   chosen, counts = select_blocks(scores, lengths_B, page_size=page_size, selection=selection,
                                  generation=generation)
   return sparse_attention(q_BHE, kv_pages_KNSPE, chosen, counts, page_table_BP, lengths_B,
                           generation=generation, blocks=blocks)
 
 
-def block_scores(q_BHE: Array, bounds_BKPD: Array, *, generation: Generation | None,
-                 blocks: tuning.Blocks = tuning.DEFAULT) -> Array:
+def block_scores(q_BHE: Array, bounds_BKPD: Array, layer: Array | None = None, *,
+                 generation: Generation | None, blocks: tuning.Blocks = tuning.DEFAULT) -> Array:
   """An upper bound of q̄ · k over the keys k of each block, q̄ the mean of a group's queries.
 
     score_i = Σ_j max(q̄_j kmax_ij, q̄_j kmin_ij)
@@ -73,6 +75,8 @@ def block_scores(q_BHE: Array, bounds_BKPD: Array, *, generation: Generation | N
   Args:
     q_BHE: f[B, H, E] after RoPE.
     bounds_BKPD: f[B, K, P, 2E]: maxima, then minima; q̄ is rounded to their dtype.
+    layer: i32[] if the bounds are those of all layers, f[L, B, K, P, 2E]: a slice of one,
+      made for the kernel, would be written and read once more.
     generation, blocks: as in `sparse_decode`.
 
   Returns:
@@ -84,13 +88,14 @@ def block_scores(q_BHE: Array, bounds_BKPD: Array, *, generation: Generation | N
   Source: 2506.04108 section 2 (1 / √E cannot change the ranking and is left out).
   """
   num_rows, num_heads, head_dim = q_BHE.shape
-  if bounds_BKPD.shape[0] != num_rows or bounds_BKPD.shape[3] != 2 * head_dim:
-    raise ValueError(f'bounds {bounds_BKPD.shape} must be [B, K, P, 2E] for queries '
-                     f'{q_BHE.shape} [B, H, E].')
-  _check_groups(num_heads, bounds_BKPD.shape[1])
+  shape = bounds_BKPD.shape if layer is None else bounds_BKPD.shape[1:]
+  if len(shape) != 4 or shape[0] != num_rows or shape[3] != 2 * head_dim:
+    raise ValueError(f'bounds {bounds_BKPD.shape} must be [B, K, P, 2E], or [L, B, K, P, 2E] with '
+                     f'a layer, for queries {q_BHE.shape} [B, H, E].')
+  _check_groups(num_heads, shape[1])
   return first_supported('block_scores', _implementations(
       functools.partial(kernel_tpu.block_scores, scored_blocks=blocks.scored_blocks),
-      reference.block_scores, generation), q_BHE, bounds_BKPD)
+      reference.block_scores, generation), q_BHE, bounds_BKPD, layer)
 
 
 def select_blocks(scores_BKP: Array, lengths_B: Array, *, page_size: int, selection: Selection,

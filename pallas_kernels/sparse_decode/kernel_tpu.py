@@ -24,29 +24,35 @@ def _round_up(n: int, multiple: int) -> int:
 # --- Scores -----------------------------------------------------------------------
 
 
-def block_scores(q_BHE: Array, bounds_BKPD: Array, *, scored_blocks: int,
-                 interpret: Any = False) -> Array:
+def block_scores(q_BHE: Array, bounds_BKPD: Array, layer: Array | None = None, *,
+                 scored_blocks: int, interpret: Any = False) -> Array:
   """Scores of all blocks: the descriptors stream through the MXU as its weights.
+
+  With a layer the bounds are f[L, B, K, P, 2E], and only that layer's are read.
 
   Raises:
     NotImplementedError: 2E is no multiple of the 128 lanes.
   """
-  num_rows, num_groups, capacity, width = bounds_BKPD.shape
+  bounds_LBKPD = bounds_BKPD[None] if layer is None else bounds_BKPD
+  layer = jnp.zeros((), jnp.int32) if layer is None else layer
+  num_rows, num_groups, capacity, width = bounds_LBKPD.shape[1:]
   if width % LANES:
     raise NotImplementedError(f'descriptors of width {width}, no multiple of {LANES}')
-  q = reference.pooled_query(q_BHE, bounds_BKPD)[:, :, None]
+  q = reference.pooled_query(q_BHE, bounds_LBKPD[0])[:, :, None]
   size = capacity if capacity <= scored_blocks else _round_up(scored_blocks, LANES)
   scores = pl.pallas_call(
       _scores_body,
-      grid=(num_rows, num_groups, pl.cdiv(capacity, size)),
-      in_specs=[pl.BlockSpec((None, None, 1, width), lambda b, k, p: (b, k, 0, 0)),
-                pl.BlockSpec((None, None, size, width), lambda b, k, p: (b, k, p, 0))],
-      out_specs=pl.BlockSpec((None, None, 1, size), lambda b, k, p: (b, k, 0, p)),
+      grid_spec=pltpu.PrefetchScalarGridSpec(
+          num_scalar_prefetch=1, grid=(num_rows, num_groups, pl.cdiv(capacity, size)),
+          in_specs=[pl.BlockSpec((None, None, 1, width), lambda b, k, p, _: (b, k, 0, 0)),
+                    pl.BlockSpec((None, None, None, size, width),
+                                 lambda b, k, p, layer: (layer[0], b, k, p, 0))],
+          out_specs=pl.BlockSpec((None, None, 1, size), lambda b, k, p, _: (b, k, 0, p))),
       out_shape=jax.ShapeDtypeStruct((num_rows, num_groups, 1, capacity), jnp.float32),
       compiler_params=pltpu.CompilerParams(
           dimension_semantics=('parallel', 'arbitrary', 'arbitrary')),
       name='sparse_decode_scores', interpret=interpret,
-  )(q, bounds_BKPD)
+  )(layer[None].astype(jnp.int32), q, bounds_LBKPD)
   return scores[:, :, 0]
 
 
@@ -62,7 +68,8 @@ def _dot(x: Array, y: Array) -> Array:
   return jnp.dot(x, y, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _scores_body(q_ref: Any, bounds_ref: Any, scores_ref: Any) -> None:
+def _scores_body(layer_ref: Any, q_ref: Any, bounds_ref: Any, scores_ref: Any) -> None:
+  del layer_ref  # The block specs have read it.
   scores_ref[...] = _dot_t(q_ref[...], bounds_ref[...])
 
 

@@ -57,8 +57,12 @@ def pooled_query(q_BHE: Array, bounds_BKPD: Array) -> Array:
   return jnp.concatenate([jnp.maximum(mean, 0), jnp.minimum(mean, 0)], -1)
 
 
-def block_scores(q_BHE: Array, bounds_BKPD: Array) -> Array:
-  """Σ_j max(q̄_j kmax_ij, q̄_j kmin_ij) = max(q̄, 0) · kmax_i + min(q̄, 0) · kmin_i."""
+def block_scores(q_BHE: Array, bounds_BKPD: Array, layer: Array | None = None) -> Array:
+  """Σ_j max(q̄_j kmax_ij, q̄_j kmin_ij) = max(q̄, 0) · kmax_i + min(q̄, 0) · kmin_i.
+
+  With a layer the bounds are f[L, B, K, P, 2E]."""
+  if layer is not None:
+    bounds_BKPD = bounds_BKPD[layer]
   precision = 'highest' if bounds_BKPD.dtype == jnp.float32 else None
   return jnp.einsum('bkd,bkpd->bkp', pooled_query(q_BHE, bounds_BKPD), bounds_BKPD,
                     precision=precision, preferred_element_type=jnp.float32)

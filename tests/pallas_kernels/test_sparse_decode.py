@@ -81,6 +81,18 @@ def test_scores_equal_the_definition(seed, rows, groups, capacity, dtype):
   assert not races_found()
 
 
+@pytest.mark.parametrize('layer', [0, 2])
+def test_scores_of_one_of_several_layers(layer):
+  q, bounds = normal(0, 2, 4, E), normal(1, 3, 2, 2, 130, 2 * E)
+  layer = jnp.int32(layer)
+  got = kernel_tpu.block_scores(q, bounds, layer, scored_blocks=128, interpret=tpu_interpreter())
+  want = kernel_tpu.block_scores(q, bounds[layer], scored_blocks=128, interpret=tpu_interpreter())
+  np.testing.assert_array_equal(got, want)
+  np.testing.assert_array_equal(reference.block_scores(q, bounds, layer),
+                                reference.block_scores(q, bounds[layer]))
+  assert not races_found()
+
+
 @settings(SHORT, max_examples=5)
 @given(st.data())
 def test_selection_equals_the_definition_bit_for_bit(data):

@@ -1,0 +1,53 @@
+"""Child of test_resa.py: rectified sparse decoding, compiled for a TPU with its kernels.
+
+Prints a JSON row: the kernels in the program, the bytes of the pages, and the instructions that
+copy as much, with the times that they run.
+"""
+
+import functools
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrl_pt import config as cfg
+from jaxrl_pt import params as P
+from jaxrl_pt.parallel.mesh import AXES
+from jaxrl_pt.sampling import resa
+from jaxrl_pt.tpu import chips, hlo
+from jaxrl_pt.train import session as sessions
+from jaxrl_pt.types import Prompts
+
+ROWS, LENGTH, NEW, BLOCK = 4, 8192, 64, 16
+
+
+def main(topology: str) -> None:
+  device = chips.topology_devices(topology)[0]
+  mesh = jax.sharding.Mesh(np.array([device]).reshape(1, 1, 1, 1), AXES)
+  here = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  place = functools.partial(
+      jax.tree.map, lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here))
+  ints = lambda *dims: place(jax.ShapeDtypeStruct(dims, jnp.int32))
+  config = cfg.Model(2, 512, 1024, 4, 2, 128, 512)
+  model = sessions.build_model(config, cfg.Compute(dtype='bfloat16'), mesh)
+  prompts = Prompts(ints(ROWS, LENGTH), ints(ROWS), ints(ROWS), ints(ROWS, 0), ints(ROWS),
+                    ints(ROWS))
+  draw = functools.partial(
+      resa.generate, model, sampler=cfg.Sampler(), resa=cfg.ReSA(block=BLOCK), num_samples=1,
+      num_tokens=NEW, generation=chips.generation_of_topology(topology))
+  compiled = jax.jit(draw).trace(place(P.abstract(model.specs)), prompts, place(
+      jax.eval_shape(lambda: jax.random.key(0)))).lower().compile()
+  module = hlo.parse(compiled.as_text())
+  pages = 2 * 2 * config.num_layers * config.num_kv_heads * ROWS * LENGTH * config.head_dim
+  copies = [(run.instruction.name, run.times) for run in hlo.runs(module)
+            if run.instruction.opcode in ('copy', 'copy-start', 'transpose')
+            and sum(a.num_bytes for a in hlo.arrays(run.instruction.type)) >= pages]
+  print(json.dumps({'pages': pages, 'copies': copies,
+                    'kernels': {name: n for name, (_, n) in hlo.kernels(module).items()}}),
+        flush=True)
+
+
+if __name__ == '__main__':
+  main(sys.argv[1])
