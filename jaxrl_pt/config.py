@@ -1332,7 +1332,18 @@ class GatedDenseMatch:
     _number(self, 'penalty', 0.0)
 
 
-NextTokenReward = PrefixMatch | FirstTokenMatch | DenseMatch | GatedDenseMatch
+@dataclass(frozen=True)
+class InformationGain:
+  """RLP (2510.01265): what a thought adds to the log-probability of the true next token, over an
+  average policy without a thought; decay: of that average. Needs @cfg.Reason()."""
+
+  decay: float = 0.999
+
+  def __post_init__(self) -> None:
+    _number(self, 'decay', 0.0, 1.0)
+
+
+NextTokenReward = PrefixMatch | FirstTokenMatch | DenseMatch | GatedDenseMatch | InformationGain
 
 
 # How RPT's policy comes to a prediction.
@@ -1405,6 +1416,22 @@ class RPT:
     _integer(self, 'scored_examples', 1)
     _integer(self, 'eval_positions', 1)
     _rising(self, 'difficulty', 3)
+    if isinstance(self.reward, InformationGain):
+      _check_information_gain(self)
+
+
+def _check_information_gain(method: RPT) -> None:
+  """RLP's step is one program over prompts of their own, and its reward is no 0 or 1."""
+  rollouts = method.rollouts
+  for name, value, needed in (
+      ('RPT.prediction', method.prediction, Reason), ('Rollouts.mode', rollouts.mode, OnPolicy),
+      ('Rollouts.selection', rollouts.selection, AllGroups)):
+    if not isinstance(value, needed):
+      raise UserError(f'RPT.reward = @cfg.InformationGain() needs {name} = '
+                      f'@cfg.{needed.__name__}(), not {value!r}.')
+  if method.positions_per_document != 1 or rollouts.dump_every:
+    raise UserError('RPT.reward = @cfg.InformationGain() needs RPT.positions_per_document = 1 and '
+                    'Rollouts.dump_every = 0: its thoughts end at a marker that neither knows.')
 
 
 def _check_shared(method: RPT) -> None:

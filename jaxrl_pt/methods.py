@@ -26,6 +26,8 @@ METHODS: Sequence[Method] = (
     Method('RPT, shared documents', 'the same at several positions of a document, computed once',
            '2506.08007', 'gin/method/rpt_branches.gin', 'gin/run/rpt_branches_tiny.gin',
            'experiments/sampler'),
+    Method('RLP', 'r = log p_θ(x_t | x_<t, c) − log p_φ(x_t | x_<t), φ ← τφ + (1 − τ)θ',
+           '2510.01265', 'gin/method/rlp.gin', 'gin/run/rlp_tiny.gin', 'experiments/rpt'),
     Method('OPO', 'A = r − Σ|y|r / Σ|y|, one update a batch', '2505.23585',
            'gin/method/opo.gin', 'gin/run/opo_tiny.gin', 'experiments/rl_core'),
     Method('OPO, reasoning-gym', "the same under a host's scorer, of any of the library's tasks",

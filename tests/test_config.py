@@ -1,6 +1,7 @@
 """Every dataclass refuses what it cannot mean, in one sentence that names the field."""
 
 import dataclasses
+import re
 from typing import Any
 
 import pytest
@@ -66,7 +67,7 @@ VALID: dict[type, dict[str, Any]] = {
     cfg.PythonVerifier: {'target': 'module:function'},
     cfg.Composite: {'verifiers': (cfg.MathVerifier(),), 'weights': (1.0,)},
     **{kind: {} for kind in (cfg.PrefixMatch, cfg.FirstTokenMatch, cfg.DenseMatch,
-                             cfg.GatedDenseMatch, cfg.Direct, cfg.Reason)},
+                             cfg.GatedDenseMatch, cfg.InformationGain, cfg.Direct, cfg.Reason)},
     cfg.RPT: {'start_from': 'a'},
     cfg.RL: {'start_from': 'a', 'problems': cfg.Problems(cfg.Arithmetic(9)),
              'verifier': cfg.AnswerMatch()},
@@ -194,6 +195,7 @@ REFUSED: list[tuple[type, str, list[Any], str]] = [
     *((cfg.RPT, name, [None, 'x'], '@cfg.') for name in ('reward', 'prediction')),
     (cfg.RPT, 'proxy_from', [None, 3], 'a string'),
     (cfg.GatedDenseMatch, 'penalty', [-0.1, NAN], 'a number of at least 0'),
+    (cfg.InformationGain, 'decay', [-0.1, 1.1, NAN], 'a number from 0'),
     *((cfg.Reason, name, ['', None], 'a non-empty string') for name in ('think', 'answer')),
     (cfg.RPT, 'algorithm', [None, cfg.OPO()], 'one of @cfg.Algorithm()'),
     *((cfg.RPT, name, [0, 1.5], 'at least 1') for name in ('eval_positions', 'scored_examples',
@@ -317,3 +319,16 @@ def test_model_at_switches_to_int4_at_its_fraction():
   assert cfg.model_at(run, 4).quant.hadamard
   never = cfg.Run(**{**RUN, 'model': model})
   assert cfg.model_at(never, 4) is model
+
+
+@pytest.mark.parametrize('fields, named', [
+    ({'prediction': cfg.Direct()}, 'RPT.prediction = @cfg.Reason()'),
+    ({'rollouts': cfg.Rollouts(mode=cfg.OneStepOff())}, 'Rollouts.mode = @cfg.OnPolicy()'),
+    ({'rollouts': cfg.Rollouts(selection=cfg.DynamicSampling())},
+     'Rollouts.selection = @cfg.AllGroups()'),
+    ({'positions_per_document': 2}, 'RPT.positions_per_document = 1'),
+    ({'rollouts': cfg.Rollouts(dump_every=5)}, 'Rollouts.dump_every = 0')])
+def test_information_gain_says_what_it_does_not_go_with(fields, named):
+  given = {'prediction': cfg.Reason(), 'reward': cfg.InformationGain(), **fields}
+  with pytest.raises(UserError, match=re.escape(named)):
+    cfg.RPT('runs/x', **given)

@@ -58,7 +58,7 @@ def measure(num_prompts: int, group_size: int, rounds: int) -> dict[str, Any]:
   model = sessions.build_model(run.model, run.compute, mesh)
   optimizer = optim.make_optimizer(run.optimizer, run.train.num_steps)
   state = states.init_state(model, optimizer, mesh, 0)
-  state = state.replace(method=states.new_method(run))
+  state = state.replace(method=states.new_method(run, state.params))
   start = jax.tree.map(jnp.copy, state.params)
   prompts = draw_prompts(method, vocab_size)
   truths = [[token_bytes[t] for t in row] for row in prompts.continuation]

@@ -67,7 +67,7 @@ def jaxrl_pt() -> Step:
   model = transformer.build(run.model, run.compute)
   optimizer = optim.make_optimizer(run.optimizer, run.train.num_steps)
   mesh = make_mesh(run.mesh)
-  new_method = lambda: state.new_method(run)
+  new_method = lambda params: state.new_method(run, params)
   now = state.state_of(P.init(model.specs, jax.random.key(0)), optimizer,
                        state.abstract_state(model, optimizer, mesh, new_method), new_method)
   sample = jax.jit(rl_step.make_sampler(model, run.seed, rollouts, VOCAB + 1))

@@ -79,7 +79,7 @@ def train(data: Path, seed: int, num_steps: int) -> dict[str, Any]:
       train=cfg.Train(num_steps=num_steps, batch_size=PROMPTS))
   model = transformer.build(run.model, run.compute)
   optimizer, mesh = optim.make_optimizer(run.optimizer, num_steps), make_mesh(run.mesh)
-  new_method = lambda: state.new_method(run)
+  new_method = lambda params: state.new_method(run, params)
   now = state.state_of(start, optimizer, state.abstract_state(model, optimizer, mesh, new_method),
                        new_method)
   # BOS is what this model writes between stories: a story may end before its last token.

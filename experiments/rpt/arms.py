@@ -111,11 +111,11 @@ class Curve(NamedTuple):
 
 
 def _run(setting: Setting, rollouts: cfg.Rollouts, rate: float, num_steps: int,
-         algorithm: cfg.Algorithm) -> cfg.Run:
+         algorithm: cfg.Algorithm, **fields: object) -> cfg.Run:
   return cfg.Run(
       seed=0, model=setting.config,
       data=cfg.Data(source=cfg.PythonStdlib(), tokenizer=cfg.Bytes(), seq_len=16),  # Not read.
-      objective=cfg.RPT('unused', rollouts=rollouts, algorithm=algorithm),
+      objective=cfg.RPT('unused', rollouts=rollouts, algorithm=algorithm, **fields),
       optimizer=cfg.AdamW(cfg.Constant(rate, min(5, num_steps)), weight_decay=0.0),
       train=cfg.Train(num_steps, rollouts.num_prompts))
 
@@ -125,7 +125,7 @@ def _rpt_step(setting: Setting, rollouts: cfg.Rollouts, rate: float, num_steps: 
   run = _run(setting, rollouts, rate, num_steps, cfg.Algorithm())
   optimizer = optim.make_optimizer(run.optimizer, num_steps)
   verify = verifier.device_verifier(setting.table, marker=setting.answer)
-  return optimizer, states.new_method(run), jax.jit(
+  return optimizer, run, jax.jit(
       rl_step.make_fused_step(setting.model, optimizer, run, verify, setting.end))
 
 
@@ -133,11 +133,11 @@ def _rpt_step(setting: Setting, rollouts: cfg.Rollouts, rate: float, num_steps: 
 def _rlp_step(setting: Setting, rollouts: cfg.Rollouts, rate: float, num_steps: int) -> tuple:
   algorithm = cfg.Algorithm(advantage=cfg.RLOO(), surrogate=cfg.PPOClip(),
                             aggregation=cfg.SequenceMeanTokenSum())
-  run = _run(setting, rollouts, rate, num_steps, algorithm)
+  run = _run(setting, rollouts, rate, num_steps, algorithm, reward=cfg.InformationGain(),
+             prediction=cfg.Reason())
   optimizer = optim.make_optimizer(run.optimizer, num_steps)
   markers = rlp_step.Markers(1, setting.answer)
-  return optimizer, states.new_method(run), jax.jit(
-      rlp_step.make_step(setting.model, optimizer, run, rollouts, algorithm, markers))
+  return optimizer, run, jax.jit(rlp_step.make_step(setting.model, optimizer, run, markers))
 
 
 def reinforce(setting: Setting, params: Params, take: Callable[[int], Prompts],
@@ -146,16 +146,12 @@ def reinforce(setting: Setting, params: Params, take: Callable[[int], Prompts],
               marked: tuple[int, ...] = (), rlp: bool = False) -> Curve:
   """RPT, or RLP, on the prompts of `take`; `measure` before the first and after marked steps."""
   make = _rlp_step if rlp else _rpt_step
-  optimizer, method, train_step = make(setting, rollouts, rate, num_steps)
-  if rlp:
-    method = rlp_step.new_state(params, method)
-  state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), method)
+  optimizer, run, train_step = make(setting, rollouts, rate, num_steps)
+  state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params),
+                     states.new_method(run, params))
   rows, scores = [], [measure(params)]
   for i in range(num_steps):
-    if rlp:
-      state, metrics, _, verdict = train_step(state, take(i))
-    else:
-      state, metrics, _, verdict = train_step(state, {}, take(i))
+    state, metrics, _, verdict = train_step(state, {}, take(i))
     reward = np.asarray(verdict.reward)
     rows.append({**{k: float(metrics[k].mean()) for k in (
         'reward', 'response_length', 'zero_advantage_groups', 'entropy', 'gap')},

@@ -154,7 +154,7 @@ def make_step(model, arm, num_prompts, num_steps, learning_rate):
         'entropy': metrics['entropy'].mean()}
 
   start_state = lambda params: TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params),
-                                          states.new_method(run))
+                                          states.new_method(run, params))
   return start_state, jax.jit(jax.vmap(one))
 
 

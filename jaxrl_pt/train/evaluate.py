@@ -99,7 +99,7 @@ def _restore(workdir: Path, step: int | None, data: cfg.Data | None,
   session = sessions.open_session(run, workdir, text, data_dir)
   optimizer = optim.make_optimizer(run.optimizer, run.train.num_steps)
   abstract = states.abstract_state(session.model(run.model), optimizer, session.mesh,
-                                   lambda: states.new_method(run))
+                                   lambda params: states.new_method(run, params))
   restored = checkpoint.restore(workdir / 'checkpoints',
                                 abstract.params if part == 'params' else abstract, step, part=part)
   sessions.check_tokenizer(session, restored)

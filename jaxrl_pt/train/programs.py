@@ -17,6 +17,7 @@ from jaxrl_pt import metrics
 from jaxrl_pt.parallel import rules
 from jaxrl_pt.sampling import handover
 from jaxrl_pt.train import learner, losses, optim, rl_step
+from jaxrl_pt.train import rlp_step as rlp
 from jaxrl_pt.train import session as sessions
 from jaxrl_pt.train import state as states
 from jaxrl_pt.train.step import make_train_step
@@ -60,6 +61,13 @@ def fused_step(run: cfg.Run, mesh: Mesh, optimizer: optax.GradientTransformation
   model = sessions.build_model(run.model, run.compute, mesh)
   return jax.jit(rl_step.make_fused_step(model, optimizer, run, verify, stop_id),
                  donate_argnums=0)
+
+
+def rlp_step(run: cfg.Run, mesh: Mesh, optimizer: optax.GradientTransformation,
+             markers: rlp.Markers) -> Any:
+  """The jitted step(state, start policy, prompts) of RLP."""
+  model = sessions.build_model(run.model, run.compute, mesh)
+  return jax.jit(rlp.make_step(model, optimizer, run, markers), donate_argnums=0)
 
 
 def sampler(run: cfg.Run, mesh: Mesh, rollouts: cfg.Rollouts, stop_id: int) -> Any:
@@ -134,7 +142,7 @@ def of_run(run: cfg.Run, mesh: Mesh) -> list[Program]:
   rules.check_divides(run, mesh)
   optimizer = optim.make_optimizer(run.optimizer, run.train.num_steps)
   state = states.abstract_state(sessions.build_model(run.model, run.compute, mesh), optimizer,
-                                mesh, lambda: states.new_method(run))
+                                mesh, lambda params: states.new_method(run, params))
   match run.objective:
     case cfg.NextToken():
       first, last = cfg.model_at(run, 0), cfg.model_at(run, run.train.num_steps - 1)
@@ -142,6 +150,11 @@ def of_run(run: cfg.Run, mesh: Mesh) -> list[Program]:
                       pretrain_step(run, mesh, model, optimizer),
                       (state, _abstract_batch(run, mesh)))
               for model in dict.fromkeys((first, last))]
+    case cfg.RPT(reward=cfg.InformationGain()) as method:
+      prompts = _abstract_prompts(method.rollouts, continuation_len(method), mesh)
+      step = rlp_step(run, mesh, optimizer, rlp.Markers(1, _STOP_ID + 1))
+      return [Program('RLP step: thoughts, gains and learner', step,
+                      (state, state.params, prompts))]
     case cfg.RPT() as method:
       table = verifier.token_table([bytes(_LONGEST_TOKEN)] * run.model.vocab_size,
                                    run.model.vocab_size)

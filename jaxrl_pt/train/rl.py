@@ -59,7 +59,7 @@ def train(run: cfg.Run, workdir: Path, resolved_text: str) -> None:
   session = sessions.open_session(run, workdir, resolved_text, Path(method.start_from) / 'data')
   model = session.model(run.model)
   optimizer = optim.make_optimizer(run.optimizer, run.train.num_steps * method.algorithm.updates)
-  new_method = lambda: states.new_method(run)
+  new_method = lambda params: states.new_method(run, params)
   abstract = states.abstract_state(model, optimizer, session.mesh, new_method)
   digest = _digest(start.params)
 

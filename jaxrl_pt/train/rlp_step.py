@@ -16,7 +16,6 @@ from collections.abc import Callable
 import dataclasses
 from dataclasses import dataclass
 
-from flax import struct
 import jax
 import jax.numpy as jnp
 import optax
@@ -27,19 +26,10 @@ from jaxrl_pt.models.logprobs import token_logprobs
 from jaxrl_pt.rl import rlp
 from jaxrl_pt.sampling import branch, decode
 from jaxrl_pt.train import learner
-from jaxrl_pt.train.state import MethodState
 from jaxrl_pt.types import Array, Params, Prompts, Rollout, TrainState, Verdict, Weighted
 
 Metrics = dict[str, Weighted]
-Step = Callable[[TrainState, Prompts], tuple[TrainState, Metrics, Rollout, Verdict]]
-
-
-@struct.dataclass
-class State:
-  """`TrainState.method` of RLP."""
-
-  learner: MethodState
-  average: Params  # φ, the policy whose predictions without a thought are the baseline
+Step = Callable[[TrainState, Params, Prompts], tuple[TrainState, Metrics, Rollout, Verdict]]
 
 
 @dataclass(frozen=True)
@@ -52,11 +42,6 @@ class Markers:
 
   num_after: int
   answer: int
-
-
-def new_state(params: Params, learner_state: MethodState) -> State:
-  """The method's state before the first step: φ = θ, as a copy (the step donates)."""
-  return State(learner_state, jax.tree.map(jnp.copy, params))
 
 
 def rewards(model: Model, params: Params, average: Params, prompts: Prompts, thoughts: Rollout,
@@ -101,24 +86,30 @@ def logp_after_thought(model: Model, params: Params, prompts: Prompts, thoughts:
 
 
 def make_step(model: Model, optimizer: optax.GradientTransformation, run: cfg.Run,
-              rollouts: cfg.Rollouts, algorithm: cfg.Algorithm, markers: Markers,
-              decay: float = 0.999) -> Step:
-  """step(state, prompts) → (state, metrics, thoughts, verdict); jit it with the state donated.
+              markers: Markers) -> Step:
+  """step(state, start policy, prompts) → (state, metrics, thoughts, verdict); the state donated.
 
   The verdict's reward is the information gain; `correct` is where it is above 0.
 
   Args:
-    model, optimizer: of the state, whose method is a `State`.
-    run: its seed, compute, schedule and accumulation are read.
-    rollouts: response_tokens is the budget of a thought, its marker included.
-    algorithm: RLOO's advantage and a clipped surrogate in the paper.
+    model, optimizer: of the state, whose method has an average policy φ.
+    run: its objective is RPT's with InformationGain as the reward. rollouts.response_tokens is
+      the budget of a thought, its marker included; the paper's algorithm is RLOO's advantage
+      and a clipped surrogate.
     markers: of the template.
-    decay: τ of the average.
-  """
-  learn = learner.make_learner(model, optimizer, run, rollouts, algorithm)
 
-  def step(state: TrainState, prompts: Prompts
+  Raises:
+    TypeError: another objective.
+  """
+  method = run.objective
+  if not isinstance(method, cfg.RPT) or not isinstance(method.reward, cfg.InformationGain):
+    raise TypeError('make_step needs RPT with the reward InformationGain')
+  rollouts, decay = method.rollouts, method.reward.decay
+  learn = learner.make_learner(model, optimizer, run, rollouts, method.algorithm)
+
+  def step(state: TrainState, start: Params, prompts: Prompts
            ) -> tuple[TrainState, Metrics, Rollout, Verdict]:
+    del start  # The baseline is the average of the policy, not where it began.
     key = jax.random.fold_in(jax.random.key(run.seed), state.step)
     thoughts = decode.generate(
         model, state.params, prompts, key, sampler=rollouts.sampler,
@@ -126,11 +117,10 @@ def make_step(model: Model, optimizer: optax.GradientTransformation, run: cfg.Ru
         stop_id=markers.answer, version=state.step)
     gain = rewards(model, state.params, state.method.average, prompts, thoughts, markers)
     verdict = Verdict(gain, jnp.ones_like(gain), (gain > 0).astype(jnp.float32))
-    inner = dataclasses.replace(state, method=state.method.learner)
     experience = learner.Experience(prompts, thoughts, verdict, jnp.zeros_like(thoughts.logp))
-    new, metrics = learn(inner, experience)
+    new, metrics = learn(state, experience)
     average = rlp.average(state.method.average, new.params, decay)
-    return (dataclasses.replace(new, method=State(new.method, average)), metrics, thoughts,
-            verdict)
+    new = dataclasses.replace(new, method=dataclasses.replace(new.method, average=average))
+    return new, metrics, thoughts, verdict
 
   return step

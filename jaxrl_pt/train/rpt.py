@@ -27,7 +27,8 @@ from jaxrl_pt.models.base import Model
 from jaxrl_pt.sampling import decode
 from jaxrl_pt.train import evaluate, programs
 from jaxrl_pt.train import session as sessions
-from jaxrl_pt.train.tasks import OnDevice, Task
+from jaxrl_pt.train.rlp_step import Markers
+from jaxrl_pt.train.tasks import InStep, OnDevice, Task
 from jaxrl_pt.types import Array, Batch, Params, Prompts, Weighted
 from jaxrl_pt.verifiers import next_token as verifier
 
@@ -51,7 +52,12 @@ def make_task(session: sessions.Session, method: cfg.RPT, model: Model, start: P
   frame = make_frame(method.prediction, tokenizer)
   table = _table(session, frame)
   take = _taker(session, method, positions, frame)
-  return Task(take, OnDevice(verifier.device_verifier(table, method.reward, frame.marker)),
+  judge: OnDevice | InStep
+  if isinstance(method.reward, cfg.InformationGain):
+    judge = InStep(Markers(frame.num_after, frame.marker))
+  else:
+    judge = OnDevice(verifier.device_verifier(table, method.reward, frame.marker))
+  return Task(take, judge,
               _make_scorer(session, method, model, table, tokenizer.eos_id, frame, held_out),
               _digest(positions))
 

@@ -15,11 +15,12 @@ import numpy as np
 import optax
 
 from jaxrl_pt import config as cfg
+from jaxrl_pt.errors import UserError
 from jaxrl_pt.rl import kl, selection
 from jaxrl_pt.train import programs, rl_step
 from jaxrl_pt.train import session as sessions
 from jaxrl_pt.train.learner import Experience
-from jaxrl_pt.train.tasks import OnDevice, OnHost, Task, Ticket, agreed, on_host
+from jaxrl_pt.train.tasks import InStep, OnDevice, OnHost, Task, Ticket, agreed, on_host
 from jaxrl_pt.types import Array, Params, Prompts, Rollout, TrainState, Verdict, Weighted
 
 
@@ -75,11 +76,13 @@ class Stages:
     self._hand_over = programs.hand_over(run, mesh)
     self._learn = programs.learner_step(run, mesh, optimizer, rollouts, algorithm)
     self._reference = programs.reference(run, mesh, rollouts)
-    self.fused = isinstance(task.judge, OnDevice) and rollouts.mode == cfg.OnPolicy()
+    self.fused = (not isinstance(task.judge, OnHost)) and rollouts.mode == cfg.OnPolicy()
     match task.judge:
       case OnDevice(verify):
         self._verify = jax.jit(verify)
         self._fused_step = programs.fused_step(run, mesh, optimizer, verify, stop_id)
+      case InStep(markers):
+        self._fused_step = programs.rlp_step(run, mesh, optimizer, markers)
     self.seconds: dict[str, float] = {}
 
   def clock(self, stage: str, since: float) -> None:
@@ -121,6 +124,9 @@ class Stages:
         rollout = on_host(drawn.rollout)
         self.clock('generate', started)
         return submit(rollout, drawn.references)
+      case InStep():
+        raise UserError('RPT.reward = @cfg.InformationGain() is judged inside its step, which has '
+                        'no halves to run alone.')
 
   def judge(self, ticket: Ticket) -> Verdict:
     """Waits for the verdict."""
@@ -202,7 +208,7 @@ class Stages:
 
     Nothing where the stages are one program: the next step may be dispatched at once.
     """
-    if isinstance(self._task.judge, OnDevice):
+    if not isinstance(self._task.judge, OnHost):
       return {}
     started = time.perf_counter()
     jax.block_until_ready(state.step)

@@ -1,6 +1,7 @@
 """The training state: described, initialised sharded, restored."""
 
 from collections.abc import Callable
+import dataclasses
 from typing import Any
 
 from flax import struct
@@ -33,6 +34,7 @@ class MethodState:
   gate: Any  # f32[] accuracy that Short-RL's gate compares with, or {}
   value: ValueHead
   pending: Any  # Rollout drawn ahead of its update (one-step-off), or {}
+  average: Any  # Params of RLP's average policy, or {}
 
 
 def value_optimizer(advantage: cfg.Advantage) -> optax.GradientTransformation:
@@ -44,13 +46,24 @@ def value_optimizer(advantage: cfg.Advantage) -> optax.GradientTransformation:
       return optax.identity()
 
 
-def new_method(run: cfg.Run) -> Any:
-  """The method's state before the first step: {} for pretraining."""
+def new_method(run: cfg.Run, params: Params) -> Any:
+  """The method's state before the first step, from `params` on: {} for pretraining."""
   match run.objective:
     case cfg.NextToken():
       return {}
+    case cfg.RPT(reward=cfg.InformationGain()) as method:
+      # A copy: the step donates both.
+      average = jax.tree.map(jnp.copy, params)
+      return dataclasses.replace(
+          _new_method(method.rollouts, method.algorithm, run.model.d_model), average=average)
     case method:
       return _new_method(method.rollouts, method.algorithm, run.model.d_model)
+
+
+def no_method(params: Params) -> Any:
+  """Of steps that keep nothing but parameters and moments."""
+  del params
+  return {}
 
 
 def _new_method(rollouts: cfg.Rollouts, algorithm: cfg.Algorithm, d_model: int) -> MethodState:
@@ -64,28 +77,31 @@ def _new_method(rollouts: cfg.Rollouts, algorithm: cfg.Algorithm, d_model: int) 
     pending = Rollout(jnp.zeros(shape, jnp.int32), jnp.zeros(shape), jnp.zeros(shape),
                       jnp.zeros((), jnp.int32))
   return MethodState(gate, ValueHead(head, value_optimizer(algorithm.advantage).init(head)),
-                     pending)
+                     pending, {})
 
 
-def _method_shardings(method: Any, mesh: Mesh) -> Any:
-  """Pending rollouts are split by rows, everything else is replicated."""
+def _method_shardings(method: Any, mesh: Mesh, params: Any) -> Any:
+  """Pending rollouts are split by rows, an average policy as `params`, the rest is replicated."""
   everywhere, rows = rules.replicated(mesh), rules.row_sharding(mesh)
   shardings = jax.tree.map(lambda _: everywhere, method)
   if isinstance(method, MethodState) and isinstance(method.pending, Rollout):
     pending = Rollout(rows, rows, rows, everywhere)  # type: ignore[arg-type]  # Same tree.
     shardings = shardings.replace(pending=pending)
+  if isinstance(method, MethodState) and method.average:
+    shardings = shardings.replace(average=params)
   return shardings
 
 
 # --- The whole state --------------------------------------------------------------
 
 
-def _new(params: Params, optimizer: optax.GradientTransformation, method: Any) -> TrainState:
-  return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), method)
+def _new(params: Params, optimizer: optax.GradientTransformation,
+         method: Callable[[Params], Any]) -> TrainState:
+  return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), method(params))
 
 
 def abstract_state(model: Model, optimizer: optax.GradientTransformation, mesh: Mesh,
-                   method: Callable[[], Any] = dict) -> TrainState:
+                   method: Callable[[Params], Any] = no_method) -> TrainState:
   """The state as ShapeDtypeStructs with shardings: the target of init and of a restore.
 
   Moments are sharded like their parameters, everything else is replicated but for rows that
@@ -93,17 +109,18 @@ def abstract_state(model: Model, optimizer: optax.GradientTransformation, mesh: 
 
   Args:
     model, optimizer, mesh: of the run.
-    method: makes what `TrainState.method` holds before the first step.
+    method: makes, of the parameters, what `TrainState.method` holds before the first step.
   """
-  shapes = jax.eval_shape(lambda key: _new(P.init(model.specs, key), optimizer, method()),
+  shapes = jax.eval_shape(lambda key: _new(P.init(model.specs, key), optimizer, method),
                           jax.random.key(0))
   param_shardings = rules.param_shardings(model.specs, mesh)
   everywhere = rules.replicated(mesh)
   opt_shardings = optax.tree_map_params(
       optimizer, lambda _, sharding: sharding, shapes.opt_state, param_shardings,
       transform_non_params=lambda _: everywhere)
+  method_shardings = _method_shardings(shapes.method, mesh, param_shardings)
   shardings = TrainState(everywhere,  # type: ignore[arg-type]  # Same tree.
-                         param_shardings, opt_shardings, _method_shardings(shapes.method, mesh))
+                         param_shardings, opt_shardings, method_shardings)
 
   def with_sharding(shape: Any, sharding: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
@@ -112,10 +129,10 @@ def abstract_state(model: Model, optimizer: optax.GradientTransformation, mesh: 
 
 
 def state_of(params: Params, optimizer: optax.GradientTransformation, abstract: TrainState,
-             method: Callable[[], Any] = dict) -> TrainState:
+             method: Callable[[Params], Any] = no_method) -> TrainState:
   """A new state at step 0 that starts from given parameters (copied: the step donates)."""
   shardings = jax.tree.map(lambda s: s.sharding, abstract)
-  start = jax.jit(lambda p: _new(p, optimizer, method()), out_shardings=shardings)
+  start = jax.jit(lambda p: _new(p, optimizer, method), out_shardings=shardings)
   return start(params)
 
 
@@ -123,6 +140,6 @@ def init_state(model: Model, optimizer: optax.GradientTransformation, mesh: Mesh
                seed: int) -> TrainState:
   """A new state, born sharded: no device ever holds more than its part."""
   shardings = jax.tree.map(lambda s: s.sharding, abstract_state(model, optimizer, mesh))
-  init = jax.jit(lambda key: _new(P.init(model.specs, key), optimizer, {}),
+  init = jax.jit(lambda key: _new(P.init(model.specs, key), optimizer, no_method),
                  out_shardings=shardings)
   return init(jax.random.key(seed))

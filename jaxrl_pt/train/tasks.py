@@ -8,6 +8,7 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
+from jaxrl_pt.train.rlp_step import Markers
 from jaxrl_pt.types import Params, Prompts, Rollout, Verdict
 from jaxrl_pt.verifiers.base import DeviceVerifier
 
@@ -34,6 +35,13 @@ class OnHost:
 
 
 @dataclass(frozen=True)
+class InStep:
+  """The step judges by itself: RLP, whose reward is what the policy makes of the true text."""
+
+  markers: Markers
+
+
+@dataclass(frozen=True)
 class Task:
   """Prompts, who judges the responses, and how the policy is measured.
 
@@ -43,7 +51,7 @@ class Task:
   """
 
   take: Callable[[int], tuple[Prompts, Sequence[str]]]
-  judge: OnDevice | OnHost
+  judge: OnDevice | OnHost | InStep
   score: Callable[[Params], dict[str, float]]
   digest: str
 

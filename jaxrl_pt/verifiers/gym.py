@@ -1,8 +1,8 @@
 """reasoning-gym's tasks: the scorer of the task judges the answer of the response.
 
-The reference names a problem as JSON {"task", "seed", "size", "settings", "index"}; the library makes the
-same problem again from it, so that its scorer sees what it made and nothing is stored. Some of
-the scorers evaluate the answer as an expression: judge in the pool, never in the trainer.
+The reference names a problem as JSON {"task", "seed", "size", "settings", "index"}; the library
+makes the same problem again from it, so that its scorer sees what it made and nothing is stored.
+Some of the scorers evaluate the answer as an expression: judge in the pool, never in the trainer.
 """
 
 import functools

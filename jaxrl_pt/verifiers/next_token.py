@@ -249,7 +249,13 @@ def device_verifier(table: TokenBytes, reward: cfg.NextTokenReward = cfg.PrefixM
     table: bytes of the vocabulary.
     reward: which variant is earned; `correct` is the prefix match under all of them.
     marker: as in `prediction_mask`.
+
+  Raises:
+    TypeError: InformationGain, which needs the policy and is computed in its step.
   """
+  if isinstance(reward, cfg.InformationGain):
+    raise TypeError('InformationGain is not a function of tokens alone: see train.rlp_step')
+
   def verify(prompts: Prompts, rollout: Rollout) -> Verdict:
     mask = prediction_mask(rollout.tokens, rollout.mask, marker)
     truth = prompts.continuation, prompts.continuation_lengths

@@ -43,7 +43,7 @@ def make_run(method: cfg.Algorithm, accumulation=1, **rollouts) -> cfg.Run:
 def make_state(run: cfg.Run) -> tuple[TrainState, object]:
   optimizer = optim.make_optimizer(run.optimizer, run.train.num_steps)
   return TrainState(jnp.zeros((), jnp.int32), PARAMS, optimizer.init(PARAMS),
-                    states.new_method(run)), optimizer
+                    states.new_method(run, PARAMS)), optimizer
 
 
 @functools.cache

@@ -55,7 +55,7 @@ def make(selection, verify=even_prompts_teach):
   optimizer = optim.make_optimizer(session.run.optimizer, 9)
   model = session.model(MODEL)
   state = states.init_state(model, optimizer, session.mesh, 0)
-  state = state.replace(method=states.new_method(session.run))
+  state = state.replace(method=states.new_method(session.run, state.params))
   task = tasks.Task(take, tasks.OnDevice(verify), lambda params: {}, '')
   return stages.Stages(session, task, state.params, optimizer, rollouts, method.algorithm), state
 

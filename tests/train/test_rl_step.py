@@ -119,7 +119,7 @@ def compiled_step():
   optimizer = optim.make_optimizer(run.optimizer, run.train.num_steps)
   step = quick_jit(rl_step.make_fused_step(MODEL, optimizer, run, VERIFY, stop_id=0))
   return step, TrainState(jnp.zeros((), jnp.int32), PARAMS, optimizer.init(PARAMS),
-                          states.new_method(run))
+                          states.new_method(run, PARAMS))
 
 
 def test_reward_rises_and_sampler_and_trainer_agree():

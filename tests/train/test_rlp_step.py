@@ -78,20 +78,20 @@ def test_step_raises_the_gain_and_keeps_the_average():
   algorithm = cfg.Algorithm(advantage=cfg.RLOO(), surrogate=cfg.PPOClip(),
                             aggregation=cfg.TokenMean())
   run = cfg.Run(
-      seed=0, model=CONFIG, objective=cfg.NextToken(),
+      seed=0, model=CONFIG, objective=cfg.RPT(
+          'unread', rollouts=rollouts, algorithm=algorithm, prediction=cfg.Reason(),
+          reward=cfg.InformationGain()),
       data=cfg.Data(source=cfg.PythonStdlib(), tokenizer=cfg.Bytes(), seq_len=16),
       optimizer=cfg.AdamW(schedule=cfg.Constant(0.003), weight_decay=0.0),
       train=cfg.Train(num_steps=30, batch_size=4))
   optimizer = optim.make_optimizer(run.optimizer, 30)
-  learner_state = states.MethodState({}, states.ValueHead({}, optim.optax.EmptyState()), {})
   state = TrainState(jnp.zeros((), jnp.int32), THETA, optimizer.init(THETA),
-                     rlp_step.new_state(THETA, learner_state))
-  step = quick_jit(rlp_step.make_step(MODEL, optimizer, run, rollouts, algorithm,
-                                      rlp_step.Markers(1, ANSWER), decay=0.999))
+                     states.new_method(run, THETA))
+  step = quick_jit(rlp_step.make_step(MODEL, optimizer, run, rlp_step.Markers(1, ANSWER)))
   gains = []
   for i in range(30):
     before = state
-    state, metrics, thoughts, verdict = step(state, PROMPTS)
+    state, metrics, thoughts, verdict = step(state, {}, PROMPTS)
     gains.append(float(verdict.reward.mean()))
     assert int(state.step) == i + 1
     # Nothing of a response lies beyond the marker that ends the thought.
