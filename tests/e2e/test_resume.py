@@ -52,6 +52,34 @@ def test_rpt_killed_at_a_random_step_is_bit_identical(
   assert_same_run(job, reinforced)
 
 
+RLP = RPT.replace('response_tokens = 1', 'response_tokens = 3') + r"""
+cfg.RPT.reward = @cfg.InformationGain()
+cfg.InformationGain.decay = 0.9
+cfg.RPT.prediction = @cfg.Reason()
+cfg.Reason.think = '\x01'
+cfg.Reason.answer = '\x02'
+cfg.RPT.algorithm = @cfg.Algorithm()
+cfg.Algorithm.advantage = @cfg.RLOO()
+"""
+
+
+def test_rlp_killed_at_a_random_step_is_bit_identical(
+    make_job: Callable[..., Job], pretrained: Job):
+  """Its average policy, the baseline of its reward, is in the checkpoint."""
+  whole, job = (make_job(RLP, start_from=str(pretrained.workdir)) for _ in range(2))
+  done = whole.run()
+  assert done.returncode == 0, done.stderr
+  code, output = job.run_until(random.SystemRandom().randint(1, LAST - 5), signal.SIGKILL)
+  assert code == -signal.SIGKILL, output
+  done = job.run()
+  assert done.returncode == 0, done.stderr
+  assert_same_run(job, whole)
+  state = load_state(job.workdir)
+  apart = jax.tree.map(lambda a, b: np.abs(np.asarray(a) - np.asarray(b)).max(),
+                       state.params, state.method.average)
+  assert max(jax.tree.leaves(apart)) > 0  # The average lags behind.
+
+
 def test_sigterm_writes_a_checkpoint_and_exits_cleanly(
     make_job: Callable[..., Job], pretrained: Job):
   job = make_job()
