@@ -194,18 +194,26 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
   parser.add_argument('--peer_python', default=sys.executable)
   parser.add_argument('--rounds', type=int, default=5)
+  parser.add_argument('--only', metavar='SHAPE:BATCH', help='one cell, e.g. 2.8M:1; the others '
+                      'of the results stay')
   parser.add_argument('--child', nargs=3, metavar=('NAME', 'SHAPE', 'BATCH'))
   args = parser.parse_args()
   if args.child:
     return serve(args.child[0], args.child[1], int(args.child[2]))
   cells = []
+  if args.only:
+    cells = [c for c in json.loads(RESULT.read_text())['cells']
+             if f'{c["shape"]}:{c["batch"]}' != args.only]
   for shape in SHAPES:
     for rows in BATCHES:
+      if args.only not in (None, f'{shape}:{rows}'):
+        continue
       cells.append(cell(shape, rows, args.rounds, args.peer_python))
       row = cells[-1]
       print(f'{shape} batch {rows}: ' + '  '.join(
           f'{n} {v:,.0f}' for n, v in row['tokens_per_second'].items())
           + f'  → {row["over_the_better"]:.2f}×', flush=True)
+  cells.sort(key=lambda c: (float(c['shape'].rstrip('M')), c['batch']))
   RESULT.write_text(json.dumps({'prompt': PROMPT, 'new': NEW, 'cells': cells}, indent=1) + '\n')
 
 
