@@ -26,6 +26,7 @@ from jaxrl_pt.serving.text import Markers
 from jaxrl_pt.serving.worker import Worker
 from jaxrl_pt.train import evaluate, interrupt
 from jaxrl_pt.types import Prompts
+from pallas_kernels.dispatch import generation_of
 
 TOKEN_VARIABLE = 'JAXRL_PT_TOKEN'
 _SHUTDOWN_SECONDS = 30  # for the answers under way
@@ -123,9 +124,12 @@ def sample_resa(workdir: Path, prompts: list[str], *, step: int | None, as_json:
   none = np.zeros(len(rows), np.int32)
   batch = Prompts(*map(jnp.asarray, (tokens, lengths, np.arange(len(rows), dtype=np.int32),
                                      none[:, None], none, none.astype(np.float32))))
+  mesh = policy.session.mesh
+  # The kernels read one chip's pages; a mesh takes XLA's path.
+  generation = generation_of(mesh.devices.flat[0]) if mesh.size == 1 else None
   draw = jax.jit(functools.partial(
       rectified.generate, policy.model, sampler=sampler, resa=resa, num_samples=num_samples,
-      num_tokens=num_tokens, stop_id=tokenizer.eos_id))
+      num_tokens=num_tokens, stop_id=tokenizer.eos_id, generation=generation))
   start = time.perf_counter()
   drawn = jax.device_get(draw(policy.params, batch, jax.random.key(seed)))
   seconds = time.perf_counter() - start
