@@ -1,0 +1,182 @@
+"""Texts, tokenizers and packing."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from jaxrl_pt.config import checks
+from jaxrl_pt.config.problems import Arithmetic, ReasoningGym, RedundantChecks
+from jaxrl_pt.errors import UserError
+
+
+@dataclass(frozen=True)
+class PythonStdlib:
+  """The embedded default corpus: the standard library's source and docstrings.
+
+  max_bytes bounds the text taken (files in a fixed shuffled order).
+  """
+
+  max_bytes: int = 8_000_000
+
+  def __post_init__(self) -> None:
+    checks.integer(self, 'max_bytes', 10_000)
+
+
+@dataclass(frozen=True)
+class TextFiles:
+  """UTF-8 text files (plain or .gz) matching `glob`.
+
+  document_start: a regular expression (multi-line mode) at whose matches a new
+  document begins; empty means that each file is one document.
+  """
+
+  glob: str
+  document_start: str = ''
+
+  def __post_init__(self) -> None:
+    checks.text(self, 'glob')
+    checks.text(self, 'document_start', empty=True)
+
+
+@dataclass(frozen=True)
+class Jsonl:
+  """JSON-lines files (plain or .gz); the text of each row stands in `text_field`."""
+
+  glob: str
+  text_field: str = 'text'
+
+  def __post_init__(self) -> None:
+    checks.text(self, 'glob')
+    checks.text(self, 'text_field')
+
+
+@dataclass(frozen=True)
+class Parquet:
+  """Parquet files; the text of each row stands in `column`."""
+
+  glob: str
+  column: str = 'text'
+
+  def __post_init__(self) -> None:
+    checks.text(self, 'glob')
+    checks.text(self, 'column')
+
+
+@dataclass(frozen=True)
+class ArrayRecord:
+  """ArrayRecord files: UTF-8 text records, or tf.train.Example with `feature` as text."""
+
+  glob: str
+  feature: str = ''
+
+  def __post_init__(self) -> None:
+    checks.text(self, 'glob')
+    checks.text(self, 'feature', empty=True)
+
+
+@dataclass(frozen=True)
+class Seqio:
+  """A registered seqio Task or Mixture, cached once (needs the `seqio` extra).
+
+  module is imported to register it; feature holds the token ids.
+  """
+
+  name: str
+  module: str
+  feature: str = 'targets'
+
+  def __post_init__(self) -> None:
+    for name in ('name', 'module', 'feature'):
+      checks.text(self, name)
+
+
+@dataclass(frozen=True)
+class Demonstrations:
+  """Examples of problems, prompt and response: the warm start of RL.
+
+  Those of generated problems are worked, with slips where the source is noisy; those of
+  reasoning-gym are the bare answer.
+  """
+
+  source: Arithmetic | RedundantChecks | ReasoningGym
+
+  def __post_init__(self) -> None:
+    checks.instance(self, 'source', Arithmetic, RedundantChecks, ReasoningGym)
+
+
+Source = PythonStdlib | TextFiles | Jsonl | Parquet | ArrayRecord | Seqio | Demonstrations
+
+
+@dataclass(frozen=True)
+class Bytes:
+  """One token per UTF-8 byte, ids 0–255, and end of text 256."""
+
+
+@dataclass(frozen=True)
+class TrainedBPE:
+  """Byte-level BPE trained on the training documents and saved with the run."""
+
+  vocab_size: int
+
+  def __post_init__(self) -> None:
+    checks.integer(self, 'vocab_size', 257)
+
+
+@dataclass(frozen=True)
+class HuggingFaceTokenizer:
+  """Any Hugging Face `tokenizer.json` (plain or .gz) on disk; `end_of_text` is its EOS token."""
+
+  path: str
+  end_of_text: str
+
+  def __post_init__(self) -> None:
+    checks.text(self, 'path')
+    checks.text(self, 'end_of_text')
+
+
+@dataclass(frozen=True)
+class SentencePiece:
+  """A SentencePiece `.model` file on disk."""
+
+  path: str
+
+  def __post_init__(self) -> None:
+    checks.text(self, 'path')
+
+
+Tokenizer = Bytes | TrainedBPE | HuggingFaceTokenizer | SentencePiece
+
+
+@dataclass(frozen=True)
+class Data:
+  """Documents → tokens → packed examples of `seq_len` predicted tokens.
+
+  validation_fraction: share of the documents (whole documents, by hash) held out.
+  validation_glob: files of the source's kind that are the validation split instead.
+  long_documents: a document longer than seq_len is 'split' over examples or an 'error'.
+  cache_dir: where prepared examples are kept and shared between runs; empty means
+  the run's own work directory.
+  num_workers: Grain worker processes a host; 0 reads in the training process.
+  """
+
+  source: Source
+  tokenizer: Tokenizer
+  seq_len: int
+  validation_fraction: float = 0.02
+  validation_glob: str = ''
+  long_documents: Literal['split', 'error'] = 'split'
+  cache_dir: str = ''
+  num_workers: int = 0
+
+  def __post_init__(self) -> None:
+    checks.instance(self, 'source', *get_args(Source))
+    checks.instance(self, 'tokenizer', *get_args(Tokenizer))
+    checks.integer(self, 'seq_len', 2)
+    checks.number(self, 'validation_fraction', 0.0, 0.5)
+    checks.text(self, 'validation_glob', empty=True)
+    if self.validation_glob and isinstance(self.source,
+                                           (PythonStdlib, Seqio, Demonstrations)):
+      raise UserError('Data.validation_glob goes with a source of files: leave it empty for '
+                      f'{type(self.source).__name__}.')
+    checks.choice(self, 'long_documents', Literal['split', 'error'])
+    checks.text(self, 'cache_dir', empty=True)
+    checks.integer(self, 'num_workers', 0)

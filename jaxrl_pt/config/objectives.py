@@ -1,0 +1,213 @@
+"""Objectives: next-token prediction, RPT and RLP, reinforcement learning on problems."""
+
+from dataclasses import dataclass, field
+from typing import get_args
+
+from jaxrl_pt.config import checks
+from jaxrl_pt.config.algorithm import GROUPED, Algorithm, NoCorrection
+from jaxrl_pt.config.problems import Problems
+from jaxrl_pt.config.rollouts import AllGroups, OneStepOff, OnPolicy, Rollouts
+from jaxrl_pt.config.verifiers import Verifier, VerifierPool
+from jaxrl_pt.errors import UserError
+
+
+@dataclass(frozen=True)
+class NextToken:
+  """Next-token prediction over packed documents.
+
+  int4_from: fraction of the steps after which activations go from int8 to int4
+  with the optimiser's state kept (BitNet v2: 0.95); 1.0 never switches.
+  """
+
+  int4_from: float = 1.0
+
+  def __post_init__(self) -> None:
+    checks.number(self, 'int4_from', 0.0, 1.0)
+
+
+# What RPT pays for a prediction (2506.08007).
+
+
+@dataclass(frozen=True)
+class PrefixMatch:
+  """1 if the bytes are those of the truth up to the end of one of its tokens, else 0."""
+
+
+@dataclass(frozen=True)
+class FirstTokenMatch:
+  """1 if the first token is the true one, else 0."""
+
+
+@dataclass(frozen=True)
+class DenseMatch:
+  """1 if the prefix matches, else the policy's own probability of the wrong prediction."""
+
+
+@dataclass(frozen=True)
+class GatedDenseMatch:
+  """DenseMatch in groups with a match; −penalty for each response of the others."""
+
+  penalty: float = 0.0
+
+  def __post_init__(self) -> None:
+    checks.number(self, 'penalty', 0.0)
+
+
+@dataclass(frozen=True)
+class InformationGain:
+  """RLP (2510.01265): what a thought adds to the log-probability of the true next token, over an
+  average policy without a thought; decay: of that average. Needs @cfg.Reason()."""
+
+  decay: float = 0.999
+
+  def __post_init__(self) -> None:
+    checks.number(self, 'decay', 0.0, 1.0)
+
+
+NextTokenReward = PrefixMatch | FirstTokenMatch | DenseMatch | GatedDenseMatch | InformationGain
+
+
+# How RPT's policy comes to a prediction.
+
+
+@dataclass(frozen=True)
+class Direct:
+  """The response is the prediction."""
+
+
+@dataclass(frozen=True)
+class Reason:
+  """Context, think marker, thought, answer marker, prediction.
+
+  think, answer: texts of exactly one token each; rollouts.prompt_len holds the think marker
+  too, and rollouts.response_tokens the thought, the answer marker and the prediction.
+  """
+
+  think: str = '<think>'
+  answer: str = '</think>'
+
+  def __post_init__(self) -> None:
+    checks.text(self, 'think')
+    checks.text(self, 'answer')
+    if self.think == self.answer:
+      checks.fail(self, 'answer', 'another text than Reason.think')
+
+
+Prediction = Direct | Reason
+
+
+def _check_method(name: str, rollouts: Rollouts, algorithm: Algorithm) -> None:
+  """What rollouts and algorithm of one method ask of each other."""
+  if rollouts.group_size == 1 and isinstance(algorithm.advantage, GROUPED):
+    raise UserError(f'Rollouts.group_size = 1, but {type(algorithm.advantage).__name__} compares '
+                    'the responses of a group: set it to at least 2.')
+  if rollouts.num_prompts % algorithm.minibatches:
+    raise UserError(f'Algorithm.minibatches = {algorithm.minibatches} does not divide '
+                    f'Rollouts.num_prompts = {rollouts.num_prompts}: change one of them.')
+  if rollouts.mode == OneStepOff() and algorithm.correction == NoCorrection():
+    raise UserError(f'{name} draws one step off-policy: choose an Algorithm.correction, such as '
+                    '@cfg.TokenTIS(), or Rollouts.mode = @cfg.OnPolicy().')
+
+
+@dataclass(frozen=True)
+class RPT:
+  """Reinforcement Pre-Training (2506.08007): reward a correct prediction of what comes next.
+
+  start_from: work directory (or checkpoint) of the pretrained policy.
+  proxy_from: work directory of the frozen proxy whose entropy chooses positions, with the
+  same tokenizer; empty takes the start policy.
+  min_entropy: positions whose proxy entropy (nats, over its 16 likeliest tokens,
+  renormalised) is below are dropped; difficulty: nested thresholds (nats) of the
+  easy, medium and hard evaluation splits; scored_examples: packed examples of each split
+  that the proxy scores; eval_positions: held-out positions evaluated.
+  positions_per_document: so many prompts of a batch end in the same document, whose first
+  prompt_len tokens are computed once for all; 1 gives each its own last prompt_len tokens.
+  """
+
+  start_from: str
+  rollouts: Rollouts = field(default_factory=Rollouts)
+  algorithm: Algorithm = field(default_factory=Algorithm)
+  min_entropy: float = 0.5
+  difficulty: tuple[float, float, float] = (0.5, 1.0, 1.5)
+  scored_examples: int = 1024
+  eval_positions: int = 1024
+  reward: NextTokenReward = field(default_factory=PrefixMatch)
+  prediction: Prediction = field(default_factory=Direct)
+  proxy_from: str = ''
+  positions_per_document: int = 1
+
+  def __post_init__(self) -> None:
+    checks.integer(self, 'positions_per_document', 1)
+    _check_shared(self)
+    checks.text(self, 'start_from')
+    checks.text(self, 'proxy_from', empty=True)
+    checks.instance(self, 'reward', *get_args(NextTokenReward))
+    checks.instance(self, 'prediction', *get_args(Prediction))
+    checks.instance(self, 'rollouts', Rollouts)
+    checks.instance(self, 'algorithm', Algorithm)
+    _check_method('RPT', self.rollouts, self.algorithm)
+    checks.number(self, 'min_entropy', 0.0)
+    checks.integer(self, 'scored_examples', 1)
+    checks.integer(self, 'eval_positions', 1)
+    checks.rising(self, 'difficulty', 3)
+    if isinstance(self.reward, InformationGain):
+      _check_information_gain(self)
+
+
+def _check_information_gain(method: RPT) -> None:
+  """RLP's step is one program over prompts of their own, and its reward is no 0 or 1."""
+  rollouts = method.rollouts
+  for name, value, needed in (
+      ('RPT.prediction', method.prediction, Reason), ('Rollouts.mode', rollouts.mode, OnPolicy),
+      ('Rollouts.selection', rollouts.selection, AllGroups)):
+    if not isinstance(value, needed):
+      raise UserError(f'RPT.reward = @cfg.InformationGain() needs {name} = '
+                      f'@cfg.{needed.__name__}(), not {value!r}.')
+  if method.positions_per_document != 1 or rollouts.dump_every:
+    raise UserError('RPT.reward = @cfg.InformationGain() needs RPT.positions_per_document = 1 and '
+                    'Rollouts.dump_every = 0: its thoughts end at a marker that neither knows.')
+
+
+def _check_shared(method: RPT) -> None:
+  """What prompts that share a document do not go with."""
+  shared, rollouts = method.positions_per_document, method.rollouts
+  if shared == 1:
+    return
+  if rollouts.num_prompts % shared:
+    raise UserError(f'RPT.positions_per_document = {shared} does not divide '
+                    f'Rollouts.num_prompts = {rollouts.num_prompts}: change one of them.')
+  if method.algorithm.minibatches > 1 or rollouts.selection != AllGroups():
+    raise UserError(f'RPT.positions_per_document = {shared} keeps prompts together that '
+                    'Algorithm.minibatches and Rollouts.selection would part: set them to 1 and '
+                    '@cfg.AllGroups().')
+
+
+@dataclass(frozen=True)
+class RL:
+  """Reinforcement learning on problems whose answers can be verified.
+
+  start_from: work directory of the policy to begin with, which is also the reference of KL.
+  pool: the processes of a verifier that reads text; not read by one on the device.
+  eval_problems: held-out problems measured, once sampled as in training and once greedily.
+  """
+
+  start_from: str
+  problems: Problems
+  verifier: Verifier
+  pool: VerifierPool = field(default_factory=VerifierPool)
+  rollouts: Rollouts = field(default_factory=Rollouts)
+  algorithm: Algorithm = field(default_factory=Algorithm)
+  eval_problems: int = 256
+
+  def __post_init__(self) -> None:
+    checks.text(self, 'start_from')
+    checks.instance(self, 'problems', Problems)
+    checks.instance(self, 'verifier', *get_args(Verifier))
+    checks.instance(self, 'pool', VerifierPool)
+    checks.instance(self, 'rollouts', Rollouts)
+    checks.instance(self, 'algorithm', Algorithm)
+    _check_method('RL', self.rollouts, self.algorithm)
+    checks.integer(self, 'eval_problems', 1)
+
+
+Objective = NextToken | RPT | RL

@@ -1,0 +1,103 @@
+"""The optimiser and its schedules."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from jaxrl_pt.config import checks
+
+
+@dataclass(frozen=True)
+class Constant:
+  """Linear warm-up, then constant. All steps are optimiser steps."""
+
+  peak: float
+  warmup_steps: int = 0
+
+  def __post_init__(self) -> None:
+    checks.number(self, 'peak', 0.0)
+    checks.integer(self, 'warmup_steps', 0)
+
+
+@dataclass(frozen=True)
+class Cosine:
+  """Linear warm-up, then cosine decay to `end` at the last step."""
+
+  peak: float
+  end: float = 0.0
+  warmup_steps: int = 0
+
+  def __post_init__(self) -> None:
+    checks.number(self, 'peak', 0.0)
+    checks.number(self, 'end', 0.0)
+    checks.integer(self, 'warmup_steps', 0)
+
+
+@dataclass(frozen=True)
+class WSD:
+  """Warm-up, stable, linear decay to `end` over the last `decay_fraction` of the run."""
+
+  peak: float
+  end: float = 0.0
+  warmup_steps: int = 0
+  decay_fraction: float = 0.2
+
+  def __post_init__(self) -> None:
+    checks.number(self, 'peak', 0.0)
+    checks.number(self, 'end', 0.0)
+    checks.integer(self, 'warmup_steps', 0)
+    checks.number(self, 'decay_fraction', 0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class TwoStage:
+  """BitNet's two stages (specs/bitnet_v2.md 1.5): both peaks start full-length decays.
+
+  Up to `switch_fraction` of the run the schedule decays from `peak`, afterwards it
+  is the tail of the schedule that would have decayed from `second_peak`; weight
+  decay is on before the switch and exactly 0 after it. `shape` 'linear' is BitNet
+  v2's, 'cosine' BitNet b1.58 2B4T's.
+  """
+
+  peak: float
+  second_peak: float
+  end: float = 0.0
+  warmup_steps: int = 0
+  switch_fraction: float = 0.5
+  shape: Literal['linear', 'cosine'] = 'linear'
+
+  def __post_init__(self) -> None:
+    for name in ('peak', 'second_peak', 'end'):
+      checks.number(self, name, 0.0)
+    checks.integer(self, 'warmup_steps', 0)
+    checks.number(self, 'switch_fraction', 0.0, 1.0)
+    checks.choice(self, 'shape', Literal['linear', 'cosine'])
+
+
+Schedule = Constant | Cosine | WSD | TwoStage
+
+
+@dataclass(frozen=True)
+class AdamW:
+  """optax AdamW after a clip of the global gradient norm (0 switches the clip off).
+
+  Weight decay acts on matrices only (embeddings and norms are left alone).
+  weight_decay_shape: 'constant', or 'cosine' to rise to `weight_decay` over stage
+  one as 2B4T's does; either way TwoStage sets it to 0 in its second stage.
+  """
+
+  schedule: Schedule
+  b1: float = 0.9
+  b2: float = 0.95
+  eps: float = 1e-8
+  weight_decay: float = 0.1
+  weight_decay_shape: Literal['constant', 'cosine'] = 'constant'
+  clip_norm: float = 1.0
+
+  def __post_init__(self) -> None:
+    checks.instance(self, 'schedule', *get_args(Schedule))
+    checks.number(self, 'b1', 0.0, 1.0)
+    checks.number(self, 'b2', 0.0, 1.0)
+    checks.number(self, 'eps', 0.0)
+    checks.number(self, 'weight_decay', 0.0)
+    checks.choice(self, 'weight_decay_shape', Literal['constant', 'cosine'])
+    checks.number(self, 'clip_norm', 0.0)

@@ -1,0 +1,131 @@
+"""Problems that reinforcement learning asks."""
+
+from dataclasses import dataclass
+from typing import get_args
+
+from jaxrl_pt.config import checks
+
+# Prompts with a reference answer, for a verifier to judge. Generated ones are a function of
+# (seed, index) alone.
+
+
+@dataclass(frozen=True)
+class JsonlProblems:
+  """JSON-lines files (plain or .gz): a row's prompt and its reference answer."""
+
+  glob: str
+  prompt_field: str = 'question'
+  answer_field: str = 'answer'
+
+  def __post_init__(self) -> None:
+    for name in ('glob', 'prompt_field', 'answer_field'):
+      checks.text(self, name)
+
+
+@dataclass(frozen=True)
+class KnightsAndKnaves:
+  """Knights tell the truth, knaves lie: who is what? Each puzzle has exactly one solution."""
+
+  size: int
+  min_people: int = 3
+  max_people: int = 7
+  seed: int = 0
+
+  def __post_init__(self) -> None:
+    checks.integer(self, 'size', 1)
+    checks.integer(self, 'min_people', 2, 8)
+    checks.integer(self, 'max_people', self.min_people, 8)
+    checks.integer(self, 'seed', 0)
+
+
+@dataclass(frozen=True)
+class ReasoningGym:
+  """Any task of the reasoning-gym library by its name (needs the `gym` extra).
+
+  settings: of the task, as pairs of name and value: (('max_terms', 3), ('max_digits', 1)).
+  """
+
+  task: str
+  size: int
+  seed: int = 0
+  settings: tuple[tuple[str, int | float | str], ...] = ()
+
+  def __post_init__(self) -> None:
+    checks.text(self, 'task')
+    checks.integer(self, 'size', 1)
+    checks.integer(self, 'seed', 0)
+    is_pair = lambda x: (isinstance(x, tuple) and len(x) == 2 and isinstance(x[0], str)
+                         and isinstance(x[1], (int, float, str)))
+    if not isinstance(self.settings, tuple) or not all(map(is_pair, self.settings)):
+      checks.fail(self, 'settings',
+                  "pairs of a setting's name and its value, as (('max_terms', 3),)")
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+  """Sums of num_terms numbers of up to num_digits digits, worked out term by term.
+
+  noise: share of the demonstrations that go wrong at some step.
+  """
+
+  size: int
+  num_terms: int = 3
+  num_digits: int = 2
+  noise: float = 0.5
+  seed: int = 0
+
+  def __post_init__(self) -> None:
+    checks.integer(self, 'size', 1)
+    checks.integer(self, 'num_terms', 2, 16)
+    checks.integer(self, 'num_digits', 1, 9)
+    checks.number(self, 'noise', 0.0, 1.0)
+    checks.integer(self, 'seed', 0)
+
+
+@dataclass(frozen=True)
+class RedundantChecks:
+  """Sums modulo 10 of 2 to max_steps + 1 digits: a step for each, then checks that change
+  nothing.
+
+  min_steps, max_steps: steps that the answer needs, which the prompt shows.
+  max_checks: a complete demonstration ends with 0 to max_checks redundant checks.
+  noise: share of the demonstrations that stop before the last step, mostly wrong then.
+  """
+
+  size: int
+  min_steps: int = 1
+  max_steps: int = 6
+  max_checks: int = 8
+  noise: float = 0.5
+  seed: int = 0
+
+  def __post_init__(self) -> None:
+    checks.integer(self, 'size', 1)
+    checks.integer(self, 'min_steps', 1, 64)
+    checks.integer(self, 'max_steps', self.min_steps, 64)
+    checks.integer(self, 'max_checks', 0)
+    checks.number(self, 'noise', 0.0, 1.0)
+    checks.integer(self, 'seed', 0)
+
+
+ProblemSource = JsonlProblems | KnightsAndKnaves | ReasoningGym | Arithmetic | RedundantChecks
+
+
+@dataclass(frozen=True)
+class Problems:
+  """Problems to reinforce on, and those held out to measure it.
+
+  template: what the policy reads, with {prompt} where the problem's own text goes.
+  held_out: share of the problems, chosen by a hash of their text, that training never sees.
+  """
+
+  source: ProblemSource
+  template: str = '{prompt}'
+  held_out: float = 0.05
+
+  def __post_init__(self) -> None:
+    checks.instance(self, 'source', *get_args(ProblemSource))
+    checks.text(self, 'template')
+    checks.number(self, 'held_out', 0.0, 1.0)
+    if self.template.count('{prompt}') != 1:
+      checks.fail(self, 'template', 'a text with {prompt} in it once')

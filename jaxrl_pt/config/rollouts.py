@@ -1,0 +1,173 @@
+"""How responses are drawn: sampler, sparse decoding, engine, groups."""
+
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from jaxrl_pt.config import checks
+from jaxrl_pt.errors import UserError
+
+
+@dataclass(frozen=True)
+class Sampler:
+  """How responses are drawn. top_k = 0, top_p = 1 and min_p = 0 filter nothing.
+
+  min_p drops tokens less likely than min_p times the likeliest; banned tokens are never drawn.
+  """
+
+  temperature: float = 1.0
+  top_k: int = 0
+  top_p: float = 1.0
+  min_p: float = 0.0
+  banned: tuple[int, ...] = ()
+
+  def __post_init__(self) -> None:
+    checks.number(self, 'temperature', 0.0)
+    checks.integer(self, 'top_k', 0)
+    checks.number(self, 'top_p', 0.0, 1.0)
+    checks.number(self, 'min_p', 0.0, 1.0)
+    if self.top_p == 0:
+      checks.fail(self, 'top_p', 'a number above 0')
+    checks.token_ids(self, 'banned')
+
+
+@dataclass(frozen=True)
+class Every:
+  """Rectify after every so many tokens of a row. 1 reads a dense cache at each step: the
+  ceiling of what sparse reading alone allows ("decode-only")."""
+
+  tokens: int = 32
+
+  def __post_init__(self) -> None:
+    checks.integer(self, 'tokens', 1)
+
+
+@dataclass(frozen=True)
+class Never:
+  """Sparse decoding without rectification."""
+
+
+@dataclass(frozen=True)
+class ReSA:
+  """Rectified sparse attention (2506.04108): blocks of `block` tokens, of which a step reads
+  the share `active`, at least min_blocks, the last local_blocks always among them.
+
+  refresh: when keys and values of drawn tokens are computed again by dense attention.
+  """
+
+  block: int = 16
+  active: float = 0.1
+  min_blocks: int = 16
+  local_blocks: int = 1
+  refresh: Every | Never = field(default_factory=Every)
+
+  def __post_init__(self) -> None:
+    checks.integer(self, 'block', 1)
+    checks.number(self, 'active', 0.0, 1.0)
+    if self.active == 0:
+      checks.fail(self, 'active', 'a share of the blocks above 0, at most 1')
+    checks.integer(self, 'min_blocks', 1)
+    checks.integer(self, 'local_blocks', 0, self.min_blocks)
+    checks.instance(self, 'refresh', Every, Never)
+
+
+@dataclass(frozen=True)
+class Engine:
+  """Sizes of the continuous-batching engine; its program is compiled once for them.
+
+  slots: responses decoded at once; queue: responses waiting or under way at most.
+  prompt_len, response_len: most tokens of each. page_size: tokens of a cache page;
+  num_pages: of the pool, 0 for as many as all slots could need. prefill_chunk: prompt tokens
+  a forward pass takes. kv: how keys and values are stored. steps_per_call: tokens a slot
+  decodes between two looks of the host.
+  """
+
+  slots: int = 32
+  queue: int = 256
+  prompt_len: int = 1024
+  response_len: int = 1024
+  page_size: int = 16
+  num_pages: int = 0
+  prefill_chunk: int = 128
+  kv: Literal['model', 'int8'] = 'model'
+  steps_per_call: int = 16
+
+  def __post_init__(self) -> None:
+    for name in ('slots', 'queue', 'prompt_len', 'response_len', 'page_size', 'prefill_chunk',
+                 'steps_per_call'):
+      checks.integer(self, name, 1)
+    checks.integer(self, 'num_pages', 0)
+    checks.choice(self, 'kv', Literal['model', 'int8'])
+    # One response, the prompt kept for sharing, and the page that is nobody's.
+    pages = lambda tokens: -(-tokens // self.page_size)
+    least = pages(self.prompt_len + self.response_len) + pages(self.prompt_len) + 1
+    if self.num_pages and self.num_pages < least:
+      raise UserError(f'Engine.num_pages = {self.num_pages} cannot hold one response of '
+                      f'Engine.prompt_len + Engine.response_len = '
+                      f'{self.prompt_len + self.response_len} tokens: set it to at least {least}.')
+
+
+@dataclass(frozen=True)
+class OnPolicy:
+  """Each batch is drawn by the very parameters that it updates."""
+
+
+@dataclass(frozen=True)
+class OneStepOff:
+  """Each batch is drawn while the one before is verified: by parameters one step older.
+
+  Needs a correction.
+  """
+
+
+Mode = OnPolicy | OneStepOff
+
+
+@dataclass(frozen=True)
+class AllGroups:
+  """Every group drawn is learned from."""
+
+
+@dataclass(frozen=True)
+class DynamicSampling:
+  """From step `from_step` on, draws again until all groups have right and wrong responses, at
+  most `max_rounds` times a step (2503.14476); what is still missing then stays uninformative.
+  """
+
+  from_step: int = 0
+  max_rounds: int = 4
+
+  def __post_init__(self) -> None:
+    checks.integer(self, 'from_step', 0)
+    checks.integer(self, 'max_rounds', 1)
+
+
+Selection = AllGroups | DynamicSampling
+
+
+@dataclass(frozen=True)
+class Rollouts:
+  """What a step draws: num_prompts groups of group_size responses.
+
+  prompt_len, response_tokens: most tokens of a prompt and of a response.
+  dump_every: steps between rollouts kept in the work directory, for replay; 0 keeps none.
+  """
+
+  num_prompts: int = 32
+  group_size: int = 8
+  prompt_len: int = 64
+  response_tokens: int = 1
+  sampler: Sampler = field(default_factory=Sampler)
+  mode: Mode = field(default_factory=OnPolicy)
+  selection: Selection = field(default_factory=AllGroups)
+  dump_every: int = 0
+
+  def __post_init__(self) -> None:
+    for name in ('num_prompts', 'group_size', 'prompt_len', 'response_tokens'):
+      checks.integer(self, name, 1)
+    checks.instance(self, 'sampler', Sampler)
+    checks.instance(self, 'mode', *get_args(Mode))
+    checks.instance(self, 'selection', *get_args(Selection))
+    checks.integer(self, 'dump_every', 0)
+    if self.mode == OneStepOff() and self.selection != AllGroups():
+      raise UserError('Rollouts.selection = @cfg.DynamicSampling() draws until it has what it '
+                      'needs, which @cfg.OneStepOff() cannot foresee: choose @cfg.OnPolicy().')

@@ -1,0 +1,163 @@
+"""Who judges responses."""
+
+from dataclasses import dataclass
+import math
+from typing import Literal, get_args
+
+from jaxrl_pt.config import checks
+
+AnswerFormat = Literal['boxed', 'gsm8k', 'last_number']
+GymAnswer = Literal['tags', 'text']
+
+
+@dataclass(frozen=True)
+class AnswerMatch:
+  """On the device: the tokens between the last marker and the end are the answer's.
+
+  marker: text of exactly one token.
+  """
+
+  marker: str = '#'
+
+  def __post_init__(self) -> None:
+    checks.text(self, 'marker')
+
+
+@dataclass(frozen=True)
+class MathVerifier:
+  r"""The answer is right as a number or, if `symbolic`, as an expression (`math` extra).
+
+  answer: where it stands, 'boxed' in the last balanced \boxed{…}, 'gsm8k' after the last
+  ####, 'last_number' in the last number of the response.
+  """
+
+  answer: AnswerFormat = 'boxed'
+  symbolic: bool = True
+
+  def __post_init__(self) -> None:
+    checks.choice(self, 'answer', AnswerFormat)
+    checks.flag(self, 'symbolic')
+
+
+@dataclass(frozen=True)
+class LogicVerifier:
+  """Knights and Knaves: think and answer tags ±1, the roles +2, −1.5 or −2 (short_rl.md 5.1)."""
+
+
+@dataclass(frozen=True)
+class GymVerifier:
+  """reasoning-gym's own scorer of the problem's task.
+
+  answer: 'tags' scores what stands between answer tags, 'text' the whole response.
+  """
+
+  answer: GymAnswer = 'tags'
+
+  def __post_init__(self) -> None:
+    checks.choice(self, 'answer', GymAnswer)
+
+
+@dataclass(frozen=True)
+class WordVerifier:
+  """Free text: a third of the reward each for the reference word, the length in words and
+  no n-gram said twice; correct where all three hold."""
+
+  min_words: int
+  max_words: int
+  ngram: int = 4
+
+  def __post_init__(self) -> None:
+    checks.integer(self, 'min_words', 0)
+    checks.integer(self, 'max_words', max(1, self.min_words))
+    checks.integer(self, 'ngram', 1)
+
+
+@dataclass(frozen=True)
+class FormatVerifier:
+  """1 where each pair of tags stands in the response once, in this order, else 0."""
+
+  tags: tuple[str, ...] = ('think', 'answer')
+
+  def __post_init__(self) -> None:
+    if (not isinstance(self.tags, (list, tuple)) or not self.tags
+        or not all(isinstance(tag, str) and tag for tag in self.tags)):
+      checks.fail(self, 'tags', 'a list of names such as [\'think\', \'answer\']')
+    object.__setattr__(self, 'tags', tuple(self.tags))
+
+
+@dataclass(frozen=True)
+class LengthVerifier:
+  """1 up to min_chars of text, falling to 0 at max_chars."""
+
+  min_chars: int
+  max_chars: int
+
+  def __post_init__(self) -> None:
+    checks.integer(self, 'min_chars', 0)
+    checks.integer(self, 'max_chars', self.min_chars + 1)
+
+
+@dataclass(frozen=True)
+class PythonVerifier:
+  """A function of your own, (response, reference) → verifiers.judgement.Judgement.
+
+  target: 'module:function', importable where the run starts; parts: names of its parts.
+  """
+
+  target: str
+  parts: tuple[str, ...] = ('answer',)
+
+  def __post_init__(self) -> None:
+    checks.text(self, 'target')
+    if self.target.count(':') != 1:
+      checks.fail(self, 'target', "'module:function'")
+    if (not isinstance(self.parts, (list, tuple))
+        or not all(isinstance(part, str) and part for part in self.parts)):
+      checks.fail(self, 'parts', 'a list of names')
+    object.__setattr__(self, 'parts', tuple(self.parts))
+
+
+Part = (MathVerifier | LogicVerifier | GymVerifier | WordVerifier | FormatVerifier
+        | LengthVerifier | PythonVerifier)
+
+
+@dataclass(frozen=True)
+class Composite:
+  """Σ weight · score of several verifiers; correct is what the first one says."""
+
+  verifiers: tuple[Part, ...]
+  weights: tuple[float, ...]
+
+  def __post_init__(self) -> None:
+    for name in ('verifiers', 'weights'):
+      if not isinstance(getattr(self, name), (list, tuple)):
+        checks.fail(self, name, 'a list')
+      object.__setattr__(self, name, tuple(getattr(self, name)))
+    if not self.verifiers or not all(isinstance(v, get_args(Part)) for v in self.verifiers):
+      checks.fail(self, 'verifiers', 'a list such as [@cfg.MathVerifier(), @cfg.FormatVerifier()]')
+    is_numbers = all(isinstance(w, (int, float)) and math.isfinite(w) for w in self.weights)
+    if len(self.weights) != len(self.verifiers) or not is_numbers:
+      checks.fail(self, 'weights', f'{len(self.verifiers)} numbers, one for each verifier')
+
+
+HostVerifier = Part | Composite
+Verifier = AnswerMatch | HostVerifier
+
+
+@dataclass(frozen=True)
+class VerifierPool:
+  """Child processes that judge text, and what one response may cost before they are killed.
+
+  cpu_seconds does not depend on how busy the machine is; wall_seconds also ends one that waits.
+  """
+
+  num_workers: int = 2
+  cpu_seconds: float = 5.0
+  wall_seconds: float = 30.0
+  memory_mib: int = 2048
+
+  def __post_init__(self) -> None:
+    checks.integer(self, 'num_workers', 1)
+    checks.number(self, 'cpu_seconds', 0.01)
+    checks.number(self, 'wall_seconds', 0.01)
+    checks.integer(self, 'memory_mib', 64)
