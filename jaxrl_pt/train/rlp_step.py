@@ -25,7 +25,7 @@ from jaxrl_pt.models.base import Model
 from jaxrl_pt.models.logprobs import token_logprobs
 from jaxrl_pt.rl import rlp
 from jaxrl_pt.sampling import branch, decode
-from jaxrl_pt.train import learner
+from jaxrl_pt.train import learner, rl_step
 from jaxrl_pt.types import Array, Params, Prompts, Rollout, TrainState, Verdict, Weighted
 
 Metrics = dict[str, Weighted]
@@ -44,9 +44,9 @@ class Markers:
   answer: int
 
 
-def rewards(model: Model, params: Params, average: Params, prompts: Prompts, thoughts: Rollout,
-            markers: Markers) -> Array:
-  """f32[N, G]: the information gain of each thought, nats.
+def judge(model: Model, params: Params, average: Params, prompts: Prompts, thoughts: Rollout,
+          markers: Markers) -> Verdict:
+  """The information gain of each thought as its reward, nats; correct where it is above 0.
 
   Args:
     params: θ, which drew the thoughts.
@@ -54,6 +54,10 @@ def rewards(model: Model, params: Params, average: Params, prompts: Prompts, tho
     prompts: contexts with the template's tokens; of the continuation the first token is read.
     thoughts: `mask` covers a thought with the answer marker that ended it, if one did.
     markers: of the template.
+
+  Returns:
+    Its parts are the two log-probabilities of the true token, 'logp' after the thought and
+    'baseline' without one.
   """
   truth_N = prompts.continuation[:, 0]
   logp = logp_after_thought(model, params, prompts, thoughts, markers.answer)
@@ -62,7 +66,9 @@ def rewards(model: Model, params: Params, average: Params, prompts: Prompts, tho
   last = (prompts.lengths - 1 - markers.num_after)[:, None, None]
   hidden_ND = jnp.take_along_axis(hidden_NTD, last, 1)[:, 0]
   baseline_N = token_logprobs(hidden_ND, model.head(average), truth_N).logp
-  return rlp.information_gain(logp, baseline_N)
+  gain = rlp.information_gain(logp, baseline_N)
+  parts = {'logp': logp, 'baseline': jnp.broadcast_to(baseline_N[:, None], logp.shape)}
+  return Verdict(gain, jnp.ones_like(gain), (gain > 0).astype(jnp.float32), parts)
 
 
 def logp_after_thought(model: Model, params: Params, prompts: Prompts, thoughts: Rollout,
@@ -70,7 +76,7 @@ def logp_after_thought(model: Model, params: Params, prompts: Prompts, thoughts:
   """f32[N, G]: log p_θ of the true token after the thought and exactly one answer marker.
 
   Its exponential is the chance of a right prediction where a thought that did not end in time
-  is ended for the policy. Arguments as in `rewards`.
+  is ended for the policy. Arguments as in `judge`.
   """
   place = jnp.arange(thoughts.tokens.shape[-1])
   ended = ((thoughts.tokens == answer) & (thoughts.mask > 0)).any(-1)
@@ -89,7 +95,7 @@ def make_step(model: Model, optimizer: optax.GradientTransformation, run: cfg.Ru
               markers: Markers) -> Step:
   """step(state, start policy, prompts) → (state, metrics, thoughts, verdict); the state donated.
 
-  The verdict's reward is the information gain; `correct` is where it is above 0.
+  A loss or gradient that is not finite leaves the state as it was, its step and φ included.
 
   Args:
     model, optimizer: of the state, whose method has an average policy φ.
@@ -109,17 +115,20 @@ def make_step(model: Model, optimizer: optax.GradientTransformation, run: cfg.Ru
 
   def step(state: TrainState, start: Params, prompts: Prompts
            ) -> tuple[TrainState, Metrics, Rollout, Verdict]:
-    del start  # The baseline is the average of the policy, not where it began.
     key = jax.random.fold_in(jax.random.key(run.seed), state.step)
     thoughts = decode.generate(
         model, state.params, prompts, key, sampler=rollouts.sampler,
         num_samples=rollouts.group_size, num_tokens=rollouts.response_tokens,
         stop_id=markers.answer, version=state.step)
-    gain = rewards(model, state.params, state.method.average, prompts, thoughts, markers)
-    verdict = Verdict(gain, jnp.ones_like(gain), (gain > 0).astype(jnp.float32))
-    experience = learner.Experience(prompts, thoughts, verdict, jnp.zeros_like(thoughts.logp))
-    new, metrics = learn(state, experience)
-    average = rlp.average(state.method.average, new.params, decay)
+    verdict = judge(model, state.params, state.method.average, prompts, thoughts, markers)
+    reference = jnp.zeros_like(thoughts.logp)
+    if rl_step.reads_reference(method.algorithm):
+      reference = rl_step.reference_logp(model, start, prompts, thoughts, rollouts.sampler,
+                                         run.compute.loss_chunk)
+    new, metrics = learn(state, learner.Experience(prompts, thoughts, verdict, reference))
+    mixed = rlp.average(state.method.average, new.params, decay)
+    finite = metrics['nonfinite'].sum == 0
+    average = jax.tree.map(lambda a, b: jnp.where(finite, a, b), mixed, state.method.average)
     new = dataclasses.replace(new, method=dataclasses.replace(new.method, average=average))
     return new, metrics, thoughts, verdict
 

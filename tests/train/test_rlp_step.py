@@ -1,5 +1,6 @@
 """RLP's reward against whole sequences, and that its step learns from thoughts alone."""
 
+import dataclasses
 import functools
 
 import jax
@@ -28,6 +29,7 @@ def make_params(seed):
 
 
 THETA, PHI = make_params(0), make_params(1)
+NO_KL = cfg.NoKL()
 CONTEXTS, TRUTH = [[3, 1, 4], [5, 2], [6, 5, 3, 8]], [7, 1, 2]
 PROMPTS = Prompts(jnp.array([[3, 1, 4, THINK, 0], [5, 2, THINK, 0, 0], [6, 5, 3, 8, THINK]]),
                   jnp.array([4, 3, 5]), jnp.arange(3), jnp.array([[7], [1], [2]]),
@@ -55,9 +57,13 @@ def test_reward_equals_its_definition_on_whole_sequences():
       expected[n, g] = (log_probability(THETA, with_thought, TRUTH[n])
                         - log_probability(PHI, CONTEXTS[n], TRUTH[n]))
   rollout = Rollout(jnp.asarray(tokens), jnp.asarray(mask), jnp.zeros((3, 3, 3)), jnp.zeros(()))
-  got = quick_jit(lambda theta, phi: rlp_step.rewards(
+  got = quick_jit(lambda theta, phi: rlp_step.judge(
       MODEL, theta, phi, PROMPTS, rollout, rlp_step.Markers(1, ANSWER)))(THETA, PHI)
-  np.testing.assert_allclose(got, expected, atol=1e-4)
+  np.testing.assert_allclose(got.reward, expected, atol=1e-4)
+  np.testing.assert_array_equal(got.correct, expected > 0)
+  baseline = [log_probability(PHI, CONTEXTS[n], TRUTH[n]) for n in range(3)]
+  np.testing.assert_allclose(got.parts['baseline'], np.tile(baseline, (3, 1)).T, atol=1e-4)
+  np.testing.assert_allclose(got.parts['logp'], expected + got.parts['baseline'], atol=1e-4)
   assert np.abs(expected).max() > 0.1
 
 
@@ -73,10 +79,11 @@ def test_gain_average_and_advantage_by_hand():
     rlp.information_gain(jnp.zeros((2, 2)), jnp.zeros((2, 2)))
 
 
-def test_step_raises_the_gain_and_keeps_the_average():
+@functools.cache
+def compiled_step(kl=NO_KL):
   rollouts = cfg.Rollouts(num_prompts=3, group_size=8, prompt_len=5, response_tokens=2)
   algorithm = cfg.Algorithm(advantage=cfg.RLOO(), surrogate=cfg.PPOClip(),
-                            aggregation=cfg.TokenMean())
+                            aggregation=cfg.TokenMean(), kl=kl)
   run = cfg.Run(
       seed=0, model=CONFIG, objective=cfg.RPT(
           'unread', rollouts=rollouts, algorithm=algorithm, prediction=cfg.Reason(),
@@ -87,11 +94,15 @@ def test_step_raises_the_gain_and_keeps_the_average():
   optimizer = optim.make_optimizer(run.optimizer, 30)
   state = TrainState(jnp.zeros((), jnp.int32), THETA, optimizer.init(THETA),
                      states.new_method(run, THETA))
-  step = quick_jit(rlp_step.make_step(MODEL, optimizer, run, rlp_step.Markers(1, ANSWER)))
+  return quick_jit(rlp_step.make_step(MODEL, optimizer, run, rlp_step.Markers(1, ANSWER))), state
+
+
+def test_step_raises_the_gain_and_keeps_the_average():
+  step, state = compiled_step()
   gains = []
   for i in range(30):
     before = state
-    state, metrics, thoughts, verdict = step(state, {}, PROMPTS)
+    state, metrics, thoughts, verdict = step(state, THETA, PROMPTS)
     gains.append(float(verdict.reward.mean()))
     assert int(state.step) == i + 1
     # Nothing of a response lies beyond the marker that ends the thought.
@@ -102,13 +113,37 @@ def test_step_raises_the_gain_and_keeps_the_average():
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state.method.average,
                want)
   assert metrics['gap'].mean() < 1.001
+  np.testing.assert_allclose(
+      metrics['reward'].mean(),
+      metrics['reward/logp'].mean() - metrics['reward/baseline'].mean(), atol=1e-4)
   assert np.mean(gains[-5:]) > np.mean(gains[:5]) + 0.1
 
 
+def test_kl_is_to_the_start_policy():
+  """In the reward, −β (log π − log π_start) of each token: none where they are the same."""
+  plain, state = compiled_step()
+  punished, _ = compiled_step(cfg.KLInReward(1.0))
+  free = plain(state, THETA, PROMPTS)[1]['grad_norm'].mean()
+  same = punished(state, THETA, PROMPTS)[1]['grad_norm'].mean()
+  apart = punished(state, PHI, PROMPTS)[1]['grad_norm'].mean()
+  np.testing.assert_allclose(same, free, rtol=1e-3)
+  assert abs(apart - free) > 0.1 * free
+
+
+def test_a_gain_that_is_not_finite_leaves_the_whole_state():
+  step, state = compiled_step()
+  phi = {**PHI, 'embed': PHI['embed'].at[3].set(jnp.nan)}
+  broken = dataclasses.replace(
+      state, method=dataclasses.replace(state.method, average=phi))
+  new, metrics, *_ = step(broken, THETA, PROMPTS)
+  assert metrics['nonfinite'].sum == 1
+  jax.tree.map(np.testing.assert_array_equal, new, broken)
+
+
 def test_a_longer_budget_changes_nothing_for_thoughts_that_have_ended():
-  short, long = (quick_jit(lambda p, s=s: rlp_step.rewards(
+  short, long = (quick_jit(lambda p, s=s: rlp_step.judge(
       MODEL, p, PHI, PROMPTS, Rollout(
           jnp.full((3, 1, s), 4).at[:, :, 1].set(ANSWER),
           jnp.zeros((3, 1, s)).at[:, :, :2].set(1), jnp.zeros((3, 1, s)), jnp.zeros(())),
-      rlp_step.Markers(1, ANSWER)))(THETA) for s in (2, 5))
+      rlp_step.Markers(1, ANSWER)).reward)(THETA) for s in (2, 5))
   np.testing.assert_allclose(short, long, atol=1e-5)
