@@ -168,7 +168,8 @@ def test_a_full_disk_while_checkpointing(pretrained: Job, tmp_path: Path):
 
   def limit() -> None:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (largest // 2, largest // 2))
+    # A quarter: under load the arrays of a checkpoint may lie in two or three files.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest // 4, largest // 4))
 
   environment = {k: v for k, v in job.environment.items() if k != 'JAX_COMPILATION_CACHE_DIR'}
   done = subprocess.run([*job.command(), '--gin_bindings', 'cfg.Train.num_steps = 90'],
