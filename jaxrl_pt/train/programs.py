@@ -173,12 +173,12 @@ def of_run(run: cfg.Run, mesh: Mesh) -> list[Program]:
 
 def _rl_programs(run: cfg.Run, mesh: Mesh, state: TrainState, method: cfg.RPT | cfg.RL,
                  prompts: Prompts, verify: DeviceVerifier | None) -> list[Program]:
-  """One program if a verifier on the device and the mode allow it, else those of the stages;
-  both if groups are drawn again from a later step on."""
+  """One program if a verifier on the device, the mode and a mesh of one allow it, else those of
+  the stages; both if groups are drawn again from a later step on."""
   rollouts, algorithm = method.rollouts, method.algorithm
   optimizer = optim.make_optimizer(run.optimizer, run.train.num_steps)
   in_one: list[Program] = []
-  if verify is not None and rollouts.mode == cfg.OnPolicy():
+  if verify is not None and rollouts.mode == cfg.OnPolicy() and mesh.size == 1:
     step = fused_step(run, mesh, optimizer, verify, _STOP_ID)
     in_one = [Program(f'{type(method).__name__} step: sampler, verifier and learner', step,
                       (state, state.params, prompts))]

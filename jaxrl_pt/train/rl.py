@@ -1,8 +1,9 @@
 """Reinforcement learning: take prompts → generate → verify → advantage → update → log.
 
-Every method runs through this one loop. Where the verifier is a function of arrays, the four
-middle stages are one program on the device (`rl_step`). Where it reads text, it works in
-processes of its own (`stages`):
+Every method runs through this one loop. Where the verifier is a function of arrays and there is
+one device, the four middle stages are one program (`rl_step`). On a mesh they are dispatched one
+by one, with a hand-over to the sampler's layout between them. Where the verifier reads text, it
+works in processes of its own (`stages`):
 
 - on-policy, each batch is drawn by the parameters that it updates, so generation waits for the
   update, the update for the verdict, and only logging and evaluation run beside them;

@@ -76,7 +76,9 @@ class Stages:
     self._hand_over = programs.hand_over(run, mesh)
     self._learn = programs.learner_step(run, mesh, optimizer, rollouts, algorithm)
     self._reference = programs.reference(run, mesh, rollouts)
-    self.fused = (not isinstance(task.judge, OnHost)) and rollouts.mode == cfg.OnPolicy()
+    # On a mesh the sampler has a layout of its own, which one program would not let it have.
+    self.fused = isinstance(task.judge, InStep) or (
+        isinstance(task.judge, OnDevice) and rollouts.mode == cfg.OnPolicy() and mesh.size == 1)
     match task.judge:
       case OnDevice(verify):
         self._verify = jax.jit(verify)
