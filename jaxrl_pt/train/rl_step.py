@@ -53,6 +53,14 @@ def reference_logp(model: Model, params: Params, prompts: Prompts, rollout: Roll
   return learner.response_scores(model, params, prompts, rollout.tokens, sampler, loss_chunk).logp
 
 
+def reference_if_read(model: Model, params: Params, prompts: Prompts, rollout: Rollout,
+                      method: cfg.RPT | cfg.RL, loss_chunk: int) -> Array:
+  """`reference_logp` where the method's algorithm reads it, else zeros."""
+  if not reads_reference(method.algorithm):
+    return jnp.zeros_like(rollout.logp)
+  return reference_logp(model, params, prompts, rollout, method.rollouts.sampler, loss_chunk)
+
+
 def make_fused_step(model: Model, optimizer: optax.GradientTransformation, run: cfg.Run,
                     verify: DeviceVerifier, stop_id: int = decode.NO_STOP) -> FusedStep:
   """step(state, start policy, prompts) → (state, metrics, rollout, verdict); the state donated.
@@ -79,10 +87,7 @@ def make_fused_step(model: Model, optimizer: optax.GradientTransformation, run: 
            ) -> tuple[TrainState, Metrics, Rollout, Verdict]:
     rollout = sample(state.params, prompts, state.step, state.step)
     verdict = verify(prompts, rollout)
-    reference = jnp.zeros_like(rollout.logp)
-    if reads_reference(method.algorithm):
-      reference = reference_logp(model, start, prompts, rollout, method.rollouts.sampler,
-                                 run.compute.loss_chunk)
+    reference = reference_if_read(model, start, prompts, rollout, method, run.compute.loss_chunk)
     new, metrics = learn(state, learner.Experience(prompts, rollout, verdict, reference))
     return new, metrics, rollout, verdict
 

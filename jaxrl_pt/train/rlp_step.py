@@ -121,10 +121,8 @@ def make_step(model: Model, optimizer: optax.GradientTransformation, run: cfg.Ru
         num_samples=rollouts.group_size, num_tokens=rollouts.response_tokens,
         stop_id=markers.answer, version=state.step)
     verdict = judge(model, state.params, state.method.average, prompts, thoughts, markers)
-    reference = jnp.zeros_like(thoughts.logp)
-    if rl_step.reads_reference(method.algorithm):
-      reference = rl_step.reference_logp(model, start, prompts, thoughts, rollouts.sampler,
-                                         run.compute.loss_chunk)
+    reference = rl_step.reference_if_read(model, start, prompts, thoughts, method,
+                                          run.compute.loss_chunk)
     new, metrics = learn(state, learner.Experience(prompts, thoughts, verdict, reference))
     mixed = rlp.average(state.method.average, new.params, decay)
     finite = metrics['nonfinite'].sum == 0
