@@ -4,21 +4,19 @@ Prints a JSON row for each kind of storage: the bytes of the pool of pages, the 
 program updates in place, and its copies of anything as large as the pool.
 """
 
-import functools
 import json
 import sys
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxrl_pt import config as cfg
 from jaxrl_pt import params as P
-from jaxrl_pt.parallel.mesh import AXES
 from jaxrl_pt.sampling import slots
 from jaxrl_pt.sampling.policies import RowSamplers
-from jaxrl_pt.tpu import chips, hlo
+from jaxrl_pt.tpu import hlo
 from jaxrl_pt.train import session as sessions
+from tests.tpu.one_chip import one_chip
 
 VOCAB = 512
 SHAPE = slots.Shape(slots=8, page_size=16, num_pages=8192, queue=16, prompt_len=256,
@@ -27,11 +25,7 @@ SHAPE = slots.Shape(slots=8, page_size=16, num_pages=8192, queue=16, prompt_len=
 
 
 def main(topology: str, dtype: str) -> None:
-  device = chips.topology_devices(topology)[0]
-  mesh = jax.sharding.Mesh(np.array([device]).reshape(1, 1, 1, 1), AXES)
-  here = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-  place = functools.partial(
-      jax.tree.map, lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here))
+  mesh, place = one_chip(topology)
   ints = lambda *dims: place(jax.ShapeDtypeStruct(dims, jnp.int32))
   model = sessions.build_model(cfg.Model(2, 256, 512, 2, 2, 128, VOCAB),
                                cfg.Compute(dtype='bfloat16'), mesh)

@@ -10,25 +10,20 @@ import sys
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxrl_pt import config as cfg
 from jaxrl_pt import params as P
-from jaxrl_pt.parallel.mesh import AXES
 from jaxrl_pt.sampling import resa
 from jaxrl_pt.tpu import chips, hlo
 from jaxrl_pt.train import session as sessions
 from jaxrl_pt.types import Prompts
+from tests.tpu.one_chip import one_chip
 
 ROWS, LENGTH, NEW, BLOCK = 4, 8192, 64, 16
 
 
 def main(topology: str) -> None:
-  device = chips.topology_devices(topology)[0]
-  mesh = jax.sharding.Mesh(np.array([device]).reshape(1, 1, 1, 1), AXES)
-  here = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-  place = functools.partial(
-      jax.tree.map, lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here))
+  mesh, place = one_chip(topology)
   ints = lambda *dims: place(jax.ShapeDtypeStruct(dims, jnp.int32))
   config = cfg.Model(2, 512, 1024, 4, 2, 128, 512)
   model = sessions.build_model(config, cfg.Compute(dtype='bfloat16'), mesh)
