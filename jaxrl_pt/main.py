@@ -149,11 +149,13 @@ def _preflight(args: argparse.Namespace) -> int:
   from jaxrl_pt.tpu import compile as compiling
   from jaxrl_pt.tpu import search
   say = lambda line: print(line, file=sys.stderr, flush=True)
-  say(f'Compiling for {args.topology}; on a laptop this takes a minute or two a program.')
-  rows = compiling.compile_run(args.topology, args.gin_file, args.gin_bindings)
+  say(f'Compiling for {args.topology}; on a laptop this takes some minutes a program.')
+  rows = []
+  for row in compiling.compile_run(args.topology, args.gin_file, args.gin_bindings):
+    rows.append(row)
+    if not args.json:
+      print(compiling.text(row), flush=True)
   fits = all(row['fits'] for row in rows)
-  if not args.json:
-    print('\n'.join(compiling.text(row) for row in rows), flush=True)
   found = None
   if not fits and not args.no_search:
     found = search.fitting(args.topology, args.gin_file, args.gin_bindings, say)

@@ -2,14 +2,17 @@
 
     python experiments/rl_core/fused.py [--rounds 30]
 
-The shapes are those of gin/run/rpt_tiny.gin (32 prompts × 16 samples), and of a quarter and a
-sixteenth of its batch; the weights are new, since a step costs the same.
+The shapes are those of gin/run/rpt_tiny.gin (32 prompts × 16 samples of one token), the same with
+predictions of four tokens, and a quarter and a sixteenth of that batch; the weights are new, since
+a step costs the same.
 The host's path draws, fetches the tokens, judges their bytes with the definition of the reward
 and learns: once with the verifier pool, once by a plain Python loop, which has no protection from
-a verifier that hangs. Rounds alternate, and every round checks that the rewards are equal.
+a verifier that hangs. Of the one program there is also the form in which sampler and learner each
+compute the prompts. Rounds alternate, and every round checks that the rewards are equal.
 """
 
 import argparse
+import functools
 import json
 from pathlib import Path
 import statistics
@@ -30,7 +33,7 @@ from jaxrl_pt.types import Prompts, Verdict
 from jaxrl_pt.verifiers import host, next_token, pool
 
 RESULT = Path(__file__).parent / 'results' / 'fused.json'
-PREDICTION_TOKENS = 4
+SHAPES = (32, 16, 1), (32, 16, 4), (16, 8, 4), (8, 4, 4)  # prompts, samples, tokens
 
 
 def draw_prompts(method: cfg.RPT, vocab_size: int) -> Prompts:
@@ -45,9 +48,9 @@ def draw_prompts(method: cfg.RPT, vocab_size: int) -> Prompts:
                  np.ones(shape[0], np.float32))
 
 
-def measure(num_prompts: int, group_size: int, rounds: int) -> dict[str, Any]:
+def measure(num_prompts: int, group_size: int, num_tokens: int, rounds: int) -> dict[str, Any]:
   run, _ = gin_bindings.load(['gin/run/rpt_tiny.gin'], [
-      f'cfg.Rollouts.response_tokens = {PREDICTION_TOKENS}',
+      f'cfg.Rollouts.response_tokens = {num_tokens}',
       f'cfg.Rollouts.num_prompts = {num_prompts}', f'cfg.Rollouts.group_size = {group_size}',
       f'cfg.Train.batch_size = {num_prompts}'])
   method, mesh = run.objective, make_mesh(cfg.Mesh())
@@ -66,9 +69,17 @@ def measure(num_prompts: int, group_size: int, rounds: int) -> dict[str, Any]:
   prompts = jax.tree.map(jnp.asarray, prompts)
   decode = lambda ids: b''.join(token_bytes[i] for i in ids).hex()
 
-  one = programs.fused_step(run, mesh, optimizer, next_token.device_verifier(table), 0)
+  verify = next_token.device_verifier(table)
+  one = programs.fused_step(run, mesh, optimizer, verify, 0)
   sample = programs.sampler(run, mesh, method.rollouts, 0)
   learn = programs.learner_step(run, mesh, optimizer, method.rollouts, method.algorithm)
+
+  @functools.partial(jax.jit, donate_argnums=0)
+  def each_computes(state, prompts):
+    rollout = sample(state.params, prompts, state.step, state.step)
+    verdict = verify(prompts, rollout)
+    experience = learner.Experience(prompts, rollout, verdict, jnp.zeros_like(rollout.logp))
+    return learn(state, experience)[0], verdict
 
   def by_pool(rollout):
     return host.submit(verifiers, decode, rollout, references).result()
@@ -94,8 +105,9 @@ def measure(num_prompts: int, group_size: int, rounds: int) -> dict[str, Any]:
     state, _, _, verdict = one(state, start, prompts)
     return state, verdict
 
-  ways = {'one program': fused, 'host, pool': on_host(by_pool),
-          'host, plain loop': on_host(by_loop)}
+  ways = {'one program': fused,
+          'one program, prompts computed twice': lambda state: each_computes(state, prompts),
+          'host, pool': on_host(by_pool), 'host, plain loop': on_host(by_loop)}
   settings = cfg.PythonVerifier('experiments.rl_core.prefix:judge')
   with pool.Pool(settings, cfg.VerifierPool()) as verifiers:
     seconds = {name: [] for name in ways}
@@ -118,7 +130,7 @@ def measure(num_prompts: int, group_size: int, rounds: int) -> dict[str, Any]:
     ratios = [b / a for a, b in zip(seconds['one program'], seconds[name], strict=True)]
     found[name]['times_one_program'] = found[name]['median_seconds'] / base
     found[name]['median_ratio_of_rounds'] = statistics.median(ratios)
-  return {'prompts': num_prompts, 'samples': group_size, **found,
+  return {'prompts': num_prompts, 'samples': group_size, 'tokens': num_tokens, **found,
           'mean_reward': float(rewards[0].mean())}
 
 
@@ -126,7 +138,7 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument('--rounds', type=int, default=30)
   args = parser.parse_args()
-  found = [measure(*shape, args.rounds) for shape in ((32, 16), (16, 8), (8, 4))]
+  found = [measure(*shape, args.rounds) for shape in SHAPES]
   RESULT.parent.mkdir(exist_ok=True)
   RESULT.write_text(json.dumps(found, indent=1) + '\n')
   print(json.dumps(found, indent=1))

@@ -169,7 +169,7 @@ def tree(ops: Ops, prefix_len: int, prefix_lengths_NR: Array) -> Attend:
   The attention of a tree mask: the document is causal; branch r's tokens see the document's
   positions below prefix_lengths[n, r] and, causally, one another. There is no cache.
   """
-  num_docs, num_branches = prefix_lengths_NR.shape
+  num_docs = prefix_lengths_NR.shape[0]
 
   def attend(q: Array, k: Array, v: Array, cache: Any, layer: Array) -> tuple[Array, Any]:
     del layer
@@ -178,11 +178,30 @@ def tree(ops: Ops, prefix_len: int, prefix_lengths_NR: Array) -> Attend:
     out_doc = ops.attention(q[:, :prefix_len], k_doc, v_doc, one_segment)
     if q.shape[1] == prefix_len:  # No branch has tokens of its own.
       return out_doc, cache
-    q_NRSHE, k_own, v_own = (
-        x[:, prefix_len:].reshape(num_docs, num_branches, -1, *x.shape[2:]) for x in (q, k, v))
-    out_own = attn.blocked_branch_attention(
-        q_NRSHE, jnp.swapaxes(k_doc, 1, 2), jnp.swapaxes(v_doc, 1, 2), prefix_lengths_NR,
-        k_own.transpose(0, 3, 1, 2, 4), v_own.transpose(0, 3, 1, 2, 4))
-    return jnp.concatenate([out_doc, out_own.reshape(num_docs, -1, *q.shape[2:])], 1), cache
+    out_own = _whole_branches(*(x[:, prefix_len:] for x in (q, k, v)),
+                              jnp.swapaxes(k_doc, 1, 2), jnp.swapaxes(v_doc, 1, 2),
+                              prefix_lengths_NR)
+    return jnp.concatenate([out_doc, out_own], 1), cache
 
   return attend
+
+
+def branches_of(prefix: KVCache, prefix_lengths_NR: Array) -> Attend:
+  """`tree` without its documents, whose keys and values are there: rows hold the R · S tokens
+  of a document's branches. Differentiable in the prefix, too."""
+  def attend(q: Array, k: Array, v: Array, cache: Any, layer: Array) -> tuple[Array, Any]:
+    out = _whole_branches(q, k, v, prefix.k[layer], prefix.v[layer], prefix_lengths_NR)
+    return out, cache
+
+  return attend
+
+
+def _whole_branches(q: Array, k: Array, v: Array, k_NKTE: Array, v_NKTE: Array,
+                    prefix_lengths_NR: Array) -> Array:
+  """f[N, R · S, H, E]: branches side by side, each over its document and itself."""
+  own = (*prefix_lengths_NR.shape, -1)
+  q_NRSHE, k_own, v_own = (x.reshape(*own, *x.shape[2:]) for x in (q, k, v))
+  out = attn.blocked_branch_attention(
+      q_NRSHE, k_NKTE, v_NKTE, prefix_lengths_NR, k_own.transpose(0, 3, 1, 2, 4),
+      v_own.transpose(0, 3, 1, 2, 4))
+  return out.reshape(q.shape)

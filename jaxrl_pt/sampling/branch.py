@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from jaxrl_pt.models import kv_cache
 from jaxrl_pt.models.base import Model
+from jaxrl_pt.sampling import decode
 from jaxrl_pt.types import Array, Params, Prompts
 
 
@@ -29,16 +30,24 @@ def documents(tokens_DT: Array, lengths_DP: Array, ids_DP: Array, suffix_DM: Arr
                  jnp.zeros(num_prompts), suffix_DM)
 
 
-def response_hidden(model: Model, params: Params, prompts: Prompts, tokens_NGS: Array) -> Array:
-  """f[N, G, S, D]: the hidden state before each response token, each document computed once."""
+def response_hidden(model: Model, params: Params, prompts: Prompts, tokens_NGS: Array,
+                    prefilled: decode.Prefilled | None = None) -> Array:
+  """f[N, G, S, D]: the hidden state before each response token, each document computed once.
+
+  With `prefilled`, which is the documents' forward pass by the same parameters, not even that:
+  the result is then differentiable in it too.
+  """
   num_docs, (num_samples, num_tokens) = prompts.tokens.shape[0], tokens_NGS.shape[1:]
   lengths_DR = jnp.repeat(prompts.lengths.reshape(num_docs, -1), num_samples, 1)
   own = tokens_NGS.reshape(num_docs, -1, num_tokens)
   if prompts.num_suffix:
     suffix = jnp.repeat(prompts.suffix[:, None], own.shape[1], 1)
     own = jnp.concatenate([suffix, own], -1)
-  hidden = tree_hidden(model, params, prompts.tokens, lengths_DR, own)[:, :, prompts.num_suffix:]
-  return hidden.reshape(*tokens_NGS.shape, hidden.shape[-1])
+  if prefilled is None:
+    hidden = tree_hidden(model, params, prompts.tokens, lengths_DR, own)
+  else:
+    hidden = own_hidden(model, params, prefilled, lengths_DR, own)
+  return hidden[:, :, prompts.num_suffix:].reshape(*tokens_NGS.shape, hidden.shape[-1])
 
 
 def tree_hidden(model: Model, params: Params, tokens_DT: Array, lengths_DR: Array,
@@ -56,15 +65,35 @@ def tree_hidden(model: Model, params: Params, tokens_DT: Array, lengths_DR: Arra
   Returns:
     f[D, R, S, E]; entry s is the state after the token before own token s.
   """
-  num_docs, length = tokens_DT.shape
-  _, num_branches, num_own = own_DRS.shape
-  fed_DRS, num_fed = own_DRS[..., :-1], num_branches * (num_own - 1)
+  length = tokens_DT.shape[1]
+  fed, fed_positions = _fed(lengths_DR, own_DRS)
   positions = jnp.broadcast_to(jnp.arange(length), tokens_DT.shape)
-  own_positions = lengths_DR[..., None] + jnp.arange(num_own - 1)
   hidden, _ = model.extend(
-      params, jnp.concatenate([tokens_DT, fed_DRS.reshape(num_docs, num_fed)], 1),
-      jnp.concatenate([positions, own_positions.reshape(num_docs, num_fed)], 1), (),
-      kv_cache.tree(model.ops, length, lengths_DR))
-  first = jnp.take_along_axis(hidden[:, :length], (lengths_DR - 1)[..., None], axis=1)
-  own = hidden[:, length:].reshape(num_docs, num_branches, num_own - 1, hidden.shape[-1])
+      params, jnp.concatenate([tokens_DT, fed], 1), jnp.concatenate([positions, fed_positions], 1),
+      (), kv_cache.tree(model.ops, length, lengths_DR))
+  return _before_each(hidden[:, :length], hidden[:, length:], lengths_DR)
+
+
+def own_hidden(model: Model, params: Params, prefilled: decode.Prefilled, lengths_DR: Array,
+               own_DRS: Array) -> Array:
+  """As `tree_hidden` of documents that have gone through the model: only own tokens do."""
+  fed, positions = _fed(lengths_DR, own_DRS)
+  hidden = jnp.zeros((*fed.shape, prefilled.hidden.shape[-1]), prefilled.hidden.dtype)
+  if fed.size:
+    hidden, _ = model.extend(params, fed, positions, (),
+                             kv_cache.branches_of(prefilled.cache, lengths_DR))
+  return _before_each(prefilled.hidden, hidden, lengths_DR)
+
+
+def _fed(lengths_DR: Array, own_DRS: Array) -> tuple[Array, Array]:
+  """i32[D, R · (S − 1)] own tokens that something follows, and their positions."""
+  fed_DRS = own_DRS[..., :-1]
+  positions = lengths_DR[..., None] + jnp.arange(fed_DRS.shape[-1])
+  return (fed_DRS.reshape(own_DRS.shape[0], -1), positions.reshape(own_DRS.shape[0], -1))
+
+
+def _before_each(hidden_DTE: Array, fed_DQE: Array, lengths_DR: Array) -> Array:
+  """f[D, R, S, E]: of the document's last token that a branch sees, then of its own."""
+  first = jnp.take_along_axis(hidden_DTE, (lengths_DR - 1)[..., None], axis=1)
+  own = fed_DQE.reshape(*lengths_DR.shape, -1, fed_DQE.shape[-1])
   return jnp.concatenate([first[:, :, None], own], 2)

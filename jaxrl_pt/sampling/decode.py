@@ -9,6 +9,7 @@ log-probabilities differ by the order of sums only.
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 from flax import struct
 import jax
@@ -38,26 +39,31 @@ class _Decoding:
   cache: kv_cache.Branches | kv_cache.KVCache
 
 
-def prefill(model: Model, params: Params, tokens_NT: Array) -> tuple[Array, kv_cache.KVCache]:
+class Prefilled(NamedTuple):
+  """Documents that have gone through the model."""
+
+  hidden: Array  # f[D, T, E] of their last layer
+  cache: kv_cache.KVCache  # T slots a document
+
+
+def prefill(model: Model, params: Params, tokens_NT: Array) -> Prefilled:
   """Runs right-padded prompts into a fresh cache of T slots.
 
   Padding leaves garbage in the slots from a prompt's length on, which no mask reaches.
 
   Args:
     tokens_NT: i32[N, T].
-
-  Returns:
-    f[N, T, D] hidden states, and the cache.
   """
   num_prompts, prompt_len = tokens_NT.shape
   positions = jnp.broadcast_to(jnp.arange(prompt_len), tokens_NT.shape)
-  return model.extend(params, tokens_NT, positions, model.init_cache(num_prompts, prompt_len),
-                      kv_cache.prompts(model.ops, num_prompts, prompt_len))
+  return Prefilled(*model.extend(
+      params, tokens_NT, positions, model.init_cache(num_prompts, prompt_len),
+      kv_cache.prompts(model.ops, num_prompts, prompt_len)))
 
 
 def generate(model: Model, params: Params, prompts: Prompts, key: Array, *, sampler: Sampler,
              num_samples: int, num_tokens: int, stop_id: int = NO_STOP,
-             version: Array | int = 0) -> Rollout:
+             version: Array | int = 0, prefilled: Prefilled | None = None) -> Rollout:
   """Draws `num_samples` responses of at most `num_tokens` to each prompt.
 
     token_{n,g,s} = draw(key, filtered_logits(z)) with key fold(fold(fold(key, id_n), g), p),
@@ -70,13 +76,15 @@ def generate(model: Model, params: Params, prompts: Prompts, key: Array, *, samp
     key: of the run (and, in training, of the step).
     stop_id: the token that ends a response and belongs to it; `NO_STOP` never ends one.
     version: optimiser step of `params`.
+    prefilled: the prompts' documents, where they have gone through the model already.
 
   Returns:
     Rollout; beyond a response's end tokens are `stop_id`, mask and logp 0.
   """
   num_prompts, num_docs = prompts.lengths.shape[0], prompts.tokens.shape[0]
   lengths_DP = prompts.lengths.reshape(num_docs, -1)
-  hidden_DTD, prefix = prefill(model, params, prompts.tokens)
+  hidden_DTD, prefix = (
+      prefill(model, params, prompts.tokens) if prefilled is None else prefilled)
   if prompts.num_suffix:
     hidden_ND, own = _extend_suffix(model, params, prompts.suffix, lengths_DP, prefix)
   else:

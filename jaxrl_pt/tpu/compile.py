@@ -43,15 +43,15 @@ def load(gin_files: Sequence[str], bindings: Sequence[str]) -> cfg.Run:
   return gin_bindings.resolve(gin_files, bindings, without_data=True)[0]
 
 
-def compile_run(topology: str, gin_files: Sequence[str], bindings: Sequence[str]) -> list[Row]:
-  """A row for each program of the run, compiled in a child process.
+def compile_run(topology: str, gin_files: Sequence[str], bindings: Sequence[str]) -> Iterator[Row]:
+  """A row for each program of the run as it is compiled, in a child process.
 
   Raises:
     UserError: no libtpu, a wrong topology, a mesh that does not cover it.
   """
   chips.generation_of_topology(topology)
-  return list(child.rows('jaxrl_pt.tpu.compile', topology, json.dumps(list(gin_files)),
-                         json.dumps(list(bindings))))
+  yield from child.rows('jaxrl_pt.tpu.compile', topology, json.dumps(list(gin_files)),
+                        json.dumps(list(bindings)))
 
 
 # --- The child ----------------------------------------------------------------------

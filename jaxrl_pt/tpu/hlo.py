@@ -332,41 +332,50 @@ def _traffic(module: Module, run: Run) -> int:
     case 'dynamic-update-slice':
       return 2 * _hbm_bytes(scope[it.operands[1]].type)
     case 'fusion':
-      return _fusion_traffic(module.computations[_called(it)[0]], it, scope)
+      return _fusion_traffic(module, it, scope)
   return result + sum(_hbm_bytes(scope[name].type) for name in it.operands)
 
 
-def _fusion_traffic(inside: Computation, it: Instruction, scope: Computation) -> int:
-  users: dict[str, list[Instruction]] = {}
-  for inner in inside.values():
-    for name in inner.operands:
-      users.setdefault(name, []).append(inner)
+def _fusion_traffic(module: Module, it: Instruction, scope: Computation) -> int:
   total = _hbm_bytes(it.type)
-  for parameter in inside.values():
-    if parameter.opcode != 'parameter':
-      continue
-    whole = _hbm_bytes(scope[it.operands[int(re.findall(r'\d+', parameter.rest)[0])]].type)
-    uses = list(_uses(parameter, users))
+  inside = module.computations[_called(it)[0]]
+  for name, parameter in zip(it.operands, _parameters(inside), strict=True):
+    whole, uses = _hbm_bytes(scope[name].type), list(_uses(module, inside, parameter))
     if whole and uses and all(use.opcode in ('dynamic-slice', 'slice', 'gather')
-                              for use, _ in uses):
-      total += min(whole, sum(_padded(use.type) for use, _ in uses))
-    elif whole and len(uses) == 1 and uses[0][0].opcode == 'dynamic-update-slice' \
-        and uses[0][0].operands[0] == uses[0][1]:
-      # In place: of the result, counted above, only the update is written, and nothing read.
-      total += _padded(inside[uses[0][0].operands[1]].type) - whole
-    else:
-      total += whole
+                              for use, _, _ in uses):
+      total += min(whole, sum(_padded(use.type) for use, _, _ in uses))
+      continue
+    if whole and len(uses) == 1:
+      use, read_as, place = uses[0]
+      if use.opcode == 'dynamic-update-slice' and use.operands[0] == read_as:
+        # In place: of the result, counted above, only the update is written, and nothing read.
+        total += _padded(place[use.operands[1]].type) - whole
+        continue
+    total += whole
   return max(total, 0)
 
 
-def _uses(value: Instruction, users: dict[str, list[Instruction]]
-          ) -> Iterator[tuple[Instruction, str]]:
-  """Instructions that read a value, looking through bitcasts, and the name they read it by."""
-  for user in users.get(value.name, ()):
+def _parameters(computation: Computation) -> list[Instruction]:
+  """In the order of the operands of whoever calls it."""
+  found = [i for i in computation.values() if i.opcode == 'parameter']
+  return sorted(found, key=lambda i: int(re.findall(r'\d+', i.rest)[0]))
+
+
+def _uses(module: Module, computation: Computation, value: Instruction
+          ) -> Iterator[tuple[Instruction, str, Computation]]:
+  """Who reads a value, by which name and where, looking through bitcasts and inner fusions."""
+  for user in computation.values():
+    if value.name not in user.operands:
+      continue
     if user.opcode == 'bitcast':
-      yield from _uses(user, users)
+      yield from _uses(module, computation, user)
+    elif user.opcode == 'fusion':
+      inside = module.computations[_called(user)[0]]
+      for name, parameter in zip(user.operands, _parameters(inside), strict=True):
+        if name == value.name:
+          yield from _uses(module, inside, parameter)
     else:
-      yield user, value.name
+      yield user, value.name, computation
 
 
 def _padded(type_text: str) -> int:

@@ -36,7 +36,7 @@ def fitting(topology: str, gin_files: Sequence[str], bindings: Sequence[str],
     tries += 1
     say(f'try {tries}: ' + '; '.join(added))
     try:
-      rows = compiling.compile_run(topology, gin_files, [*bindings, *added])
+      rows = list(compiling.compile_run(topology, gin_files, [*bindings, *added]))
     except UserError as e:  # A batch that no longer divides, say.
       say(f'  not possible: {e}')
       continue

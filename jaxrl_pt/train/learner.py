@@ -5,12 +5,15 @@ prompt positions are taken. What the sampler knows is not computed again: with o
 batch the old policy is the one being updated, so its log-probabilities are the policy's own
 without gradient; with several, and no correction, they are the sampler's.
 
+A step that is one program hands on the sampler's forward pass over the documents (`Shared`):
+the learner then computes responses only, and sends their gradients back through it.
+
 What a step keeps besides parameters (a gate, a value head) is in `TrainState.method`.
 """
 
 from collections.abc import Callable
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 from flax import struct
 import jax
@@ -21,7 +24,7 @@ from jaxrl_pt import config as cfg
 from jaxrl_pt.models.base import Model
 from jaxrl_pt.models.logprobs import TokenScores, token_logprobs
 from jaxrl_pt.rl import objectives, token_advantages
-from jaxrl_pt.sampling import branch, policies
+from jaxrl_pt.sampling import branch, decode, policies
 from jaxrl_pt.train import algorithm, optim
 from jaxrl_pt.train.state import ValueHead, value_optimizer
 from jaxrl_pt.types import Array, Params, Prompts, Rollout, TrainState, Verdict, Weighted
@@ -54,15 +57,34 @@ class Lesson:
   weights: Array  # f32[N, G, S] of the aggregation: the loss is Σ weights · terms
 
 
-Learn = Callable[[TrainState, Experience], tuple[TrainState, Metrics]]
+class Shared(NamedTuple):
+  """The documents' forward pass by the state's parameters, and the way back through it."""
+
+  prefilled: decode.Prefilled
+  pull_back: Callable[[decode.Prefilled], tuple[Params]]  # of jax.vjp
+
+
+class Learn(Protocol):
+  """See `make_learner`."""
+
+  def __call__(self, state: TrainState, experience: Experience, shared: Shared | None = None
+               ) -> tuple[TrainState, Metrics]: ...
+
+
+def shares(accumulation: int, method: cfg.Algorithm) -> bool:
+  """Whether the learner can go on from the sampler's forward pass: it makes one update, of the
+  whole batch at once, and no forward pass before it."""
+  return (method.updates == 1 and accumulation == 1
+          and not algorithm.needs_old_policy(method))
 
 
 def make_learner(model: Model, optimizer: optax.GradientTransformation, run: cfg.Run,
                  rollouts: cfg.Rollouts, method: cfg.Algorithm) -> Learn:
-  """learn(state, experience) → (state, metrics). Jit it with the state donated.
+  """learn(state, experience, shared) → (state, metrics). Jit it with the state donated.
 
   A loss or gradient that is not finite leaves the state as it was, its step included, and
-  sets metrics['nonfinite'].
+  sets metrics['nonfinite']. With `shared`, which only a method that `shares` takes, value and
+  gradient are equal up to the order of sums.
 
   Args:
     model, optimizer: of the state; the optimizer makes `method.updates` steps a call.
@@ -73,13 +95,15 @@ def make_learner(model: Model, optimizer: optax.GradientTransformation, run: cfg
   schedule = optim.learning_rate(run.optimizer.schedule, run.train.num_steps * method.updates)
   update = _make_update(model, optimizer, run, rollouts.sampler, method)
 
-  def learn(state: TrainState, experience: Experience) -> tuple[TrainState, Metrics]:
+  def learn(state: TrainState, experience: Experience, shared: Shared | None = None
+            ) -> tuple[TrainState, Metrics]:
+    assert shared is None or shares(run.train.accumulation, method)
     verdict = experience.verdict
     mask = experience.rollout.mask * verdict.valid[..., None]
     reward, gate, shaping_metrics = algorithm.shape_reward(method.shaping, verdict, mask.sum(-1),
                                                            state.method.gate)
     lesson, measures = _prepare(model, state, experience, reward, mask, run, rollouts, method)
-    new, values, first = _updates(update, state, lesson, method)
+    new, values, first = _updates(update, state, lesson, method, shared)
     finite = values['nonfinite'].sum == 0
     new = dataclasses.replace(new, step=state.step + 1,
                               method=dataclasses.replace(new.method, gate=gate))
@@ -144,12 +168,12 @@ def _split(lesson: Lesson, parts: int) -> Any:
   return jax.tree.map(split, lesson)
 
 
-def _updates(update: Callable[[TrainState, Lesson], tuple[TrainState, Metrics]],
-             state: TrainState, lesson: Lesson, method: cfg.Algorithm
+def _updates(update: Callable[..., tuple[TrainState, Metrics]], state: TrainState,
+             lesson: Lesson, method: cfg.Algorithm, shared: Shared | None
              ) -> tuple[TrainState, Metrics, Weighted]:
   """All updates of a batch, their metrics added up, and the first one's gap."""
   if method.updates == 1:
-    state, values = update(state, lesson)
+    state, values = update(state, lesson, shared)
     return state, values, values.pop('gap')
   passes = [_split(lesson, method.minibatches)] * method.epochs
   parts = jax.tree.map(lambda *x: jnp.concatenate(x), *passes)
@@ -160,15 +184,19 @@ def _updates(update: Callable[[TrainState, Lesson], tuple[TrainState, Metrics]],
 
 def _make_update(model: Model, optimizer: optax.GradientTransformation, run: cfg.Run,
                  sampler: cfg.Sampler, method: cfg.Algorithm
-                 ) -> Callable[[TrainState, Lesson], tuple[TrainState, Metrics]]:
+                 ) -> Callable[..., tuple[TrainState, Metrics]]:
   loss = make_loss(model, sampler, method, run.compute.loss_chunk)
   head_optimizer = value_optimizer(method.advantage)
 
-  def update(state: TrainState, lesson: Lesson) -> tuple[TrainState, Metrics]:
+  def update(state: TrainState, lesson: Lesson, shared: Shared | None = None
+             ) -> tuple[TrainState, Metrics]:
     lesson = dataclasses.replace(
         lesson, weights=algorithm.token_weights(method.aggregation, lesson.mask))
     trained = state.params, state.method.value.params
-    (value, metrics), grads = _accumulate(loss, trained, lesson, run.train.accumulation)
+    if shared is None:
+      (value, metrics), grads = _accumulate(loss, trained, lesson, run.train.accumulation)
+    else:
+      (value, metrics), grads = _through(loss, trained, lesson, shared)
     grad_norm = optim.global_norm(grads[0])
     updates, opt_state = optimizer.update(grads[0], state.opt_state, state.params)
     head, head_state = head_optimizer.update(grads[1], state.method.value.opt_state)
@@ -196,18 +224,31 @@ def _accumulate(loss: Callable[..., tuple[Array, Metrics]], trained: Any, lesson
   return jax.lax.scan(add, zeros, slices)[0]
 
 
+def _through(loss: Callable[..., tuple[Array, Metrics]], trained: Any, lesson: Lesson,
+             shared: Shared) -> tuple[tuple[Array, Metrics], Any]:
+  """Value, metrics and gradient of a loss that goes on from the shared forward pass:
+  what the policy adds directly, and through its documents' hidden states, keys and values."""
+  of_both = jax.value_and_grad(lambda trained, prefilled: loss(trained, lesson, prefilled),
+                               argnums=(0, 1), has_aux=True)
+  result, ((policy, head), documents) = of_both(trained, shared.prefilled)
+  through, = shared.pull_back(documents)
+  return result, (jax.tree.map(jnp.add, policy, through), head)
+
+
 # --- The loss -------------------------------------------------------------------
 
 
 def make_loss(model: Model, sampler: cfg.Sampler, method: cfg.Algorithm, loss_chunk: int = 0
-              ) -> Callable[[tuple[Params, Any], Lesson], tuple[Array, Metrics]]:
-  """loss((policy, value head), lesson) → (Σ weights · terms, metrics), a sum over rows."""
+              ) -> Callable[..., tuple[Array, Metrics]]:
+  """loss((policy, value head), lesson, prefilled) → (Σ weights · terms, metrics), a sum over
+  rows; `prefilled` is the documents' forward pass where there is one to go on from."""
   strict = method.updates == 1
 
-  def loss(trained: tuple[Params, Any], lesson: Lesson) -> tuple[Array, Metrics]:
+  def loss(trained: tuple[Params, Any], lesson: Lesson,
+           prefilled: decode.Prefilled | None = None) -> tuple[Array, Metrics]:
     params, head = trained
     mask, there = lesson.mask, lambda x: jnp.where(lesson.mask > 0, x, 0.0)
-    hidden = branch.response_hidden(model, params, lesson.prompts, lesson.tokens)
+    hidden = branch.response_hidden(model, params, lesson.prompts, lesson.tokens, prefilled)
     scores = _scores(model, params, hidden, lesson.tokens, sampler, loss_chunk)
     logp = there(scores.logp)  # Beyond a response's end is garbage, whose exp might overflow.
     old_logp = jax.lax.stop_gradient(logp) if strict else there(lesson.old_logp)

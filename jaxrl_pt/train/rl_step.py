@@ -1,7 +1,8 @@
 """A whole step as one program: generate → verify → advantage → update, all on the device.
 
-For verifiers that are functions of arrays. There is no trip to the host, and the rewards are
-those of the same stages dispatched one by one (`train.stages`).
+For verifiers that are functions of arrays. There is no trip to the host, the learner goes on from
+the sampler's forward pass over the prompts where the method lets it (`learner.shares`), and the
+rewards are those of the same stages dispatched one by one (`train.stages`).
 
 Departs from RPT's paper in what it leaves open (2506.08007, specs/rpt.md 1.5): the loss is
 the sum over response tokens divided by the number of responses, and exactly one update
@@ -9,6 +10,7 @@ is made per batch, where PPO's ratio is 1 and its clip inert.
 """
 
 from collections.abc import Callable
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -23,11 +25,17 @@ from jaxrl_pt.verifiers.base import DeviceVerifier
 
 Metrics = dict[str, Weighted]
 FusedStep = Callable[[TrainState, Params, Prompts], tuple[TrainState, Metrics, Rollout, Verdict]]
-Sample = Callable[[Params, Prompts, Array, Array], Rollout]
+
+
+class Sample(Protocol):
+  """See `make_sampler`."""
+
+  def __call__(self, params: Params, prompts: Prompts, batch: Array, version: Array,
+               prefilled: decode.Prefilled | None = None) -> Rollout: ...
 
 
 def make_sampler(model: Model, seed: int, rollouts: cfg.Rollouts, stop_id: int) -> Sample:
-  """sample(params, prompts, batch, version) → Rollout.
+  """sample(params, prompts, batch, version, prefilled) → Rollout.
 
   The noise is addressed by (seed, batch, prompt id, sample, position): the batch's number is in
   it so that a prompt met again in a later epoch draws anew.
@@ -37,12 +45,16 @@ def make_sampler(model: Model, seed: int, rollouts: cfg.Rollouts, stop_id: int) 
     seed: of the run.
     rollouts: how many responses, of which length, by which sampler.
     stop_id: the token that ends a response.
+
+  `prefilled` are the prompts' documents, where they have gone through the model already.
   """
-  def sample(params: Params, prompts: Prompts, batch: Array, version: Array) -> Rollout:
+  def sample(params: Params, prompts: Prompts, batch: Array, version: Array,
+             prefilled: decode.Prefilled | None = None) -> Rollout:
     key = jax.random.fold_in(jax.random.key(seed), batch)
     return decode.generate(
         model, params, prompts, key, sampler=rollouts.sampler, num_samples=rollouts.group_size,
-        num_tokens=rollouts.response_tokens, stop_id=stop_id, version=version)
+        num_tokens=rollouts.response_tokens, stop_id=stop_id, version=version,
+        prefilled=prefilled)
 
   return sample
 
@@ -85,13 +97,23 @@ def make_fused_step(model: Model, optimizer: optax.GradientTransformation, run: 
 
   def step(state: TrainState, start: Params, prompts: Prompts
            ) -> tuple[TrainState, Metrics, Rollout, Verdict]:
-    rollout = sample(state.params, prompts, state.step, state.step)
+    shared = share(model, state.params, prompts, run.train.accumulation, method.algorithm)
+    prefilled = None if shared is None else shared.prefilled
+    rollout = sample(state.params, prompts, state.step, state.step, prefilled)
     verdict = verify(prompts, rollout)
     reference = reference_if_read(model, start, prompts, rollout, method, run.compute.loss_chunk)
-    new, metrics = learn(state, learner.Experience(prompts, rollout, verdict, reference))
+    new, metrics = learn(state, learner.Experience(prompts, rollout, verdict, reference), shared)
     return new, metrics, rollout, verdict
 
   return step
+
+
+def share(model: Model, params: Params, prompts: Prompts, accumulation: int,
+          algorithm: cfg.Algorithm) -> learner.Shared | None:
+  """The forward pass over the prompts that sampler and learner share, if the method lets them."""
+  if not learner.shares(accumulation, algorithm):
+    return None
+  return learner.Shared(*jax.vjp(lambda p: decode.prefill(model, p, prompts.tokens), params))
 
 
 def reads_reference(algorithm: cfg.Algorithm) -> bool:

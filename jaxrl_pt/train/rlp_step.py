@@ -45,7 +45,7 @@ class Markers:
 
 
 def judge(model: Model, params: Params, average: Params, prompts: Prompts, thoughts: Rollout,
-          markers: Markers) -> Verdict:
+          markers: Markers, prefilled: decode.Prefilled | None = None) -> Verdict:
   """The information gain of each thought as its reward, nats; correct where it is above 0.
 
   Args:
@@ -54,13 +54,14 @@ def judge(model: Model, params: Params, average: Params, prompts: Prompts, thoug
     prompts: contexts with the template's tokens; of the continuation the first token is read.
     thoughts: `mask` covers a thought with the answer marker that ended it, if one did.
     markers: of the template.
+    prefilled: the prompts' documents, where they have gone through θ already.
 
   Returns:
     Its parts are the two log-probabilities of the true token, 'logp' after the thought and
     'baseline' without one.
   """
   truth_N = prompts.continuation[:, 0]
-  logp = logp_after_thought(model, params, prompts, thoughts, markers.answer)
+  logp = logp_after_thought(model, params, prompts, thoughts, markers.answer, prefilled)
   positions = jnp.broadcast_to(jnp.arange(prompts.tokens.shape[1]), prompts.tokens.shape)
   hidden_NTD = model.apply(average, prompts.tokens, positions, jnp.ones_like(positions))
   last = (prompts.lengths - 1 - markers.num_after)[:, None, None]
@@ -72,7 +73,7 @@ def judge(model: Model, params: Params, average: Params, prompts: Prompts, thoug
 
 
 def logp_after_thought(model: Model, params: Params, prompts: Prompts, thoughts: Rollout,
-                       answer: int) -> Array:
+                       answer: int, prefilled: decode.Prefilled | None = None) -> Array:
   """f32[N, G]: log p_θ of the true token after the thought and exactly one answer marker.
 
   Its exponential is the chance of a right prediction where a thought that did not end in time
@@ -85,7 +86,7 @@ def logp_after_thought(model: Model, params: Params, prompts: Prompts, thoughts:
   # Everything from the marker on is the marker; two slots more, for it and for the truth.
   own_NGS = jnp.where(within, thoughts.tokens, answer)
   own_NGS = jnp.pad(own_NGS, ((0, 0), (0, 0), (0, 2)), constant_values=answer)
-  hidden = branch.response_hidden(model, params, prompts, own_NGS)
+  hidden = branch.response_hidden(model, params, prompts, own_NGS, prefilled)
   before_truth = jnp.take_along_axis(hidden, (length_NG + 1)[..., None, None], 2)[:, :, 0]
   truth_NG = jnp.broadcast_to(prompts.continuation[:, :1], length_NG.shape)
   return token_logprobs(before_truth, model.head(params), truth_NG).logp
@@ -116,14 +117,18 @@ def make_step(model: Model, optimizer: optax.GradientTransformation, run: cfg.Ru
   def step(state: TrainState, start: Params, prompts: Prompts
            ) -> tuple[TrainState, Metrics, Rollout, Verdict]:
     key = jax.random.fold_in(jax.random.key(run.seed), state.step)
+    shared = rl_step.share(model, state.params, prompts, run.train.accumulation, method.algorithm)
+    prefilled = None if shared is None else shared.prefilled
     thoughts = decode.generate(
         model, state.params, prompts, key, sampler=rollouts.sampler,
         num_samples=rollouts.group_size, num_tokens=rollouts.response_tokens,
-        stop_id=markers.answer, version=state.step)
-    verdict = judge(model, state.params, state.method.average, prompts, thoughts, markers)
+        stop_id=markers.answer, version=state.step, prefilled=prefilled)
+    verdict = judge(model, state.params, state.method.average, prompts, thoughts, markers,
+                    prefilled)
     reference = rl_step.reference_if_read(model, start, prompts, thoughts, method,
                                           run.compute.loss_chunk)
-    new, metrics = learn(state, learner.Experience(prompts, thoughts, verdict, reference))
+    experience = learner.Experience(prompts, thoughts, verdict, reference)
+    new, metrics = learn(state, experience, shared)
     mixed = rlp.average(state.method.average, new.params, decay)
     finite = metrics['nonfinite'].sum == 0
     average = jax.tree.map(lambda a, b: jnp.where(finite, a, b), mixed, state.method.average)

@@ -83,6 +83,13 @@ def packed(model, params, own):
   return jax.nn.log_softmax(hidden @ model.head(params))
 
 
+def in_two(model, params, own):
+  """The documents first, as a sampler prefills them; the branches go on from there."""
+  prefilled = decode.prefill(model, params, jnp.asarray(DOCUMENTS))
+  hidden = branch.own_hidden(model, params, prefilled, jnp.asarray(LENGTHS), own)
+  return jax.nn.log_softmax(hidden @ model.head(params))
+
+
 def one_by_one(model, params, own):
   """One `apply` of each branch's whole sequence."""
   def of(n, r):
@@ -94,13 +101,14 @@ def one_by_one(model, params, own):
   return jnp.stack([jnp.stack([of(n, r) for r in range(3)]) for n in range(2)])
 
 
+@pytest.mark.parametrize('scored', [packed, in_two])
 @pytest.mark.parametrize('num_own', [1, 4])
-def test_the_tree_forward_equals_whole_sequences_in_value_and_gradient(num_own):
+def test_branches_equal_whole_sequences_in_value_and_gradient(num_own, scored):
   model, params = make()
   own = jax.random.randint(jax.random.key(1), (2, 3, num_own), 0, VOCAB)
   weights = jax.random.normal(jax.random.key(2), (2, 3, num_own, VOCAB))
   results = []
-  for scores in (packed, one_by_one):
+  for scores in (scored, one_by_one):
     loss = lambda p, scores=scores: (scores(model, p, own) * weights).sum()
     results.append(quick_jit(jax.value_and_grad(loss))(params))
   (value, grads), (expected, expected_grads) = results

@@ -97,5 +97,11 @@ def test_an_update_in_place_moves_what_it_writes(pod):
   assert [b.opcode for b in hlo.biggest(pod) if b.type == 'f32[10,256,128]'] == ['parameter']
 
 
+def test_a_product_that_takes_a_layer_inside_moves_that_layer(pod):
+  [product] = [r for r in hlo.runs(pod) if r.instruction.name == 'product']
+  # The slice is in a fusion within the fusion; rows and product are in VMEM.
+  assert hlo._traffic(pod, product) == 256 * 128 * 4 + 128 * 4
+
+
 def test_a_kernel_without_a_scope_has_its_name(pod):
   assert hlo.kernels(pod) == {'flash': (1, 1)}

@@ -76,6 +76,37 @@ def assert_same(one, other, rtol=1e-4):
     np.testing.assert_allclose(a, b, atol=rtol * np.abs(b).max())
 
 
+# --- The sampler's forward pass -------------------------------------------------
+
+
+@pytest.mark.parametrize('method', [
+    cfg.Algorithm(), cfg.Algorithm(surrogate=cfg.GSPO(), kl=cfg.KLInLoss(0.1),
+                                   entropy_coef=0.1, shaping=cfg.ShortRL())],
+                         ids=['plain', 'with all that reads scores'])
+def test_going_on_from_the_samplers_forward_pass_is_the_same_step(method):
+  run = make_run(method)
+  state, optimizer = make_state(run)
+  learn = learner.make_learner(MODEL, optimizer, run, run.objective.rollouts, method)
+
+  def through(state, batch):
+    return learn(state, batch, rl_step.share(MODEL, state.params, PROMPTS, 1, method))
+
+  batch = experience(drawn().logp - 0.1)
+  (got, got_metrics), (want, want_metrics) = (quick_jit(f)(state, batch) for f in (through, learn))
+  assert_same(got.opt_state[1].mu, want.opt_state[1].mu)
+  assert all(np.abs(mu).max() > 0 for mu in jax.tree.leaves(want.opt_state[1].mu))
+  assert got_metrics.keys() == want_metrics.keys()
+  for name, value in want_metrics.items():
+    np.testing.assert_allclose(got_metrics[name].mean(), value.mean(), rtol=1e-4, atol=1e-6)
+
+
+def test_the_forward_pass_is_not_shared_where_the_learner_needs_another():
+  several = cfg.Algorithm(surrogate=cfg.PPOClip(), epochs=2)
+  with_head = cfg.Algorithm(advantage=cfg.GAE())
+  for accumulation, method in ((2, cfg.Algorithm()), (1, several), (1, with_head)):
+    assert rl_step.share(MODEL, PARAMS, PROMPTS, accumulation, method) is None
+
+
 # --- Methods --------------------------------------------------------------------
 
 PARTS = {'aggregation': cfg.SequenceMeanTokenMean(), 'advantage': cfg.RLOO()}
