@@ -18,7 +18,7 @@ from jaxrl_pt.models.transformer import PROJECTIONS
 from jaxrl_pt.nn.quant import TernaryWeight, pack
 from jaxrl_pt.parallel import rules
 from jaxrl_pt.params import is_spec
-from jaxrl_pt.types import Params
+from jaxrl_pt.types import Array, Params
 
 
 class Policy(NamedTuple):
@@ -67,11 +67,23 @@ def make_move(model: Model, mesh: Mesh, packed: bool) -> Any:
   if packed and model.config.quant.weights != 'ternary':
     raise ValueError('only ternary weights can be packed')
 
+  laid_out = shardings(model, mesh, packed)
+
   def copy(params: Params) -> Params:
     chosen = pack(params, is_bit_linear) if packed else params
-    return jax.tree.map(jnp.copy, chosen)
+    return jax.tree.map(_moved, chosen, laid_out)
 
-  return jax.jit(copy, out_shardings=shardings(model, mesh, packed))
+  return jax.jit(copy, out_shardings=laid_out)
+
+
+def _moved(x: Array, sharding: NamedSharding) -> Array:
+  if x.dtype != jnp.int2:
+    return jnp.copy(x)
+  # As bytes: between processes, XLA's collectives on CPUs write past the end of 2-bit arrays.
+  # The barriers keep XLA from moving the conversions to either side of them.
+  codes = jax.lax.optimization_barrier(x.astype(jnp.int8))
+  whole = jax.lax.with_sharding_constraint(codes, sharding)
+  return jax.lax.optimization_barrier(whole).astype(jnp.int2)
 
 
 def check(left: dict[str, int], arrived: dict[str, int]) -> None:

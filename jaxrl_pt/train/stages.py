@@ -160,7 +160,8 @@ class Stages:
       drawn = self.draw(params, batch + taken - 1, version)
       verdict = self.judge(self.submit(drawn))
       rows = on_host((drawn.prompts, _rows(drawn.rollout), verdict))
-      informative = np.asarray(selection.informative_groups(verdict.correct, verdict.valid)) > 0
+      _, _, judged = rows
+      informative = np.asarray(selection.informative_groups(judged.correct, judged.valid)) > 0
       for n, keep in enumerate(informative):
         row = jax.tree.map(lambda x, n=n: x[n], rows), drawn.references[n:n + 1]
         (good if keep else rest).append(row)
