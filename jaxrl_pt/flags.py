@@ -189,12 +189,12 @@ def _add_frontends(add: Callable[[str, str, str], argparse.ArgumentParser]) -> N
 def _add_resa(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--resa', action='store_true', help='rectified sparse decoding, e.g. --resa '
                       '--resa_share 0.1 --resa_every 32: a step reads a part of the cache')
-  parser.add_argument('--resa_block', type=int, default=16, metavar='TOKENS',
-                      help='of a block (default %(default)s)')
-  parser.add_argument('--resa_share', type=float, default=0.1, metavar='SHARE', help='of the '
-                      'blocks that a step reads; 1 is dense (default %(default)s)')
-  parser.add_argument('--resa_every', type=int, default=32, metavar='TOKENS',
-                      help='between two rectifications (default %(default)s)')
+  # Without defaults, to see which were given.
+  parser.add_argument('--resa_block', type=int, metavar='TOKENS', help='of a block (default 16)')
+  parser.add_argument('--resa_share', type=float, metavar='SHARE', help='of the blocks that a step '
+                      'reads; 1 is dense (default 0.1)')
+  parser.add_argument('--resa_every', type=int, metavar='TOKENS', help='between two '
+                      'rectifications (default 32)')
 
 
 def _add_chat_format(parser: argparse.ArgumentParser) -> None:

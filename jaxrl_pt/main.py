@@ -72,9 +72,16 @@ def _sampler(args: argparse.Namespace) -> cfg.Sampler:
 
 
 def _resa(args: argparse.Namespace) -> cfg.ReSA | None:
-  if not args.resa:
-    return None
-  return cfg.ReSA(args.resa_block, args.resa_share, refresh=cfg.Every(args.resa_every))
+  every = None if args.resa_every is None else cfg.Every(args.resa_every)
+  given = {name: value for name, value in (
+      ('block', args.resa_block), ('active', args.resa_share), ('refresh', every))
+           if value is not None}
+  if args.resa:
+    return cfg.ReSA(**given)
+  if given:
+    raise UserError('--resa_block, --resa_share and --resa_every do nothing without --resa: add '
+                    'it.')
+  return None
 
 
 def _chat(args: argparse.Namespace) -> int:

@@ -82,6 +82,7 @@ def test_help_imports_neither_jax_nor_numpy():
     (('sample', '--workdir', 'x', '--resa', '--resa_share', '1.5'), 'ReSA.active = 1.5'),
     (('sample', '--workdir', 'x', '--resa', '--resa_block', '0'), 'ReSA.block = 0'),
     (('sample', '--workdir', 'x', '--resa', '--resa_every', '0'), 'Every.tokens = 0'),
+    (('sample', '--workdir', 'x', '--resa_share', '0.2'), 'without --resa: add it'),
     (('sample', '--workdir', 'x', '--resa', '--prompt', 'a', '--stop', 'b'), 'no --stop'),
     (('chat', '--workdir', 'nowhere'), 'nowhere holds no config.gin'),
     (('chat', '--workdir', 'x', '--temperature', 'hot'), "invalid float value: 'hot'"),

@@ -1,16 +1,19 @@
 """The hand-over of a policy from the trainer to the sampler, on the same mesh.
 
 Training splits weights over FSDP; a sampler wants them whole along `embed`, so that a decode
-step of few rows gathers nothing. One jitted program lays them out anew (and packs BitLinear
-weights to two bits), stamps them with their version, and checks that what arrived is what left.
+step of few rows gathers nothing. One jitted program rounds them to what the sampler reads (the
+dtype it computes in, or two bits a BitLinear weight), lays them out anew, stamps them with their
+version, and checks that what arrived is what left.
 """
 
 from collections.abc import Callable
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
 from jaxrl_pt.checksum import checksum
 from jaxrl_pt.models.base import Model
@@ -34,20 +37,22 @@ def is_bit_linear(path: tuple[Any, ...]) -> bool:
   return path[-1].key in PROJECTIONS
 
 
-def make_hand_over(model: Model, mesh: Mesh, packed: bool) -> Callable[[Params, int], Policy]:
+def make_hand_over(model: Model, mesh: Mesh, packed: bool, dtype: DTypeLike = jnp.float32
+                   ) -> Callable[[Params, int], Policy]:
   """hand_over(params, version) → Policy, compiled once.
 
   Args:
     model: of the parameters; packed needs ternary weights.
     mesh: of trainer and sampler.
     packed: two bits a BitLinear weight instead of float32.
+    dtype: of the sampler's arithmetic, to which it would round the other matrices itself.
 
   Raises:
     ValueError: packed, and the model's weights are not ternary.
     RuntimeError: (of hand_over) a leaf's checksum differs after the move.
   """
-  move = make_move(model, mesh, packed)
-  leave = jax.jit(lambda p: pack(p, is_bit_linear) if packed else p)
+  move = make_move(model, mesh, packed, dtype)
+  leave = jax.jit(functools.partial(_as_read, model, packed, dtype))
 
   def hand_over(params: Params, version: int) -> Policy:
     arrived = move(params)
@@ -58,7 +63,17 @@ def make_hand_over(model: Model, mesh: Mesh, packed: bool) -> Callable[[Params, 
   return hand_over
 
 
-def make_move(model: Model, mesh: Mesh, packed: bool) -> Any:
+def _as_read(model: Model, packed: bool, dtype: DTypeLike, params: Params) -> Params:
+  """The parameters as the sampler reads them. Gains stay as they are, and so do the latent
+  weights of a BitLinear that is not packed: its scale is their mean in float32."""
+  rounded = {'embed', 'head'} if model.config.quant.weights == 'ternary' else {
+      'embed', 'head', *PROJECTIONS}
+  params = jax.tree_util.tree_map_with_path(
+      lambda path, x: x.astype(dtype) if path[-1].key in rounded else x, params)
+  return pack(params, is_bit_linear) if packed else params
+
+
+def make_move(model: Model, mesh: Mesh, packed: bool, dtype: DTypeLike = jnp.float32) -> Any:
   """The jitted params → the sampler's copy of them; arguments as of `make_hand_over`.
 
   Raises:
@@ -70,8 +85,7 @@ def make_move(model: Model, mesh: Mesh, packed: bool) -> Any:
   laid_out = shardings(model, mesh, packed)
 
   def copy(params: Params) -> Params:
-    chosen = pack(params, is_bit_linear) if packed else params
-    return jax.tree.map(_moved, chosen, laid_out)
+    return jax.tree.map(_moved, _as_read(model, packed, dtype, params), laid_out)
 
   return jax.jit(copy, out_shardings=laid_out)
 
@@ -111,11 +125,11 @@ def shardings(model: Model, mesh: Mesh, packed: bool) -> Any:
   return jax.tree_util.tree_map_with_path(leaf, whole)
 
 
-def abstract(model: Model, mesh: Mesh, packed: bool) -> Params:
+def abstract(model: Model, mesh: Mesh, packed: bool, dtype: DTypeLike = jnp.float32) -> Params:
   """The sampler's parameters as ShapeDtypeStructs with shardings, to compile for."""
   specs = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype), model.specs,
                        is_leaf=is_spec)
-  shapes = jax.eval_shape(lambda p: pack(p, is_bit_linear) if packed else p, specs)
+  shapes = jax.eval_shape(functools.partial(_as_read, model, packed, dtype), specs)
   return jax.tree.map(
       lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes,
       shardings(model, mesh, packed))

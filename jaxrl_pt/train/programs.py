@@ -99,7 +99,7 @@ def hand_over(run: cfg.Run, mesh: Mesh) -> Callable[[Params, int], Params]:
   if mesh.size == 1:
     return lambda params, version: params
   model = sessions.build_model(run.model, run.compute, mesh)
-  give = handover.make_hand_over(model, mesh, _packed(run))
+  give = handover.make_hand_over(model, mesh, _packed(run), run.compute.dtype)
   return lambda params, version: give(params, version).params
 
 
@@ -202,8 +202,9 @@ def _rl_programs(run: cfg.Run, mesh: Mesh, state: TrainState, method: cfg.RPT | 
   if mesh.size > 1:
     model = sessions.build_model(run.model, run.compute, mesh)
     found.append(Program('hand-over: parameters to the sampler',
-                         handover.make_move(model, mesh, _packed(run)), (state.params,), 0.0))
-    handed = handover.abstract(model, mesh, _packed(run))
+                         handover.make_move(model, mesh, _packed(run), run.compute.dtype),
+                         (state.params,), 0.0))
+    handed = handover.abstract(model, mesh, _packed(run), run.compute.dtype)
   sample = sampler(run, mesh, rollouts, _STOP_ID)
   return [*in_one,
           Program('sampler: prefill and decode', sample, (handed, prompts, number, number), 1 / 4),

@@ -1,5 +1,8 @@
 """What arrives at the sampler is what left the trainer, in another layout."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +12,7 @@ from jaxrl_pt import config as cfg
 from jaxrl_pt import params as P
 from jaxrl_pt.models import transformer
 from jaxrl_pt.parallel.mesh import make_mesh
-from jaxrl_pt.sampling import engine, handover
+from jaxrl_pt.sampling import branch, decode, engine, handover
 
 CONFIG = cfg.Model(num_layers=2, d_model=16, d_ff=32, num_heads=2, num_kv_heads=1, head_dim=8,
                    vocab_size=19, quant=cfg.Quant('ternary', 'int8'))
@@ -43,6 +46,23 @@ def test_packed_and_latent_policies_draw_the_same():
                         mesh=MESH)
     drawn.append([r.tokens.tolist() for r in one.run([engine.Request((1, 2), 0, 8, 4)])[0]])
   assert drawn[0] == drawn[1]
+
+
+@pytest.mark.parametrize('weights', ['none', 'ternary'])
+def test_a_policy_rounded_on_the_way_draws_the_same(weights):
+  """To bfloat16, which the sampler computes in; a BitLinear's latent weights stay float32."""
+  model = transformer.build(dataclasses.replace(CONFIG, quant=cfg.Quant(
+      weights, 'int8' if weights == 'ternary' else 'none')), cfg.Compute(dtype='bfloat16'))
+  prompts = branch.documents(jnp.array([[1, 2, 3]]), jnp.array([[3, 2]]), jnp.array([[0, 1]]))
+  draw = jax.jit(functools.partial(
+      decode.generate, model, sampler=cfg.Sampler(), num_samples=2, num_tokens=6))
+  whole, rounded = (handover.make_hand_over(model, MESH, False, dtype)(PARAMS, 0)
+                    for dtype in ('float32', 'bfloat16'))
+  layer = rounded.params['layers']
+  assert layer['wq'].dtype == ('bfloat16' if weights == 'none' else 'float32')
+  assert (rounded.params['embed'].dtype, layer['attn_norm'].dtype) == ('bfloat16', 'float32')
+  one, other = (draw(p.params, prompts, jax.random.key(1)) for p in (whole, rounded))
+  jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
 def test_a_change_on_the_way_is_named():
