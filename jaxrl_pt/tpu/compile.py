@@ -74,14 +74,17 @@ def main(topology: str, gin_files: str, bindings: str) -> None:
 
 def _examine(program: programs.Program, run: cfg.Run, chip: chips.Chip,
              num_devices: int) -> Row:
-  """The row of one program; without a compile where its arguments alone are too much."""
+  """The row of one program; without a compile where what it is given, and what the loop keeps
+  beside that, is too much already."""
   capacity = round(_OFFERED[chip.generation])
-  argument_bytes = sum(_shard_bytes(x) for x in jax.tree.leaves(program.args))
+  argument_bytes, beside = (sum(_shard_bytes(x) for x in jax.tree.leaves(tree))
+                            for tree in (program.args, program.beside))
   row: Row = {'fits': False, 'error': '', 'capacity': capacity, 'hbm': {
       'arguments': argument_bytes}, 'buffers': _argument_rows(program)}
-  if argument_bytes > capacity:
-    return {**row, 'error': f'the arguments alone take {_size(argument_bytes)} of '
-            f'{_size(capacity)} a device', 'state_too_big': True}
+  if argument_bytes + beside > capacity:
+    kept = f' and what is kept beside them ({_size(beside)})' if beside else ' alone'
+    return {**row, 'error': f'the arguments{kept} take {_size(argument_bytes + beside)} of '
+            f'{_size(capacity)} a device', 'state_too_big': argument_bytes > capacity}
   started = time.monotonic()
   traced = program.run.trace(*program.args)
   try:
@@ -93,7 +96,7 @@ def _examine(program: programs.Program, run: cfg.Run, chip: chips.Chip,
   memory = compiled.memory_analysis()
   used = {'arguments': memory.argument_size_in_bytes, 'outputs': memory.output_size_in_bytes,
           'aliased': memory.alias_size_in_bytes, 'temporaries': memory.temp_size_in_bytes,
-          'code': memory.generated_code_size_in_bytes}
+          'code': memory.generated_code_size_in_bytes, 'kept beside': beside}
   total = sum(used.values()) - 2 * used['aliased']
   module = hlo.parse(compiled.as_text() or '')
   fits = total <= capacity
@@ -101,7 +104,7 @@ def _examine(program: programs.Program, run: cfg.Run, chip: chips.Chip,
                                        'alive_at_peak': memory.peak_memory_in_bytes},
           'error': '' if fits else (
               f'needs {_size(total)} of {_size(capacity)} a device as it is laid out '
-              f'({_size(memory.peak_memory_in_bytes)} alive at peak, which the compiler accepts)'),
+              f'({_size(memory.peak_memory_in_bytes + beside)} alive at peak)'),
           'buffers': [dataclasses.asdict(b) for b in hlo.biggest(module)],
           'compile_seconds': seconds,
           **_speeds(module, traced.jaxpr.jaxpr, run, program.share, chip, num_devices)}

@@ -37,12 +37,14 @@ class Program(NamedTuple):
   """A jitted function and the abstract arguments that the loop would call it with.
 
   share: of the step's model FLOPs (`model_flops`) that are its own.
+  beside: abstract arrays that the loop keeps on the devices while it runs.
   """
 
   name: str
   run: Any  # of jax.jit
   args: tuple[Any, ...]
   share: float = 1.0
+  beside: Any = ()
 
 
 def pretrain_step(run: cfg.Run, mesh: Mesh, model: cfg.Model,
@@ -193,21 +195,24 @@ def _rl_programs(run: cfg.Run, mesh: Mesh, state: TrainState, method: cfg.RPT | 
   group = _abstract(shape[:2], jnp.float32, rows)
   rollout = Rollout(_abstract(shape, jnp.int32, rows), reals, reals, number)
   experience = learner.Experience(prompts, rollout, Verdict(group, group, group), reals)
+  start, moments = state.params, (state.opt_state, state.method)
   found = [Program('learner: advantages and updates',
                    learner_step(run, mesh, optimizer, rollouts, algorithm),
-                   (state, experience), 3 / 4),
+                   (state, experience), 3 / 4, start),
            Program('start policy: log-probabilities for KL', reference(run, mesh, rollouts),
-                   (state.params, prompts, rollout), 1 / 4)]
-  handed = state.params
+                   (start, prompts, rollout), 1 / 4, state)]
+  handed, beside = state.params, (start, moments)
   if mesh.size > 1:
     model = sessions.build_model(run.model, run.compute, mesh)
     found.append(Program('hand-over: parameters to the sampler',
                          handover.make_move(model, mesh, _packed(run), run.compute.dtype),
-                         (state.params,), 0.0))
+                         (state.params,), 0.0, beside))
+    beside = start, state
     handed = handover.abstract(model, mesh, _packed(run), run.compute.dtype)
   sample = sampler(run, mesh, rollouts, _STOP_ID)
   return [*in_one,
-          Program('sampler: prefill and decode', sample, (handed, prompts, number, number), 1 / 4),
+          Program('sampler: prefill and decode', sample, (handed, prompts, number, number), 1 / 4,
+                  beside),
           *found]
 
 
