@@ -178,7 +178,7 @@ def tree(ops: Ops, prefix_len: int, prefix_lengths_NR: Array) -> Attend:
     out_doc = ops.attention(q[:, :prefix_len], k_doc, v_doc, one_segment)
     if q.shape[1] == prefix_len:  # No branch has tokens of its own.
       return out_doc, cache
-    out_own = _whole_branches(*(x[:, prefix_len:] for x in (q, k, v)),
+    out_own = _whole_branches(q[:, prefix_len:], k[:, prefix_len:], v[:, prefix_len:],
                               jnp.swapaxes(k_doc, 1, 2), jnp.swapaxes(v_doc, 1, 2),
                               prefix_lengths_NR)
     return jnp.concatenate([out_doc, out_own], 1), cache

@@ -201,13 +201,13 @@ def _rl_programs(run: cfg.Run, mesh: Mesh, state: TrainState, method: cfg.RPT | 
                    (state, experience), 3 / 4, start),
            Program('start policy: log-probabilities for KL', reference(run, mesh, rollouts),
                    (start, prompts, rollout), 1 / 4, state)]
-  handed, beside = state.params, (start, moments)
+  handed, beside = state.params, [start, moments]
   if mesh.size > 1:
     model = sessions.build_model(run.model, run.compute, mesh)
     found.append(Program('hand-over: parameters to the sampler',
                          handover.make_move(model, mesh, _packed(run), run.compute.dtype),
                          (state.params,), 0.0, beside))
-    beside = start, state
+    beside = [start, state]
     handed = handover.abstract(model, mesh, _packed(run), run.compute.dtype)
   sample = sampler(run, mesh, rollouts, _STOP_ID)
   return [*in_one,
