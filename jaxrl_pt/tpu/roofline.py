@@ -124,7 +124,7 @@ def _repeats(name: str, eqn: Any) -> int:
 
 def _is_splash(name: str, eqn: Any) -> bool:
   """Whether it is JAX's splash attention, which passes over the blocks that its mask hides."""
-  return name == 'pallas_call' and eqn.params['name'].startswith('splash_')
+  return name == 'pallas_call' and (eqn.params['name'] or '').startswith('splash_')
 
 
 def _causal(count: MultiplyAdds, eqn: Any) -> MultiplyAdds:

@@ -11,6 +11,8 @@ _POD = ("cfg.ArrayRecord.glob = 'corpus/*.array_record'",
         "cfg.HuggingFaceTokenizer.end_of_text = '<|endoftext|>'")
 # What a user must add to a run file that leaves values open.
 REQUIRED = {
+    'grpo_7b': (*_POD, "cfg.RL.start_from = 'runs/policy'",
+                "cfg.JsonlProblems.glob = 'problems.jsonl'"),
     'opo_7b': (*_POD, "cfg.RL.start_from = 'runs/policy'",
                "cfg.JsonlProblems.glob = 'problems.jsonl'"),
     'rpt_14b': (*_POD, "cfg.RPT.start_from = 'runs/policy'"),

@@ -3,6 +3,7 @@
 import functools
 
 import jax
+from jax.experimental import pallas as pl
 import jax.numpy as jnp
 import pytest
 
@@ -34,3 +35,16 @@ def test_every_turn_of_the_decode_loop_counts(num_samples):
   attention = 2 * 2 * 32 * (num_prompts * prompt_len**2
                             + rows * (num_tokens - 1) * (prompt_len + num_tokens))
   assert projections + head < count < projections + head + attention
+
+
+@pytest.mark.parametrize('name', [None, 'product'])
+def test_a_kernels_products_count_once_a_grid_step(name):
+  def kernel(x, y, out):
+    out[...] = x[...] @ y[...]
+
+  call = pl.pallas_call(
+      kernel, grid=(4,), name=name, out_shape=jax.ShapeDtypeStruct((32, 16), jnp.float32),
+      in_specs=[pl.BlockSpec((8, 16), lambda i: (i, 0)), pl.BlockSpec((16, 16), lambda i: (0, 0))],
+      out_specs=pl.BlockSpec((8, 16), lambda i: (i, 0)))
+  traced = jax.jit(call).trace(jnp.zeros((32, 16)), jnp.zeros((16, 16)))
+  assert roofline.multiply_adds(traced.jaxpr.jaxpr).total() == 32 * 16 * 16
