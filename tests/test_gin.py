@@ -59,7 +59,8 @@ def test_at_most_three_layers_of_include(path):
 def test_model_files_equal_presets(name):
   presets_by_name = {
       'tiny': presets.tiny, 'small': presets.small, 'medium': presets.medium,
-      'qwen2_5_7b': presets.qwen2_5_7b, 'qwen2_5_14b': presets.qwen2_5_14b,
+      'deepseek_7b': presets.deepseek_7b, 'qwen2_5_7b': presets.qwen2_5_7b,
+      'qwen2_5_14b': presets.qwen2_5_14b,
       'bitnet_2b4t': presets.bitnet_2b4t, 'bitnet_v2_400m': presets.bitnet_v2_400m,
       'bitnet_v2_1_3b': presets.bitnet_v2_1_3b, 'bitnet_v2_3b': presets.bitnet_v2_3b,
       'bitnet_v2_7b': presets.bitnet_v2_7b}

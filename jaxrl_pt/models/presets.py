@@ -29,6 +29,12 @@ def stories260k() -> Model:
                vocab_size=512)
 
 
+def deepseek_7b() -> Model:
+  """The shape of DeepSeekMath-7B: what GRPO starts from."""
+  return Model(num_layers=30, d_model=4096, d_ff=11_008, num_heads=32, num_kv_heads=32,
+               head_dim=128, vocab_size=102_400, tied_head=False, norm_epsilon=1e-6)
+
+
 def qwen2_5_7b() -> Model:
   """The shape of Qwen2.5-Math-7B, without its biases: what OPO and Short-RL start from."""
   return Model(num_layers=28, d_model=3584, d_ff=18_944, num_heads=28, num_kv_heads=4,
