@@ -96,7 +96,7 @@ def _examine(program: programs.Program, run: cfg.Run, chip: chips.Chip,
   memory = compiled.memory_analysis()
   used = {'arguments': memory.argument_size_in_bytes, 'outputs': memory.output_size_in_bytes,
           'aliased': memory.alias_size_in_bytes, 'temporaries': memory.temp_size_in_bytes,
-          'code': memory.generated_code_size_in_bytes, 'kept beside': beside}
+          'code': memory.generated_code_size_in_bytes, 'kept_beside': beside}
   total = sum(used.values()) - 2 * used['aliased']
   module = hlo.parse(compiled.as_text() or '')
   fits = total <= capacity
@@ -104,7 +104,7 @@ def _examine(program: programs.Program, run: cfg.Run, chip: chips.Chip,
                                        'alive_at_peak': memory.peak_memory_in_bytes},
           'error': '' if fits else (
               f'needs {_size(total)} of {_size(capacity)} a device as it is laid out '
-              f'({_size(memory.peak_memory_in_bytes + beside)} alive at peak)'),
+              f'({_size(memory.peak_memory_in_bytes)} alive at peak, which the compiler accepts)'),
           'buffers': [dataclasses.asdict(b) for b in hlo.biggest(module)],
           'compile_seconds': seconds,
           **_speeds(module, traced.jaxpr.jaxpr, run, program.share, chip, num_devices)}

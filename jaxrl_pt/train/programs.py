@@ -198,21 +198,21 @@ def _rl_programs(run: cfg.Run, mesh: Mesh, state: TrainState, method: cfg.RPT | 
   start, moments = state.params, (state.opt_state, state.method)
   found = [Program('learner: advantages and updates',
                    learner_step(run, mesh, optimizer, rollouts, algorithm),
-                   (state, experience), 3 / 4, start),
+                   (state, experience), 3 / 4, beside=start),
            Program('start policy: log-probabilities for KL', reference(run, mesh, rollouts),
-                   (start, prompts, rollout), 1 / 4, state)]
+                   (start, prompts, rollout), 1 / 4, beside=state)]
   handed, beside = state.params, [start, moments]
   if mesh.size > 1:
     model = sessions.build_model(run.model, run.compute, mesh)
     found.append(Program('hand-over: parameters to the sampler',
                          handover.make_move(model, mesh, _packed(run), run.compute.dtype),
-                         (state.params,), 0.0, beside))
+                         (state.params,), 0.0, beside=beside))
     beside = [start, state]
     handed = handover.abstract(model, mesh, _packed(run), run.compute.dtype)
   sample = sampler(run, mesh, rollouts, _STOP_ID)
   return [*in_one,
           Program('sampler: prefill and decode', sample, (handed, prompts, number, number), 1 / 4,
-                  beside),
+                  beside=beside),
           *found]
 
 

@@ -112,17 +112,14 @@ def make_step(model: Model, optimizer: optax.GradientTransformation, run: cfg.Ru
   if not isinstance(method, cfg.RPT) or not isinstance(method.reward, cfg.InformationGain):
     raise TypeError('make_step needs RPT with the reward InformationGain')
   rollouts, decay = method.rollouts, method.reward.decay
+  sample = rl_step.make_sampler(model, run.seed, rollouts, markers.answer)
   learn = learner.make_learner(model, optimizer, run, rollouts, method.algorithm)
 
   def step(state: TrainState, start: Params, prompts: Prompts
            ) -> tuple[TrainState, Metrics, Rollout, Verdict]:
-    key = jax.random.fold_in(jax.random.key(run.seed), state.step)
     shared = rl_step.share(model, state.params, prompts, run.train.accumulation, method.algorithm)
     prefilled = None if shared is None else shared.prefilled
-    thoughts = decode.generate(
-        model, state.params, prompts, key, sampler=rollouts.sampler,
-        num_samples=rollouts.group_size, num_tokens=rollouts.response_tokens,
-        stop_id=markers.answer, version=state.step, prefilled=prefilled)
+    thoughts = sample(state.params, prompts, state.step, state.step, prefilled)
     verdict = judge(model, state.params, state.method.average, prompts, thoughts, markers,
                     prefilled)
     reference = rl_step.reference_if_read(model, start, prompts, thoughts, method,
