@@ -35,6 +35,8 @@ METHODS: Sequence[Method] = (
     Method('OPO, leave one out', 'A_i = r_i − Σ_{j≠i}|y_j|r_j / Σ_{j≠i}|y_j|', '2505.23585',
            'gin/method/opo_leave_one_out.gin', 'gin/run/opo_leave_one_out_tiny.gin',
            'experiments/opo'),
+    Method('OPO, whole batch', 'A = r − Σ|y|r / Σ|y| over all groups', '2505.23585',
+           'gin/method/opo_batch.gin', 'gin/run/opo_batch_tiny.gin'),
     Method('GRPO', 'A = (r − mean) / std; mean of each response; + β KL₃', '2402.03300',
            'gin/method/grpo.gin', 'gin/run/grpo_tiny.gin'),
     Method('Dr. GRPO', 'A = r − mean; Σ over tokens / token budget', '2503.20783',
