@@ -49,12 +49,17 @@ class GymVerifier:
   """reasoning-gym's own scorer of the problem's task.
 
   answer: 'tags' scores what stands between answer tags, 'text' the whole response.
+  partial_credit: pays what the scorer gives an answer that is not right, as the part `partial`.
+    Many scorers give some where the right answer is a piece of the stated one: 0.67 for −40
+    where −4 is right.
   """
 
   answer: GymAnswer = 'tags'
+  partial_credit: bool = False
 
   def __post_init__(self) -> None:
     checks.choice(self, 'answer', GymAnswer)
+    checks.flag(self, 'partial_credit')
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,8 @@ def host_verifier(settings: cfg.HostVerifier) -> HostVerifier:
       return mathematics.verifier(form, symbolic)
     case cfg.LogicVerifier():
       return logic.judge
-    case cfg.GymVerifier(answer=form):
-      return gym.verifier(form)
+    case cfg.GymVerifier(answer=form, partial_credit=partial_credit):
+      return gym.verifier(form, partial_credit)
     case cfg.WordVerifier(min_words=low, max_words=high, ngram=ngram):
       return functools.partial(text.judge_words, min_words=low, max_words=high, ngram=ngram)
     case cfg.FormatVerifier(tags=tags):
@@ -47,6 +47,8 @@ def part_names(settings: cfg.HostVerifier) -> tuple[str, ...]:
   match settings:
     case cfg.LogicVerifier():
       return 'format', 'answer'
+    case cfg.GymVerifier(partial_credit=True):
+      return 'answer', 'partial'
     case cfg.WordVerifier():
       return 'word', 'length', 'novelty'
     case cfg.FormatVerifier():

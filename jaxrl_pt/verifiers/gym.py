@@ -13,7 +13,9 @@ from jaxrl_pt.config import GymAnswer
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.verifiers.judgement import HostVerifier, Judgement, Outcome
 
-RIGHT = 0.99  # the library scores from 0 to 1, some tasks in floating point
+# The library scores from 0 to 1, some tasks in floating point. No lower: a long answer with a
+# character too many gets its share of characters, which is nearly 1.
+RIGHT = 1.0 - 1e-6
 
 
 @functools.lru_cache(maxsize=16)
@@ -31,8 +33,17 @@ def extract(response: str, form: GymAnswer) -> str | None:
   return found.strip() or None if closing and opening else None
 
 
-def verifier(form: GymAnswer) -> HostVerifier:
-  """The verifier of reasoning-gym's problems; the reward is the scorer's, from 0 to 1.
+def parts(score: float, partial_credit: bool) -> dict[str, float]:
+  """The parts of a reward: `answer`, and `partial` where credit for a wrong answer is paid."""
+  is_right = score >= RIGHT
+  paid = {'answer': score if is_right else 0.0}
+  return {**paid, 'partial': 0.0 if is_right else score} if partial_credit else paid
+
+
+def verifier(form: GymAnswer, partial_credit: bool) -> HostVerifier:
+  """The verifier of reasoning-gym's problems: the score of a right answer, 0 for any other.
+
+  With `partial_credit` the scorer's credit for an answer that is not right is paid too.
 
   Raises:
     UserError: the `gym` extra is missing.
@@ -45,7 +56,7 @@ def verifier(form: GymAnswer) -> HostVerifier:
   def judge(response: str, reference: str) -> Judgement:
     found = extract(response, form)
     if found is None:
-      return Judgement(Outcome.UNPARSED, {'answer': 0.0})
+      return Judgement(Outcome.UNPARSED, parts(0.0, partial_credit))
     place = json.loads(reference)
     data = _dataset(place['task'], place['seed'], place['size'],
                     tuple(map(tuple, place['settings'])))
@@ -53,8 +64,9 @@ def verifier(form: GymAnswer) -> HostVerifier:
     try:
       score = float(data.score_answer(answer=found, entry=entry))
     except Exception as error:  # scorers read well-formed answers: this one could not be read
-      return Judgement(Outcome.UNPARSED, {'answer': 0.0}, f'{type(error).__name__}: {error}')
+      return Judgement(Outcome.UNPARSED, parts(0.0, partial_credit),
+                       f'{type(error).__name__}: {error}')
     outcome = Outcome.CORRECT if score >= RIGHT else Outcome.WRONG
-    return Judgement(outcome, {'answer': score})
+    return Judgement(outcome, parts(score, partial_credit))
 
   return judge

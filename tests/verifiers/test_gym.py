@@ -10,8 +10,8 @@ import pytest
 from jaxrl_pt import config as cfg
 from jaxrl_pt.data import gym_questions, problems, sources
 from jaxrl_pt.errors import UserError
-from jaxrl_pt.verifiers import gym
-from jaxrl_pt.verifiers.judgement import Outcome
+from jaxrl_pt.verifiers import build, gym
+from jaxrl_pt.verifiers.judgement import Judgement, Outcome
 from jaxrl_pt.verifiers.pool import Pool
 
 reasoning_gym = pytest.importorskip('reasoning_gym')
@@ -69,6 +69,44 @@ def test_every_task_makes_and_judges_a_problem(made):
     assert 0 <= wrong.score <= 1 and 0 <= right.score <= 1, task
 
 
+def test_every_task_pays_nothing_for_an_answer_that_holds_the_right_one(made):
+  """Most scorers pay len(right) / len(stated) there; the tasks below take such text as right."""
+  def judged(partial_credit: bool, stated: str) -> list[Judgement]:
+    items = [(f'<answer>{stated.format(solution)}</answer>', _reference(task))
+             for task, (_, solution) in made.items()]
+    settings = cfg.GymVerifier(partial_credit=partial_credit)
+    with Pool(settings, cfg.VerifierPool(num_workers=2, cpu_seconds=30)) as pool:
+      return pool.submit(items).result()
+
+  credited = 0
+  for plain, paid in zip(judged(False, 'zzz {} zzz'), judged(True, 'zzz {} zzz'), strict=True):
+    assert plain.outcome is paid.outcome and set(plain.parts) == {'answer'}
+    assert plain.score == paid.parts['answer'] and (plain.score > 0) == (
+        plain.outcome is Outcome.CORRECT)
+    assert paid.parts['partial'] * paid.parts['answer'] == 0 <= paid.parts['partial'] < 1
+    credited += paid.parts['partial'] > 0
+  assert credited > 50
+
+
+@pytest.mark.parametrize('task, size, index', [('chain_sum', 9, 4), ('gcd', 9, 2)])
+def test_partial_credit_is_paid_only_on_request_and_apart(task, size, index):
+  place = _reference(task, size, index)
+  right = reasoning_gym.create_dataset(task, seed=1, size=size)[index]['answer']
+  for partial_credit in (False, True):
+    judge = gym.verifier('text', partial_credit)
+    assert judge(right, place).score == 1.0
+    longer = judge(f'{right}0', place)
+    assert longer.outcome is Outcome.WRONG and longer.parts['answer'] == 0.0
+    assert longer.score == (len(right) / (len(right) + 1) if partial_credit else 0.0)
+  assert build.part_names(cfg.GymVerifier(partial_credit=True)) == ('answer', 'partial')
+
+
+def test_a_long_answer_with_a_character_too_many_is_not_right():
+  """0.995 by the library, whose credit for a piece of the answer is its share of characters."""
+  assert gym.parts(200 / 201, False) == {'answer': 0.0}
+  assert gym.parts(200 / 201, True) == {'answer': 0.0, 'partial': 200 / 201}
+
+
 def test_problems_depend_on_seed_and_index_alone(made):
   task = 'polynomial_multiplication'  # follows the order of sets
   again, other = (problems.load(cfg.Problems(cfg.ReasoningGym(task, 3, seed=seed),
@@ -89,7 +127,7 @@ def test_settings_reach_the_task_its_demonstrations_and_its_scorer():
     first, sign, second = problem.prompt.split(': ')[1].removesuffix(' =').split()
     right = int(first) + int(second) * (1 if sign == '+' else -1)
     assert max(int(first), int(second)) < 10 and problem.demonstration == str(right)
-  judge = gym.verifier('text')
+  judge = gym.verifier('text', False)
   assert judge(found[7].demonstration, found[7].answer).outcome is Outcome.CORRECT
   assert judge('77', found[7].answer).outcome is Outcome.WRONG
   texts = list(sources.documents(cfg.Demonstrations(source)))
