@@ -21,10 +21,17 @@ from jaxrl_pt.types import Array
 MASKED = -1e30
 
 
+# A temperature is read as one in this range, so that no quotient overflows or vanishes.
+LEAST_TEMPERATURE, MOST_TEMPERATURE = 1e-6, 1e30
+
+
 def filtered_logits(logits: Array, sampler: Sampler) -> Array:
   """Logits whose softmax is the distribution drawn from.
 
     z / temperature on the support, −1e30 elsewhere; temperature 0 keeps the first argmax
+
+  The support is never empty: however small top_p is, the likeliest token and its ties stay,
+  and where every token is banned, the first of the likeliest.
 
   Args:
     logits: f[..., V].
@@ -37,8 +44,9 @@ def filtered_logits(logits: Array, sampler: Sampler) -> Array:
 
   Source: nucleus sampling 1904.09751; min-p 2407.01082.
   """
-  scaled = _scaled(logits, sampler)
-  return jnp.where(_support(scaled, sampler), scaled, MASKED)
+  settings = _settings(sampler, logits.shape[-1])
+  scaled = _scaled(logits, settings)
+  return jnp.where(_support(scaled, settings), scaled, MASKED)
 
 
 def learner_logits(logits: Array, tokens: Array, sampler: Sampler) -> Array:
@@ -55,46 +63,82 @@ def learner_logits(logits: Array, tokens: Array, sampler: Sampler) -> Array:
   Returns:
     f32[..., V].
   """
-  scaled = _scaled(logits, sampler)
-  if _filters_nothing(sampler):
+  settings = _settings(sampler, logits.shape[-1])
+  scaled = _scaled(logits, settings)
+  if _filters_nothing(settings, logits.shape[-1]):
     return scaled
   drawn = jnp.arange(logits.shape[-1]) == tokens[..., None]
-  return jnp.where(_support(scaled, sampler) | drawn, scaled, MASKED)
+  return jnp.where(_support(scaled, settings) | drawn, scaled, MASKED)
 
 
-def _filters_nothing(sampler: Sampler) -> bool:
-  return sampler == Sampler(temperature=sampler.temperature) and sampler.temperature > 0
+class _Settings(NamedTuple):
+  """A sampler's numbers as the arithmetic takes them. Python's 1e-300 is float32's 0."""
+
+  temperature: np.float32  # 0 is greedy
+  top_k: int  # in [1, V]; V filters nothing
+  top_p: np.float32  # in [0, 1]; 1 filters nothing
+  log_min_p: np.float32  # at most 0; −∞ filters nothing
+  banned: tuple[int, ...]  # each in [0, V)
 
 
-def _scaled(logits: Array, sampler: Sampler) -> Array:
-  logits = logits.astype(jnp.float32)
-  if sampler.banned:
-    logits = logits.at[..., jnp.array(sampler.banned)].set(MASKED, mode='drop')
-  return logits / sampler.temperature if sampler.temperature > 0 else logits
+def _settings(sampler: Sampler, vocab_size: int) -> _Settings:
+  greedy = sampler.temperature == 0
+  temperature = 0.0 if greedy else np.clip(sampler.temperature, LEAST_TEMPERATURE,
+                                           MOST_TEMPERATURE)
+  return _Settings(
+      np.float32(temperature), min(sampler.top_k or vocab_size, vocab_size),
+      np.float32(sampler.top_p),
+      np.float32(np.log(sampler.min_p) if sampler.min_p > 0 else -np.inf),
+      tuple(sorted({token for token in sampler.banned if token < vocab_size})))
 
 
-def _support(scaled: Array, sampler: Sampler) -> Array:
-  """bool[..., V]: which tokens can be drawn. A constant for differentiation."""
+def _filters_nothing(settings: _Settings, vocab_size: int) -> bool:
+  return (settings.temperature > 0 and settings.top_k == vocab_size and settings.top_p == 1
+          and settings.log_min_p == -np.inf and not settings.banned)
+
+
+def _scaled(logits: Array, settings: _Settings) -> Array:
+  scaled = logits.astype(jnp.float32)
+  if settings.temperature > 0:
+    scaled = scaled / settings.temperature
+  if not settings.banned:
+    return scaled
+  # After the division, which by a large temperature would bring the mask back among the rest.
+  is_banned = np.isin(np.arange(scaled.shape[-1]), settings.banned)
+  return _without(scaled, jnp.asarray(is_banned))
+
+
+def _without(scaled: Array, is_banned: Array) -> Array:
+  """`MASKED` where banned, but for the first of the likeliest where all are; bool[..., V]."""
+  likeliest = jnp.arange(scaled.shape[-1]) == scaled.argmax(-1, keepdims=True)
+  stays = is_banned.all(-1, keepdims=True) & likeliest
+  return jnp.where(is_banned & ~stays, MASKED, scaled)
+
+
+def _support(scaled: Array, settings: _Settings) -> Array:
+  """bool[..., V]: which tokens can be drawn, at least one. A constant for differentiation."""
   scaled = jax.lax.stop_gradient(scaled)
   vocab_size = scaled.shape[-1]
-  if sampler.temperature == 0:
+  if settings.temperature == 0:
     return jnp.arange(vocab_size) == scaled.argmax(-1, keepdims=True)
   keep = scaled > MASKED / 2
-  if 0 < sampler.top_k < vocab_size:
-    keep &= scaled >= jax.lax.top_k(scaled, sampler.top_k)[0][..., -1:]
-  if sampler.top_p < 1:
+  if settings.top_k < vocab_size:
+    keep &= scaled >= jax.lax.top_k(scaled, settings.top_k)[0][..., -1:]
+  if settings.top_p < 1:
     descending = jnp.sort(jnp.where(keep, scaled, MASKED), -1, descending=True)
-    keep &= scaled >= _edge_of_nucleus(descending, sampler.top_p)
-  if sampler.min_p > 0:
-    keep &= scaled >= scaled.max(-1, keepdims=True) + np.log(sampler.min_p)
+    keep &= scaled >= _edge_of_nucleus(descending, settings.top_p)
+  if settings.log_min_p > -np.inf:
+    keep &= scaled >= scaled.max(-1, keepdims=True) + settings.log_min_p
   return keep
 
 
-def _edge_of_nucleus(descending: Array, top_p: Array | float) -> Array:
+def _edge_of_nucleus(descending: Array, top_p: Array | np.float32) -> Array:
   """f32[..., 1]: the smallest logit in the nucleus, of logits in falling order."""
   probabilities = jax.nn.softmax(descending, -1)
   mass_before = jnp.cumsum(probabilities, -1) - probabilities
-  return jnp.where(mass_before < top_p, descending, -MASKED).min(-1, keepdims=True)
+  edge = jnp.where(mass_before < top_p, descending, -MASKED).min(-1, keepdims=True)
+  # The mass before the likeliest is 0, which a top_p that float32 rounds to 0 does not exceed.
+  return jnp.minimum(edge, descending[..., :1])
 
 
 # --- Drawing --------------------------------------------------------------------------
@@ -151,21 +195,21 @@ class RowSamplers:
   temperature: Array  # f32[B]
   top_k: Array  # i32[B]; V where nothing is filtered
   top_p: Array  # f32[B]
-  min_p: Array  # f32[B]
+  log_min_p: Array  # f32[B]; −∞ where nothing is filtered
   banned: Array  # i32[B, M]; V fills up
 
   @classmethod
   def of(cls, samplers: Sequence[Sampler], vocab_size: int, num_banned: int) -> 'RowSamplers':
     """NumPy rows of these samplers, each with at most `num_banned` banned tokens."""
+    settings = [_settings(sampler, vocab_size) for sampler in samplers]
     banned = np.full((len(samplers), num_banned), vocab_size, np.int32)
-    for row, sampler in zip(banned, samplers, strict=True):
-      row[:len(sampler.banned)] = sampler.banned
-    column = lambda name, dtype: np.array([getattr(s, name) for s in samplers], dtype)
-    top_k = column('top_k', np.int32)
+    for row, one in zip(banned, settings, strict=True):
+      row[:len(one.banned)] = one.banned
+    column = lambda name, dtype: np.array([getattr(one, name) for one in settings], dtype)
     fields: dict[str, Any] = dict(
-        temperature=column('temperature', np.float32),
-        top_k=np.where(top_k == 0, vocab_size, np.minimum(top_k, vocab_size)),
-        top_p=column('top_p', np.float32), min_p=column('min_p', np.float32), banned=banned)
+        temperature=column('temperature', np.float32), top_k=column('top_k', np.int32),
+        top_p=column('top_p', np.float32), log_min_p=column('log_min_p', np.float32),
+        banned=banned)
     return cls(**fields)
 
 
@@ -181,9 +225,10 @@ def filtered_rows(logits_BV: Array, rows: RowSamplers) -> Array:
   """
   vocab_size = logits_BV.shape[-1]
   row = jnp.arange(logits_BV.shape[0])[:, None]
-  logits = logits_BV.astype(jnp.float32).at[row, rows.banned].set(MASKED, mode='drop')
   greedy = rows.temperature[:, None] == 0
-  scaled = logits / jnp.where(greedy, 1.0, rows.temperature[:, None])
+  is_banned = jnp.zeros(logits_BV.shape, bool).at[row, rows.banned].set(True, mode='drop')
+  scaled = _without(
+      logits_BV.astype(jnp.float32) / jnp.where(greedy, 1.0, rows.temperature[:, None]), is_banned)
   allowed = scaled > MASKED / 2
 
   def filtered() -> Array:
@@ -193,11 +238,9 @@ def filtered_rows(logits_BV: Array, rows: RowSamplers) -> Array:
     edge = _edge_of_nucleus(jnp.where(descending >= kth, descending, MASKED),
                             rows.top_p[:, None])
     keep = allowed & (scaled >= kth) & ((scaled >= edge) | (rows.top_p[:, None] >= 1))
-    likeliest = scaled.max(-1, keepdims=True)
-    return keep & ((scaled >= likeliest + jnp.log(rows.min_p[:, None]))
-                   | (rows.min_p[:, None] == 0))
+    return keep & (scaled >= scaled.max(-1, keepdims=True) + rows.log_min_p[:, None])
 
-  filters = (rows.top_k < vocab_size) | (rows.top_p < 1) | (rows.min_p > 0)
+  filters = (rows.top_k < vocab_size) | (rows.top_p < 1) | (rows.log_min_p > -jnp.inf)
   support = jax.lax.cond(filters.any(), filtered, lambda: allowed)
   first_best = jnp.arange(vocab_size) == scaled.argmax(-1, keepdims=True)
   return jnp.where(jnp.where(greedy, first_best, support), scaled, MASKED)

@@ -106,6 +106,54 @@ def test_scores_and_gradients_of_filtered_logits_are_finite(sampler):
   assert np.isfinite(gradient).all()
 
 
+# --- Extremes -----------------------------------------------------------------------------
+
+EXTREMES = [
+    Sampler(top_p=1e-300), Sampler(top_p=1e-38), Sampler(top_p=5e-324), Sampler(top_p=1e-7),
+    Sampler(top_p=1 - 1e-12), Sampler(top_p=1 - 1e-7), Sampler(0.7, top_p=1e-300),
+    Sampler(min_p=1e-300), Sampler(min_p=5e-324), Sampler(min_p=1.0), Sampler(min_p=1 - 1e-12),
+    Sampler(top_k=1), Sampler(top_k=2**31), Sampler(top_k=2**63),
+    Sampler(1e-300), Sampler(1e-38), Sampler(1e-20, banned=(0,)), Sampler(1e30), Sampler(1e308),
+    Sampler(1e30, banned=(0, 2)), Sampler(3.0, banned=(0,)), Sampler(1e-300, top_p=1e-300),
+    Sampler(banned=tuple(range(5))), Sampler(0.0, banned=tuple(range(5))),
+    Sampler(50.0, banned=tuple(range(9))), Sampler(top_p=0.5, banned=tuple(range(5))),
+    Sampler(top_k=4, banned=(0, 2, 4)), Sampler(min_p=0.9, banned=(0, 2)),
+    Sampler(1e-300, 1, 1e-300, 1.0, tuple(range(5))),
+    Sampler(banned=(1, 1, 3, 7, 2**63)),
+]
+ROWS = np.stack([LOGITS, LOGITS - 20, np.zeros(5, np.float32), LOGITS * 1e4, -LOGITS,
+                 np.array([0, -1e4, 3e4, 3e4, -3e4], np.float32)])
+
+
+@pytest.mark.parametrize('sampler', EXTREMES, ids=str)
+def test_at_every_extreme_a_token_is_left_and_all_filters_are_one(sampler):
+  """The sampler's filter, the row-wise one of the engine and the learner's, bit for bit."""
+  got = jax.jit(lambda x: policies.filtered_logits(x, sampler))(ROWS)
+  left = got > policies.MASKED / 2
+  assert left.any(-1).all() and np.isfinite(jax.nn.softmax(got, -1)).all()
+  rows = policies.RowSamplers.of([sampler] * len(ROWS), 5, 16)
+  np.testing.assert_array_equal(got, jax.jit(policies.filtered_rows)(ROWS, rows))
+  if len(set(sampler.banned) & set(range(5))) < 5:
+    assert not left[:, [token for token in sampler.banned if token < 5]].any()
+  else:
+    assert (left.sum(-1) == 1).all()
+  drawn = policies.draw(keys(len(ROWS)), got)
+  assert left[np.arange(len(ROWS)), drawn.token].all()
+  seen = score(policies.learner_logits(ROWS, drawn.token, sampler), drawn.token)
+  # The learner takes a logit and log Z apart: each is rounded where the logits lie.
+  np.testing.assert_allclose(seen.logp, drawn.logp, atol=2e-6 + 2e-7 * np.abs(got[left]).max())
+
+
+def test_extremes_mean_what_their_limits_mean():
+  np.testing.assert_allclose(probabilities(Sampler(top_p=1e-300)), [1, 0, 0, 0, 0])
+  np.testing.assert_allclose(probabilities(Sampler(1e-300)), [1, 0, 0, 0, 0])
+  np.testing.assert_allclose(probabilities(Sampler(1e308)), [0.2] * 5, atol=1e-6)
+  np.testing.assert_allclose(probabilities(Sampler(1e308, banned=(0,))), [0, *[0.25] * 4],
+                             atol=1e-6)
+  np.testing.assert_allclose(probabilities(Sampler(min_p=1.0)), [1, 0, 0, 0, 0])
+  np.testing.assert_allclose(probabilities(Sampler(banned=tuple(range(5)))), [1, 0, 0, 0, 0])
+
+
 # --- Drawing ------------------------------------------------------------------------------
 
 
