@@ -16,6 +16,7 @@ import numpy as np
 from rich.console import Console
 
 from jaxrl_pt import config as cfg
+from jaxrl_pt.data.tokenizer import begun, drawable
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.sampling import resa as rectified
 from jaxrl_pt.sampling.engine import Engine
@@ -116,7 +117,7 @@ def sample_resa(workdir: Path, prompts: list[str], *, step: int | None, as_json:
   """
   policy = evaluate.load_policy(workdir, step)
   tokenizer = policy.session.data.tokenizer
-  rows = [tokenizer.encode(prompt) or [tokenizer.eos_id] for prompt in prompts]
+  rows = [begun(tokenizer, tokenizer.encode(prompt)) for prompt in prompts]
   lengths = np.array([len(row) for row in rows], np.int32)
   tokens = np.zeros((len(rows), lengths.max()), np.int32)
   for n, row in enumerate(rows):
@@ -128,8 +129,10 @@ def sample_resa(workdir: Path, prompts: list[str], *, step: int | None, as_json:
   # The kernels read one chip's pages; a mesh takes XLA's path.
   generation = generation_of(mesh.devices.flat[0]) if mesh.size == 1 else None
   draw = jax.jit(functools.partial(
-      rectified.generate, policy.model, sampler=sampler, resa=resa, num_samples=num_samples,
-      num_tokens=num_tokens, stop_id=tokenizer.eos_id, generation=generation))
+      rectified.generate, policy.model,
+      sampler=drawable(sampler, tokenizer, policy.model.config.vocab_size), resa=resa,
+      num_samples=num_samples, num_tokens=num_tokens, stop_id=tokenizer.eos_id,
+      generation=generation))
   start = time.perf_counter()
   drawn = jax.device_get(draw(policy.params, batch, jax.random.key(seed)))
   seconds = time.perf_counter() - start

@@ -31,6 +31,7 @@ from jaxrl_pt.train import session as sessions
 from jaxrl_pt.train import state as states
 from jaxrl_pt.types import Prompts, Verdict
 from jaxrl_pt.verifiers import host, next_token, pool
+from jaxrl_pt.verifiers.token_bytes import token_table
 
 RESULT = Path(__file__).parent / 'results' / 'fused.json'
 SHAPES = (32, 16, 1), (32, 16, 4), (16, 8, 4), (8, 4, 4)  # prompts, samples, tokens
@@ -57,7 +58,7 @@ def measure(num_prompts: int, group_size: int, num_tokens: int, rounds: int) -> 
   vocab_size = run.model.vocab_size
   # One byte a token, of two values, so that predictions are sometimes right.
   token_bytes = [bytes([97 + i % 2]) for i in range(vocab_size)]
-  table = next_token.token_table(token_bytes, vocab_size)
+  table = token_table(token_bytes, vocab_size)
   model = sessions.build_model(run.model, run.compute, mesh)
   optimizer = optim.make_optimizer(run.optimizer, run.train.num_steps)
   state = states.init_state(model, optimizer, mesh, 0)

@@ -19,6 +19,7 @@ from jaxrl_pt.train import losses, optim, rl_step, rlp_step, step
 from jaxrl_pt.train import state as states
 from jaxrl_pt.types import Batch, Params, Prompts, Rollout, TrainState, Verdict
 from jaxrl_pt.verifiers import next_token as verifier
+from jaxrl_pt.verifiers.token_bytes import TokenBytes, token_table
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,9 @@ class Setting:
     return build(self.config)
 
   @functools.cached_property
-  def table(self) -> verifier.TokenBytes:
+  def table(self) -> TokenBytes:
     """What the verifier compares."""
-    return verifier.token_table(self.token_bytes, self.config.vocab_size)
+    return token_table(self.token_bytes, self.config.vocab_size)
 
 
 @functools.cache

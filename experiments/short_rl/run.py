@@ -35,6 +35,7 @@ from jaxrl_pt.train import state as states
 from jaxrl_pt.train.step import make_train_step
 from jaxrl_pt.types import Prompts, TrainState, Verdict
 from jaxrl_pt.verifiers import exact
+from jaxrl_pt.verifiers.token_bytes import token_table
 
 matplotlib.use('Agg')
 from matplotlib import pyplot as plt
@@ -42,10 +43,11 @@ from matplotlib import pyplot as plt
 HERE = Path(__file__).parent
 TOKENIZER = ByteTokenizer()
 MARKER, STEP, STOP = ord(generated.MARKER), ord('+'), TOKENIZER.eos_id
+TABLE = token_table(TOKENIZER.token_bytes(), TOKENIZER.vocab_size)
 SOURCE = cfg.RedundantChecks(size=4000, min_steps=1, max_steps=4, max_checks=10, noise=0.5)
 MODEL = cfg.Model(num_layers=2, d_model=64, d_ff=128, num_heads=4, num_kv_heads=2, head_dim=16,
                   vocab_size=TOKENIZER.vocab_size)
-PROMPT_LEN, RESPONSE_LEN, GROUP = 6, 40, 8
+PROMPT_LEN, RESPONSE_LEN, GROUP = 7, 40, 8
 SLACK_TOKENS, SLACK_ACCURACY = 4, 0.05
 # What a right, a wrong and an unparsed answer earn: the paper's format and answer together, and
 # a plain 1, beside which the length weighs more.
@@ -103,7 +105,7 @@ def fit_start(model, num_steps, seed=0, num_rows=32):
   source = dataclasses.replace(SOURCE, size=30_000, seed=1)
   documents = (np.array(TOKENIZER.encode(generated.demonstration(source, i)), np.int32)
                for i in range(source.size))
-  rows = np.stack(list(pack.pack(documents, STOP, 128)))
+  rows = np.stack(list(pack.pack(documents, pack.Ends(TOKENIZER.bos_id, STOP), 128)))
   settings = cfg.AdamW(cfg.Cosine(peak=4e-3, warmup_steps=20, end=1e-4))
   optimizer = optim.make_optimizer(settings, num_steps)
   params = P.init(model.specs, jax.random.key(seed))
@@ -133,7 +135,7 @@ def make_step(model, arm, num_prompts, num_steps, learning_rate):
                 optimizer=settings, train=cfg.Train(num_steps=num_steps, batch_size=num_prompts))
   optimizer = optim.make_optimizer(settings, num_steps)
   learn = learner.make_learner(model, optimizer, run, rollouts, algorithm)
-  verify = exact.device_verifier(MARKER, STOP)
+  verify = exact.device_verifier(TABLE, generated.MARKER.encode(), STOP)
 
   def one(state, reference, prompts, key):
     rollout = decode.generate(model, state.params, prompts, key, sampler=rollouts.sampler,
@@ -188,7 +190,7 @@ def evaluate(model, params, held_out):
                            num_samples=1, num_tokens=RESPONSE_LEN, stop_id=STOP)
 
   rollout = draw(params)
-  verify = jax.vmap(exact.device_verifier(MARKER, STOP), (None, 0))
+  verify = jax.vmap(exact.device_verifier(TABLE, generated.MARKER.encode(), STOP), (None, 0))
   correct = np.asarray(verify(prompts, rollout).correct)[..., 0]
   lengths = np.asarray(rollout.mask.sum(-1))[..., 0]
   drawn = np.where(np.asarray(rollout.mask) > 0, rollout.tokens, -1)[:, :, 0]

@@ -123,24 +123,38 @@ class TrainedBPE:
 
 @dataclass(frozen=True)
 class HuggingFaceTokenizer:
-  """Any Hugging Face `tokenizer.json` (plain or .gz) on disk; `end_of_text` is its EOS token."""
+  """Any Hugging Face `tokenizer.json` (plain or .gz) on disk.
+
+  end_of_text: its EOS token. begin_of_text: the token that its models see before every document,
+  such as '<s>'; '' for models that are trained without one. A model that is trained from nothing
+  should have one: where the file has none to offer, that of `end_of_text`.
+  """
 
   path: str
   end_of_text: str
+  begin_of_text: str
 
   def __post_init__(self) -> None:
     checks.text(self, 'path')
     checks.text(self, 'end_of_text')
+    if self.begin_of_text != '':
+      checks.text(self, 'begin_of_text')
 
 
 @dataclass(frozen=True)
 class SentencePiece:
-  """A SentencePiece `.model` file on disk."""
+  """A SentencePiece `.model` file on disk.
+
+  has_begin: every document begins with the file's beginning piece (its end piece where it has
+  none); False for models that are trained without one.
+  """
 
   path: str
+  has_begin: bool = True
 
   def __post_init__(self) -> None:
     checks.text(self, 'path')
+    checks.flag(self, 'has_begin')
 
 
 Tokenizer = Bytes | TrainedBPE | HuggingFaceTokenizer | SentencePiece

@@ -12,9 +12,10 @@ GymAnswer = Literal['tags', 'text']
 
 @dataclass(frozen=True)
 class AnswerMatch:
-  """On the device: the tokens between the last marker and the end are the answer's.
+  """On the device: the text between the last marker and the end is the answer, compared byte by
+  byte with the reference.
 
-  marker: text of exactly one token.
+  marker: what stands before an answer; it need not be a token of its own.
   """
 
   marker: str = '#'

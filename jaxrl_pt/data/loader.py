@@ -26,7 +26,7 @@ from jaxrl_pt.data import tokenizer as tokenizers
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.types import Batch
 
-_FORMAT = 1  # raise when prepared files of the same config would come out differently
+_FORMAT = 2  # raise when prepared files of the same config would come out differently
 _MANIFEST = 'manifest.json'
 _SPLITS = ('train', 'validation')
 _TEXTS_PER_CALL = 512
@@ -45,9 +45,9 @@ class Packed:
   """One split on disk: `num_examples` rows of `seq_len` predicted tokens.
 
   num_targets: predicted tokens of the whole split (end of text included).
-  num_bytes: UTF-8 bytes that those targets spell: the split's text without each
-  document's first token, which nothing predicts. Bits per byte of a mean loss in
-  nats per token is loss / ln 2 · num_targets / num_bytes.
+  num_bytes: UTF-8 bytes that those targets spell: the split's text, without each document's
+  first token where no token begins a document, as nothing predicts it then. Bits per byte of
+  a mean loss in nats per token is loss / ln 2 · num_targets / num_bytes.
   digest: sha256 of the rows.
   """
 
@@ -152,23 +152,23 @@ def _content_key(data: config.Data, cached: Path | None) -> str:
 class _SplitWriter:
   """Packs one split into its file and counts what the manifest says."""
 
-  def __init__(self, path: Path, data: config.Data, eos_id: int) -> None:
+  def __init__(self, path: Path, data: config.Data, ends: pack.Ends) -> None:
     self._writer = publish.RecordWriter(path)
     self._packer = pack.Packer(data.seq_len)
-    self._data, self._eos_id, self._digest = data, eos_id, hashlib.sha256()
+    self._data, self._ends, self._digest = data, ends, hashlib.sha256()
     self.counts = {'documents': 0, 'text_bytes': 0, 'target_bytes': 0, 'tokens': 0,
                    'targets': 0, 'examples': 0}
 
-  def add(self, tokens_n: np.ndarray, text_bytes: int, first_bytes: int) -> None:
-    for piece in pack.pieces(tokens_n, self._eos_id, self._data.seq_len,
+  def add(self, tokens_n: np.ndarray, text_bytes: int, target_bytes: int) -> None:
+    counts = self.counts
+    for piece in pack.pieces(tokens_n, self._ends, self._data.seq_len,
                              self._data.long_documents):
       self._write(self._packer.add(piece))
-    counts = self.counts
+      counts['targets'] += piece.shape[1]
     counts['documents'] += 1
     counts['text_bytes'] += text_bytes
-    counts['target_bytes'] += text_bytes - first_bytes
+    counts['target_bytes'] += target_bytes
     counts['tokens'] += len(tokens_n)
-    counts['targets'] += len(tokens_n)
 
   def _write(self, rows: Iterable[np.ndarray]) -> None:
     for row_3T in rows:
@@ -194,14 +194,16 @@ def _build(data: config.Data, cached: Path | None, directory: Path) -> None:
     tokenizer = tokenizers.train_or_load(data.tokenizer, training)
     documents = _tokenised(data, tokenizer)
   tokenizer.save(directory / 'tokenizer')
-  writers = {name: _SplitWriter(directory / f'{name}.array_record', data, tokenizer.eos_id)
+  ends = pack.Ends(tokenizer.bos_id, tokenizer.eos_id)
+  writers = {name: _SplitWriter(directory / f'{name}.array_record', data, ends)
              for name in _SPLITS}
   nearest = 1.0
   for place, held_out, tokens_n, text_bytes in documents:
     if len(tokens_n):
       nearest = min(nearest, place)
-      first_bytes = len(tokenizer.decode_bytes(tokens_n[:1].tolist()))
-      writers['validation' if held_out else 'train'].add(tokens_n, text_bytes, first_bytes)
+      unpredicted = tokens_n[:1].tolist() if ends.bos is None else []
+      target_bytes = text_bytes - len(tokenizer.decode_bytes(unpredicted))
+      writers['validation' if held_out else 'train'].add(tokens_n, text_bytes, target_bytes)
   splits = {name: writer.close() for name, writer in writers.items()}
   _check_splits(data, splits, nearest)
   manifest = {'format': _FORMAT, 'data': repr(data), 'seq_len': data.seq_len,

@@ -1,7 +1,8 @@
 """Documents of token ids → rows of `seq_len` predicted tokens.
 
-A document d_0 … d_{n-1} becomes the n pairs (input, target) = (d_0, d_1), …,
-(d_{n-1}, eos), so every token but the first is predicted exactly once. A document
+A document d_0 … d_{n-1} becomes the n + 1 pairs (input, target) = (bos, d_0), (d_0, d_1), …,
+(d_{n-1}, eos), so every token is predicted exactly once, the first one from the token that
+begins a document. For models without such a token the first pair is missing. A document
 of more than `seq_len` pairs is cut into pieces; a piece's first input is the last
 target of the piece before it, so no target is lost. Pieces are then placed
 best-fit: into the fullest open row that still has room. A row of the file is
@@ -11,7 +12,7 @@ i32[3, T]: inputs, targets, segments (0 is padding); the rest follows from these
 import bisect
 from collections.abc import Iterable, Iterator
 import hashlib
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -32,15 +33,22 @@ def hold_out(text: str | bytes) -> float:
   return int.from_bytes(hashlib.sha256(raw).digest()[:6], 'big') / 2**48
 
 
-def pieces(tokens_n: np.ndarray, eos_id: int, seq_len: int,
+class Ends(NamedTuple):
+  """The ids that stand before and behind a document."""
+
+  bos: int | None  # input before the first token; None for models without one
+  eos: int  # target of the last token
+
+
+def pieces(tokens_n: np.ndarray, ends: Ends, seq_len: int,
            long_documents: Literal['split', 'error'] = 'split') -> list[np.ndarray]:
   """Cuts one document into pairs (input, target) of at most `seq_len`.
 
   Args:
-    tokens_n: int[n] ids of one document, without end of text.
-    eos_id: target of the last token.
+    tokens_n: int[n] ids of one document, without beginning and end.
+    ends: of documents.
     seq_len: T.
-    long_documents: 'error' refuses n > T.
+    long_documents: 'error' refuses more than T pairs.
 
   Returns:
     i32[2, m] inputs and targets, m ≤ T, in order; none for an empty document.
@@ -48,15 +56,16 @@ def pieces(tokens_n: np.ndarray, eos_id: int, seq_len: int,
   Raises:
     UserError: the document is too long and long_documents is 'error'.
   """
-  n = len(tokens_n)
+  if not len(tokens_n):
+    return []
+  begin = [] if ends.bos is None else [ends.bos]
+  line = np.concatenate([begin, tokens_n, [ends.eos]]).astype(np.int32)
+  pairs_2n = np.stack([line[:-1], line[1:]])
+  n = pairs_2n.shape[1]
   if n > seq_len and long_documents == 'error':
-    raise UserError(f'A document has {n} tokens, Data.seq_len is {seq_len} and '
-                    "Data.long_documents is 'error': raise seq_len, or set long_documents = "
-                    "'split'.")
-  pairs_2n = np.empty((2, n), np.int32)
-  pairs_2n[0] = tokens_n
-  pairs_2n[1, :-1] = pairs_2n[0, 1:]
-  pairs_2n[1, -1:] = eos_id
+    raise UserError(f'A document has {n} tokens{" with the one that begins it" if begin else ""}, '
+                    f"Data.seq_len is {seq_len} and Data.long_documents is 'error': raise "
+                    "seq_len, or set long_documents = 'split'.")
   return [pairs_2n[:, low:low + seq_len] for low in range(0, n, seq_len)]
 
 
@@ -104,12 +113,12 @@ class Packer:
     return row_3T
 
 
-def pack(documents: Iterable[np.ndarray], eos_id: int, seq_len: int,
+def pack(documents: Iterable[np.ndarray], ends: Ends, seq_len: int,
          long_documents: Literal['split', 'error'] = 'split') -> Iterator[np.ndarray]:
   """Yields the i32[3, T] rows of a stream of documents int[n]; see `pieces` for errors."""
   packer = Packer(seq_len)
   for tokens_n in documents:
-    for piece_2m in pieces(tokens_n, eos_id, seq_len, long_documents):
+    for piece_2m in pieces(tokens_n, ends, seq_len, long_documents):
       yield from packer.add(piece_2m)
   yield from packer.flush()
 

@@ -4,7 +4,7 @@
                  → encode with the run's tokenizer → ProblemSet
                  → step_prompts(set, num_prompts, seed, step) → Prompts and their references
 
-A device verifier reads the answer's tokens in `Prompts.continuation`, a host verifier the
+A device verifier reads the answer's bytes in `Prompts.continuation`, a host verifier the
 reference text.
 """
 
@@ -21,14 +21,14 @@ from jaxrl_pt import config
 from jaxrl_pt.data import generated, gym_questions, knights, pack, sources
 from jaxrl_pt.data.generated import Problem
 from jaxrl_pt.data.next_token import step_rows
-from jaxrl_pt.data.tokenizer import Tokenizer
+from jaxrl_pt.data.tokenizer import Tokenizer, begun
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.types import Prompts
 
 
 @dataclass(frozen=True)
 class ProblemSet:
-  """Problems and their tokens, right-padded with 0. Host arrays.
+  """Problems, their prompts' tokens and their answers' bytes, right-padded with 0. Host arrays.
 
   digest: of prompts, answers and tokens; it must be the same when a run resumes.
   """
@@ -36,7 +36,7 @@ class ProblemSet:
   problems: tuple[Problem, ...]
   tokens: np.ndarray  # i32[R, T] prompts
   lengths: np.ndarray  # i32[R]
-  answers: np.ndarray  # i32[R, W]
+  answers: np.ndarray  # i32[R, W] bytes of the reference answers
   answer_lengths: np.ndarray  # i32[R]
 
   def __len__(self) -> int:
@@ -132,7 +132,7 @@ def _reasoning_gym(source: config.ReasoningGym) -> Iterator[Problem]:
 
 
 def encode(problems: Sequence[Problem], tokenizer: Tokenizer, prompt_len: int) -> ProblemSet:
-  """Tokens of all prompts and answers.
+  """Tokens of all prompts, each begun as a document is, and bytes of all answers.
 
   Args:
     problems: at least one.
@@ -142,14 +142,17 @@ def encode(problems: Sequence[Problem], tokenizer: Tokenizer, prompt_len: int) -
   Raises:
     UserError: a prompt is empty or longer than `prompt_len`.
   """
-  prompts = tokenizer.encode_batch([p.prompt for p in problems])
-  for problem, tokens in zip(problems, prompts, strict=True):
+  prompts = []
+  for problem, ids in zip(problems, tokenizer.encode_batch([p.prompt for p in problems]),
+                          strict=True):
+    tokens = begun(tokenizer, ids) if ids else []
     if not 1 <= len(tokens) <= prompt_len:
       raise UserError(f'The prompt of {problem.place} has {len(tokens)} tokens, and '
                       f'Rollouts.prompt_len is {prompt_len}: ' + (
                           'raise it, or leave the row out.' if tokens else
                           'a prompt needs at least one; leave the row out.'))
-  answers = tokenizer.encode_batch([p.answer for p in problems])
+    prompts.append(tokens)
+  answers = [list(p.answer.encode()) for p in problems]
   tokens_RT, lengths = _padded(prompts, prompt_len)
   answers_RW, answer_lengths = _padded(answers, max(1, max(map(len, answers))))
   return ProblemSet(tuple(problems), tokens_RT, lengths, answers_RW, answer_lengths)

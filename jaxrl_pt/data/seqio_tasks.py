@@ -109,8 +109,9 @@ def check_tokenizer(cached: Path, tokenizer: Tokenizer) -> None:
     UserError: it is not.
   """
   model = cached / _MODEL
-  expected = SentencePieceTokenizer(model.read_bytes())
-  if tokenizer.fingerprint != expected.fingerprint:
+  same = (isinstance(tokenizer, SentencePieceTokenizer)
+          and tokenizer.definition == model.read_bytes())
+  if not same:
     raise UserError('Data.tokenizer is not the vocabulary of the seqio task: set Data.tokenizer '
                     f"= @cfg.SentencePiece() and SentencePiece.path = '{model}'.")
 

@@ -5,29 +5,23 @@ decoding is that table joined: so what `decode` shows, what bits per byte
 divides by and what a byte-prefix reward compares are one and the same.
 """
 
-import abc
 from collections.abc import Callable, Iterable, Sequence
 import dataclasses
 import functools
 import gzip
-import hashlib
 import json
 from pathlib import Path
-import re
 from typing import Any, Protocol
 import zlib
 
 import tokenizers
 
 from jaxrl_pt import config
+from jaxrl_pt.data import token_table
+from jaxrl_pt.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from jaxrl_pt.errors import UserError
 
 END_OF_TEXT = '<|endoftext|>'
-_BYTE_PIECE = re.compile(r'<0x([0-9A-Fa-f]{2})>')
-_DESCRIPTION, _DEFINITION = 'tokenizer_config.json', {
-    'tokenizer.json': 'tokenizer.json', 'sentencepiece': 'tokenizer.model'}
-
-
 class Tokenizer(Protocol):
   """What the rest of the product knows of a tokenizer; `load(directory)` undoes `save`."""
 
@@ -39,6 +33,16 @@ class Tokenizer(Protocol):
   @property
   def eos_id(self) -> int:
     """The id that ends a document."""
+    ...
+
+  @property
+  def bos_id(self) -> int | None:
+    """The id that begins a document; None where the models of this tokenizer see none."""
+    ...
+
+  @property
+  def unused_ids(self) -> tuple[int, ...]:
+    """Ids below `vocab_size` that no token has."""
     ...
 
   @property
@@ -71,21 +75,31 @@ class Tokenizer(Protocol):
     ...
 
 
-def _join(table: list[bytes], ids: Sequence[int], dummy_space: bool) -> bytes:
-  # A model's vocabulary may be padded beyond the tokenizer's: such ids spell nothing.
-  joined = b''.join(table[i] for i in ids if 0 <= i < len(table))
-  return joined[1:] if dummy_space and joined.startswith(b' ') else joined
+def begun(tokenizer: Tokenizer, ids: Sequence[int]) -> list[int]:
+  """The ids of a text that begins a document: the beginning token, once, and then `ids`.
+
+  Training puts the same token in front of every document, so whatever a model is asked has to
+  begin with it too.
+
+  Raises:
+    UserError: there is nothing to begin with: no ids, and no token that begins a document.
+  """
+  if tokenizer.bos_id is None:
+    if not ids:
+      raise UserError('An empty prompt gives this model nothing to start from, as no token of '
+                      'its tokenizer begins a document: write a prompt.')
+    return list(ids)
+  return list(ids) if list(ids[:1]) == [tokenizer.bos_id] else [tokenizer.bos_id, *ids]
 
 
-def _fingerprint(kind: str, eos_id: int, definition: bytes) -> str:
-  return hashlib.sha256(f'{kind}\n{eos_id}\n'.encode() + definition).hexdigest()
+def drawable(sampler: config.Sampler, tokenizer: Tokenizer, vocab_size: int) -> config.Sampler:
+  """The sampler that also bans every id of a model which no token of its tokenizer has.
 
-
-def _save(directory: Path, description: dict[str, Any], definition: bytes) -> None:
-  directory.mkdir(parents=True, exist_ok=True)
-  (directory / _DESCRIPTION).write_text(json.dumps(description, indent=2) + '\n')
-  if definition:
-    (directory / _DEFINITION[description['kind']]).write_bytes(definition)
+  A vocabulary is often padded beyond its tokenizer's. Such an id spells nothing, but a model
+  that was never trained on it may think it likely.
+  """
+  unused = (*tokenizer.unused_ids, *range(tokenizer.vocab_size, vocab_size))
+  return dataclasses.replace(sampler, banned=tuple(sorted({*sampler.banned, *unused})))
 
 
 # --- Bytes ----------------------------------------------------------------------
@@ -93,11 +107,25 @@ def _save(directory: Path, description: dict[str, Any], definition: bytes) -> No
 
 @dataclasses.dataclass(frozen=True)
 class ByteTokenizer:
-  """Ids 0–255 are the bytes of UTF-8, 256 ends a document."""
+  """Ids 0–255 are the bytes of UTF-8; 256 ends a document and, by default, begins it."""
 
-  vocab_size: int = 257
-  eos_id: int = 256
-  fingerprint: str = _fingerprint('bytes', 256, b'')
+  bos_id: int | None = 256
+
+  @property
+  def vocab_size(self) -> int:
+    return 257
+
+  @property
+  def eos_id(self) -> int:
+    return 256
+
+  @property
+  def unused_ids(self) -> tuple[int, ...]:
+    return ()
+
+  @functools.cached_property
+  def fingerprint(self) -> str:
+    return token_table.digest('bytes', self.eos_id, self.bos_id, b'')
 
   def encode(self, text: str) -> list[int]:
     return list(text.encode())
@@ -115,7 +143,8 @@ class ByteTokenizer:
     return [bytes([i]) for i in range(256)] + [b'']
 
   def save(self, directory: Path) -> None:
-    _save(directory, {'kind': 'bytes', 'fingerprint': self.fingerprint}, b'')
+    token_table.write(directory, {'kind': 'bytes', 'bos_id': self.bos_id,
+                      'fingerprint': self.fingerprint}, b'')
 
 
 # --- tokenizer.json -------------------------------------------------------------
@@ -139,12 +168,6 @@ def _decoder_types(decoder: Any) -> set[str]:
   return {str(decoder.get('type'))}.union(*inner)
 
 
-def _metaspace_piece(piece: str) -> bytes:
-  """Bytes of a SentencePiece-style piece: ▁ is a space, <0xNN> a byte."""
-  byte = _BYTE_PIECE.fullmatch(piece)
-  return bytes([int(byte[1], 16)]) if byte else piece.replace('▁', ' ').encode()
-
-
 def _json_table(backend: tokenizers.Tokenizer, definition: dict[str, Any]) -> list[bytes]:
   """Bytes of each id of a tokenizer.json, read off the kind of its decoder."""
   types = _decoder_types(definition.get('decoder'))
@@ -158,7 +181,7 @@ def _json_table(backend: tokenizers.Tokenizer, definition: dict[str, Any]) -> li
     elif 'ByteLevel' in types and all(c in alphabet for c in piece):
       table[i] = bytes(alphabet[c] for c in piece)
     elif types & {'Metaspace', 'ByteFallback', 'Replace'}:
-      table[i] = _metaspace_piece(piece)
+      table[i] = token_table.metaspace_piece(piece)
     elif 'WordPiece' in types:
       table[i] = piece[2:].encode() if piece.startswith('##') else b' ' + piece.encode()
     else:
@@ -166,44 +189,25 @@ def _json_table(backend: tokenizers.Tokenizer, definition: dict[str, Any]) -> li
   return table
 
 
-class _TableTokenizer(abc.ABC):
-  """What a tokenizer can do by its table alone."""
-
-  @functools.cached_property
-  @abc.abstractmethod
-  def _table(self) -> list[bytes]:
-    """The bytes that each id contributes to text."""
-
-  @functools.cached_property
-  @abc.abstractmethod
-  def _dummy_space(self) -> bool:
-    """Whether encoding puts a space before the text that decoding must take away."""
-
-  @property
-  def vocab_size(self) -> int:
-    return len(self._table)
-
-  def decode_bytes(self, ids: Sequence[int]) -> bytes:
-    return _join(self._table, ids, self._dummy_space)
-
-  def decode(self, ids: Sequence[int]) -> str:
-    return self.decode_bytes(ids).decode('utf-8', 'replace')
-
-  def token_bytes(self) -> list[bytes]:
-    return list(self._table)
-
-
 @dataclasses.dataclass(frozen=True)
-class JsonTokenizer(_TableTokenizer):
-  """A `tokenizers` pipeline, trained here or read from a tokenizer.json."""
+class JsonTokenizer(token_table.TableTokenizer):
+  """A `tokenizers` pipeline, trained here or read from a tokenizer.json.
+
+  begin_of_text: the token that begins a document; empty for none.
+  """
 
   definition: str
   end_of_text: str
+  begin_of_text: str
 
   def __post_init__(self) -> None:
     if self._backend.token_to_id(self.end_of_text) is None:
       raise UserError(f'The tokenizer has no token {self.end_of_text!r}: set '
                       'HuggingFaceTokenizer.end_of_text to its end-of-text token.')
+    if self.begin_of_text and self._backend.token_to_id(self.begin_of_text) is None:
+      raise UserError(f'The tokenizer has no token {self.begin_of_text!r}: set '
+                      'HuggingFaceTokenizer.begin_of_text to the token that begins a document, '
+                      "or to '' for models that are trained without one.")
 
   @functools.cached_property
   def _backend(self) -> tokenizers.Tokenizer:
@@ -223,7 +227,7 @@ class JsonTokenizer(_TableTokenizer):
 
   @functools.cached_property
   def _dummy_space(self) -> bool:
-    return _join(self._table, self.encode('a'), False).startswith(b' ')
+    return token_table.join(self._table, self.encode('a'), False).startswith(b' ')
 
   @functools.cached_property
   def eos_id(self) -> int:
@@ -232,8 +236,17 @@ class JsonTokenizer(_TableTokenizer):
     return found
 
   @functools.cached_property
+  def bos_id(self) -> int | None:
+    return self._backend.token_to_id(self.begin_of_text) if self.begin_of_text else None
+
+  @functools.cached_property
+  def unused_ids(self) -> tuple[int, ...]:
+    used = set(self._backend.get_vocab(with_added_tokens=True).values())
+    return tuple(i for i in range(self.vocab_size) if i not in used)
+
+  @functools.cached_property
   def fingerprint(self) -> str:
-    return _fingerprint('tokenizer.json', self.eos_id, self.definition.encode())
+    return token_table.digest('tokenizer.json', self.eos_id, self.bos_id, self.definition.encode())
 
   def encode(self, text: str) -> list[int]:
     return list(self._backend.encode(text, add_special_tokens=False).ids)
@@ -244,8 +257,8 @@ class JsonTokenizer(_TableTokenizer):
 
   def save(self, directory: Path) -> None:
     description = {'kind': 'tokenizer.json', 'end_of_text': self.end_of_text,
-                   'fingerprint': self.fingerprint}
-    _save(directory, description, self.definition.encode())
+                   'begin_of_text': self.begin_of_text, 'fingerprint': self.fingerprint}
+    token_table.write(directory, description, self.definition.encode())
 
 
 def _train_bpe(vocab_size: int, documents: Iterable[str]) -> JsonTokenizer:
@@ -257,69 +270,7 @@ def _train_bpe(vocab_size: int, documents: Iterable[str]) -> JsonTokenizer:
       vocab_size=vocab_size, special_tokens=[END_OF_TEXT], show_progress=False,
       initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
   backend.train_from_iterator(documents, trainer)
-  return JsonTokenizer(backend.to_str(), END_OF_TEXT)
-
-
-# --- SentencePiece --------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class SentencePieceTokenizer(_TableTokenizer):
-  """A SentencePiece model; text is normalised by the model's own rules first."""
-
-  definition: bytes
-
-  def __post_init__(self) -> None:
-    if self.eos_id < 0:
-      raise UserError('The SentencePiece model has no end-of-sentence piece: documents cannot '
-                      'be ended; use a model trained with one.')
-
-  @functools.cached_property
-  def _backend(self) -> Any:
-    try:
-      import sentencepiece  # an extra: only this kind of tokenizer needs it
-    except ImportError as error:
-      raise UserError('A SentencePiece tokenizer needs the extra `sentencepiece`: '
-                      "pip install 'jaxrl_pt[sentencepiece]'.") from error
-    try:
-      return sentencepiece.SentencePieceProcessor(model_proto=self.definition)
-    except (RuntimeError, TypeError) as error:
-      raise UserError('Not a SentencePiece model: give the path of a `.model` file.') from error
-
-  @functools.cached_property
-  def _table(self) -> list[bytes]:
-    backend = self._backend
-    table = []
-    for i in range(backend.vocab_size()):
-      if backend.is_unknown(i):
-        table.append('\ufffd'.encode())  # it stood for text that is lost: let decoding show it
-      elif backend.is_control(i) or backend.is_unused(i):
-        table.append(b'')
-      else:
-        table.append(_metaspace_piece(backend.id_to_piece(i)))
-    return table
-
-  @functools.cached_property
-  def _dummy_space(self) -> bool:
-    return bool(self._backend.encode('a', out_type=str)[0].startswith('▁'))
-
-  @functools.cached_property
-  def eos_id(self) -> int:
-    return int(self._backend.eos_id())
-
-  @functools.cached_property
-  def fingerprint(self) -> str:
-    return _fingerprint('sentencepiece', self.eos_id, self.definition)
-
-  def encode(self, text: str) -> list[int]:
-    return list(self._backend.encode(text))
-
-  def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-    return list(self._backend.encode(list(texts)))
-
-  def save(self, directory: Path) -> None:
-    description = {'kind': 'sentencepiece', 'fingerprint': self.fingerprint}
-    _save(directory, description, self.definition)
+  return JsonTokenizer(backend.to_str(), END_OF_TEXT, END_OF_TEXT)
 
 
 # --- Construction ---------------------------------------------------------------
@@ -344,16 +295,16 @@ def train_or_load(tokenizer: config.Tokenizer, documents: Iterable[str]) -> Toke
       return ByteTokenizer()
     case config.TrainedBPE(vocab_size=vocab_size):
       return _train_bpe(vocab_size, documents)
-    case config.HuggingFaceTokenizer(path=path, end_of_text=end_of_text):
+    case config.HuggingFaceTokenizer(path=path, end_of_text=end, begin_of_text=begin):
       try:
         definition = _read(path).decode()
       except UnicodeDecodeError as error:
         raise UserError(f'{path} is not a tokenizer.json: not UTF-8 at byte offset '
                         f'{error.start}.') from error
-      return _named(path, lambda: JsonTokenizer(definition, end_of_text))
-    case config.SentencePiece(path=path):
+      return _named(path, lambda: JsonTokenizer(definition, end, begin))
+    case config.SentencePiece(path=path, has_begin=has_begin):
       model = _read(path)
-      return _named(path, lambda: SentencePieceTokenizer(model))
+      return _named(path, lambda: SentencePieceTokenizer(model, has_begin))
 
 
 def _named(path: str, build: Callable[[], Tokenizer]) -> Tokenizer:
@@ -366,20 +317,23 @@ def _named(path: str, build: Callable[[], Tokenizer]) -> Tokenizer:
 def load(directory: Path) -> Tokenizer:
   """The tokenizer that `save` wrote into `directory`; nothing else is read.
 
+  One that was saved before documents had a beginning token goes on without one.
+
   Raises:
     UserError: no tokenizer is there, or its files are not those that were saved.
   """
   try:
-    description = json.loads((directory / _DESCRIPTION).read_text())
+    description = json.loads((directory / token_table.DESCRIPTION).read_text())
     kind, fingerprint = description['kind'], description['fingerprint']
-    path = directory / _DEFINITION.get(kind, _DESCRIPTION)
+    path = directory / token_table.DEFINITION.get(kind, token_table.DESCRIPTION)
     definition = path.read_bytes()
     if kind == 'tokenizer.json':
-      tokenizer: Tokenizer = JsonTokenizer(definition.decode(), description['end_of_text'])
+      tokenizer: Tokenizer = JsonTokenizer(definition.decode(), description['end_of_text'],
+                                           description.get('begin_of_text', ''))
     elif kind == 'sentencepiece':
-      tokenizer = SentencePieceTokenizer(definition)
+      tokenizer = SentencePieceTokenizer(definition, description.get('has_begin', False))
     elif kind == 'bytes':
-      tokenizer = ByteTokenizer()
+      tokenizer = ByteTokenizer(description.get('bos_id'))
     else:
       raise UserError(f'{directory} holds a tokenizer of unknown kind {kind!r}.')
   except (OSError, ValueError, KeyError, TypeError) as error:

@@ -83,15 +83,17 @@ class Engine:
   """Continuous batching over one model. Not thread-safe: one caller at a time."""
 
   def __init__(self, model: Model, params: Params, config: cfg.Engine, *, seed: int,
-               token_bytes: Sequence[bytes], think_end: tuple[int, ...] = (),
-               version: int = 0, mesh: Mesh | None = None) -> None:
+               token_bytes: Sequence[bytes], unused_ids: Sequence[int] = (),
+               think_end: tuple[int, ...] = (), version: int = 0, mesh: Mesh | None = None
+               ) -> None:
     """Compiles the program.
 
     Args:
       params: the policy; packed weights too.
       config: sizes.
       seed: of all noise, with a request's id, sample and position.
-      token_bytes: of every token of the vocabulary.
+      token_bytes: of every token of the tokenizer; ids beyond them are never drawn, nor are
+        `unused_ids`, which no token has either.
       think_end: tokens of the marker that ends thinking.
       version: optimiser step of `params`.
       mesh: over which `params` lie; key/value heads are split over its tensor axis. None for
@@ -101,7 +103,7 @@ class Engine:
     self.version = version
     self._key = jax.random.key(seed)
     self._shape = _shape(config, model.config.vocab_size)
-    self._vocabulary = _vocabulary(token_bytes, model.config.vocab_size, think_end)
+    self._vocabulary = _vocabulary(token_bytes, unused_ids, model.config.vocab_size, think_end)
     dtype = jnp.int8 if config.kv == 'int8' else model.init_cache(1, 1).k.dtype
     init = lambda: device.init(model, self._shape, self._vocabulary, dtype)
     layout = None if mesh is None else _layout(mesh, jax.eval_shape(init))
@@ -265,14 +267,17 @@ def _layout(mesh: Mesh, slots: device.Slots) -> Any:
   return dataclasses.replace(layout, cache=jax.tree.map(lambda _: by_heads, slots.cache))
 
 
-def _vocabulary(token_bytes: Sequence[bytes], vocab_size: int,
+def _vocabulary(token_bytes: Sequence[bytes], unused_ids: Sequence[int], vocab_size: int,
                 think_end: tuple[int, ...]) -> device.Vocabulary:
   table = np.zeros((vocab_size, max(1, max(map(len, token_bytes), default=1))), np.uint8)
   lengths = np.zeros(vocab_size, np.int32)
   for i, value in enumerate(token_bytes):
     table[i, :len(value)] = np.frombuffer(value, np.uint8)
     lengths[i] = len(value)
-  return device.Vocabulary(think_end, jnp.asarray(table), jnp.asarray(lengths))
+  is_token = np.arange(vocab_size) < len(token_bytes)
+  is_token[list(unused_ids)] = False
+  return device.Vocabulary(think_end, jnp.asarray(table), jnp.asarray(lengths),
+                           jnp.asarray(is_token))
 
 
 def _empty_queue(shape: device.Shape) -> Any:
@@ -318,7 +323,7 @@ def _check(request: Request, shape: device.Shape, think_end: tuple[int, ...]) ->
     raise UserError(f'Request {request.id}: {what}.')
 
   if not request.prompt:
-    refuse('the prompt is empty; start it with a token, e.g. end of text')
+    refuse('the prompt is empty; start it with the token that begins a text')
   if len(request.prompt) > shape.prompt_len:
     refuse(f'the prompt has {len(request.prompt)} tokens and the cache takes {shape.prompt_len}; '
            'shorten it or raise Engine.prompt_len')

@@ -213,12 +213,13 @@ class RowSamplers:
     return cls(**fields)
 
 
-def filtered_rows(logits_BV: Array, rows: RowSamplers) -> Array:
+def filtered_rows(logits_BV: Array, rows: RowSamplers, is_token_V: Array) -> Array:
   """`filtered_logits` with a sampler for each row; sorts only if some row filters.
 
   Args:
     logits_BV: f[B, V].
     rows: B samplers.
+    is_token_V: bool[V] False for ids that are banned in all rows.
 
   Returns:
     f32[B, V].
@@ -226,7 +227,8 @@ def filtered_rows(logits_BV: Array, rows: RowSamplers) -> Array:
   vocab_size = logits_BV.shape[-1]
   row = jnp.arange(logits_BV.shape[0])[:, None]
   greedy = rows.temperature[:, None] == 0
-  is_banned = jnp.zeros(logits_BV.shape, bool).at[row, rows.banned].set(True, mode='drop')
+  is_banned = jnp.broadcast_to(~is_token_V, logits_BV.shape).at[row, rows.banned].set(
+      True, mode='drop')
   scaled = _without(
       logits_BV.astype(jnp.float32) / jnp.where(greedy, 1.0, rows.temperature[:, None]), is_banned)
   allowed = scaled > MASKED / 2

@@ -120,6 +120,7 @@ class Vocabulary(NamedTuple):
   think_end: tuple[int, ...]  # the end marker of thinking; () where there is none
   bytes: Array  # u8[V, X] of each token, right-padded
   num_bytes: Array  # i32[V]
+  is_token: Array  # bool[V] False for ids that no token has, which are never drawn
 
 
 def init(model: Model, shape: Shape, vocabulary: Vocabulary, dtype: Any) -> Slots:
@@ -277,7 +278,7 @@ def _draw(model: Model, vocabulary: Vocabulary, params: Params, key: Array, aske
           slots: Slots, row: Array) -> tuple[Array, Array, Array, Slots]:
   """The next token of each slot, its log-probability, and whether it was drawn or forced."""
   logits = jnp.matmul(slots.hidden, model.head(params), preferred_element_type=jnp.float32)
-  filtered = filtered_rows(logits, asked.samplers)
+  filtered = filtered_rows(logits, asked.samplers, vocabulary.is_token)
   keys = jax.vmap(jax.random.fold_in, (None, 0))(key, asked.ids)
   keys = jax.vmap(jax.random.fold_in)(keys, asked.samples)
   keys = jax.vmap(jax.random.fold_in)(keys, slots.length)

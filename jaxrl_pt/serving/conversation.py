@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from jaxrl_pt.data.tokenizer import Tokenizer
+from jaxrl_pt.data.tokenizer import Tokenizer, begun
 from jaxrl_pt.errors import UserError
 
 _CONTENT = '{content}'
@@ -87,7 +87,7 @@ def fit(template: Template, tokenizer: Tokenizer, messages: Sequence[Message],
   turns = [m for m in messages if m.role != 'system']
   tokens: list[int] = []
   for start in (i for i, m in enumerate(turns) if m.role == 'user'):
-    tokens = tokenizer.encode(template.text([*system, *turns[start:]]))
+    tokens = begun(tokenizer, tokenizer.encode(template.text([*system, *turns[start:]])))
     if len(tokens) <= prompt_len:
       return tokens, start
   raise UserError(f'The message has {len(tokens)} tokens with its frame and the model takes '

@@ -14,7 +14,7 @@ import secrets
 from typing import Any, NamedTuple, NoReturn
 
 from jaxrl_pt import config as cfg
-from jaxrl_pt.data.tokenizer import Tokenizer
+from jaxrl_pt.data.tokenizer import Tokenizer, begun
 from jaxrl_pt.sampling.engine import Request
 from jaxrl_pt.serving.conversation import Message, Template
 from jaxrl_pt.serving.text import Markers
@@ -186,7 +186,9 @@ def completion(body: dict[str, Any], service: Service, ids: Ids) -> Ask:
     raise ApiError(400, 'prompt is missing.', param='prompt')
   if isinstance(prompts, str) or _is_integer(prompts[0]):
     prompts = [prompts]
-  tokens = [service.tokenizer.encode(p) if isinstance(p, str) else p for p in prompts]
+  # Token ids are taken as they are: who sends them decides how they begin.
+  tokens = [begun(service.tokenizer, service.tokenizer.encode(p)) if isinstance(p, str) else p
+            for p in prompts]
   has_logprobs = fields.take(
       'logprobs', '0: the drawn token\'s own log-probability is all that can be given',
       lambda x: _is_integer(x) and x == 0) is not None
@@ -219,7 +221,8 @@ def chat(body: dict[str, Any], service: Service, ids: Ids) -> Ask:
   most = service.engine.response_len
   max_tokens = fields.integer('max_tokens', most, 1, most)
   max_tokens = fields.integer('max_completion_tokens', max_tokens, 1, most)
-  return _ask(fields, service, ids, [service.tokenizer.encode(text)], max_tokens,
+  prompt = begun(service.tokenizer, service.tokenizer.encode(text))
+  return _ask(fields, service, ids, [prompt], max_tokens,
               service.template.stop, is_chat=True, has_logprobs=has_logprobs)
 
 

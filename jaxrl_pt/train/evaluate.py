@@ -15,6 +15,7 @@ from jaxrl_pt import checkpoint, gin_bindings, metrics
 from jaxrl_pt import config as cfg
 from jaxrl_pt.checkpoint import Restored
 from jaxrl_pt.data import loader
+from jaxrl_pt.data.tokenizer import begun
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.models.base import Model
 from jaxrl_pt.sampling.engine import Engine, Request, Response
@@ -135,9 +136,10 @@ def evaluate_workdir(workdir: Path, *, step: int | None = None,
 def make_engine(policy: Policy, config: cfg.Engine, *, seed: int,
                 think_end: tuple[int, ...] = ()) -> Engine:
   """The engine of a policy; arguments as `Engine` takes them."""
+  tokenizer = policy.session.data.tokenizer
   return Engine(policy.model, policy.params, config, seed=seed, think_end=think_end,
-                token_bytes=policy.session.data.tokenizer.token_bytes(), version=policy.step,
-                mesh=policy.session.mesh)
+                token_bytes=tokenizer.token_bytes(), unused_ids=tokenizer.unused_ids,
+                version=policy.step, mesh=policy.session.mesh)
 
 
 def sample_workdir(workdir: Path, prompts: list[str], *, sampler: cfg.Sampler, num_tokens: int,
@@ -172,7 +174,7 @@ def stream_samples(policy: Policy, prompts: list[str], *, sampler: cfg.Sampler, 
                    engine: Engine | None = None) -> Iterator[stream.Piece]:
   """Continuations of each prompt, as they are drawn.
 
-  An empty prompt starts from the end-of-text token, as documents do.
+  Each begins as documents do in training; an empty one is that beginning alone.
 
   Args:
     policy: whose.
@@ -183,7 +185,7 @@ def stream_samples(policy: Policy, prompts: list[str], *, sampler: cfg.Sampler, 
   """
   tokenizer = policy.session.data.tokenizer
   requests = [
-      Request(tuple(tokenizer.encode(prompt)) or (tokenizer.eos_id,), n, num_tokens, num_samples,
+      Request(tuple(begun(tokenizer, tokenizer.encode(prompt))), n, num_tokens, num_samples,
               sampler, (tokenizer.eos_id,), stop) for n, prompt in enumerate(prompts)]
   if engine is None:
     total, longest = len(requests) * num_samples, max(len(r.prompt) for r in requests)

@@ -15,6 +15,7 @@ from jaxrl_pt.train import session as sessions
 from jaxrl_pt.train.tasks import OnDevice, OnHost, Task, judged
 from jaxrl_pt.types import Params, Prompts
 from jaxrl_pt.verifiers import exact, host, pool
+from jaxrl_pt.verifiers.token_bytes import token_table
 
 # In place of a batch's number: evaluation draws the same noise every time.
 EVALUATION_STREAM = 2**31 - 1
@@ -34,7 +35,8 @@ def open_task(session: sessions.Session, method: cfg.RL) -> Iterator[Task]:
   def take(batch: int) -> tuple[Prompts, Sequence[str]]:
     return problems.step_prompts(trained_on, rollouts.num_prompts, session.run.seed, batch)
 
-  with _open_judge(method, tokenizer) as judge:
+  with _open_judge(method, tokenizer, session.run.model.vocab_size,
+                   [*training, *held_out]) as judge:
     score: Callable[[Params], dict[str, float]] = lambda params: {}
     if held_out:
       measured = problems.encode(held_out[:method.eval_problems], tokenizer, rollouts.prompt_len)
@@ -43,17 +45,34 @@ def open_task(session: sessions.Session, method: cfg.RL) -> Iterator[Task]:
 
 
 @contextlib.contextmanager
-def _open_judge(method: cfg.RL, tokenizer: Tokenizer) -> Iterator[OnDevice | OnHost]:
+def _open_judge(method: cfg.RL, tokenizer: Tokenizer, vocab_size: int,
+                asked: Sequence[problems.Problem]) -> Iterator[OnDevice | OnHost]:
   match method.verifier:
     case cfg.AnswerMatch(marker=marker):
-      ids = tokenizer.encode(marker)
-      if len(ids) != 1:
-        raise UserError(f'AnswerMatch.marker = {marker!r} is {len(ids)} tokens: choose a text '
-                        'that is one.')
-      yield OnDevice(exact.device_verifier(ids[0], tokenizer.eos_id))
+      for problem in asked:
+        _check_answer(tokenizer, marker, problem.answer, problem.place)
+      table = token_table(tokenizer.token_bytes(), vocab_size)
+      yield OnDevice(exact.device_verifier(table, marker.encode(), tokenizer.eos_id))
     case verifier:
       with pool.Pool(verifier, method.pool) as verifiers:
         yield OnHost(functools.partial(host.submit, verifiers, tokenizer.decode))
+
+
+def _check_answer(tokenizer: Tokenizer, marker: str, answer: str, place: str) -> None:
+  """Refuses an answer that no response could give.
+
+  Raises:
+    UserError: the tokenizer cannot spell the answer or the marker, or the answer has the marker
+      in it.
+  """
+  for name, text in (('AnswerMatch.marker', marker), (f'The answer of {place}', answer)):
+    spelled = tokenizer.decode(tokenizer.encode(text))
+    if spelled != text:
+      raise UserError(f'{name}, {text!r}, cannot be written in this tokenizer, which makes '
+                      f'{spelled!r} of it: change it, or choose another tokenizer.')
+  if (marker + answer).rfind(marker):
+    raise UserError(f'The answer of {place}, {answer!r}, holds the marker {marker!r} after which '
+                    'an answer begins: choose another AnswerMatch.marker.')
 
 
 def _make_scorer(session: sessions.Session, rollouts: cfg.Rollouts, judge: OnDevice | OnHost,
@@ -63,7 +82,8 @@ def _make_scorer(session: sessions.Session, rollouts: cfg.Rollouts, judge: OnDev
   Each problem is answered once as in training and once greedily.
   """
   run, mesh, stop_id = session.run, session.mesh, session.data.tokenizer.eos_id
-  once = {'': rollouts.sampler, '_argmax': cfg.Sampler(temperature=0.0)}
+  greedy = cfg.Sampler(temperature=0.0, banned=rollouts.sampler.banned)
+  once = {'': rollouts.sampler, '_argmax': greedy}
   samplers = {suffix: programs.sampler(run, mesh, _once(rollouts, sampler), stop_id)
               for suffix, sampler in once.items()}
   hand_over = programs.hand_over(run, mesh)

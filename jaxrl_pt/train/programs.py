@@ -25,12 +25,13 @@ from jaxrl_pt.types import Batch, Params, Prompts, Rollout, TrainState, Verdict
 from jaxrl_pt.verifiers import exact
 from jaxrl_pt.verifiers import next_token as verifier
 from jaxrl_pt.verifiers.base import DeviceVerifier
+from jaxrl_pt.verifiers.token_bytes import TokenBytes, token_table
 
-# Without a tokenizer at hand: bytes of the longest token, the token that ends a text, and how
-# many the longest answer has.
+# Without a tokenizer at hand: bytes of the longest token, the token that ends a text, and bytes
+# of the longest answer.
 _LONGEST_TOKEN = 16
 _STOP_ID = 0
-_ANSWER_TOKENS = 16
+_ANSWER_BYTES = 16
 
 
 class Program(NamedTuple):
@@ -158,8 +159,7 @@ def of_run(run: cfg.Run, mesh: Mesh) -> list[Program]:
       return [Program('RLP step: thoughts, gains and learner', step,
                       (state, state.params, prompts))]
     case cfg.RPT() as method:
-      table = verifier.token_table([bytes(_LONGEST_TOKEN)] * run.model.vocab_size,
-                                   run.model.vocab_size)
+      table = _longest_tokens(run.model)
       prompts = _abstract_prompts(method.rollouts, continuation_len(method), mesh,
                                   method.positions_per_document)
       marker = verifier.NO_MARKER if method.prediction == cfg.Direct() else _STOP_ID + 1
@@ -168,8 +168,8 @@ def of_run(run: cfg.Run, mesh: Mesh) -> list[Program]:
     case cfg.RL() as method:
       judge = None
       if isinstance(method.verifier, cfg.AnswerMatch):
-        judge = exact.device_verifier(_STOP_ID + 1, _STOP_ID)
-      prompts = _abstract_prompts(method.rollouts, _ANSWER_TOKENS, mesh)
+        judge = exact.device_verifier(_longest_tokens(run.model), b'#', _STOP_ID)
+      prompts = _abstract_prompts(method.rollouts, _ANSWER_BYTES, mesh)
       return _rl_programs(run, mesh, state, method, prompts, judge)
 
 
@@ -214,6 +214,10 @@ def _rl_programs(run: cfg.Run, mesh: Mesh, state: TrainState, method: cfg.RPT | 
           Program('sampler: prefill and decode', sample, (handed, prompts, number, number), 1 / 4,
                   beside=beside),
           *found]
+
+
+def _longest_tokens(model: cfg.Model) -> TokenBytes:
+  return token_table([bytes(_LONGEST_TOKEN)] * model.vocab_size, model.vocab_size)
 
 
 def _abstract(shape: tuple[int, ...], dtype: Any, sharding: NamedSharding) -> Any:

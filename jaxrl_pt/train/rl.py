@@ -58,6 +58,8 @@ def train(run: cfg.Run, workdir: Path, resolved_text: str) -> None:
   _check_start(run, method.start_from, start)
   sessions.claim_workdir(workdir, resolved_text)
   session = sessions.open_session(run, workdir, resolved_text, Path(method.start_from) / 'data')
+  run, method = session.run, session.run.objective  # It draws only ids that are tokens.
+  assert not isinstance(method, cfg.NextToken)
   model = session.model(run.model)
   optimizer = optim.make_optimizer(run.optimizer, run.train.num_steps * method.algorithm.updates)
   new_method = lambda params: states.new_method(run, params)

@@ -31,6 +31,7 @@ from jaxrl_pt.train.rlp_step import Markers
 from jaxrl_pt.train.tasks import InStep, OnDevice, Task
 from jaxrl_pt.types import Array, Batch, Params, Prompts, Weighted
 from jaxrl_pt.verifiers import next_token as verifier
+from jaxrl_pt.verifiers.token_bytes import TokenBytes, token_table
 
 # Folded into the run's key in place of a step: evaluation draws the same noise every time.
 EVALUATION_STREAM = 2**31 - 1
@@ -95,13 +96,13 @@ def make_frame(prediction: cfg.Prediction, tokenizer: Tokenizer) -> Frame:
       return Frame(templates.TokenTemplate(after=(ids[0],)), ids[1])
 
 
-def _table(session: sessions.Session, frame: Frame) -> verifier.TokenBytes:
+def _table(session: sessions.Session, frame: Frame) -> TokenBytes:
   """Bytes of the vocabulary; markers spell nothing in a prediction."""
   spelled = list(session.data.tokenizer.token_bytes())
   for marker in (*frame.template.after, frame.marker):
     if marker != verifier.NO_MARKER:
       spelled[marker] = b''
-  return verifier.token_table(spelled, session.run.model.vocab_size)
+  return token_table(spelled, session.run.model.vocab_size)
 
 
 def _proxy(session: sessions.Session, method: cfg.RPT, model: Model,
@@ -222,7 +223,7 @@ def _prompts(packed: loader.Packed, rows: next_token.Positions, method: cfg.RPT,
 
 
 def _make_scorer(session: sessions.Session, method: cfg.RPT, model: Model,
-                 table: verifier.TokenBytes, stop_id: int, frame: Frame,
+                 table: TokenBytes, stop_id: int, frame: Frame,
                  held_out: next_token.Positions) -> Callable[[Params], dict[str, float]]:
   """score(params) → validation/{easy,medium,hard}_{sampled,argmax,count}, and _direct where the
   policy reasons."""
@@ -253,7 +254,7 @@ def _make_scorer(session: sessions.Session, method: cfg.RPT, model: Model,
 
 
 def next_token_accuracy(model: Model, params: Params, prompts: Prompts, key: Array,
-                        table: verifier.TokenBytes, *, method: cfg.RPT, num_samples: int,
+                        table: TokenBytes, *, method: cfg.RPT, num_samples: int,
                         stop_id: int = decode.NO_STOP, frame: Frame = Frame()
                         ) -> dict[str, Weighted]:
   """Prefix-match accuracy by difficulty, sampled as in training and by the argmax.
@@ -270,7 +271,7 @@ def next_token_accuracy(model: Model, params: Params, prompts: Prompts, key: Arr
   Returns:
     {easy,medium,hard}_{sampled,argmax,direct}; the count of an argmax entry is that of positions.
   """
-  greedy = cfg.Sampler(temperature=0.0)
+  greedy = cfg.Sampler(temperature=0.0, banned=method.rollouts.sampler.banned)
   thinks = prompts, frame.marker, method.rollouts.response_tokens
   modes = {'sampled': (method.rollouts.sampler, num_samples, *thinks),
            'argmax': (greedy, 1, *thinks)}

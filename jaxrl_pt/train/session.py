@@ -16,6 +16,7 @@ from jaxrl_pt import config as cfg
 from jaxrl_pt import metrics
 from jaxrl_pt.checkpoint import Checkpointer, Restored
 from jaxrl_pt.data import loader
+from jaxrl_pt.data.tokenizer import drawable
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.models import transformer
 from jaxrl_pt.models.base import Model
@@ -102,7 +103,18 @@ def open_session(run: cfg.Run, workdir: Path, resolved_text: str,
     raise UserError(
         f'The tokenizer has {data.tokenizer.vocab_size} tokens but Model.vocab_size = '
         f'{run.model.vocab_size}: set it to at least {data.tokenizer.vocab_size}.')
-  return Session(run, workdir, resolved_text, mesh, data)
+  return Session(_drawing_tokens(run, data), workdir, resolved_text, mesh, data)
+
+
+def _drawing_tokens(run: cfg.Run, data: loader.Prepared) -> cfg.Run:
+  """The run whose rollouts never hold an id that no token has."""
+  match run.objective:
+    case cfg.RPT() | cfg.RL() as method:
+      sampler = drawable(method.rollouts.sampler, data.tokenizer, run.model.vocab_size)
+      rollouts = dataclasses.replace(method.rollouts, sampler=sampler)
+      return dataclasses.replace(run, objective=dataclasses.replace(method, rollouts=rollouts))
+    case _:
+      return run
 
 
 def checkpoint_extras(session: Session, loader_state: Mapping[str, Any]) -> dict[str, Any]:

@@ -56,7 +56,8 @@ def _documents(packed: loader.Packed) -> list[bytes]:
   for tokens, targets, segments in zip(batch.tokens, batch.targets, batch.segments, strict=True):
     for s in range(1, int(np.max(segments)) + 1):
       found.append((np.asarray(tokens)[segments == s], np.asarray(targets)[segments == s]))
-  return [bytes(tokens.astype(np.uint8)) for tokens, _ in found]
+  assert all(tokens[0] == 256 for tokens, _ in found)  # What begins a document.
+  return [bytes(tokens[1:].astype(np.uint8)) for tokens, _ in found]
 
 
 def test_splits_hold_every_text_once_and_apart(tmp_path: Path) -> None:
@@ -76,9 +77,10 @@ def test_manifest_counts(prepared: loader.Prepared) -> None:
   for name, packed in (('train', prepared.train), ('validation', prepared.validation)):
     counts = manifest[name]
     weights = packed.batch(_all_ids(packed)).weights
-    assert packed.num_targets == counts['targets'] == counts['tokens'] == int(weights.sum())
+    assert packed.num_targets == counts['targets'] == int(weights.sum())
+    assert counts['targets'] == counts['tokens'] + counts['documents']  # Each one's end.
     assert counts['text_bytes'] == counts['tokens']  # a byte is a token
-    assert packed.num_bytes == counts['text_bytes'] - counts['documents']  # the first is given
+    assert packed.num_bytes == counts['text_bytes']
     assert counts['examples'] == len(packed)
 
 

@@ -8,7 +8,8 @@ import pytest
 from jaxrl_pt.data import pack
 from jaxrl_pt.errors import UserError
 
-EOS = 0
+EOS, BOS = 0, 1
+ENDS, NO_BEGIN = pack.Ends(BOS, EOS), pack.Ends(None, EOS)
 
 
 def _document(number: int, length: int) -> np.ndarray:
@@ -16,9 +17,9 @@ def _document(number: int, length: int) -> np.ndarray:
   return (number + 1) * 1000 + np.arange(length, dtype=np.int32)
 
 
-def _pack(lengths: list[int], seq_len: int) -> np.ndarray:
+def _pack(lengths: list[int], seq_len: int, ends: pack.Ends = ENDS) -> np.ndarray:
   documents = [_document(n, length) for n, length in enumerate(lengths)]
-  rows = list(pack.pack(documents, EOS, seq_len))
+  rows = list(pack.pack(documents, ends, seq_len))
   return np.stack(rows) if rows else np.zeros((0, 3, seq_len), np.int32)
 
 
@@ -26,13 +27,26 @@ LENGTHS = st.lists(st.integers(0, 70), max_size=30)
 
 
 @settings(max_examples=150, deadline=None)
-@given(lengths=LENGTHS, seq_len=st.integers(2, 33))
-def test_every_token_but_the_first_is_predicted_once(lengths: list[int], seq_len: int) -> None:
-  batch = pack.to_batch(_pack(lengths, seq_len), np.arange(1))
+@given(lengths=LENGTHS, seq_len=st.integers(2, 33), ends=st.sampled_from([ENDS, NO_BEGIN]))
+def test_every_token_is_predicted_once(lengths: list[int], seq_len: int, ends: pack.Ends) -> None:
+  """Without a token that begins documents, nothing predicts the first of each."""
+  batch = pack.to_batch(_pack(lengths, seq_len, ends), np.arange(1))
   predicted = np.asarray(batch.targets)[np.asarray(batch.weights) > 0].tolist()
+  unpredicted = int(ends.bos is None)
   expected = [t for n, length in enumerate(lengths) if length
-              for t in [*_document(n, length)[1:].tolist(), EOS]]
+              for t in [*_document(n, length)[unpredicted:].tolist(), EOS]]
   assert sorted(predicted) == sorted(expected)
+
+
+@settings(max_examples=50, deadline=None)
+@given(lengths=LENGTHS, seq_len=st.integers(2, 33))
+def test_the_beginning_is_the_input_before_each_first_token(lengths: list[int],
+                                                            seq_len: int) -> None:
+  """… and nowhere else: a piece of a document that was cut does not begin one."""
+  rows = _pack(lengths, seq_len)
+  begins = rows[:, 1][(rows[:, 0] == BOS) & (rows[:, 2] > 0)].tolist()
+  assert sorted(begins) == [_document(n, 1)[0] for n, length in enumerate(lengths) if length]
+  assert not (rows[:, 1] == BOS).any()
 
 
 @settings(max_examples=150, deadline=None)
@@ -55,22 +69,27 @@ def test_segments_are_runs_of_one_document(lengths: list[int], seq_len: int) -> 
         assert segments[t] == current + 1
         position, current = 0, segments[t]
       elif t:
-        assert tokens[t] == targets[t - 1] == tokens[t - 1] + 1
-      assert targets[t] in (tokens[t] + 1, EOS) and weights[t] == 1
+        assert tokens[t] == targets[t - 1]
+      if tokens[t] == BOS:
+        assert position == 0 and targets[t] % 1000 == 0
+      else:
+        assert targets[t] in (tokens[t] + 1, EOS)
+      assert weights[t] == 1
       assert positions[t] == position
       position += 1
 
 
 def test_a_long_document_continues_from_the_last_target() -> None:
-  cut = pack.pieces(np.arange(1, 11), EOS, 4)
-  assert [p.shape[1] for p in cut] == [4, 4, 2]
+  cut = pack.pieces(np.arange(2, 12), ENDS, 4)
+  assert [p.shape[1] for p in cut] == [4, 4, 3]
+  assert cut[0][0].tolist() == [BOS, 2, 3, 4]
   assert all(before[1, -1] == after[0, 0] for before, after in zip(cut, cut[1:]))
   assert cut[-1][1, -1] == EOS
 
 
 def test_documents_that_fit_are_never_cut() -> None:
   lengths = [5, 7, 3, 8, 1, 2, 6, 4]
-  rows = _pack(lengths, 8)
+  rows = _pack(lengths, 8, NO_BEGIN)
   whole = [tuple(_document(n, length)) for n, length in enumerate(lengths)]
   found = [tuple(row[0][row[2] == s]) for row in rows for s in range(1, row[2].max() + 1)]
   assert sorted(found) == sorted(whole)
@@ -80,7 +99,8 @@ def test_documents_that_fit_are_never_cut() -> None:
 def test_open_rows_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
   monkeypatch.setattr(pack, '_MAX_OPEN_ROWS', 3)
   packer = pack.Packer(10)
-  closed = [row for n in range(50) for row in packer.add(pack.pieces(_document(n, 6), EOS, 10)[0])]
+  closed = [row for n in range(50)
+            for row in packer.add(pack.pieces(_document(n, 6), NO_BEGIN, 10)[0])]
   rest = list(packer.flush())
   assert len(rest) == 3 and len(closed) + len(rest) == 50
 
@@ -93,9 +113,12 @@ def test_same_documents_same_rows() -> None:
 
 
 def test_long_document_error() -> None:
-  pack.pieces(np.arange(8), EOS, 8, 'error')
-  with pytest.raises(UserError, match='9 tokens'):
-    pack.pieces(np.arange(9), EOS, 8, 'error')
+  pack.pieces(np.arange(8), NO_BEGIN, 8, 'error')
+  pack.pieces(np.arange(7), ENDS, 8, 'error')
+  with pytest.raises(UserError, match='9 tokens, Data'):
+    pack.pieces(np.arange(9), NO_BEGIN, 8, 'error')
+  with pytest.raises(UserError, match='9 tokens with the one that begins it'):
+    pack.pieces(np.arange(8), ENDS, 8, 'error')
 
 
 def test_hold_out_is_a_uniform_hash_of_the_text() -> None:

@@ -80,7 +80,8 @@ def test_prompts_hold_tokens_answers_ids_and_references():
     assert decode(prompts.tokens[row, :prompts.lengths[row]]) == training[i].prompt
     assert not prompts.tokens[row, prompts.lengths[row]:].any()
     answer = prompts.continuation[row, :prompts.continuation_lengths[row]]
-    assert decode(answer) == training[i].answer == references[row]
+    assert bytes(answer.tolist()).decode() == training[i].answer == references[row]
+    assert prompts.tokens[row, 0] == ByteTokenizer().bos_id  # As documents begin in training.
   assert prompts.tokens.shape == (2, 12) and prompts.ids.tolist() == [3, 1]
   assert {a.dtype.name for a in (prompts.tokens, prompts.lengths, prompts.ids,
                                  prompts.continuation)} == {'int32'}
@@ -108,8 +109,8 @@ def test_digest_changes_with_any_text():
 def test_prompts_too_long_or_empty_are_named(tmp_path):
   source = _jsonl(tmp_path, {'question': 'ab', 'answer': '1'}, {'question': 'abc', 'answer': ''})
   training, _ = problems.load(cfg.Problems(source, held_out=0.0))
-  with pytest.raises(UserError, match=r'rows.jsonl:2 has 3 tokens, and Rollouts.prompt_len is 2'):
-    problems.encode(training, ByteTokenizer(), 2)
+  with pytest.raises(UserError, match=r'rows.jsonl:2 has 4 tokens, and Rollouts.prompt_len is 3'):
+    problems.encode(training, ByteTokenizer(), 3)
   empty = dataclasses.replace(training[0], prompt='')
   with pytest.raises(UserError, match='has 0 tokens.*leave the row out'):
     problems.encode([empty], ByteTokenizer(), 2)

@@ -45,7 +45,7 @@ def _data(directory: Path, name: str) -> config.Data:
 
 def _documents(packed: loader.Packed) -> list[tuple[int, ...]]:
   batch = packed.batch(np.arange(len(packed)))
-  return [tuple(tokens[segments == s].tolist())
+  return [tuple(tokens[segments == s].tolist())[1:]  # Without what begins a document.
           for tokens, segments in zip(batch.tokens, batch.segments, strict=True)
           for s in range(1, int(segments.max()) + 1)]
 

@@ -1,5 +1,6 @@
 """Tokenizers: exact round trips, the byte table, saving, and refusals."""
 
+import json
 from pathlib import Path
 
 from hypothesis import given, settings
@@ -33,10 +34,10 @@ def _build(name: str) -> tokenizers.Tokenizer:
       choice = config.TrainedBPE(320)
     case 'gpt2':
       choice = config.HuggingFaceTokenizer(_shared('tok-gpt2/gpt2.tokenizer.json.gz'),
-                                           '<|endoftext|>')
+                                           '<|endoftext|>', '<|endoftext|>')
     case 'deepseek':
       choice = config.HuggingFaceTokenizer(_shared('tok-deepseek-r1/tokenizer.json.gz'),
-                                           '<｜end▁of▁sentence｜>')
+                                           '<｜end▁of▁sentence｜>', '<｜begin▁of▁sentence｜>')
     case _:
       pytest.importorskip('sentencepiece', reason='the extra `sentencepiece` is not installed')
       choice = config.SentencePiece(_shared({
@@ -105,7 +106,7 @@ def test_metaspace_json_with_byte_fallback() -> None:
   backend.decoder = hf.decoders.Sequence(
       [hf.decoders.Replace('▁', ' '), hf.decoders.ByteFallback(), hf.decoders.Fuse()])
   backend.add_special_tokens(['</s>'])
-  ours = tokenizers.JsonTokenizer(backend.to_str(), '</s>')
+  ours = tokenizers.JsonTokenizer(backend.to_str(), '</s>', '')
   assert ours.encode('a') == [4]
   assert ours.decode(ours.encode('ab aé🙂')) == 'ab aé🙂'
   assert ours.token_bytes()[4] == b' a' and ours.token_bytes()[5 + 0xC3] == b'\xc3'
@@ -163,7 +164,7 @@ def test_trained_bpe_has_all_bytes_even_of_ascii_text() -> None:
 
 
 def test_missing_file_is_named(tmp_path: Path) -> None:
-  for choice in (config.HuggingFaceTokenizer(str(tmp_path / 'no.json'), '</s>'),
+  for choice in (config.HuggingFaceTokenizer(str(tmp_path / 'no.json'), '</s>', ''),
                  config.SentencePiece(str(tmp_path / 'no.model'))):
     with pytest.raises(UserError, match=r'no\.(json|model)'):
       tokenizers.train_or_load(choice, ())
@@ -174,7 +175,7 @@ def test_garbage_is_named(tmp_path: Path, content: bytes) -> None:
   path = tmp_path / 'bad.json'
   path.write_bytes(content)
   with pytest.raises(UserError, match=r'bad\.json'):
-    tokenizers.train_or_load(config.HuggingFaceTokenizer(str(path), '</s>'), ())
+    tokenizers.train_or_load(config.HuggingFaceTokenizer(str(path), '</s>', ''), ())
   pytest.importorskip('sentencepiece')
   with pytest.raises(UserError, match=r'bad\.json'):
     tokenizers.train_or_load(config.SentencePiece(str(path)), ())
@@ -184,13 +185,13 @@ def test_corrupt_gzip_is_named(tmp_path: Path) -> None:
   path = tmp_path / 'bad.json.gz'
   path.write_bytes(b'\x1f\x8bnonsense')
   with pytest.raises(UserError, match=r'bad\.json\.gz'):
-    tokenizers.train_or_load(config.HuggingFaceTokenizer(str(path), '</s>'), ())
+    tokenizers.train_or_load(config.HuggingFaceTokenizer(str(path), '</s>', ''), ())
 
 
 def test_unknown_end_of_text_is_refused() -> None:
   path = _shared('tok-gpt2/gpt2.tokenizer.json.gz')
   with pytest.raises(UserError, match='end_of_text'):
-    tokenizers.train_or_load(config.HuggingFaceTokenizer(path, '</s>'), ())
+    tokenizers.train_or_load(config.HuggingFaceTokenizer(path, '</s>', ''), ())
 
 
 def test_changed_or_missing_saved_tokenizer_is_refused(tmp_path: Path) -> None:
@@ -201,3 +202,61 @@ def test_changed_or_missing_saved_tokenizer_is_refused(tmp_path: Path) -> None:
   (tmp_path / 'tokenizer.json').write_bytes((tmp_path / 'other' / 'tokenizer.json').read_bytes())
   with pytest.raises(UserError, match='fingerprints differ'):
     tokenizers.load(tmp_path)
+
+
+# --- The beginning of a document, and ids without a token --------------------------
+
+
+def test_what_begins_a_document(tmp_path: Path) -> None:
+  """End of text where the tokenizer is trained here, the model's own where it is read."""
+  assert _build('bytes').bos_id == 256
+  trained = _build('trained')
+  assert trained.bos_id == trained.eos_id
+  for name, bos in (('gpt2', 50256), ('deepseek', 0), ('mistral', 1), ('t5', 2), ('seqio_tiny', 1)):
+    assert _build(name).bos_id == bos
+  for choice in (config.SentencePiece(_shared('tok-mistral/tokenizer.model.v1'), has_begin=False),
+                 config.HuggingFaceTokenizer(_shared('tok-gpt2/gpt2.tokenizer.json.gz'),
+                                             '<|endoftext|>', '')):
+    assert tokenizers.train_or_load(choice, ()).bos_id is None
+
+
+def test_the_beginning_is_saved_and_part_of_the_fingerprint(
+    tmp_path: Path, tokenizer: tokenizers.Tokenizer) -> None:
+  tokenizer.save(tmp_path)
+  assert tokenizers.load(tmp_path).bos_id == tokenizer.bos_id
+  assert tokenizers.ByteTokenizer(None).fingerprint != tokenizers.ByteTokenizer().fingerprint
+
+
+def test_a_tokenizer_saved_without_a_beginning_goes_on_without(tmp_path: Path) -> None:
+  tokenizers.ByteTokenizer(None).save(tmp_path)
+  path = tmp_path / 'tokenizer_config.json'
+  description = json.loads(path.read_text())
+  del description['bos_id']
+  path.write_text(json.dumps(description))
+  assert tokenizers.load(tmp_path).bos_id is None
+
+
+def test_begun_puts_the_beginning_once() -> None:
+  tokenizer = tokenizers.ByteTokenizer()
+  assert tokenizers.begun(tokenizer, [1, 2]) == [256, 1, 2]
+  assert tokenizers.begun(tokenizer, [256, 1]) == [256, 1]  # A template had it already.
+  assert tokenizers.begun(tokenizer, []) == [256]
+  without = tokenizers.ByteTokenizer(None)
+  assert tokenizers.begun(without, [1, 2]) == [1, 2]
+  with pytest.raises(UserError, match='empty prompt'):
+    tokenizers.begun(without, [])
+
+
+def test_unknown_begin_of_text_is_refused() -> None:
+  path = _shared('tok-gpt2/gpt2.tokenizer.json.gz')
+  with pytest.raises(UserError, match='begin_of_text'):
+    tokenizers.train_or_load(config.HuggingFaceTokenizer(path, '<|endoftext|>', '<s>'), ())
+
+
+def test_ids_without_a_token_are_banned() -> None:
+  backend = hf.Tokenizer(hf.models.WordLevel({'a': 0, 'b': 3, '</s>': 5}, unk_token='a'))
+  tokenizer = tokenizers.JsonTokenizer(backend.to_str(), '</s>', '')
+  assert tokenizer.unused_ids == (1, 2, 4)
+  sampler = tokenizers.drawable(config.Sampler(banned=(3,)), tokenizer, 8)
+  assert sampler.banned == (1, 2, 3, 4, 6, 7)
+  assert tokenizers.drawable(config.Sampler(), tokenizers.ByteTokenizer(), 257) == config.Sampler()

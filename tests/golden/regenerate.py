@@ -8,7 +8,8 @@ ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = Path(__file__).parent / 'gin'
 _POD = ("cfg.ArrayRecord.glob = 'corpus/*.array_record'",
         "cfg.HuggingFaceTokenizer.path = 'tokenizer.json'",
-        "cfg.HuggingFaceTokenizer.end_of_text = '<|endoftext|>'")
+        "cfg.HuggingFaceTokenizer.end_of_text = '<|endoftext|>'",
+        "cfg.HuggingFaceTokenizer.begin_of_text = ''")
 # What a user must add to a run file that leaves values open.
 REQUIRED = {
     'grpo_7b': (*_POD, "cfg.RL.start_from = 'runs/policy'",

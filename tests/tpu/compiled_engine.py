@@ -30,7 +30,8 @@ def main(topology: str, dtype: str) -> None:
   model = sessions.build_model(cfg.Model(2, 256, 512, 2, 2, 128, VOCAB),
                                cfg.Compute(dtype='bfloat16'), mesh)
   words = place(jax.ShapeDtypeStruct((VOCAB, 4), jnp.uint8))
-  vocabulary = lambda words, lengths: slots.Vocabulary((5, 6), words, lengths)
+  vocabulary = lambda words, lengths: slots.Vocabulary((5, 6), words, lengths,
+                                                       jnp.ones(VOCAB, bool))
   state = place(jax.eval_shape(lambda: slots.init(
       model, SHAPE, vocabulary(jnp.zeros(words.shape, jnp.uint8), None), jnp.dtype(dtype))))
   q = SHAPE.queue

@@ -16,6 +16,7 @@ from jaxrl_pt.train import learner, optim, rl_step, rpt
 from jaxrl_pt.train import state as states
 from jaxrl_pt.types import Prompts, Rollout, TrainState, Trajectory
 from jaxrl_pt.verifiers import next_token as verifier
+from jaxrl_pt.verifiers.token_bytes import token_table
 
 VOCAB = 13
 CONFIG = cfg.Model(num_layers=2, d_model=16, d_ff=32, num_heads=2, num_kv_heads=1, head_dim=8,
@@ -24,7 +25,7 @@ MODEL = transformer.build(CONFIG)
 PARAMS = P.init(MODEL.specs, jax.random.key(0))
 PARAMS = {**PARAMS, 'embed': PARAMS['embed'] * 20}
 TOKEN_BYTES = [b'', *(bytes([96 + i]) for i in range(1, VOCAB - 1)), b'ab']
-TABLE = verifier.token_table(TOKEN_BYTES, VOCAB)
+TABLE = token_table(TOKEN_BYTES, VOCAB)
 VERIFY = verifier.device_verifier(TABLE)
 quick_jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
 

@@ -13,6 +13,7 @@ from jaxrl_pt.models import transformer
 from jaxrl_pt.train import rpt
 from jaxrl_pt.types import Prompts
 from jaxrl_pt.verifiers import next_token as verifier
+from jaxrl_pt.verifiers.token_bytes import token_table
 
 VOCAB, END, THINK, ANSWER = 12, 0, 10, 11
 MODEL = transformer.build(cfg.Model(num_layers=2, d_model=16, d_ff=32, num_heads=2, num_kv_heads=1,
@@ -64,7 +65,7 @@ def test_accuracy_of_thoughts_and_of_plain_prediction():
   frame = rpt.Frame(templates.TokenTemplate(after=(THINK,)), ANSWER)
   method = cfg.RPT('unused', rollouts=cfg.Rollouts(response_tokens=NUM_TOKENS))
   got = jax.jit(lambda params, prompts: rpt.next_token_accuracy(
-      MODEL, params, prompts, jax.random.key(0), verifier.token_table(SPELLED, VOCAB),
+      MODEL, params, prompts, jax.random.key(0), token_table(SPELLED, VOCAB),
       method=method, num_samples=2, stop_id=END, frame=frame))(
           PARAMS, templates.apply(frame.template, prompts))
   assert float(got['hard_argmax'].sum) == sum(want_argmax)

@@ -14,6 +14,7 @@ from jaxrl_pt.types import Prompts, Rollout
 from jaxrl_pt.verifiers import next_token as v
 from jaxrl_pt.verifiers.base import verdict
 from jaxrl_pt.verifiers.judgement import Outcome, answer
+from jaxrl_pt.verifiers.token_bytes import TokenBytes, token_table
 
 EURO = '€'.encode()  # Three bytes.
 
@@ -128,8 +129,8 @@ def test_host_outcomes():
 
 def test_table_refuses_too_many_tokens_and_fills_up_the_vocabulary():
   with pytest.raises(ValueError, match='3 tokens do not fit a vocabulary of 2'):
-    v.token_table([b'a', b'b', b'c'], 2)
-  table = v.token_table([b'ab', b''], 4)
+    token_table([b'a', b'b', b'c'], 2)
+  table = token_table([b'ab', b''], 4)
   np.testing.assert_array_equal(table.lengths, [2, 0, 0, 0])
   np.testing.assert_array_equal(table.bytes[0], [97, 98])
 
@@ -160,9 +161,9 @@ def cases(draw):
 
 def device_rewards(vocabulary, truth, responses, filler):
   width = max(1, LONGEST)
-  table = v.token_table(vocabulary, VOCAB)
+  table = token_table(vocabulary, VOCAB)
   padding = ((0, 0), (0, width - table.bytes.shape[1]))
-  table = v.TokenBytes(jnp.pad(table.bytes, padding), table.lengths)
+  table = TokenBytes(jnp.pad(table.bytes, padding), table.lengths)
   tokens = np.full((N, G, S), filler, np.int32)
   mask = np.zeros((N, G, S), np.float32)
   continuation = np.full((N, W), filler, np.int32)
@@ -245,8 +246,8 @@ def test_variants_equal_their_definitions(reward, case, seed):
   responses = [[[MARKER, *r] if (n + g) % 2 else r for g, r in enumerate(group)]
                for n, group in enumerate(responses)]
   width = S + 1
-  table = v.token_table(vocabulary, VOCAB)
-  table = v.TokenBytes(jnp.pad(table.bytes, ((0, 0), (0, LONGEST - table.bytes.shape[1]))),
+  table = token_table(vocabulary, VOCAB)
+  table = TokenBytes(jnp.pad(table.bytes, ((0, 0), (0, LONGEST - table.bytes.shape[1]))),
                        table.lengths)
   tokens, mask = np.full((N, G, width), MARKER, np.int32), np.zeros((N, G, width), np.float32)
   for n in range(N):

@@ -1,0 +1,68 @@
+"""What tokenizers of a table share: bytes of ids joined, a fingerprint, files on disk."""
+
+import abc
+from collections.abc import Sequence
+import functools
+import hashlib
+import json
+from pathlib import Path
+import re
+from typing import Any
+
+_BYTE_PIECE = re.compile(r'<0x([0-9A-Fa-f]{2})>')
+DESCRIPTION, DEFINITION = 'tokenizer_config.json', {
+    'tokenizer.json': 'tokenizer.json', 'sentencepiece': 'tokenizer.model'}
+
+
+def join(table: list[bytes], ids: Sequence[int], dummy_space: bool) -> bytes:
+  """The bytes that ids spell, without a space that encoding put before the text."""
+  # A model's vocabulary may be padded beyond the tokenizer's: such ids spell nothing.
+  joined = b''.join(table[i] for i in ids if 0 <= i < len(table))
+  return joined[1:] if dummy_space and joined.startswith(b' ') else joined
+
+
+def digest(kind: str, eos_id: int, bos_id: int | None, definition: bytes) -> str:
+  """A tokenizer's fingerprint: sha256 of everything that decides its ids."""
+  begins = '' if bos_id is None else f'{bos_id}\n'
+  return hashlib.sha256(f'{kind}\n{eos_id}\n{begins}'.encode() + definition).hexdigest()
+
+
+def write(directory: Path, description: dict[str, Any], definition: bytes) -> None:
+  """Writes all of a tokenizer that `tokenizer.load` reads."""
+  directory.mkdir(parents=True, exist_ok=True)
+  (directory / DESCRIPTION).write_text(json.dumps(description, indent=2) + '\n')
+  if definition:
+    (directory / DEFINITION[description['kind']]).write_bytes(definition)
+
+
+def metaspace_piece(piece: str) -> bytes:
+  """Bytes of a SentencePiece-style piece: ▁ is a space, <0xNN> a byte."""
+  byte = _BYTE_PIECE.fullmatch(piece)
+  return bytes([int(byte[1], 16)]) if byte else piece.replace('▁', ' ').encode()
+
+
+class TableTokenizer(abc.ABC):
+  """What a tokenizer can do by its table alone."""
+
+  @functools.cached_property
+  @abc.abstractmethod
+  def _table(self) -> list[bytes]:
+    """The bytes that each id contributes to text."""
+
+  @functools.cached_property
+  @abc.abstractmethod
+  def _dummy_space(self) -> bool:
+    """Whether encoding puts a space before the text that decoding must take away."""
+
+  @property
+  def vocab_size(self) -> int:
+    return len(self._table)
+
+  def decode_bytes(self, ids: Sequence[int]) -> bytes:
+    return join(self._table, ids, self._dummy_space)
+
+  def decode(self, ids: Sequence[int]) -> str:
+    return self.decode_bytes(ids).decode('utf-8', 'replace')
+
+  def token_bytes(self) -> list[bytes]:
+    return list(self._table)
