@@ -72,6 +72,15 @@ def assert_equal(responses, wanted, atol=1e-5):
     assert response.finish == ('stop' if tokens[-1] == STOP else 'length')
 
 
+def test_ids_without_a_token_are_never_drawn():
+  """Of the model's 19 ids the tokenizer has 9, one of them unused."""
+  made = engine.Engine(MODEL, PARAMS, SIZES, seed=SEED, token_bytes=TOKEN_BYTES[:9],
+                       unused_ids=(4,))
+  drawn = {int(t) for group in made.run(requests(Sampler(temperature=3.0)))
+           for response in group for t in response.tokens}
+  assert len(drawn) >= 7 and drawn <= {0, 1, 2, 3, 5, 6, 7, 8}
+
+
 def flat(done):
   return [response for group in done for response in group]
 

@@ -1,14 +1,16 @@
 """Problems as a task, and what a run refuses to go on with."""
 
 import dataclasses
+import json
 from pathlib import Path
 import types
 
 import numpy as np
 import pytest
+import tokenizers as hf
 
 from jaxrl_pt import config as cfg
-from jaxrl_pt.data.tokenizer import ByteTokenizer
+from jaxrl_pt.data.tokenizer import ByteTokenizer, JsonTokenizer
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.parallel.mesh import make_mesh
 from jaxrl_pt.train import problem_task, rl, rollouts
@@ -39,7 +41,8 @@ def test_prompts_are_a_function_of_the_batch_and_the_answers_are_theirs():
   np.testing.assert_array_equal(prompts.tokens, again.tokens)
   assert (prompts.ids != other.ids).any()
   for row, length, reference in zip(prompts.tokens, prompts.lengths, references, strict=True):
-    text = bytes(row[:length].tolist()).decode()
+    assert row[0] == ByteTokenizer().bos_id
+    text = bytes(row[1:length].tolist()).decode()
     assert text.endswith('=') and sum(map(int, text[:-1].split('+'))) == int(reference)
 
 
@@ -49,11 +52,35 @@ def test_without_held_out_problems_nothing_is_measured():
     assert task.score({}) == {}
 
 
-def test_a_marker_of_several_tokens_is_refused():
-  method = dataclasses.replace(METHOD, verifier=cfg.AnswerMatch('##'))
-  with pytest.raises(UserError, match="marker = '##' is 2 tokens"):
-    with problem_task.open_task(make_session(method), method):
+def test_an_answer_that_no_response_could_give_is_refused(tmp_path):
+  def opened(answer, tokenizer=ByteTokenizer()):
+    path = tmp_path / 'problems.jsonl'
+    path.write_text(json.dumps({'prompt': 'a', 'answer': answer}) + '\n')
+    source = cfg.JsonlProblems(str(path), 'prompt', 'answer')
+    method = dataclasses.replace(METHOD, problems=cfg.Problems(source, held_out=0.0))
+    session = make_session(method)
+    with problem_task.open_task(dataclasses.replace(
+        session, data=types.SimpleNamespace(tokenizer=tokenizer)), method):
       pass
+
+  opened('12')
+  with pytest.raises(UserError, match=r"jsonl:1, '1#2', holds the marker '#'"):
+    opened('1#2')
+  backend = hf.Tokenizer(hf.models.WordLevel({c: i for i, c in enumerate('a#?12')}, unk_token='?'))
+  backend.pre_tokenizer = hf.pre_tokenizers.Split('', 'isolated')
+  with pytest.raises(UserError, match=r"jsonl:1, '13', cannot be written in this tokenizer"):
+    opened('13', JsonTokenizer(backend.to_str(), '?', ''))
+
+
+def test_rollouts_never_hold_ids_without_a_token(tmp_path):
+  (tmp_path / 'text.txt').write_text('some text\n' * 40)
+  run = make_session(METHOD).run
+  run = dataclasses.replace(
+      run, model=dataclasses.replace(MODEL, vocab_size=300),
+      data=cfg.Data(cfg.TextFiles(str(tmp_path / 'text.txt')), cfg.Bytes(), 16,
+                    validation_fraction=0.0))
+  session = sessions.open_session(run, tmp_path, '')
+  assert session.run.objective.rollouts.sampler.banned == tuple(range(257, 300))
 
 
 def test_a_verifier_of_text_judges_on_the_host():
