@@ -132,7 +132,8 @@ def test_at_every_extreme_a_token_is_left_and_all_filters_are_one(sampler):
   left = got > policies.MASKED / 2
   assert left.any(-1).all() and np.isfinite(jax.nn.softmax(got, -1)).all()
   rows = policies.RowSamplers.of([sampler] * len(ROWS), 5, 16)
-  np.testing.assert_array_equal(got, jax.jit(policies.filtered_rows)(ROWS, rows))
+  np.testing.assert_array_equal(got, jax.jit(policies.filtered_rows)(
+      ROWS, rows, jnp.ones(5, bool)))
   if len(set(sampler.banned) & set(range(5))) < 5:
     assert not left[:, [token for token in sampler.banned if token < 5]].any()
   else:

@@ -53,7 +53,7 @@ def test_without_held_out_problems_nothing_is_measured():
 
 
 def test_an_answer_that_no_response_could_give_is_refused(tmp_path):
-  def opened(answer, tokenizer=ByteTokenizer()):
+  def opened(answer, tokenizer):
     path = tmp_path / 'problems.jsonl'
     path.write_text(json.dumps({'prompt': 'a', 'answer': answer}) + '\n')
     source = cfg.JsonlProblems(str(path), 'prompt', 'answer')
@@ -63,9 +63,9 @@ def test_an_answer_that_no_response_could_give_is_refused(tmp_path):
         session, data=types.SimpleNamespace(tokenizer=tokenizer)), method):
       pass
 
-  opened('12')
+  opened('12', ByteTokenizer())
   with pytest.raises(UserError, match=r"jsonl:1, '1#2', holds the marker '#'"):
-    opened('1#2')
+    opened('1#2', ByteTokenizer())
   backend = hf.Tokenizer(hf.models.WordLevel({c: i for i, c in enumerate('a#?12')}, unk_token='?'))
   backend.pre_tokenizer = hf.pre_tokenizers.Split('', 'isolated')
   with pytest.raises(UserError, match=r"jsonl:1, '13', cannot be written in this tokenizer"):
