@@ -36,7 +36,7 @@ seqio: $(STAMP) ## adds seqio (with TensorFlow), for the tests of its tasks
 libtpu: $(STAMP) ## adds the TPU compiler, for `jaxrl-pt preflight` and `kernels` and their tests
 	@$(BIN)/python -m pip install -qq -r requirements/libtpu.txt -c $(LOCK)
 
-verifiers: $(STAMP) ## adds math-verify and reasoning-gym, for their verifiers and the tests of them
+verifiers: $(STAMP) ## adds sympy and reasoning-gym, for their verifiers and the tests of them
 	@$(BIN)/python -m pip install -qq -r requirements/verifiers.txt -c $(LOCK)
 
 golden: $(STAMP) ## rewrites the resolved texts of the shipped run files

@@ -17,7 +17,7 @@ def _missing(*names: str) -> list[str]:
 
 _PARITY = _missing('torch', 'transformers')
 _SEQIO = _missing('seqio')
-_VERIFIERS = _missing('math_verify', 'reasoning_gym')
+_VERIFIERS = _missing('sympy', 'reasoning_gym')
 collect_ignore_glob = ['parity/*'] if _PARITY else []
 
 

@@ -26,10 +26,10 @@ class AnswerMatch:
 
 @dataclass(frozen=True)
 class MathVerifier:
-  r"""The answer is right as a number or, if `symbolic`, as an expression (`math` extra).
+  r"""The answer is right as a number or, if `symbolic`, as an expression (needs sympy).
 
   answer: where it stands, 'boxed' in the last balanced \boxed{…}, 'gsm8k' after the last
-  ####, 'last_number' in the last number of the response.
+  ####, 'last_number' in the last number of the response. docs/answers.md says what is equal.
   """
 
   answer: AnswerFormat = 'boxed'

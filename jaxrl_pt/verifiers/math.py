@@ -3,47 +3,53 @@ r"""Mathematical answers: where a response states one, and whether it equals the
 Where the answer stands is the format's to say, and a response that has several is judged by
 the last one:
 
-    boxed        content of the balanced \boxed{…} that opens last
+    boxed        content of the balanced \boxed{…} that opens last and is not blank; \boxed 5 too
     gsm8k        rest of the line after the last ####
-    last_number  the last number of the response
+    last_number  the last number of the response, as a whole: `1/2`, `−5`, `1e3`, `1 1/2`
 
-Two answers are equal if they are the same exact number, the same text up to spacing and
-dressing ($, \left, \text, a final full stop), or, where asked for, the same expression
-to `math-verify`, which is not asked of powers and factorials too large to work out. An answer
-of more than MAX_ANSWER characters is wrong without being read: none is that long, and reading
-it could take for ever.
+An answer is understood as a whole, by the grammar of `answer_parse`, or is UNPARSED; nothing is
+read out of a text that was not understood. Without the grammar it is right only as the same text
+as the reference, up to spacing and dressing. Numbers are exact rationals:
+
+    decimals     0.5 is 1/2, and 0.333333 is not 1/3: a decimal is the number that it writes.
+                 0.\overline{3} is 1/3, 3.14 is not π. Nothing is compared by rounding.
+    percent      50% is worth 1/2, and answers a reference 50 as well, since many leave the sign
+                 to the question; 50 and 0.5 both answer a reference 50%, but 50% is not 0.5%.
+    units        `5 cm`, `18 dollars`, `30°` answer 5, 18, 30, and the reverse; 5 cm is not 5 m.
+    statements   x = 5 and 2 + 3 = 5 answer 5; 5 = 6, ≠ 7 and > 7 answer no value.
+
+docs/answers.md says it in full. With `symbolic` expressions are worked out too, exactly; where
+they hold functions or nested roots, sympy must prove the equality. An answer of more than
+MAX_ANSWER characters, of very deep brackets or of numbers too large to work out is wrong: no
+reference is like that, and reading it could take for ever.
 """
 
-import fractions
 import re
 from typing import assert_never
 
 from jaxrl_pt.config import AnswerFormat
 from jaxrl_pt.errors import UserError
+from jaxrl_pt.verifiers import answer_equal, answer_number, answer_parse, answer_proof, answer_text
+from jaxrl_pt.verifiers.answer_tokens import NotUnderstood, TooLarge
 from jaxrl_pt.verifiers.judgement import HostVerifier, Judgement, Outcome, answer
 
 MAX_ANSWER = 1000
 # Braces and boxes in one pass; an escaped brace is text.
 _BRACES = re.compile(r'(?P<box>\\boxed\s*\{)|\\.|(?P<open>\{)|(?P<close>\})', re.DOTALL)
-_NUMBER = re.compile(r'-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)')
-_PLAIN = re.compile(r'([+-]?)(\d+(?:\.\d*)?|\.\d+)(?:/(\d+))?')
-_FRACTION = re.compile(r'([+-]?)\\[dt]?frac\{?(-?\d+)\}?\{?(\d+)\}?')
-_THOUSANDS = re.compile(r'(?<=\d),(?=\d{3}(?!\d))')
-# Dressing that changes no value.
-_DRESSING = re.compile(r'\\(?:left|right|displaystyle|[,;:!\s])|[$\s]|\\[%$]|%')
-# Powers that no reference needs and whose value fills the memory: 9^{9^9}, 2^{12345}, 10000!.
-_HUGE = re.compile(
-    r'(?:\^|\*\*)\s*\{?\s*[(-]*(?:\d{4}|[^{}^*]*(?:\^|\*\*))|\d{4}[\s)}]*!|![\s)}]*!')
-_WRAPPED = re.compile(r'\\(?:text|textbf|mathrm|mathbf|mbox)\{([^{}]*)\}')
+# A box without braces: what stands there without space, and no formula that goes on behind it.
+_BARE_BOX = re.compile(r'\\boxed\s*([^\s{}$\\][^\s{}$\\]*)(?!\s*[\d+*/^=_!%{\\-])')
 
 
 # --- Where the answer stands ------------------------------------------------------
 
 
 def boxed(text: str) -> str | None:
-  r"""Content of the balanced `\boxed{…}` that opens last, or None. Linear in the text."""
+  r"""Content of the balanced `\boxed{…}` that opens last, or None. Linear in the text.
+
+  A blank box counts only where there is no other; `\boxed 5` counts as `\boxed{5}`.
+  """
   opened: list[tuple[int, int] | None] = []  # (start of box, start of content), None: a brace
-  best: tuple[int, int, int] | None = None
+  best: tuple[bool, int, str] | None = None  # (is not blank, start, content)
   for match in _BRACES.finditer(text):
     if match['box'] is not None:
       opened.append((match.start(), match.end()))
@@ -51,9 +57,15 @@ def boxed(text: str) -> str | None:
       opened.append(None)
     elif match['close'] is not None and opened:
       box = opened.pop()
-      if box is not None and (best is None or box[0] > best[0]):
-        best = (*box, match.start())
-  return None if best is None else text[best[1]:best[2]]
+      # What is too long is not copied, or a text of nested boxes would take squared time.
+      if box is not None and (best is None or box[0] > best[1] or not best[0]):
+        content = text[box[1]:min(match.start(), box[1] + 2 * MAX_ANSWER)]
+        if best is None or bool(content.strip()) >= best[0]:
+          best = bool(content.strip()), box[0], content
+    elif match[0] == r'\b' and (bare := _BARE_BOX.match(text, match.start())):
+      if best is None or match.start() > best[1] or not best[0]:
+        best = True, match.start(), bare[1][:2 * MAX_ANSWER]
+  return None if best is None else best[2]
 
 
 def extract(response: str, form: AnswerFormat) -> str | None:
@@ -65,8 +77,7 @@ def extract(response: str, form: AnswerFormat) -> str | None:
       _, mark, rest = response.rpartition('####')
       found = rest.split('\n', 1)[0] if mark else None
     case 'last_number':
-      numbers = _NUMBER.findall(response)
-      found = numbers[-1] if numbers else None
+      found = answer_number.last(response)
     case _:
       assert_never(form)
   return found.strip() if found and found.strip() else None
@@ -85,74 +96,65 @@ def reference_answer(reference: str) -> str:
 # --- Whether two answers are equal ------------------------------------------------
 
 
-def number(text: str) -> fractions.Fraction | None:
-  r"""The exact value of an integer, decimal, a/b or \frac{a}{b}; None for all else.
-
-  Neither exponents, nor infinity, nor NaN are numbers here.
-  """
-  text = _THOUSANDS.sub('', plain(text))
-  if found := _FRACTION.fullmatch(text):
-    sign, top, bottom = found[1], found[2], found[3]
-  elif found := _PLAIN.fullmatch(text):
-    sign, top, bottom = found[1], found[2], found[3] or '1'
-  else:
-    return None
-  if int(bottom) == 0:
-    return None
-  value = fractions.Fraction(top) / int(bottom)
-  return -value if sign == '-' else value
+number = answer_number.number  # the exact value of a number that is written out
 
 
 def plain(text: str) -> str:
-  """The answer without dressing: spacing, dollar and percent signs, \\text, a full stop."""
-  text = _WRAPPED.sub(r'\1', text)
-  return _DRESSING.sub('', text).removesuffix('.')
+  """The answer as a text: without dressing, fonts, or spaces beside signs."""
+  return answer_text.plain(text)
 
 
 def equal(stated: str, truth: str) -> bool:
   """Whether two answers are the same number or, up to dressing, the same text."""
-  left, right = number(stated), number(truth)
-  if left is not None and right is not None:
-    return left == right
-  return plain(stated) == plain(truth)
+  return _outcome(stated, truth, None) is Outcome.CORRECT
 
 
-def _same_expression(stated: str, truth: str) -> bool:
-  """math-verify's verdict. Without its own timeouts, which are signals: the pool has deadlines."""
-  import math_verify
-  targets = [math_verify.LatexExtractionConfig(), math_verify.ExprExtractionConfig()]
+def _tree(text: str) -> answer_parse.Node | None:
+  try:
+    return answer_parse.parse(answer_text.undressed(text))
+  except NotUnderstood:
+    return None
 
-  def parse(text: str) -> list[object]:
-    return list(math_verify.parse(f'${text}$', targets, parsing_timeout=None,
-                                  raise_on_error=False))
 
-  gold, found = parse(truth), parse(stated)
-  return bool(gold and found and math_verify.verify(
-      gold, found, timeout_seconds=None, raise_on_error=False))
+def _outcome(stated: str, truth: str, prove: answer_equal.Proof | None) -> Outcome:
+  """CORRECT, WRONG, or UNPARSED where a formula was asked for and the answer is not understood."""
+  if len(stated) > MAX_ANSWER:
+    return Outcome.WRONG
+  text = plain(stated)
+  if text and text == plain(truth):
+    return Outcome.CORRECT
+  try:
+    wanted = _tree(truth) if len(truth) <= MAX_ANSWER else None
+    if wanted is None:  # the reference is a text
+      return Outcome.WRONG
+    found = _tree(stated)
+    if found is None:
+      return Outcome.UNPARSED
+    is_right = answer_equal.is_equal(found, wanted, prove)
+  except (TooLarge, RecursionError):
+    return Outcome.WRONG
+  return Outcome.CORRECT if is_right else Outcome.WRONG
 
 
 def verifier(form: AnswerFormat, symbolic: bool) -> HostVerifier:
   """The verifier of answers in this format.
 
   Raises:
-    UserError: `symbolic` without the `math` extra.
+    UserError: `symbolic` without sympy.
   """
   if symbolic:
     try:
-      import math_verify  # noqa: F401 an extra: only symbolic answers need it
+      import sympy  # noqa: F401 optional: only symbolic answers need it
     except ImportError as error:
-      raise UserError("MathVerifier.symbolic needs the extra `math`: pip install "
-                      "'jaxrl_pt[math]', or set it to False for numbers and plain text."
+      raise UserError("MathVerifier.symbolic needs sympy (pip install 'sympy>=1.12'): install it, "
+                      'or set MathVerifier.symbolic to False for numbers and plain text.'
                       ) from error
+  prove = answer_proof.is_proved if symbolic else None
 
   def judge(response: str, reference: str) -> Judgement:
-    stated, truth = extract(response, form), reference_answer(reference)
+    stated = extract(response, form)
     if stated is None:
       return answer(Outcome.UNPARSED)
-    if len(stated) > MAX_ANSWER:
-      return answer(Outcome.WRONG)
-    is_right = equal(stated, truth) or (
-        symbolic and not _HUGE.search(stated) and _same_expression(stated, truth))
-    return answer(Outcome.CORRECT if is_right else Outcome.WRONG)
+    return answer(_outcome(stated, reference_answer(reference), prove))
 
   return judge

@@ -61,13 +61,13 @@ def test_reference_answer():
 @pytest.mark.parametrize('text, value', [
     ('12', 12), ('-3', -3), ('+3', 3), ('1,234,567', 1234567), ('$5$', 5), (r'\$5.50', 5.5),
     ('50%', 50), ('.5', 0.5), ('7.', 7), ('2/4', 0.5), (r'\frac{1}{4}', 0.25), (r'\dfrac12', 0.5),
-    (r'-\frac{1}{2}', -0.5), (r'\text{ 8 }', 8), ('1 000', 1000),
+    (r'-\frac{1}{2}', -0.5), (r'\text{ 8 }', 8), ('1 000', 1000), ('1e5', 100000),
 ])
 def test_number(text, value):
   assert m.number(text) == fractions.Fraction(value)
 
 
-@pytest.mark.parametrize('text', ['nan', 'inf', '-Infinity', '1e5', '1/0', r'\frac{1}{0}', '', '-',
+@pytest.mark.parametrize('text', ['nan', 'inf', '-Infinity', '1e', '1/0', r'\frac{1}{0}', '', '-',
                                   'x', '1,2,3,4', '1/2/3', '٣x', '--1', '0x10'])
 def test_no_number(text):
   assert m.number(text) is None
@@ -80,7 +80,7 @@ def test_equal():
   assert not m.equal('12', '1 or 2') and not m.equal('1,2', '12')
 
 
-# --- Whole responses, without and with math-verify ----------------------------------
+# --- Whole responses, without and with sympy ----------------------------------
 
 _LISTED = ', '.join(map(str, range(100)))
 _CASES = [
@@ -129,14 +129,15 @@ def test_a_mebibyte_scores_as_specified():
 @pytest.mark.parametrize('text', [
     '1' * 1000, '1,' * 500, '9^' * 500, '^{' * 500, '(' * 1000, '^' + '(' * 900, '!' * 1000,
     r'\text{' * 166, '^' + '-' * 900, '1 ' * 500, '^ ' * 500, '12345' * 199])
-def test_no_expression_backtracks_on_an_answer_that_is_read(text):
+def test_nothing_backtracks_on_an_answer_that_is_read(text):
   start = time.process_time()
-  m.number(text), m.plain(text), m._HUGE.search(text)
+  m.number(text), m.plain(text), m.equal(text, '1'), m.equal('1', text)
+  m.extract(text, 'last_number'), m.extract(text + r'\boxed 5', 'boxed')
   assert time.process_time() - start < 0.5
 
 
-def test_scores_with_math_verify_on_time():
-  pytest.importorskip('math_verify')
+def test_scores_with_sympy_on_time():
+  pytest.importorskip('sympy')
   symbolic = [
       (r'\boxed{x+1}', '1+x', CORRECT), (r'\boxed{\sqrt{8}}', r'2\sqrt{2}', CORRECT),
       (r'\boxed{x+2}', '1+x', WRONG), (r'\boxed{\{2, 1\}}', r'\{1, 2\}', CORRECT),

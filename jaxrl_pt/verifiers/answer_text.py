@@ -1,0 +1,91 @@
+r"""The text of an answer: characters in one writing, and dressing that changes no value.
+
+Nothing here reads a value, and nothing joins two numbers: what separates them stays a space.
+"""
+
+import re
+import unicodedata
+
+# Typographic characters → what the grammar reads.
+_CHARACTERS = {
+    '\u2212': '-', '\u2010': '-', '\u2011': '-', '\u2012': '-', '\u2013': '-', '\ufe63': '-',
+    '×': r'\times ', '∗': '*', '·': r'\cdot ', '⋅': r'\cdot ', '∙': r'\cdot ', '÷': r'\div ',
+    '∕': '/', '⁄': '/', '√': r'\surd ', 'π': r'\pi ', '∞': r'\infty ', '≤': r'\le ',
+    '≥': r'\ge ', '⩽': r'\le ', '⩾': r'\ge ', '≠': r'\ne ', '≈': r'\approx ', '≡': r'\equiv ',
+    '∈': r'\in ', '∪': r'\cup ', '∅': r'\emptyset ', '°': r'^{\circ}', '±': r'\pm ',
+    '∓': r'\mp ', '、': ', ', '。': '.', '“': '"', '”': '"', '‘': "'", '’': "'", '，': ', ',
+    '；': '; ', '＄': '$', '∶': ':', '…': r'\ldots ', 'θ': r'\theta ',
+    'α': r'\alpha ', 'β': r'\beta ',
+}
+_SUPERSCRIPTS = dict(zip('⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ', '0123456789+-n', strict=True))
+_SUBSCRIPTS = dict(zip('₀₁₂₃₄₅₆₇₈₉', '0123456789', strict=True))
+_VULGAR = {c: unicodedata.normalize('NFKC', c).replace('⁄', '/')
+           for c in '½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞'}
+_SUPER = re.compile(f'[{"".join(_SUPERSCRIPTS)}]+')
+_SUB = re.compile(f'[{"".join(_SUBSCRIPTS)}]+')
+
+# Dressing round the whole, repeated until nothing goes.
+_ENDS = re.compile(
+    r'\A(?:\s|\*\*|__|`|"|\$|\\\(|\\\[|\\[,;:!\s])+|(?:\s|\*\*|__|`|"|\$|\\\)|\\\]|\\[,;:!\s]|[.,;:])+\Z')
+_PAIRED = re.compile(r"\A(?:\*(?P<a>[^*]+)\*|_(?P<b>[^_]+)_|'(?P<c>[^']+)')\Z", re.DOTALL)
+_PREFIX = re.compile(r'\A(?:(?:the\s+)?(?:final\s+)?(?:answer|ans)\b\s*(?:is\b)?|答案?(?:是|为)?)'
+                     r'\s*[:=]?\s*', re.IGNORECASE)
+# Spacing and size: a space in their place.
+_SPACING = re.compile(
+    r'(?<!\\)\\(?:left|right|[bB]ig+[lrm]?|displaystyle|textstyle|limits|quad|qquad|thinspace)(?![A-Za-z])'
+    r'|(?<!\\)\\[,;:!\s]|\\?\$|\s+|(?<=.)~')
+_GROUPED = re.compile(r'(?<=\d)(?:\{,\}|,\\!)(?=\d{3}(?!\d))')
+_FONT = re.compile(r'\\(?:text(?:bf|it|rm|normal)?|mathrm|mathbf|mbox|boldsymbol|operatorname)\s*'
+                   r'\{([^{}]*)\}')
+# Spaces that part two words or numbers, which stay, and others.
+_GAP = re.compile(r'((?<=\w) (?=[\w.])|(?<=\.) (?=\w)|(?<=,) (?=\d{3}(?!\d)))| ')
+
+
+def unified(text: str) -> str:
+  """`text` with every digit ASCII, one minus sign, LaTeX for signs, `^{…}` for superscripts."""
+  if text.isascii():
+    return text
+  text = _SUPER.sub(lambda m: '^{' + ''.join(map(_SUPERSCRIPTS.__getitem__, m[0])) + '}', text)
+  text = _SUB.sub(lambda m: '_{' + ''.join(map(_SUBSCRIPTS.__getitem__, m[0])) + '}', text)
+  return ''.join(map(_character, text))
+
+
+def _character(c: str) -> str:
+  if c.isascii():
+    return c
+  if c in _CHARACTERS:
+    return _CHARACTERS[c]
+  if c in _VULGAR:
+    return f' {_VULGAR[c]}'
+  digit = unicodedata.decimal(c, -1)
+  if digit >= 0:
+    return str(digit)
+  if 0xff01 <= ord(c) <= 0xff5e:  # full-width ASCII
+    return chr(ord(c) - 0xfee0)
+  # Zero-width characters part what they stand between; all kinds of space are one.
+  return ' ' if c.isspace() or unicodedata.category(c) in ('Cf', 'Zs') else c
+
+
+def undressed(text: str) -> str:
+  """An answer without the dressing round it: **…**, $…$, quotes, `answer:`, a full stop."""
+  text = unified(text)
+  for _ in range(8):  # each round takes at least a character; nobody dresses deeper
+    before = text
+    text = _ENDS.sub('', text)
+    if found := _PAIRED.match(text):
+      text = found['a'] or found['b'] or found['c']
+    text = _PREFIX.sub('', text)
+    if text == before:
+      break
+  return text
+
+
+def spaced(text: str) -> str:
+  """Spacing and size commands as single spaces; `1{,}234` as one number."""
+  return re.sub(' +', ' ', _SPACING.sub(' ', _GROUPED.sub('', text))).strip()
+
+
+def plain(text: str) -> str:
+  """What is compared as text: undressed, without fonts, spaces only between word characters."""
+  text = spaced(_FONT.sub(r' \1 ', undressed(text)))
+  return undressed(_GAP.sub(lambda m: m[1] or '', text))

@@ -1,0 +1,236 @@
+r"""Answers, references and what they are, by kind: (stated, reference, is it right).
+
+Written by hand for tests/verifiers/test_math_answers.py; a stated answer stands in \boxed{…}.
+"""
+
+# Numbers are read exactly: no rounding, whatever their size.
+EXACT = [
+    ('0.0000004', '0.0000001', False), ('0.0000001', '1e-7', True), ('1e-7', '10^{-7}', True),
+    (r'1.6\times10^{-19}', r'1.6\times10^{-19}', True), (r'1.6 \cdot 10^{-19}', '1.6e-19', True),
+    (r'1.7\times10^{-19}', r'1.6\times10^{-19}', False), ('10^{-31}', '10^{-30}', False),
+    (r'\frac{1}{101!}', r'\frac{1}{100!}', False), (r'\frac{101}{101!}', r'\frac{1}{100!}', True),
+    ('0.333333', '1/3', False), ('0.33', '1/3', False), (r'0.\overline{3}', '1/3', True),
+    (r'0.1\overline{6}', '1/6', True), (r'0.\overline{142857}', r'\frac{1}{7}', True),
+    (r'5\overline{3}', '16/3', False), ('0.333...', '1/3', False), (r'0.333\ldots', '1/3', False),
+    ('3.14', r'\pi', False), (r'\frac{22}{7}', r'\pi', False), ('3.14159265358979', 'π', False),
+    ('1.41421356', r'\sqrt{2}', False), ('2.718281828', 'e', False), ('0.5', '1/2', True),
+    ('.5', '0.50', True), ('7.', '7', True), ('7.0', '7', True), ('007', '7', True),
+    ('0.1', r'\frac{1}{10}', True), ('1.005', '1', False),
+    ('999999999999999999999', '1000000000000000000000', False),
+    ('10000000000000001', '10000000000000000', False), ('1e16', '10000000000000000', True),
+    (r'\sqrt{2}+10^{-60}', r'\sqrt{2}', False), (r'e^{-51}', 'e^{-50}', False),
+    (r'\sqrt{10^{40}+1}', '10^{20}', False), (r'\sin(10^{-30})', '10^{-30}', False),
+    (r'\frac{1}{3 \cdot 2^{99}}', r'\frac{2^{99}+1}{3 \cdot 2^{99}}', False),
+    (r'\frac{2^{99}+1}{3 \cdot 2^{99}}', r'\frac{1}{3}+\frac{1}{3 \cdot 2^{99}}', True),
+]
+
+# What is not understood as a whole yields nothing of what stands in it.
+WHOLE = [
+    (r'1 + \frac{1}{\mathrm{e}}', r'1 - \frac{1}{\mathrm{e}}', False),
+    (r'1-\mathrm{e}^{-1}', r'1 - \frac{1}{\mathrm{e}}', True), (r'4\sqrt(2)', '4', False),
+    (r'4\sqrt(2)', r'4\sqrt{2}', True), (r'4√2', r'4\sqrt{2}', True), (r'4\sqrt2', '4√2', True),
+    (r'\sqrt23', r'\sqrt{23}', False), (r'\sqrt23', r'3\sqrt{2}', False),
+    (r'5\text{ h }45\text{ min}', r'5\text{ h }30\text{ min}', False),
+    (r'5\text{ h }30\text{ min}', r'5\text{ h }30\text{ min}', True),
+    (r'5\text{ h }30\text{ min}', '5', False), ('5 hours 30 minutes', '30', False),
+    (r'3\text{ apples and }9\text{ pears}', r'3\text{ apples and }4\text{ pears}', False),
+    (r'1, 3, 5, \ldots, 2n-1', r'1, 2, \ldots, n', False),
+    (r'1, 2, \ldots, n', r'1,2,\ldots,n', True), ('x = 3 if n is even', '3', False),
+    (r'7 \text{ is wrong}', '7', False), ('7?', '7', False), ('about 7', '7', False),
+    ('~7', '7', False), (r'\approx 7', '7', False), ('not 7', '7', False), ('not 0', '0', False),
+    ('not0', '0', False), (r'0\text{not}', '0', False), ('0x', '0', False),
+    (r'0 \cdot x', '0', False), ('7 (approximately)', '7', False), ('7 mod 10', '7', False),
+    (r'7 \pmod{10}', '7', False), ('5 dozens', '5', False), ('5 thousands', '5', False),
+    (r'5\text{ thirds}', '5', False), ('the sum of 3 and 4', '7', False), ('3 + ', '3', False),
+    ('3 + + 4', '7', False), (r'\frac{3}{}', '3', False), (r'\frac{3', '3', False),
+    ('1/2x', r'\frac{x}{2}', False), (r'\frac{1}{2}x', r'\frac{x}{2}', True),
+    ('x/2', r'\frac{1}{2}x', True), (r'\sin x/2', r'\sin\frac{x}{2}', False),
+    ('2^3^2', '512', False), ('2^3^2', '64', False), ('0x10', '16', False), ('0x10', '0', False),
+    ('3;4', '3,4', True), ('ABC', 'CAB', False), ('listen', 'silent', False), ('Yes', 'yes', True),
+    ('no', 'on', False), (r'\text{Monday}', 'Monday', True), ('Monday or 7', '7', False),
+    ('eval(7)', '7', False), ('__import__("os")', '7', False), ('[7][0]', '7', False),
+    ('7 if 1 else 8', '7', False), ('max(7, 8)', '8', True), ('lambda: 7', '7', False),
+    (r'\infty/\infty', '1', False), (r'\infty-\infty', '0', False), ('0/0', '0', False),
+    ('0^0', '1', False), ('1/0', r'\infty', False), (r'-\infty', r'\infty', False),
+    (r'\infty', r'+\infty', True), (r'\frac{7x}{x}', '7', False), ('7x^0', '7', False),
+]
+
+# Numbers with a space between stay apart; groups of three join; a whole and a fraction are mixed.
+SPACES = [
+    ('1 1/2', '11/2', False), ('1 1/2', '3/2', True), ('1 1/2', '1.5', True),
+    (r'1\frac{1}{2}', '3/2', True), (r'1\frac12', '1.5', True), ('1½', '3/2', True),
+    ('½', '0.5', True), ('-1 1/2', '-3/2', True), ('2 3/4', '23/4', False),
+    ('2 3/4', '2.75', True), ('1 5/2', '15/2', False), ('1 5/2', '7/2', False),
+    ('1 2', '12', False), ('12 34', '1234', False), ('2% 3', '23', False), ('2 5', '25', False),
+    ('1 000', '1000', True), ('12 345 678', '12345678', True), (r'1\,000', '1000', True),
+    (r'1{,}234', '1234', True), (r'1,\!234{,}567', '1234567', True), ('1,234', '1234', True),
+    ('1,234.5', '1234.5', True), ('1, 234', '1234', False), ('1,23', '123', False),
+    ('12,34', '1234', False), ('1,2,3', '123', False), ('0,123', '123', False),
+    ('1,234,56', '123456', False), ('1\u00a0000', '1000', True), ('1\u2009000', '1000', True),
+    ('1 00', '100', False), ('1 0000', '10000', False), ('4\u200b2', '42', False),
+    ('1$2', '12', False), (r'1\$2', '12', False), (r'1\ 2', '12', False),
+    (r'1\quad 2', '12', False), (r'1\text{ }2', '12', False), (r'\mathbf{1}2', '12', False),
+    ('1 . 5', '1.5', False), ('3. 5', '3.5', False), ('x 2', '2x', False), ('- 5', '-5', True),
+    ('1 / 2', '0.5', True), (r'\frac{1}{2} 3', '3/2', False), ('5 10', '50', False),
+    ('(1,234)', '1234', False),
+]
+
+# False statements, others than = and negations are no value; true ones are.
+STATEMENTS = [
+    ('5=6', '6', False), ('5=6', '5', False), (r'\neq 7', '7', False), ('x \\ne 7', '7', False),
+    ('x ≠ 7', '7', False), ('!= 7', '7', False), (r'\not= 7', '7', False), ('> 7', '7', False),
+    ('x > 7', '7', False), (r'x \ge 7', '7', False), (r'x \le 7', 'x \\ge 7', False),
+    ('x = 7', '7', True), ('7', 'x = 7', True), ('= 7', '7', True), ('x = 7', 'x = 7.0', True),
+    ('y = 7', 'x = 7', False), ('2x = 14', 'x = 7', False), ('x - 7 = 0', 'x = 7', False),
+    ('x = 5 = 6', '6', False), ('x = 2 + 3 = 5', '5', True), ('x = 2 + 3 = 6', '6', False),
+    ('2+3=5', '5', True), ('2+3=6', '6', False), ('5=2+3', '5', True), ('7=7', '7', True),
+    ('f(x) = x^2', 'x^2', True), ('x^2', 'f(x) = x^2', True), ('y = 2x + 1', 'y - 2x = 1', True),
+    ('2y = 4x + 2', 'y = 2x + 1', True), ('y = 2x + 2', 'y = 2x + 1', False),
+    ('x = x', '7', False), ('0 = 0', 'x = 0', True), ('x = x', 'y = 2x', False),
+    ('x > 5', r'(5, \infty)', True), (r'x \in (5, \infty)', 'x > 5', True),
+    ('5 < x', 'x > 5', True), (r'1 < x \le 3', '(1, 3]', True), (r'3 \ge x > 1', '(1, 3]', True),
+    ('x < 5', 'x > 5', False),
+    (r'x < 1 \text{ or } x > 2', r'(-\infty, 1) \cup (2, \infty)', True), ('7 or 8', '7', False),
+    ('7, 8', '7', False), ('7 and 7', '7', False), (r'\pm 7', '7', False),
+    (r'\pm 3', '3, -3', True), (r'x = \pm 3', r'\pm 3', True),
+    (r'2 \pm \sqrt{3}', r'2 + \sqrt{3}, 2 - \sqrt{3}', True), ('x=1 or x=2', '1, 2', True),
+    ('x = 1, y = 2', '(1, 2)', True), ('x = 2, y = 1', '(1, 2)', False),
+    ('x=1, y=2', 'x=2, y=1', False), ('y=2, x=1', 'x=1, y=2', True), ('answer: 7', '7', True),
+    ('The final answer is 7.', '7', True), ('The answer is not 7', '7', False),
+]
+
+# Dressing changes no value.
+DRESSING = [
+    ('**73**', '73', True), ('*73*', '73', True), ('__73__', '73', True), ('`73`', '73', True),
+    ('"73"', '73', True), ("'73'", '73', True), ('$73$', '73', True), ('$$73$$', '73', True),
+    (r'\(73\)', '73', True), (r'\[73\]', '73', True), ('73.', '73', True), ('73,', '73', True),
+    (r'\mathbf{73}', '73', True), (r'\textbf{73}', '73', True), (r'\text{73}', '73', True),
+    (r'\displaystyle 73', '73', True), (r'\left(73\right)', '73', True), (r'{73}', '73', True),
+    (r'\dfrac{1}{2}', r'\frac12', True), (r'\tfrac{1}{2}', '1/2', True), ('+73', '73', True),
+    (r'**\frac{1}{2}**', '0.5', True), (r'$\frac{1}{2}$.', '0.5', True), ('73。', '73', True),
+    (r'\$73', '73', True), ('$73', '73', True), ('73 dollars', r'\$73', True), ('€73', '73', True),
+    (r'73\text{ cm}', '73', True), ('73 cm', '73 m', False), ('73', '73 cm', True),
+    (r'73 \text{ cm}^2', '73 square centimeters', True), ('12 km/h', '12', True),
+    ('12 km/h', '12 m/s', False), ('73 apples', '73', True), ('73 apples', '73 pears', False),
+    ('73^\\circ', '73', True), ('73°', '73 degrees', True), (r'15^\circ', r'\frac{\pi}{12}', True),
+    ('50%', '50', True), (r'50\%', '0.5', True), ('0.5', '50%', True), ('50', '50%', True),
+    ('50%', '50%', True), ('50%', '0.5%', False), ('50%', '5', False), ('0.5%', '0.005', True),
+    ('50 percent', '50%', True), ('2x', '2x', True), ('5m', '5', False), ('5x', '5', False),
+    ('(A)', 'A', True), (r'\text{(B)}', 'B', True), ('a', 'A', True), ('B', 'A', False),
+]
+
+# Other characters and other tongues.
+UNICODE = [
+    ('−5', '-5', True), ('−5', '5', False), ('–5', '-5', True), ('４２', '42', True),
+    ('－４２', '-42', True), ('（1，2）', '(1,2)', True), ('1、2', '1, 2', True),
+    ('3×10²', '300', True),
+    ('x²', 'x^2', True), ('5²', '25', True), ('5²', '52', False), ('x₁', 'x_1', True),
+    ('2√3', r'2\sqrt{3}', True), ('√(3)', r'\sqrt{3}', True), ('π/6', r'\frac{\pi}{6}', True),
+    ('2π', r'2\pi', True), ('½', '12', False), ('¼', '0.25', True),
+    ('[2, ∞)', r'[2, \infty)', True), ('x≥2', r'x \ge 2', True), ('6÷4', '1.5', True),
+    ('42个', '42', True), ('5元', '5', True), ('12厘米', '12', True), ('9平方米', '9', True),
+    ('9平方米', '9立方米', False), ('3和4', '3, 4', True), ('答案是42', '42', True),
+    ('答：42', '42', True),
+    ('不是42', '42', False), ('大约42', '42', False), ('٤٢', '42', True), ('42\ufeff', '42', True),
+    ('𝟒𝟐', '42', True), ('⑦', '7', False), ('Ⅶ', '7', False), ('七', '7', False),
+    ('猫', '猫', True),
+    ('猫', '狗', False), ('a\u0301', 'a', False), ('5\u0338', '5', False), ('10⁻³', '0.001', True),
+    ('±3', '3, -3', True), ('≠7', '7', False),
+]
+
+# Values of OlymMATH's kinds in other forms.
+FORMS = [
+    (r'\dfrac{3^{2023} + 3}{4}', r'\frac{3^{2023} + 3}{4}', True),
+    (r'\frac{3(3^{2022}+1)}{4}', r'\frac{3^{2023} + 3}{4}', True),
+    (r'\frac{3^{2023} + 4}{4}', r'\frac{3^{2023} + 3}{4}', False),
+    ('1+x^{2024}', 'x^{2024}+1', True), ('1+x^{2025}', 'x^{2024}+1', False),
+    (r'\dfrac{2024!}{2}', r'\frac{2024!}{2}', True),
+    (r'1012 \cdot 2023!', r'\frac{2024!}{2}', True), ('2^2023', '2^{2023}', True),
+    (r'2 \cdot 2^{2022}', '2^2023', True), ('2^{2022}', '2^2023', False),
+    (r'12(2^{2022}-2)', r'12 \times 2^{2022} - 24', True),
+    ('11^8 (4^{11}-5^{11})', '11^8 (5^{11} - 4^{11})', False), (r'\sqrt{8}', r'2\sqrt{2}', True),
+    (r'\frac{1}{\sqrt{2}}', r'\frac{\sqrt{2}}{2}', True), (r'\sqrt{2}\sqrt{3}', r'\sqrt{6}', True),
+    (r'\frac{1}{1+\sqrt{2}}', r'\sqrt{2}-1', True),
+    (r'\sqrt[4]{\frac{64}{27}}', r'\frac{2\sqrt{2}}{\sqrt[4]{27}}', True), (r'8^{1/3}', '2', True),
+    (r'\sqrt[3]{-8}', '-2', True), (r'\sqrt{-4}', '2i', True), ('(1+i)(1-i)', '2', True),
+    (r'\sqrt{3+2\sqrt{2}}', r'1+\sqrt{2}', True), (r'\sqrt{3+2\sqrt{2}}', r'2+\sqrt{2}', False),
+    (r'\sqrt{\frac{3+\sqrt{6}}{3}}', r'\sqrt{1+\frac{\sqrt{6}}{3}}', True),
+    (r'\pi - \arccos\frac{1}{8}', r'-\arccos\frac18+\pi', True),
+    (r'\arccos(-\frac{1}{8})', r'\pi -\arccos \frac{1}{8}', True),
+    (r'\pi + \arccos\frac{1}{8}', r'\pi - \arccos\frac{1}{8}', False), (r'\log_2 8', '3', True),
+    (r'\ln 8', r'3\ln 2', True), (r'\ln 9', r'3\ln 2', False), (r'\sin\frac{\pi}{6}', '1/2', True),
+    (r'\sin 30^\circ', '0.5', True), (r'\cos 0', '1', True), (r'\sin^2 x + \cos^2 x', '1', False),
+    (r'e^{2x}', r'(e^x)^2', True), (r'2^{n+1}-2', '2(2^n-1)', True), ('(x+1)^2', 'x^2+2x+1', True),
+    ('(x+1)^2', 'x^2+1', False), (r'\frac{x^2-1}{x-1}', 'x+1', True), ('xy', r'y \cdot x', True),
+    ('2xy', '2yx', True), (r'\binom{5}{2}', '10', True), ('5!', '120', True),
+    (r'\lfloor 2.5 \rfloor', '2', True), ('|-3|', '3', True),
+    (r'n(n+1)/2', r'\frac{n^2+n}{2}', True),
+    (r'\left[ -\frac18, \frac18 \right]', r'\left[ -\frac{1}{8}, \frac{1}{8} \right]', True),
+    (r'\left( -\frac18, \frac18 \right)', r'\left[ -\frac{1}{8}, \frac{1}{8} \right]', False),
+    (r'[3,193-132\sqrt{2}]', r'\left[3, 193-132\sqrt 2\right]', True),
+    (r'[\frac{\sqrt2-1}{2}, \infty)', r'\left[\frac{\sqrt{2}-1}{2},+\infty \right)', True),
+    (r'\{2, 1\}', r'\{1, 2\}', True), (r'\{1, 1, 2\}', r'\{1, 2\}', True), ('2, 1', '1, 2', True),
+    (r'\{1, 2, 3\}', r'\{1, 2\}', False), ('(2, 1)', '(1, 2)', False), ('1, 1, 2', '1, 2', False),
+    (r'\emptyset', r'\{\}', True), ('3:4', '6:8', True), ('1:2:3', '2:4:6', True),
+    ('3:4', '4:3', False),
+    (r'\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}', r'\begin{bmatrix}1&2\\3&4\end{bmatrix}',
+     True),
+    (r'\begin{pmatrix} 1 & 2 \\ 3 & 5 \end{pmatrix}', r'\begin{bmatrix}1&2\\3&4\end{bmatrix}',
+     False),
+]
+
+ALL = {'exact': EXACT, 'whole': WHOLE, 'spaces': SPACES, 'statements': STATEMENTS,
+       'dressing': DRESSING, 'unicode': UNICODE, 'forms': FORMS}
+
+# Whole responses of the format last_number.
+LAST_NUMBER = [
+    ('The answer is 42, as shown.', '42', True), ('We get 7, which', '7', True),
+    ('The answer is 1/2', '2', False), ('The answer is 1/2', '0.5', True), ('3/4', '3/4', True),
+    ('on pages 10-12', '12', True), ('The answer is −5', '5', False), ('is −5.', '-5', True),
+    ('it is -5', '-5', True), ('it is -5', '5', False), ('The answer is 1e3', '1000', True),
+    ('1e3', '3', False), ('2.5e-3 m', '0.0025', True), ('**42**', '42', True),
+    ('$42$.', '42', True), (r'\(42\)', '42', True), (r'so \boxed{42}', '42', True),
+    ('A: 18', '18', True), ('A: $18!', '18', True), ('1,234.50 dollars', '1234.5', True),
+    ('costs $1,000,000.', '1000000', True), ('1 000 m', '1000', True), ('it takes 5km', '5', True),
+    ('42个', '42', True), ('共5元。', '5', True), ('50%', '50', True), (r'\frac{1}{2}', '2', False),
+    (r'is \frac{1}{2}.', '1/2', True), ('is 1 1/2', '1.5', True), ('is 1 1/2', '2', False),
+    ('½', '0.5', True), ('is x^2', '2', False), ('is 2^{10}', '10', False),
+    (r'is 2\sqrt{3}', '3', False), (r'is 2\sqrt{3}', '2', False), ('is 2√3', '3', False),
+    ('is 3π', '3', False), ('is 5!', '5', True), ('ratio 2:3', '3', False),
+    ('at 12:30', '30', False), ('H2', '2', False), ('is x2', '2', False), ('COVID-19', '19', True),
+    ('5x', '5', False), ('is not 7', '7', False), (r'is \neq 7', '7', False), ('≠ 7', '7', False),
+    ("isn't 7", '7', False), ('x > 7', '7', False), ('about 7', '7', False), ('不是7', '7', False),
+    ('5=6', '6', False), ('The answer is 5 = 6', '6', False), ('2+3=6', '6', False),
+    ('so 2 + 3 = 5', '5', True), ('20% of 50 = 10', '10', True), ('9*2=$<<9*2=18>>18', '18', True),
+    ('is 2*3', '3', False), ('is 2 + 3', '3', False), ('none', '0', False), ('', '0', False),
+    ('version 1.2.3', '3', False), ('1.2.3', '2.3', False), ('finished 4th', '4', True),
+    ('1,2,3', '3', True), ('1,2,3', '123', False), ('4\u200b2', '42', False),
+    ('is ４２。', '42', True), ('-.5', '-1/2', True), ('--5', '5', False),
+    ('total = 1,000', '1000', True), ('x_1', '1', False), (r'\log_2 8', '8', False),
+    ('(42)', '42', True), ('[42]', '42', True), ('at least 7', '7', False),
+    ('less than 7', '7', False), ('x < 7', '7', False),
+]
+
+# Whole responses of the format gsm8k.
+GSM8K = [
+    ('#### 2 5', '#### 25', False), ('#### **42**', '#### 42', True),
+    ('**#### 42**', '#### 42', True), ('#### $42.00', '#### 42', True), ('####42', '42', True),
+    ('#### 42 dollars', '#### 42', True), ('#### 42 or 43', '#### 42', False),
+    ('#### 1,000', '#### 1000', True), ('#### −3', '#### 3', False), ('#### 42,', '#### 42', True),
+    ('#### x = 42', '#### 42', True), ('#### 41 = 42', '#### 42', False),
+    ('#### The answer is 42', '#### 42', True), ('#### 42 #### 43', '#### 42', False),
+    ('#### 42\n#### ', '#### 42', False), ('#### 1 000', '#### 1000', True),
+    ('#### ½', '#### 0.5', True),
+]
+
+# Whole responses of the format boxed.
+BOXED = [
+    (r'\boxed 5', '5', True), (r'\boxed5', '5', True),
+    (r'\boxed{5}, so write \boxed{}', '5', True), (r'\boxed{5} \boxed{ }', '5', True),
+    (r'\boxed 5 + 3', '5', False), (r'\boxed 1 234', '1', False),
+    (r'\boxed{4} then \boxed 5', '5', True), (r'\boxed 5 then \boxed{4}', '5', False),
+    (r'$\boxed 5$', '5', True), (r'\boxed 5.', '5', True), (r'\boxed{\text{5}}', '5', True),
+    (r'\boxed{$5$}', '5', True), (r'\boxed{\boxed{5}}', '5', True), (r'\boxed{5', '5', False),
+    (r'\boxed{5} is wrong, \boxed{6}', '5', False), (r'\boxed{5,}', '5', True),
+    (r'\boxed{\left\{5\right\}}', '5', True), (r'\boxed', '5', False), (r'\boxedx5', '5', False),
+]
