@@ -133,6 +133,7 @@ REFUSED: list[tuple[type, str, list[Any], str]] = [
     (cfg.MathVerifier, 'answer', ['tags', None], "'last_number'"),
     (cfg.MathVerifier, 'symbolic', [1, None], 'True or False'),
     (cfg.GymVerifier, 'answer', ['boxed', None], "one of 'tags', 'text'"),
+    (cfg.GymVerifier, 'partial_credit', [1, None], 'True or False'),
     (cfg.WordVerifier, 'min_words', [-1, None], 'at least 0'),
     (cfg.WordVerifier, 'max_words', [1, None], 'at least 2'),
     (cfg.WordVerifier, 'ngram', [0, 1.5], 'at least 1'),

@@ -17,8 +17,8 @@ from jaxrl_pt.verifiers.judgement import Outcome
 
 _SOLUTIONS = ('6b_finetuning', '6b_verification', '175b_finetuning', '175b_verification')
 _RIGHT = ('{}', '**{}**', '${}$', '{}.', '{},', 'x = {}', '= {}', '{} dollars')
-_WRONG = ('{}1', '-1 + {}', '{} 5', '5 {}', 'not {}', r'\neq {}', '{} or 5', '0.5 = {}', '1/{}',
-          '{}^2', '> {}', '{}?')
+_WRONG = ('{}1', '-1 + {}', '{} 5', '5 {}', 'not {}', r'\neq {}', '{} or 5', '3.75 = {}', '1/{}',
+          '({})^2', '> {}', '{}?')
 
 
 def _labels(folder: Path) -> str:

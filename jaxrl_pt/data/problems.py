@@ -10,6 +10,7 @@ reference text.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+import decimal
 import functools
 import hashlib
 import json
@@ -24,6 +25,9 @@ from jaxrl_pt.data.next_token import step_rows
 from jaxrl_pt.data.tokenizer import Tokenizer, begun
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.types import Prompts
+
+# A JSON number beyond 10^±50 keeps its exponent.
+_MAX_ZEROS = 50
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,8 @@ def load(problems: config.Problems) -> tuple[list[Problem], list[Problem]]:
   side.
 
   Raises:
-    UserError: a file cannot be read, a task does not exist, or no problem is left to train on.
+    UserError: a file cannot be read, a row has no answer, a task does not exist, or no problem is
+      left to train on.
   """
   before, _, after = problems.template.partition('{prompt}')
   sides: tuple[list[Problem], list[Problem]] = [], []
@@ -115,10 +120,28 @@ def _jsonl(source: config.JsonlProblems) -> Iterator[Problem]:
     for setting, field in (('prompt_field', source.prompt_field),
                            ('answer_field', source.answer_field)):
       value = row.get(field)
-      if isinstance(value, (int, float)) and not isinstance(value, bool):
-        value = str(value)
+      if isinstance(value, (int, float, decimal.Decimal)) and not isinstance(value, bool):
+        value = _written_out(value, place, field)
       texts.append(sources.text_of(value, place, f'JsonlProblems.{setting}', field, row))
+    if texts[1].strip().lower() in ('', 'nan'):
+      raise UserError(f'{place} has no answer in the field {source.answer_field!r} (it holds '
+                      f'{texts[1]!r}), so no response could be right: write one, or leave the '
+                      'row out.')
     yield Problem(i, texts[0], texts[1], place)
+
+
+def _written_out(number: int | float | decimal.Decimal, place: str, field: str) -> str:
+  """A JSON number as its file writes it, without an exponent: 0.00001, where str says 1e-05.
+
+  Raises:
+    UserError: it is NaN or infinite, which JSON does not have and Python reads.
+  """
+  if isinstance(number, float):  # only these constants are: other numbers are read as Decimal
+    raise UserError(f'{place} has {number} in the field {field!r}, which is no number to ask for '
+                    'or to answer: write one, or leave the row out.')
+  exact = decimal.Decimal(number)
+  is_short = abs(exact.adjusted()) <= _MAX_ZEROS
+  return f'{exact:f}' if is_short else str(number)
 
 
 def _reasoning_gym(source: config.ReasoningGym) -> Iterator[Problem]:

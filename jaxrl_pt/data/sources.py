@@ -5,6 +5,7 @@ the place in it, before anything is trained on half of the data.
 """
 
 from collections.abc import Iterator
+import decimal
 import glob
 import gzip
 import hashlib
@@ -196,6 +197,8 @@ def _text_files(pattern: str, document_start: str) -> Iterator[str]:
 def json_rows(pattern: str) -> Iterator[tuple[str, dict[str, Any]]]:
   """Yields ('file:line', object) of each row of JSON-lines files, blank lines left out.
 
+  A number with a point or an exponent is a Decimal: it keeps the digits that the file has.
+
   Raises:
     UserError: no file matches, or a row is not a JSON object.
   """
@@ -204,7 +207,7 @@ def json_rows(pattern: str) -> Iterator[tuple[str, dict[str, Any]]]:
       if not line.strip():
         continue
       try:
-        row = json.loads(_decode(path, line, offset))
+        row = json.loads(_decode(path, line, offset), parse_float=decimal.Decimal)
       except (ValueError, RecursionError) as error:
         raise UserError(f'{path}:{number} is not JSON: {error}.') from error
       if not isinstance(row, dict):

@@ -2,10 +2,14 @@
 
 from collections.abc import Sequence
 import re
+import unicodedata
 
 from jaxrl_pt.verifiers.judgement import Judgement, Outcome
 
 _WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
+# Scripts without spaces between words: Han with its extensions, kana, Thai, Lao, Khmer, Burmese.
+_UNSPACED = re.compile('[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf'
+                       '\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f]')
 
 
 def between_tags(text: str, tags: Sequence[str]) -> list[str] | None:
@@ -41,11 +45,14 @@ def judge_length(response: str, min_chars: int, max_chars: int) -> Judgement:
 
 def judge_words(response: str, reference: str, min_words: int, max_words: int,
                 ngram: int) -> Judgement:
-  """A third of the reward each for the word `reference`, the length and no repetition.
+  """A third of the reward each for saying `reference`, the length and no repetition.
 
+  reference: a word or several, said as they stand there, whatever they are made of: `well-known`,
+  `3.14`, `猫`. It must not be a part of a longer word or number: `cat` is not said by `cat's`,
+  `3` not by `3.14`. Han and kana, written without spaces, may stand between others. Case counts nowhere.
   length: 1 inside [min_words, max_words], falling linearly to 0 at min_words / 2 below and at
   2 · max_words above; repetition: the share of `ngram`-grams that were not said before, 0 where
-  there is none. Words are compared without case.
+  there is none.
 
   Returns:
     parts word, length and novelty; CORRECT where all three are whole, UNPARSED without a word.
@@ -53,13 +60,31 @@ def judge_words(response: str, reference: str, min_words: int, max_words: int,
   words = [w.lower() for w in _WORD.findall(response)]
   if not words:
     return Judgement(Outcome.UNPARSED, {'word': 0.0, 'length': 0.0, 'novelty': 0.0})
-  said = 1.0 if reference.strip().lower() in words else 0.0
+  said = float(says(response, reference))
   grams = [tuple(words[i:i + ngram]) for i in range(len(words) - ngram + 1)]
   novelty = len(set(grams)) / len(grams) if grams else 0.0
   values = {'word': said, 'length': _window(len(words), min_words, max_words), 'novelty': novelty}
   is_right = min(values.values()) == 1.0
   return Judgement(Outcome.CORRECT if is_right else Outcome.WRONG,
                    {name: value / 3 for name, value in values.items()})
+
+
+def says(response: str, reference: str) -> bool:
+  """Whether the text says `reference`, in any case, apart from other words and numbers."""
+  wanted = _folded(reference).split()
+  if not wanted:
+    return False
+  first, last = wanted[0][0], wanted[-1][-1]
+  before = '' if not first.isalnum() or _UNSPACED.match(first) else (
+      r"(?<![^\W_])(?<![^\W_]['’])" + (r'(?<!\d[.,])' if first.isdecimal() else ''))
+  after = '' if not last.isalnum() or _UNSPACED.match(last) else (
+      r"(?![^\W_]|['’][^\W_])" + (r'(?![.,]\d)' if last.isdecimal() else ''))
+  return re.search(before + r'\s+'.join(map(re.escape, wanted)) + after,
+                   _folded(response)) is not None
+
+
+def _folded(text: str) -> str:
+  return unicodedata.normalize('NFC', text).lower()
 
 
 def _window(num_words: int, low: int, high: int) -> float:

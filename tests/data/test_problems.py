@@ -11,6 +11,7 @@ from jaxrl_pt import config as cfg
 from jaxrl_pt.data import generated, problems, sources
 from jaxrl_pt.data.tokenizer import ByteTokenizer
 from jaxrl_pt.errors import UserError
+from jaxrl_pt.verifiers import math
 
 ARITHMETIC = cfg.Arithmetic(size=60, num_terms=3, num_digits=2, noise=0.5, seed=7)
 CHECKS = cfg.RedundantChecks(size=300, min_steps=2, max_steps=5, max_checks=4, noise=0.5, seed=7)
@@ -61,6 +62,30 @@ def test_bad_rows_are_named(tmp_path, row, message):
     problems.load(cfg.Problems(source, held_out=0.0))
 
 
+@pytest.mark.parametrize('written, answer', [
+    ('0.00001', '0.00001'), ('1e-5', '0.00001'), ('1e16', '10000000000000000'), ('51.0', '51.0'),
+    ('1.50', '1.50'), ('0.1', '0.1'), ('-2.5e3', '-2500'), ('7', '7'), ('-0.0', '-0.0'),
+    ('0.1000000000000000055511151231257827', '0.1000000000000000055511151231257827'),
+    ('123456789012345678901234567890', '123456789012345678901234567890'), ('1E400', '1E+400')])
+def test_json_numbers_keep_the_digits_of_their_file(tmp_path, written, answer):
+  source = _jsonl(tmp_path, f'{{"question": {written}, "answer": {written}}}')
+  training, _ = problems.load(cfg.Problems(source, held_out=0.0))
+  assert (training[0].prompt, training[0].answer) == (answer, answer)
+  assert math.equal(written, training[0].answer)
+
+
+@pytest.mark.parametrize('written, message', [
+    ('NaN', "rows.jsonl:2 has nan in the field 'answer'"), ('-Infinity', 'rows.jsonl:2 has -inf'),
+    ('""', r"rows.jsonl:2 has no answer in the field 'answer' \(it holds ''\)"),
+    ('" \\n"', 'rows.jsonl:2 has no answer'), ('"NaN"', 'rows.jsonl:2 has no answer'),
+    ('"nan "', 'leave the row out'), ('null', "rows.jsonl:2 has no text in the field 'answer'")])
+def test_references_that_nothing_can_equal_are_refused(tmp_path, written, message):
+  source = _jsonl(tmp_path, {'question': 'a', 'answer': 'b'},
+                  f'{{"question": "q", "answer": {written}}}')
+  with pytest.raises(UserError, match=message):
+    problems.load(cfg.Problems(source, held_out=0.0))
+
+
 def test_nothing_to_train_on_or_to_hold_out_is_said():
   with pytest.raises(UserError, match='no problem to train on'):
     problems.load(cfg.Problems(ARITHMETIC, held_out=1.0))
@@ -107,7 +132,7 @@ def test_digest_changes_with_any_text():
 
 
 def test_prompts_too_long_or_empty_are_named(tmp_path):
-  source = _jsonl(tmp_path, {'question': 'ab', 'answer': '1'}, {'question': 'abc', 'answer': ''})
+  source = _jsonl(tmp_path, {'question': 'ab', 'answer': '1'}, {'question': 'abc', 'answer': '2'})
   training, _ = problems.load(cfg.Problems(source, held_out=0.0))
   with pytest.raises(UserError, match=r'rows.jsonl:2 has 4 tokens, and Rollouts.prompt_len is 3'):
     problems.encode(training, ByteTokenizer(), 3)

@@ -27,6 +27,26 @@ def _words(response, ngram=2):
   return judged.outcome, [round(3 * v, 6) for v in judged.parts.values()]
 
 
+@pytest.mark.parametrize('reference, response, is_said', [
+    ('well-known', 'A well-known fact.', True), ('Well-Known', 'so WELL-KNOWN!', True),
+    ('well-known', 'well known', False), ('well-known', 'unwell-known', False),
+    ('3.14', 'pi is 3.14 here', True), ('3.14', 'pi is 3.141', False), ('3.14', '13.14', False),
+    ('3', 'pi is 3.14', False), ('14', 'pi is 3.14', False), ('3', 'it is 3.', True),
+    ('1,000', 'about 1,000 of them', True), ('1', '1,000', False), ('-5', 'it is -5.', True),
+    ('猫', '我喜欢猫', True), ('猫', '我喜欢猫。', True), ('猫', '我喜欢狗', False),
+    ('ねこ', 'ねこです', True),
+    ('New York', 'in New\n  york today', True), ('New York', 'new, York', False),
+    ("cat's", "the CAT'S gone", True), ('cat', "the cat's gone", False), ('cat', 'cat-like', True),
+    ('cat', 'concatenate', False), ('C++', 'in C++ or C', True), ('C', 'in C.', True),
+    ('caf\u00e9', 'cafe\u0301 au lait', True), ('École', 'école', True), ('🙂', 'yes 🙂', True),
+    ('a_b', 'so a_b it is', True), ('.*', 'anything', False), (' ', 'a b', False),
+    ('', 'a', False)])
+def test_any_reference_can_be_said_and_a_part_of_a_word_is_not(reference, response, is_said):
+  assert t.says(response, reference) == is_said
+  judged = t.judge_words(response, reference, 1, 10, 2)
+  assert judged.parts['word'] == (1 / 3 if is_said else 0)
+
+
 def test_words_by_hand():
   assert _words('the cat sat down') == (Outcome.CORRECT, [1, 1, 1])
   assert _words("The CAT's gone, far away") == (Outcome.WRONG, [0, 1, 1])  # another word
