@@ -49,10 +49,10 @@ def judge_words(response: str, reference: str, min_words: int, max_words: int,
 
   reference: a word or several, said as they stand there, whatever they are made of: `well-known`,
   `3.14`, `猫`. It must not be a part of a longer word or number: `cat` is not said by `cat's`,
-  `3` not by `3.14`. Han and kana, written without spaces, may stand between others. Case counts nowhere.
+  `3` not by `3.14`. Han and kana, written without spaces, may stand between others.
   length: 1 inside [min_words, max_words], falling linearly to 0 at min_words / 2 below and at
   2 · max_words above; repetition: the share of `ngram`-grams that were not said before, 0 where
-  there is none.
+  there is none. Case counts nowhere.
 
   Returns:
     parts word, length and novelty; CORRECT where all three are whole, UNPARSED without a word.
