@@ -17,12 +17,13 @@ def test_the_plain_template():
 
 
 def test_the_oldest_turns_are_left_out_and_the_system_stays():
-  whole = len(Template().text(TURNS))
-  assert fit(Template(), BYTES, TURNS, whole) == (BYTES.encode(Template().text(TURNS)), 0)
+  whole = len(Template().text(TURNS)) + 1  # With the token that begins a text.
+  assert fit(Template(), BYTES, TURNS, whole) == (
+      [BYTES.bos_id, *BYTES.encode(Template().text(TURNS))], 0)
   tokens, num_cut = fit(Template(), BYTES, TURNS, whole - 1)
   assert num_cut == 2  # The question and its answer: what is kept starts with the user.
   assert BYTES.decode(tokens) == 'Be kind.\n\nUser: and {content}?\n\nAssistant:'
-  with pytest.raises(UserError, match='42 tokens with its frame and the model takes 41'):
+  with pytest.raises(UserError, match='43 tokens with its frame and the model takes 42'):
     fit(Template(), BYTES, TURNS, len(tokens) - 1)
 
 

@@ -30,7 +30,8 @@ def streamed(server: Running, **fields: object) -> dict[int, str]:
 
 
 def engine_says(engine: Engine, prompt: str, seed: int, **fields: object) -> list[np.ndarray]:
-  request = Request(tuple(TOKENIZER.encode(prompt)), 2**31 + seed, stop=(EOS,), **fields)
+  prompt_ids = TOKENIZER.bos_id, *TOKENIZER.encode(prompt)
+  request = Request(prompt_ids, 2**31 + seed, stop=(EOS,), **fields)
   return engine.run([request])[0]
 
 
@@ -49,8 +50,8 @@ def test_a_completion_is_what_the_engine_draws(engine: Engine):
     np.testing.assert_allclose(choice.logprobs.token_logprobs, response.logp[:kept], rtol=1e-6)
     assert choice.logprobs.tokens == [bytes([i]).decode('utf-8', 'replace') for i in ids[:kept]]
     assert choice.logprobs.text_offset == list(range(kept))  # a character each, valid or not
-  assert answer.usage.prompt_tokens == 5 and answer.usage.completion_tokens == num
-  assert answer.usage.total_tokens == 5 + num
+  assert answer.usage.prompt_tokens == 6 and answer.usage.completion_tokens == num
+  assert answer.usage.total_tokens == 6 + num
 
 
 def test_a_stream_joins_to_the_whole(server: Running):
@@ -93,12 +94,12 @@ def test_a_stop_string_ends_the_text_and_is_left_out(server: Running, stream: bo
 
 
 def test_several_prompts_in_one_body(server: Running):
-  alone = [[c.text for c in ask(server, p, n=2).choices] for p in ('one', [116, 119, 111])]
+  alone = [[c.text for c in ask(server, p, n=2).choices] for p in ('one', [EOS, 116, 119, 111])]
   together = ask(server, ['one', 'two'], n=2)
   assert [c.index for c in together.choices] == [0, 1, 2, 3]
   assert [c.text for c in together.choices] == alone[0] + alone[1]
-  assert ask(server, [[111, 110, 101]], n=2).choices[0].text == alone[0][0]
-  assert together.usage.prompt_tokens == 6
+  assert ask(server, [[EOS, 111, 110, 101]], n=2).choices[0].text == alone[0][0]
+  assert together.usage.prompt_tokens == 8  # Each begins with the token of a text's beginning.
 
 
 # --- Chat -----------------------------------------------------------------------------
@@ -196,7 +197,7 @@ def test_too_many_get_429_and_the_others_go_on(server: Running, engine: Engine,
   # The client's own retries wait until there is room.
   threading.Timer(0.3, gate.set).start()
   patient = server.client(max_retries=8).completions.create(model='tiny', prompt='x')
-  assert patient.usage.prompt_tokens == 1
+  assert patient.usage.prompt_tokens == 2
   thread.join()
   assert [c.text for c in found[0].choices] == [c.text for c in expected.choices]
 
@@ -267,7 +268,7 @@ def test_a_defect_has_a_shape_and_the_others_go_on(server: Running,
     with pytest.raises(openai.InternalServerError) as raised:
       ask(server)
   assert raised.value.type == 'server_error' and 'secret' not in str(raised.value)
-  assert ask(server).usage.prompt_tokens == 5
+  assert ask(server).usage.prompt_tokens == 6
 
 
 # --- Around it ------------------------------------------------------------------------
@@ -284,7 +285,7 @@ def test_models_health_and_metrics(server: Running):
   for line in ('jaxrl_pt_requests_total{path="/v1/completions",status="200"} 1',
                'jaxrl_pt_requests_total{path="other",status="404"} 1',
                'jaxrl_pt_requests_total{path="/v1/models",status="200"} 1',
-               'jaxrl_pt_prompt_tokens_total 5', 'jaxrl_pt_tokens_total 10',
+               'jaxrl_pt_prompt_tokens_total 6', 'jaxrl_pt_tokens_total 10',
                'jaxrl_pt_first_token_seconds_count 1',
                'jaxrl_pt_first_token_seconds_bucket{le="+Inf"} 1'):
     assert line in lines, line
@@ -292,7 +293,7 @@ def test_models_health_and_metrics(server: Running):
 
 def test_a_token_keeps_others_out(engine: Engine):
   with running(engine, token='s3cret') as server:
-    assert ask_with(server, 's3cret').usage.prompt_tokens == 1
+    assert ask_with(server, 's3cret').usage.prompt_tokens == 2
     for key in ('wrong', 's3cre', 's3cret2'):
       with pytest.raises(openai.AuthenticationError, match='Bearer TOKEN'):
         ask_with(server, key)

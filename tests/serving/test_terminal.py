@@ -92,7 +92,7 @@ def test_a_conversation_goes_on(engine: Engine):
   """The second prompt holds the first answer; turns address the randomness."""
   layout = Template(user='{content}|', assistant='{content}|', opening='', stop=())
   text = talk(engine, ['hi', 'ho', '/quit', 'never'], template=layout, max_tokens=10)
-  request = lambda text, turn: Request(tuple(text.encode()), turn, 10, stop=(EOS,))
+  request = lambda text, turn: Request((EOS, *text.encode()), turn, 10, stop=(EOS,))
   answers = []
   for turn, line in enumerate(('hi', 'ho')):
     before = ''.join(f'{said}|' for said in answers)
