@@ -57,8 +57,8 @@ def scaling(seeds: list[dict]) -> dict[str, Any]:
   report = {'compute_flops': compute.tolist()}
   for split in SPLITS:
     runs = np.array([[score[split] for score in s['curve'][1:]] for s in seeds])
-    law = fit.fit(compute, runs, num_bootstrap=200)
-    last = fit.forecast_last(compute, runs, num_bootstrap=200)
+    law = fit.fit(compute, runs)
+    last = fit.forecast_last(compute, runs)
     edges = lambda x: [round(x.low, 4), round(x.high, 4)]
     report[split] = {
         'exponent': round(law.law.exponent, 4), 'exponent_95': edges(law.exponent),

@@ -4,13 +4,27 @@
 
 A rising curve has A < 0. Amplitude and limit are linear given the exponent, so a fit is a
 search over one number (2506.08007 section 4.2, which gives neither parameters nor intervals).
+
+Intervals are profile likelihoods in units of a noise that is measured, not assumed. A law is
+in the region if it costs little more than the best one,
+
+    R · (cost(law) − cost(best)) ≤ t² · s²,
+
+and the interval of a value is its range over the region: a curved problem keeps its curved
+region, whose ends the bounds cut. Several runs say how large s is: to first order a value is
+a weighted sum v of the points, so s² is the variance of v · accuracy over the runs, and t is
+Student's with R − 1 degrees of freedom. Nothing is assumed of how the points of one run, which
+are checkpoints of one training, depend on each other. One run can say nothing of that: its
+s² is the residual variance of the fit with K − 3 degrees of freedom, which takes the noise of
+its points to be independent. `experiments/scaling/coverage.py` measures how often the intervals
+hold the truth, beside those of the bootstrap, which are too narrow for few runs.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import optimize
+from scipy import optimize, stats
 
 # Below, the law is a line in log C and has no limit; above, a step.
 EXPONENTS = (0.02, 8.0)
@@ -31,7 +45,7 @@ class PowerLaw:
 
 @dataclass(frozen=True)
 class Interval:
-  """A range that holds `level` of what the bootstrap found."""
+  """A range that holds the truth with the probability `level`."""
 
   low: float
   high: float
@@ -52,11 +66,14 @@ class Fit:
 class Forecast:
   """The last point as predicted from those before it.
 
-  error: predicted − measured mean; spread: standard deviation of the runs at that point.
+  interval: of the law at that compute; measured_interval: of the mean that the runs measure
+  there, whose own noise it holds too; error: predicted − measured mean; spread: standard
+  deviation of the runs at that point, NaN with one run.
   """
 
   predicted: float
   interval: Interval
+  measured_interval: Interval
   measured: float
   error: float
   spread: float
@@ -75,12 +92,11 @@ def fit_law(compute: np.ndarray, accuracy: np.ndarray) -> PowerLaw:
   compute, accuracy = np.asarray(compute, np.float64), np.asarray(accuracy, np.float64)
   if len(np.unique(compute)) < 3 or compute.min() <= 0:
     raise ValueError('three parameters need three different computes, all above 0')
-  unit = np.exp(np.log(compute).mean())  # Powers of large FLOP counts would lose all digits.
+  unit = _unit(compute)
   scaled = compute / unit
 
   def cost(log_exponent: float) -> float:
-    law = _given_exponent(scaled, accuracy, float(np.exp(log_exponent)))
-    return float(np.square(law(scaled) - accuracy).sum())
+    return _cost(scaled, accuracy, float(np.exp(log_exponent)))
 
   lowest, highest = np.log(EXPONENTS)
   grid = np.linspace(lowest, highest, 49)
@@ -95,72 +111,190 @@ def fit_law(compute: np.ndarray, accuracy: np.ndarray) -> PowerLaw:
 def _given_exponent(compute: np.ndarray, accuracy: np.ndarray, exponent: float) -> PowerLaw:
   """Linear least squares; a limit outside [0, 1] moves to the edge, where the optimum is."""
   power = compute ** -exponent
-  columns = np.stack([power, np.ones_like(power)], 1)
-  amplitude, limit = np.linalg.lstsq(columns, accuracy, rcond=None)[0]
+  amplitude, limit = _line(power, accuracy)
   if not 0 <= limit <= 1:
     limit = min(max(limit, 0.0), 1.0)
-    amplitude = power @ (accuracy - limit) / (power @ power)
-  return PowerLaw(float(amplitude), exponent, float(limit))
+    amplitude = float(power @ (accuracy - limit) / (power @ power))
+  return PowerLaw(amplitude, exponent, limit)
 
 
-def fit(compute: np.ndarray, accuracy_RK: np.ndarray, *, num_bootstrap: int = 500,
-        level: float = 0.95, seed: int = 0) -> Fit:
-  """The law of the mean over runs, with intervals from resampled runs.
+def _line(power: np.ndarray, accuracy: np.ndarray) -> tuple[float, float]:
+  """The least squares of amplitude · power + limit."""
+  mean = power.sum() / len(power)
+  off = power - mean
+  amplitude = float(off @ accuracy / (off @ off))
+  return amplitude, float(accuracy.sum() / len(accuracy) - amplitude * mean)
+
+
+def _unit(compute: np.ndarray) -> float:
+  """What computes are divided by: powers of large FLOP counts would lose all digits."""
+  return float(np.exp(np.log(compute).mean()))
+
+
+def _cost(scaled: np.ndarray, accuracy: np.ndarray, exponent: float) -> float:
+  """Sum of squares that the best law of this exponent leaves."""
+  return float(np.square(_given_exponent(scaled, accuracy, exponent)(scaled) - accuracy).sum())
+
+
+def fit(compute: np.ndarray, accuracy_RK: np.ndarray, *, level: float = 0.95) -> Fit:
+  """The law of the mean over runs, with intervals.
 
   Args:
     compute: f64[K].
-    accuracy_RK: f64[R, K] of R runs that share their computes. With one run the residuals of
-      the fit are resampled instead.
-    num_bootstrap: resamples.
+    accuracy_RK: f64[R, K] of R runs that share their computes. One run of three points leaves
+      no residual to measure noise by: its intervals are everything that a law may be.
     level: of the intervals.
-    seed: of the resampling.
 
   Raises:
     ValueError: as `fit_law`.
   """
-  mean_K = np.asarray(accuracy_RK, np.float64).mean(0)
+  compute, accuracy_RK = np.asarray(compute, np.float64), np.asarray(accuracy_RK, np.float64)
+  mean_K = accuracy_RK.mean(0)
   law = fit_law(compute, mean_K)
-  laws = _bootstrap(compute, accuracy_RK, law, num_bootstrap, seed)
+  region = _Region(compute, accuracy_RK, law, level)
+  log_unit = np.log(_unit(compute))
   total = np.square(mean_K - mean_K.mean()).sum()
   residual = np.square(mean_K - law(compute)).sum()
-  of = lambda value: _interval([value(x) for x in laws], level)
-  return Fit(law, float(1 - residual / total) if total > 0 else 0.0, of(lambda x: x.amplitude),
-             of(lambda x: x.exponent), of(lambda x: x.limit))
+  return Fit(law, float(1 - residual / total) if total > 0 else 0.0,
+             region.range_of(lambda exponent: (np.exp(exponent * log_unit), 0.0),
+                             np.array([1.0, region.best.amplitude * log_unit, 0.0])),
+             region.exponents(), region.range_of(lambda _: (0.0, 1.0), np.array([0.0, 0.0, 1.0])))
 
 
-def forecast_last(compute: np.ndarray, accuracy_RK: np.ndarray, *, num_bootstrap: int = 500,
-                  level: float = 0.95, seed: int = 0) -> Forecast:
+def forecast_last(compute: np.ndarray, accuracy_RK: np.ndarray, *, level: float = 0.95) -> Forecast:
   """Fits all points but the last and says what it makes of that one.
 
   Args:
-    compute, accuracy_RK, num_bootstrap, level, seed: as in `fit`, with K ≥ 4 and R ≥ 2.
+    compute, accuracy_RK, level: as in `fit`, with K ≥ 4.
 
   Raises:
     ValueError: as `fit_law`.
   """
-  before, last = np.asarray(compute)[:-1], np.asarray(compute)[-1]
-  accuracy_RK = np.asarray(accuracy_RK, np.float64)
-  law = fit_law(before, accuracy_RK[:, :-1].mean(0))
-  laws = _bootstrap(before, accuracy_RK[:, :-1], law, num_bootstrap, seed)
-  predicted, measured = float(law(last)), float(accuracy_RK[:, -1].mean())
-  return Forecast(predicted, _interval([float(x(last)) for x in laws], level), measured,
-                  predicted - measured, float(accuracy_RK[:, -1].std(ddof=1)))
+  compute, accuracy_RK = np.asarray(compute, np.float64), np.asarray(accuracy_RK, np.float64)
+  before, last_R = accuracy_RK[:, :-1], accuracy_RK[:, -1]
+  law = fit_law(compute[:-1], before.mean(0))
+  region = _Region(compute[:-1], before, law, level)
+  last = compute[-1] / _unit(compute[:-1])
+  interval = region.range_of(lambda exponent: (last ** -exponent, 1.0),
+                             _derivatives(region.best, np.array([last]))[0])
+  predicted, measured = float(law(compute[-1])), float(last_R.mean())
+  spread = float(last_R.std(ddof=1)) if len(last_R) > 1 else np.nan
+  # Of the law and of the point; where both move together in a run, their difference moves less.
+  point = region.quantile * (spread / np.sqrt(len(last_R)) if len(last_R) > 1
+                             else np.sqrt(region.residual_variance))
+  measured_interval = Interval(float(predicted - np.hypot(predicted - interval.low, point)),
+                               float(predicted + np.hypot(interval.high - predicted, point)))
+  return Forecast(predicted, interval, measured_interval, measured, predicted - measured, spread)
 
 
-def _bootstrap(compute: np.ndarray, accuracy_RK: np.ndarray, law: PowerLaw, num: int,
-               seed: int) -> list[PowerLaw]:
-  rng = np.random.default_rng(seed)
-  accuracy_RK = np.asarray(accuracy_RK, np.float64)
-  num_runs, num_points = accuracy_RK.shape
-  resample: Callable[[], np.ndarray]
-  if num_runs > 1:
-    resample = lambda: accuracy_RK[rng.integers(0, num_runs, num_runs)].mean(0)
-  else:
-    residuals = accuracy_RK[0] - law(compute)
-    resample = lambda: law(compute) + residuals[rng.integers(0, num_points, num_points)]
-  return [fit_law(compute, resample()) for _ in range(num)]
+# --- Intervals ------------------------------------------------------------------
 
 
-def _interval(values: list[float], level: float) -> Interval:
-  low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
-  return Interval(float(low), float(high))
+def _derivatives(law: PowerLaw, compute: np.ndarray) -> np.ndarray:
+  """f64[K, 3]: of P(compute) with respect to amplitude, exponent and limit."""
+  power = compute ** -law.exponent
+  return np.stack([power, -law.amplitude * np.log(compute) * power, np.ones_like(power)], 1)
+
+
+class _Region:
+  """The laws that the runs do not rule out; computes in units of `_unit`."""
+
+  def __init__(self, compute: np.ndarray, accuracy_RK: np.ndarray, law: PowerLaw,
+               level: float) -> None:
+    unit = _unit(compute)
+    self.best = PowerLaw(law.amplitude * unit ** -law.exponent, law.exponent, law.limit)
+    self._scaled, self._runs, self._mean = compute / unit, accuracy_RK, accuracy_RK.mean(0)
+    num_runs, num_points = accuracy_RK.shape
+    self._cost = float(np.square(self.best(self._scaled) - self._mean).sum())
+    freedom = num_runs - 1 if num_runs > 1 else num_points - 3
+    self.residual_variance = self._cost / (num_points - 3) if num_points > 3 else np.inf
+    self.quantile = float(stats.t.ppf((1 + level) / 2, freedom)) if freedom else np.inf
+
+  def _budget(self, gradient_3: np.ndarray) -> float:
+    """The most that a law may cost; gradient_3 of the value with respect to the parameters."""
+    num_runs = len(self._runs)
+    if num_runs == 1:
+      return self._cost + self.quantile ** 2 * self.residual_variance
+    derivatives = _derivatives(self.best, self._scaled)
+    weights = np.linalg.pinv(derivatives).T @ gradient_3
+    size = np.linalg.norm(weights)
+    if size == 0:  # A flat curve, which has any exponent.
+      return np.inf
+    variance = ((self._runs - self._mean) @ (weights / size)).var(ddof=1)
+    return float(self._cost + self.quantile ** 2 * variance / num_runs)
+
+  def _exponents_within(self, budget: float) -> tuple[float, float]:
+    """The smallest and the largest exponent of a law within the budget."""
+    def excess(log_exponent: float) -> float:
+      return _cost(self._scaled, self._mean, float(np.exp(log_exponent))) - budget
+
+    lowest, highest = np.log(EXPONENTS)
+    grid, best = np.linspace(lowest, highest, 65), np.log(self.best.exponent)
+    inside = np.array([x for x in grid if excess(x) <= 0] + [best])
+    ends = []
+    for edge, beyond in ((inside.min(), grid[grid < inside.min()][-1:]),
+                         (inside.max(), grid[grid > inside.max()][:1])):
+      crosses = len(beyond) and excess(edge) < 0 < excess(beyond[0])
+      ends.append(optimize.brentq(excess, edge, beyond[0]) if crosses else edge)
+    return float(np.exp(ends[0])), float(np.exp(ends[1]))
+
+  def exponents(self) -> Interval:
+    """The interval of the exponent."""
+    return Interval(*self._exponents_within(self._budget(np.array([0.0, 1.0, 0.0]))))
+
+  def range_of(self, weights: Callable[[float], tuple[float, float]],
+               gradient_3: np.ndarray) -> Interval:
+    """The interval of a value that is linear given the exponent.
+
+    Args:
+      weights: exponent → what amplitude and limit are multiplied with.
+      gradient_3: of the value with respect to amplitude, exponent and limit, in any scale.
+    """
+    budget = self._budget(gradient_3)
+    low, high = np.log(self._exponents_within(budget))
+    grid = np.linspace(low, high, 33)
+    ends = []
+    for sign in (-1.0, 1.0):
+      cost = lambda x, sign=sign: -sign * self._farthest(float(np.exp(x)), weights, sign, budget)
+      found = -np.array([cost(x) for x in grid])
+      best = int(np.argmax(found))
+      around = grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)]
+      peak = found[best]
+      if np.isfinite(peak) and around[0] < around[1]:
+        peak = max(peak, -optimize.minimize_scalar(cost, bounds=around, method='bounded').fun)
+      ends.append(float(sign * peak))
+    return Interval(*ends)
+
+  def _farthest(self, exponent: float, weights: Callable[[float], tuple[float, float]],
+                sign: float, budget: float) -> float:
+    """The largest (sign 1) or least (−1) value among the laws of an exponent.
+
+    They are an ellipse round the least squares, cut where the limit leaves [0, 1].
+    """
+    if not np.isfinite(budget):
+      return self._anything(weights(exponent), sign)
+    power = self._scaled ** -exponent
+    of_amplitude, of_limit = weights(exponent)
+    amplitude, limit = _line(power, self._mean)
+    left = max(budget - np.square(amplitude * power + limit - self._mean).sum(), 0.0)
+    # The inverse of [[Σ p², Σ p], [Σ p, K]] times the weights leads to the end of the ellipse.
+    squares, total, num_points = power @ power, power.sum(), len(power)
+    to_amplitude = num_points * of_amplitude - total * of_limit
+    to_limit = squares * of_limit - total * of_amplitude
+    determinant = num_points * squares - total ** 2
+    step = sign * np.sqrt(left / determinant
+                          / (of_amplitude * to_amplitude + of_limit * to_limit))
+    amplitude, limit = amplitude + step * to_amplitude, limit + step * to_limit
+    if not 0 <= limit <= 1:
+      limit = min(max(limit, 0.0), 1.0)
+      amplitude = power @ (self._mean - limit) / squares
+      left = max(budget - np.square(amplitude * power + limit - self._mean).sum(), 0.0)
+      amplitude += sign * np.sign(of_amplitude) * np.sqrt(left / squares)
+    return float(of_amplitude * amplitude + of_limit * limit)
+
+  @staticmethod
+  def _anything(weights: tuple[float, float], sign: float) -> float:
+    """Without a bound on the cost only the limit has ends."""
+    if weights[0]:
+      return sign * np.inf
+    return weights[1] if sign > 0 else 0.0
