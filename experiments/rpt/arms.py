@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxrl_pt import config as cfg
 from jaxrl_pt import params as P
-from jaxrl_pt.data import next_token, templates
+from jaxrl_pt.data import next_token, splits, templates
 from jaxrl_pt.models import transformer
 from jaxrl_pt.models.base import Model
 from jaxrl_pt.sampling import decode
@@ -61,6 +61,29 @@ def batch_of(tokens: np.ndarray, weights: np.ndarray, ids: np.ndarray) -> Batch:
   positions = np.broadcast_to(np.arange(length, dtype=np.int32), weights.shape)
   return Batch(tokens[:, :-1], tokens[:, 1:], positions, np.ones((num_rows, length), np.int32),
                weights.astype(np.float32), ids.astype(np.int32))
+
+
+# --- Held out -----------------------------------------------------------------------
+
+
+def unseen(training: np.ndarray, documents: np.ndarray,
+           positions: next_token.Positions) -> tuple[next_token.Positions, splits.Apart]:
+  """Positions whose context no training document begins with, each context once.
+
+  Args:
+    training, documents: i32[·, T + 1] tokens, a document a row; positions are of `documents`.
+
+  Returns:
+    Those positions in their order, and the counts of contexts on both sides.
+  """
+  read = {row[:t].tobytes() for row in training for t in range(1, training.shape[1])}
+  kept, contexts = [], set()
+  for place, (row, t) in enumerate(zip(positions.example, positions.t, strict=True)):
+    context = documents[row, :t + 1].tobytes()
+    if context not in read and context not in contexts:
+      contexts.add(context)
+      kept.append(place)
+  return positions.take(np.array(kept, int)), splits.refuse_overlap(read, contexts, 'contexts')
 
 
 # --- Floating-point operations ------------------------------------------------------

@@ -4,11 +4,16 @@ A document is a start state and blocks `then f g h … . . gives s`: 1 to 6 of t
 (random permutations of the states, which do not commute), padded with dots, and the state that
 they lead to. Operations come at random, so no one can predict them; fillers are certain; the
 result after k operations takes k steps that depend on each other.
+
+A document is held out by a hash of its content, so that no copy of it is trained on. There are
+few short chains (48 of one operation), and most of them are drawn again and again.
 """
 
 from typing import NamedTuple
 
 import numpy as np
+
+from jaxrl_pt.data import pack
 
 NUM_STATES, NUM_OPS, SLOTS, BLOCKS = 16, 3, 6, 1
 END, THINK, ANSWER, DOT, THEN, GIVES, FIRST_OP = 0, 1, 2, 3, 4, 5, 6
@@ -21,6 +26,7 @@ RESULTS = 1 + BLOCK * np.arange(BLOCKS) + SLOTS + 2  # places of the results in 
 TABLES = np.stack([np.random.default_rng(i).permutation(NUM_STATES) for i in range(NUM_OPS)])
 # A thought: the start, up to six states, then marker, prediction and end.
 RESPONSE = 1 + SLOTS + 3
+HELD_OUT = 0.2  # share of all documents that there are
 
 
 class Documents(NamedTuple):
@@ -30,15 +36,34 @@ class Documents(NamedTuple):
   steps: np.ndarray  # i32[B, BLOCKS] operations of each chain
   states: np.ndarray  # i32[B, BLOCKS, SLOTS + 1] after 0, 1, … operations
 
+  def take(self, rows: np.ndarray) -> 'Documents':
+    """Some of them."""
+    return Documents(self.tokens[rows], self.steps[rows], self.states[rows])
+
 
 def token_bytes() -> list[bytes]:
   """Bytes of each token; markers and the end have none."""
   return [b'', b'', b'', *(bytes([65 + i]) for i in range(VOCAB - 3))]
 
 
-def documents(num_docs: int, seed: int) -> Documents:
-  """Documents drawn from `seed`."""
-  rng = np.random.default_rng([seed, 7])
+def split(num_training: int, num_held_out: int, seed: int) -> tuple[Documents, Documents]:
+  """(training, held-out) documents of a seed, which have its own contents held out.
+
+  Training draws repeat themselves, as the corpus does; the held-out ones are distinct.
+  """
+  drawn = documents(2 * num_training, np.random.default_rng([seed, 7]))
+  place = np.array([pack.hold_out(b'%d:' % seed + row.tobytes()) for row in drawn.tokens])
+  training = np.flatnonzero(place >= HELD_OUT)[:num_training]
+  measured = np.flatnonzero(place < HELD_OUT)
+  _, first = np.unique(drawn.tokens[measured], axis=0, return_index=True)
+  measured = measured[np.sort(first)][:num_held_out]
+  if len(training) < num_training or len(measured) < num_held_out:
+    raise ValueError(f'only {len(training)} and {len(measured)} documents: draw more')
+  return drawn.take(training), drawn.take(measured)
+
+
+def documents(num_docs: int, rng: np.random.Generator) -> Documents:
+  """Documents as they come, with repetitions."""
   tokens = np.zeros((num_docs, LENGTH), np.int32)
   steps = rng.integers(1, SLOTS + 1, (num_docs, BLOCKS))
   states = np.zeros((num_docs, BLOCKS, SLOTS + 1), np.int32)

@@ -211,9 +211,13 @@ def main() -> None:
   args.work.mkdir(parents=True, exist_ok=True)
   RESULTS.mkdir(exist_ok=True)
   report: dict[str, Any] = {'command': 'python experiments/rpt/run.py --data DIR'}
-  seeds = [kept(args.work / f'synthetic-{s}.json', lambda s=s: synthetic.run_seed(s))
+  tuned = kept(args.work / 'synthetic-control.json', synthetic.tune_control)
+  seeds = [kept(args.work / f'synthetic-{s}.json', lambda s=s: synthetic.run_seed(s, tuned))
            for s in range(args.seeds)]
   report['synthetic'] = {'seeds': len(seeds), 'control_steps': seeds[0]['control_steps'],
+                         'control': tuned,
+                         'held_out': {'documents': [s['held_out_documents'] for s in seeds],
+                                      'positions': [s['counts'] for s in seeds]},
                          **summarise_synthetic(seeds)}
   plot_synthetic(seeds, report['synthetic'])
   if args.solution_seeds and solutions.is_there(args.data):

@@ -1,7 +1,9 @@
 """RPT on the corpus of modular chains: one seed of every arm (specs of the corpus in corpus.py).
 
-Pretrain on documents → continue on them (the compute-matched control) or warm-start on noisy
-scratchpads and reinforce. All accuracies are of the same held-out positions.
+Pretrain on documents → spend as much again on them (the compute-matched control) or warm-start on
+noisy scratchpads and reinforce. All accuracies are of the same held-out positions, of documents
+that are in no training draw. The control is the best of several rates, from the pretrained model
+and from scratch, by the held-out documents of a seed that is not reported.
 """
 
 import functools
@@ -13,7 +15,7 @@ import numpy as np
 
 from jaxrl_pt import config as cfg
 from jaxrl_pt import params as P
-from jaxrl_pt.data import next_token
+from jaxrl_pt.data import next_token, splits
 from jaxrl_pt.types import Batch, Params, Prompts
 
 CONFIG = cfg.Model(num_layers=2, d_model=64, d_ff=192, num_heads=4, num_kv_heads=4, head_dim=16,
@@ -24,6 +26,9 @@ SETTING = arms.Setting(CONFIG, tuple(corpus.token_bytes()), corpus.THINK, corpus
                        corpus.END, corpus.LENGTH + 1, corpus.RESPONSE)
 NUM_DOCS, NUM_HELD_OUT, BATCH = 20_000, 1_000, 256
 PRETRAIN, WARM, RPT_STEPS, SHORT = 450, 180, 80, 20
+# Where tuning of the control starts; it goes on until the best rate has two worse neighbours.
+TUNING_SEED, CONTROL_RATES = 1_000, (2e-3, 4e-3)
+CONTROLS = ('continued', 'from scratch')
 NOISE, CUT = 0.25, 0.5
 # Demonstrations of the weak warm start, with which RPT and RLP are compared.
 WEAK_WARM, WEAK_NOISE, WEAK_STEPS = 120, 0.6, 40
@@ -45,8 +50,10 @@ class Data:
 
   def __init__(self, seed: int) -> None:
     self.seed = seed
-    self.train = corpus.documents(NUM_DOCS, seed)
-    self.held_out = corpus.documents(NUM_HELD_OUT, 1_000 + seed)
+    self.train, self.held_out = corpus.split(NUM_DOCS, NUM_HELD_OUT, seed)
+    self.apart = splits.refuse_overlap((row.tobytes() for row in self.train.tokens),
+                                       (row.tobytes() for row in self.held_out.tokens),
+                                       'documents')
 
   def rows(self, docs: corpus.Documents, ids: np.ndarray) -> Batch:
     """Those documents as examples."""
@@ -104,7 +111,9 @@ class HeldOut:
   def __init__(self, data: Data, base: Params, size: int = 768) -> None:
     everything = data.score(CONFIG, base, data.held_out, NUM_HELD_OUT, 0.0)
     order = np.random.default_rng(data.seed).permutation(len(everything))
-    everything = everything.take(order)
+    everything, apart = arms.unseen(data.train.tokens, data.held_out.tokens,
+                                    everything.take(order))
+    print(f'seed {data.seed}: {data.apart}; {apart}', flush=True)
     sure = everything.take(np.flatnonzero(everything.entropy < 0.05)[:256])
     # As many of each kind as there are prompts, so that the hard split is large.
     hard = everything.take(np.flatnonzero(everything.entropy > DIFFICULTY['hard'])[:size // 2])
@@ -119,13 +128,17 @@ class HeldOut:
       at = target == place
       self.steps[at] = data.held_out.steps[self.positions.example[at], block]
 
-  def split(self, correct: np.ndarray) -> dict[str, float]:
-    """Accuracy by difficulty, on filler and by the steps that a result takes."""
+  def masks(self) -> dict[str, np.ndarray]:
+    """Which positions each accuracy is of: a difficulty, filler, the steps of a result."""
     entropy = self.positions.entropy
     masks = {name: entropy > threshold for name, threshold in DIFFICULTY.items()}
     masks['filler'] = entropy < 0.05
     masks.update({f'steps_{k}': self.steps == k for k in range(1, corpus.SLOTS + 1)})
-    return {name: float(correct[mask].mean()) for name, mask in masks.items() if mask.any()}
+    return {name: mask for name, mask in masks.items() if mask.any()}
+
+  def split(self, correct: np.ndarray) -> dict[str, float]:
+    """The accuracy of each mask."""
+    return {name: float(correct[mask].mean()) for name, mask in self.masks().items()}
 
   def measure(self, params: Params, **how) -> dict[str, float]:
     """Accuracies of a policy; `how` as in `arms.correct`."""
@@ -150,17 +163,53 @@ def matched_steps() -> int:
   return round((warm + RPT_STEPS * arms.rollout_flops(SETTING, ROLLOUTS)) / one)
 
 
-def run_seed(seed: int) -> dict:
-  """Every arm under one seed."""
+def pretrain(data: Data) -> Params:
+  """The model that every arm but the control from scratch starts from."""
+  start = P.init(SETTING.model.specs, jax.random.key(data.seed))
+  return arms.supervise(CONFIG, start, data.take_documents(0), PRETRAIN, 4e-3)
+
+
+def control(data: Data, base: Params, how: str, rate: float) -> Params:
+  """Next-token prediction with the compute of pretraining, warm start and RPT together."""
+  if how == 'continued':
+    return arms.supervise(CONFIG, base, data.take_documents(1), matched_steps(), rate)
+  start = P.init(SETTING.model.specs, jax.random.key(data.seed))
+  return arms.supervise(CONFIG, start, data.take_documents(0), PRETRAIN + matched_steps(), rate)
+
+
+def tune_control() -> dict:
+  """Accuracy by how the control is trained and its rate, and the best on the hard split."""
+  data = Data(TUNING_SEED)
+  base = pretrain(data)
+  held_out = HeldOut(data, base)
+  tried: dict[str, dict[float, dict]] = {how: {} for how in CONTROLS}
+  for how, found in tried.items():
+    wanted = list(CONTROL_RATES)
+    while wanted:
+      for rate in wanted:
+        found[rate] = held_out.measure(control(data, base, how, rate), reasoning=False)
+        print(f'control {how} at {rate:g}: {found[rate]["hard"]:.3f}', flush=True)
+      best = max(found, key=lambda rate: found[rate]['hard'])
+      wanted = [rate for rate in (best / 2, best * 2) if rate not in found]
+  how = max(CONTROLS, key=lambda how: max(row['hard'] for row in tried[how].values()))
+  return {'how': how, 'rate': max(tried[how], key=lambda rate: tried[how][rate]['hard']),
+          'hard accuracy': {how: {f'{rate:g}': row['hard'] for rate, row in sorted(found.items())}
+                            for how, found in tried.items()},
+          'positions': int(held_out.masks()['hard'].sum())}
+
+
+def run_seed(seed: int, tuned: dict) -> dict:
+  """Every arm under one seed; the control as tuned."""
   data = Data(seed)
-  start = P.init(SETTING.model.specs, jax.random.key(seed))
-  base = arms.supervise(CONFIG, start, data.take_documents(0), PRETRAIN, 4e-3)
-  control = arms.supervise(CONFIG, base, data.take_documents(1), matched_steps(), 2e-3)
+  base = pretrain(data)
+  matched = control(data, base, tuned['how'], tuned['rate'])
   held_out = HeldOut(data, base)
   greedy = functools.partial(held_out.measure, reasoning=True)
   argmax = functools.partial(held_out.measure, reasoning=False)
   result = {'seed': seed, 'control_steps': matched_steps(),
-            'ntp_argmax': argmax(base), 'ntp_matched_argmax': argmax(control)}
+            'held_out_documents': data.apart.num_held_out,
+            'counts': {name: int(mask.sum()) for name, mask in held_out.masks().items()},
+            'ntp_argmax': argmax(base), 'ntp_matched_argmax': argmax(matched)}
 
   proxy = P.init(arms.build(PROXY).specs, jax.random.key(100 + seed))
   proxy = arms.supervise(PROXY, proxy, data.take_documents(2), PRETRAIN // 2, 4e-3)

@@ -93,6 +93,8 @@ class Seqio:
 class Demonstrations:
   """Examples of problems, prompt and response: the warm start of RL.
 
+  Split by their prompts: Data.validation_fraction holds out the prompts that an equal
+  Problems.held_out does.
   Those of generated problems are worked, with slips where the source is noisy; those of
   reasoning-gym are the bare answer.
   """
@@ -165,7 +167,8 @@ class Data:
   """Documents → tokens → packed examples of `seq_len` predicted tokens.
 
   validation_fraction: share of the documents (whole documents, by hash) held out.
-  validation_glob: files of the source's kind that are the validation split instead.
+  validation_glob: files of the source's kind that are the validation split instead; none of
+  their documents may be among those of the source.
   long_documents: a document longer than seq_len is 'split' over examples or an 'error'.
   cache_dir: where prepared examples are kept and shared between runs; empty means
   the run's own work directory.

@@ -116,7 +116,8 @@ class Problems:
   """Problems to reinforce on, and those held out to measure it.
 
   template: what the policy reads, with {prompt} where the problem's own text goes.
-  held_out: share of the problems, chosen by a hash of their text, that training never sees.
+  held_out: share of the prompts, chosen by a hash of their text, that training never sees; each
+  is measured once.
   """
 
   source: ProblemSource

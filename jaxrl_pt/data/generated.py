@@ -81,9 +81,3 @@ def problem(source: config.Arithmetic | config.RedundantChecks, index: int) -> P
       return arithmetic(source, index)
     case config.RedundantChecks():
       return redundant_checks(source, index)
-
-
-def demonstration(source: config.Arithmetic | config.RedundantChecks, index: int) -> str:
-  """Prompt and worked response of problem `index`, as one document."""
-  found = problem(source, index)
-  return found.prompt + found.demonstration

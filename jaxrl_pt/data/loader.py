@@ -21,12 +21,12 @@ import grain
 import numpy as np
 
 from jaxrl_pt import config
-from jaxrl_pt.data import pack, publish, seqio_tasks, sources
+from jaxrl_pt.data import pack, publish, seqio_tasks, sources, splits
 from jaxrl_pt.data import tokenizer as tokenizers
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.types import Batch
 
-_FORMAT = 2  # raise when prepared files of the same config would come out differently
+_FORMAT = 3  # raise when prepared files of the same config would come out differently
 _MANIFEST = 'manifest.json'
 _SPLITS = ('train', 'validation')
 _TEXTS_PER_CALL = 512
@@ -189,7 +189,12 @@ def _build(data: config.Data, cached: Path | None, directory: Path) -> None:
     tokenizer = tokenizers.train_or_load(data.tokenizer, ())
     seqio_tasks.check_tokenizer(cached, tokenizer)
     documents = seqio_tasks.documents(cached, data.validation_fraction, tokenizer)
+    _refuse_shared_examples(cached, data, tokenizer)
   else:
+    if data.validation_glob:  # The other splits are by content.
+      splits.refuse_overlap(
+          split_keys(data, held_out=False), split_keys(data, held_out=True), 'documents',
+          'take them out of the files of Data.validation_glob, or of those of Data.source.')
     training = (text for text, _, held_out in _texts(data) if not held_out)
     tokenizer = tokenizers.train_or_load(data.tokenizer, training)
     documents = _tokenised(data, tokenizer)
@@ -204,11 +209,11 @@ def _build(data: config.Data, cached: Path | None, directory: Path) -> None:
       unpredicted = tokens_n[:1].tolist() if ends.bos is None else []
       target_bytes = text_bytes - len(tokenizer.decode_bytes(unpredicted))
       writers['validation' if held_out else 'train'].add(tokens_n, text_bytes, target_bytes)
-  splits = {name: writer.close() for name, writer in writers.items()}
-  _check_splits(data, splits, nearest)
+  written = {name: writer.close() for name, writer in writers.items()}
+  _check_splits(data, written, nearest)
   manifest = {'format': _FORMAT, 'data': repr(data), 'seq_len': data.seq_len,
               'tokenizer_fingerprint': tokenizer.fingerprint,
-              'vocab_size': tokenizer.vocab_size, **splits}
+              'vocab_size': tokenizer.vocab_size, **written}
   (directory / _MANIFEST).write_text(json.dumps(manifest, indent=2) + '\n')
 
 
@@ -219,14 +224,36 @@ def _validation_source(data: config.Data) -> config.Source:
   return dataclasses.replace(data.source, glob=data.validation_glob)
 
 
-def _texts(data: config.Data) -> Iterator[tuple[str, float, bool]]:
-  """Yields (text, place in [0, 1), held out?) of each document of both splits."""
-  for text in sources.documents(data.source):
-    place = pack.hold_out(text)
-    yield text, place, not data.validation_glob and place < data.validation_fraction
+def split_keys(data: config.Data, *, held_out: bool) -> Iterator[str]:
+  """Yields the keys (`sources.keyed_documents`) of the documents of one split, stripped.
+
+  Raises:
+    UserError: as `sources.documents`.
+  """
+  return (key.strip() for _, key, is_held_out in _texts(data) if is_held_out == held_out)
+
+
+def _refuse_shared_examples(cached: Path, data: config.Data,
+                            tokenizer: tokenizers.Tokenizer) -> None:
+  """Two splits of a seqio task are made by whoever registered it."""
+  def texts(held_out: bool) -> Iterator[str]:
+    for _, is_held_out, ids_n, _ in seqio_tasks.documents(cached, data.validation_fraction,
+                                                          tokenizer):
+      if is_held_out == held_out and len(ids_n):
+        yield tokenizer.decode(ids_n.tolist())
+
+  splits.refuse_overlap(texts(False), texts(True), 'examples',
+                        "take them out of the task's 'validation' split, or of 'train'.")
+
+
+def _texts(data: config.Data) -> Iterator[tuple[str, str, bool]]:
+  """Yields (text, key, held out?) of each document of both splits."""
+  for text, key in sources.keyed_documents(data.source):
+    yield text, key, (not data.validation_glob
+                      and pack.hold_out(key) < data.validation_fraction)
   if data.validation_glob:
     for text in sources.documents(_validation_source(data)):
-      yield text, pack.hold_out(text), True
+      yield text, text, True
 
 
 def _tokenised(data: config.Data, tokenizer: tokenizers.Tokenizer
@@ -235,8 +262,8 @@ def _tokenised(data: config.Data, tokenizer: tokenizers.Tokenizer
   documents = _texts(data)
   while chunk := list(itertools.islice(documents, _TEXTS_PER_CALL)):
     ids = tokenizer.encode_batch([text for text, _, _ in chunk])
-    for (text, place, held_out), ids_n in zip(chunk, ids, strict=True):
-      yield place, held_out, np.asarray(ids_n, np.int32), len(text.encode())
+    for (text, key, held_out), ids_n in zip(chunk, ids, strict=True):
+      yield pack.hold_out(key), held_out, np.asarray(ids_n, np.int32), len(text.encode())
 
 
 def _check_splits(data: config.Data, splits: dict[str, dict[str, Any]], nearest: float) -> None:

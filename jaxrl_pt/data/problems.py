@@ -81,7 +81,8 @@ def load(problems: config.Problems) -> tuple[list[Problem], list[Problem]]:
   """(training, held-out) problems in the template, in the source's order.
 
   Which are held out follows from a hash of the prompt alone: equal prompts fall on the same
-  side.
+  side. The held-out ones are distinct: a prompt that the source repeats is measured once, by its
+  first reference.
 
   Raises:
     UserError: a file cannot be read, a row has no answer, a task does not exist, or no problem is
@@ -89,8 +90,13 @@ def load(problems: config.Problems) -> tuple[list[Problem], list[Problem]]:
   """
   before, _, after = problems.template.partition('{prompt}')
   sides: tuple[list[Problem], list[Problem]] = [], []
+  measured = set()
   for p in _problems(problems.source):
     held_out = pack.hold_out(p.prompt) < problems.held_out
+    if held_out and p.prompt in measured:
+      continue
+    if held_out:
+      measured.add(p.prompt)
     sides[held_out].append(Problem(p.id, before + p.prompt + after, p.answer, p.place,
                                    p.demonstration))
   name = type(problems.source).__name__
@@ -100,6 +106,12 @@ def load(problems: config.Problems) -> tuple[list[Problem], list[Problem]]:
     raise UserError(f'None of the {len(sides[0])} problems of {name} is held out: give more, or '
                     'set Problems.held_out higher, or to 0 for none.')
   return sides
+
+
+def prompts(problems: config.Problems, held_out: bool) -> Iterator[str]:
+  """Yields the prompts of one side as the source has them, without the template."""
+  return (p.prompt for p in _problems(problems.source)
+          if (pack.hold_out(p.prompt) < problems.held_out) == held_out)
 
 
 def _problems(source: config.ProblemSource) -> Iterator[Problem]:

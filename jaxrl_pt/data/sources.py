@@ -42,6 +42,41 @@ def documents(source: config.Source) -> Iterator[str]:
   Raises:
     UserError: nothing matches, or a file cannot be read as what the source says.
   """
+  return (text for text, _ in keyed_documents(source))
+
+
+def keyed_documents(source: config.Source) -> Iterator[tuple[str, str]]:
+  """Yields (text, key) of the documents; documents of one key stand on one side of a split.
+
+  The key is the text itself. That of a demonstration is its prompt, by which RL's problems are
+  held out too, so that other answers to a held-out prompt are not trained on.
+
+  Raises:
+    UserError: as `documents`.
+  """
+  match source:
+    case config.Demonstrations(source=problems):
+      keyed = ((prompt + response, prompt) for prompt, response in _demonstrations(problems))
+    case _:
+      keyed = ((text, text) for text in _texts(source))
+  return ((text, key) for text, key in keyed if text.strip())
+
+
+def _demonstrations(source: config.Arithmetic | config.RedundantChecks | config.ReasoningGym
+                    ) -> Iterator[tuple[str, str]]:
+  """Yields (prompt, worked response) of each problem."""
+  match source:
+    case config.ReasoningGym():
+      for question in gym_questions.questions(source):
+        yield question.text, question.answer
+    case _:
+      for i in range(source.size):
+        found = generated.problem(source, i)
+        yield found.prompt, found.demonstration
+
+
+def _texts(source: config.PythonStdlib | config.TextFiles | config.Jsonl | config.Parquet
+           | config.ArrayRecord | config.Seqio) -> Iterator[str]:
   match source:
     case config.PythonStdlib(max_bytes=max_bytes):
       texts = _python_stdlib(max_bytes)
@@ -56,11 +91,7 @@ def documents(source: config.Source) -> Iterator[str]:
     case config.Seqio(name=name):
       raise UserError(f'The seqio task {name} yields token ids, not texts: it is prepared by '
                       'data.seqio_tasks.')
-    case config.Demonstrations(source=config.ReasoningGym() as task):
-      texts = (question.text + question.answer for question in gym_questions.questions(task))
-    case config.Demonstrations(source=config.Arithmetic() | config.RedundantChecks() as problems):
-      texts = (generated.demonstration(problems, i) for i in range(problems.size))
-  return (text for text in texts if text.strip())
+  return texts
 
 
 def files(source: config.Source) -> list[Path]:

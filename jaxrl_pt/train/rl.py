@@ -30,7 +30,7 @@ from jaxrl_pt.checkpoint import Checkpointer
 from jaxrl_pt.checksum import checksum
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.models.base import Model
-from jaxrl_pt.train import evaluate, optim, problem_task, programs, rollouts, rpt
+from jaxrl_pt.train import evaluate, held_out, optim, problem_task, programs, rollouts, rpt
 from jaxrl_pt.train import session as sessions
 from jaxrl_pt.train import state as states
 from jaxrl_pt.train.interrupt import stop_on_signals
@@ -56,6 +56,7 @@ def train(run: cfg.Run, workdir: Path, resolved_text: str) -> None:
   assert not isinstance(method, cfg.NextToken)
   start = evaluate.load_policy(Path(method.start_from), mesh=run.mesh)
   _check_start(run, method.start_from, start)
+  held_out.check(run, start.session.run)
   sessions.claim_workdir(workdir, resolved_text)
   session = sessions.open_session(run, workdir, resolved_text, Path(method.start_from) / 'data')
   run, method = session.run, session.run.objective  # It draws only ids that are tokens.

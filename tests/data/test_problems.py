@@ -198,3 +198,36 @@ def test_demonstrations_are_documents_to_pretrain_on():
   first = generated.problem(ARITHMETIC, 0)
   assert len(texts) == 60 and texts[0] == first.prompt + first.demonstration
   assert sources.files(cfg.Demonstrations(ARITHMETIC)) == []
+
+
+# --- What is held out ---------------------------------------------------------------
+
+SMALL = cfg.Arithmetic(size=400, num_terms=2, num_digits=1, seed=3)  # of 100 sums
+
+
+def test_held_out_problems_are_distinct_and_never_trained_on():
+  settings = cfg.Problems(SMALL, held_out=0.3)
+  training, held_out = problems.load(settings)
+  trained_on, measured = [p.prompt for p in training], [p.prompt for p in held_out]
+  everything = {generated.problem(SMALL, i).prompt for i in range(SMALL.size)}
+  assert len(everything) > 90 and len(trained_on) > 200  # Training repeats its prompts.
+  assert len(measured) == len(set(measured)) > 15
+  assert not set(measured) & set(trained_on) and set(measured) | set(trained_on) == everything
+  # What a step asks comes from the training side alone, epoch after epoch.
+  encoded = problems.encode(training, ByteTokenizer(), prompt_len=8)
+  asked = set()
+  for step in range(2 * len(training) // 16):
+    tokens = problems.step_prompts(encoded, 16, seed=0, step=step)[0]
+    asked |= {bytes(row[:n].astype(np.uint8)).decode()
+              for row, n in zip(tokens.tokens, tokens.lengths, strict=True)}
+  assert asked == set(trained_on)
+  assert list(problems.prompts(settings, held_out=False)) == trained_on
+  assert set(problems.prompts(settings, held_out=True)) == set(measured)
+
+
+def test_a_prompt_that_the_source_repeats_is_measured_once_by_its_first_reference(tmp_path):
+  rows = [{'question': f'q{i % 30}', 'answer': str(i)} for i in range(90)]
+  settings = cfg.Problems(_jsonl(tmp_path, *rows), held_out=0.4, template='Q: {prompt}')
+  training, held_out = problems.load(settings)
+  assert len(held_out) == len({p.prompt for p in held_out}) == 30 - len(training) // 3
+  assert all(p.prompt == f'Q: q{p.answer}' for p in held_out)
