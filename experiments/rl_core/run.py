@@ -11,6 +11,7 @@ kept, and what was interrupted goes on.
 """
 
 import argparse
+import itertools
 import json
 from pathlib import Path
 import subprocess
@@ -20,7 +21,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 import numpy as np
 
+from jaxrl_pt import config as cfg
 from jaxrl_pt import gin_bindings, metrics
+from jaxrl_pt.data import loader, problems, splits
 
 HERE = Path(__file__).parent
 PRECISIONS = {
@@ -94,6 +97,24 @@ def gap(root: Path, gin_file: Path) -> dict[str, float]:
   return {'gap': worst('gap'), 'staleness': worst('staleness')}
 
 
+def check_apart(start_file: str, gin_file: str, bindings: tuple[str, ...] = ()) -> None:
+  """Prints how many held-out prompts or documents there are that neither run has trained on.
+
+  The runs refuse an overlap by themselves; this counts.
+  """
+  start, _ = gin_bindings.load([start_file], [])
+  run, _ = gin_bindings.load([gin_file], list(bindings))
+  demonstrated = loader.split_keys(start.data, held_out=False)
+  if isinstance(run.objective, cfg.RPT):
+    print(splits.refuse_overlap(demonstrated, loader.split_keys(run.data, held_out=True),
+                                f'prompts of {gin_file} as RPT'), flush=True)
+    return
+  asked = run.objective.problems
+  print(splits.refuse_overlap(
+      itertools.chain(demonstrated, problems.prompts(asked, held_out=False)),
+      problems.prompts(asked, held_out=True), f'prompts of {gin_file}'), flush=True)
+
+
 # --- What came of it ------------------------------------------------------------
 
 
@@ -155,6 +176,13 @@ def main() -> None:
   args = parser.parse_args()
   results = HERE / 'results'
   results.mkdir(exist_ok=True)
+  warm = 'gin/run/warmstart_arithmetic_tiny.gin'
+  if args.only in (None, 'seeds', 'low_bit'):
+    check_apart(warm, 'gin/run/opo_tiny.gin')
+  if args.only in (None, 'gym'):
+    check_apart('gin/run/warmstart_gym_tiny.gin', 'gin/run/opo_gym_tiny.gin')
+  if args.only in (None, 'low_bit'):
+    check_apart(warm, 'gin/run/opo_tiny.gin', (*RPT, f'cfg.RPT.start_from = {warm!r}'))
   if args.only in (None, 'seeds'):
     three_seeds(results, 'opo_seeds', 'OPO on sums of three digits, three seeds',
                 {seed: opo(args.workdir, 'W1.58A8', seed, args.steps) for seed in SEEDS})

@@ -24,6 +24,7 @@ from matplotlib.figure import Figure
 import numpy as np
 
 from jaxrl_pt import config as cfg
+from jaxrl_pt.data import splits
 from jaxrl_pt.interop import llama2c
 from jaxrl_pt.models import transformer
 from jaxrl_pt.parallel.mesh import make_mesh
@@ -88,6 +89,8 @@ def train(data: Path, seed: int, num_steps: int) -> dict[str, Any]:
                                       loss_chunk=0))
   learn = jax.jit(learner.make_learner(model, optimizer, run, rollouts, method), donate_argnums=0)
   rng = np.random.default_rng(seed)
+  splits.refuse_overlap(STARTS, HELD_OUT, 'beginnings')
+  # Four distinct beginnings, each with two groups of its own noise.
   held_out = prompts_of(tokenizer, [*HELD_OUT] * 2, list(range(1000, 1008)))
   far = jnp.int32(2**31 - 1)  # The held-out beginnings meet the same noise every time.
 

@@ -6,7 +6,8 @@ Task (`cfg.RedundantChecks`): add up 2 to 5 digits modulo 10, writing one step a
 many checks as one likes, then the answer. The answer needs its steps; checks change nothing.
 The start policy is fitted to demonstrations of which half stop before the last step. Arms share
 the start policy, the prompts, the seeds and the noise of sampling; the seeds of an arm are one
-program (`vmap`). Writes results/short_rl.json and .png.
+program (`vmap`). A tenth of all prompts, by a hash of their text, is neither demonstrated nor
+asked in training. Writes results/short_rl.json and .png.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from scipy import stats
 
 from jaxrl_pt import config as cfg
 from jaxrl_pt import params as P
-from jaxrl_pt.data import generated, pack, problems
+from jaxrl_pt.data import generated, pack, problems, splits
 from jaxrl_pt.data.tokenizer import ByteTokenizer
 from jaxrl_pt.models import transformer
 from jaxrl_pt.rl import shaping
@@ -47,6 +48,7 @@ TABLE = token_table(TOKENIZER.token_bytes(), TOKENIZER.vocab_size)
 SOURCE = cfg.RedundantChecks(size=4000, min_steps=1, max_steps=4, max_checks=10, noise=0.5)
 MODEL = cfg.Model(num_layers=2, d_model=64, d_ff=128, num_heads=4, num_kv_heads=2, head_dim=16,
                   vocab_size=TOKENIZER.vocab_size)
+HELD_OUT = 0.1
 PROMPT_LEN, RESPONSE_LEN, GROUP = 7, 40, 8
 SLACK_TOKENS, SLACK_ACCURACY = 4, 0.05
 # What a right, a wrong and an unparsed answer earn: the paper's format and answer together, and
@@ -100,11 +102,16 @@ SMALL_BATCH = {  # the gate at a quarter of the prompts
 # --- The start policy ---------------------------------------------------------------
 
 
-def fit_start(model, num_steps, seed=0, num_rows=32):
-  """A policy fitted to demonstrations: prompt and response, half of them stopping too early."""
+def demonstrations():
+  """Problems with their worked responses, none of them of a held-out prompt."""
   source = dataclasses.replace(SOURCE, size=30_000, seed=1)
-  documents = (np.array(TOKENIZER.encode(generated.demonstration(source, i)), np.int32)
-               for i in range(source.size))
+  return [p for p in (generated.problem(source, i) for i in range(source.size))
+          if pack.hold_out(p.prompt) >= HELD_OUT]
+
+
+def fit_start(model, worked, num_steps, seed=0, num_rows=32):
+  """A policy fitted to demonstrations: prompt and response, half of them stopping too early."""
+  documents = (np.array(TOKENIZER.encode(p.prompt + p.demonstration), np.int32) for p in worked)
   rows = np.stack(list(pack.pack(documents, pack.Ends(TOKENIZER.bos_id, STOP), 128)))
   settings = cfg.AdamW(cfg.Cosine(peak=4e-3, warmup_steps=20, end=1e-4))
   optimizer = optim.make_optimizer(settings, num_steps)
@@ -270,9 +277,12 @@ def main():
   args = parser.parse_args()
   started = time.time()
   model = transformer.build(MODEL, cfg.Compute(unroll=0))
-  training, held_out = (problems.encode(side, TOKENIZER, PROMPT_LEN)
-                        for side in problems.load(cfg.Problems(SOURCE, held_out=0.1)))
-  start, loss = fit_start(model, args.start_steps)
+  sides, worked = problems.load(cfg.Problems(SOURCE, held_out=HELD_OUT)), demonstrations()
+  apart = splits.refuse_overlap((p.prompt for p in (*worked, *sides[0])),
+                                (p.prompt for p in sides[1]), 'prompts')
+  print(apart, flush=True)
+  training, held_out = (problems.encode(side, TOKENIZER, PROMPT_LEN) for side in sides)
+  start, loss = fit_start(model, worked, args.start_steps)
   before = {name: float(v[0]) for name, v in evaluate(
       model, jax.tree.map(lambda x: x[None], start), held_out).items()}
   print(f'start policy: loss {loss:.3f}, {before}, {time.time() - started:.0f} s', flush=True)
