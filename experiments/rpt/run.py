@@ -221,9 +221,11 @@ def main() -> None:
                          **summarise_synthetic(seeds)}
   plot_synthetic(seeds, report['synthetic'])
   if args.solution_seeds and solutions.is_there(args.data):
-    runs = [kept(args.work / f'solutions-{s}.json', lambda s=s: solutions.run_seed(args.data, s))
+    tuned = kept(args.work / 'solutions-control.json', lambda: solutions.tune_control(args.data))
+    runs = [kept(args.work / f'solutions-{s}.json',
+                 lambda s=s: solutions.run_seed(args.data, s, tuned['rate']))
             for s in range(args.solution_seeds)]
-    report['solutions'] = {'seeds': len(runs), **summarise_solutions(runs)}
+    report['solutions'] = {'seeds': len(runs), 'control': tuned, **summarise_solutions(runs)}
   else:
     print(f'The part on real text is left out: no seeds, or no math-gsm8k in {args.data}.')
   (RESULTS / 'rpt.json').write_text(json.dumps(report, indent=1, ensure_ascii=False) + '\n')

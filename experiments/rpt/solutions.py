@@ -2,8 +2,9 @@
 
 The solutions carry calculator notes, `48/2 = <<48/2=24>>24`. They are taken out of the
 corpus, so that the number after `=` has to be worked out, and serve as the noisy thoughts of
-the warm start: think `48/2=24`, answer `24`. Everywhere else the thought is empty. The last
-tenth of the training file is held out.
+the warm start: think `48/2=24`, answer `24`. Everywhere else the thought is empty. A tenth of the
+training file is held out, by a hash of the solution; what the control's rate is tuned on is not
+what is reported.
 """
 
 import functools
@@ -19,7 +20,7 @@ import numpy as np
 
 from jaxrl_pt import config as cfg
 from jaxrl_pt import params as P
-from jaxrl_pt.data import next_token, tokenizer
+from jaxrl_pt.data import next_token, pack, splits, tokenizer
 from jaxrl_pt.types import Batch, Params, Prompts
 
 VOCAB, LENGTH, THOUGHT = 512, 96, 14
@@ -29,6 +30,8 @@ THINK, ANSWER = '\x01', '\x02'
 CONFIG = cfg.Model(num_layers=3, d_model=96, d_ff=256, num_heads=4, num_kv_heads=4, head_dim=24,
                    vocab_size=VOCAB)
 BATCH, PRETRAIN, RPT_STEPS, RATE = 16, 400, 60, 1e-4
+# Documents that accuracies are of, where the tuning of the control starts, and its seed.
+MEASURED, CONTROL_RATES, TUNING_SEED = 600, (2e-3, 4e-3), 1_000
 WARM, WARM_BATCH, NOISE = 200, 48, 0.3
 MIN_ENTROPY, DIFFICULTY = 0.5, {'easy': 0.5, 'medium': 1.0, 'hard': 1.5}
 ROLLOUTS = cfg.Rollouts(num_prompts=16, group_size=8, prompt_len=LENGTH + 1,
@@ -71,8 +74,12 @@ def load(data: Path) -> Corpus:
   """Solutions in the tokens of a byte-level BPE trained on them."""
   with gzip.open(data / 'math-gsm8k' / 'train.jsonl.gz', 'rt', encoding='utf-8') as f:
     stripped = [_strip(json.loads(line)['answer']) for line in f]
-  num_train = len(stripped) * 9 // 10
-  tok = tokenizer.train_or_load(cfg.TrainedBPE(VOCAB), [t for t, _ in stripped[:num_train]])
+  sides = [s for s in stripped if pack.hold_out(s[0]) >= 0.1], [
+      s for s in stripped if pack.hold_out(s[0]) < 0.1]
+  print(splits.refuse_overlap(*([text for text, _ in side] for side in sides), 'documents'),
+        flush=True)
+  stripped, num_train = sides[0] + sides[1], len(sides[0])
+  tok = tokenizer.train_or_load(cfg.TrainedBPE(VOCAB), [t for t, _ in sides[0]])
   table = tok.token_bytes()
   documents = []
   for ids, (_, notes) in zip(tok.encode_batch([t for t, _ in stripped]), stripped, strict=True):
@@ -136,14 +143,14 @@ def prompts(documents: list[Solution], positions: next_token.Positions) -> Promp
   return next_token.build_prompts(examples, positions, prompt_len=LENGTH, num_continuation=4)
 
 
-def score(corpus: Corpus, documents: list[Solution], params: Params, count: int,
+def score(corpus: Corpus, documents: list[Solution], params: Params,
           minimum: float) -> next_token.Positions:
-  """Positions of the first documents at which the policy is unsure."""
+  """Positions of documents at which the policy is unsure."""
   has_bytes = np.array([len(b) > 0 for b in corpus.setting.token_bytes]
                        + [False] * (VOCAB - len(corpus.setting.token_bytes)))
   parts = []
-  for start in range(0, count, 64):
-    batch = rows(documents, np.arange(start, start + 64))
+  for start in range(0, len(documents), 60):
+    batch = rows(documents, np.arange(start, min(start + 60, len(documents))))
     entropy = np.asarray(arms.entropy(CONFIG)(params, batch))
     parts.append(next_token.select_positions(entropy, batch, min_entropy=minimum, min_context=8,
                                              predictable=has_bytes))
@@ -153,17 +160,21 @@ def score(corpus: Corpus, documents: list[Solution], params: Params, count: int,
 class HeldOut:
   """Held-out contexts by difficulty, and those whose truth is a result."""
 
-  def __init__(self, corpus: Corpus, base: Params, size: int = 512) -> None:
+  def __init__(self, corpus: Corpus, base: Params, documents: list[Solution],
+               size: int = 512) -> None:
     self.setting = corpus.setting
-    found = score(corpus, corpus.held_out, base, 640, MIN_ENTROPY)
-    is_result = np.array([t + 1 in corpus.held_out[e].notes
+    found, apart = arms.unseen(*(rows(side, np.arange(len(side))).tokens
+                                 for side in (corpus.train, documents)),
+                               score(corpus, documents, base, MIN_ENTROPY))
+    print(apart, flush=True)
+    is_result = np.array([t + 1 in documents[e].notes
                           for e, t in zip(found.example, found.t, strict=True)])
     order = np.random.default_rng(0).permutation(len(found))
     # Results are rare: half of the contexts are theirs, the other half is drawn from all.
     chosen = np.concatenate([order[:size // 2], order[is_result[order]][:size // 2]])
     self.positions, self.is_result = found.take(chosen), is_result[chosen]
     self.plain = np.arange(len(chosen)) < size // 2
-    self.contexts = prompts(corpus.held_out, self.positions)
+    self.contexts = prompts(documents, self.positions)
 
   def masks(self) -> dict[str, np.ndarray]:
     """Which contexts each accuracy is of."""
@@ -185,25 +196,52 @@ def matched_steps() -> int:
   return round((warm + RPT_STEPS * arms.rollout_flops(setting, ROLLOUTS)) / one)
 
 
-def run_seed(data: Path, seed: int) -> dict:
-  """Pretraining, its compute-matched control, warm start and RPT under one seed."""
+def take_documents(corpus: Corpus, seed: int, stream: int):
+  """take(step) → a batch of training documents."""
+  def take(i: int) -> Batch:
+    rng = np.random.default_rng([seed, stream, i])
+    return rows(corpus.train, rng.integers(0, len(corpus.train), BATCH))
+  return take
+
+
+def pretrain(corpus: Corpus, seed: int) -> Params:
+  """The model that every arm starts from."""
+  start = P.init(corpus.setting.model.specs, jax.random.key(seed))
+  return arms.supervise(CONFIG, start, take_documents(corpus, seed, 0), PRETRAIN, 3e-3)
+
+
+def control(corpus: Corpus, seed: int, base: Params, rate: float) -> Params:
+  """Next-token prediction with the compute of warm start and RPT together."""
+  return arms.supervise(CONFIG, base, take_documents(corpus, seed, 1), matched_steps(), rate)
+
+
+def tune_control(data: Path) -> dict:
+  """Accuracy on the easy split, the largest, by the control's rate, on documents of its own."""
+  corpus = load(data)
+  base, found = pretrain(corpus, TUNING_SEED), {}
+  held_out = HeldOut(corpus, base, corpus.held_out[MEASURED:])
+  wanted = list(CONTROL_RATES)
+  while wanted:
+    for rate in wanted:
+      found[rate] = held_out.measure(control(corpus, TUNING_SEED, base, rate),
+                                     reasoning=False)['easy']
+      print(f'control at {rate:g}: {found[rate]:.3f}', flush=True)
+    best = max(found, key=found.__getitem__)
+    wanted = [rate for rate in (best / 2, best * 2) if rate not in found]
+  return {'rate': best, 'easy accuracy': {f'{r:g}': v for r, v in sorted(found.items())}}
+
+
+def run_seed(data: Path, seed: int, rate: float) -> dict:
+  """Pretraining, its compute-matched control at `rate`, warm start and RPT under one seed."""
   corpus = load(data)
   setting = corpus.setting
-
-  def take(stream: int):
-    def batch(i: int) -> Batch:
-      rng = np.random.default_rng([seed, stream, i])
-      return rows(corpus.train, rng.integers(0, len(corpus.train), BATCH))
-    return batch
-
-  start = P.init(setting.model.specs, jax.random.key(seed))
-  base = arms.supervise(CONFIG, start, take(0), PRETRAIN, 3e-3)
-  control = arms.supervise(CONFIG, base, take(1), matched_steps(), 2e-3)
+  base = pretrain(corpus, seed)
+  matched = control(corpus, seed, base, rate)
   warm = arms.supervise(
       CONFIG, base, lambda i: demonstrations(corpus, np.random.default_rng([seed, 3, i])), WARM,
       2e-3)
-  held_out = HeldOut(corpus, base)
-  chosen = score(corpus, corpus.train, base, 1280, MIN_ENTROPY)
+  held_out = HeldOut(corpus, base, corpus.held_out[:MEASURED])
+  chosen = score(corpus, corpus.train[:1260], base, MIN_ENTROPY)
 
   def take_prompts(i: int) -> Prompts:
     chosen_rows = next_token.step_rows(len(chosen), ROLLOUTS.num_prompts, seed, i)
@@ -215,7 +253,7 @@ def run_seed(data: Path, seed: int) -> dict:
       'seed': seed, 'control_steps': matched_steps(), 'rows': rpt.rows,
       'counts': {k: int(m.sum()) for k, m in held_out.masks().items()},
       'ntp_argmax': held_out.measure(base, reasoning=False),
-      'ntp_matched_argmax': held_out.measure(control, reasoning=False),
+      'ntp_matched_argmax': held_out.measure(matched, reasoning=False),
       'warm_greedy': held_out.measure(warm, reasoning=True),
       'warm_sampled': held_out.measure(warm, **sampled),
       'rpt_greedy': held_out.measure(rpt.params, reasoning=True),
