@@ -155,7 +155,7 @@ def make_step(model, arm, num_prompts, num_steps, learning_rate):
     ones = jnp.ones_like(correct)
     state, metrics = learn(state, learner.Experience(
         prompts, rollout, Verdict(reward + bonus, ones, correct), jnp.zeros_like(rollout.logp)))
-    needed = prompts.lengths[:, None] - 2  # digits and a colon: one step fewer than digits
+    needed = prompts.lengths[:, None] - 3  # beginning, digits, colon: a step less than digits
     too_few = (drawn == STEP).sum(-1) < needed
     return state, reference, {
         'accuracy': correct.mean(), 'length': lengths.mean(), 'open': is_open,
@@ -201,7 +201,7 @@ def evaluate(model, params, held_out):
   correct = np.asarray(verify(prompts, rollout).correct)[..., 0]
   lengths = np.asarray(rollout.mask.sum(-1))[..., 0]
   drawn = np.where(np.asarray(rollout.mask) > 0, rollout.tokens, -1)[:, :, 0]
-  needed = np.asarray(prompts.lengths) - 2
+  needed = np.asarray(prompts.lengths) - 3
   too_few = (drawn == STEP).sum(-1) < needed
   found = {'accuracy': correct.mean(-1), 'length': lengths.mean(-1), 'too_few': too_few.mean(-1)}
   for n in np.unique(needed):
