@@ -288,6 +288,12 @@ def _rows_of(ids: np.ndarray, wanted: np.ndarray) -> np.ndarray:
   return row
 
 
+def distinct_rows(prompts: Prompts) -> np.ndarray:
+  """i64[R], rising: the rows whose prompt no earlier row has."""
+  keys = np.concatenate([np.asarray(prompts.lengths)[:, None], np.asarray(prompts.tokens)], 1)
+  return np.sort(np.unique(keys, axis=0, return_index=True)[1])
+
+
 def pad_prompts(prompts: Prompts, num_prompts: int) -> Prompts:
   """Appends rows without a continuation, which evaluation does not count, up to N."""
   missing = num_prompts - prompts.tokens.shape[0]

@@ -232,8 +232,10 @@ def _make_scorer(session: sessions.Session, method: cfg.RPT, model: Model,
       model, params, prompts, key, table, method=method, num_samples=EVALUATION_SAMPLES,
       stop_id=stop_id, frame=frame))
   rows = _prompts(session.data.validation, held_out, method, frame)
+  distinct = next_token.distinct_rows(rows)  # A context that text repeats is measured once.
+  rows = jax.tree.map(lambda x: x[distinct], rows)
   size = 4 * method.rollouts.num_prompts
-  total = -(-len(held_out) // size) * size
+  total = -(-len(distinct) // size) * size
   rows = next_token.pad_prompts(rows, total)
   batches = [session.put_rows(jax.tree.map(lambda x, i=i: x[i:i + size], rows))
              for i in range(0, total, size)]

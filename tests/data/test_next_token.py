@@ -134,6 +134,20 @@ def test_ids_of_a_large_data_set_wrap_without_an_error():
   assert int(prompts.ids[0]) % 2**32 == (example * 10 + 4) % 2**32
 
 
+def test_a_context_that_text_repeats_is_counted_once():
+  # Rows 7 and 8 are equal documents; row 2 begins like them and goes on otherwise.
+  rows = stack(pack([[11, 12, 13]], 4, 7), pack([[11, 12, 13]], 4, 8), pack([[11, 12, 99]], 4, 2))
+  positions = nt.Positions(np.array([7, 7, 8, 8, 2, 2]), np.array([0, 2, 0, 2, 1, 2], np.int32),
+                           np.ones(6, np.float32))
+  prompts = nt.build_prompts(rows, positions, prompt_len=4, num_continuation=2)
+  assert nt.distinct_rows(prompts).tolist() == [0, 1, 4, 5]
+  # Padding is no token: a shorter prompt is another one.
+  zero = nt.build_prompts(pack([[5, 0, 6]], 4, 1), nt.Positions(
+      np.array([1, 1]), np.array([0, 1], np.int32), np.ones(2, np.float32)),
+                          prompt_len=4, num_continuation=1)
+  assert nt.distinct_rows(zero).tolist() == [0, 1]
+
+
 def test_padding_rows_have_no_continuation():
   prompts = nt.build_prompts(BOTH, select().take(np.arange(3)), prompt_len=3, num_continuation=2)
   padded = nt.pad_prompts(prompts, 5)
