@@ -189,7 +189,7 @@ def _build(data: config.Data, cached: Path | None, directory: Path) -> None:
     tokenizer = tokenizers.train_or_load(data.tokenizer, ())
     seqio_tasks.check_tokenizer(cached, tokenizer)
     documents = seqio_tasks.documents(cached, data.validation_fraction, tokenizer)
-    _refuse_shared_examples(cached, data, tokenizer)
+    seqio_tasks.refuse_shared(cached, data.validation_fraction, tokenizer)
   else:
     if data.validation_glob:  # The other splits are by content.
       splits.refuse_overlap(
@@ -225,25 +225,8 @@ def _validation_source(data: config.Data) -> config.Source:
 
 
 def split_keys(data: config.Data, *, held_out: bool) -> Iterator[str]:
-  """Yields the keys (`sources.keyed_documents`) of the documents of one split, stripped.
-
-  Raises:
-    UserError: as `sources.documents`.
-  """
+  """Yields the keys (`sources.keyed_documents`) of the documents of one split, stripped."""
   return (key.strip() for _, key, is_held_out in _texts(data) if is_held_out == held_out)
-
-
-def _refuse_shared_examples(cached: Path, data: config.Data,
-                            tokenizer: tokenizers.Tokenizer) -> None:
-  """Two splits of a seqio task are made by whoever registered it."""
-  def texts(held_out: bool) -> Iterator[str]:
-    for _, is_held_out, ids_n, _ in seqio_tasks.documents(cached, data.validation_fraction,
-                                                          tokenizer):
-      if is_held_out == held_out and len(ids_n):
-        yield tokenizer.decode(ids_n.tolist())
-
-  splits.refuse_overlap(texts(False), texts(True), 'examples',
-                        "take them out of the task's 'validation' split, or of 'train'.")
 
 
 def _texts(data: config.Data) -> Iterator[tuple[str, str, bool]]:

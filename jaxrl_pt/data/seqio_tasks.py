@@ -15,7 +15,7 @@ from array_record.python import array_record_module
 import numpy as np
 
 from jaxrl_pt import config
-from jaxrl_pt.data import pack, publish
+from jaxrl_pt.data import pack, publish, splits
 from jaxrl_pt.data.tokenizer import SentencePieceTokenizer, Tokenizer
 from jaxrl_pt.errors import UserError
 
@@ -134,3 +134,18 @@ def documents(cached: Path, validation_fraction: float, tokenizer: Tokenizer
       place = pack.hold_out(record)
       held_out = split == _HELD_OUT if own_split else place < validation_fraction
       yield place, held_out, ids_n, len(tokenizer.decode_bytes(ids_n.tolist()))
+
+
+def refuse_shared(cached: Path, validation_fraction: float, tokenizer: Tokenizer) -> None:
+  """Refuses a task of which an example is in both splits, which its author has made.
+
+  Raises:
+    UserError: there is one.
+  """
+  def texts(held_out: bool) -> Iterator[str]:
+    for _, is_held_out, ids_n, _ in documents(cached, validation_fraction, tokenizer):
+      if is_held_out == held_out and len(ids_n):
+        yield tokenizer.decode(ids_n.tolist())
+
+  splits.refuse_overlap(texts(False), texts(True), 'examples',
+                        "take them out of the task's 'validation' split, or of 'train'.")
