@@ -110,7 +110,7 @@ class Formulas(abc.ABC):
     if token.text == '|':
       return not self.in_bars
     return token.text in ('(', '[', 'frac', 'sqrt', 'surd', 'pi', 'binom', 'lfloor', 'lceil',
-                          '{') or (token.kind == 'command'
+                          '{', 'angle') or (token.kind == 'command'
                                    and token.text in FUNCTIONS | GREEK | {'infty', 'overline'})
 
   def _is_after_number(self) -> bool:
@@ -276,6 +276,10 @@ class Formulas(abc.ABC):
     match name:
       case 'pi' | 'infty':
         return Symbol({'pi': 'π', 'infty': '∞'}[name])
+      case 'angle':
+        name = self.next.text
+        self.place += 1
+        return Symbol(f'∠{name}')
       case 'emptyset':
         return Symbol('∅')
       case 'frac':

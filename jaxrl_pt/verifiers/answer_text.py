@@ -26,7 +26,8 @@ _SUB = re.compile(f'[{"".join(_SUBSCRIPTS)}]+')
 
 # Dressing round the whole, repeated until nothing goes.
 _ENDS = re.compile(
-    r'\A(?:\s|\*\*|__|`|"|\$|\\\(|\\\[|\\[,;:!\s])+|(?:\s|\*\*|__|`|"|\$|\\\)|\\\]|\\[,;:!\s]|[.,;:])+\Z')
+    r'\A(?:\s|\*\*|__|`|"|\$|\\\(|\\\[|\\[,;:!\s]|:)+|'
+    r'(?:\s|\*\*|__|`|"|\$|\\\)|\\\]|\\[,;:!\s]|\\\\|[.,;:])+\Z')
 _PAIRED = re.compile(r"\A(?:\*(?P<a>[^*]+)\*|_(?P<b>[^_]+)_|'(?P<c>[^']+)')\Z", re.DOTALL)
 _PREFIX = re.compile(r'\A(?:(?:the\s+)?(?:final\s+)?(?:answer|ans)\b\s*(?:is\b)?|答案?(?:是|为)?)'
                      r'\s*[:=]?\s*', re.IGNORECASE)

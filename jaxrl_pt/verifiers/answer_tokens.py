@@ -171,7 +171,7 @@ class _Reader:
     while self.text[self.place:self.place + 1] == ' ':
       self.place += 1
     if self.text[self.place:self.place + 1] != '{':
-      raise NotUnderstood('a font without braces')
+      return  # \mathbb R: the next letter alone is dressed
     level, end = 0, self.place
     for end in range(self.place, len(self.text)):
       level += {'{': 1, '}': -1}.get(self.text[end], 0)
@@ -185,8 +185,7 @@ class _Reader:
     self.place = end + 1
     if len(content) > 1 and self.text[self.place:].lstrip()[:1] in ('^', '_'):
       raise NotUnderstood('a power of a text')
-    is_formula = len(content) > 1 and not any(t.kind == 'word' for t in content)
-    if is_formula:  # \mathbf{a+b}c is no a+bc
+    if any(t.text in ('+', '-') for t in content):  # \mathbf{a+b}c is no a+bc
       content = [Token('sign', '{', spaced), *content, Token('sign', '}')]
     self.found += content
 

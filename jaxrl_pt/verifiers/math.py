@@ -120,8 +120,10 @@ def _outcome(stated: str, truth: str, prove: answer_equal.Proof | None) -> Outco
   """CORRECT, WRONG, or UNPARSED where a formula was asked for and the answer is not understood."""
   if len(stated) > MAX_ANSWER:
     return Outcome.WRONG
-  text = plain(stated)
-  if text and text == plain(truth):
+  text, wanted_text = plain(stated), plain(truth)
+  if text.replace(' ', '').isalpha():  # words, in any case
+    text, wanted_text = text.lower(), wanted_text.lower()
+  if text and text == wanted_text:
     return Outcome.CORRECT
   try:
     wanted = _tree(truth) if len(truth) <= MAX_ANSWER else None

@@ -117,6 +117,15 @@ DRESSING = [
     ('50%', '50%', True), ('50%', '0.5%', False), ('50%', '5', False), ('0.5%', '0.005', True),
     ('50 percent', '50%', True), ('2x', '2x', True), ('5m', '5', False), ('5x', '5', False),
     ('(A)', 'A', True), (r'\text{(B)}', 'B', True), ('a', 'A', True), ('B', 'A', False),
+    (r'5\,\text{m/s}', '5', True), (r'\angle A = 90^\circ', '90', True), (r'42\\', '42', True),
+    ('No solution', 'no solution', True), (r'\mathbb R', r'\mathbb{R}', True),
+    (': 42', '42', True),
+    ('>42', '42', False), ('42#', '42', False), ('4x2', '8', False), (r'4\\2', '42', False),
+    ('4\n2', '42', False), (r'\mathbf{x+1}2', 'x+12', False), (r'3.0 \times 10^8', '3e8', True),
+    (r'\frac{1}{-2}', '-1/2', True), ('-3^2', '9', False), ('-3^2', '-9', True),
+    ('3!!', '3', False),
+    ('sqrt(3)/2', r'\frac{\sqrt{3}}{2}', True), (r'P(A) = 1/2', '0.5', True),
+    (r'S_n = \frac{n(n+1)}{2}', r'\frac{n^2+n}{2}', True), (r'\sqrt{x^2}', 'x', False),
 ]
 
 # Other characters and other tongues.
@@ -192,7 +201,8 @@ LAST_NUMBER = [
     ('$42$.', '42', True), (r'\(42\)', '42', True), (r'so \boxed{42}', '42', True),
     ('A: 18', '18', True), ('A: $18!', '18', True), ('1,234.50 dollars', '1234.5', True),
     ('costs $1,000,000.', '1000000', True), ('1 000 m', '1000', True), ('it takes 5km', '5', True),
-    ('42个', '42', True), ('共5元。', '5', True), ('50%', '50', True), (r'\frac{1}{2}', '2', False),
+    ('42个', '42', True), ('共5元。', '5', True), ('50%', '50', True),
+    (r'\frac{1}{2}', '2', False),
     (r'is \frac{1}{2}.', '1/2', True), ('is 1 1/2', '1.5', True), ('is 1 1/2', '2', False),
     ('½', '0.5', True), ('is x^2', '2', False), ('is 2^{10}', '10', False),
     (r'is 2\sqrt{3}', '3', False), (r'is 2\sqrt{3}', '2', False), ('is 2√3', '3', False),
