@@ -12,7 +12,7 @@ STAMP := $(VENV)/.installed
 LOCK := requirements/cpu.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint parity seqio libtpu verifiers golden lock clean
+.PHONY: help quickstart test lint parity seqio libtpu verifiers mutate golden lock clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -38,6 +38,9 @@ libtpu: $(STAMP) ## adds the TPU compiler, for `jaxrl-pt preflight` and `kernels
 
 verifiers: $(STAMP) ## adds sympy and reasoning-gym, for their verifiers and the tests of them
 	@$(BIN)/python -m pip install -qq -r requirements/verifiers.txt -c $(LOCK)
+
+mutate: $(STAMP) ## makes deliberate mistakes one by one and runs the nearest tests: an hour or more
+	@$(BIN)/python tools/mutate.py
 
 golden: $(STAMP) ## rewrites the resolved texts of the shipped run files
 	@$(BIN)/python -m tests.golden.regenerate

@@ -37,7 +37,7 @@ MAX_ANSWER = 1000
 # Braces and boxes in one pass; an escaped brace is text.
 _BRACES = re.compile(r'(?P<box>\\boxed\s*\{)|\\.|(?P<open>\{)|(?P<close>\})', re.DOTALL)
 # A box without braces: what stands there without space, and no formula that goes on behind it.
-_BARE_BOX = re.compile(r'\\boxed\s*([^\s{}$\\][^\s{}$\\]*)(?!\s*[\d+*/^=_!%{\\-])')
+_BARE_BOX = re.compile(r'\\boxed\s*([^\s{}$\\]++)(?!\s*[\d+*/^=_!%{\\-])')
 
 
 # --- Where the answer stands ------------------------------------------------------

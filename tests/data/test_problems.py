@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 import re
 
 import numpy as np
@@ -11,8 +12,9 @@ from jaxrl_pt import config as cfg
 from jaxrl_pt.data import generated, problems, sources
 from jaxrl_pt.data.tokenizer import ByteTokenizer
 from jaxrl_pt.errors import UserError
-from jaxrl_pt.verifiers import math
+from jaxrl_pt.verifiers import math, text
 
+CASES = Path(__file__).resolve().parents[2] / '../shared/cases/from_public_reports.jsonl'
 ARITHMETIC = cfg.Arithmetic(size=60, num_terms=3, num_digits=2, noise=0.5, seed=7)
 CHECKS = cfg.RedundantChecks(size=300, min_steps=2, max_steps=5, max_checks=4, noise=0.5, seed=7)
 
@@ -72,6 +74,22 @@ def test_json_numbers_keep_the_digits_of_their_file(tmp_path, written, answer):
   training, _ = problems.load(cfg.Problems(source, held_out=0.0))
   assert (training[0].prompt, training[0].answer) == (answer, answer)
   assert math.equal(written, training[0].answer)
+
+
+@pytest.mark.skipif(not CASES.is_file(), reason='../shared/cases is not here')
+def test_references_from_public_reports(tmp_path):
+  rows = [json.loads(line) for line in CASES.read_text(encoding='utf-8').splitlines()]
+  numbers = [row for row in rows if row['fault'] == 'F10']
+  words = [row['input'] for row in rows if row['fault'] == 'F19']
+  assert len(numbers) >= 2 and len(words) >= 3
+  for row in numbers:
+    file = tmp_path / 'problems.jsonl'
+    file.write_text(row['input']['problems'], encoding='utf-8')
+    problem, = problems.load(cfg.Problems(cfg.JsonlProblems(str(file)), held_out=0.0))[0]
+    found = math.verifier('boxed', False)(row['input']['response'], problem.answer)
+    assert found.outcome.value == row['expected'] == 'correct', row
+  for case in words:
+    assert text.judge_words(case['response'], case['reference'], 1, 10, 2).parts['word'] == 1 / 3
 
 
 @pytest.mark.parametrize('written, message', [

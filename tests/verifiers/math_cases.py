@@ -237,7 +237,8 @@ GSM8K = [
 BOXED = [
     (r'\boxed 5', '5', True), (r'\boxed5', '5', True),
     (r'\boxed{5}, so write \boxed{}', '5', True), (r'\boxed{5} \boxed{ }', '5', True),
-    (r'\boxed 5 + 3', '5', False), (r'\boxed 1 234', '1', False),
+    (r'\boxed 5 + 3', '5', False), (r'\boxed 5m + 3', '5', False),
+    (r'\boxed ab 7', 'a', False), (r'\boxed 1 234', '1', False),
     (r'\boxed{4} then \boxed 5', '5', True), (r'\boxed 5 then \boxed{4}', '5', False),
     (r'$\boxed 5$', '5', True), (r'\boxed 5.', '5', True), (r'\boxed{\text{5}}', '5', True),
     (r'\boxed{$5$}', '5', True), (r'\boxed{\boxed{5}}', '5', True), (r'\boxed{5', '5', False),

@@ -1,0 +1,254 @@
+"""Deliberate mistakes of one line each, with the tests that stand nearest; see `mutate.py`."""
+
+from typing import NamedTuple
+
+
+class Mutation(NamedTuple):
+  """`find` stands in `path` exactly once; with `replace` in its place `tests` must fail."""
+
+  name: str
+  path: str
+  find: str
+  replace: str
+  tests: str
+
+
+def _of(path: str, tests: str, *changes: tuple[str, str, str]) -> list[Mutation]:
+  return [Mutation(name, path, find, replace, tests) for name, find, replace in changes]
+
+
+_ADVANTAGES = _of(
+    'jaxrl_pt/rl/advantages.py', 'tests/rl/test_advantages.py',
+    ('grpo_std_biased', 'jnp.maximum(valid.sum(-1, keepdims=True) - 1, 1)',
+     'jnp.maximum(valid.sum(-1, keepdims=True), 1)'),
+    ('grpo_not_normalised', 'return centred / (std + EPSILON)', 'return centred'),
+    ('rloo_is_mean_centred', '* num_valid / jnp.maximum(num_valid - 1, 1)',
+     '* num_valid / jnp.maximum(num_valid, 1)'),
+    ('opo_without_lengths', '(reward, lengths * valid', '(reward, valid'),
+    ('leave_one_out_keeps_its_own', 'others = total - weights', 'others = total + 0 * weights'))
+
+_TOKEN_ADVANTAGES = _of(
+    'jaxrl_pt/rl/token_advantages.py', 'tests/rl/test_token_advantages.py',
+    ('reward_on_first_token', '* mask * (remaining == 1)',
+     '* mask * (remaining == remaining.max(-1, keepdims=True))'),
+    ('gae_without_lambda', 'gamma * lam * next_advantage', 'gamma * next_advantage'),
+    ('gae_without_next_value', 'reward + gamma * next_value - value', 'reward - value'),
+    ('score_norm_of_one_probability', '1 - 2 * jnp.exp(logp) + collision',
+     '1 - jnp.exp(logp) + collision'))
+
+_OBJECTIVES = _of(
+    'jaxrl_pt/rl/objectives.py', 'tests/rl/test_objectives.py',
+    ('token_mean_counts_padding', 'return (values * mask).sum() / jnp.maximum(mask.sum(), 1.0)',
+     'return (values * mask).sum() / mask.size'),
+    ('clip_ranges_swapped', 'jnp.clip(ratio, 1 - low, 1 + high) * advantage',
+     'jnp.clip(ratio, 1 - high, 1 + low) * advantage'),
+    ('clip_takes_the_larger', 'clipped = bounded < plain', 'clipped = bounded > plain'),
+    ('dual_clip_of_positive_advantages', '(advantage < 0) & (once.terms > ceiling)',
+     '(advantage > 0) & (once.terms > ceiling)'),
+    ('entropy_bonus_sign', 'return -aggregate(entropy, mask)', 'return aggregate(entropy, mask)'),
+    ('value_loss_takes_the_smaller', 'clipped = bounded > plain', 'clipped = bounded < plain'),
+    ('dpo_without_reference', '(chosen - rejected - reference)', '(chosen - rejected)'),
+    ('gap_without_absolute_value', 'jnp.exp(jnp.abs(', 'jnp.exp(('),
+    ('variance_without_square', '(jnp.square(advantage) * score_norms * mask)',
+     '(jnp.abs(advantage) * score_norms * mask)'))
+
+_KL = [
+    *_of('jaxrl_pt/rl/kl.py', 'tests/rl/test_kl.py',
+         ('k3_of_swapped_arguments', 'return jnp.expm1(u) - u',
+          'return jnp.expm1(-u) + u'),
+         ('k2_without_half', 'jnp.square(k1(logp, reference_logp)) / 2',
+          'jnp.square(k1(logp, reference_logp))')),
+    *_of('jaxrl_pt/rl/corrections.py', 'tests/rl/test_corrections.py',
+         ('correction_has_a_gradient',
+          'jax.lax.stop_gradient(jnp.where(mask > 0, logp - sampler_logp, 0.0))',
+          'jnp.where(mask > 0, logp - sampler_logp, 0.0)'),
+         ('rejection_of_one_side', '(mean >= jnp.log(low) - 1e-6)', '(mean <= 1e6)')),
+]
+
+_SHAPING = [
+    *_of('jaxrl_pt/rl/shaping.py', 'tests/rl/test_shaping.py',
+         ('overlong_without_buffer', '(max_tokens - buffer_tokens - lengths) / buffer_tokens',
+          '(max_tokens - lengths) / buffer_tokens'),
+         ('gate_slack_sign', 'new - slack_accuracy - 1e-6', 'new + slack_accuracy - 1e-6'),
+         ('short_rl_without_slack', 'lengths <= shortest + slack_tokens', 'lengths <= shortest')),
+    *_of('jaxrl_pt/rl/selection.py', 'tests/rl/test_selection.py',
+         ('dynamic_sampling_keeps_all_wrong', '(num_correct > 0) &', '(num_correct >= 0) &')),
+]
+
+_LEARNER = [
+    *_of('jaxrl_pt/train/algorithm.py', 'tests/train/test_rl_learner.py',
+         ('kl_coefficient_dropped', 'return coef * _KL[estimator](logp, reference_logp)',
+          'return _KL[estimator](logp, reference_logp)'),
+         ('kl_in_reward_coefficient_dropped', 'rewards -= coef * _KL', 'rewards -= _KL')),
+    *_of('jaxrl_pt/train/learner.py', 'tests/train/test_rl_learner.py',
+         ('entropy_coefficient_dropped', 'terms -= method.entropy_coef * scores.entropy',
+          'terms -= scores.entropy'),
+         ('value_head_trains_the_trunk', '_values(head, jax.lax.stop_gradient(hidden))',
+          '_values(head, hidden)'),
+         ('unjudged_rows_train', 'mask = experience.rollout.mask * verdict.valid[..., None]',
+          'mask = experience.rollout.mask'),
+         ('old_policy_is_the_current_one', 'if strict else there(lesson.old_logp)',
+          'if strict else jax.lax.stop_gradient(logp)'),
+         ('nonfinite_updates_are_kept', 'jnp.where(finite, a, b), new, state)', 'a, new, state)'),
+         ('correction_dropped', 'terms = surrogate.terms * correction',
+          'terms = surrogate.terms * mask'),
+         ('only_the_first_update_counts', 'return state, jax.tree.map(lambda x: x.sum(0), every)',
+          'return state, jax.tree.map(lambda x: x[0], every)')),
+    *_of('jaxrl_pt/train/stages.py', 'tests/train/test_rl_stages.py',
+         ('k3_metric_swapped', 'kl.k3(rollout.logp, u)', 'kl.k3(u, rollout.logp)'),
+         ('reference_only_on_logged_steps', 'if measure or reads:\n      reference =',
+          'if measure:\n      reference ='),
+         ('first_good_group_is_enough', 'if len(good) >= self._rollouts.num_prompts:',
+          'if good:')),
+    *_of('jaxrl_pt/train/rl_step.py', 'tests/train/test_rl_step.py',
+         ('reference_is_the_current_policy', 'reference = reference_if_read(model, start,',
+          'reference = reference_if_read(model, state.params,'),
+         ('reference_without_temperature', 'rollout.tokens, sampler, loss_chunk).logp',
+          'rollout.tokens, cfg.Sampler(), loss_chunk).logp')),
+    *_of('jaxrl_pt/train/optim.py', 'tests/train/test_optim.py',
+         ('norms_decay', "return name.startswith('w') or name == 'head'", 'return True'),
+         ('warm_up_starts_at_zero', 'schedule.peak * (step + 1) / schedule.warmup_steps',
+          'schedule.peak * step / schedule.warmup_steps')),
+    *_of('jaxrl_pt/train/problem_task.py', 'tests/train/test_rl_task.py',
+         ('padding_counts_in_held_out_reward', 'verdict.valid[:, 0] * counted',
+          'verdict.valid[:, 0]')),
+    *_of('jaxrl_pt/train/rpt.py', 'tests/train/test_rpt.py',
+         ('rpt_thresholds_swapped', 'method.difficulty[0] if held_out else method.min_entropy',
+          'method.min_entropy if held_out else method.difficulty[0]'),
+         ('rpt_measured_on_training_positions', "entropy, proxy_params, 'validation')",
+          "entropy, proxy_params, 'train')"),
+         ('rpt_measured_on_training_prompts', '_prompts(session.data.validation, held_out,',
+          '_prompts(session.data.train, held_out,'),
+         ('rpt_keeps_unpredictable_tokens', 'predictable=predictable)', 'predictable=None)')),
+]
+
+_NUMERICS = [
+    *_of('jaxrl_pt/models/logprobs.py', 'tests/models/test_logprobs.py',
+         ('logits_in_bfloat16', 'logits = logits.astype(jnp.float32)',
+          'logits = logits.astype(jnp.bfloat16)'),
+         ('entropy_sign', 'entropy = -(probabilities * log_probabilities).sum(-1)',
+          'entropy = (probabilities * log_probabilities).sum(-1)')),
+    *_of('jaxrl_pt/nn/norm.py', 'tests/models/test_transformer.py',
+         ('rms_norm_in_bfloat16', 'x32 = x.astype(jnp.float32)', 'x32 = x'),
+         ('rms_norm_without_gain', '(x32 * inverse * gain)', '(x32 * inverse)')),
+    *_of('jaxrl_pt/nn/quant.py', 'tests/nn/test_quant.py',
+         ('ternary_scale_of_all_layers', '.mean((-2, -1), keepdims=True)', '.mean(keepdims=True)'),
+         ('ternary_rounds_down', 'jnp.round(w.astype(jnp.float32) / scale)',
+          'jnp.floor(w.astype(jnp.float32) / scale)')),
+]
+
+_SAMPLER = [
+    *_of('jaxrl_pt/sampling/policies.py', 'tests/sampling/test_policies.py',
+         ('top_k_of_k_less_one', 'keep &= scaled >= jax.lax.top_k(',
+          'keep &= scaled > jax.lax.top_k('),
+         ('top_p_without_the_last_token', 'jnp.cumsum(probabilities, -1) - probabilities',
+          'jnp.cumsum(probabilities, -1)'),
+         ('temperature_multiplies', 'scaled = scaled / settings.temperature',
+          'scaled = scaled * settings.temperature'),
+         ('learner_drops_drawn_tokens', '_support(scaled, settings) | drawn',
+          '_support(scaled, settings) & (drawn | True)'),
+         ('draw_reports_another_logp', 'drawn_B - top_B - jnp.log(mass_BN.sum(-1))',
+          'drawn_B - jnp.log(mass_BN.sum(-1))')),
+    *_of('jaxrl_pt/sampling/decode.py', 'tests/sampling/test_decode.py',
+         ('decode_position_off_by_one', 'positions = (starts_B + state.step - 1)[:, None]',
+          'positions = (starts_B + state.step)[:, None]'),
+         ('mask_after_the_stop', 'set(running.astype(jnp.float32))', 'set(1.0)'),
+         ('noise_without_position', '(keys_B, starts_B + state.step)',
+          '(keys_B, starts_B + 0 * state.step)')),
+    *_of('jaxrl_pt/sampling/slots.py', 'tests/sampling/test_engine.py',
+         ('engine_one_token_too_many', 'full = count + 1 >= asked.max_tokens',
+          'full = count >= asked.max_tokens'),
+         ('engine_noise_without_sample', '(keys, asked.samples)', '(keys, 0 * asked.samples)'),
+         ('engine_needs_every_stop', '(token[:, None] == asked.stop).any(-1)',
+          '(token[:, None] == asked.stop).all(-1)'),
+         ('engine_length_stands_still', 'jnp.where(slots.row == IDLE, 0, slots.length + 1)',
+          'jnp.where(slots.row == IDLE, 0, slots.length)')),
+    *_of('jaxrl_pt/sampling/handover.py', 'tests/sampling/test_handover.py',
+         ('hand_over_checks_nothing', 'check(checksum(leave(params)), sums)', 'check(sums, sums)'),
+         ('hand_over_packs_nothing', 'return pack(params, is_bit_linear) if packed else params',
+          'return params')),
+]
+
+_DATA = [
+    *_of('jaxrl_pt/data/pack.py', 'tests/data/test_pack.py',
+         ('positions_of_the_row', 'np.where(real_BT, t_T - first_BT, 0)',
+          'np.where(real_BT, t_T + 0 * first_BT, 0)'),
+         ('one_segment_a_row', 'row_3T[2, low:high] = segment', 'row_3T[2, low:high] = 1'),
+         ('end_of_text_is_not_learned', '[begin, tokens_n, [ends.eos]]', '[begin, tokens_n]')),
+    *_of('jaxrl_pt/data/next_token.py', 'tests/data/test_next_token.py',
+         ('order_without_seed', 'np.random.default_rng([seed, e', 'np.random.default_rng([0, e'),
+         ('context_ends_early', 'place = t + 1 - lengths[:, None]', 'place = t - lengths[:, None]'),
+         ('certain_positions', 'keep = counts & (entropy >= min_entropy)',
+          'keep = counts & (entropy <= min_entropy)')),
+    *_of('jaxrl_pt/data/problems.py', 'tests/data/test_problems.py',
+         ('json_numbers_by_str', "return f'{exact:f}' if is_short else str(number)",
+          'return str(float(exact))'),
+         ('empty_references', ".strip().lower() in ('', 'nan')", ".strip().lower() in ('nan',)")),
+    *_of('jaxrl_pt/data/loader.py', 'tests/data/test_loader.py',
+         ('resume_skips_a_batch', "self._step = int(state['step'])",
+          "self._step = int(state['step']) + 1"),
+         ('resume_with_another_seed', 'if state.get(name) != value:',
+          "if state.get(name) != value and name != 'seed':")),
+]
+
+_CHECKPOINT = _of(
+    'jaxrl_pt/checkpoint.py', 'tests/test_checkpoint.py',
+    ('damaged_arrays_load', "if value != content['leaves'][path]['checksum']:", 'if False:'),
+    ('damaged_records_load', 'if _crc(content) != crc:', 'if False:'),
+    ('oldest_first', 'return found[::-1]', 'return found'),
+    ('other_shapes_load', 'if there != here:', 'if False:'))
+
+_GYM = 'tests/verifiers/test_gym.py::test_a_long_answer_with_a_character_too_many_is_not_right'
+_VERIFIERS = [
+    *_of('jaxrl_pt/verifiers/answer_equal.py', 'tests/verifiers/test_math_answers.py',
+         ('units_are_one', 'return unit == other and _equal_values',
+          'return _equal_values'),
+         ('letters_that_vanish', 'if not _letters(stated) <= _letters(truth):', 'if False:'),
+         ('false_chains_pay', 'return False  # 5 = 6, and x = 5 = 6', 'pass'),
+         ('proof_is_not_asked', 'return is_opaque and prove(left, right)', 'return is_opaque')),
+    *_of('jaxrl_pt/verifiers/answer_number.py', 'tests/verifiers/test_math_answers.py',
+         ('denied_numbers_pay', '_DENIED_BEFORE.search(before) or _is_part(before, after)',
+          '_is_part(before, after)'),
+         ('parts_of_formulas_pay', '_DENIED_BEFORE.search(before) or _is_part(before, after)',
+          '_DENIED_BEFORE.search(before)')),
+    *_of('jaxrl_pt/verifiers/answer_formula.py', 'tests/verifiers/test_math_answers.py',
+         ('towers_from_the_left', "if self.is_next('^', '!', '_', '%'):", 'if False:'),
+         ('improper_mixed_numbers', 'if not 0 < top < bottom or', 'if not 0 < top or')),
+    *_of('jaxrl_pt/verifiers/answer_value.py', 'tests/verifiers/test_math_answers.py',
+         ('roots_lose_their_whole_part', 'coefficient *= _power(Fraction(name[1]), whole)',
+          'coefficient *= 1')),
+    *_of('jaxrl_pt/verifiers/math.py', 'tests/verifiers/test_math.py',
+         ('long_answers_are_read', 'if len(stated) > MAX_ANSWER:', 'if False:'),
+         ('unparsed_is_wrong', 'return Outcome.UNPARSED\n    is_right',
+          'return Outcome.WRONG\n    is_right')),
+    *_of('jaxrl_pt/verifiers/gym.py', _GYM,
+         ('nearly_right_is_right', 'RIGHT = 1.0 - 1e-6', 'RIGHT = 0.99')),
+    *_of('jaxrl_pt/verifiers/logic.py', 'tests/verifiers/test_logic.py',
+         ('roles_outside_claims', '== len(claims) == len(_ROLE.findall(text))', '== len(claims)')),
+    *_of('jaxrl_pt/verifiers/text.py', 'tests/verifiers/test_text.py',
+         ('parts_of_words_are_said', "after = '' if not last.isalnum()",
+          "after = '' if last.isalnum()"),
+         ('tags_twice', 'if text.count(opening) != 1 or text.count(closing) != 1:',
+          'if text.count(closing) != 1:')),
+    *_of('jaxrl_pt/verifiers/exact.py', 'tests/verifiers/test_exact.py',
+         ('answers_without_a_stop', 'ended = (length > 0) & (last == stop_id)',
+          'ended = length > 0')),
+    *_of('jaxrl_pt/verifiers/build.py', 'tests/verifiers/test_pool.py',
+         ('composite_without_weights', "': weight * value", "': value")),
+    *_of('jaxrl_pt/verifiers/base.py', 'tests/verifiers/test_pool.py',
+         ('unjudged_counts', 'j.outcome not in ', 'True or j.outcome not in ')),
+]
+
+_KERNELS = _of(
+    'jaxrl_pt/parallel/kernels.py', 'tests/parallel/test_kernels.py',
+    ('splash_without_scale', 'q = (q * head_dim**-0.5).astype(q.dtype)', 'q = q.astype(q.dtype)'),
+    ('product_without_its_other_parts', 'sums = jax.lax.psum(multiply(out_dtype=jnp.int32), split)',
+     'sums = multiply(out_dtype=jnp.int32)'),
+    ('rotation_without_norm', 'x_r = hadamard(x if gain is None else rms_norm(x, gain, epsilon))',
+     'x_r = hadamard(x)'),
+    ('int4_for_int8', "'int8' if kind == 'int8' else 'int4'",
+     "'int4' if kind == 'int8' else 'int8'"))
+
+MUTATIONS: tuple[Mutation, ...] = (
+    *_ADVANTAGES, *_TOKEN_ADVANTAGES, *_OBJECTIVES, *_KL, *_SHAPING, *_LEARNER, *_NUMERICS,
+    *_SAMPLER, *_DATA, *_CHECKPOINT, *_VERIFIERS, *_KERNELS)
