@@ -72,7 +72,8 @@ def scaling(seeds: list[dict]) -> dict[str, Any]:
 
 def summarise_synthetic(seeds: list[dict]) -> dict[str, Any]:
   """Claims and their intervals."""
-  kinds = list(seeds[0]['ntp_argmax'])
+  # Of some number of steps a seed may have no position.
+  kinds = [kind for kind in seeds[0]['counts'] if all(kind in s['counts'] for s in seeds)]
   table = {}
   for kind in kinds:
     table[kind] = {
@@ -135,7 +136,7 @@ def summarise_rlp(seeds: list[dict]) -> dict[str, Any]:
 def plot_synthetic(seeds: list[dict], summary: dict[str, Any]) -> None:
   """Accuracy by steps, the curve with its law, RPT against RLP."""
   figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4))
-  steps = np.arange(1, 7)
+  steps = [k for k in range(1, 7) if f'steps_{k}' in summary['accuracy']]
   for label, key in (('NTP argmax, compute-matched',) * 2, ('warm start, sampled', 'warm sampled'),
                      ('RPT, sampled', 'rpt sampled'), ('RPT, greedy', 'rpt greedy'),
                      ('RPT, argmax without thought', 'rpt argmax'),
