@@ -153,7 +153,8 @@ def test_the_product_never_imports_the_references():
 
 @pytest.mark.parametrize('path', FILES, ids=_name)
 def test_only_main_touches_process_state(path):
-  if path == PACKAGE / 'main.py':
+  # The sandbox is entered by a process that was forked for it.
+  if path in (PACKAGE / 'main.py', PACKAGE / 'verifiers' / 'sandbox.py'):
     return
   for node in ast.walk(_tree(path)):
     if isinstance(node, ast.Call):

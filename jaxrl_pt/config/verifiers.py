@@ -108,10 +108,13 @@ class PythonVerifier:
   """A function of your own, (response, reference) → verifiers.judgement.Judgement.
 
   target: 'module:function', importable where the run starts; parts: names of its parts.
+  min_score, max_score: the range that each part lies in; what lies outside is a crash.
   """
 
   target: str
   parts: tuple[str, ...] = ('answer',)
+  min_score: float = -1e9
+  max_score: float = 1e9
 
   def __post_init__(self) -> None:
     checks.text(self, 'target')
@@ -121,6 +124,8 @@ class PythonVerifier:
         or not all(isinstance(part, str) and part for part in self.parts)):
       checks.fail(self, 'parts', 'a list of names')
     object.__setattr__(self, 'parts', tuple(self.parts))
+    checks.number(self, 'min_score', -1e9)
+    checks.number(self, 'max_score', self.min_score)
 
 
 Part = (MathVerifier | LogicVerifier | GymVerifier | WordVerifier | FormatVerifier

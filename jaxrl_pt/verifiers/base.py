@@ -7,12 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrl_pt.types import Array, Prompts, Rollout, Verdict
-from jaxrl_pt.verifiers.judgement import Judgement, Outcome
+from jaxrl_pt.verifiers.judgement import UNJUDGED, Judgement, Outcome
 
 # Runs inside the jitted step.
 DeviceVerifier = Callable[[Prompts, Rollout], Verdict]
-
-_UNJUDGED = (Outcome.TIMEOUT, Outcome.CRASH)
 
 
 def verdict(groups: Sequence[Sequence[Judgement]], parts: Sequence[str] = ('answer',)) -> Verdict:
@@ -29,7 +27,7 @@ def verdict(groups: Sequence[Sequence[Judgement]], parts: Sequence[str] = ('answ
     return jnp.asarray(np.array([[of(j) for j in group] for group in groups], np.float32))
 
   return Verdict(
-      table(lambda j: j.score), table(lambda j: j.outcome not in _UNJUDGED),
+      table(lambda j: j.score), table(lambda j: j.outcome not in UNJUDGED),
       table(lambda j: j.outcome is Outcome.CORRECT),
       {name: table(functools.partial(_part, name)) for name in parts})
 

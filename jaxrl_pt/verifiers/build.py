@@ -1,18 +1,18 @@
 """From settings to host verifiers. Imported by the pool's children: no JAX here."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
 import importlib
-import math
 from typing import Any, get_args
 
 from jaxrl_pt import config as cfg
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.verifiers import gym, logic, text
 from jaxrl_pt.verifiers import math as mathematics
-from jaxrl_pt.verifiers.judgement import HostVerifier, Judgement, Outcome
+from jaxrl_pt.verifiers.judgement import UNJUDGED, HostVerifier, Judgement, Outcome
 
+MAX_DETAIL = 2000  # characters of a reason
 _KINDS: Mapping[str, type] = {kind.__name__: kind for kind in get_args(cfg.HostVerifier)}
 
 
@@ -37,54 +37,91 @@ def host_verifier(settings: cfg.HostVerifier) -> HostVerifier:
       return lambda response, _: text.judge_length(response, low, high)
     case cfg.PythonVerifier(target=target):
       return _imported(target)
-    case cfg.Composite(verifiers=parts, weights=weights):
-      return composite([host_verifier(part) for part in parts], weights,
-                       [type(part).__name__ for part in parts])
+    case cfg.Composite():
+      return composite(settings)
+
+
+# --- What a judgement may hold ------------------------------------------------------
+
+
+def part_ranges(settings: cfg.HostVerifier) -> dict[str, tuple[float, float]]:
+  """The parts that a verifier's judgements have, and the range that each lies in."""
+  match settings:
+    case cfg.LogicVerifier():
+      return {'format': (-1.0, 1.0), 'answer': (-2.0, 2.0)}
+    case cfg.GymVerifier(partial_credit=True):
+      return {'answer': (0.0, 1.0), 'partial': (0.0, 1.0)}
+    case cfg.WordVerifier():
+      return dict.fromkeys(('word', 'length', 'novelty'), (0.0, 1 / 3))
+    case cfg.FormatVerifier():
+      return {'format': (0.0, 1.0)}
+    case cfg.LengthVerifier():
+      return {'length': (0.0, 1.0)}
+    case cfg.PythonVerifier(parts=parts, min_score=low, max_score=high):
+      return dict.fromkeys(parts, (low, high))
+    case cfg.Composite(verifiers=verifiers, weights=weights):
+      return {f'{type(v).__name__}/{name}': _scaled(weight, ends)
+              for v, weight in zip(verifiers, weights, strict=True)
+              for name, ends in part_ranges(v).items()}
+    case _:
+      return {'answer': (0.0, 1.0)}
+
+
+def _scaled(weight: float, ends: tuple[float, float]) -> tuple[float, float]:
+  low, high = sorted(weight * end for end in ends)
+  return low, high
 
 
 def part_names(settings: cfg.HostVerifier) -> tuple[str, ...]:
   """Names of the parts that a verifier's judgements have."""
-  match settings:
-    case cfg.LogicVerifier():
-      return 'format', 'answer'
-    case cfg.GymVerifier(partial_credit=True):
-      return 'answer', 'partial'
-    case cfg.WordVerifier():
-      return 'word', 'length', 'novelty'
-    case cfg.FormatVerifier():
-      return ('format',)
-    case cfg.LengthVerifier():
-      return ('length',)
-    case cfg.PythonVerifier(parts=parts):
-      return parts
-    case cfg.Composite(verifiers=verifiers):
-      return tuple(f'{type(v).__name__}/{name}' for v in verifiers for name in part_names(v))
-    case _:
-      return ('answer',)
+  return tuple(part_ranges(settings))
 
 
-def composite(verifiers: list[HostVerifier], weights: tuple[float, ...], names: list[str]
-              ) -> HostVerifier:
-  """score = Σ weight · score of each verifier; the outcome is the first one's.
-
-  A part is named `verifier/part`, so that all are logged apart.
-  """
-  def judge(response: str, reference: str) -> Judgement:
-    judged = [verify(response, reference) for verify in verifiers]
-    parts = {f'{name}/{part}': weight * value
-             for name, weight, j in zip(names, weights, judged, strict=True)
-             for part, value in j.parts.items()}
-    return Judgement(judged[0].outcome, parts)
-
-  return judge
-
-
-def checked(judgement: Judgement, names: tuple[str, ...]) -> Judgement:
-  """A judgement with other parts than it should have, or one not finite, is a crash."""
-  values = judgement.parts.values()
-  if set(judgement.parts) != set(names) or not all(math.isfinite(v) for v in values):
-    return Judgement(Outcome.CRASH, detail=f'parts {dict(judgement.parts)}, not finite {names}')
+def checked(judgement: Judgement, settings: cfg.HostVerifier) -> Judgement:
+  """A judgement with other parts than it should have, or one out of its range, is a crash."""
+  if judgement.outcome in UNJUDGED:
+    return Judgement(judgement.outcome, detail=judgement.detail)
+  ranges, parts = part_ranges(settings), judgement.parts
+  if set(parts) != set(ranges):
+    return Judgement(Outcome.CRASH, detail=f'parts {list(parts)} where {list(ranges)} are declared')
+  for name, (low, high) in ranges.items():
+    if not low <= parts[name] <= high:  # NaN is in no range
+      return Judgement(Outcome.CRASH, detail=f'the part {name!r} is {parts[name]!r}, outside the '
+                                             f'range from {low:g} to {high:g} that is declared')
   return judgement
+
+
+# --- Several verifiers as one -------------------------------------------------------
+
+
+def parts_of(settings: cfg.HostVerifier) -> tuple[cfg.HostVerifier, ...]:
+  """The verifiers of a Composite, or the verifier itself."""
+  return settings.verifiers if isinstance(settings, cfg.Composite) else (settings,)
+
+
+def combined(settings: cfg.HostVerifier, judged: Sequence[Judgement]) -> Judgement:
+  """The judgement that `settings` make of those of its `parts_of`.
+
+  Of a Composite: score = Σ weight · score of each verifier, the outcome is the first one's. A
+  part is named `verifier/part`, so that all are logged apart. If one says nothing of the
+  response, the whole does not.
+  """
+  if not isinstance(settings, cfg.Composite):
+    return judged[0]
+  for judgement in judged:
+    if judgement.outcome in UNJUDGED:
+      return judgement
+  parts = {f'{type(part).__name__}/{name}': weight * value
+           for part, weight, j in zip(settings.verifiers, settings.weights, judged, strict=True)
+           for name, value in j.parts.items()}
+  return Judgement(judged[0].outcome, parts)
+
+
+def composite(settings: cfg.Composite) -> HostVerifier:
+  """All verifiers of `settings` in one process; see `combined`."""
+  verifiers = [host_verifier(part) for part in settings.verifiers]
+  return lambda response, reference: combined(
+      settings, [verify(response, reference) for verify in verifiers])
 
 
 def _imported(target: str) -> HostVerifier:
@@ -95,6 +132,31 @@ def _imported(target: str) -> HostVerifier:
     raise UserError(f'PythonVerifier.target = {target!r} cannot be imported ({error}): write '
                     "'module:function' of a module on the path.") from error
   return function
+
+
+# --- In which process it runs -------------------------------------------------------
+
+
+def is_tight(part: cfg.HostVerifier) -> bool:
+  """Whether the verifier gets by in `sandbox.enter_tight`: all do but the user's own function."""
+  return not isinstance(part, cfg.PythonVerifier)
+
+
+def evaluates(settings: cfg.HostVerifier, reference: str) -> bool:
+  """Whether judging evaluates the response as an expression, after which the process is spent."""
+  return any(isinstance(part, cfg.GymVerifier) and gym.evaluates(reference)
+             for part in parts_of(settings))
+
+
+def preload(settings: cfg.HostVerifier) -> None:
+  """Imports what the built-in verifiers need, for the processes that are forked from this one.
+
+  Raises:
+    UserError: an extra is missing.
+  """
+  for part in parts_of(settings):
+    if is_tight(part):
+      host_verifier(part)
 
 
 # --- To a child process and back --------------------------------------------------
@@ -115,3 +177,26 @@ def from_json(data: dict[str, Any]) -> cfg.HostVerifier:
     fields['verifiers'] = [from_json(v) for v in fields['verifiers']]
   settings: cfg.HostVerifier = _KINDS[data['kind']](**fields)
   return settings
+
+
+def encoded(judgement: Judgement) -> dict[str, Any]:
+  """A judgement as JSON."""
+  return {'outcome': judgement.outcome.value,
+          'parts': {name: float(value) for name, value in judgement.parts.items()},
+          'detail': judgement.detail[:MAX_DETAIL]}
+
+
+def decoded(data: Any, settings: cfg.HostVerifier) -> Judgement:
+  """Undoes `encoded`, believing nothing: a score out of its range is a crash.
+
+  Raises:
+    ValueError: it is no judgement.
+  """
+  if not isinstance(data, dict) or set(data) != {'outcome', 'parts', 'detail'}:
+    raise ValueError('a message that is not a verdict')
+  outcome, parts, detail = data['outcome'], data['parts'], data['detail']
+  is_text = isinstance(outcome, str) and isinstance(detail, str)
+  if not is_text or not isinstance(parts, dict) or not all(
+      type(value) is float for value in parts.values()):
+    raise ValueError('a message that is not a verdict')
+  return checked(Judgement(Outcome(outcome), parts, detail[:MAX_DETAIL]), settings)

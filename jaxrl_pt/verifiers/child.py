@@ -1,111 +1,323 @@
-"""The child process of the pool: `python -m jaxrl_pt.verifiers.child FD`.
+"""The supervisor of a judging process: `python -m jaxrl_pt.verifiers.child FD`.
 
-Reads requests from a socket and answers them until the parent closes it. It starts clean (no
-fork of a process with JAX in it), imports no JAX, and is bounded by the kernel: memory by
-RLIMIT_AS, the processor time of a response by a timer whose signal kills. It ends with its
-parent.
+    trainer ── socket ── supervisor ── pipes ── worker (`worker.py`), which runs the verifier
+
+The supervisor runs no verifier: it forks the worker, hands it one response at a time, ends it at
+the deadline, and starts another. It adopts whatever the worker leaves behind, in whatever
+session, and ends it with the worker. It imports the libraries of the built-in verifiers once, so
+that a new worker costs a fork. A worker whose scorer evaluates text serves one answer.
+
+It ignores the signals that stop a run (SIGTERM, SIGINT and SIGHUP, which a service manager sends
+to every process): the trainer finishes its step first. It ends with the trainer.
 """
 
-import ctypes
-import json
+from collections.abc import Mapping, Sequence
 import os
-import random
-import resource
+import secrets
+import select
 import signal
 import socket
-import struct
 import sys
+import time
 import traceback
 from typing import Any
 
+from jaxrl_pt import config as cfg
 from jaxrl_pt.errors import UserError
-from jaxrl_pt.verifiers import build
-from jaxrl_pt.verifiers.judgement import HostVerifier, Judgement, Outcome
+from jaxrl_pt.verifiers import build, sandbox, worker
+from jaxrl_pt.verifiers.channel import (
+    MAX_REQUEST,
+    MAX_RESULT,
+    Closed,
+    Deadline,
+    Malformed,
+    receive,
+    send,
+)
+from jaxrl_pt.verifiers.judgement import Judgement, Outcome
 
-_LENGTH = struct.Struct('>I')
-_PR_SET_PDEATHSIG = 1
-
-
-def send(channel: socket.socket, message: dict[str, Any]) -> None:
-  """Writes one message: its length, then JSON.
-
-  Raises:
-    OSError: the other side is gone or does not read in time.
-  """
-  data = json.dumps(message).encode()
-  channel.sendall(_LENGTH.pack(len(data)) + data)
-
-
-def receive(channel: socket.socket) -> dict[str, Any] | None:
-  """Reads one message; None where the other side has closed or died.
-
-  Raises:
-    TimeoutError: nothing came in time.
-  """
-  header = _exactly(channel, _LENGTH.size)
-  data = _exactly(channel, _LENGTH.unpack(header)[0]) if header else None
-  message: dict[str, Any] | None = json.loads(data) if data else None
-  return message
+START_SECONDS = 120.0  # a busy machine may take long to import a verifier's libraries
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_MAX_WORDS = 1500  # bytes of the worker's error output, the last ones
+# Ends that are somebody else's doing: an operator's or a service manager's signal, or the
+# kernel's when memory is short.
+_FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
-def _exactly(channel: socket.socket, num_bytes: int) -> bytes | None:
-  found = bytearray()
-  while len(found) < num_bytes:
+class _LostError(Exception):
+  """The worker was killed from outside or did not start: its answer may be judged again."""
+
+
+class _OrphanedError(Exception):
+  """The trainer has died or closed the channel."""
+
+
+class _Worker:
+  """One forked process and the pipes to it. Final."""
+
+  def __init__(self, parts: Sequence[cfg.HostVerifier], limits: cfg.VerifierPool,
+               channel: socket.socket, trainer: int) -> None:
+    """Forks it and waits until it is ready.
+
+    Args:
+      parts: verifiers that share a sandbox.
+      limits: of one answer.
+      channel, trainer: the trainer's socket and process, without whom nothing goes on.
+
+    Raises:
+      UserError: the worker refuses the verifier's settings.
+      _LostError: it did not start.
+      _OrphanedError: the trainer is gone.
+    """
+    self._parts, self._limits = parts, limits
+    self._channel, self._trainer = channel.fileno(), trainer
+    self._words = b''
+    pipes = [os.pipe() for _ in range(3)]
+    (requests, self._requests), (self._results, results), (self._errors, errors) = pipes
+    self._pid = _forked(parts, limits, requests, results, errors)
+    for fd in (requests, results, errors):
+      os.close(fd)
+    for fd in (self._requests, self._results, self._errors):
+      os.set_blocking(fd, False)
+    self._hears_errors = True
+    self._code: int | None = None
     try:
-      part = channel.recv(min(num_bytes - len(found), 1 << 20))
-    except ConnectionResetError:
-      return None
-    if not part:
-      return None
-    found += part
-  return bytes(found)
+      said = receive(self._results, Deadline(START_SECONDS), MAX_RESULT, self)
+    except (TimeoutError, Closed, Malformed) as error:
+      self.end(1.0)
+      raise _LostError(f'a verifier process did not start: '
+                       f'{self._last_words() or "it said nothing"}') from error
+    if 'error' in said:
+      raise UserError(str(said['error']))
+
+  # --- What goes on while it is waited for (`channel.Watch`) ----------------------------
+
+  def descriptors(self) -> Mapping[int, int]:
+    """The end of the trainer's channel, and the worker's error output."""
+    return {self._channel: 0} | ({self._errors: select.POLLIN} if self._hears_errors else {})
+
+  def happened(self, fd: int) -> None:
+    """Keeps the end of what the worker says; leaves where the trainer has closed."""
+    if fd == self._channel:
+      raise _OrphanedError
+    try:
+      said = os.read(fd, 1 << 16)
+    except BlockingIOError:
+      return
+    self._words = (self._words + said)[-_MAX_WORDS:]
+    self._hears_errors = bool(said)
+
+  def tick(self) -> None:
+    """Leaves where the trainer has died, even if a process that it forked holds the channel."""
+    if os.getppid() != self._trainer:
+      raise _OrphanedError
+
+  # --- Judging --------------------------------------------------------------------------
+
+  @property
+  def alive(self) -> bool:
+    """Whether it can judge another response."""
+    return self._reap(os.WNOHANG) is None
+
+  def judge(self, request: dict[str, Any], deadline: Deadline) -> list[Judgement]:
+    """The judgement of each of its parts, or what became of the worker, which then is dead.
+
+    Raises:
+      _LostError: it was killed from outside.
+      _OrphanedError: the trainer is gone.
+    """
+    nonce = secrets.token_hex(16)
+    try:
+      send(self._requests, {**request, 'nonce': nonce}, deadline, self)
+      found = receive(self._results, deadline, MAX_RESULT, self)
+      judged = found.get('judged')
+      if found.get('nonce') != nonce or not isinstance(judged, list):
+        raise Malformed('a message that is not a verdict')
+      return [build.decoded(data, part) for data, part in zip(judged, self._parts, strict=True)]
+    except TimeoutError:
+      self.end(0.0)
+      return self._all(Outcome.TIMEOUT, f'{self._limits.wall_seconds:g} s went by')
+    except (Malformed, ValueError) as error:
+      self.end(0.0)
+      return self._all(Outcome.CRASH, f'the verifier process sent {error}')
+    except Closed:
+      return self._explained(self.end(1.0))
+
+  def _explained(self, code: int | None) -> list[Judgement]:
+    """What the end of the worker, None if it had to be killed, says of the answer in hand."""
+    if code == -signal.SIGPROF:
+      return self._all(Outcome.TIMEOUT, f'{self._limits.cpu_seconds:g} s of processor time used')
+    words = self._last_words()
+    said = f': {words}' if words else ''
+    if code is None:
+      return self._all(Outcome.CRASH, f'the verifier process closed its channel{said}')
+    detail = f'the verifier process ended with code {code}{said}'
+    if -code in _FROM_OUTSIDE:
+      raise _LostError(detail)
+    return self._all(Outcome.CRASH, detail)
+
+  def _all(self, outcome: Outcome, detail: str) -> list[Judgement]:
+    return [Judgement(outcome, detail=detail)] * len(self._parts)
+
+  def _last_words(self) -> str:
+    return self._words.decode(errors='replace').strip()
+
+  # --- Its end --------------------------------------------------------------------------
+
+  def end(self, seconds: float) -> int | None:
+    """Ends it and all that it started, after at most `seconds` to end by itself.
+
+    Returns:
+      Its exit code, −n for signal n; None where it had to be killed.
+    """
+    until = time.monotonic() + seconds
+    while (code := self._reap(os.WNOHANG)) is None and time.monotonic() < until:
+      time.sleep(0.002)
+    if code is None:
+      os.kill(self._pid, signal.SIGKILL)
+      self._reap(0)
+    sandbox.kill_descendants()
+    self._hear_out()
+    return code
+
+  def _reap(self, options: int) -> int | None:
+    if self._code is None:
+      pid, status = os.waitpid(self._pid, options)
+      self._code = os.waitstatus_to_exitcode(status) if pid else None
+    return self._code
+
+  def _hear_out(self) -> None:
+    """Reads what is left of its error output, and closes the pipes."""
+    if self._errors < 0:
+      return
+    before = None
+    while self._hears_errors and before != self._words:
+      before = self._words
+      self.happened(self._errors)
+    for fd in (self._requests, self._results, self._errors):
+      os.close(fd)
+    self._errors, self._hears_errors = -1, False
 
 
-def _bind_life(parent: int, memory_mib: int) -> None:
-  """Ends with the parent, keeps off the memory of others, leaves no core file."""
-  if sys.platform == 'linux':
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-  if os.getppid() != parent:  # it was gone before we asked
-    os._exit(0)
-  resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-  limit = memory_mib << 20
-  resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+def _forked(parts: Sequence[cfg.HostVerifier], limits: cfg.VerifierPool, *pipes: int) -> int:
+  """Process id of a fresh worker."""
+  me = os.getpid()
+  pid = os.fork()
+  if pid == 0:
+    try:
+      worker.run(parts, limits, me, *pipes)
+    except BaseException:
+      traceback.print_exc()
+    finally:
+      os._exit(1)
+  return pid
 
 
-def _judge(verify: HostVerifier, names: tuple[str, ...], request: dict[str, Any],
-           cpu_seconds: float) -> Judgement:
-  random.seed(0)  # a verifier that draws draws the same, whatever was judged before
-  signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
+class _Supervisor:
+  """The workers of one verifier: one, or two where a Composite has parts of both sandboxes."""
+
+  def __init__(self, settings: cfg.HostVerifier, limits: cfg.VerifierPool,
+               channel: socket.socket, trainer: int) -> None:
+    self._settings, self._limits = settings, limits
+    self._channel, self._trainer = channel, trainer
+    parts = build.parts_of(settings)
+    kinds = [[i for i, part in enumerate(parts) if build.is_tight(part) == tight]
+             for tight in (True, False)]
+    self._kinds = [places for places in kinds if places]
+    self._parts = parts
+    self._workers: list[_Worker] = []
+
+  def ready(self) -> None:
+    """Starts what is not alive; raises what `_Worker` does."""
+    if len(self._workers) == len(self._kinds) and all(w.alive for w in self._workers):
+      return
+    self.end()
+    for places in self._kinds:
+      self._workers.append(_Worker([self._parts[i] for i in places], self._limits, self._channel,
+                                   self._trainer))
+
+  def judge(self, request: dict[str, Any]) -> Judgement:
+    """One answer under one deadline; raises what `_Worker` does."""
+    self.ready()
+    deadline = Deadline(self._limits.wall_seconds)
+    judged: dict[int, Judgement] = {}
+    for each, places in zip(self._workers, self._kinds, strict=True):
+      judged |= dict(zip(places, each.judge(request, deadline), strict=True))
+    return build.combined(self._settings, [judged[i] for i in range(len(self._parts))])
+
+  def end(self) -> None:
+    """Ends the workers and all that they started."""
+    for each in self._workers:
+      each.end(0.0)
+    self._workers = []
+
+  def serve(self) -> None:
+    """Answers requests until the channel closes.
+
+    Raises:
+      Closed, _OrphanedError: the trainer is gone.
+    """
+    fd = self._channel.fileno()
+    while True:
+      request = receive(fd, Deadline(None), MAX_REQUEST, _Trainer(self._trainer))
+      try:
+        answer = build.encoded(self.judge(request))
+      except (_LostError, UserError) as error:
+        answer = {'lost': str(error)}
+      send(fd, answer, Deadline(None), _Trainer(self._trainer))
+      if build.evaluates(self._settings, request['reference']):
+        self.end()
+      try:
+        self.ready()  # while the trainer is busy; what fails now is tried again
+      except (_LostError, UserError):
+        pass
+
+
+class _Trainer:
+  """Notices the death of the trainer (`channel.Watch`)."""
+
+  def __init__(self, process: int) -> None:
+    self._process = process
+
+  def descriptors(self) -> Mapping[int, int]:
+    """None but the channel itself."""
+    return {}
+
+  def happened(self, fd: int) -> None:
+    """Never called."""
+
+  def tick(self) -> None:
+    """Leaves where the trainer is not the parent any more."""
+    if os.getppid() != self._process:
+      raise _OrphanedError
+
+
+def main(channel: socket.socket) -> None:
+  """Serves the trainer at the other end of `channel`, then ends with all that was started."""
+  for number in STOP_SIGNALS:
+    signal.signal(number, signal.SIG_IGN)
+  signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+  sandbox.adopt_orphans()
+  channel.setblocking(False)
+  fd = channel.fileno()
   try:
-    return build.checked(verify(request['response'], request['reference']), names)
-  except Exception as error:  # whatever a verifier raises is an outcome
-    where = traceback.extract_tb(error.__traceback__)[-1]
-    return Judgement(Outcome.CRASH, detail=f'{type(error).__name__}: {error} '
-                                           f'({os.path.basename(where.filename)}:{where.lineno})')
-  finally:
-    signal.setitimer(signal.ITIMER_PROF, 0)
-
-
-def serve(channel: socket.socket) -> None:
-  """Answers requests until the channel closes."""
-  settings = receive(channel)
-  if settings is None:
-    return
-  verifier = build.from_json(settings['verifier'])
-  try:
-    verify = build.host_verifier(verifier)
-  except UserError as error:
-    send(channel, {'error': str(error)})
-    return
-  _bind_life(settings['parent'], settings['memory_mib'])
-  names = build.part_names(verifier)
-  send(channel, {})
-  while (request := receive(channel)) is not None:
-    judgement = _judge(verify, names, request, settings['cpu_seconds'])
-    send(channel, {'outcome': judgement.outcome.value, 'parts': dict(judgement.parts),
-                   'detail': judgement.detail})
+    first = receive(fd, Deadline(None), MAX_REQUEST)
+    settings, limits = build.from_json(first['verifier']), cfg.VerifierPool(**first['limits'])
+    supervisor = _Supervisor(settings, limits, channel, first['parent'])
+    try:
+      build.preload(settings)
+      supervisor.ready()
+    except UserError as error:
+      send(fd, {'error': str(error)}, Deadline(None))
+    except _LostError as error:
+      send(fd, {'lost': str(error)}, Deadline(None))
+    else:
+      send(fd, {}, Deadline(None))
+      supervisor.serve()
+  except (Closed, _OrphanedError):
+    pass
+  sandbox.kill_descendants()
 
 
 if __name__ == '__main__':
-  signal.signal(signal.SIGPROF, signal.SIG_DFL)
-  serve(socket.socket(fileno=int(sys.argv[1])))
+  main(socket.socket(fileno=int(sys.argv[1])))

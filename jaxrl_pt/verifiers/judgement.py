@@ -15,6 +15,9 @@ class Outcome(enum.Enum):
   CRASH = 'crash'  # the verifier failed: says nothing about the response
 
 
+UNJUDGED = (Outcome.TIMEOUT, Outcome.CRASH)
+
+
 @dataclass(frozen=True)
 class Judgement:
   """An outcome and what each part of the reward is; `score` is their sum.

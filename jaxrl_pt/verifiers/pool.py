@@ -5,17 +5,20 @@
       …                                                 # generate the next batch
       judgements = ticket.result()                      # in order
 
-A response whose verifier loops, crashes, or eats memory costs its child, which is replaced;
-the others go on, and its own outcome is TIMEOUT or CRASH. Each worker is a thread that owns one
-child at a time and talks to it over a socket. No child outlives the pool, nor its process,
-however that ends.
+A response whose verifier loops, crashes, eats memory or sends nonsense costs its process, which
+is replaced; the others go on, and its own outcome is TIMEOUT or CRASH. An answer whose process
+was killed from outside is judged again. Each worker is a thread that owns one supervisor
+(`child.py`) and believes nothing that comes back from it beyond what the verifier declares.
+No process outlives the pool, nor its process, however that ends.
 """
 
 from collections.abc import Sequence
 from concurrent.futures import CancelledError, Future
+import dataclasses
 from dataclasses import dataclass
 import os
 import queue
+import secrets
 import signal
 import socket
 import subprocess
@@ -27,13 +30,16 @@ from typing import Any, Self
 
 from jaxrl_pt import config as cfg
 from jaxrl_pt.errors import UserError
-from jaxrl_pt.verifiers import build
-from jaxrl_pt.verifiers.child import receive, send
+from jaxrl_pt.verifiers import build, sandbox
+from jaxrl_pt.verifiers.channel import MAX_RESULT, Closed, Deadline, Malformed, receive, send
+from jaxrl_pt.verifiers.child import START_SECONDS, STOP_SIGNALS
 from jaxrl_pt.verifiers.judgement import Judgement, Outcome
 
-_START_SECONDS = 120.0  # a busy machine may take long to import a verifier's libraries
+_ATTEMPTS = 3  # at an answer whose process is killed from outside, or cannot be started
+_END_SECONDS = 5.0  # a supervisor ends its worker's whole tree in less
 # The order of sets must not depend on the process, nor a verifier take the device's cores.
 _ENVIRONMENT = {'PYTHONHASHSEED': '0', 'OMP_NUM_THREADS': '1', 'OPENBLAS_NUM_THREADS': '1'}
+_MARK = 'JAXRL_PT_VERIFIER'
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,6 @@ class Ticket:
 
     Raises:
       CancelledError: the pool was closed before.
-      RuntimeError: a child that was to replace another could not be started.
     """
     return [future.result() for future in self.futures]
 
@@ -63,80 +68,105 @@ class _Job:
   future: Future[Judgement]
 
 
+class _LostError(Exception):
+  """The process that judged an answer was killed from outside, or did not start."""
+
+
 class _Child:
-  """One process that judges; `judge` kills it where it fails to answer."""
+  """One supervisor; it is started by, and used from, one thread. Final."""
 
   def __init__(self, verifier: cfg.HostVerifier, limits: cfg.VerifierPool) -> None:
+    """Starts it and waits until its worker is ready.
+
+    Raises:
+      UserError: what it says of the verifier's settings.
+      _LostError: it did not start.
+    """
+    self._verifier, self._limits = verifier, limits
+    self._has_ended, self._words = False, ''
+    self._mark = f'{_MARK}={secrets.token_hex(16)}'
     self._channel, other = socket.socketpair()
-    self._limits = limits
-    with other, tempfile.TemporaryFile() as errors:
+    self._channel.setblocking(False)
+    self._errors = tempfile.TemporaryFile()  # what the supervisor itself says, never a worker
+    name, value = self._mark.split('=')
+    with other:
       self._process = subprocess.Popen(
           [sys.executable, '-m', 'jaxrl_pt.verifiers.child', str(other.fileno())],
-          stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors,
-          pass_fds=[other.fileno()], env={**os.environ, **_ENVIRONMENT},
+          stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=self._errors,
+          pass_fds=[other.fileno()], env={**os.environ, **_ENVIRONMENT, name: value},
           start_new_session=True)  # Ctrl-C is the parent's
-      other.close()
-      started = self._start(verifier)
-      if started is None or 'error' in started:
-        self.kill()
-        errors.seek(0)
-        said = errors.read().decode(errors='replace').strip()[-2000:]
-        if started is not None:
-          raise UserError(str(started['error']))
-        raise RuntimeError(f'a verifier process did not start: {said or "it said nothing"}')
+    said = self._asked({'verifier': build.to_json(verifier), 'parent': os.getpid(),
+                        'limits': dataclasses.asdict(limits)}, 2 * START_SECONDS)
+    if said:
+      self.end()
+      raise UserError(str(said['error'])) if 'error' in said else _LostError(str(said['lost']))
 
-  def _start(self, verifier: cfg.HostVerifier) -> dict[str, Any] | None:
-    self._channel.settimeout(_START_SECONDS)
+  def _asked(self, message: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """What the supervisor answers.
+
+    Raises:
+      _LostError: it is dead, or does not answer; then it is ended.
+    """
+    deadline, fd = Deadline(seconds), self._channel.fileno()
     try:
-      send(self._channel, {'verifier': build.to_json(verifier), 'parent': os.getpid(),
-                           'memory_mib': self._limits.memory_mib,
-                           'cpu_seconds': self._limits.cpu_seconds})
-      return receive(self._channel)
-    except OSError:
-      return None
+      send(fd, message, deadline)
+      return receive(fd, deadline, MAX_RESULT)
+    except (TimeoutError, Closed, Malformed) as error:
+      self.end()
+      words = self._words
+      raise _LostError('a verifier process did not start or was killed'
+                       + (f': {words}' if words else '')) from error
 
   def judge(self, response: str, reference: str) -> Judgement:
-    """The child's judgement, or what became of the child; then it is dead."""
-    self._channel.settimeout(self._limits.wall_seconds)
+    """Its judgement.
+
+    Raises:
+      _LostError: it was killed from outside.
+    """
+    # The supervisor keeps the deadline. This one, which it may need to start a worker first, is
+    # for a supervisor that somebody stopped.
+    answer = self._asked({'response': response, 'reference': reference},
+                         START_SECONDS + self._limits.wall_seconds)
+    if 'lost' in answer:
+      raise _LostError(str(answer['lost']))
     try:
-      send(self._channel, {'response': response, 'reference': reference})
-      answer = receive(self._channel)
-    except TimeoutError:
-      self.kill()
-      return Judgement(Outcome.TIMEOUT, detail=f'{self._limits.wall_seconds:g} s went by')
-    except (OSError, ValueError):
-      answer = None
-    if answer is not None:
-      return Judgement(Outcome(answer['outcome']), answer['parts'], answer['detail'])
-    self.kill(1.0)  # it is ending: let it say how
-    code = self._process.returncode
-    if code == -signal.SIGPROF:
-      return Judgement(Outcome.TIMEOUT, detail=f'{self._limits.cpu_seconds:g} s of processor '
-                                               'time used')
-    return Judgement(Outcome.CRASH, detail=f'the verifier process ended with code {code}')
+      return build.decoded(answer, self._verifier)
+    except ValueError as error:
+      raise _LostError(str(error)) from error
 
   @property
   def alive(self) -> bool:
     """Whether it can judge another response."""
-    return self._process.poll() is None
+    return not self._has_ended and self._process.poll() is None
 
   def interrupt(self) -> None:
-    """From another thread: ends the process, so that `judge` returns at once."""
-    if self.alive:
-      os.killpg(self._process.pid, signal.SIGKILL)
+    """From another thread: it ends itself and all below it, and `judge` returns at once."""
+    try:
+      self._channel.shutdown(socket.SHUT_RDWR)
+    except OSError:  # it is dead already, or closed
+      pass
 
-  def kill(self, seconds: float = 0.0) -> None:
-    """Ends the process and what it started, after at most `seconds` to end by itself."""
-    self._channel.close()
+  def end(self) -> None:
+    """Ends it and everything that its workers have started. May be called again."""
+    if self._has_ended:
+      return
+    self._has_ended = True
+    self.interrupt()
     try:
-      self._process.wait(seconds)
+      is_orderly = self._process.wait(_END_SECONDS) == 0
     except subprocess.TimeoutExpired:
-      pass
-    try:
-      os.killpg(self._process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-      pass
-    self._process.wait()
+      is_orderly = False
+    if not is_orderly:  # it could not clean up
+      try:
+        os.killpg(self._process.pid, signal.SIGKILL)
+      except ProcessLookupError:
+        pass
+      self._process.wait()
+      sandbox.kill_marked(self._mark)
+    self._channel.close()
+    with self._errors as errors:
+      errors.seek(0)
+      self._words = errors.read(1 << 20).decode(errors='replace').strip()[-2000:]
 
 
 class Pool:
@@ -154,7 +184,6 @@ class Pool:
     self._closing = threading.Event()
     self._children: dict[int, _Child] = {}  # of each worker thread
     self._ready: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
-    # A child dies with the thread that started it: so the workers start their own.
     self._workers = [threading.Thread(target=self._work, name='verifier', daemon=True)
                      for _ in range(limits.num_workers)]
     for worker in self._workers:
@@ -180,9 +209,12 @@ class Pool:
     return Ticket([job.future for job in jobs])
 
   def _work(self) -> None:
+    # Blocked here and so, until it ignores them, in the child: signals that stop a run go to
+    # every process, and are the main thread's to answer.
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     me = threading.get_ident()
     try:
-      child = self._children[me] = _Child(self._verifier, self._limits)
+      self._children[me] = self._started()
     except Exception as error:  # the constructor waits for it
       self._ready.put(error)
       return
@@ -191,15 +223,39 @@ class Pool:
       if not job.future.set_running_or_notify_cancel():
         continue
       try:
-        if not child.alive:
-          child = self._children[me] = _Child(self._verifier, self._limits)
-        judgement = child.judge(job.response, job.reference)
-        if self._closing.is_set():
-          raise CancelledError
-        job.future.set_result(judgement)
+        job.future.set_result(self._judged(me, job))
       except BaseException as error:  # whoever waits for the result must hear of it
         job.future.set_exception(error)
-    child.kill()
+    self._children[me].end()
+
+  def _started(self) -> _Child:
+    """A child, tried again where one is killed as it starts."""
+    for _ in range(_ATTEMPTS):
+      try:
+        return _Child(self._verifier, self._limits)
+      except _LostError as error:
+        last = error
+    raise RuntimeError(str(last)) from last
+
+  def _judged(self, me: int, job: _Job) -> Judgement:
+    """The judgement of one answer, begun again where its process is killed from outside.
+
+    Raises:
+      CancelledError: the pool is closed.
+    """
+    last: Exception | None = None
+    for _ in range(_ATTEMPTS):
+      child = self._children[me]
+      try:
+        if not child.alive:
+          child.end()
+          child = self._children[me] = _Child(self._verifier, self._limits)
+        return child.judge(job.response, job.reference)
+      except (_LostError, UserError) as error:  # settings that were right once
+        last = error
+      if self._closing.is_set():
+        raise CancelledError
+    return Judgement(Outcome.CRASH, detail=f'{_ATTEMPTS} times over: {last}')
 
   def close(self) -> None:
     """Ends all children at once; what is not yet judged is cancelled. May be called twice."""
@@ -224,4 +280,3 @@ class Pool:
   def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                trace: TracebackType | None) -> None:
     self.close()
-

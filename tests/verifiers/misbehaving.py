@@ -26,6 +26,10 @@ def judge(response: str, reference: str) -> Judgement:
       re.fullmatch(r'(a+)+b', 'a' * 200)
     case 'exit':
       os._exit(3)
+    case 'kill_itself':
+      with open(argument, 'a', encoding='utf-8') as f:
+        f.write('x')
+      os.kill(os.getpid(), signal.SIGKILL)
     case 'abort':
       os.abort()
     case 'raise':

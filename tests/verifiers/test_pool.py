@@ -1,6 +1,7 @@
 """The pool: typed outcomes, order, deadlines, replacement, and no process left behind."""
 
 from concurrent.futures import CancelledError
+import contextlib
 import os
 from pathlib import Path
 import signal
@@ -15,7 +16,7 @@ from jaxrl_pt import config as cfg
 from jaxrl_pt.data.tokenizer import ByteTokenizer
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.types import Rollout
-from jaxrl_pt.verifiers import build, host
+from jaxrl_pt.verifiers import build, host, sandbox
 from jaxrl_pt.verifiers.judgement import Judgement, Outcome
 from jaxrl_pt.verifiers.pool import Pool
 
@@ -91,6 +92,77 @@ def test_a_child_killed_from_outside_costs_at_most_its_own_item(pool):
     os.kill(pid, signal.SIGKILL)
   time.sleep(0.1)
   assert _outcomes(pool, 'good', 'good') == [Outcome.CORRECT] * 2  # idle ones are replaced
+
+
+def _below(pool) -> list[int]:
+  """Process ids of the pool's supervisors and of all below them."""
+  supervisors = [child._process.pid for child in pool._children.values()]
+  return [pid for each in supervisors for pid in (each, *sandbox.descendants(each))]
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_signals_that_stop_a_run_disturb_no_answer(pool, number):
+  """A service manager sends them to every process; only the trainer's are its own."""
+  ticket = pool.submit([('sleep 0.5', ''), ('sleep 0.5', ''), ('good', 'good')])
+  before = _below(pool)
+  for pid in before:
+    os.kill(pid, number)
+  assert [j.outcome for j in ticket.result()] == [Outcome.WRONG] * 2 + [Outcome.CORRECT]
+  assert _below(pool) == before
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
+@pytest.mark.parametrize('which', [0, 1], ids=['supervisors', 'workers'])
+def test_an_answer_whose_process_is_killed_from_outside_is_judged_again(pool, which):
+  ticket = pool.submit([('sleep 0.7', 'x'), ('good', 'good')] * 3)
+  for _ in range(2):
+    time.sleep(0.3)
+    for pid in _below(pool)[which::2]:
+      with contextlib.suppress(ProcessLookupError):  # a worker dies with its supervisor
+        os.kill(pid, signal.SIGKILL)
+  assert [j.outcome for j in ticket.result()] == [Outcome.WRONG, Outcome.CORRECT] * 3
+
+
+def test_a_killed_answer_is_judged_a_bounded_number_of_times(pool, tmp_path):
+  path = tmp_path / 'tries'
+  judged, = pool.submit([(f'kill_itself {path}', '')]).result()
+  assert judged.outcome is Outcome.CRASH and path.read_text(encoding='utf-8') == 'xxx'
+  assert judged.detail == f'3 times over: the verifier process ended with code {-signal.SIGKILL}'
+  assert _outcomes(pool, 'good') == [Outcome.CORRECT]
+
+
+@pytest.mark.parametrize('failures, outcome', [(2, Outcome.CORRECT), (9, Outcome.CRASH)])
+def test_a_replacement_that_fails_is_tried_again(tmp_path, monkeypatch, failures, outcome):
+  path = tmp_path / 'fails'
+  monkeypatch.setenv('TEST_FAILING_STARTS', str(path))
+  settings = cfg.PythonVerifier('tests.verifiers.starts:judge')
+  with Pool(settings, cfg.VerifierPool(num_workers=1, wall_seconds=5)) as pool:
+    path.write_text('x' * failures, encoding='utf-8')
+    crashed, judged = pool.submit([('exit', 'good'), ('good', 'good')]).result()
+    assert crashed.outcome is Outcome.CRASH and judged.outcome is outcome
+    if outcome is Outcome.CRASH:
+      assert 'did not start' in judged.detail and 'no luck this time' in judged.detail
+
+
+def test_what_is_no_judgement_is_a_crash_that_says_so():
+  with Pool(cfg.PythonVerifier('os.path:join'), LIMITS) as pool:
+    judged, = pool.submit([('a', 'b')]).result()
+  assert judged.outcome is Outcome.CRASH and judged.detail == (
+      'the verifier returned str, not a Judgement')
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
+def test_a_composite_runs_each_part_in_its_own_bounds():
+  settings = cfg.Composite((MISBEHAVING, cfg.LengthVerifier(1, 101)), (1.0, 2.0))
+  with Pool(settings, cfg.VerifierPool(num_workers=1, wall_seconds=3)) as pool:
+    good, bad, again = pool.submit([('good', 'good'), ('exit', ''), ('good', 'good')]).result()
+    assert good == again and good.outcome is Outcome.CORRECT and bad.outcome is Outcome.CRASH
+    assert good.score == pytest.approx(1 + 2 * 0.97)
+    supervisor, *workers = _below(pool)
+    kept = ['Seccomp:\t2' in Path(f'/proc/{pid}/status').read_text(encoding='utf-8')
+            for pid in workers]
+  assert sorted(kept) in ([False, True], [False, False])
 
 
 def test_closing_is_immediate_and_cancels():
@@ -200,15 +272,12 @@ def test_rollouts_become_a_verdict_with_masked_rows_and_parts():
 
 
 def test_composite_weighs_and_names_each_part():
-  def first(response, _):
-    return Judgement(Outcome.WRONG, {'format': 1.0, 'answer': -1.5})
-
-  def second(response, _):
-    return Judgement(Outcome.CORRECT, {'length': 0.5})
-
-  judged = build.composite([first, second], (2.0, -1.0), ['Logic', 'Length'])('', '')
-  assert judged == Judgement(Outcome.WRONG, {'Logic/format': 2.0, 'Logic/answer': -3.0,
-                                             'Length/length': -0.5})
+  settings = cfg.Composite((cfg.LogicVerifier(), cfg.LengthVerifier(10, 20)), (2.0, -1.0))
+  judged = build.combined(settings, [
+      Judgement(Outcome.WRONG, {'format': 1.0, 'answer': -1.5}),
+      Judgement(Outcome.CORRECT, {'length': 0.5})])
+  assert judged == Judgement(Outcome.WRONG, {
+      'LogicVerifier/format': 2.0, 'LogicVerifier/answer': -3.0, 'LengthVerifier/length': -0.5})
   assert judged.score == -1.5
   settings = cfg.Composite((cfg.LogicVerifier(), cfg.LengthVerifier(10, 20)), (1.0, 2.0))
   judged = build.host_verifier(settings)('x' * 15, 'Ann is a knight')

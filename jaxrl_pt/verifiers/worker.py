@@ -1,0 +1,88 @@
+"""The process that judges: forked by the pool's supervisor, bounded, and trusted with nothing.
+
+It reads requests from one pipe and writes verdicts to another, each with the number that came
+with its request, so that bytes written there by anything else are not a verdict. It has no other
+descriptor but its error output, of which the supervisor keeps the end.
+"""
+
+from collections.abc import Sequence
+import os
+import random
+import signal
+import traceback
+from typing import Any, NoReturn
+
+from jaxrl_pt import config as cfg
+from jaxrl_pt.errors import UserError
+from jaxrl_pt.verifiers import build, sandbox
+from jaxrl_pt.verifiers.channel import MAX_REQUEST, Closed, Deadline, receive, send
+from jaxrl_pt.verifiers.judgement import HostVerifier, Judgement, Outcome
+
+_REQUESTS, _RESULTS = 3, 4  # descriptors
+
+
+def run(parts: Sequence[cfg.HostVerifier], limits: cfg.VerifierPool, parent: int, requests: int,
+        results: int, errors: int) -> NoReturn:
+  """Judges until the requests end. Called in a fresh fork, never returns.
+
+  Args:
+    parts: verifiers, all of one kind of sandbox.
+    limits: of one answer.
+    parent: process id of the supervisor.
+    requests, results, errors: descriptors of pipes.
+  """
+  sandbox.die_with_parent(parent)
+  os.setsid()
+  _keep_only(requests, results, errors)
+  try:
+    verifiers = [build.host_verifier(part) for part in parts]
+  except UserError as error:
+    send(_RESULTS, {'error': str(error)}, Deadline(None))
+    os._exit(0)
+  if all(build.is_tight(part) for part in parts):
+    sandbox.enter_tight(limits.memory_mib)
+  else:
+    sandbox.enter_open(limits.memory_mib)
+  signal.signal(signal.SIGPROF, signal.SIG_DFL)
+  send(_RESULTS, {'ready': True}, Deadline(None))
+  try:
+    while True:
+      request = receive(_REQUESTS, Deadline(None), MAX_REQUEST)
+      judged = [_judge(verify, part, request, limits.cpu_seconds)
+                for verify, part in zip(verifiers, parts, strict=True)]
+      send(_RESULTS, {'nonce': request['nonce'], 'judged': list(map(build.encoded, judged))},
+           Deadline(None))
+  except Closed:
+    os._exit(0)
+
+
+def _keep_only(requests: int, results: int, errors: int) -> None:
+  """Standard input and output lead nowhere, errors to the supervisor; all else is closed."""
+  nowhere = os.open(os.devnull, os.O_RDWR)
+  # Out of the way first: the numbers that they shall have may be taken by each other.
+  moved = [os.dup(fd) for fd in (requests, results, errors)]
+  high = max(*moved, 10) + 1
+  requests, results, errors = (os.dup2(fd, high + i) for i, fd in enumerate(moved))
+  for fd, place in ((nowhere, 0), (nowhere, 1), (errors, 2), (requests, _REQUESTS),
+                    (results, _RESULTS)):
+    os.dup2(fd, place, inheritable=place <= 2)
+  os.closerange(_RESULTS + 1, os.sysconf('SC_OPEN_MAX'))
+
+
+def _judge(verify: HostVerifier, part: cfg.HostVerifier, request: dict[str, Any],
+           cpu_seconds: float) -> Judgement:
+  random.seed(0)  # a verifier that draws draws the same, whatever was judged before
+  try:
+    signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
+    judgement = verify(request['response'], request['reference'])
+    if not isinstance(judgement, Judgement):
+      return Judgement(Outcome.CRASH, detail=f'the verifier returned {type(judgement).__name__}, '
+                                             'not a Judgement')
+    return build.checked(judgement, part)
+  except Exception as error:  # whatever a verifier raises is an outcome
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    detail = (f'{type(error).__name__}: {error} '
+              f'({os.path.basename(where.filename)}:{where.lineno})')
+    return Judgement(Outcome.CRASH, detail=detail)
+  finally:
+    signal.setitimer(signal.ITIMER_PROF, 0)
