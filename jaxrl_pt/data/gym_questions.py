@@ -6,6 +6,7 @@ string hashes: `questions` starts it with the hash seed that the verifiers' proc
 """
 
 import json
+import numbers
 import os
 import subprocess
 import sys
@@ -18,16 +19,49 @@ HASH_SEED = {'PYTHONHASHSEED': '0'}
 
 
 class Question(NamedTuple):
-  """A problem as the library words it; answer: one that it accepts, empty where it has none."""
+  """A problem as the library words it.
+
+  answer: one that it accepts, empty where it has none.
+  entry: all that the library knows of the problem, as `plain` writes it; None where it cannot.
+  """
 
   text: str
   answer: str
+  entry: dict[str, Any] | None
 
 
 def reference(source: config.ReasoningGym) -> dict[str, Any]:
   """What names a task's problems in JSON."""
   return {'task': source.task, 'seed': source.seed, 'size': source.size,
           'settings': [list(pair) for pair in source.settings]}
+
+
+def plain(value: Any) -> Any:
+  """A problem's data as JSON; tuples, sets and keys that are no text are marked.
+
+  `verifiers.gym.restored` undoes it.
+
+  Raises:
+    TypeError: the data holds objects of other types.
+  """
+  if isinstance(value, dict):
+    if all(isinstance(key, str) and not key.startswith('~') for key in value):
+      return {str(key): plain(each) for key, each in value.items()}
+    return {'~dict': [[plain(key), plain(each)] for key, each in value.items()]}
+  if isinstance(value, tuple):
+    return {'~tuple': [plain(each) for each in value]}
+  if isinstance(value, (set, frozenset)):
+    return {'~set': sorted((plain(each) for each in value), key=json.dumps)}
+  if isinstance(value, list):
+    return [plain(each) for each in value]
+  for kind in (str, bool, int, float):  # numpy's strings and floats are of them, too
+    if isinstance(value, kind):
+      return kind(value)
+  if isinstance(value, numbers.Integral):
+    return int(value)
+  if value is None:
+    return None
+  raise TypeError(f'{value!r} of type {type(value).__name__}')
 
 
 def questions(source: config.ReasoningGym) -> list[Question]:
@@ -45,7 +79,7 @@ def questions(source: config.ReasoningGym) -> list[Question]:
   said = json.loads(process.stdout.splitlines()[-1])  # a task may print too
   if 'error' in said:
     raise UserError(said['error'])
-  return [Question(*pair) for pair in said['questions']]
+  return [Question(*question) for question in said['questions']]
 
 
 def _answer(task: str, seed: int, size: int, settings: list[list[Any]]) -> dict[str, Any]:
@@ -61,8 +95,17 @@ def _answer(task: str, seed: int, size: int, settings: list[list[Any]]) -> dict[
     return {'error': f'ReasoningGym.task = {task!r}: {error}.'}
   entries = [data[i] for i in range(size)]
   return {'questions': [
-      (entry['question'], '' if entry['answer'] is None else str(entry['answer']))
+      (entry['question'], '' if entry['answer'] is None else str(entry['answer']), _entry(entry))
       for entry in entries]}
+
+
+def _entry(entry: dict[str, Any]) -> dict[str, Any] | None:
+  """The problem as JSON, or None: then who judges makes it again from its name."""
+  try:
+    found: dict[str, Any] = plain(entry)
+  except TypeError:
+    return None
+  return found
 
 
 if __name__ == '__main__':

@@ -157,22 +157,26 @@ def _written_out(number: int | float | decimal.Decimal, place: str, field: str) 
 
 
 def _reasoning_gym(source: config.ReasoningGym) -> Iterator[Problem]:
-  """The reference names the problem; the scorer makes it again from that."""
+  """The reference is the problem: its name and all that the library knows of it."""
   for i, question in enumerate(gym_questions.questions(source)):
-    reference = json.dumps({**gym_questions.reference(source), 'index': i})
+    entry = {} if question.entry is None else {'entry': question.entry}
+    reference = json.dumps({**gym_questions.reference(source), 'index': i, **entry})
     yield Problem(i, question.text, reference, f'problem {i} of {source.task}', question.answer)
 
 
 # --- Encoding -------------------------------------------------------------------
 
 
-def encode(problems: Sequence[Problem], tokenizer: Tokenizer, prompt_len: int) -> ProblemSet:
+def encode(problems: Sequence[Problem], tokenizer: Tokenizer, prompt_len: int,
+           with_answers: bool = True) -> ProblemSet:
   """Tokens of all prompts, each begun as a document is, and bytes of all answers.
 
   Args:
     problems: at least one.
     tokenizer: of the run.
     prompt_len: T, the most tokens that a prompt may have.
+    with_answers: False where the verifier reads text: bytes of the answers, which may be long,
+      are then left out.
 
   Raises:
     UserError: a prompt is empty or longer than `prompt_len`.
@@ -187,7 +191,7 @@ def encode(problems: Sequence[Problem], tokenizer: Tokenizer, prompt_len: int) -
                           'raise it, or leave the row out.' if tokens else
                           'a prompt needs at least one; leave the row out.'))
     prompts.append(tokens)
-  answers = [list(p.answer.encode()) for p in problems]
+  answers = [list(p.answer.encode()) if with_answers else [] for p in problems]
   tokens_RT, lengths = _padded(prompts, prompt_len)
   answers_RW, answer_lengths = _padded(answers, max(1, max(map(len, answers))))
   return ProblemSet(tuple(problems), tokens_RT, lengths, answers_RW, answer_lengths)

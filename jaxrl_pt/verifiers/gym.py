@@ -1,16 +1,20 @@
 """reasoning-gym's tasks: the scorer of the task judges the answer of the response.
 
-The reference names a problem as JSON {"task", "seed", "size", "settings", "index"}; the library
-makes the same problem again from it, so that its scorer sees what it made and nothing is stored.
-Some of the scorers evaluate the answer as an expression: judge in the pool, never in the trainer.
+The reference names a problem as JSON {"task", "seed", "size", "settings", "index", "entry"}.
+`entry` is the problem itself, as `gym_questions` made it: some tasks make another one of the same
+index where strings hash otherwise. A reference without it is made again.
+
+Some scorers evaluate the answer. They see only answers that `expressions` finds harmless; others
+are UNPARSED. Judge in the pool even so, never in the trainer.
 """
 
 import functools
 import json
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxrl_pt.config import GymAnswer
 from jaxrl_pt.errors import UserError
+from jaxrl_pt.verifiers import expressions
 from jaxrl_pt.verifiers.judgement import HostVerifier, Judgement, Outcome
 
 # The library scores from 0 to 1, some tasks in floating point. No lower: a long answer with a
@@ -18,10 +22,39 @@ from jaxrl_pt.verifiers.judgement import HostVerifier, Judgement, Outcome
 RIGHT = 1.0 - 1e-6
 
 
+class _Task(NamedTuple):
+  """A task's scorer with its settings; refusal: why it judges nothing, if so."""
+
+  data: Any
+  refusal: str | None
+
+
 @functools.lru_cache(maxsize=16)
-def _dataset(task: str, seed: int, size: int, settings: tuple[tuple[str, Any], ...]) -> Any:
+def _task(name: str, seed: int, size: int, settings: tuple[tuple[str, Any], ...]) -> _Task:
   import reasoning_gym
-  return reasoning_gym.create_dataset(task, seed=seed, size=size, **dict(settings))
+  data = reasoning_gym.create_dataset(name, seed=seed, size=size, **dict(settings))
+  return _Task(data, expressions.refused(name, data.score_answer))
+
+
+def restored(plain: Any) -> Any:
+  """Undoes `gym_questions.plain`, which writes as JSON what JSON does not have."""
+  if isinstance(plain, list):
+    return [restored(value) for value in plain]
+  if not isinstance(plain, dict):
+    return plain
+  match plain:
+    case {'~tuple': list(values)}:
+      return tuple(map(restored, values))
+    case {'~set': list(values)}:
+      return set(map(restored, values))
+    case {'~dict': list(pairs)}:
+      return {restored(key): restored(value) for key, value in pairs}
+  return {key: restored(value) for key, value in plain.items()}
+
+
+def evaluates(reference: str) -> bool:
+  """Whether the scorer of the problem evaluates answers."""
+  return expressions.evaluates(json.loads(reference)['task'])
 
 
 def extract(response: str, form: GymAnswer) -> str | None:
@@ -58,9 +91,13 @@ def verifier(form: GymAnswer, partial_credit: bool) -> HostVerifier:
     if found is None:
       return Judgement(Outcome.UNPARSED, parts(0.0, partial_credit))
     place = json.loads(reference)
-    data = _dataset(place['task'], place['seed'], place['size'],
-                    tuple(map(tuple, place['settings'])))
-    entry = data[place['index']]
+    data, refusal = _task(place['task'], place['seed'], place['size'],
+                          tuple(map(tuple, place['settings'])))
+    if refusal:
+      return Judgement(Outcome.CRASH, detail=refusal)
+    entry = restored(place['entry']) if 'entry' in place else data[place['index']]
+    if not expressions.is_admissible(place['task'], found, entry['answer']):
+      return Judgement(Outcome.UNPARSED, parts(0.0, partial_credit), 'not an expression')
     try:
       score = float(data.score_answer(answer=found, entry=entry))
     except Exception as error:  # scorers read well-formed answers: this one could not be read

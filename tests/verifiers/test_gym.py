@@ -112,7 +112,44 @@ def test_problems_depend_on_seed_and_index_alone(made):
   again, other = (problems.load(cfg.Problems(cfg.ReasoningGym(task, 3, seed=seed),
                                              held_out=0.0))[0] for seed in (1, 2))
   assert again[0].prompt == made[task][0] != other[0].prompt
-  assert again[2].answer == _reference(task, 3, 2)
+  reference = json.loads(again[2].answer)
+  entry = gym.restored(reference.pop('entry'))
+  assert reference == json.loads(_reference(task, 3, 2)) and entry['question'] == again[2].prompt
+
+
+_JUDGE = """
+import json, sys
+from jaxrl_pt.verifiers import gym
+judge = gym.verifier('text', False)
+for response, reference in json.load(sys.stdin):
+  print(judge(response, reference).outcome.value)
+"""
+# They follow the order of sets, and so the hashes of strings.
+HASHED = ('isomorphic_strings', 'knight_swap', 'polynomial_multiplication', 'ransom_note',
+          'word_ladder')
+
+
+def test_the_problem_that_was_asked_is_judged_whatever_strings_hash_to():
+  items = [(p.demonstration, p.answer) for task in HASHED for p in problems.load(
+      cfg.Problems(cfg.ReasoningGym(task, 6, seed=1), held_out=0.0))[0]]
+  for seed in ('1', '2'):
+    said = subprocess.run([sys.executable, '-c', _JUDGE], input=json.dumps(items), text=True,
+                          stdout=subprocess.PIPE, check=True,
+                          env={**os.environ, 'PYTHONHASHSEED': seed}).stdout
+    assert said.split() == ['correct'] * len(items)
+
+
+@pytest.mark.parametrize('entry', [
+    {'a': (1, (2.5, None)), 'b': [True, 'x'], 'c': {1: {'d'}, (2, 3): frozenset()}},
+    {'~tuple': [1]}, {}, {'~dict': ({'~set': []},)}])
+def test_what_the_library_knows_of_a_problem_travels_whole(entry):
+  assert gym.restored(json.loads(json.dumps(gym_questions.plain(entry)))) == entry
+
+
+def test_every_tasks_problem_travels_whole():
+  for task in TASKS:
+    entry = reasoning_gym.create_dataset(task, seed=1, size=1)[0]
+    assert gym.restored(json.loads(json.dumps(gym_questions.plain(entry)))) == entry, task
 
 
 def test_a_task_that_does_not_exist_is_the_users_mistake():
