@@ -14,7 +14,7 @@ from jaxrl_pt.train import programs
 from jaxrl_pt.train import session as sessions
 from jaxrl_pt.train.tasks import OnDevice, OnHost, Task, judged
 from jaxrl_pt.types import Params, Prompts
-from jaxrl_pt.verifiers import exact, host, pool
+from jaxrl_pt.verifiers import exact, host, pool, trial
 from jaxrl_pt.verifiers.token_bytes import token_table
 
 # In place of a batch's number: evaluation draws the same noise every time.
@@ -26,11 +26,13 @@ def open_task(session: sessions.Session, method: cfg.RL) -> Iterator[Task]:
   """The problems of `method` and their verifier, whose processes run inside the context.
 
   Raises:
-    UserError: unreadable problems, prompts too long, a verifier whose extra is missing.
+    UserError: unreadable problems, prompts too long, a verifier whose extra is missing or that
+      does not judge these problems.
   """
   tokenizer, rollouts = session.data.tokenizer, method.rollouts
   training, held_out = problems.load(method.problems)
-  trained_on = problems.encode(training, tokenizer, rollouts.prompt_len)
+  on_device = isinstance(method.verifier, cfg.AnswerMatch)
+  trained_on = problems.encode(training, tokenizer, rollouts.prompt_len, on_device)
 
   def take(batch: int) -> tuple[Prompts, Sequence[str]]:
     return problems.step_prompts(trained_on, rollouts.num_prompts, session.run.seed, batch)
@@ -39,7 +41,8 @@ def open_task(session: sessions.Session, method: cfg.RL) -> Iterator[Task]:
                    [*training, *held_out]) as judge:
     score: Callable[[Params], dict[str, float]] = lambda params: {}
     if held_out:
-      measured = problems.encode(held_out[:method.eval_problems], tokenizer, rollouts.prompt_len)
+      measured = problems.encode(held_out[:method.eval_problems], tokenizer, rollouts.prompt_len,
+                                 on_device)
       score = _make_scorer(session, rollouts, judge, measured)
     yield Task(take, judge, score, trained_on.digest)
 
@@ -47,6 +50,7 @@ def open_task(session: sessions.Session, method: cfg.RL) -> Iterator[Task]:
 @contextlib.contextmanager
 def _open_judge(method: cfg.RL, tokenizer: Tokenizer, vocab_size: int,
                 asked: Sequence[problems.Problem]) -> Iterator[OnDevice | OnHost]:
+  """The verifier of `method`, tried on some of the problems that are asked."""
   match method.verifier:
     case cfg.AnswerMatch(marker=marker):
       for problem in asked:
@@ -55,6 +59,9 @@ def _open_judge(method: cfg.RL, tokenizer: Tokenizer, vocab_size: int,
       yield OnDevice(exact.device_verifier(table, marker.encode(), tokenizer.eos_id))
     case verifier:
       with pool.Pool(verifier, method.pool) as verifiers:
+        chosen = asked[::max(1, len(asked) // trial.NUM_TRIED)][:trial.NUM_TRIED]
+        trial.check(verifiers, verifier, [
+            trial.tried(verifier, p.answer, p.demonstration, p.place) for p in chosen])
         yield OnHost(functools.partial(host.submit, verifiers, tokenizer.decode))
 
 

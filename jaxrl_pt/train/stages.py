@@ -6,6 +6,7 @@ verdicts; `seconds` says where the time of a step went.
 """
 
 from collections.abc import Sequence
+import sys
 import time
 from typing import Any, NamedTuple
 
@@ -20,7 +21,16 @@ from jaxrl_pt.rl import kl, selection
 from jaxrl_pt.train import programs, rl_step
 from jaxrl_pt.train import session as sessions
 from jaxrl_pt.train.learner import Experience
-from jaxrl_pt.train.tasks import InStep, OnDevice, OnHost, Task, Ticket, agreed, on_host
+from jaxrl_pt.train.tasks import (
+  FirstBatches,
+  InStep,
+  OnDevice,
+  OnHost,
+  Task,
+  Ticket,
+  on_host,
+  settled,
+)
 from jaxrl_pt.types import Array, Params, Prompts, Rollout, TrainState, Verdict, Weighted
 
 
@@ -47,12 +57,9 @@ class Judged(NamedTuple):
 
 
 class _Ready(NamedTuple):
-  """A verdict that is there, or will be when the device gets to it."""
+  """The verdict of a verifier on the device, which is there when the device gets to it."""
 
   verdict: Verdict
-
-  def result(self) -> Verdict:
-    return self.verdict
 
 
 class Stages:
@@ -86,6 +93,8 @@ class Stages:
       case InStep(markers):
         self._fused_step = programs.rlp_step(run, mesh, optimizer, markers)
     self.seconds: dict[str, float] = {}
+    self._parsed: float | None = None  # of the batch that the host judged last
+    self._beginning = FirstBatches()
 
   def clock(self, stage: str, since: float) -> None:
     """Adds the time since `since` to a stage's of this step."""
@@ -116,7 +125,7 @@ class Stages:
 
   # --- Verify -----------------------------------------------------------------------
 
-  def submit(self, drawn: Drawn) -> Ticket:
+  def submit(self, drawn: Drawn) -> Ticket | _Ready:
     """Hands responses to the verifier, waiting for them if it is on the host."""
     match self._task.judge:
       case OnDevice():
@@ -130,12 +139,18 @@ class Stages:
         raise UserError('RPT.reward = @cfg.InformationGain() is judged inside its step, which has '
                         'no halves to run alone.')
 
-  def judge(self, ticket: Ticket) -> Verdict:
-    """Waits for the verdict."""
+  def judge(self, ticket: Ticket | _Ready) -> Verdict:
+    """Waits for the verdict.
+
+    Raises:
+      UserError: nothing was judged.
+    """
     started = time.perf_counter()
-    verdict = ticket.result()
-    if isinstance(self._task.judge, OnHost):
-      verdict = self._session.put_rows(agreed(verdict))
+    if isinstance(ticket, _Ready):
+      verdict = ticket.verdict
+    else:
+      verdict = self._session.put_rows(settled(ticket))
+      self._parsed = ticket.parsed()
     self.clock('verify', started)
     return verdict
 
@@ -206,14 +221,25 @@ class Stages:
       values = {**values, 'kl': _kl(rollout, reference)}
     return state, Judged(Drawn(batch, prompts, references, rollout), verdict, values)
 
-  def finish(self, state: TrainState, drawn: Drawn) -> dict[str, float]:
+  def _check_beginning(self, done: Judged) -> None:
+    """Says where the first batches state hardly an answer. Waits for these steps."""
+    if self._beginning.is_over:
+      return
+    found = done.values.get('reward/parsed')  # of a verifier on the device
+    share = self._parsed if found is None else float(found.mean())
+    line = None if share is None else self._beginning.note(share)
+    if line is not None and jax.process_index() == 0:
+      print(line, file=sys.stderr, flush=True)
+
+  def finish(self, state: TrainState, done: Judged) -> dict[str, float]:
     """Seconds and speeds of the stages of the step just dispatched, which is waited for.
 
     Nothing where the stages are one program: the next step may be dispatched at once.
     """
+    self._check_beginning(done)
     if not isinstance(self._task.judge, OnHost):
       return {}
-    started = time.perf_counter()
+    started, drawn = time.perf_counter(), done.drawn
     jax.block_until_ready(state.step)
     self.clock('update', started)
     seconds, self.seconds = self.seconds, {}

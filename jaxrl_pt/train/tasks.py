@@ -8,6 +8,7 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
+from jaxrl_pt.errors import UserError
 from jaxrl_pt.train.rlp_step import Markers
 from jaxrl_pt.types import Params, Prompts, Rollout, Verdict
 from jaxrl_pt.verifiers.base import DeviceVerifier
@@ -18,6 +19,12 @@ class Ticket(Protocol):
 
   def result(self) -> Verdict:
     """Waits for the verdict, f32[N, G] arrays."""
+
+  def parsed(self) -> float:
+    """The share of the judged responses that state an answer, once there is a result."""
+
+  def last_words(self) -> str:
+    """Why responses were not judged, once there is a result."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +77,50 @@ def agreed(verdict: Verdict) -> Verdict:
   return verdict
 
 
+class FirstBatches:
+  """Says in one line that the first batches of a run state hardly an answer. Final."""
+
+  NUM, FEWEST = 3, 0.1
+
+  def __init__(self) -> None:
+    self._shares: list[float] = []
+
+  @property
+  def is_over(self) -> bool:
+    """Whether no further batch counts."""
+    return len(self._shares) >= self.NUM
+
+  def note(self, share: float) -> str | None:
+    """Takes the share of parsed responses of the next batch.
+
+    Returns:
+      The line, after the last of these batches and where there is something to say.
+    """
+    self._shares.append(share)
+    if len(self._shares) != self.NUM or max(self._shares) > self.FEWEST:
+      return None
+    mean = sum(self._shares) / self.NUM
+    return (f'The verifier finds an answer in {mean:.1%} of the responses of the first {self.NUM} '
+            'steps, and without one nothing is earned: does the policy know the form of an answer '
+            '(a warm start on demonstrations), is Rollouts.response_tokens long enough for it, '
+            'and is the verifier the right one?')
+
+
+def settled(ticket: Ticket) -> Verdict:
+  """Waits for the verdict that all hosts share; numpy.
+
+  Raises:
+    UserError: nothing was judged, so there is nothing to learn from.
+  """
+  verdict = jax.tree.map(np.asarray, agreed(ticket.result()))
+  if not verdict.valid.any():
+    raise UserError(f'The verifier judged none of {verdict.valid.size} responses: '
+                    f'{ticket.last_words()}. This step is not learned from: mend the verifier or '
+                    'its limits (VerifierPool), then run the same command to go on from the last '
+                    'checkpoint.')
+  return verdict
+
+
 def judged(judge: OnDevice | OnHost, prompts: Prompts, rollout: Rollout,
            references: Sequence[str]) -> tuple[Verdict, Rollout]:
   """Verdict and rollout on the host, waited for."""
@@ -78,4 +129,4 @@ def judged(judge: OnDevice | OnHost, prompts: Prompts, rollout: Rollout,
     case OnDevice(verify):
       return on_host(jax.jit(verify)(prompts, rollout)), here
     case OnHost(submit):
-      return jax.tree.map(np.asarray, agreed(submit(here, references).result())), here
+      return settled(submit(here, references)), here

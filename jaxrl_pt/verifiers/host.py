@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from jaxrl_pt.types import Rollout, Verdict
-from jaxrl_pt.verifiers import base, pool
+from jaxrl_pt.verifiers import base, pool, trial
+from jaxrl_pt.verifiers.judgement import UNJUDGED, Outcome
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,15 @@ class Ticket:
     judged, size = self.judgements.result(), self.group_size
     groups = [judged[i:i + size] for i in range(0, len(judged), size)]
     return base.verdict(groups, self.parts)
+
+  def parsed(self) -> float:
+    """The share of the judged responses in which an answer was found; 1 where none was judged."""
+    outcomes = [j.outcome for j in self.judgements.result() if j.outcome not in UNJUDGED]
+    return 1.0 - outcomes.count(Outcome.UNPARSED) / max(len(outcomes), 1)
+
+  def last_words(self) -> str:
+    """Why responses were not judged, once there is a result."""
+    return trial.last_words(self.judgements.result())
 
 
 def submit(verifiers: pool.Pool, decode: Callable[[Sequence[int]], str], rollout: Rollout,

@@ -13,7 +13,7 @@ from jaxrl_pt import config as cfg
 from jaxrl_pt.data.tokenizer import ByteTokenizer, JsonTokenizer
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.parallel.mesh import make_mesh
-from jaxrl_pt.train import problem_task, rl, rollouts
+from jaxrl_pt.train import problem_task, rl, rollouts, tasks
 from jaxrl_pt.train import session as sessions
 from jaxrl_pt.train.stages import Drawn, Judged
 from jaxrl_pt.train.tasks import OnDevice, OnHost
@@ -93,6 +93,60 @@ def test_a_verifier_of_text_judges_on_the_host():
     verdict = task.judge.submit(Rollout(tokens, mask, mask, 0), ['']).result()
   assert np.asarray(verdict.reward).tolist() == [[1.0, 0.5]]
   assert list(verdict.parts) == ['length']
+
+
+@pytest.mark.parametrize('verifier, expected', [
+    (cfg.LogicVerifier(), 'LogicVerifier finds none of 16 reference answers right'),
+    (cfg.PythonVerifier('os:system'), 'PythonVerifier judged none of the 16 answers')])
+def test_a_verifier_that_fits_no_problem_is_refused_before_the_first_step(verifier, expected):
+  method = dataclasses.replace(METHOD, verifier=verifier, pool=cfg.VerifierPool(num_workers=1))
+  with pytest.raises(UserError, match=expected):
+    with problem_task.open_task(make_session(method), method):
+      pass
+
+
+def test_a_step_in_which_nothing_was_judged_stops_the_run():
+  class Ticket:
+    valid = np.zeros((2, 2), np.float32)
+
+    def result(self) -> Verdict:
+      return Verdict(self.valid, self.valid, self.valid)
+
+    def parsed(self) -> float:
+      return 1.0
+
+    def last_words(self) -> str:
+      return 'ImportError: no module named horse'
+
+  with pytest.raises(UserError, match='judged none of 4 responses: ImportError: no module named '
+                                      'horse. This step is not learned from'):
+    tasks.settled(Ticket())
+  ticket = Ticket()
+  ticket.valid = np.array([[0, 0], [0, 1]], np.float32)
+  assert tasks.settled(ticket).valid.sum() == 1
+
+
+@pytest.mark.parametrize('shares, says', [
+    ([0.0, 0.1, 0.02], True), ([0.0, 0.2, 0.0], False)])
+def test_first_batches_without_answers_are_said_once(shares, says):
+  beginning = tasks.FirstBatches()
+  *before, last = [beginning.note(share) for share in shares]
+  assert before == [None, None] and (last is not None) == says and beginning.is_over
+  assert not says or 'an answer in 4.0% of the responses of the first 3 steps' in last
+  assert beginning.note(0.0) is None
+
+
+def test_how_many_responses_state_an_answer_is_counted_on_the_host():
+  method = dataclasses.replace(METHOD, verifier=cfg.MathVerifier('gsm8k', symbolic=False),
+                               pool=cfg.VerifierPool(num_workers=1))
+  with problem_task.open_task(make_session(method), method) as task:
+    tokens = np.array([[list(b'#### 4'), list(b'wrong4')]], np.int32)
+    mask = np.ones(tokens.shape, np.float32)
+    ticket = task.judge.submit(Rollout(tokens, mask, mask, 0), ['4'])
+    assert ticket.result().reward.tolist() == [[1.0, 0.0]] and ticket.parsed() == 0.5
+    (prompts, references) = task.take(0)
+  # Bytes of references, which may be long, are for verifiers on the device.
+  assert prompts.continuation.shape == (4, 1) and all(references)
 
 
 @pytest.mark.parametrize('changed, expected', [

@@ -1,0 +1,116 @@
+"""Tries a verifier on answers that must be right, before anything is learned from it.
+
+A verifier that fails on everything, or whose form the references do not have, would pay nothing
+for the whole run: training would go on to its end and learn nothing.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+import json
+import sys
+from typing import Any
+
+from jaxrl_pt import config as cfg
+from jaxrl_pt.errors import UserError
+from jaxrl_pt.verifiers import gym, pool
+from jaxrl_pt.verifiers import math as mathematics
+from jaxrl_pt.verifiers.judgement import UNJUDGED, Judgement, Outcome
+
+NUM_TRIED = 16
+
+
+@dataclass(frozen=True)
+class Tried:
+  """A response and what it is compared with.
+
+  place: of the problem, for messages.
+  is_right: whether the verifier must find it correct.
+  """
+
+  response: str
+  reference: str
+  place: str
+  is_right: bool
+
+
+def tried(settings: cfg.HostVerifier, reference: str, demonstration: str, place: str) -> Tried:
+  """What to try on a problem: the reference in the verifier's own form.
+
+  A function of the user's own has a form that only the demonstration knows: it only must judge.
+  """
+  first = settings.verifiers[0] if isinstance(settings, cfg.Composite) else settings
+  found = _stated(first, reference)
+  if found is None:
+    return Tried(demonstration or reference, reference, place, False)
+  return Tried(found, reference, place, True)
+
+
+def _stated(settings: cfg.HostVerifier, reference: str) -> str | None:
+  match settings:
+    case cfg.MathVerifier(answer='boxed'):
+      return rf'\boxed{{{mathematics.reference_answer(reference)}}}'
+    case cfg.MathVerifier(answer='gsm8k'):
+      return f'#### {mathematics.reference_answer(reference)}'
+    case cfg.MathVerifier():
+      return mathematics.reference_answer(reference)
+    case cfg.LogicVerifier():
+      return f'<think></think><answer>{reference}</answer>'
+    case cfg.GymVerifier(answer=form):
+      right = _gym_answer(reference)
+      return right if right is None or form == 'text' else f'<answer>{right}</answer>'
+    case cfg.WordVerifier(min_words=low, ngram=ngram):
+      fill = max(low, ngram) - len(reference.split())
+      return ' '.join([reference, *(f'word{i}' for i in range(fill))])
+    case cfg.FormatVerifier(tags=tags):
+      return ''.join(f'<{tag}></{tag}>' for tag in tags)
+    case cfg.LengthVerifier():
+      return ''
+    case _:
+      return None
+
+
+def _gym_answer(reference: str) -> str | None:
+  """The library's own answer, where it has one and the reference carries it."""
+  place: dict[str, Any] = json.loads(reference)
+  answer = gym.restored(place['entry'])['answer'] if 'entry' in place else None
+  return None if answer is None else str(answer)
+
+
+def check(verifiers: pool.Pool, settings: cfg.HostVerifier, items: Sequence[Tried]) -> None:
+  """Judges `items` and says what it finds.
+
+  Args:
+    verifiers: the pool of `settings`.
+    settings: the verifier.
+    items: at least one.
+
+  Raises:
+    UserError: the verifier judges none of them, or finds no right one correct.
+  """
+  name = type(settings).__name__
+  judged = verifiers.submit([(item.response, item.reference) for item in items]).result()
+  if all(judgement.outcome in UNJUDGED for judgement in judged):
+    raise UserError(f'{name} judged none of the {len(items)} answers that it was tried on before '
+                    f'the first step: {last_words(judged)}.')
+  missed = [item for item, judgement in zip(items, judged, strict=True)
+            if item.is_right and judgement.outcome is not Outcome.CORRECT]
+  if not missed:
+    return
+  first = missed[0]
+  example = f'{_short(first.response)} where the reference is {_short(first.reference)} ' \
+            f'({first.place})'
+  if len(missed) == len(items):
+    raise UserError(f'{name} finds none of {len(items)} reference answers right, though stated in '
+                    f'its own form: {example}. Use the verifier that these problems are for.')
+  print(f'{name} finds {len(missed)} of {len(items)} reference answers not right, though stated '
+        f'in its own form: {example}. They cannot be earned.', file=sys.stderr, flush=True)
+
+
+def last_words(judged: Sequence[Judgement]) -> str:
+  """The most frequent reason why answers were not judged."""
+  reasons = [j.detail or j.outcome.value for j in judged if j.outcome in UNJUDGED]
+  return max(reasons, key=reasons.count).rstrip('.') if reasons else 'it did not say why'
+
+
+def _short(text: str) -> str:
+  return repr(text if len(text) <= 200 else f'{text[:200]}…')

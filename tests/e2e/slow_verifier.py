@@ -1,0 +1,21 @@
+"""Verifiers of the end-to-end tests: one that takes its time, one that breaks when told to."""
+
+import os
+from pathlib import Path
+import time
+
+from jaxrl_pt.verifiers.judgement import Judgement, Outcome, answer
+
+
+def judge(response: str, reference: str) -> Judgement:
+  """Pays for a digit, after 20 ms in which the process may be killed."""
+  del reference
+  time.sleep(0.02)
+  return answer(Outcome.CORRECT if any(map(str.isdigit, response)) else Outcome.WRONG)
+
+
+def breaking(response: str, reference: str) -> Judgement:
+  """Fails once the run has a checkpoint of step 4."""
+  if (Path(os.environ['TEST_WORKDIR']) / 'checkpoints' / '4').exists():
+    raise ConnectionError('the licence server is gone')
+  return answer(Outcome.WRONG)

@@ -1,0 +1,76 @@
+"""Runs whose verifier's processes are killed, or whose verifier breaks, as real processes."""
+
+from collections.abc import Callable
+import dataclasses
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from jaxrl_pt import metrics
+from jaxrl_pt.verifiers import sandbox
+from tests.e2e.conftest import RL, Job
+
+JUDGE = ('cfg.RL.verifier = @cfg.PythonVerifier()',
+         "cfg.PythonVerifier.target = 'tests.e2e.slow_verifier:judge'",
+         'cfg.VerifierPool.num_workers = 2', 'cfg.LengthVerifier.min_chars = 2')
+
+
+def _rows(job: Job) -> list[dict[str, float]]:
+  return [metrics.deterministic(row) for row in metrics.read_rows(job.workdir / metrics.FILE)]
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
+def test_children_that_are_killed_change_nothing(make_job: Callable[..., Job], pretrained: Job):
+  """SIGKILL to some of them, and what a service manager sends to all of them."""
+  start = {'start_from': str(pretrained.workdir), 'bindings': JUDGE}
+  whole, job = make_job(RL, **start), make_job(RL, **start)
+  assert whole.run().returncode == 0
+  process = subprocess.Popen(job.command(), env=job.environment, stdout=subprocess.PIPE,
+                             stderr=subprocess.STDOUT, text=True)
+  rng, num_kills = random.Random(0), 0
+  while process.poll() is None:
+    time.sleep(0.15)
+    below = sandbox.descendants(process.pid)
+    if job.last_step() < 0 or not below:
+      continue
+    for pid in below:
+      _send(pid, rng.choice([signal.SIGTERM, signal.SIGINT, signal.SIGHUP]))
+    _send(rng.choice(below), signal.SIGKILL)
+    num_kills += 1
+  assert process.returncode == 0, process.communicate()[0]
+  assert num_kills >= 3 and _rows(job) == _rows(whole)
+
+
+def _send(pid: int, number: signal.Signals) -> None:
+  try:
+    os.kill(pid, number)
+  except ProcessLookupError:
+    pass
+
+
+def test_a_verifier_that_breaks_stops_the_run_with_its_last_words(
+    make_job: Callable[..., Job], pretrained: Job):
+  target = "cfg.PythonVerifier.target = 'tests.e2e.slow_verifier:breaking'"
+  job = make_job(RL, start_from=str(pretrained.workdir), bindings=(*JUDGE, target))
+  job = dataclasses.replace(job, environment={**job.environment,
+                                              'TEST_WORKDIR': str(job.workdir)})
+  done = job.run()
+  assert done.returncode == 2 and 'Traceback' not in done.stderr
+  assert 'The verifier judged none of ' in done.stderr
+  assert 'ConnectionError: the licence server is gone' in done.stderr
+  assert (job.workdir / 'checkpoints' / '4').exists() and job.last_step() >= 4
+
+
+def test_a_verifier_that_judges_nothing_stops_the_run_before_the_first_step(
+    make_job: Callable[..., Job], pretrained: Job):
+  job = make_job(RL, start_from=str(pretrained.workdir),
+                 bindings=(*JUDGE, "cfg.PythonVerifier.target = 'os:system'"))
+  done = job.run()
+  assert done.returncode == 2 and 'Traceback' not in done.stderr
+  assert 'PythonVerifier judged none of the 16 answers' in done.stderr
+  assert not (job.workdir / metrics.FILE).exists()
