@@ -24,12 +24,34 @@ def _rows(job: Job) -> list[dict[str, float]]:
   return [metrics.deterministic(row) for row in metrics.read_rows(job.workdir / metrics.FILE)]
 
 
+@pytest.fixture(scope='module')
+def undisturbed(make_job: Callable[..., Job], pretrained: Job) -> Job:
+  job = make_job(RL, start_from=str(pretrained.workdir), bindings=JUDGE)
+  assert job.run().returncode == 0
+  return job
+
+
 @pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
-def test_children_that_are_killed_change_nothing(make_job: Callable[..., Job], pretrained: Job):
+def test_a_signal_to_every_process_of_a_run_loses_and_changes_nothing(
+    make_job: Callable[..., Job], pretrained: Job, undisturbed: Job):
+  """As systemd, scancel and Kubernetes send it: the children must outlive the step in hand."""
+  job = make_job(RL, start_from=str(pretrained.workdir), bindings=JUDGE)
+  process = subprocess.Popen(job.command(), env=job.environment, stdout=subprocess.DEVNULL)
+  while job.last_step() < 3:
+    assert process.poll() is None
+    time.sleep(0.02)
+  for pid in (*reversed(sandbox.descendants(process.pid)), process.pid):
+    _send(pid, signal.SIGTERM)
+  process.wait(120)
+  assert 3 <= job.last_step() < undisturbed.last_step()
+  assert job.run().returncode == 0 and _rows(job) == _rows(undisturbed)
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
+def test_children_that_are_killed_change_nothing(make_job: Callable[..., Job], pretrained: Job,
+                                                 undisturbed: Job):
   """SIGKILL to some of them, and what a service manager sends to all of them."""
-  start = {'start_from': str(pretrained.workdir), 'bindings': JUDGE}
-  whole, job = make_job(RL, **start), make_job(RL, **start)
-  assert whole.run().returncode == 0
+  job = make_job(RL, start_from=str(pretrained.workdir), bindings=JUDGE)
   process = subprocess.Popen(job.command(), env=job.environment, stdout=subprocess.PIPE,
                              stderr=subprocess.STDOUT, text=True)
   rng, num_kills = random.Random(0), 0
@@ -43,7 +65,7 @@ def test_children_that_are_killed_change_nothing(make_job: Callable[..., Job], p
     _send(rng.choice(below), signal.SIGKILL)
     num_kills += 1
   assert process.returncode == 0, process.communicate()[0]
-  assert num_kills >= 3 and _rows(job) == _rows(whole)
+  assert num_kills >= 3 and _rows(job) == _rows(undisturbed)
 
 
 def _send(pid: int, number: signal.Signals) -> None:
