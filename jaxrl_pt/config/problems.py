@@ -11,7 +11,10 @@ from jaxrl_pt.config import checks
 
 @dataclass(frozen=True)
 class JsonlProblems:
-  """JSON-lines files (plain or .gz): a row's prompt and its reference answer."""
+  """JSON-lines files (plain or .gz): a row's prompt and its reference answer, which is not blank.
+
+  Numbers count as texts of the digits that the file has.
+  """
 
   glob: str
   prompt_field: str = 'question'

@@ -97,6 +97,7 @@ _CASES = [
     (r'\boxed{9^{9^{9^9}}}', '72', WRONG), (r'\boxed{2^{99999999}}', '72', WRONG),
     (r'\boxed{99999!}', '72', WRONG), (r'\boxed{((9!)!)!}', '72', WRONG),
     (rf'\boxed{{{"9" * 900}}}', '72', WRONG),
+    (rf'\boxed{{{"0" * 900}72}}', '72', CORRECT), (rf'\boxed{{{"0" * 1000}72}}', '72', WRONG),
     (rf'\boxed{{{"(" * 400}72{")" * 400}}}', '71', WRONG),
     (rf'\boxed{{{"1+" * 499}1}}', '72', WRONG),
 ]
