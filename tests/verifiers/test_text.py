@@ -10,7 +10,8 @@ from jaxrl_pt.verifiers.judgement import Outcome
     ('<a>1</a><b>2</b>', ['1', '2']), ('x<a>1</a>y<b></b>z', ['1', '']),
     ('<b>2</b><a>1</a>', None), ('<a><b></b></a>', None), ('<a>1<b>2</b>', None),
     ('<a>1</a><b>2</b><b>3</b>', None), ('</a><a><b></b>', None), ('', None),
-    ('<A>1</A><b>2</b>', None), ('<a>1<a>2</a><b></b>', None), ('<a>1</a>2</a><b></b>', None), ('<a>1</a></b><b>', None),
+    ('<A>1</A><b>2</b>', None), ('<a>1<a>2</a><b></b>', None),
+    ('<a>1</a>2</a><b></b>', None), ('<a>1</a></b><b>', None),
 ])
 def test_between_tags(text, found):
   assert t.between_tags(text, ('a', 'b')) == found
