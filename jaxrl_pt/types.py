@@ -38,7 +38,7 @@ class Prompts:
 
   tokens: Array  # i32[D, T]
   lengths: Array  # i32[N] context tokens, 1 ≤ length ≤ T
-  ids: Array  # i32[N] addresses the randomness; equal ids draw equal responses
+  ids: Array  # i32[N] addresses the randomness; equal ids name one prompt
   continuation: Array  # i32[N, W] true next tokens, or the bytes of a problem's answer
   continuation_lengths: Array  # i32[N] valid tokens of continuation
   entropy: Array  # f32[N] proxy entropy at the predicted position, nats

@@ -164,20 +164,48 @@ def step_rows(num_rows: int, num_prompts: int, seed: int, step: int) -> np.ndarr
   """Which rows of the table step `step` (from 0) uses: i64[num_prompts].
 
   The table is gone through in a new order each epoch, f(seed, epoch), without a gap
-  between epochs.
+  between epochs. A step that runs over the end of an epoch repeats no row while others are
+  left: the next epoch then begins with rows that the step has not had. Where steps end
+  depends on num_prompts, and so does the order.
   """
   place = step * num_prompts + np.arange(num_prompts, dtype=np.int64)
   epoch = place // num_rows
   rows = np.empty(num_prompts, np.int64)
   for e in np.unique(epoch):
     chosen = epoch == e
-    rows[chosen] = _order(num_rows, seed, int(e))[place[chosen] % num_rows]
+    rows[chosen] = _order(num_rows, num_prompts, seed, int(e))[place[chosen] % num_rows]
   return rows
 
 
 @functools.lru_cache(maxsize=2)
-def _order(num_rows: int, seed: int, epoch: int) -> np.ndarray:
-  return np.random.default_rng([seed, epoch]).permutation(num_rows)
+def _order(num_rows: int, num_prompts: int, seed: int, epoch: int) -> np.ndarray:
+  """i64[num_rows]: the rows of an epoch in their order."""
+  first = epoch
+  while _shared(num_rows, num_prompts, first)[0]:
+    first -= 1  # Back to an epoch that begins with a step, or as if it did.
+  order = np.empty(0, np.int64)
+  for e in range(first, epoch + 1):
+    before, own = _shared(num_rows, num_prompts, e)
+    had = order[len(order) - before:]
+    order = np.random.default_rng([seed, e]).permutation(num_rows)
+    if np.isin(order[:own], had).any():
+      new = ~np.isin(order, had)
+      head = order[new][:own]
+      order = np.concatenate([head, order[~np.isin(order, head)]])
+  return order
+
+
+def _shared(num_rows: int, num_prompts: int, epoch: int) -> tuple[int, int]:
+  """How many last rows of the epoch before, and first rows of this one, must all differ.
+
+  Of the step that runs over the boundary, every num_rows rows are to be distinct: those between
+  which the boundary lies are shared by two epochs, all others are a whole epoch or part of one.
+  """
+  boundary = epoch * num_rows
+  before = boundary % num_prompts
+  left = num_prompts - before if before else 0
+  before %= num_rows
+  return (before, min(left, num_rows - before)) if before and left else (0, 0)
 
 
 def document_rows(examples: Batch, rows: Positions, *, prompt_len: int,

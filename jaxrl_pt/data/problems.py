@@ -56,7 +56,7 @@ class ProblemSet:
   def prompts(self, rows: np.ndarray) -> tuple[Prompts, list[str]]:
     """The prompts of `rows`, i64[N], as numpy arrays, and their reference answers.
 
-    ids are the problems' own: a prompt draws the same noise wherever in a batch it stands.
+    ids are the problems' own: a prompt's noise does not depend on where in a batch it stands.
     """
     chosen = [self.problems[row] for row in rows]
     ids: Any = np.array([p.id for p in chosen], np.int32)

@@ -3,14 +3,21 @@
 All take f32[N, G] arrays and return f32[N, G]; those of each token are in
 `token_advantages`. Rows with `valid` 0 (not judged) take no part in a baseline and get
 advantage 0; so does the only valid row of a group, except under the batch's baseline.
+
+Equal rewards give exactly 0, whatever their value: baselines are means of how far rewards lie
+from the largest, not of the rewards. The rounding of a mean of equal numbers would otherwise be
+divided by its own size where an advantage is normalised.
 """
 
 import chex
 import jax.numpy as jnp
+import numpy as np
 
 from jaxrl_pt.types import Array
 
 EPSILON = 1e-6
+# Numbers that differ by less are one number computed in two ways: some units in the last place.
+SAME = 4 * float(np.finfo(np.float32).eps)
 
 
 def group_normalised(reward: Array, valid: Array) -> Array:
@@ -30,7 +37,7 @@ def group_normalised(reward: Array, valid: Array) -> Array:
   """
   chex.assert_rank(reward, 2)
   chex.assert_equal_shape([reward, valid])
-  centred = (reward - _mean(reward, valid)) * valid
+  centred = _centred(reward, valid, valid)
   degrees = jnp.maximum(valid.sum(-1, keepdims=True) - 1, 1)
   std = jnp.sqrt(jnp.square(centred).sum(-1, keepdims=True) / degrees)
   return centred / (std + EPSILON)
@@ -50,7 +57,7 @@ def mean_centred(reward: Array, valid: Array) -> Array:
   """
   chex.assert_rank(reward, 2)
   chex.assert_equal_shape([reward, valid])
-  return (reward - _mean(reward, valid)) * valid
+  return _centred(reward, valid, valid)
 
 
 def leave_one_out(reward: Array, valid: Array) -> Array:
@@ -89,7 +96,7 @@ def length_weighted(reward: Array, lengths: Array, valid: Array) -> Array:
   """
   chex.assert_rank(reward, 2)
   chex.assert_equal_shape([reward, lengths, valid])
-  return (reward - _mean(reward, lengths * valid)) * valid
+  return _centred(reward, lengths * valid, valid)
 
 
 def length_weighted_leave_one_out(reward: Array, lengths: Array, valid: Array) -> Array:
@@ -140,7 +147,25 @@ def length_weighted_batch(reward: Array, lengths: Array, valid: Array) -> Array:
   return length_weighted(*flat).reshape(reward.shape)
 
 
-def _mean(values: Array, weights: Array) -> Array:
-  """f32[N, 1]: weighted mean of each group, 0 where all weights are 0."""
+def below_largest(values: Array, counts: Array) -> Array:
+  """f[..., R]: values less the largest that counts in their last axis; 0 if equal to it.
+
+  Equal up to 4 units in the last place: what a reward is made of may have been added up in
+  another order. 0 too where `counts` is 0, whatever is there.
+
+  Args:
+    values, counts: f[..., R].
+  """
+  there = counts > 0
+  largest = jnp.where(there, values, -jnp.inf).max(-1, keepdims=True)
+  difference = jnp.where(there, values - largest, 0.0)
+  size = jnp.where(there, jnp.maximum(jnp.abs(values), jnp.abs(largest)), 0.0)
+  return jnp.where(jnp.abs(difference) > SAME * size, difference, 0.0)
+
+
+def _centred(reward: Array, weights: Array, valid: Array) -> Array:
+  """f32[N, G]: r_i − Σ_j w_j r_j / Σ_j w_j of the valid rows, exactly 0 if rewards are equal."""
+  difference = below_largest(reward, valid)
   total = weights.sum(-1, keepdims=True)
-  return (values * weights).sum(-1, keepdims=True) / jnp.where(total > 0, total, 1.0)
+  mean = (difference * weights).sum(-1, keepdims=True) / jnp.where(total > 0, total, 1.0)
+  return (difference - mean) * valid

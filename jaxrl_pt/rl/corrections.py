@@ -2,7 +2,8 @@
 
 All compare the trainer's log-probabilities with the sampler's and return f32[N, G, S]
 constants of the gradient that multiply the terms of a loss: 1 where both agree, 0 where
-`mask` is 0. The ratio is ρ_t = π_train(y_t) / π_sampler(y_t).
+`mask` is 0. The ratio is ρ_t = π_train(y_t) / π_sampler(y_t), its logarithm (in a sequence's
+weight the sum) bounded as `ratios` says: no cap, however large, lets a weight overflow.
 
 Source: verl's rollout correction; truncation as in IMPALA (1802.01561).
 """
@@ -11,6 +12,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from jaxrl_pt.rl import ratios
 from jaxrl_pt.types import Array
 
 
@@ -24,8 +26,7 @@ def token_truncated(logp: Array, sampler_logp: Array, mask: Array, cap: float) -
   Returns:
     f32[N, G, S].
   """
-  log_ratio = _log_ratio(logp, sampler_logp, mask)
-  return jnp.exp(jnp.minimum(log_ratio, jnp.log(cap))) * mask
+  return _truncated(_log_ratio(logp, sampler_logp, mask), cap) * mask
 
 
 def sequence_truncated(logp: Array, sampler_logp: Array, mask: Array, cap: float) -> Array:
@@ -38,8 +39,7 @@ def sequence_truncated(logp: Array, sampler_logp: Array, mask: Array, cap: float
   Returns:
     f32[N, G, S].
   """
-  log_ratio = _log_ratio(logp, sampler_logp, mask).sum(-1, keepdims=True)
-  return jnp.exp(jnp.minimum(log_ratio, jnp.log(cap))) * mask
+  return _truncated(_log_ratio(logp, sampler_logp, mask).sum(-1, keepdims=True), cap) * mask
 
 
 def rejected(logp: Array, sampler_logp: Array, mask: Array, low: float, high: float) -> Array:
@@ -57,6 +57,10 @@ def rejected(logp: Array, sampler_logp: Array, mask: Array, low: float, high: fl
   # Near equality: round-off of equal log-probabilities must not reject at a bound of 1.
   kept = (mean >= jnp.log(low) - 1e-6) & (mean <= jnp.log(high) + 1e-6)
   return kept * mask
+
+
+def _truncated(log_ratio: Array, cap: float) -> Array:
+  return jnp.minimum(jnp.exp(ratios.bounded(log_ratio)), cap)
 
 
 def _log_ratio(logp: Array, sampler_logp: Array, mask: Array) -> Array:

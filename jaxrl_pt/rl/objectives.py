@@ -10,7 +10,8 @@ number is a function of its own (`Aggregate`), because it decides what a baselin
 
 The ratio is ρ_t = π(y_t) / π_old(y_t). The old policy and the advantage are constants of the
 gradient. Where a policy makes one update a batch, ρ = 1, no clip is active and the gradients
-of all of them are that of `policy_gradient`. What a masked token holds does not matter as long
+of all of them are that of `policy_gradient`. log ρ is bounded to ±20 (`ratios`), and a token
+beyond has no gradient. What a masked token holds does not matter as long
 as it is finite and so is what becomes of it: put its log-probabilities to 0.
 """
 
@@ -21,6 +22,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from jaxrl_pt.rl import ratios
 from jaxrl_pt.types import Array, Weighted
 
 # aggregate(values f32[N, G, S], mask f32[N, G, S]) → f32[]
@@ -65,6 +67,7 @@ class Surrogate(NamedTuple):
 
   terms: Array  # f32[N, G, S] of the loss; garbage where masked
   clipped: Array  # f32[N, G, S] 1 where a clip has taken the token's gradient
+  beyond: Array  # f32[N, G, S] 1 where the log ratio was bounded before its exponential
 
 
 def policy_gradient(logp: Array, advantage: Array, mask: Array, aggregate: Aggregate) -> Array:
@@ -115,7 +118,7 @@ def dual_clip(logp: Array, old_logp: Array, advantage: Array, *, low: float, hig
   ceiling = -bound * jax.lax.stop_gradient(advantage)
   beyond = (advantage < 0) & (once.terms > ceiling)
   return Surrogate(jnp.where(beyond, ceiling, once.terms),
-                   jnp.maximum(once.clipped, beyond.astype(jnp.float32)))
+                   jnp.maximum(once.clipped, beyond.astype(jnp.float32)), once.beyond)
 
 
 def gspo(logp: Array, old_logp: Array, advantage: Array, mask: Array, *, low: float,
@@ -150,11 +153,12 @@ def cispo(logp: Array, old_logp: Array, advantage: Array, *, low: float, high: f
 
   Source: 2506.13585, equation 4.
   """
-  ratio = jnp.exp(jax.lax.stop_gradient(_log_ratio(logp, old_logp, advantage)))
+  log_ratio = jax.lax.stop_gradient(_log_ratio(logp, old_logp, advantage))
+  ratio = jnp.exp(ratios.bounded(log_ratio))
   weight = jnp.clip(ratio, 1 - low, 1 + high)
   clipped = (ratio < 1 - low) | (ratio > 1 + high)
   return Surrogate(-weight * jax.lax.stop_gradient(advantage) * logp,
-                   clipped.astype(jnp.float32))
+                   clipped.astype(jnp.float32), ratios.beyond(log_ratio))
 
 
 def _log_ratio(logp: Array, old_logp: Array, advantage: Array) -> Array:
@@ -165,11 +169,12 @@ def _log_ratio(logp: Array, old_logp: Array, advantage: Array) -> Array:
 
 def _clipped(log_ratio: Array, advantage: Array, low: float, high: float) -> Surrogate:
   advantage = jax.lax.stop_gradient(advantage)
-  ratio = jnp.exp(log_ratio)
+  ratio = jnp.exp(ratios.bounded(log_ratio))
   plain, bounded = ratio * advantage, jnp.clip(ratio, 1 - low, 1 + high) * advantage
   # Not `minimum`: it would halve the gradient of the tie that every on-policy token is.
   clipped = bounded < plain
-  return Surrogate(-jnp.where(clipped, bounded, plain), clipped.astype(jnp.float32))
+  return Surrogate(-jnp.where(clipped, bounded, plain), clipped.astype(jnp.float32),
+                   ratios.beyond(log_ratio))
 
 
 # --- Beside the policy's objective ------------------------------------------------
@@ -215,7 +220,8 @@ def value_loss(values: Array, old_values: Array, returns: Array, *, clip: float)
   near = jnp.clip(values, old_values - clip, old_values + clip)
   plain, bounded = jnp.square(values - returns), jnp.square(near - returns)
   clipped = bounded > plain
-  return Surrogate(jnp.where(clipped, bounded, plain) / 2, clipped.astype(jnp.float32))
+  return Surrogate(jnp.where(clipped, bounded, plain) / 2, clipped.astype(jnp.float32),
+                   jnp.zeros_like(values))
 
 
 def dpo(chosen: Array, rejected: Array, reference_chosen: Array, reference_rejected: Array,
@@ -241,12 +247,15 @@ def dpo(chosen: Array, rejected: Array, reference_chosen: Array, reference_rejec
 def trainer_sampler_gap(logp: Array, sampler_logp: Array, mask: Array) -> Weighted:
   """mean exp|log π_train − log π_sampler| over the masked tokens; 1 when they agree.
 
+  The difference is bounded as `ratios` says, so that the mean is finite however far they are
+  apart.
+
   Args:
     logp, sampler_logp, mask: f32[N, G, S].
   """
   chex.assert_equal_shape([logp, sampler_logp, mask])
   difference = jnp.where(mask > 0, logp - sampler_logp, 0.0)
-  return Weighted.of(jnp.exp(jnp.abs(difference)), mask)
+  return Weighted.of(jnp.exp(jnp.abs(ratios.bounded(difference))), mask)
 
 
 def zero_advantage_groups(advantage: Array, valid: Array) -> Weighted:
@@ -258,7 +267,7 @@ def zero_advantage_groups(advantage: Array, valid: Array) -> Weighted:
   """
   chex.assert_rank(advantage, 2)
   chex.assert_equal_shape([advantage, valid])
-  # Round-off of a baseline of equal rewards is not a signal.
+  # A baseline of equal rewards gives 0 exactly; what is smaller than this teaches nothing either.
   silent = (jnp.abs(advantage) < 1e-6).all(-1)
   return Weighted.of(silent.astype(jnp.float32), valid.any(-1))
 

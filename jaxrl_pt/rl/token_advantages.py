@@ -56,7 +56,9 @@ def whiten(values: Array, mask: Array) -> Array:
   chex.assert_rank(values, 3)
   chex.assert_equal_shape([values, mask])
   count = mask.sum()
-  centred = (values - (values * mask).sum() / jnp.maximum(count, 1)) * mask
+  # From the largest on, so that equal values give 0 and not a rounding by its own size.
+  difference = advantages.below_largest(values.reshape(-1), mask.reshape(-1)).reshape(values.shape)
+  centred = (difference - (difference * mask).sum() / jnp.maximum(count, 1)) * mask
   variance = jnp.square(centred).sum() / jnp.maximum(count - 1, 1)
   return centred * jax.lax.rsqrt(variance + EPSILON)
 
@@ -158,8 +160,11 @@ def optimal_token_baseline(rewards: Array, logp: Array, collision: Array, mask: 
   returns = reward_to_go(rewards, mask, 1.0)
   weights = jnp.cumsum(score_norm(logp, collision) * mask, -1) * mask
   total = weights.sum(1, keepdims=True)
-  baseline = (returns * weights).sum(1, keepdims=True) / jnp.where(total > 0, total, 1.0)
-  return (returns - baseline) * mask
+  group_last = lambda x: jnp.moveaxis(x, 1, -1)
+  difference = jnp.moveaxis(
+      advantages.below_largest(group_last(returns), group_last(mask)), -1, 1)
+  baseline = (difference * weights).sum(1, keepdims=True) / jnp.where(total > 0, total, 1.0)
+  return (difference - baseline) * mask
 
 
 def score_norm(logp: Array, collision: Array) -> Array:

@@ -63,7 +63,8 @@ def prefill(model: Model, params: Params, tokens_NT: Array) -> Prefilled:
 
 def generate(model: Model, params: Params, prompts: Prompts, key: Array, *, sampler: Sampler,
              num_samples: int, num_tokens: int, stop_id: int = NO_STOP,
-             version: Array | int = 0, prefilled: Prefilled | None = None) -> Rollout:
+             version: Array | int = 0, prefilled: Prefilled | None = None,
+             first_samples: Array | None = None) -> Rollout:
   """Draws `num_samples` responses of at most `num_tokens` to each prompt.
 
     token_{n,g,s} = draw(key, filtered_logits(z)) with key fold(fold(fold(key, id_n), g), p),
@@ -77,6 +78,8 @@ def generate(model: Model, params: Params, prompts: Prompts, key: Array, *, samp
     stop_id: the token that ends a response and belongs to it; `NO_STOP` never ends one.
     version: optimiser step of `params`.
     prefilled: the prompts' documents, where they have gone through the model already.
+    first_samples: i32[N] number of each prompt's first sample; None for 0. Equal ids with
+      equal numbers draw equal responses.
 
   Returns:
     Rollout; beyond a response's end tokens are `stop_id`, mask and logp 0.
@@ -96,7 +99,8 @@ def generate(model: Model, params: Params, prompts: Prompts, key: Array, *, samp
   rows = draw_branches(
       model, params, jnp.repeat(hidden_ND, num_samples, 0),
       dataclasses.replace(own, k=copies(own.k), v=copies(own.v)),
-      jnp.repeat(lengths_DP, num_samples, 1), sample_keys(key, prompts.ids, num_samples),
+      jnp.repeat(lengths_DP, num_samples, 1),
+      sample_keys(key, prompts.ids, num_samples, first_samples),
       sampler=sampler, num_tokens=num_tokens, stop_id=stop_id)
   tokens, mask, logp = (x.reshape(num_prompts, num_samples, num_tokens) for x in rows)
   return Rollout(tokens, mask, logp, jnp.asarray(version, jnp.int32))
@@ -187,8 +191,18 @@ def _stages(num_slots: int) -> list[int]:
   return [*ends, num_slots] if num_slots > 0 else []
 
 
-def sample_keys(key: Array, ids_N: Array, num_samples: int) -> Array:
-  """key[N · G]: fold_in(fold_in(key, id), sample)."""
+def sample_keys(key: Array, ids_N: Array, num_samples: int, first_N: Array | None = None) -> Array:
+  """key[N · G]: fold_in(fold_in(key, id), sample), samples numbered from `first_N` (0) on."""
   per_prompt = jax.vmap(jax.random.fold_in, (None, 0))(key, ids_N)
-  per_sample = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
-  return per_sample(per_prompt, jnp.arange(num_samples)).reshape(-1)
+  per_sample = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))
+  first = jnp.zeros_like(ids_N) if first_N is None else first_N
+  return per_sample(per_prompt, first[:, None] + jnp.arange(num_samples)).reshape(-1)
+
+
+def occurrences(ids_N: Array) -> Array:
+  """i32[N]: how many equal ids stand before each."""
+  order = jnp.argsort(ids_N, stable=True)
+  ranked = ids_N[order]
+  place = jnp.arange(ids_N.shape[0], dtype=jnp.int32)
+  first = jnp.searchsorted(ranked, ranked, side='left').astype(jnp.int32)
+  return jnp.zeros_like(place).at[order].set(place - first)

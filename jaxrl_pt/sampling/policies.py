@@ -93,8 +93,8 @@ def _settings(sampler: Sampler, vocab_size: int) -> _Settings:
 
 
 def _filters_nothing(settings: _Settings, vocab_size: int) -> bool:
-  return (settings.temperature > 0 and settings.top_k == vocab_size and settings.top_p == 1
-          and settings.log_min_p == -np.inf and not settings.banned)
+  return bool(settings.temperature > 0 and settings.top_k == vocab_size and settings.top_p == 1
+              and settings.log_min_p == -np.inf and not settings.banned)
 
 
 def _scaled(logits: Array, settings: _Settings) -> Array:

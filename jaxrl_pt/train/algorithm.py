@@ -11,7 +11,15 @@ import jax.numpy as jnp
 
 from jaxrl_pt import config as cfg
 from jaxrl_pt.models.logprobs import TokenScores
-from jaxrl_pt.rl import advantages, corrections, kl, objectives, shaping, token_advantages
+from jaxrl_pt.rl import (
+  advantages,
+  corrections,
+  kl,
+  objectives,
+  ratios,
+  shaping,
+  token_advantages,
+)
 from jaxrl_pt.types import Array, Rollout, Verdict, Weighted
 
 Metrics = dict[str, Weighted]
@@ -76,6 +84,8 @@ def token_advantage(config: cfg.Algorithm, reward: Array, rollout: Rollout, mask
   rewards = token_advantages.terminal_rewards(reward, mask)
   match config.kl:
     case cfg.KLInReward(coef=coef, estimator=estimator):
+      # Beyond a response's end the reference's is garbage.
+      reference_logp = jnp.where(mask > 0, reference_logp, rollout.logp)
       rewards -= coef * _KL[estimator](rollout.logp, reference_logp) * mask
       reward = rewards.sum(-1)
   zeros = jnp.zeros_like(mask)
@@ -121,7 +131,7 @@ def surrogate(config: cfg.Surrogate, logp: Array, old_logp: Array, advantage: Ar
   match config:
     case cfg.PolicyGradient():
       terms = -jax.lax.stop_gradient(advantage) * logp
-      return objectives.Surrogate(terms, jnp.zeros_like(mask))
+      return objectives.Surrogate(terms, jnp.zeros_like(mask), jnp.zeros_like(mask))
     case cfg.PPOClip(low=low, high=high):
       return objectives.ppo_clip(logp, old_logp, advantage, low=low, high=high)
     case cfg.DualClip(low=low, high=high, bound=bound):
@@ -162,6 +172,19 @@ def correction(config: cfg.Correction, logp: Array, sampler_logp: Array, mask: A
       return corrections.sequence_truncated(logp, sampler_logp, mask, cap)
     case cfg.Rejection(low=low, high=high):
       return corrections.rejected(logp, sampler_logp, mask, low, high)
+
+
+def beyond(config: cfg.Algorithm, surrogate: objectives.Surrogate, logp: Array, old_logp: Array,
+           sampler_logp: Array, reference_logp: Array) -> Array:
+  """f32[N, G, S]: 1 on tokens some ratio of which `rl.ratios` had to bound: the surrogate's, the
+  correction's or, with k3, that of the reference."""
+  found = surrogate.beyond
+  if config.correction != cfg.NoCorrection():
+    found = jnp.maximum(found, ratios.beyond(old_logp - sampler_logp))
+  match config.kl:
+    case cfg.KLInLoss(estimator='k3') | cfg.KLInReward(estimator='k3'):
+      found = jnp.maximum(found, ratios.beyond(jnp.maximum(reference_logp - logp, 0.0)))
+  return found
 
 
 def kl_terms(config: cfg.KL, logp: Array, reference_logp: Array) -> Array:

@@ -98,7 +98,10 @@ def _restore(workdir: Path, step: int | None, data: cfg.Data | None,
     case method:
       data_dir = Path(method.start_from) / 'data'  # Where `rl.train` has left it.
   session = sessions.open_session(run, workdir, text, data_dir)
-  optimizer = optim.make_optimizer(run.optimizer, run.train.num_steps)
+  # Of the optimizer only the tree of its state is read, which no schedule changes: a run whose
+  # schedule would be refused today can still be opened.
+  settings = dataclasses.replace(run.optimizer, schedule=cfg.Constant(1.0))
+  optimizer = optim.make_optimizer(settings, run.train.num_steps)
   abstract = states.abstract_state(session.model(run.model), optimizer, session.mesh,
                                    lambda params: states.new_method(run, params))
   restored = checkpoint.restore(workdir / 'checkpoints',

@@ -134,7 +134,7 @@ def _prepare(model: Model, state: TrainState, experience: Experience, reward: Ar
       method, reward, rollout, mask, valid, experience.reference_logp, old, values)
   lesson = Lesson(experience.prompts, rollout.tokens, mask, rollout.logp, old.logp,
                   experience.reference_logp, advantage, returns, zeros)
-  silent = objectives.zero_advantage_groups((advantage * mask).sum(-1), valid)
+  silent = objectives.zero_advantage_groups(jnp.abs(advantage * mask).sum(-1), valid)
   return lesson, {'zero_advantage_groups': silent}
 
 
@@ -254,8 +254,9 @@ def make_loss(model: Model, sampler: cfg.Sampler, method: cfg.Algorithm, loss_ch
     old_logp = jax.lax.stop_gradient(logp) if strict else there(lesson.old_logp)
     correction = algorithm.correction(method.correction, old_logp, lesson.sampler_logp, mask)
     surrogate = algorithm.surrogate(method.surrogate, logp, old_logp, lesson.advantage, mask)
+    reference_logp = there(lesson.reference_logp)
     terms = surrogate.terms * correction
-    terms += algorithm.kl_terms(method.kl, logp, there(lesson.reference_logp))
+    terms += algorithm.kl_terms(method.kl, logp, reference_logp)
     if method.entropy_coef:
       terms -= method.entropy_coef * scores.entropy
     total = (lesson.weights * terms).sum()
@@ -271,6 +272,8 @@ def make_loss(model: Model, sampler: cfg.Sampler, method: cfg.Algorithm, loss_ch
         'entropy': Weighted.of(scores.entropy, mask),
         'correction': Weighted.of(correction, mask),
         'clip_fraction': Weighted.of(surrogate.clipped, mask),
+        'bounded_ratios': Weighted.of(algorithm.beyond(
+            method, surrogate, logp, old_logp, lesson.sampler_logp, reference_logp), mask),
         'gradient_variance': objectives.gradient_variance(
             lesson.advantage,
             token_advantages.score_norm(logp, scores.collision), mask),

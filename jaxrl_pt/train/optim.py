@@ -13,13 +13,45 @@ import jax.numpy as jnp
 import optax
 
 from jaxrl_pt import config as cfg
+from jaxrl_pt.errors import UserError
 from jaxrl_pt.types import Array
 
 Schedule = Callable[[Any], Any]
 
 
+def check_schedule(schedule: cfg.Schedule, num_steps: int) -> None:
+  """Refuses a warm-up that is not over when what follows it begins.
+
+  The rate would jump from the one to the other: a warm-up of 900 steps and a decay over the last
+  200 of 1,000 would lose half the peak in ten steps.
+
+  Raises:
+    UserError: warm-up and decay overlap.
+  """
+  name, warmup = type(schedule).__name__, schedule.warmup_steps
+  match schedule:
+    case cfg.Constant():
+      begins, what = num_steps, 'the run ends'
+    case cfg.Cosine():
+      begins, what = num_steps - 1, 'the decay has to begin'
+    case cfg.WSD(decay_fraction=fraction):
+      begins = num_steps - max(1, round(fraction * num_steps))
+      what = 'the decay of the last WSD.decay_fraction begins'
+    case cfg.TwoStage(switch_fraction=fraction):
+      begins, what = round(fraction * num_steps), 'TwoStage.switch_fraction ends the first stage'
+  if warmup > begins:
+    raise UserError(
+        f'{name}.warmup_steps = {warmup} goes on beyond step {begins} of {num_steps}, where '
+        f'{what}: set a shorter warm-up, or make the run longer.')
+
+
 def learning_rate(schedule: cfg.Schedule, num_steps: int) -> Schedule:
-  """The learning rate of `schedule` over a run of `num_steps`."""
+  """The learning rate of `schedule` over a run of `num_steps`.
+
+  Raises:
+    UserError: warm-up and decay overlap.
+  """
+  check_schedule(schedule, num_steps)
   match schedule:
     case cfg.Constant(peak, warmup):
       after = optax.constant_schedule(peak)

@@ -34,6 +34,7 @@ def train(run: cfg.Run, workdir: Path, resolved_text: str) -> None:
     UserError: a mistake in settings or files, a full disk, a non-finite loss.
   """
   # --- Open ---------------------------------------------------------------------
+  optim.check_schedule(run.optimizer.schedule, run.train.num_steps)
   sessions.claim_workdir(workdir, resolved_text)
   session = sessions.open_session(run, workdir, resolved_text)
   optimizer = optim.make_optimizer(run.optimizer, run.train.num_steps)

@@ -54,6 +54,7 @@ def train(run: cfg.Run, workdir: Path, resolved_text: str) -> None:
   # --- Open ---------------------------------------------------------------------
   method = run.objective
   assert not isinstance(method, cfg.NextToken)
+  optim.check_schedule(run.optimizer.schedule, run.train.num_steps * method.algorithm.updates)
   start = evaluate.load_policy(Path(method.start_from), mesh=run.mesh)
   _check_start(run, method.start_from, start)
   held_out.check(run, start.session.run)
@@ -75,7 +76,8 @@ def train(run: cfg.Run, workdir: Path, resolved_text: str) -> None:
         session, checkpointer, abstract,
         lambda: states.state_of(start.params, optimizer, abstract, new_method))
     stages = Stages(session, task, start.params, optimizer, method.rollouts, method.algorithm)
-    turn = _Turn(0, None) if saved is None else _resumed(saved, digest, task, method, stages, state)
+    turn = (_Turn(0, None) if saved is None else
+            _resumed(saved, digest, task, run, method, stages, state))
     first = int(state.step)
     writer = metrics.Writer(workdir, resume_step=first or -1, num_steps=run.train.num_steps,
                             tensorboard=run.train.tensorboard, log_every=run.train.log_every)
@@ -101,7 +103,7 @@ def train(run: cfg.Run, workdir: Path, resolved_text: str) -> None:
         if is_last or stop.signal_name or (step + 1) % run.checkpoint.every == 0:
           recorder.flush()
           position = {'step': step + 1, 'batches': turn.batch, 'start': digest,
-                      'task': task.digest}
+                      'task': task.digest, **order_identity(run)}
           checkpointer.save(step + 1, _with_pending(state, turn),
                             sessions.checkpoint_extras(session, position))
           recorder.restart_clock()
@@ -179,13 +181,35 @@ def _digest(params: Params) -> str:
   return hashlib.sha256(json.dumps(checksum(params), sort_keys=True).encode()).hexdigest()
 
 
-def _resumed(saved: dict[str, Any], digest: str, task: Task, method: cfg.RL | cfg.RPT,
-             stages: Stages, state: TrainState) -> _Turn:
+def order_identity(run: cfg.Run) -> dict[str, int]:
+  """Settings that, with the prompts, decide which prompts a batch's number stands for.
+
+  With another seed every epoch has another order, and with other sizes of a step another place
+  in it: going on would leave some prompts out and ask others twice.
+  """
+  match run.objective:
+    case cfg.NextToken():
+      raise TypeError('the order of pretraining is the loader\'s')
+    case cfg.RPT(rollouts=rollouts, positions_per_document=shared):
+      return {'Run.seed': run.seed, 'Rollouts.num_prompts': rollouts.num_prompts,
+              'RPT.positions_per_document': shared}
+    case cfg.RL(rollouts=rollouts):
+      return {'Run.seed': run.seed, 'Rollouts.num_prompts': rollouts.num_prompts}
+
+
+def _resumed(saved: dict[str, Any], digest: str, task: Task, run: cfg.Run,
+             method: cfg.RL | cfg.RPT, stages: Stages, state: TrainState) -> _Turn:
   """Where a checkpoint stands among the batches, with the rollouts it had drawn ahead.
 
   Raises:
-    UserError: the start policy or the prompts are not those that the run began with.
+    UserError: the start policy, the prompts or their order are not those that the run began with.
   """
+  for name, value in order_identity(run).items():
+    # Checkpoints from before these were recorded have none of them.
+    if saved.get(name, value) != value:
+      raise UserError(f'The checkpoint was made with {name} = {saved[name]!r}, this run has '
+                      f'{value!r}, which would ask some prompts twice and others not at all: '
+                      f'resume with {name} = {saved[name]!r}, or use a new --workdir.')
   if saved['start'] != digest:
     raise UserError(f'The policy in {method.start_from} is not the one that this run started '
                     'from: put it back, or use a new --workdir.')

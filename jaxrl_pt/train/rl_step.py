@@ -38,7 +38,9 @@ def make_sampler(model: Model, seed: int, rollouts: cfg.Rollouts, stop_id: int) 
   """sample(params, prompts, batch, version, prefilled) → Rollout.
 
   The noise is addressed by (seed, batch, prompt id, sample, position): the batch's number is in
-  it so that a prompt met again in a later epoch draws anew.
+  it so that a prompt met again in a later epoch draws anew. A prompt that stands in a batch
+  more than once goes on with further samples: its k-th occurrence (from 0) has samples
+  k · G … (k + 1) · G − 1.
 
   Args:
     model: of the sampler.
@@ -54,7 +56,8 @@ def make_sampler(model: Model, seed: int, rollouts: cfg.Rollouts, stop_id: int) 
     return decode.generate(
         model, params, prompts, key, sampler=rollouts.sampler, num_samples=rollouts.group_size,
         num_tokens=rollouts.response_tokens, stop_id=stop_id, version=version,
-        prefilled=prefilled)
+        prefilled=prefilled,
+        first_samples=decode.occurrences(prompts.ids) * rollouts.group_size)
 
   return sample
 

@@ -167,6 +167,23 @@ def test_steps_go_through_the_table_once_an_epoch():
   assert sorted(nt.step_rows(3, 6, seed=0, step=0)) == [0, 0, 1, 1, 2, 2]
 
 
+@pytest.mark.parametrize('num_rows, num_prompts', [
+    (5, 8), (8, 5), (10, 4), (7, 6), (7, 7), (6, 12), (5, 23), (100, 64), (1, 3), (2, 3)])
+def test_a_step_repeats_no_row_while_others_are_left(num_rows, num_prompts):
+  steps = [nt.step_rows(num_rows, num_prompts, 3, s) for s in range(40)]
+  for rows in steps:
+    for start in range(0, num_prompts, num_rows):
+      part = rows[start:start + num_rows]
+      assert len(set(part)) == len(part)
+  # Every epoch has each row once all the same, and a step is what it is whatever came before.
+  flat = np.concatenate(steps)
+  for start in range(0, len(flat) - num_rows + 1, num_rows):
+    assert sorted(flat[start:start + num_rows]) == list(range(num_rows))
+  nt._order.cache_clear()
+  for s in (31, 7, 38):
+    np.testing.assert_array_equal(nt.step_rows(num_rows, num_prompts, 3, s), steps[s])
+
+
 def test_table_is_scored_once_and_again_when_anything_changes(tmp_path):
   path, calls = tmp_path / 'sub' / 'positions.npz', []
 

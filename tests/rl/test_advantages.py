@@ -2,6 +2,7 @@
 
 import itertools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -134,6 +135,35 @@ def test_equal_rewards_teach_nothing():
     lengths = jnp.arange(1.0, 17).reshape(2, 8)
     np.testing.assert_array_equal(adv.group_normalised(reward, jnp.ones((2, 8))), 0)
     np.testing.assert_array_equal(adv.length_weighted(reward, lengths, jnp.ones((2, 8))), 0)
+
+
+VALUES = [0.1, 0.7, -4.21, 1 / 3, 12345.67, -1e-3, 1e-20, 3e30]
+EVERY = {
+    'grpo': lambda reward, lengths, valid: adv.group_normalised(reward, valid),
+    'dr_grpo': lambda reward, lengths, valid: adv.mean_centred(reward, valid),
+    'rloo': lambda reward, lengths, valid: adv.leave_one_out(reward, valid),
+    'opo': adv.length_weighted, 'opo_leave_one_out': adv.length_weighted_leave_one_out,
+    'opo_batch': adv.length_weighted_batch}
+
+
+@pytest.mark.parametrize('name', EVERY)
+def test_equal_rewards_of_any_value_are_exactly_no_advantage(name):
+  """A mean of equal numbers is off by a rounding, which the standard deviation, being made of
+  the same rounding, would bring to the size of a real advantage. Under jit."""
+  function = jax.jit(EVERY[name])
+  for seed, value in enumerate([*VALUES, *np.arange(-99, 100, 7) / 100]):
+    _, lengths, valid = draw(seed, (6, 8))
+    for counted in (valid, np.ones_like(valid)):
+      reward = np.where(counted > 0, np.float32(value), np.float32(np.nan))
+      np.testing.assert_array_equal(function(reward, lengths, counted), 0)
+      # The last place of a sum in another order is no signal either.
+      near = np.where(lengths > 9, np.nextafter(reward, np.float32(np.inf)), reward)
+      np.testing.assert_array_equal(function(near, lengths, counted), 0)
+
+
+def test_a_small_difference_is_an_advantage():
+  got = adv.group_normalised(jnp.array([[0.7, 0.7, 0.7, 0.7001]]), ONES)
+  np.testing.assert_allclose(got, [[-0.49, -0.49, -0.49, 1.47]], rtol=2e-2)
 
 
 def test_invalid_rows_take_no_part():

@@ -65,3 +65,12 @@ def test_a_sequence_weight_without_truncation_restores_the_expectation():
   assert got == pytest.approx(expected, rel=1e-5)
   assert jnp.all(corrections.sequence_truncated(
       token_logs(trainer), token_logs(sampler), np.ones((1, 4, 2), np.float32), 1.0) <= 1)
+
+
+@pytest.mark.parametrize('cap', [1.0, 2.0, 1e30, 1e300])
+def test_no_cap_lets_a_weight_overflow(cap):
+  far = np.array([[[-1e30, -89.0, 89.0], [1e4, 1e30, 1e30]]], np.float32)
+  for weights in (corrections.token_truncated(far, 0 * far, MASK, cap),
+                  corrections.sequence_truncated(far, 0 * far, MASK, cap),
+                  corrections.rejected(far, 0 * far, MASK, 1e-300, cap)):
+    assert np.isfinite(weights).all() and (weights[0, 1, 2] == 0).all()

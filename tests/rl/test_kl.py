@@ -50,3 +50,11 @@ def test_what_each_descends_in_a_loss(estimator, divergence):
     return (PROBABILITY * estimator(jax.nn.log_softmax(logits), REFERENCE)).sum()
 
   np.testing.assert_allclose(jax.grad(loss)(LOGITS), jax.grad(divergence)(LOGITS), atol=1e-6)
+
+
+@pytest.mark.parametrize('distance', [-1e30, -1e4, -89.0, -21.0, 21.0, 89.0, 1e4, 1e30])
+def test_k3_of_policies_however_far_apart_is_finite(distance):
+  value, gradient = jax.value_and_grad(kl.k3)(jnp.float32(distance), jnp.float32(0.0))
+  assert np.isfinite(value) and value > 19.9
+  # No gradient beyond the bound of e^u; where e^u vanishes it is that of −u.
+  assert gradient == (distance > 0)

@@ -139,6 +139,39 @@ def test_at_one_step_per_batch_all_share_the_gradient(name, aggregate):
   assert float((surrogate(NEW).clipped * mask).sum()) == 0
 
 
+FAR = np.array([-1e25, -1e4, -89.0, -21.0, 0.0, 21.0, 89.0, 1e4, 1e25], np.float32)
+
+
+@pytest.mark.parametrize('name', ['ppo', 'dual', 'gspo', 'cispo'])
+@pytest.mark.parametrize('sign', [1.0, -1.0])
+def test_however_far_apart_the_policies_are_nothing_overflows(name, sign):
+  """exp of a log ratio above 88 is infinite, and a `where` behind it leaves a NaN gradient."""
+  old = jnp.zeros((1, len(FAR), 1))
+  ones = jnp.full(old.shape, sign)
+  call = {
+      'ppo': lambda logp: obj.ppo_clip(logp, old, ones, low=0.2, high=0.2),
+      'dual': lambda logp: obj.dual_clip(logp, old, ones, low=0.2, high=0.2, bound=3.0),
+      'gspo': lambda logp: obj.gspo(logp, old, ones, jnp.ones_like(old), low=0.2, high=0.2),
+      'cispo': lambda logp: obj.cispo(logp, old, ones, low=1.0, high=1e30)}[name]
+  logp = jnp.asarray(FAR)[None, :, None]
+  terms, pull_back = jax.vjp(lambda x: call(x).terms, logp)
+  gradient, = pull_back(jnp.ones_like(terms))
+  assert np.isfinite(terms).all() and np.isfinite(gradient).all()
+  far = np.abs(FAR) > 20
+  np.testing.assert_array_equal(call(logp).beyond[0, :, 0], far)
+  if name != 'cispo':  # Whose weight is a constant: a token keeps its gradient.
+    np.testing.assert_array_equal(gradient[0, far, 0], 0)
+    np.testing.assert_allclose(terms[0, FAR == 0, 0], -sign)
+
+
+def test_the_ratio_of_a_token_that_was_all_but_impossible():
+  """logp 0, old −89, A = 1: clipped to 1.2, and no gradient."""
+  zeros, ones = jnp.zeros((1, 1, 1)), jnp.ones((1, 1, 1))
+  call = lambda logp: obj.ppo_clip(logp, zeros - 89, ones, low=0.2, high=0.2)
+  np.testing.assert_allclose(call(zeros).terms, -1.2, rtol=1e-6)
+  np.testing.assert_array_equal(jax.grad(lambda x: call(x).terms.sum())(zeros), 0)
+
+
 def test_no_gradient_reaches_the_old_policy_or_the_advantage():
   for call in (
       lambda old, a: obj.ppo_clip(NEW, old, a, low=0.2, high=0.2),
@@ -187,6 +220,7 @@ def test_gap():
   gap = obj.trainer_sampler_gap(LOGP, sampler, MASK)
   np.testing.assert_allclose(gap.mean(), (2 + 3 + 1) / 3, rtol=1e-6)
   np.testing.assert_allclose(obj.trainer_sampler_gap(LOGP, LOGP, MASK).mean(), 1)
+  assert np.isfinite(obj.trainer_sampler_gap(LOGP - 1e30, LOGP, MASK).mean())
 
 
 def test_zero_advantage_groups():

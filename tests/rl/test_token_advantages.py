@@ -39,11 +39,28 @@ def test_whiten():
   kept = got[mask > 0]
   np.testing.assert_allclose([kept.mean(), kept.std(ddof=1)], [0, 1], atol=1e-5)
   np.testing.assert_array_equal(got[mask == 0], 0)
-  np.testing.assert_allclose(adv.whiten(np.full_like(values, 3.0), mask), 0, atol=1e-2)
   # By hand: 1 and 3 have mean 2 and unbiased variance 2.
   np.testing.assert_allclose(adv.whiten(jnp.array([[[1.0, 3.0, 9.0]]]),
                                         jnp.array([[[1.0, 1.0, 0.0]]])),
                              [[[-0.5**0.5, 0.5**0.5, 0]]], rtol=1e-6)
+
+
+@pytest.mark.parametrize('value', [0.1, 0.7, -4.21, 1 / 3, 12345.67, 1e-20, 3e30])
+def test_equal_rewards_of_any_value_are_exactly_no_advantage(value):
+  """However many tokens and whatever stands where no token counts; under jit."""
+  random = np.random.default_rng(0)
+  mask = (random.random((5, 8, 33)) < 0.7).astype(np.float32)
+  valid = mask.any(-1).astype(np.float32)
+  reward = np.full((5, 8), value, np.float32)
+  logp = -random.random(mask.shape).astype(np.float32)
+  rewards = adv.terminal_rewards(reward, mask)
+  for function in (
+      lambda: adv.whiten(jnp.where(mask > 0, jnp.float32(value), jnp.nan), mask),
+      lambda: adv.reinforce_plus_plus(rewards, mask, 1.0),
+      lambda: adv.reinforce_plus_plus_baseline(reward, mask, valid),
+      lambda: adv.whiten(adv.generalised(rewards, 0 * mask, mask, 1.0, 1.0)[0], mask),
+      lambda: adv.optimal_token_baseline(rewards, logp, 0 * mask, mask)):
+    np.testing.assert_array_equal(jax.jit(function)(), 0)
 
 
 def test_reinforce_plus_plus_by_hand():

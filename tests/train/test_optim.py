@@ -1,11 +1,14 @@
 """Schedules against their definitions, and the optimiser against a plain AdamW."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxrl_pt import config as cfg
+from jaxrl_pt.errors import UserError
 from jaxrl_pt.train import optim
 
 
@@ -31,6 +34,25 @@ def test_wsd_is_flat_then_linear():
   assert at(schedule, 100, 10) == at(schedule, 100, 79) == pytest.approx(1.0)
   assert at(schedule, 100, 90) == pytest.approx(0.5)
   assert at(schedule, 100, 100) == pytest.approx(0.0)
+
+
+@pytest.mark.parametrize('schedule, num_steps, message', [
+    (cfg.WSD(1e-3, warmup_steps=900), 1000, 'WSD.warmup_steps = 900 goes on beyond step 800'),
+    (cfg.WSD(1e-3, warmup_steps=801), 1000, 'beyond step 800 of 1000'),
+    (cfg.WSD(1e-3, warmup_steps=1, decay_fraction=1.0), 50, 'beyond step 0'),
+    (cfg.WSD(1e-3, warmup_steps=50, decay_fraction=0.0), 50, 'beyond step 49'),
+    (cfg.Cosine(1e-3, warmup_steps=50), 50, 'beyond step 49 of 50'),
+    (cfg.TwoStage(1e-3, 5e-4, warmup_steps=51), 100, 'beyond step 50'),
+    (cfg.Constant(1e-3, warmup_steps=11), 10, 'beyond step 10')])
+def test_a_warm_up_that_runs_into_what_follows_is_refused(schedule, num_steps, message):
+  with pytest.raises(UserError, match=message):
+    optim.learning_rate(schedule, num_steps)
+  # One step before, the rate rises to its peak and nowhere drops by more than its own schedule.
+  at_the_edge = dataclasses.replace(
+      schedule, warmup_steps=int(message.rpartition('step ')[2].split()[0]))
+  rate = optim.learning_rate(at_the_edge, num_steps)
+  if at_the_edge.warmup_steps:
+    assert float(rate(at_the_edge.warmup_steps - 1)) == pytest.approx(1e-3)
 
 
 def test_two_stage_jumps_between_two_full_length_decays():

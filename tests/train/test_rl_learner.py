@@ -11,6 +11,7 @@ import pytest
 from jaxrl_pt import config as cfg
 from jaxrl_pt import params as P
 from jaxrl_pt.models import transformer
+from jaxrl_pt.sampling import decode
 from jaxrl_pt.train import algorithm, learner, optim, rl_step
 from jaxrl_pt.train import state as states
 from jaxrl_pt.types import Prompts, Rollout, TrainState, Verdict
@@ -107,6 +108,26 @@ def test_the_forward_pass_is_not_shared_where_the_learner_needs_another():
     assert rl_step.share(MODEL, PARAMS, PROMPTS, accumulation, method) is None
 
 
+# --- What is drawn ---------------------------------------------------------------
+
+
+def test_a_prompt_that_stands_in_a_batch_again_draws_further_samples():
+  """Not the same ones: two groups of equal responses would count one draw twice."""
+  run = make_run(cfg.Algorithm())
+  sample = quick_jit(rl_step.make_sampler(MODEL, 1, run.objective.rollouts, stop_id=0))
+  again = lambda x: jnp.concatenate([x[:1], x[:2], x[:1]])
+  repeated = dataclasses.replace(PROMPTS, tokens=again(PROMPTS.tokens),
+                                 lengths=again(PROMPTS.lengths), ids=again(PROMPTS.ids))
+  got = sample(PARAMS, repeated, jnp.int32(0), jnp.int32(0)).tokens
+  np.testing.assert_array_equal(got[[0, 2]], drawn().tokens[:2])  # As if nothing were repeated.
+  key = jax.random.fold_in(jax.random.key(1), 0)
+  more = quick_jit(functools.partial(
+      decode.generate, MODEL, sampler=cfg.Sampler(), num_samples=3 * G, num_tokens=S, stop_id=0))(
+          PARAMS, PROMPTS, key=key).tokens[0]
+  np.testing.assert_array_equal(got[jnp.asarray([0, 1, 3])].reshape(3 * G, S), more)
+  assert (got[0] != got[1]).any() and (got[1] != got[3]).any() and (got[0] != got[3]).any()
+
+
 # --- Methods --------------------------------------------------------------------
 
 PARTS = {'aggregation': cfg.SequenceMeanTokenMean(), 'advantage': cfg.RLOO()}
@@ -157,6 +178,46 @@ def test_every_advantage_prefers_what_was_rewarded(advantage):
                           & np.asarray(batch.verdict.valid > 0)] for c in (1, 0))
   assert right.sum() > 0 > wrong.sum()
   assert (returns != 0).any() == isinstance(advantage, cfg.GAE)
+
+
+@pytest.mark.parametrize('value', [0.1, -4.21])
+@pytest.mark.parametrize('advantage', ADVANTAGES, ids=lambda a: type(a).__name__)
+def test_equal_rewards_of_any_value_leave_the_policy_alone(advantage, value):
+  """Not by a rounding; what is not judged may have earned anything."""
+  method = cfg.Algorithm(advantage=advantage)
+  batch = experience()
+  verdict = dataclasses.replace(batch.verdict, reward=jnp.where(batch.verdict.valid > 0, value, 9))
+  if isinstance(advantage, cfg.GAE):  # The value head learns from equal rewards; the policy not.
+    lone = algorithm.token_advantage(
+        dataclasses.replace(method, advantage=cfg.GAE(lam=1.0)), verdict.reward, batch.rollout,
+        batch.rollout.mask * verdict.valid[..., None], verdict.valid, batch.reference_logp, None,
+        jnp.zeros((N, G, S)))[0]
+    np.testing.assert_array_equal(lone, 0)
+    return
+  state, metrics = learn(method, dataclasses.replace(batch, verdict=verdict))
+  assert metrics['zero_advantage_groups'] == 1 and metrics['grad_norm'] == 0
+  for new, old in zip(jax.tree.leaves(state.params), jax.tree.leaves(PARAMS), strict=True):
+    np.testing.assert_array_equal(new, old)
+
+
+@pytest.mark.parametrize('method', [
+    cfg.Algorithm(surrogate=cfg.PPOClip(), epochs=2, correction=cfg.NoCorrection()),
+    cfg.Algorithm(surrogate=cfg.DualClip(), epochs=2),
+    cfg.Algorithm(surrogate=cfg.GSPO(), epochs=2),
+    cfg.Algorithm(surrogate=cfg.CISPO(), epochs=2, correction=cfg.TokenTIS(1e30)),
+    cfg.Algorithm(correction=cfg.SequenceTIS(1e30)), cfg.Algorithm(kl=cfg.KLInLoss(0.1, 'k3')),
+    cfg.Algorithm(kl=cfg.KLInReward(0.1, 'k3'))], ids=str)
+def test_one_impossible_token_costs_its_own_gradient_and_is_counted(method):
+  """log ratios of ±100 on one token of one response; infinite ratios made the batch NaN."""
+  for far in (100.0, -100.0):
+    batch = experience(reference_logp=drawn().logp.at[0, 0, 0].add(far))
+    logp = drawn().logp.at[0, 0, 0].add(far)
+    batch = dataclasses.replace(batch, rollout=dataclasses.replace(batch.rollout, logp=logp))
+    state, metrics = learn(method, batch)
+    assert metrics['nonfinite'] == 0 and np.isfinite(list(metrics.values())).all()
+    assert (state.params['embed'] != PARAMS['embed']).any()
+    in_ratio = method.kl == cfg.NoKL() or far > 0  # k3 grows on one side alone.
+    assert (metrics['bounded_ratios'] > 0) == in_ratio
 
 
 def test_kl_in_the_reward_is_taken_from_it():
