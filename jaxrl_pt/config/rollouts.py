@@ -150,6 +150,9 @@ class Rollouts:
 
   prompt_len, response_tokens: most tokens of a prompt and of a response.
   dump_every: steps between rollouts kept in the work directory, for replay; 0 keeps none.
+  mismatch_gate: a step whose sampler–trainer mismatch, mean exp|log π_train − log π_sampler|, is
+  above stops the run and leaves its worst responses in the work directory; 0 switches it off.
+  One step off-policy there is no gate: what differs is the policy.
   """
 
   num_prompts: int = 32
@@ -160,6 +163,7 @@ class Rollouts:
   mode: Mode = field(default_factory=OnPolicy)
   selection: Selection = field(default_factory=AllGroups)
   dump_every: int = 0
+  mismatch_gate: float = 1.05
 
   def __post_init__(self) -> None:
     for name in ('num_prompts', 'group_size', 'prompt_len', 'response_tokens'):
@@ -168,6 +172,14 @@ class Rollouts:
     checks.instance(self, 'mode', *get_args(Mode))
     checks.instance(self, 'selection', *get_args(Selection))
     checks.integer(self, 'dump_every', 0)
+    checks.number(self, 'mismatch_gate', 0.0)
+    if 0 < self.mismatch_gate < 1:
+      checks.fail(self, 'mismatch_gate', 'at least 1, where both agree, or 0 for no gate')
     if self.mode == OneStepOff() and self.selection != AllGroups():
       raise UserError('Rollouts.selection = @cfg.DynamicSampling() draws until it has what it '
                       'needs, which @cfg.OneStepOff() cannot foresee: choose @cfg.OnPolicy().')
+
+  @property
+  def is_gated(self) -> bool:
+    """Whether a mismatch can stop the run."""
+    return self.mismatch_gate > 0 and self.mode == OnPolicy()

@@ -30,6 +30,9 @@ from jaxrl_pt.train.state import ValueHead, value_optimizer
 from jaxrl_pt.types import Array, Params, Prompts, Rollout, TrainState, Verdict, Weighted
 
 Metrics = dict[str, Weighted]
+# The one metric that is no number: f32[N, G, S] log-probabilities of the trainer, for rows whose
+# count is not 0. Whoever asked for it takes it out before the others go on.
+BY_TOKEN = 'trainer_logp'
 
 
 @struct.dataclass
@@ -55,6 +58,8 @@ class Lesson:
   advantage: Array  # f32[N, G, S]
   returns: Array  # f32[N, G, S] targets of the value head; not read without one
   weights: Array  # f32[N, G, S] of the aggregation: the loss is Σ weights · terms
+  rows: Any = ()  # i32[N] their places in the batch if `BY_TOKEN` is to be measured, else ()
+  num_rows: int = struct.field(pytree_node=False, default=0)  # of the whole batch; read with rows
 
 
 class Shared(NamedTuple):
@@ -79,7 +84,7 @@ def shares(accumulation: int, method: cfg.Algorithm) -> bool:
 
 
 def make_learner(model: Model, optimizer: optax.GradientTransformation, run: cfg.Run,
-                 rollouts: cfg.Rollouts, method: cfg.Algorithm) -> Learn:
+                 rollouts: cfg.Rollouts, method: cfg.Algorithm, *, by_token: bool = False) -> Learn:
   """learn(state, experience, shared) → (state, metrics). Jit it with the state donated.
 
   A loss or gradient that is not finite leaves the state as it was, its step included, and
@@ -91,6 +96,7 @@ def make_learner(model: Model, optimizer: optax.GradientTransformation, run: cfg
     run: its compute, schedule and accumulation are read.
     rollouts: how the batch was drawn.
     method: what is learned from it.
+    by_token: whether `BY_TOKEN`, of the first update, is among the metrics.
   """
   schedule = optim.learning_rate(run.optimizer.schedule, run.train.num_steps * method.updates)
   update = _make_update(model, optimizer, run, rollouts.sampler, method)
@@ -102,7 +108,10 @@ def make_learner(model: Model, optimizer: optax.GradientTransformation, run: cfg
     mask = experience.rollout.mask * verdict.valid[..., None]
     reward, gate, shaping_metrics = algorithm.shape_reward(method.shaping, verdict, mask.sum(-1),
                                                            state.method.gate)
+    num_rows = mask.shape[0] if by_token else 0
     lesson, measures = _prepare(model, state, experience, reward, mask, run, rollouts, method)
+    if num_rows:
+      lesson = dataclasses.replace(lesson, rows=jnp.arange(num_rows), num_rows=num_rows)
     new, values, first = _updates(update, state, lesson, method, shared)
     finite = values['nonfinite'].sum == 0
     new = dataclasses.replace(new, step=state.step + 1,
@@ -110,8 +119,8 @@ def make_learner(model: Model, optimizer: optax.GradientTransformation, run: cfg
     new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
     # Of the first update: the later ones move away from the sampler on purpose. A policy that
     # is a step older than the learner's is stale, which is no fault of the arithmetic.
-    gap = 'gap' if rollouts.mode == cfg.OnPolicy() else 'staleness'
-    return new, {**values, gap: first,
+    name = 'gap' if rollouts.mode == cfg.OnPolicy() else 'staleness'
+    return new, {**values, name: first.pop('gap'), **first,
                  'learning_rate': Weighted.single(schedule(state.step * method.updates)),
                  **_rollout_metrics(experience, reward), **measures, **shaping_metrics}
 
@@ -170,15 +179,16 @@ def _split(lesson: Lesson, parts: int) -> Any:
 
 def _updates(update: Callable[..., tuple[TrainState, Metrics]], state: TrainState,
              lesson: Lesson, method: cfg.Algorithm, shared: Shared | None
-             ) -> tuple[TrainState, Metrics, Weighted]:
-  """All updates of a batch, their metrics added up, and the first one's gap."""
+             ) -> tuple[TrainState, Metrics, Metrics]:
+  """All updates of a batch, their metrics added up, and the first one's distance to the sampler."""
+  names = ('gap', BY_TOKEN) if lesson.num_rows else ('gap',)
   if method.updates == 1:
     state, values = update(state, lesson, shared)
-    return state, values, values.pop('gap')
+    return state, values, {name: values.pop(name) for name in names}
   passes = [_split(lesson, method.minibatches)] * method.epochs
   parts = jax.tree.map(lambda *x: jnp.concatenate(x), *passes)
   state, every = jax.lax.scan(update, state, parts)
-  first = jax.tree.map(lambda x: x[0], every.pop('gap'))
+  first = jax.tree.map(lambda x: x[0], {name: every.pop(name) for name in names})
   return state, jax.tree.map(lambda x: x.sum(0), every), first
 
 
@@ -261,6 +271,9 @@ def make_loss(model: Model, sampler: cfg.Sampler, method: cfg.Algorithm, loss_ch
       terms -= method.entropy_coef * scores.entropy
     total = (lesson.weights * terms).sum()
     measured: Metrics = {}
+    if lesson.num_rows:
+      of_batch = lambda x: jnp.zeros((lesson.num_rows, *x.shape[1:])).at[lesson.rows].set(x)
+      measured[BY_TOKEN] = Weighted(of_batch(jax.lax.stop_gradient(logp)), of_batch(mask))
     if isinstance(method.advantage, cfg.GAE):
       # Under its own optimizer, whose step does not depend on the scale of the gradient.
       error = 0.5 * jnp.square(_values(head, jax.lax.stop_gradient(hidden)) - lesson.returns)

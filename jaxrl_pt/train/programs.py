@@ -62,15 +62,16 @@ def fused_step(run: cfg.Run, mesh: Mesh, optimizer: optax.GradientTransformation
                verify: DeviceVerifier, stop_id: int) -> Any:
   """The jitted step(state, start policy, prompts): sampler, verifier and learner in one."""
   model = sessions.build_model(run.model, run.compute, mesh)
-  return jax.jit(rl_step.make_fused_step(model, optimizer, run, verify, stop_id),
-                 donate_argnums=0)
+  return jax.jit(rl_step.make_fused_step(model, optimizer, run, verify, stop_id,
+                                         by_token=_is_gated(run)), donate_argnums=0)
 
 
 def rlp_step(run: cfg.Run, mesh: Mesh, optimizer: optax.GradientTransformation,
              markers: rlp.Markers) -> Any:
   """The jitted step(state, start policy, prompts) of RLP."""
   model = sessions.build_model(run.model, run.compute, mesh)
-  return jax.jit(rlp.make_step(model, optimizer, run, markers), donate_argnums=0)
+  return jax.jit(rlp.make_step(model, optimizer, run, markers, by_token=_is_gated(run)),
+                 donate_argnums=0)
 
 
 def sampler(run: cfg.Run, mesh: Mesh, rollouts: cfg.Rollouts, stop_id: int) -> Any:
@@ -83,8 +84,8 @@ def learner_step(run: cfg.Run, mesh: Mesh, optimizer: optax.GradientTransformati
                  rollouts: cfg.Rollouts, algorithm: cfg.Algorithm) -> Any:
   """The jitted learn(state, experience) → (state, metrics); the state is donated."""
   model = sessions.build_model(run.model, run.compute, mesh)
-  return jax.jit(learner.make_learner(model, optimizer, run, rollouts, algorithm),
-                 donate_argnums=0)
+  return jax.jit(learner.make_learner(model, optimizer, run, rollouts, algorithm,
+                                      by_token=rollouts.is_gated), donate_argnums=0)
 
 
 def reference(run: cfg.Run, mesh: Mesh, rollouts: cfg.Rollouts) -> Any:
@@ -104,6 +105,10 @@ def hand_over(run: cfg.Run, mesh: Mesh) -> Callable[[Params, int], Params]:
   model = sessions.build_model(run.model, run.compute, mesh)
   give = handover.make_hand_over(model, mesh, _packed(run), run.compute.dtype)
   return lambda params, version: give(params, version).params
+
+
+def _is_gated(run: cfg.Run) -> bool:
+  return not isinstance(run.objective, cfg.NextToken) and run.objective.rollouts.is_gated
 
 
 def _packed(run: cfg.Run) -> bool:

@@ -30,7 +30,16 @@ from jaxrl_pt.checkpoint import Checkpointer
 from jaxrl_pt.checksum import checksum
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.models.base import Model
-from jaxrl_pt.train import evaluate, held_out, optim, problem_task, programs, rollouts, rpt
+from jaxrl_pt.train import (
+  evaluate,
+  held_out,
+  mismatch,
+  optim,
+  problem_task,
+  programs,
+  rollouts,
+  rpt,
+)
 from jaxrl_pt.train import session as sessions
 from jaxrl_pt.train import state as states
 from jaxrl_pt.train.interrupt import stop_on_signals
@@ -76,8 +85,10 @@ def train(run: cfg.Run, workdir: Path, resolved_text: str) -> None:
         session, checkpointer, abstract,
         lambda: states.state_of(start.params, optimizer, abstract, new_method))
     stages = Stages(session, task, start.params, optimizer, method.rollouts, method.algorithm)
-    turn = (_Turn(0, None) if saved is None else
-            _resumed(saved, digest, task, run, method, stages, state))
+    turn = _Turn(0, None)
+    if saved is not None:
+      check_order(saved, run)
+      turn = _resumed(saved, digest, task, method, stages, state)
     first = int(state.step)
     writer = metrics.Writer(workdir, resume_step=first or -1, num_steps=run.train.num_steps,
                             tensorboard=run.train.tensorboard, log_every=run.train.log_every)
@@ -92,7 +103,8 @@ def train(run: cfg.Run, workdir: Path, resolved_text: str) -> None:
       # --- Train ------------------------------------------------------------------
       for step in range(first, run.train.num_steps):
         state, turn, done = _step(stages, state, turn, step, method, run.train.log_every)
-        recorder.dispatched(step + 1, done.values, done.drawn.ids, programs.num_tokens(run))
+        recorder.dispatched(step + 1, done.values, done.drawn.ids, programs.num_tokens(run),
+                            mismatch.gate(session, method.rollouts, checkpointer, step + 1, done))
         recorder.time(stages.finish(state, done))
         if method.rollouts.dump_every and (step + 1) % method.rollouts.dump_every == 0:
           rollouts.dump(workdir / rollouts.FOLDER, step + 1, done, session.data.tokenizer)
@@ -197,12 +209,11 @@ def order_identity(run: cfg.Run) -> dict[str, int]:
       return {'Run.seed': run.seed, 'Rollouts.num_prompts': rollouts.num_prompts}
 
 
-def _resumed(saved: dict[str, Any], digest: str, task: Task, run: cfg.Run,
-             method: cfg.RL | cfg.RPT, stages: Stages, state: TrainState) -> _Turn:
-  """Where a checkpoint stands among the batches, with the rollouts it had drawn ahead.
+def check_order(saved: dict[str, Any], run: cfg.Run) -> None:
+  """Refuses to go on with other prompts than the checkpoint's batch numbers stand for.
 
   Raises:
-    UserError: the start policy, the prompts or their order are not those that the run began with.
+    UserError: another seed, or other sizes of a step.
   """
   for name, value in order_identity(run).items():
     # Checkpoints from before these were recorded have none of them.
@@ -210,6 +221,15 @@ def _resumed(saved: dict[str, Any], digest: str, task: Task, run: cfg.Run,
       raise UserError(f'The checkpoint was made with {name} = {saved[name]!r}, this run has '
                       f'{value!r}, which would ask some prompts twice and others not at all: '
                       f'resume with {name} = {saved[name]!r}, or use a new --workdir.')
+
+
+def _resumed(saved: dict[str, Any], digest: str, task: Task, method: cfg.RL | cfg.RPT,
+             stages: Stages, state: TrainState) -> _Turn:
+  """Where a checkpoint stands among the batches, with the rollouts it had drawn ahead.
+
+  Raises:
+    UserError: the start policy or the prompts are not those that the run began with.
+  """
   if saved['start'] != digest:
     raise UserError(f'The policy in {method.start_from} is not the one that this run started '
                     'from: put it back, or use a new --workdir.')

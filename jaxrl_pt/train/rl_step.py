@@ -77,7 +77,8 @@ def reference_if_read(model: Model, params: Params, prompts: Prompts, rollout: R
 
 
 def make_fused_step(model: Model, optimizer: optax.GradientTransformation, run: cfg.Run,
-                    verify: DeviceVerifier, stop_id: int = decode.NO_STOP) -> FusedStep:
+                    verify: DeviceVerifier, stop_id: int = decode.NO_STOP, *,
+                    by_token: bool = False) -> FusedStep:
   """step(state, start policy, prompts) → (state, metrics, rollout, verdict); the state donated.
 
   A loss or gradient that is not finite leaves the state as it was, its step included, and
@@ -88,6 +89,7 @@ def make_fused_step(model: Model, optimizer: optax.GradientTransformation, run: 
     run: its objective is one of reinforcement learning, on-policy.
     verify: judges on the device.
     stop_id: the token that ends a response.
+    by_token: as in `learner.make_learner`.
 
   Raises:
     TypeError: `run.objective` is pretraining's.
@@ -96,7 +98,8 @@ def make_fused_step(model: Model, optimizer: optax.GradientTransformation, run: 
   if isinstance(method, cfg.NextToken):
     raise TypeError('make_fused_step needs an objective of reinforcement learning, not NextToken')
   sample = make_sampler(model, run.seed, method.rollouts, stop_id)
-  learn = learner.make_learner(model, optimizer, run, method.rollouts, method.algorithm)
+  learn = learner.make_learner(model, optimizer, run, method.rollouts, method.algorithm,
+                               by_token=by_token)
 
   def step(state: TrainState, start: Params, prompts: Prompts
            ) -> tuple[TrainState, Metrics, Rollout, Verdict]:

@@ -93,7 +93,7 @@ def logp_after_thought(model: Model, params: Params, prompts: Prompts, thoughts:
 
 
 def make_step(model: Model, optimizer: optax.GradientTransformation, run: cfg.Run,
-              markers: Markers) -> Step:
+              markers: Markers, *, by_token: bool = False) -> Step:
   """step(state, start policy, prompts) → (state, metrics, thoughts, verdict); the state donated.
 
   A loss or gradient that is not finite leaves the state as it was, its step and φ included.
@@ -104,6 +104,7 @@ def make_step(model: Model, optimizer: optax.GradientTransformation, run: cfg.Ru
       the budget of a thought, its marker included; the paper's algorithm is RLOO's advantage
       and a clipped surrogate.
     markers: of the template.
+    by_token: as in `learner.make_learner`.
 
   Raises:
     TypeError: another objective.
@@ -113,7 +114,8 @@ def make_step(model: Model, optimizer: optax.GradientTransformation, run: cfg.Ru
     raise TypeError('make_step needs RPT with the reward InformationGain')
   rollouts, decay = method.rollouts, method.reward.decay
   sample = rl_step.make_sampler(model, run.seed, rollouts, markers.answer)
-  learn = learner.make_learner(model, optimizer, run, rollouts, method.algorithm)
+  learn = learner.make_learner(model, optimizer, run, rollouts, method.algorithm,
+                               by_token=by_token)
 
   def step(state: TrainState, start: Params, prompts: Prompts
            ) -> tuple[TrainState, Metrics, Rollout, Verdict]:

@@ -1,6 +1,6 @@
 """What both training loops open before their first step, and keep open until the last."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import dataclasses
 from dataclasses import dataclass
 import importlib.metadata
@@ -107,10 +107,17 @@ def open_session(run: cfg.Run, workdir: Path, resolved_text: str,
 
 
 def _drawing_tokens(run: cfg.Run, data: loader.Prepared) -> cfg.Run:
-  """The run whose rollouts never hold an id that no token has."""
+  """The run whose rollouts never hold an id that no token has.
+
+  Raises:
+    UserError: every token is banned.
+  """
   match run.objective:
     case cfg.RPT() | cfg.RL() as method:
       sampler = drawable(method.rollouts.sampler, data.tokenizer, run.model.vocab_size)
+      if set(sampler.banned) >= set(range(run.model.vocab_size)):
+        raise UserError(f'Sampler.banned names all {data.tokenizer.vocab_size} tokens of the '
+                        'tokenizer, so nothing can be drawn: leave some out.')
       rollouts = dataclasses.replace(method.rollouts, sampler=sampler)
       return dataclasses.replace(run, objective=dataclasses.replace(method, rollouts=rollouts))
     case _:
@@ -164,6 +171,7 @@ class _Pending:
   values: dict[str, Weighted]
   ids: np.ndarray
   num_tokens: int
+  check: Callable[[dict[str, float]], None] | None
 
 
 class Recorder:
@@ -184,10 +192,14 @@ class Recorder:
     self._started = self._last = time.perf_counter()
     self._busy = 0.0
 
-  def dispatched(self, step: int, values: dict[str, Weighted], ids: Any, num_tokens: int) -> None:
-    """Notes that step `step` (counted from 1) is under way; writes the one before it."""
+  def dispatched(self, step: int, values: dict[str, Weighted], ids: Any, num_tokens: int,
+                 check: Callable[[dict[str, float]], None] | None = None) -> None:
+    """Notes that step `step` (counted from 1) is under way; writes the one before it.
+
+    `check` gets the step's metrics when they are there, and may stop the run.
+    """
     self.flush()
-    self._pending = _Pending(step, values, np.asarray(ids), num_tokens)
+    self._pending = _Pending(step, values, np.asarray(ids), num_tokens, check)
 
   def add(self, values: Mapping[str, float]) -> None:
     """Adds evaluation results to the row of the pending step."""
@@ -231,6 +243,8 @@ class Recorder:
           f'{pending.ids.tolist()}: the last good checkpoint is '
           f'{"none" if good is None else f"step {good}"}; lower the learning rate or the clip, '
           'then run the same command again to go on from there.')
+    if pending.check is not None:
+      pending.check(values)
 
 
 def restore_or_init(session: Session, checkpointer: Checkpointer, abstract: TrainState,

@@ -20,7 +20,7 @@ from jaxrl_pt.errors import UserError
 from jaxrl_pt.rl import kl, selection
 from jaxrl_pt.train import programs, rl_step
 from jaxrl_pt.train import session as sessions
-from jaxrl_pt.train.learner import Experience
+from jaxrl_pt.train.learner import BY_TOKEN, Experience
 from jaxrl_pt.train.tasks import (
   FirstBatches,
   InStep,
@@ -54,6 +54,7 @@ class Judged(NamedTuple):
   drawn: Drawn
   verdict: Verdict
   values: dict[str, Weighted]
+  by_token: Weighted | None = None  # `learner.BY_TOKEN`, where a mismatch can stop the run
 
 
 class _Ready(NamedTuple):
@@ -208,7 +209,8 @@ class Stages:
                                                   reference))
     if measure or reads:
       values = {**values, 'kl': _kl(drawn.rollout, reference)}
-    return state, Judged(drawn, verdict, values)
+    by_token = values.pop(BY_TOKEN, None)
+    return state, Judged(drawn, verdict, values, by_token)
 
   # --- All in one -------------------------------------------------------------------
 
@@ -219,7 +221,8 @@ class Stages:
     if measure:
       reference = self._reference(self._start, prompts, rollout)
       values = {**values, 'kl': _kl(rollout, reference)}
-    return state, Judged(Drawn(batch, prompts, references, rollout), verdict, values)
+    by_token = values.pop(BY_TOKEN, None)
+    return state, Judged(Drawn(batch, prompts, references, rollout), verdict, values, by_token)
 
   def _check_beginning(self, done: Judged) -> None:
     """Says where the first batches state hardly an answer. Waits for these steps."""

@@ -259,6 +259,67 @@ def test_entropy_bonus_raises_entropy():
   assert later['entropy'] > first['entropy'] + 0.01
 
 
+def gradients(state):
+  """The first step's gradient, from its moments: mu = (1 − b1) · gradient."""
+  return jax.tree.map(lambda mu: mu / 0.1, state.opt_state[1].mu)
+
+
+@pytest.mark.parametrize('coef', [0.0, 0.3, 2.0])
+@pytest.mark.parametrize('part', ['k2', 'k3', 'entropy'])
+def test_coefficients_by_the_definition_of_their_term(part, coef):
+  """Without a reward the gradient is coef · ∇ mean over tokens of KL, or of −entropy."""
+  batch = experience(reference_logp=drawn().logp + 0.4, correct=np.zeros((N, G)))
+  mask = batch.rollout.mask * batch.verdict.valid[..., None]
+
+  def definition(params):
+    scores = learner.response_scores(MODEL, params, PROMPTS, batch.rollout.tokens, cfg.Sampler())
+    u = jnp.where(mask > 0, batch.reference_logp - scores.logp, 0.0)
+    term = {'k2': jnp.square(u) / 2, 'k3': jnp.exp(u) - 1 - u, 'entropy': -scores.entropy}[part]
+    return coef * (term * mask).sum() / mask.sum()
+
+  chosen = ({'entropy_coef': coef} if part == 'entropy' else {'kl': cfg.KLInLoss(coef, part)})
+  state, metrics = learn(cfg.Algorithm(aggregation=cfg.TokenMean(), **chosen), batch)
+  value, want = quick_jit(jax.value_and_grad(definition))(PARAMS)
+  np.testing.assert_allclose(metrics['loss'], value, rtol=1e-4, atol=1e-7)
+  for a, b in zip(jax.tree.leaves(gradients(state)), jax.tree.leaves(want), strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-4 * max(np.abs(b).max(), 1e-4))
+
+
+def test_the_value_head_teaches_itself_and_not_the_policy():
+  method = cfg.Algorithm(advantage=cfg.GAE())
+  zeros, mask = jnp.zeros((N, G, S)), drawn().mask
+  lesson = learner.Lesson(PROMPTS, drawn().tokens, mask, drawn().logp, zeros, zeros, zeros,
+                          zeros + 3, mask)
+  head = {'weight': jnp.ones(CONFIG.d_model), 'bias': jnp.ones(())}
+  loss = learner.make_loss(MODEL, cfg.Sampler(), method)
+  policy, own = quick_jit(jax.grad(lambda t: loss(t, lesson)[0]))((PARAMS, head))
+  for gradient in jax.tree.leaves(policy):
+    np.testing.assert_array_equal(gradient, 0)
+  assert all(np.abs(gradient).max() > 0 for gradient in jax.tree.leaves(own))
+
+
+@pytest.mark.parametrize('options', [
+    {}, {'minibatches': 2}, {'epochs': 2, 'minibatches': 2}], ids=str)
+@pytest.mark.parametrize('accumulation', [1, 2])
+def test_the_trainers_log_probabilities_come_out_by_token(options, accumulation):
+  """Those of the first update; of a row that it had no part in, none."""
+  method = cfg.Algorithm(surrogate=cfg.PPOClip(), **options)
+  run = make_run(method, accumulation)
+  state, optimizer = make_state(run)
+  batch = experience()
+  _, metrics = quick_jit(learner.make_learner(
+      MODEL, optimizer, run, run.objective.rollouts, method, by_token=True))(state, batch)
+  by_token = metrics[learner.BY_TOKEN]
+  scores = quick_jit(functools.partial(learner.response_scores, MODEL, sampler=cfg.Sampler()))(
+      PARAMS, PROMPTS, batch.rollout.tokens)
+  mask = np.array(batch.rollout.mask * batch.verdict.valid[..., None])
+  mask[1::2] *= 'minibatches' not in options  # Documents 0 and 2 come first.
+  np.testing.assert_array_equal(by_token.count, mask)
+  np.testing.assert_allclose(by_token.sum * mask, scores.logp * mask, atol=1e-4)
+  power = np.exp(np.abs(by_token.sum - batch.rollout.logp)) * mask
+  np.testing.assert_allclose(metrics['gap'].mean(), power.sum() / mask.sum(), rtol=1e-4)
+
+
 def test_a_cap_of_one_lowers_and_a_stale_sampler_weighs():
   """A sampler that was twice as sure gets half the weight; one half as sure is capped."""
   batch = experience()

@@ -5,11 +5,15 @@ import json
 from pathlib import Path
 import types
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers as hf
 
 from jaxrl_pt import config as cfg
+from jaxrl_pt import params as P
+from jaxrl_pt.data import problems
 from jaxrl_pt.data.tokenizer import ByteTokenizer, JsonTokenizer
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.parallel.mesh import make_mesh
@@ -158,6 +162,51 @@ def test_a_run_goes_on_from_its_own_start_and_problems_only(changed, expected):
   assert rl._resumed(saved, 'a', task, METHOD, None, None).batch == 3
   with pytest.raises(UserError, match=expected):
     rl._resumed({**saved, changed: 'other'}, 'a', task, METHOD, None, None)
+
+
+@pytest.mark.parametrize('name, value', [('Run.seed', 2), ('Rollouts.num_prompts', 8),
+                                         ('RPT.positions_per_document', 4)])
+def test_a_run_goes_on_in_its_own_order_only(name, value):
+  """With another one, some prompts would be asked twice and others not at all."""
+  method = METHOD if name[:3] != 'RPT' else cfg.RPT('somewhere', rollouts=METHOD.rollouts)
+  run = make_session(method).run
+  saved = rl.order_identity(run)
+  rl.check_order({**saved, 'batches': 3}, run)
+  rl.check_order({'batches': 3}, run)  # As older checkpoints are.
+  with pytest.raises(UserError, match=f'was made with {name} = {value}, this run has'):
+    rl.check_order({**saved, name: value}, run)
+
+
+def test_nothing_is_drawn_where_every_token_is_banned(tmp_path):
+  (tmp_path / 'text.txt').write_text('some text\n' * 40)
+  sampler = cfg.Sampler(banned=tuple(range(257)))
+  run = make_session(dataclasses.replace(
+      METHOD, rollouts=dataclasses.replace(METHOD.rollouts, sampler=sampler))).run
+  run = dataclasses.replace(
+      run, model=dataclasses.replace(MODEL, vocab_size=300),
+      data=cfg.Data(cfg.TextFiles(str(tmp_path / 'text.txt')), cfg.Bytes(), 16,
+                    validation_fraction=0.0))
+  with pytest.raises(UserError, match='names all 257 tokens'):
+    sessions.open_session(run, tmp_path, '')
+
+
+def test_padding_does_not_count_in_what_is_held_out():
+  """Ten problems in batches of four: the two rows that fill the last one up repeat its last."""
+  held_out, _ = problems.load(cfg.Problems(cfg.Arithmetic(10), held_out=0.0))
+
+  def id_is_reward(prompts, rollout) -> Verdict:
+    reward = prompts.ids[:, None].astype(jnp.float32)
+    return Verdict(reward, jnp.ones_like(reward), (reward >= 9).astype(jnp.float32))
+
+  session = make_session(METHOD)
+  score = problem_task._make_scorer(
+      session, METHOD.rollouts, OnDevice(id_is_reward),
+      problems.encode(held_out, ByteTokenizer(), METHOD.rollouts.prompt_len))
+  found = score(P.init(session.model(MODEL).specs, jax.random.key(0)))
+  assert sorted(p.id for p in held_out) == list(range(10))
+  for suffix in ('', '_argmax'):
+    assert found[f'validation/reward{suffix}'] == pytest.approx(4.5)
+    assert found[f'validation/accuracy{suffix}'] == pytest.approx(0.1)
 
 
 def test_rollouts_on_disk_come_back_and_damage_is_named(tmp_path):
