@@ -8,10 +8,11 @@ import types
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from jaxrl_pt import config as cfg
 from jaxrl_pt.parallel.mesh import make_mesh
-from jaxrl_pt.train import optim, programs, stages, tasks
+from jaxrl_pt.train import learner, optim, programs, stages, tasks
 from jaxrl_pt.train import session as sessions
 from jaxrl_pt.train import state as states
 from jaxrl_pt.types import Prompts, Verdict
@@ -100,6 +101,70 @@ def test_one_program_draws_judges_and_learns_as_the_stages_do():
   for a, b in zip(jax.tree.leaves(fused.params), jax.tree.leaves(staged.params), strict=True):
     np.testing.assert_allclose(a, b, atol=1e-5)
   assert float(judged.values['kl'].mean()) < 1e-6  # It still is the start policy.
+
+
+# --- The reference policy -----------------------------------------------------------
+
+SAMPLER = cfg.Sampler(0.7)
+
+
+def make_apart(kl: cfg.KL):
+  """Stages, state, reference policy and run where policy and reference are far from equal."""
+  rollouts = cfg.Rollouts(N, G, 1, S, sampler=SAMPLER)
+  session = make_session(rollouts)
+  method = dataclasses.replace(session.run.objective,
+                               algorithm=cfg.Algorithm(advantage=cfg.DrGRPO(), kl=kl))
+  session = dataclasses.replace(session, run=dataclasses.replace(session.run, objective=method))
+  optimizer = optim.make_optimizer(session.run.optimizer, 9)
+  model = session.model(MODEL)
+  state, other = (states.init_state(model, optimizer, session.mesh, seed) for seed in (0, 1))
+  state = state.replace(method=states.new_method(session.run, state.params))
+  reference = {**other.params, 'embed': 30 * other.params['embed']}
+  task = tasks.Task(take, tasks.OnDevice(short_is_right), lambda params: {}, '')
+  found = stages.Stages(session, task, reference, optimizer, rollouts, method.algorithm)
+  return found, state, reference, session, optimizer
+
+
+def plain_logp(model, params, prompts, tokens):
+  """f32[N, G, S] by whole sequences, under the distribution that was drawn from."""
+  first = np.broadcast_to(np.asarray(prompts.tokens)[:, None], (N, G, 1))
+  rows = np.concatenate([first, np.asarray(tokens)], -1).reshape(N * G, 1 + S)
+  positions = np.broadcast_to(np.arange(1 + S), rows.shape)
+  hidden = model.apply(params, rows, positions, np.ones_like(rows))[:, :-1]
+  logp = jax.nn.log_softmax((hidden @ model.head(params)) / SAMPLER.temperature)
+  return jnp.take_along_axis(logp, rows[:, 1:, None], -1)[..., 0].reshape(N, G, S)
+
+
+@pytest.mark.parametrize('kl', [cfg.KLInLoss(0.5, 'k3'), cfg.KLInReward(0.5, 'k1')],
+                         ids=lambda kl: type(kl).__name__)
+def test_the_reference_of_a_step_is_the_start_policy_as_it_was_sampled(kl):
+  """In the stages and in the one program, on logged steps and on others, against a learner that
+  is given the log-probabilities by their definition."""
+  several, state, reference, session, optimizer = make_apart(kl)
+  copy = lambda: jax.tree.map(jnp.copy, state)  # The steps donate.
+  drawn = several.draw(state.params, 0, 0)
+  verdict = several.judge(several.submit(drawn))
+  method, model = session.run.objective, session.model(MODEL)
+  logp = plain_logp(model, reference, drawn.prompts, drawn.rollout.tokens)
+  learn = learner.make_learner(model, optimizer, session.run, method.rollouts, method.algorithm)
+  want, _ = jax.jit(learn)(copy(), learner.Experience(drawn.prompts, drawn.rollout, verdict, logp))
+  u, mask = np.asarray(logp - drawn.rollout.logp), np.asarray(drawn.rollout.mask)
+  distance = ((np.exp(u) - 1 - u) * mask).sum() / mask.sum()
+  swapped = ((np.exp(-u) - 1 + u) * mask).sum() / mask.sum()
+  assert distance > 0.1 and abs(swapped - distance) > 0.1 * distance
+  for measure in (False, True):
+    staged, judged = several.learn(copy(), drawn, verdict, measure)
+    fused, in_one = several.step(copy(), 0, measure)
+    np.testing.assert_array_equal(in_one.drawn.rollout.tokens, drawn.rollout.tokens)
+    np.testing.assert_allclose(judged.values['kl'].mean(), distance, rtol=1e-4)
+    assert ('kl' in in_one.values) == measure
+    if measure:
+      np.testing.assert_allclose(in_one.values['kl'].mean(), distance, rtol=1e-4)
+    for got in (staged, fused):
+      for a, b in zip(jax.tree.leaves(got.opt_state[1].mu), jax.tree.leaves(want.opt_state[1].mu),
+                      strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4 * np.abs(b).max())
+  assert np.abs(want.opt_state[1].mu['embed']).max() > 0
 
 
 def test_preflight_has_the_programs_of_each_mode():
