@@ -16,7 +16,7 @@ from jaxrl_pt.train import session as sessions
 
 MODEL = cfg.Model(num_layers=1, d_model=16, d_ff=16, num_heads=2, num_kv_heads=1, head_dim=8,
                   vocab_size=257, tied_head=False)
-NUM_CONTEXT = 8  # tokens that a position needs before it, its own included
+NUM_CONTEXT, PROMPT_LEN = 8, 16  # fewest and most tokens of a context
 
 
 @pytest.fixture(scope='module')
@@ -28,7 +28,7 @@ def session(tmp_path_factory) -> sessions.Session:
     (directory / name).mkdir()
     for length in lengths:
       (directory / name / f'{length}.txt').write_text(letter * length)
-  method = cfg.RPT('unused', rollouts=cfg.Rollouts(4, 2, 16, 1), scored_examples=1000,
+  method = cfg.RPT('unused', rollouts=cfg.Rollouts(4, 2, PROMPT_LEN, 1), scored_examples=1000,
                    eval_positions=1000)
   run = cfg.Run(
       seed=1, model=MODEL, objective=method,
@@ -59,18 +59,18 @@ def open_task(session, tmp_path, model, params, **changed):
   return task, tables
 
 
-def num_predictable(packed) -> int:
-  """Positions with enough context whose target has bytes, counted one by one."""
-  count = 0
+def contexts(packed) -> list[tuple[int, ...]]:
+  """Of every position with enough context whose target has bytes, one by one."""
+  found = []
   for i in range(len(packed)):
     batch = packed.example(i)
-    segments, positions, targets = (np.asarray(x)[0] for x in (
-        batch.segments, batch.positions, batch.targets))
+    tokens, segments, targets = (np.asarray(x)[0] for x in (
+        batch.tokens, batch.segments, batch.targets))
     for t, segment in enumerate(segments):
       first = int(np.argmax(segments == segment))
-      count += int(segment > 0 and t - first + 1 >= NUM_CONTEXT and targets[t] < 256
-                   and positions[t] >= 0)
-  return count
+      if segment > 0 and t - first + 1 >= NUM_CONTEXT and targets[t] < 256:
+        found.append(tuple(tokens[max(first, t - PROMPT_LEN + 1):t + 1].tolist()))
+  return found
 
 
 def test_what_is_measured_is_the_validation_split_and_can_be_predicted(session, tmp_path):
@@ -81,9 +81,9 @@ def test_what_is_measured_is_the_validation_split_and_can_be_predicted(session, 
   found = task.score(params)
   for split in ('easy', 'medium', 'hard'):  # The entropy is that of ln 16 nearly everywhere.
     assert found[f'validation/{split}_argmax'] == 1.0
-    assert found[f'validation/{split}_count'] == num_predictable(session.data.validation)
-  assert len(tables['validation']) == num_predictable(session.data.validation) > 20
-  assert len(tables['train']) == num_predictable(session.data.train) > 500
+    assert found[f'validation/{split}_count'] == len(set(contexts(session.data.validation)))
+  assert len(tables['validation']) == len(contexts(session.data.validation)) > 20
+  assert len(tables['train']) == len(contexts(session.data.train)) > 500
   for split, letter in (('train', 'a'), ('validation', 'b')):
     packed = getattr(session.data, split)
     targets = np.asarray(packed.batch(range(len(packed))).targets)
