@@ -118,13 +118,13 @@ def test_a_prompt_that_stands_in_a_batch_again_draws_further_samples():
   again = lambda x: jnp.concatenate([x[:1], x[:2], x[:1]])
   repeated = dataclasses.replace(PROMPTS, tokens=again(PROMPTS.tokens),
                                  lengths=again(PROMPTS.lengths), ids=again(PROMPTS.ids))
-  got = sample(PARAMS, repeated, jnp.int32(0), jnp.int32(0)).tokens
+  got = np.asarray(sample(PARAMS, repeated, jnp.int32(0), jnp.int32(0)).tokens)
   np.testing.assert_array_equal(got[[0, 2]], drawn().tokens[:2])  # As if nothing were repeated.
   key = jax.random.fold_in(jax.random.key(1), 0)
   more = quick_jit(functools.partial(
       decode.generate, MODEL, sampler=cfg.Sampler(), num_samples=3 * G, num_tokens=S, stop_id=0))(
           PARAMS, PROMPTS, key=key).tokens[0]
-  np.testing.assert_array_equal(got[jnp.asarray([0, 1, 3])].reshape(3 * G, S), more)
+  np.testing.assert_array_equal(got[[0, 1, 3]].reshape(3 * G, S), more)
   assert (got[0] != got[1]).any() and (got[1] != got[3]).any() and (got[0] != got[3]).any()
 
 
