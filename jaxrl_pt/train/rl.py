@@ -63,7 +63,6 @@ def train(run: cfg.Run, workdir: Path, resolved_text: str) -> None:
   # --- Open ---------------------------------------------------------------------
   method = run.objective
   assert not isinstance(method, cfg.NextToken)
-  optim.check_schedule(run.optimizer.schedule, run.train.num_steps * method.algorithm.updates)
   start = evaluate.load_policy(Path(method.start_from), mesh=run.mesh)
   _check_start(run, method.start_from, start)
   held_out.check(run, start.session.run)
@@ -85,10 +84,8 @@ def train(run: cfg.Run, workdir: Path, resolved_text: str) -> None:
         session, checkpointer, abstract,
         lambda: states.state_of(start.params, optimizer, abstract, new_method))
     stages = Stages(session, task, start.params, optimizer, method.rollouts, method.algorithm)
-    turn = _Turn(0, None)
-    if saved is not None:
-      check_order(saved, run)
-      turn = _resumed(saved, digest, task, method, stages, state)
+    check_order(saved or {}, run)
+    turn = _Turn(0, None) if saved is None else _resumed(saved, digest, task, method, stages, state)
     first = int(state.step)
     writer = metrics.Writer(workdir, resume_step=first or -1, num_steps=run.train.num_steps,
                             tensorboard=run.train.tensorboard, log_every=run.train.log_every)
@@ -114,10 +111,8 @@ def train(run: cfg.Run, workdir: Path, resolved_text: str) -> None:
           recorder.add(task.score(state.params))
         if is_last or stop.signal_name or (step + 1) % run.checkpoint.every == 0:
           recorder.flush()
-          position = {'step': step + 1, 'batches': turn.batch, 'start': digest,
-                      'task': task.digest, **order_identity(run)}
-          checkpointer.save(step + 1, _with_pending(state, turn),
-                            sessions.checkpoint_extras(session, position))
+          checkpointer.save(step + 1, _with_pending(state, turn), sessions.checkpoint_extras(
+              session, _position(run, step + 1, turn, digest, task)))
           recorder.restart_clock()
         if stop.signal_name and not is_last:
           checkpointer.wait()
@@ -181,6 +176,9 @@ def open_task(session: sessions.Session, method: cfg.RL | cfg.RPT, model: Model,
 
 
 def _check_start(run: cfg.Run, start_from: str, start: evaluate.Policy) -> None:
+  assert not isinstance(run.objective, cfg.NextToken)
+  optim.check_schedule(run.optimizer.schedule,
+                       run.train.num_steps * run.objective.algorithm.updates)
   ours, theirs = dataclasses.asdict(run.model), dataclasses.asdict(start.model.config)
   for name, value in ours.items():
     if value != theirs[name]:
@@ -207,6 +205,12 @@ def order_identity(run: cfg.Run) -> dict[str, int]:
               'RPT.positions_per_document': shared}
     case cfg.RL(rollouts=rollouts):
       return {'Run.seed': run.seed, 'Rollouts.num_prompts': rollouts.num_prompts}
+
+
+def _position(run: cfg.Run, step: int, turn: _Turn, digest: str, task: Task) -> dict[str, Any]:
+  """Where a checkpoint stands among the prompts, and what their order follows from."""
+  return {'step': step, 'batches': turn.batch, 'start': digest, 'task': task.digest,
+          **order_identity(run)}
 
 
 def check_order(saved: dict[str, Any], run: cfg.Run) -> None:
