@@ -4,11 +4,13 @@ from collections.abc import Callable
 import json
 
 import numpy as np
+import pytest
 
 from jaxrl_pt import checkpoint
 from tests.e2e.conftest import RPT, Job
 
 
+@pytest.mark.timeout(900)
 def test_a_mismatch_above_the_gate_stops_the_run_with_its_worst_responses(
     make_job: Callable[..., Job], pretrained: Job):
   """At a gate of 1 the rounding between sampler and trainer is a mismatch already."""
