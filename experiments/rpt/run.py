@@ -207,26 +207,32 @@ def main() -> None:
   parser.add_argument('--data', type=Path, default=HERE.parents[1] / '../shared/data')
   parser.add_argument('--work', type=Path, default=Path('runs/rpt'))
   parser.add_argument('--seeds', type=int, default=5)
+  parser.add_argument('--only_seed', type=int, help='runs one synthetic seed and writes nothing '
+                      'but its file in --work, for several at once')
   parser.add_argument('--solution_seeds', type=int, default=2)
   args = parser.parse_args()
   args.work.mkdir(parents=True, exist_ok=True)
   RESULTS.mkdir(exist_ok=True)
+  tuned = lambda: kept(args.work / 'synthetic-control.json', synthetic.tune_control)
+  if args.only_seed is not None:
+    kept(args.work / f'synthetic-{args.only_seed}.json',
+         lambda: synthetic.run_seed(args.only_seed, tuned))
+    return
   report: dict[str, Any] = {'command': 'python experiments/rpt/run.py --data DIR'}
-  tuned = kept(args.work / 'synthetic-control.json', synthetic.tune_control)
   seeds = [kept(args.work / f'synthetic-{s}.json', lambda s=s: synthetic.run_seed(s, tuned))
            for s in range(args.seeds)]
   report['synthetic'] = {'seeds': len(seeds), 'control_steps': seeds[0]['control_steps'],
-                         'control': tuned,
+                         'control': tuned(),
                          'held_out': {'documents': [s['held_out_documents'] for s in seeds],
                                       'positions': [s['counts'] for s in seeds]},
                          **summarise_synthetic(seeds)}
   plot_synthetic(seeds, report['synthetic'])
   if args.solution_seeds and solutions.is_there(args.data):
-    tuned = kept(args.work / 'solutions-control.json', lambda: solutions.tune_control(args.data))
+    rate = kept(args.work / 'solutions-control.json', lambda: solutions.tune_control(args.data))
     runs = [kept(args.work / f'solutions-{s}.json',
-                 lambda s=s: solutions.run_seed(args.data, s, tuned['rate']))
+                 lambda s=s: solutions.run_seed(args.data, s, rate['rate']))
             for s in range(args.solution_seeds)]
-    report['solutions'] = {'seeds': len(runs), 'control': tuned, **summarise_solutions(runs)}
+    report['solutions'] = {'seeds': len(runs), 'control': rate, **summarise_solutions(runs)}
   else:
     print(f'The part on real text is left out: no seeds, or no math-gsm8k in {args.data}.')
   (RESULTS / 'rpt.json').write_text(json.dumps(report, indent=1, ensure_ascii=False) + '\n')
