@@ -15,9 +15,14 @@ from jaxrl_pt import metrics
 from jaxrl_pt.verifiers import sandbox
 from tests.e2e.conftest import RL, Job
 
-JUDGE = ('cfg.RL.verifier = @cfg.PythonVerifier()',
-         "cfg.PythonVerifier.target = 'tests.e2e.slow_verifier:judge'",
-         'cfg.VerifierPool.num_workers = 2', 'cfg.LengthVerifier.min_chars = 2')
+JUDGED = RL.replace('cfg.RL.verifier = @cfg.LengthVerifier()',
+                    'cfg.RL.verifier = @cfg.PythonVerifier()').replace(
+    'cfg.LengthVerifier.min_chars = 2\ncfg.LengthVerifier.max_chars = 9',
+    "cfg.PythonVerifier.target = 'tests.e2e.slow_verifier:{function}'")
+
+
+def _text(function: str) -> str:
+  return JUDGED.replace('{function}', function)
 
 
 def _rows(job: Job) -> list[dict[str, float]]:
@@ -26,7 +31,7 @@ def _rows(job: Job) -> list[dict[str, float]]:
 
 @pytest.fixture(scope='module')
 def undisturbed(make_job: Callable[..., Job], pretrained: Job) -> Job:
-  job = make_job(RL, start_from=str(pretrained.workdir), bindings=JUDGE)
+  job = make_job(_text('judge'), start_from=str(pretrained.workdir))
   assert job.run().returncode == 0
   return job
 
@@ -35,7 +40,7 @@ def undisturbed(make_job: Callable[..., Job], pretrained: Job) -> Job:
 def test_a_signal_to_every_process_of_a_run_loses_and_changes_nothing(
     make_job: Callable[..., Job], pretrained: Job, undisturbed: Job):
   """As systemd, scancel and Kubernetes send it: the children must outlive the step in hand."""
-  job = make_job(RL, start_from=str(pretrained.workdir), bindings=JUDGE)
+  job = make_job(_text('judge'), start_from=str(pretrained.workdir))
   process = subprocess.Popen(job.command(), env=job.environment, stdout=subprocess.DEVNULL)
   while job.last_step() < 3:
     assert process.poll() is None
@@ -51,7 +56,7 @@ def test_a_signal_to_every_process_of_a_run_loses_and_changes_nothing(
 def test_children_that_are_killed_change_nothing(make_job: Callable[..., Job], pretrained: Job,
                                                  undisturbed: Job):
   """SIGKILL to some of them, and what a service manager sends to all of them."""
-  job = make_job(RL, start_from=str(pretrained.workdir), bindings=JUDGE)
+  job = make_job(_text('judge'), start_from=str(pretrained.workdir))
   process = subprocess.Popen(job.command(), env=job.environment, stdout=subprocess.PIPE,
                              stderr=subprocess.STDOUT, text=True)
   rng, num_kills = random.Random(0), 0
@@ -77,8 +82,7 @@ def _send(pid: int, number: signal.Signals) -> None:
 
 def test_a_verifier_that_breaks_stops_the_run_with_its_last_words(
     make_job: Callable[..., Job], pretrained: Job):
-  target = "cfg.PythonVerifier.target = 'tests.e2e.slow_verifier:breaking'"
-  job = make_job(RL, start_from=str(pretrained.workdir), bindings=(*JUDGE, target))
+  job = make_job(_text('breaking'), start_from=str(pretrained.workdir))
   job = dataclasses.replace(job, environment={**job.environment,
                                               'TEST_WORKDIR': str(job.workdir)})
   done = job.run()
@@ -90,8 +94,8 @@ def test_a_verifier_that_breaks_stops_the_run_with_its_last_words(
 
 def test_a_verifier_that_judges_nothing_stops_the_run_before_the_first_step(
     make_job: Callable[..., Job], pretrained: Job):
-  job = make_job(RL, start_from=str(pretrained.workdir),
-                 bindings=(*JUDGE, "cfg.PythonVerifier.target = 'os:system'"))
+  job = make_job(_text('judge').replace('tests.e2e.slow_verifier:judge', 'os:system'),
+                 start_from=str(pretrained.workdir))
   done = job.run()
   assert done.returncode == 2 and 'Traceback' not in done.stderr
   assert 'PythonVerifier judged none of the 16 answers' in done.stderr
