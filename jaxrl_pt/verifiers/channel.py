@@ -18,7 +18,7 @@ from typing import Any, Protocol
 # No verdict is longer, names of parts and the reason of a crash included.
 MAX_RESULT = 1 << 16
 # Between the trainer and a process that it trusts: responses of any length pass.
-MAX_REQUEST = 1 << 32
+MAX_REQUEST = (1 << 32) - 1
 _LENGTH = struct.Struct('>I')
 _CHUNK = 1 << 17
 _LONGEST = 3600.0
@@ -103,9 +103,10 @@ def receive(fd: int, deadline: Deadline, most: int, watch: Watch | None = None) 
   while length is None or len(found) < length:
     found += _some(fd, deadline, watch)
     if length is None and len(found) >= _LENGTH.size:
-      length = _LENGTH.unpack(found[:_LENGTH.size])[0] + _LENGTH.size
-      if length > most:
-        raise Malformed(f'a message of {length:,} bytes, where {most:,} are the most')
+      num_bytes, = _LENGTH.unpack(found[:_LENGTH.size])
+      if num_bytes > most:
+        raise Malformed(f'a message of {num_bytes:,} bytes, where {most:,} are the most')
+      length = _LENGTH.size + num_bytes
   if len(found) > length:
     raise Malformed('more than one message')
   try:
