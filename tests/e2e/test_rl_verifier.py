@@ -15,6 +15,7 @@ from jaxrl_pt import metrics
 from jaxrl_pt.verifiers import sandbox
 from tests.e2e.conftest import RL, Job
 
+pytestmark = pytest.mark.timeout(900)
 JUDGED = RL.replace('cfg.RL.verifier = @cfg.LengthVerifier()',
                     'cfg.RL.verifier = @cfg.PythonVerifier()').replace(
     'cfg.LengthVerifier.min_chars = 2\ncfg.LengthVerifier.max_chars = 9',
