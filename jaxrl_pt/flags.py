@@ -18,7 +18,7 @@ class _Parser(argparse.ArgumentParser):
     raise UserError(f'{message[:1].upper()}{message[1:].rstrip(".")}: see {self.prog} --help.')
 
 
-def _at_least(low: int) -> Any:
+def _at_least(low: int, high: int = 2**31 - 1) -> Any:
   def whole_number(text: str) -> int:
     try:
       value = int(text)
@@ -26,8 +26,35 @@ def _at_least(low: int) -> Any:
       value = low - 1
     if value < low:
       raise argparse.ArgumentTypeError(f'expected a whole number of at least {low}, not {text!r}')
+    if value > high:
+      raise argparse.ArgumentTypeError(f'expected a whole number of at most {high}, not {text!r}')
     return value
   return whole_number
+
+
+# JAX makes a key of 32 bits of a seed: one beyond them would repeat a smaller one.
+_SEED = _at_least(0, 2**32 - 1)
+
+
+def _text(text: str) -> str:
+  """What was typed in the terminal's encoding, if that is a text."""
+  try:
+    text.encode()
+  except UnicodeEncodeError as e:
+    raise argparse.ArgumentTypeError(f'expected UTF-8 text, not {text!r}') from e
+  return text
+
+
+def _path(text: str) -> Path:
+  """Not the empty text, which would mean the current directory."""
+  if not text or '\0' in text:
+    raise argparse.ArgumentTypeError(f'expected a path, not {text!r}')
+  return Path(text)
+
+
+def _glob(text: str) -> str:
+  _path(text)
+  return text
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -47,7 +74,7 @@ def make_parser() -> argparse.ArgumentParser:
   quickstart = add('quickstart', 'The main job on real text, offline, in a few minutes.',
                    "jaxrl-pt quickstart --data 'books/*.txt'")
   _add_workdir(quickstart, 'runs/quickstart')
-  quickstart.add_argument('--data', metavar='GLOB', help='UTF-8 text files to learn; without it '
+  quickstart.add_argument('--data', type=_glob, metavar='GLOB', help='UTF-8 text files to learn; without it '
                           "the standard library's own text")
 
   train = add('train', 'Train what a gin file describes; run again to resume.',
@@ -108,7 +135,7 @@ def _add_tpu_commands(add: Callable[[str, str, str], argparse.ArgumentParser]) -
                        help='one kernel instead of all; may be repeated')
   kernels.add_argument('--only', default='', metavar='REGEX',
                        help='only the cases whose name matches, e.g. "int4 2048x"')
-  kernels.add_argument('--keep', type=Path, metavar='DIR',
+  kernels.add_argument('--keep', type=_path, metavar='DIR',
                        help="keep the compiler's raw schedules here")
   _add_json(kernels)
 
@@ -122,7 +149,7 @@ def _add_gin(parser: argparse.ArgumentParser, purpose: str = 'what to run') -> N
 
 
 def _add_workdir(parser: argparse.ArgumentParser, default: str | None = None) -> None:
-  parser.add_argument('--workdir', type=Path, default=default and Path(default), metavar='DIR',
+  parser.add_argument('--workdir', type=_path, default=default and Path(default), metavar='DIR',
                       required=default is None, help='where the run lives'
                       + (f' (default {default})' if default else ''))
 
@@ -140,14 +167,14 @@ def _add_frontends(add: Callable[[str, str, str], argparse.ArgumentParser]) -> N
                'jaxrl-pt sample --workdir runs/pretrain_tiny --prompt "def main(" --num_samples 2')
   _add_workdir(sample)
   _add_step(sample)
-  sample.add_argument('--prompt', action='append', help='text to continue; may be repeated; '
+  sample.add_argument('--prompt', action='append', type=_text, help='text to continue; may be repeated; '
                       'without it standard input is the prompt, or each line typed at a terminal')
-  sample.add_argument('--prompt_file', type=Path, metavar='FILE', help='one prompt a line; of a '
+  sample.add_argument('--prompt_file', type=_path, metavar='FILE', help='one prompt a line; of a '
                       '.jsonl file, each line\'s "prompt"')
   _add_sampling(sample, num_tokens=64)
   sample.add_argument('--num_samples', type=_at_least(1), default=1,
                       help='samples of each prompt (default %(default)s)')
-  sample.add_argument('--stop', action='append', default=[], metavar='TEXT',
+  sample.add_argument('--stop', action='append', default=[], type=_text, metavar='TEXT',
                       help='ends a sample and is left out of it; may be repeated')
   _add_resa(sample)
   _add_json(sample)
@@ -157,7 +184,7 @@ def _add_frontends(add: Callable[[str, str, str], argparse.ArgumentParser]) -> N
   _add_workdir(chat)
   _add_step(chat)
   _add_sampling(chat, num_tokens=512)
-  chat.add_argument('--system', default='', metavar='TEXT', help='what stands before all turns')
+  chat.add_argument('--system', default='', type=_text, metavar='TEXT', help='what stands before all turns')
   chat.add_argument('--max_thought', type=_at_least(0), help='think first, for at most that many '
                     'tokens; without it the model decides')
   chat.add_argument('--max_answer', type=_at_least(1), help='most tokens after a thought')
@@ -171,7 +198,7 @@ def _add_frontends(add: Callable[[str, str, str], argparse.ArgumentParser]) -> N
                      'any but a loopback address needs a token')
   serve.add_argument('--port', type=_at_least(0), default=8000,
                      help='0 takes a free one (default %(default)s)')
-  serve.add_argument('--token_file', type=Path, metavar='FILE', help='holds the token that '
+  serve.add_argument('--token_file', type=_path, metavar='FILE', help='holds the token that '
                      'clients send as API key; or set JAXRL_PT_TOKEN')
   for name, default, about in (
       ('slots', 32, 'responses decoded at once'), ('queue', 256, 'responses waiting or under way '
@@ -181,7 +208,7 @@ def _add_frontends(add: Callable[[str, str, str], argparse.ArgumentParser]) -> N
                        help=f'{about} (default %(default)s)')
   serve.add_argument('--kv', choices=('model', 'int8'), default='model',
                      help='how keys and values are kept (default %(default)s)')
-  serve.add_argument('--seed', type=_at_least(0), default=0, help="of the noise, with a request's "
+  serve.add_argument('--seed', type=_SEED, default=0, help="of the noise, with a request's "
                      'own seed (default %(default)s)')
   _add_chat_format(serve)
 
@@ -190,19 +217,19 @@ def _add_resa(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--resa', action='store_true', help='rectified sparse decoding, e.g. --resa '
                       '--resa_share 0.1 --resa_every 32: a step reads a part of the cache')
   # Without defaults, to see which were given.
-  parser.add_argument('--resa_block', type=int, metavar='TOKENS', help='of a block (default 16)')
+  parser.add_argument('--resa_block', type=_at_least(1), metavar='TOKENS', help='of a block (default 16)')
   parser.add_argument('--resa_share', type=float, metavar='SHARE', help='of the blocks that a step '
                       'reads; 1 is dense (default 0.1)')
-  parser.add_argument('--resa_every', type=int, metavar='TOKENS', help='between two '
+  parser.add_argument('--resa_every', type=_at_least(1), metavar='TOKENS', help='between two '
                       'rectifications (default 32)')
 
 
 def _add_chat_format(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--prompt_len', type=_at_least(1), default=1024,
                       help='most tokens of a prompt (default %(default)s)')
-  parser.add_argument('--template', type=Path, metavar='FILE', help='how turns become text: JSON '
+  parser.add_argument('--template', type=_path, metavar='FILE', help='how turns become text: JSON '
                       'with system, user, assistant, opening, stop (default plain text)')
-  parser.add_argument('--markers', nargs=2, default=('<think>', '</think>'),
+  parser.add_argument('--markers', nargs=2, type=_text, default=('<think>', '</think>'),
                       metavar=('START', 'END'), help='what encloses thinking (default <think> '
                       '</think>)')
 
@@ -212,9 +239,9 @@ def _add_sampling(parser: argparse.ArgumentParser, num_tokens: int) -> None:
                       help='most tokens of a response (default %(default)s)')
   parser.add_argument('--temperature', type=float, default=1.0,
                       help='0 is greedy (default %(default)s)')
-  parser.add_argument('--top_k', type=int, default=0, help='0 keeps all (default %(default)s)')
+  parser.add_argument('--top_k', type=_at_least(0), default=0, help='0 keeps all (default %(default)s)')
   parser.add_argument('--top_p', type=float, default=1.0, help='1 keeps all (default %(default)s)')
   parser.add_argument('--min_p', type=float, default=0.0, help='drops tokens less likely than '
                       'this times the likeliest (default %(default)s)')
-  parser.add_argument('--seed', type=_at_least(0), default=0,
+  parser.add_argument('--seed', type=_SEED, default=0,
                       help='equal seeds draw equal responses (default %(default)s)')

@@ -1,10 +1,11 @@
 """Gin files → one `config.Run`; the only module that imports gin.
 
 Only the dataclasses of `config` can be bound, as `cfg.<Type>.<field>`, and a method is
-chosen by choosing a type: `cfg.Run.objective = @cfg.RPT()`. Files are read here, so that
-every mistake is named with its file and line; gin then builds the value and is cleared,
-so that no global setting outlives `load`. Scopes and imports are refused: one run holds
-at most one value of each type.
+chosen by choosing a type: `cfg.Run.objective = @cfg.RPT()`. A run that holds two values of
+one type names the other by a scope: `@strict/cfg.MathVerifier()` with
+`strict/cfg.MathVerifier.answer = 'gsm8k'`. Files are read here, so that every mistake is
+named with its file and line; gin then builds the value and is cleared, so that no global
+setting outlives `load`. Imports are refused.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,6 +14,7 @@ import dataclasses
 from dataclasses import dataclass
 import difflib
 import io
+import math
 from pathlib import Path
 import re
 import sysconfig
@@ -43,13 +45,14 @@ _SHIPPED = (Path(__file__).resolve().parent.parent,
 
 @dataclass(frozen=True)
 class _Reference:
-  """`@cfg.Type()`, or without the parentheses if not `evaluate`."""
+  """`@cfg.Type()`, or without the parentheses if not `evaluate`; `@scope/cfg.Type()`."""
 
   type_name: str
   evaluate: bool
+  scope: str = ''
 
   def __repr__(self) -> str:
-    return f'@cfg.{self.type_name}' + ('()' if self.evaluate else '')
+    return f'@{_prefix(self.scope)}cfg.{self.type_name}' + ('()' if self.evaluate else '')
 
 
 @dataclass(frozen=True)
@@ -64,23 +67,25 @@ class _Macro:
 
 @dataclass(frozen=True)
 class _Binding:
-  """One statement: `cfg.<owner>.<field> = value`, or a macro where `owner` is empty."""
+  """One statement: `<scope>/cfg.<owner>.<field> = value`, or a macro where `owner` is empty."""
 
   owner: str
   field: str
   value: Any
   where: str
+  scope: str = ''
 
   @property
   def name(self) -> str:
-    return f'cfg.{self.owner}.{self.field}' if self.owner else self.field
+    return f'{_prefix(self.scope)}cfg.{self.owner}.{self.field}' if self.owner else self.field
 
 
 class _Delegate(config_parser.ParserDelegate):
   """Keeps references and macros as written, so that they can be checked and printed."""
 
   def configurable_reference(self, scoped_configurable_name: str, evaluate: bool) -> _Reference:
-    return _Reference(_type_name(scoped_configurable_name), evaluate)
+    scope, name = _scope_and_type(scoped_configurable_name)
+    return _Reference(name, evaluate, scope)
 
   def macro(self, macro_name: str) -> _Macro:
     return _Macro(macro_name)
@@ -94,16 +99,21 @@ def _close(name: str, options: Iterable[str], otherwise: str, prefix: str = '') 
   return f'{otherwise} ' + ', '.join(prefix + option for option in options) + '.'
 
 
-def _type_name(selector: str) -> str:
-  """`cfg.Model` or `Model` → `Model`."""
-  if '/' in selector:
-    raise UserError(f'{selector!r} has a scope: write it without, since a run holds one value '
-                    'of each type.')
+def _prefix(scope: str) -> str:
+  return f'{scope}/' if scope else ''
+
+
+def _scope_and_type(selector: str) -> tuple[str, str]:
+  """`cfg.Model` or `Model` → ('', 'Model'); `mine/cfg.Model` → ('mine', 'Model')."""
+  scope, _, selector = selector.rpartition('/')
+  if '/' in scope:
+    raise UserError(f'{scope + "/" + selector!r} has a scope in a scope: give the value one name, '
+                    f'as in {scope.replace("/", "_")}/{selector}.')
   name = selector.removeprefix('cfg.')
   if name not in _TYPES:
     raise UserError(f'There is no setting type {selector!r}: '
                     + _close(name, _TYPES, 'there are', 'cfg.'))
-  return name
+  return scope, name
 
 
 def _find(name: str, including: Path | None) -> Path:
@@ -129,7 +139,7 @@ def _find(name: str, including: Path | None) -> Path:
 
 def _read(path: Path) -> str:
   try:
-    return path.read_text(encoding='utf-8')
+    return path.read_text(encoding='utf-8-sig')
   except UnicodeDecodeError as e:
     raise UserError(f'{path} is not UTF-8 text (byte {e.start}): give a gin file.') from e
   except OSError as e:
@@ -162,6 +172,9 @@ def _statements(text: str, label: str) -> Iterator[tuple[Any, str]]:
       message, *appended = str(e).split('\n')  # gin has appended the line.
       found = re.search(r' line (\d+)', ' '.join(appended))
       raise UserError(f'{_at(label, int(found[1]) if found else line)}: {message}') from e
+    except (RecursionError, MemoryError) as e:
+      raise UserError(f'{_at(label, line)}: a value is nested too deeply: no setting holds more '
+                      'than lists of lists.') from e
     except (SyntaxError, tokenize.TokenError, ValueError, TypeError) as e:
       reason = str(e.args[0] if e.args else e).split('\n')[-1].strip().rstrip('.')
       line = e.lineno or line if isinstance(e, SyntaxError) else line
@@ -190,9 +203,11 @@ def _parse(text: str, label: str, path: Path | None, stack: tuple[Path, ...]
     with _named(where):
       match statement:
         case config_parser.BindingStatement():
-          yield _checked(statement, where)
+          binding = _checked(statement, where)
+          _check_writable(binding)
+          yield binding
         case config_parser.BlockDeclaration(scope=scope, selector=selector):
-          _type_name(f'{scope}/{selector}' if scope else selector)
+          _scope_and_type(_prefix(scope) + selector)
 
 
 def _parse_file(name: str, path: Path, stack: tuple[Path, ...]) -> Iterator[_Binding]:
@@ -202,15 +217,26 @@ def _parse_file(name: str, path: Path, stack: tuple[Path, ...]) -> Iterator[_Bin
 def _checked(statement: config_parser.BindingStatement, where: str) -> _Binding:
   if not statement.arg_name:
     if statement.scope:
-      _type_name(f'{statement.scope}/{statement.selector}')
+      raise UserError(f'{statement.scope}/{statement.selector} is a macro with a scope: write '
+                      f'{statement.selector} = value.')
     return _Binding('', statement.selector, statement.value, where)
-  selector = f'{statement.scope}/{statement.selector}' if statement.scope else statement.selector
-  owner = _type_name(selector)
+  scope, owner = _scope_and_type(_prefix(statement.scope) + statement.selector)
   fields = [f.name for f in dataclasses.fields(_TYPES[owner])]
   if statement.arg_name not in fields:
     raise UserError(f'cfg.{owner} has no field {statement.arg_name!r}: '
                     + (_close(statement.arg_name, fields, 'it has') if fields else 'it has none.'))
-  return _Binding(owner, statement.arg_name, statement.value, where)
+  return _Binding(owner, statement.arg_name, statement.value, where, scope)
+
+
+def _check_writable(binding: _Binding) -> None:
+  """Refuses numbers that could not be written as gin again."""
+  for leaf in _leaves(binding.value):
+    if isinstance(leaf, float) and not math.isfinite(leaf):
+      raise UserError(f'{binding.name} holds a number beyond what 64 bits can express: write a '
+                      'smaller one.')
+    if isinstance(leaf, int) and leaf.bit_length() > 1000:
+      raise UserError(f'{binding.name} holds a whole number of {leaf.bit_length()} bits: no '
+                      'setting takes one so large.')
 
 
 # --- What is read -----------------------------------------------------------------
@@ -226,24 +252,33 @@ def _leaves(value: Any) -> Iterator[Any]:
     yield value
 
 
-def _reached(bindings: Iterable[_Binding], start: set[str]) -> set[str]:
-  """Types and %macros that `start` leads to through the values of `bindings`."""
-  by_owner: dict[str, list[_Binding]] = {}
-  for binding in bindings:
-    by_owner.setdefault(binding.owner or f'%{binding.field}', []).append(binding)
-  reached, todo = set(start), list(start)
+def _read_names(final: Iterable[_Binding]) -> set[str]:
+  """Names of the bindings that building a Run reads: as gin, a value in a scope reads the
+  bindings of that scope, and those without one for the fields that it leaves out."""
+  by_owner: dict[tuple[str, str], dict[str, _Binding]] = {}
+  for binding in final:
+    owner = binding.owner or f'%{binding.field}'
+    by_owner.setdefault((binding.scope, owner), {})[binding.field] = binding
+  names: set[str] = set()
+  seen: set[tuple[str, str]] = set()
+  todo = [('', 'Run')]
   while todo:
-    for binding in by_owner.get(todo.pop(), []):
+    node = todo.pop()
+    if node in seen:
+      continue
+    seen.add(node)
+    scope, owner = node
+    for binding in {**by_owner.get(('', owner), {}), **by_owner.get(node, {})}.values():
+      names.add(binding.name)
+      # To gin a macro is a scope of that name round its value.
+      inner = scope if binding.owner else binding.field
       for leaf in _leaves(binding.value):
-        name = leaf.type_name if isinstance(leaf, _Reference) else repr(leaf)
-        if isinstance(leaf, (_Reference, _Macro)) and name not in reached:
-          reached.add(name)
-          todo.append(name)
-  return reached
-
-
-def _key(binding: _Binding) -> str:
-  return binding.owner or f'%{binding.field}'
+        match leaf:
+          case _Reference(type_name=name, scope=own):
+            todo.append((own or inner, name))
+          case _Macro(name=name):
+            todo.append(('', f'%{name}'))
+  return names
 
 
 def _live(bindings: list[_Binding]) -> tuple[list[_Binding], list[_Binding]]:
@@ -256,14 +291,15 @@ def _live(bindings: list[_Binding]) -> tuple[list[_Binding], list[_Binding]]:
     UserError: nothing reads a binding, nor would have when it was made.
   """
   final = _final(bindings)
-  live = _reached(final, {'Run'})
-  kept = [b for b in final if _key(b) in live]
-  dropped = [b for b in final if _key(b) not in live]
+  live = _read_names(final)
+  kept = [b for b in final if b.name in live]
+  dropped = [b for b in final if b.name not in live]
   dead = [b for b in dropped if not _was_live(b, bindings)]
   if dead:
     names = ', '.join(f'{b.name} ({b.where})' for b in dead)
-    what = dead[0].owner
-    mend = f'choose @cfg.{what}() somewhere or remove the binding' if what else 'remove it'
+    first = dead[0]
+    chosen = f'@{_prefix(first.scope)}cfg.{first.owner}()'
+    mend = f'choose {chosen} somewhere or remove the binding' if first.owner else 'remove it'
     raise UserError(f'Nothing reads {names}: {mend}.')
   return kept, dropped
 
@@ -275,7 +311,7 @@ def _final(bindings: Iterable[_Binding]) -> list[_Binding]:
 def _was_live(binding: _Binding, bindings: list[_Binding]) -> bool:
   """Whether the run, cut off at or after this binding, would have read it."""
   made = max(i for i, b in enumerate(bindings) if b.name == binding.name)
-  return any(_key(binding) in _reached(_final(bindings[:end]), {'Run'})
+  return any(binding.name in _read_names(_final(bindings[:end]))
              for end in range(made + 1, len(bindings) + 1))
 
 
@@ -298,14 +334,16 @@ def _check_values(bindings: list[_Binding]) -> None:
 
 
 def _build(bindings: list[_Binding]) -> cfg.Run:
-  where = {f'{b.owner}.{b.field}': b.where for b in bindings}
+  where: dict[str, list[str]] = {}
+  for b in bindings:
+    where.setdefault(f'{b.owner}.{b.field}', []).append(b.where)
   gin.clear_config()
   try:
     gin.parse_config([f'{b.name} = {b.value!r}' for b in bindings])
     run = gin.get_configurable(cfg.Run)()
   except UserError as e:
     message = str(e).split('\n')[0]  # gin appends where in the tree it was building.
-    origin = where.get(message.split(' ')[0], '')
+    origin = ' or '.join(where.get(message.split(' ')[0], ()))
     raise UserError(f'{origin}: {message}' if origin else message) from e
   except TypeError as e:
     _raise_missing(e)
@@ -388,24 +426,39 @@ def load(gin_files: Iterable[str], bindings: Iterable[str]) -> tuple[cfg.Run, st
 
 
 def dump(run: cfg.Run) -> str:
-  """The run as gin text: one line per field, defaults included, types in order of first use."""
-  seen: dict[str, Any] = {}
+  """The run as gin text: one line per field, defaults included, types in order of first use.
+
+  Of several values of one type the first has no scope, the others have a numbered one; loading
+  the text gives an equal run, whatever it holds.
+  """
+  values: dict[str, list[Any]] = {}  # the different values of each type
+  todo: list[tuple[str, Any]] = []
+
+  def text(value: Any) -> str:
+    if dataclasses.is_dataclass(value):
+      name = type(value).__name__
+      known = values.setdefault(name, [])
+      is_new = value not in known
+      if is_new:
+        known.append(value)
+      number = known.index(value) + 1
+      scope = f'{name}{number}' if number > 1 else ''
+      if is_new:
+        todo.append((scope, value))
+      return repr(_Reference(name, evaluate=True, scope=scope))
+    if isinstance(value, (tuple, list)):
+      items = [text(x) for x in value]
+      return f'({", ".join(items)}{"," if len(items) == 1 else ""})'
+    # A subclass, such as NumPy's float64, prints itself in a way that gin does not know.
+    plain = next((kind for kind in (bool, int, float, str) if isinstance(value, kind)), None)
+    return repr(plain(value) if plain else value)
+
+  text(run)
   lines: list[str] = []
-  todo: list[Any] = [run]
   while todo:
-    owner = todo.pop(0)
-    name = type(owner).__name__
-    if name in seen:
-      if seen[name] != owner:
-        raise ValueError(f'a run with two different values of {name} has no gin text')
-      continue
-    seen[name] = owner
+    scope, owner = todo.pop(0)
     fields = dataclasses.fields(owner)
     lines += [''] if lines and fields else []
-    for field in fields:
-      value = getattr(owner, field.name)
-      if dataclasses.is_dataclass(value):
-        todo.append(value)
-        value = _Reference(type(value).__name__, evaluate=True)
-      lines.append(f'cfg.{name}.{field.name} = {value!r}')
+    prefix = f'{_prefix(scope)}cfg.{type(owner).__name__}'
+    lines += [f'{prefix}.{field.name} = {text(getattr(owner, field.name))}' for field in fields]
   return '\n'.join(lines) + '\n'

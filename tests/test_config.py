@@ -16,6 +16,8 @@ RUN = {'seed': 0, 'model': cfg.Model(**MODEL), 'data': cfg.Data(**DATA),
        'objective': cfg.NextToken(), 'optimizer': cfg.AdamW(cfg.Constant(1e-3)),
        'train': cfg.Train(num_steps=4, batch_size=2)}
 
+RL = cfg.RL('a', cfg.Problems(cfg.Arithmetic(9)), cfg.AnswerMatch())
+
 # A valid value of every dataclass, as keyword arguments.
 VALID: dict[type, dict[str, Any]] = {
     cfg.Quant: {},
@@ -145,7 +147,7 @@ REFUSED: list[tuple[type, str, list[Any], str]] = [
     (cfg.Composite, 'verifiers', [(), None, (cfg.AnswerMatch(),)], 'a list'),
     (cfg.Composite, 'weights', [(), None, (1.0, 2.0), ('x',), (NAN,)], 'expected'),
     (cfg.VerifierPool, 'num_workers', [0, 1.5], 'at least 1'),
-    *((cfg.VerifierPool, name, [0, NAN, None], 'a number of at least 0.01')
+    *((cfg.VerifierPool, name, [0, NAN, None, 1e308], 'a number from 0.01 to 86400')
       for name in ('cpu_seconds', 'wall_seconds')),
     (cfg.VerifierPool, 'memory_mib', [63, None], 'at least 64'),
     (cfg.TrainedBPE, 'vocab_size', [256, None, 300.0], 'at least 257'),
@@ -162,23 +164,28 @@ REFUSED: list[tuple[type, str, list[Any], str]] = [
     (cfg.Data, 'long_documents', ['drop', None], "one of 'split', 'error'"),
     (cfg.Data, 'cache_dir', [None], 'a string'),
     (cfg.Data, 'num_workers', [-1], 'at least 0'),
-    *((t, 'peak', [-1e-3, NAN, '1e-3', True], 'a number of at least 0')
+    *((t, 'peak', [-1e-3, 0, 1e-300, NAN, '1e-3', True], 'a number above 0')
       for t in (cfg.Constant, cfg.Cosine, cfg.WSD, cfg.TwoStage)),
     *((t, 'warmup_steps', [-1, 0.5], 'a whole number of at least 0')
       for t in (cfg.Constant, cfg.Cosine, cfg.WSD, cfg.TwoStage)),
     *((t, 'end', [-1, None], 'a number of at least 0')
       for t in (cfg.Cosine, cfg.WSD, cfg.TwoStage)),
     (cfg.WSD, 'decay_fraction', [-0.1, 1.1], 'a number from 0 to 1'),
-    (cfg.TwoStage, 'second_peak', [-1, None], 'a number of at least 0'),
+    (cfg.TwoStage, 'second_peak', [-1, 0, None], 'a number above 0'),
     (cfg.TwoStage, 'switch_fraction', [-0.1, 1.1], 'a number from 0 to 1'),
     (cfg.TwoStage, 'shape', ['wsd'], "one of 'linear', 'cosine'"),
     (cfg.AdamW, 'schedule', [1e-3, None], '@cfg.WSD()'),
     *((cfg.AdamW, name, [-0.1, 1.1, None], 'a number from 0 to 1') for name in ('b1', 'b2')),
+    *((t, name, [1, 1.0, 1 - 1e-12], 'never learns') for t, name in (
+        (cfg.AdamW, 'b1'), (cfg.AdamW, 'b2'), (cfg.ShortRL, 'ema'),
+        (cfg.InformationGain, 'decay'))),
+    (cfg.AdamW, 'eps', [-0.1, 0, 1e-300, NAN], 'a number above 0'),
     *((cfg.AdamW, name, [-0.1, NAN], 'a number of at least 0')
-      for name in ('eps', 'weight_decay', 'clip_norm')),
+      for name in ('weight_decay', 'clip_norm')),
     (cfg.AdamW, 'weight_decay_shape', ['linear'], "one of 'constant', 'cosine'"),
     (cfg.NextToken, 'int4_from', [-0.1, 1.1, None], 'a number from 0 to 1'),
     (cfg.Sampler, 'temperature', [-1, NAN, None], 'a number of at least 0'),
+    (cfg.Sampler, 'temperature', [1e-9, 1e9], '0 for the likeliest token, or a number from'),
     (cfg.Sampler, 'top_k', [-1, 0.5], 'a whole number of at least 0'),
     (cfg.Sampler, 'top_p', [-0.1, 0, 1.1], 'a number'),
     (cfg.Sampler, 'min_p', [-0.1, 1.1, NAN], 'a number from 0 to 1'),
@@ -206,7 +213,7 @@ REFUSED: list[tuple[type, str, list[Any], str]] = [
     *((t, 'gamma', [-0.1, 1.1, None], 'a number from 0 to 1')
       for t in (cfg.ReinforcePlusPlus, cfg.GAE)),
     (cfg.GAE, 'lam', [-0.1, 1.1], 'a number from 0 to 1'),
-    (cfg.GAE, 'value_lr', [-0.1, NAN], 'a number of at least 0'),
+    (cfg.GAE, 'value_lr', [-0.1, 0, NAN], 'a number above 0'),
     *((t, 'low', [-0.1, 1.1, None], 'a number from 0 to 1')
       for t in (cfg.PPOClip, cfg.DualClip, cfg.GSPO, cfg.CISPO, cfg.Rejection)),
     *((t, 'high', [-0.1, NAN], 'a number of at least 0')
@@ -236,13 +243,15 @@ REFUSED: list[tuple[type, str, list[Any], str]] = [
     (cfg.Rollouts, 'dump_every', [-1, 0.5], 'at least 0'),
     (cfg.Rollouts, 'mismatch_gate', [-1, 0.5, NAN, None], 'at least '),
     (cfg.RPT, 'min_entropy', [-1, NAN], 'a number of at least 0'),
-    (cfg.RPT, 'difficulty', [3, (1, 2), (2, 1, 3), (0.1, '1', 2), None], '3 numbers that rise'),
+    (cfg.RPT, 'difficulty', [3, (1, 2), (2, 1, 3), (0.1, '1', 2), (NAN, 1, 2), (0, 1, INF),
+                              None], '3 numbers that rise'),
     (cfg.RL, 'start_from', ['', None], 'a non-empty string'),
     *((cfg.RL, name, [None, 'x'], '@cfg.')
       for name in ('problems', 'verifier', 'pool', 'rollouts', 'algorithm')),
     (cfg.RL, 'eval_problems', [0, 1.5], 'at least 1'),
     *((cfg.Train, name, [0, -1, 1.5, None], 'at least 1')
-      for name in ('num_steps', 'batch_size', 'accumulation', 'log_every', 'eval_every')),
+      for name in ('num_steps', 'accumulation', 'log_every', 'eval_every')),
+    (cfg.Train, 'batch_size', [-1, 1.5, None], 'at least 0'),
     (cfg.Train, 'eval_batches', [-1], 'at least 0'),
     (cfg.Train, 'tensorboard', [1], 'True or False'),
     *((cfg.Checkpoint, name, [0, 1.5], 'at least 1') for name in ('every', 'keep')),
@@ -272,6 +281,33 @@ def test_refused(kind, name, value, expected):
   message = str(caught.value)
   assert message.startswith(f'{kind.__name__}.{name} = {value!r}: expected '), message
   assert expected in message and '\n' not in message and message.endswith('.')
+
+
+def test_every_number_is_finite_and_bounded_and_every_text_can_be_written():
+  beyond = {int: [2**63, 10**30, 10**5000], float: [INF, -INF, NAN, 1e308, 10**400],
+            str: ['a\0b', '\ud800']}
+  fields = [(kind, field.name, value) for kind in ALL for field in dataclasses.fields(kind)
+            for value in beyond.get(field.type, ())]
+  assert len(fields) > 300
+  for kind, name, value in fields:
+    with pytest.raises(UserError, match=rf'{kind.__name__}\.{name} = .*: expected .*\.$'):
+      kind(**{**VALID[kind], name: value})
+
+
+@pytest.mark.parametrize('kind, name, value, expected', [
+    (cfg.Rollouts, 'group_size', 2**31, 'the responses of a batch would take at least 256 GiB'),
+    (cfg.Rollouts, 'prompt_len', 2**31, 'the prompts of a batch would take at least 256 GiB'),
+    (cfg.Rollouts, 'response_tokens', 2**31, 'would take at least 2 TiB'),
+    (cfg.Arithmetic, 'size', 2**63, 'the problems would take at least 2.1e+06 PiB'),
+    (cfg.VerifierPool, 'num_workers', 2**63, 'so many processes would take at least'),
+    (cfg.Model, 'd_ff', 2**31, 'its layers would take at least 512 GiB'),
+    (cfg.Data, 'seq_len', 2**31, 'the tokens of one example would take at least 8 GiB'),
+    (cfg.Engine, 'slots', 2**40, 'the tokens of the slots would take at least 4 PiB'),
+])
+def test_a_size_that_no_machine_holds_says_what_it_would_take(kind, name, value, expected):
+  with pytest.raises(UserError) as caught:
+    kind(**{**VALID[kind], name: value})
+  assert 'a whole number of at most' in str(caught.value) and expected in str(caught.value)
 
 
 def test_every_field_has_a_row():
@@ -304,6 +340,25 @@ def test_every_field_has_a_row():
                         'train': cfg.Train(4, batch_size=2, accumulation=2)}),
      'Train.accumulation = 2 does not divide the 3 prompts'),
     (lambda: cfg.RPT('a', cfg.Rollouts(mode=cfg.OneStepOff())), 'choose an Algorithm.correction'),
+    *((lambda sampler=sampler: cfg.RPT('a', cfg.Rollouts(sampler=sampler)),
+       'leaves the likeliest token alone')
+      for sampler in (cfg.Sampler(0), cfg.Sampler(top_k=1), cfg.Sampler(min_p=1.0))),
+    (lambda: cfg.Rollouts(2**14, 2**10, response_tokens=2**8), 'would take 16 GiB'),
+    (lambda: cfg.Run(**{**RUN, 'train': cfg.Train(4, batch_size=2**24),
+                        'data': cfg.Data(**{**DATA, 'seq_len': 2**10})}), 'would take 64 GiB'),
+    (lambda: cfg.Run(**{**RUN, 'train': cfg.Train(4)}), 'Train.batch_size = 0: expected'),
+    *((lambda fields=fields: cfg.Run(**{**RUN, **fields}), f'{name} is not read by')
+      for name, fields in (
+          ('Train.batch_size = 2', {'objective': RL}),
+          ('Train.eval_batches = 3', {'objective': RL, 'train': cfg.Train(4, eval_batches=3)}),
+          ('Train.eval_batches = 3',
+           {'objective': cfg.RPT('a'), 'train': cfg.Train(4, 2, eval_batches=3)}),
+          ('Data.num_workers = 1', {'objective': RL, 'train': cfg.Train(4),
+                                    'data': cfg.Data(**DATA, num_workers=1)}),
+          ('RL.pool = VerifierPool(num_workers=7, cpu_seconds=5.0, wall_seconds=30.0, '
+           'memory_mib=2048)',
+           {'objective': dataclasses.replace(RL, pool=cfg.VerifierPool(7)),
+            'train': cfg.Train(4)}))),
 ])
 def test_refused_together(make, expected):
   with pytest.raises(UserError) as caught:

@@ -185,7 +185,7 @@ def test_files_are_found_from_another_directory(tmp_path, monkeypatch):
     ('cfg.Model.num_layers = lambda', "Failed to parse token 'lambda'"),
     ('cfg.Model.num_layers = {[1]: 2}', 'this is not gin'),
     ('import os', 'cannot import Python modules'),
-    ('big/cfg.Model.num_layers = 3', 'has a scope'),
+    ('big/cfg.Model.num_layers = 3', 'choose @big/cfg.Model() somewhere or remove the binding'),
     ('cfg.Model.num_layers = 2.5', 'Model.num_layers = 2.5: expected a whole number'),
     ("cfg.Train.num_steps = 'x'", "--gin_bindings: Train.num_steps = 'x'"),
     ('cfg.Run.model = @cfg.Quant()', 'expected one of @cfg.Model()'),

@@ -80,10 +80,40 @@ def test_help_imports_neither_jax_nor_numpy():
     (('sample', '--workdir', 'nowhere', '--prompt', 'a'), 'nowhere holds no config.gin'),
     (('sample', '--workdir', 'x', '--resa', '--resa_share', '0'), 'ReSA.active = 0'),
     (('sample', '--workdir', 'x', '--resa', '--resa_share', '1.5'), 'ReSA.active = 1.5'),
-    (('sample', '--workdir', 'x', '--resa', '--resa_block', '0'), 'ReSA.block = 0'),
-    (('sample', '--workdir', 'x', '--resa', '--resa_every', '0'), 'Every.tokens = 0'),
+    (('sample', '--workdir', 'x', '--resa', '--resa_block', '0'), 'whole number of at least 1'),
+    (('sample', '--workdir', 'x', '--resa', '--resa_block', 'x'), "at least 1, not 'x'"),
+    (('sample', '--workdir', 'x', '--resa', '--resa_every', '0'), 'whole number of at least 1'),
+    (('sample', '--workdir', 'x', '--resa', '--resa_every', '99999999999'), 'at most 2147483647'),
     (('sample', '--workdir', 'x', '--resa_share', '0.2'), 'without --resa: add it'),
     (('sample', '--workdir', 'x', '--resa', '--prompt', 'a', '--stop', 'b'), 'no --stop'),
+    *(((command, '--workdir', bad, *more), f'--workdir: expected a path, not {bad!r}')
+      for command, more in (
+          ('train', ()), ('sample', ()), ('chat', ()), ('serve', ()), ('eval', ()),
+          ('replay', ('--only', 'sampler')), ('doctor', ()), ('quickstart', ()))
+      for bad in ('', 'a\0b')),
+    *((('sample', '--workdir', 'x', flag, ''), f'{flag}: expected a path')
+      for flag in ('--prompt_file',)),
+    *(((command, '--workdir', 'x', '--template', ''), '--template: expected a path')
+      for command in ('chat', 'serve')),
+    (('quickstart', '--data', ''), '--data: expected a path'),
+    *(((command, '--workdir', 'x', '--seed', str(2**32)), '--seed: expected a whole number of at '
+       f'most {2**32 - 1}') for command in ('sample', 'chat', 'serve')),
+    (('sample', '--workdir', 'x', '--prompt', 'a\udcff'), '--prompt: expected UTF-8 text'),
+    (('chat', '--workdir', 'x', '--system', '\udcff'), '--system: expected UTF-8 text'),
+    (('sample', '--workdir', 'x', '--prompt', 'a', '--num_tokens', str(10**12)),
+     '--num_tokens: expected a whole number of at most'),
+    *((('train', '--workdir', 'x', '--gin_file', TINY, '--gin_bindings', binding), expected)
+      for binding, expected in (
+          ('cfg.WSD.peak = 1e309', 'cfg.WSD.peak holds a number beyond what 64 bits'),
+          ('cfg.WSD.peak = 0', 'WSD.peak = 0: expected a number above 0'),
+          ('cfg.AdamW.b1 = 1', 'never learns'),
+          (f'cfg.Run.seed = {"9" * 4000}', 'whole number of 13288 bits'),
+          (f'cfg.Run.seed = {"9" * 5000}', 'this is not gin'),
+          (f'cfg.Run.seed = {"[" * 2000}{"]" * 2000}', 'nested'),
+          (f'cfg.Run.seed = {"(" * 90}{")" * 90}', 'Run.seed = ('),
+          ("cfg.Data.cache_dir = 'a\\0b'", 'Data.cache_dir = '),
+          ("cfg.Run.model = @cfg.Quant", 'expected one of @cfg.Model()'))),
+    (('train', '--workdir', 'x', '--gin_file', 'a\0b'), "'a\\x00b' is not a file name"),
     (('chat', '--workdir', 'nowhere'), 'nowhere holds no config.gin'),
     (('chat', '--workdir', 'x', '--temperature', 'hot'), "invalid float value: 'hot'"),
     (('chat', '--workdir', 'x', '--template', 'nowhere.json'),

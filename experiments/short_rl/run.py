@@ -139,7 +139,7 @@ def make_step(model, arm, num_prompts, num_steps, learning_rate):
   run = cfg.Run(seed=0, model=MODEL, data=cfg.Data(cfg.PythonStdlib(), cfg.Bytes(), 64),
                 objective=cfg.RL('start', cfg.Problems(SOURCE), cfg.AnswerMatch(),
                                  rollouts=rollouts, algorithm=algorithm),
-                optimizer=settings, train=cfg.Train(num_steps=num_steps, batch_size=num_prompts))
+                optimizer=settings, train=cfg.Train(num_steps=num_steps))
   optimizer = optim.make_optimizer(settings, num_steps)
   learn = learner.make_learner(model, optimizer, run, rollouts, algorithm)
   verify = exact.device_verifier(TABLE, generated.MARKER.encode(), STOP)

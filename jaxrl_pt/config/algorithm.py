@@ -68,7 +68,7 @@ class GAE:
   def __post_init__(self) -> None:
     checks.number(self, 'gamma', 0.0, 1.0)
     checks.number(self, 'lam', 0.0, 1.0)
-    checks.number(self, 'value_lr', 0.0)
+    checks.positive(self, 'value_lr')
 
 
 @dataclass(frozen=True)
@@ -299,7 +299,7 @@ class ShortRL:
   def __post_init__(self) -> None:
     checks.integer(self, 'slack_tokens', 0)
     checks.number(self, 'slack_accuracy', 0.0, 1.0)
-    checks.number(self, 'ema', 0.0, 1.0)
+    checks.below_one(self, 'ema')
     checks.number(self, 'weight', 0.0)
 
 

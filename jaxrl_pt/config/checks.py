@@ -5,33 +5,118 @@ from typing import Any, get_args
 
 from jaxrl_pt.errors import UserError
 
+INT32 = 2**31 - 1  # Steps, ids and sizes are 32-bit integers on the device.
+# Twelve powers of ten below what float32 holds, so that sums and squares stay finite there.
+LARGEST = 1e30
+# A factor below float32's precision changes nothing, which is never what was meant.
+SMALLEST = 1e-12
+
 
 def fail(owner: Any, name: str, expected: str) -> None:
   value = getattr(owner, name)
-  raise UserError(f'{type(owner).__name__}.{name} = {value!r}: expected {expected}.')
+  raise UserError(f'{type(owner).__name__}.{name} = {_short(value)}: expected {expected}.')
+
+
+def _short(value: Any) -> str:
+  """The value as Python writes it, or its beginning; numbers of thousands of digits have none."""
+  if isinstance(value, int) and value.bit_length() > 1000:
+    return f'a whole number of {value.bit_length()} bits'
+  text = repr(value)
+  return text if len(text) <= 300 else f'{text[:300]}…'
 
 
 def integer(owner: Any, name: str, low: int, high: int | None = None) -> None:
+  """A whole number from `low` to `high`; without `high`, as large as 32 bits hold."""
   value = getattr(owner, name)
-  is_integer = isinstance(value, int) and not isinstance(value, bool)
-  if not is_integer or value < low or (high is not None and value > high):
+  if not _is_integer(value) or value < low or (high is not None and value > high):
     fail(owner, name, f'a whole number of at least {low}'
           if high is None else f'a whole number from {low} to {high}')
+  if value > INT32 and high is None:
+    fail(owner, name, f'a whole number of at most {INT32}')
 
 
-def number(owner: Any, name: str, low: float, high: float = math.inf) -> None:
+def size(owner: Any, name: str, low: int, high: int, num_bytes: float, what: str) -> None:
+  """A whole number from `low` that sizes arrays; beyond `high` no machine holds them.
+
+  Args:
+    num_bytes: what `what` takes at least for each unit of it; both go into the message.
+  """
   value = getattr(owner, name)
-  is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-  if not is_number or not low <= value <= high or math.isnan(value):
+  if not _is_integer(value) or value < low:
+    fail(owner, name, f'a whole number of at least {low}')
+  if value > high:
+    fail(owner, name, f'a whole number of at most {high}, since {what} would take at least '
+         f'{memory(value * num_bytes)}')
+
+
+def memory(num_bytes: float) -> str:
+  """A number of bytes for a person to read."""
+  if num_bytes > LARGEST:
+    return f'{LARGEST:g} bytes'
+  for unit in ('bytes', 'KiB', 'MiB', 'GiB', 'TiB'):
+    if num_bytes < 1024:
+      break
+    num_bytes /= 1024
+  else:
+    unit = 'PiB'
+  return f'{num_bytes:.3g} {unit}'
+
+
+def number(owner: Any, name: str, low: float, high: float = LARGEST) -> None:
+  """A finite number from `low` to `high`."""
+  value = getattr(owner, name)
+  if not _is_number(value) or not value >= low or (high < LARGEST and value > high):
     fail(owner, name, f'a number of at least {low:g}'
-          if high == math.inf else f'a number from {low:g} to {high:g}')
+          if high == LARGEST else f'a number from {low:g} to {high:g}')
+  if value > high:
+    fail(owner, name, f'a number of at most {high:g}, which float32 can still hold')
+
+
+def positive(owner: Any, name: str, low: float = SMALLEST) -> None:
+  """A finite number above 0 that float32 does not round to nothing."""
+  if not _is_number(getattr(owner, name)) or not getattr(owner, name) >= low:
+    fail(owner, name, f'a number above 0, of at least {low:g}')
+  number(owner, name, low)
+
+
+def units(owner: Any, *names: str) -> int:
+  """The product of these fields, where one that is no size yet counts as 1."""
+  values = [getattr(owner, name) for name in names]
+  return math.prod(max(1, v) if _is_integer(v) else 1 for v in values)
+
+
+def below_one(owner: Any, name: str) -> None:
+  """The decay of a running average, which at 1 would never move."""
+  value = getattr(owner, name)
+  number(owner, name, 0.0, 1.0)
+  if value > 1 - 1e-7:
+    fail(owner, name, 'a number from 0 to 0.9999999, since an average that decays by 1 never '
+         'learns')
+
+
+def is_weight(value: Any) -> bool:
+  """A finite number of any sign."""
+  return _is_number(value) and abs(value) <= LARGEST
+
+
+def is_plain(value: Any) -> bool:
+  """A flag, a finite number or a text: what gin can write and read again."""
+  return isinstance(value, bool) or is_text(value) or is_weight(value)
+
+
+def _is_integer(value: Any) -> bool:
+  return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+  return _is_integer(value) or isinstance(value, float)
 
 
 def rising(owner: Any, name: str, length: int) -> None:
   """Also turns a list, as gin files write one, into the tuple that can be hashed."""
   value = getattr(owner, name)
   is_numbers = isinstance(value, (list, tuple)) and all(
-      isinstance(x, (int, float)) and not isinstance(x, bool) for x in value)
+      is_weight(x) for x in value)
   if not is_numbers or len(value) != length or list(value) != sorted(value):
     fail(owner, name, f'{length} numbers that rise')
   object.__setattr__(owner, name, tuple(value))
@@ -41,10 +126,26 @@ def token_ids(owner: Any, name: str) -> None:
   """Also turns a list, as gin files write one, into the tuple that can be hashed."""
   value = getattr(owner, name)
   is_ids = isinstance(value, (list, tuple)) and all(
-      isinstance(x, int) and not isinstance(x, bool) and x >= 0 for x in value)
+      _is_integer(x) and 0 <= x <= INT32 for x in value)
   if not is_ids:
-    fail(owner, name, 'a list of token ids')
+    fail(owner, name, f'a list of token ids, each from 0 to {INT32}')
   object.__setattr__(owner, name, tuple(value))
+
+
+def names(owner: Any, name: str, expected: str, low: int = 0) -> None:
+  """A list of texts, none of them empty; turns a list into the tuple that can be hashed."""
+  value = getattr(owner, name)
+  if not isinstance(value, (list, tuple)) or len(value) < low or not all(x and is_text(x) for x in value):
+    fail(owner, name, expected)
+  object.__setattr__(owner, name, tuple(value))
+
+
+def is_text(value: Any) -> bool:
+  """A string that a file can hold and a path may contain: no NUL, no lone surrogate."""
+  try:
+    return isinstance(value, str) and '\0' not in value and bool(value.encode() or True)
+  except UnicodeEncodeError:
+    return False
 
 
 def choice(owner: Any, name: str, literal: Any) -> None:
@@ -62,6 +163,8 @@ def text(owner: Any, name: str, *, empty: bool = False) -> None:
   value = getattr(owner, name)
   if not isinstance(value, str) or (not value and not empty):
     fail(owner, name, 'a string' if empty else 'a non-empty string')
+  if not is_text(value):
+    fail(owner, name, 'a string of UTF-8 without NUL')
 
 
 def instance(owner: Any, name: str, *types: type) -> None:

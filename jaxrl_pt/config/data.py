@@ -18,7 +18,7 @@ class PythonStdlib:
   max_bytes: int = 8_000_000
 
   def __post_init__(self) -> None:
-    checks.integer(self, 'max_bytes', 10_000)
+    checks.size(self, 'max_bytes', 10_000, 2**40, 1, 'the text')
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class TrainedBPE:
   vocab_size: int
 
   def __post_init__(self) -> None:
-    checks.integer(self, 'vocab_size', 257)
+    checks.size(self, 'vocab_size', 257, 2**24, 16, 'the table of its pieces')
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ class Data:
   def __post_init__(self) -> None:
     checks.instance(self, 'source', *get_args(Source))
     checks.instance(self, 'tokenizer', *get_args(Tokenizer))
-    checks.integer(self, 'seq_len', 2)
+    checks.size(self, 'seq_len', 2, 2**24, 4, 'the tokens of one example')
     checks.number(self, 'validation_fraction', 0.0, 0.5)
     checks.text(self, 'validation_glob', empty=True)
     if self.validation_glob and isinstance(self.source,
@@ -196,4 +196,4 @@ class Data:
                       f'{type(self.source).__name__}.')
     checks.choice(self, 'long_documents', Literal['split', 'error'])
     checks.text(self, 'cache_dir', empty=True)
-    checks.integer(self, 'num_workers', 0)
+    checks.size(self, 'num_workers', 0, 256, 2**26, 'so many processes')

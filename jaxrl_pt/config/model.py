@@ -58,9 +58,15 @@ class Model:
   norm_epsilon: float = 1e-5
 
   def __post_init__(self) -> None:
-    for name in ('num_layers', 'd_model', 'd_ff', 'num_heads', 'num_kv_heads', 'head_dim',
-                 'vocab_size'):
-      checks.integer(self, name, 1)
+    for name, high, beside, what in (
+        ('num_layers', 2**12, ('d_model', 'd_ff'), 'its layers'),
+        ('d_model', 2**17, ('num_layers', 'd_ff'), 'its layers'),
+        ('d_ff', 2**20, ('num_layers', 'd_model'), 'its layers'),
+        ('num_heads', 2**12, ('num_layers', 'd_model', 'head_dim'), 'its attention'),
+        ('num_kv_heads', 2**12, ('num_layers', 'd_model', 'head_dim'), 'its attention'),
+        ('head_dim', 2**13, ('num_layers', 'd_model', 'num_heads'), 'its attention'),
+        ('vocab_size', 2**24, ('d_model',), 'the embedding')):
+      checks.size(self, name, 1, high, 4 * checks.units(self, *beside), what)
     checks.number(self, 'rope_theta', 1.0)
     checks.number(self, 'norm_epsilon', 0.0, 1.0)
     checks.choice(self, 'activation', Activation)

@@ -61,7 +61,7 @@ class InformationGain:
   decay: float = 0.999
 
   def __post_init__(self) -> None:
-    checks.number(self, 'decay', 0.0, 1.0)
+    checks.below_one(self, 'decay')
 
 
 NextTokenReward = PrefixMatch | FirstTokenMatch | DenseMatch | GatedDenseMatch | InformationGain
@@ -101,6 +101,11 @@ def _check_method(name: str, rollouts: Rollouts, algorithm: Algorithm) -> None:
   if rollouts.group_size == 1 and isinstance(algorithm.advantage, GROUPED):
     raise UserError(f'Rollouts.group_size = 1, but {type(algorithm.advantage).__name__} compares '
                     'the responses of a group: set it to at least 2.')
+  sampler = rollouts.sampler
+  if sampler.temperature == 0 or sampler.top_k == 1 or sampler.min_p == 1:
+    raise UserError(f'{name} learns from responses that differ, but {sampler} leaves the likeliest '
+                    'token alone: choose Sampler.temperature above 0, Sampler.top_k other than 1 '
+                    'and Sampler.min_p below 1.')
   if rollouts.num_prompts % algorithm.minibatches:
     raise UserError(f'Algorithm.minibatches = {algorithm.minibatches} does not divide '
                     f'Rollouts.num_prompts = {rollouts.num_prompts}: change one of them.')

@@ -14,7 +14,7 @@ class Constant:
   warmup_steps: int = 0
 
   def __post_init__(self) -> None:
-    checks.number(self, 'peak', 0.0)
+    checks.positive(self, 'peak')
     checks.integer(self, 'warmup_steps', 0)
 
 
@@ -27,7 +27,7 @@ class Cosine:
   warmup_steps: int = 0
 
   def __post_init__(self) -> None:
-    checks.number(self, 'peak', 0.0)
+    checks.positive(self, 'peak')
     checks.number(self, 'end', 0.0)
     checks.integer(self, 'warmup_steps', 0)
 
@@ -42,7 +42,7 @@ class WSD:
   decay_fraction: float = 0.2
 
   def __post_init__(self) -> None:
-    checks.number(self, 'peak', 0.0)
+    checks.positive(self, 'peak')
     checks.number(self, 'end', 0.0)
     checks.integer(self, 'warmup_steps', 0)
     checks.number(self, 'decay_fraction', 0.0, 1.0)
@@ -66,8 +66,9 @@ class TwoStage:
   shape: Literal['linear', 'cosine'] = 'linear'
 
   def __post_init__(self) -> None:
-    for name in ('peak', 'second_peak', 'end'):
-      checks.number(self, name, 0.0)
+    for name in ('peak', 'second_peak'):
+      checks.positive(self, name)
+    checks.number(self, 'end', 0.0)
     checks.integer(self, 'warmup_steps', 0)
     checks.number(self, 'switch_fraction', 0.0, 1.0)
     checks.choice(self, 'shape', Literal['linear', 'cosine'])
@@ -95,9 +96,10 @@ class AdamW:
 
   def __post_init__(self) -> None:
     checks.instance(self, 'schedule', *get_args(Schedule))
-    checks.number(self, 'b1', 0.0, 1.0)
-    checks.number(self, 'b2', 0.0, 1.0)
-    checks.number(self, 'eps', 0.0)
+    checks.below_one(self, 'b1')
+    checks.below_one(self, 'b2')
+    # With 0 a weight that has had no gradient yet would be moved by 0 / 0.
+    checks.positive(self, 'eps', 1e-30)
     checks.number(self, 'weight_decay', 0.0)
     checks.choice(self, 'weight_decay_shape', Literal['constant', 'cosine'])
     checks.number(self, 'clip_norm', 0.0)

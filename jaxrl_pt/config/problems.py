@@ -6,7 +6,8 @@ from typing import get_args
 from jaxrl_pt.config import checks
 
 # Prompts with a reference answer, for a verifier to judge. Generated ones are a function of
-# (seed, index) alone.
+# (seed, index) alone, and all of them are held in memory.
+MOST_PROBLEMS = 10_000_000
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class KnightsAndKnaves:
   seed: int = 0
 
   def __post_init__(self) -> None:
-    checks.integer(self, 'size', 1)
+    checks.size(self, 'size', 1, MOST_PROBLEMS, 256, 'the problems')
     checks.integer(self, 'min_people', 2, 8)
     checks.integer(self, 'max_people', self.min_people, 8)
     checks.integer(self, 'seed', 0)
@@ -55,10 +56,10 @@ class ReasoningGym:
 
   def __post_init__(self) -> None:
     checks.text(self, 'task')
-    checks.integer(self, 'size', 1)
+    checks.size(self, 'size', 1, MOST_PROBLEMS, 256, 'the problems')
     checks.integer(self, 'seed', 0)
     is_pair = lambda x: (isinstance(x, tuple) and len(x) == 2 and isinstance(x[0], str)
-                         and isinstance(x[1], (int, float, str)))
+                         and checks.is_plain(x[1]))
     if not isinstance(self.settings, tuple) or not all(map(is_pair, self.settings)):
       checks.fail(self, 'settings',
                   "pairs of a setting's name and its value, as (('max_terms', 3),)")
@@ -78,7 +79,7 @@ class Arithmetic:
   seed: int = 0
 
   def __post_init__(self) -> None:
-    checks.integer(self, 'size', 1)
+    checks.size(self, 'size', 1, MOST_PROBLEMS, 256, 'the problems')
     checks.integer(self, 'num_terms', 2, 16)
     checks.integer(self, 'num_digits', 1, 9)
     checks.number(self, 'noise', 0.0, 1.0)
@@ -103,10 +104,10 @@ class RedundantChecks:
   seed: int = 0
 
   def __post_init__(self) -> None:
-    checks.integer(self, 'size', 1)
+    checks.size(self, 'size', 1, MOST_PROBLEMS, 256, 'the problems')
     checks.integer(self, 'min_steps', 1, 64)
     checks.integer(self, 'max_steps', self.min_steps, 64)
-    checks.integer(self, 'max_checks', 0)
+    checks.size(self, 'max_checks', 0, 2**12, 8, 'the demonstrations')
     checks.number(self, 'noise', 0.0, 1.0)
     checks.integer(self, 'seed', 0)
 

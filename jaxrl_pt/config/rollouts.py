@@ -6,6 +6,8 @@ from typing import Literal, get_args
 from jaxrl_pt.config import checks
 from jaxrl_pt.errors import UserError
 
+MOST_TOKENS = 2**24  # of one row
+
 
 @dataclass(frozen=True)
 class Sampler:
@@ -22,6 +24,8 @@ class Sampler:
 
   def __post_init__(self) -> None:
     checks.number(self, 'temperature', 0.0)
+    if self.temperature and not 1e-6 <= self.temperature <= 1e6:
+      checks.fail(self, 'temperature', '0 for the likeliest token, or a number from 1e-06 to 1e+06')
     checks.integer(self, 'top_k', 0)
     checks.number(self, 'top_p', 0.0, 1.0)
     checks.number(self, 'min_p', 0.0, 1.0)
@@ -38,7 +42,7 @@ class Every:
   tokens: int = 32
 
   def __post_init__(self) -> None:
-    checks.integer(self, 'tokens', 1)
+    checks.size(self, 'tokens', 1, MOST_TOKENS, 4, 'so many tokens of a row')
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ class ReSA:
   refresh: Every | Never = field(default_factory=Every)
 
   def __post_init__(self) -> None:
-    checks.integer(self, 'block', 1)
+    checks.size(self, 'block', 1, MOST_TOKENS, 4, 'the tokens of one block')
     checks.number(self, 'active', 0.0, 1.0)
     if self.active == 0:
       checks.fail(self, 'active', 'a share of the blocks above 0, at most 1')
@@ -92,10 +96,16 @@ class Engine:
   steps_per_call: int = 16
 
   def __post_init__(self) -> None:
-    for name in ('slots', 'queue', 'prompt_len', 'response_len', 'page_size', 'prefill_chunk',
-                 'steps_per_call'):
-      checks.integer(self, name, 1)
-    checks.integer(self, 'num_pages', 0)
+    for name, high, beside, what in (
+        ('slots', 2**20, ('response_len',), 'the tokens of the slots'),
+        ('queue', 2**20, ('response_len',), 'the tokens of the queue'),
+        ('prompt_len', MOST_TOKENS, ('slots',), 'the prompts of the slots'),
+        ('response_len', MOST_TOKENS, ('slots',), 'the tokens of the slots'),
+        ('page_size', MOST_TOKENS, (), 'one page'),
+        ('prefill_chunk', MOST_TOKENS, (), 'one piece'),
+        ('steps_per_call', MOST_TOKENS, ('slots',), 'the tokens of a call')):
+      checks.size(self, name, 1, high, 4 * checks.units(self, *beside), what)
+    checks.size(self, 'num_pages', 0, 2**26, 4 * self.page_size, 'the pages')
     checks.choice(self, 'kv', Literal['model', 'int8'])
     # One response, the prompt kept for sharing, and the page that is nobody's.
     pages = lambda tokens: -(-tokens // self.page_size)
@@ -166,8 +176,18 @@ class Rollouts:
   mismatch_gate: float = 1.05
 
   def __post_init__(self) -> None:
-    for name in ('num_prompts', 'group_size', 'prompt_len', 'response_tokens'):
-      checks.integer(self, name, 1)
+    for name, high, beside, what in (
+        ('num_prompts', 2**20, ('group_size', 'response_tokens'), 'the responses of a batch'),
+        ('group_size', 2**16, ('num_prompts', 'response_tokens'), 'the responses of a batch'),
+        ('prompt_len', MOST_TOKENS, ('num_prompts',), 'the prompts of a batch'),
+        ('response_tokens', MOST_TOKENS, ('num_prompts', 'group_size'),
+         'the responses of a batch')):
+      checks.size(self, name, 1, high, 4 * checks.units(self, *beside), what)
+    num_tokens = self.num_prompts * (self.prompt_len + self.group_size * self.response_tokens)
+    if num_tokens > checks.INT32:
+      raise UserError(f'Rollouts asks for {num_tokens} tokens a batch (num_prompts × (prompt_len '
+                      f'+ group_size × response_tokens)), whose ids alone would take '
+                      f'{checks.memory(4 * num_tokens)}: lower one of the four.')
     checks.instance(self, 'sampler', Sampler)
     checks.instance(self, 'mode', *get_args(Mode))
     checks.instance(self, 'selection', *get_args(Selection))

@@ -2,26 +2,29 @@
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import get_args
+from typing import Any, get_args
 
 from jaxrl_pt.config import checks
 from jaxrl_pt.config.data import Data
 from jaxrl_pt.config.model import Compute, Mesh, Model
 from jaxrl_pt.config.objectives import RL, RPT, NextToken, Objective
 from jaxrl_pt.config.optimizer import AdamW
+from jaxrl_pt.config.verifiers import AnswerMatch, VerifierPool
 from jaxrl_pt.errors import UserError
 
 
 @dataclass(frozen=True)
 class Train:
-  """Steps and cadence of the loop. batch_size counts sequences over all devices.
+  """Steps and cadence of the loop.
 
+  batch_size: sequences over all devices of a step of NextToken, and scored at once by RPT; RL
+  reads none, since Rollouts.num_prompts says what a step takes, and leaves it at 0.
   accumulation: micro-batches a step; each holds batch_size / accumulation rows.
   eval_batches: validation batches a pass; 0 takes them all.
   """
 
   num_steps: int
-  batch_size: int
+  batch_size: int = 0
   accumulation: int = 1
   log_every: int = 10
   eval_every: int = 100
@@ -29,8 +32,9 @@ class Train:
   tensorboard: bool = True
 
   def __post_init__(self) -> None:
-    for name in ('num_steps', 'batch_size', 'accumulation', 'log_every', 'eval_every'):
+    for name in ('num_steps', 'accumulation', 'log_every', 'eval_every'):
       checks.integer(self, name, 1)
+    checks.size(self, 'batch_size', 0, 2**24, 4, 'one token of each sequence')
     checks.integer(self, 'eval_batches', 0)
     checks.flag(self, 'tensorboard')
     if self.batch_size % self.accumulation:
@@ -89,11 +93,42 @@ class Run:
                           'update (Rollouts.num_prompts / Algorithm.minibatches): change one.')
       case _:
         pass
+    _check_read(self)
     match self.objective:
       case RPT(positions_per_document=shared) if shared > 1 and self.train.accumulation > 1:
         raise UserError(f'RPT.positions_per_document = {shared} keeps prompts together that '
                         f'Train.accumulation = {self.train.accumulation} would part: set one of '
                         'them to 1.')
+
+
+def _check_read(run: Run) -> None:
+  """Refuses settings that the chosen objective does not read, and asks for those it does.
+
+  What is not read can only be told from its default by differing from it.
+  """
+  objective = type(run.objective).__name__
+  unread: list[tuple[str, Any, Any, str]] = []
+  if isinstance(run.objective, RL):
+    unread.append(('Train.batch_size', run.train.batch_size, 0,
+                   'Rollouts.num_prompts says what a step takes'))
+    if isinstance(run.objective.verifier, AnswerMatch):
+      unread.append(('RL.pool', run.objective.pool, VerifierPool(),
+                     '@cfg.AnswerMatch() works on the device, without processes'))
+  else:
+    checks.integer(run.train, 'batch_size', 1)
+  if not isinstance(run.objective, NextToken):
+    unread += [
+        ('Train.eval_batches', run.train.eval_batches, Train(1).eval_batches,
+         'evaluation takes all that the objective holds out'),
+        ('Data.num_workers', run.data.num_workers, 0, 'only NextToken reads batches of text')]
+  for name, value, default, reason in unread:
+    if value != default:
+      raise UserError(f'{name} = {value!r} is not read by {objective}, because {reason}: leave it '
+                      f'out, or at {default!r}.')
+  if run.train.batch_size * run.data.seq_len > checks.INT32:
+    num_tokens = run.train.batch_size * run.data.seq_len
+    raise UserError(f'Train.batch_size × Data.seq_len = {num_tokens} tokens a batch, whose ids '
+                    f'alone would take {checks.memory(4 * num_tokens)}: lower one of them.')
 
 
 def model_at(run: Run, step: int) -> Model:

@@ -1,7 +1,6 @@
 """Who judges responses."""
 
 from dataclasses import dataclass
-import math
 from typing import Literal, get_args
 
 from jaxrl_pt.config import checks
@@ -85,10 +84,7 @@ class FormatVerifier:
   tags: tuple[str, ...] = ('think', 'answer')
 
   def __post_init__(self) -> None:
-    if (not isinstance(self.tags, (list, tuple)) or not self.tags
-        or not all(isinstance(tag, str) and tag for tag in self.tags)):
-      checks.fail(self, 'tags', 'a list of names such as [\'think\', \'answer\']')
-    object.__setattr__(self, 'tags', tuple(self.tags))
+    checks.names(self, 'tags', "a list of names such as ['think', 'answer']", low=1)
 
 
 @dataclass(frozen=True)
@@ -120,10 +116,7 @@ class PythonVerifier:
     checks.text(self, 'target')
     if self.target.count(':') != 1:
       checks.fail(self, 'target', "'module:function'")
-    if (not isinstance(self.parts, (list, tuple))
-        or not all(isinstance(part, str) and part for part in self.parts)):
-      checks.fail(self, 'parts', 'a list of names')
-    object.__setattr__(self, 'parts', tuple(self.parts))
+    checks.names(self, 'parts', 'a list of names')
     checks.number(self, 'min_score', -1e9)
     checks.number(self, 'max_score', self.min_score)
 
@@ -146,7 +139,7 @@ class Composite:
       object.__setattr__(self, name, tuple(getattr(self, name)))
     if not self.verifiers or not all(isinstance(v, get_args(Part)) for v in self.verifiers):
       checks.fail(self, 'verifiers', 'a list such as [@cfg.MathVerifier(), @cfg.FormatVerifier()]')
-    is_numbers = all(isinstance(w, (int, float)) and math.isfinite(w) for w in self.weights)
+    is_numbers = all(checks.is_weight(w) for w in self.weights)
     if len(self.weights) != len(self.verifiers) or not is_numbers:
       checks.fail(self, 'weights', f'{len(self.verifiers)} numbers, one for each verifier')
 
@@ -168,7 +161,7 @@ class VerifierPool:
   memory_mib: int = 2048
 
   def __post_init__(self) -> None:
-    checks.integer(self, 'num_workers', 1)
-    checks.number(self, 'cpu_seconds', 0.01)
-    checks.number(self, 'wall_seconds', 0.01)
+    checks.size(self, 'num_workers', 1, 1024, 2**26, 'so many processes')
+    checks.number(self, 'cpu_seconds', 0.01, 86_400)
+    checks.number(self, 'wall_seconds', 0.01, 86_400)
     checks.integer(self, 'memory_mib', 64)

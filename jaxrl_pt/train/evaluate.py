@@ -36,7 +36,12 @@ def evaluate_packed(session: sessions.Session, model: cfg.Model, params: Params,
   run = session.run
   evaluate = _compiled_evaluation(session, model)
   totals: dict[str, Weighted] = {}
-  for batch in loader.eval_batches(packed, run.train.batch_size, limit):
+  match run.objective:
+    case cfg.RL(rollouts=rollouts):
+      rows = rollouts.num_prompts
+    case _:
+      rows = run.train.batch_size
+  for batch in loader.eval_batches(packed, rows, limit):
     values = evaluate(params, session.put_global(batch))
     totals = {k: Weighted(totals[k].sum + v.sum, totals[k].count + v.count) if totals else v
               for k, v in values.items()}

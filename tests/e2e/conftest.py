@@ -60,7 +60,8 @@ cfg.Rollouts.prompt_len = 16
 cfg.Rollouts.response_tokens = 1
 cfg.RPT.scored_examples = 32
 cfg.RPT.eval_positions = 64
-""").replace('cfg.Cosine.peak = 0.01', 'cfg.Cosine.peak = 0.002')
+""").replace('cfg.Cosine.peak = 0.01', 'cfg.Cosine.peak = 0.002').replace(
+    'cfg.Train.eval_batches = 2\n', '')  # Not read by RPT.
 
 RL = PRETRAIN.replace('cfg.Run.objective = @cfg.NextToken()', """
 cfg.Run.objective = @cfg.RL()
@@ -82,7 +83,9 @@ cfg.RL.eval_problems = 8
 """).replace('cfg.Train.num_steps = 60', 'cfg.Train.num_steps = 8').replace(
     'cfg.Train.eval_every = 15', 'cfg.Train.eval_every = 4').replace(
         'cfg.Checkpoint.every = 10', 'cfg.Checkpoint.every = 2').replace(
-            'cfg.Train.log_every = 20', 'cfg.Train.log_every = 2')
+            'cfg.Train.log_every = 20', 'cfg.Train.log_every = 2').replace(
+                # Not read by RL.
+                'cfg.Train.batch_size = 8\n', '').replace('cfg.Train.eval_batches = 2\n', '')
 
 WORDS = 'the model reads a ternary word and then predicts another byte of it while resuming'.split()
 
