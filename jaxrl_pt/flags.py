@@ -217,7 +217,8 @@ def _add_resa(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--resa', action='store_true', help='rectified sparse decoding, e.g. --resa '
                       '--resa_share 0.1 --resa_every 32: a step reads a part of the cache')
   # Without defaults, to see which were given.
-  parser.add_argument('--resa_block', type=_at_least(1), metavar='TOKENS', help='of a block (default 16)')
+  parser.add_argument('--resa_block', type=_at_least(1), metavar='TOKENS',
+                      help='of a block (default 16)')
   parser.add_argument('--resa_share', type=float, metavar='SHARE', help='of the blocks that a step '
                       'reads; 1 is dense (default 0.1)')
   parser.add_argument('--resa_every', type=_at_least(1), metavar='TOKENS', help='between two '
@@ -239,7 +240,8 @@ def _add_sampling(parser: argparse.ArgumentParser, num_tokens: int) -> None:
                       help='most tokens of a response (default %(default)s)')
   parser.add_argument('--temperature', type=float, default=1.0,
                       help='0 is greedy (default %(default)s)')
-  parser.add_argument('--top_k', type=_at_least(0), default=0, help='0 keeps all (default %(default)s)')
+  parser.add_argument('--top_k', type=_at_least(0), default=0,
+                      help='0 keeps all (default %(default)s)')
   parser.add_argument('--top_p', type=float, default=1.0, help='1 keeps all (default %(default)s)')
   parser.add_argument('--min_p', type=float, default=0.0, help='drops tokens less likely than '
                       'this times the likeliest (default %(default)s)')
