@@ -74,7 +74,8 @@ def make_parser() -> argparse.ArgumentParser:
   quickstart = add('quickstart', 'The main job on real text, offline, in a few minutes.',
                    "jaxrl-pt quickstart --data 'books/*.txt'")
   _add_workdir(quickstart, 'runs/quickstart')
-  quickstart.add_argument('--data', type=_glob, metavar='GLOB', help='UTF-8 text files to learn; without it '
+  quickstart.add_argument('--data', type=_glob, metavar='GLOB',
+                          help='UTF-8 text files to learn; without it '
                           "the standard library's own text")
 
   train = add('train', 'Train what a gin file describes; run again to resume.',
@@ -167,8 +168,9 @@ def _add_frontends(add: Callable[[str, str, str], argparse.ArgumentParser]) -> N
                'jaxrl-pt sample --workdir runs/pretrain_tiny --prompt "def main(" --num_samples 2')
   _add_workdir(sample)
   _add_step(sample)
-  sample.add_argument('--prompt', action='append', type=_text, help='text to continue; may be repeated; '
-                      'without it standard input is the prompt, or each line typed at a terminal')
+  sample.add_argument('--prompt', action='append', type=_text,
+                      help='text to continue; may be repeated; without it standard input is '
+                      'the prompt, or each line typed at a terminal')
   sample.add_argument('--prompt_file', type=_path, metavar='FILE', help='one prompt a line; of a '
                       '.jsonl file, each line\'s "prompt"')
   _add_sampling(sample, num_tokens=64)
@@ -184,7 +186,8 @@ def _add_frontends(add: Callable[[str, str, str], argparse.ArgumentParser]) -> N
   _add_workdir(chat)
   _add_step(chat)
   _add_sampling(chat, num_tokens=512)
-  chat.add_argument('--system', default='', type=_text, metavar='TEXT', help='what stands before all turns')
+  chat.add_argument('--system', default='', type=_text, metavar='TEXT',
+                    help='what stands before all turns')
   chat.add_argument('--max_thought', type=_at_least(0), help='think first, for at most that many '
                     'tokens; without it the model decides')
   chat.add_argument('--max_answer', type=_at_least(1), help='most tokens after a thought')

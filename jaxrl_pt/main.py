@@ -5,40 +5,74 @@ are called, so that `--help` and a mistyped flag answer at once.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+import contextlib
 import json
 import os
-from pathlib import Path
+import signal
 import sys
+import threading
 import traceback
+from types import FrameType
 from typing import Any
 
 from jaxrl_pt import config as cfg
 from jaxrl_pt import flags
 from jaxrl_pt.errors import UserError
-from jaxrl_pt.tpu.child import VIRTUAL_HOST
+
+_INTERRUPTED = '\njaxrl-pt: interrupted.\n'
+
+
+@contextlib.contextmanager
+def _importing() -> Iterator[None]:
+  """Ctrl-C ends the process at once: nothing has begun that could be lost.
+
+  Python drops an exception that a signal raises inside one of its own callbacks, of which
+  importing runs thousands, and the command would go on as if nobody had asked it to stop.
+  """
+  in_main = threading.current_thread() is threading.main_thread()
+  if not in_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+    yield
+    return
+
+  def end(number: int, frame: FrameType | None) -> None:
+    del number, frame
+    os.write(2, _INTERRUPTED.encode())
+    os._exit(130)
+
+  signal.signal(signal.SIGINT, end)
+  try:
+    yield
+  finally:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 # --- Commands ---------------------------------------------------------------------
 
 
 def _quickstart(args: argparse.Namespace) -> int:
-  from jaxrl_pt import quickstart
+  with _importing():
+    from jaxrl_pt import quickstart
   quickstart.run(args.workdir, args.data)
   return 0
 
 
 def _train(args: argparse.Namespace) -> int:
-  from jaxrl_pt import gin_bindings
+  with _importing():
+    from jaxrl_pt import gin_bindings
   run, resolved_text = gin_bindings.load(args.gin_file, args.gin_bindings)
   if args.multihost:
-    import jax
+    with _importing():
+      import jax
     jax.distributed.initialize()
   match run.objective:
     case cfg.NextToken():
-      from jaxrl_pt.train import pretrain
+      with _importing():
+        from jaxrl_pt.train import pretrain
       pretrain.train(run, args.workdir, resolved_text)
     case cfg.RPT() | cfg.RL():
-      from jaxrl_pt.train import rl
+      with _importing():
+        from jaxrl_pt.train import rl
       rl.train(run, args.workdir, resolved_text)
   return 0
 
@@ -50,7 +84,8 @@ def _sample(args: argparse.Namespace) -> int:
   prompts = args.prompt
   if prompts is None and args.prompt_file is None and not sys.stdin.isatty():
     prompts = [_read_stdin()]
-  from jaxrl_pt import frontends
+  with _importing():
+    from jaxrl_pt import frontends
   if args.prompt_file is not None:
     prompts = frontends.read_prompts(args.prompt_file)
   if resa is not None:
@@ -86,7 +121,8 @@ def _resa(args: argparse.Namespace) -> cfg.ReSA | None:
 
 def _chat(args: argparse.Namespace) -> int:
   sampler = _sampler(args)
-  from jaxrl_pt import frontends
+  with _importing():
+    from jaxrl_pt import frontends
   frontends.chat(
       args.workdir, step=args.step, prompt_len=args.prompt_len, template=args.template,
       markers=args.markers, seed=args.seed, sampler=sampler, max_tokens=args.num_tokens,
@@ -97,7 +133,8 @@ def _chat(args: argparse.Namespace) -> int:
 def _serve(args: argparse.Namespace) -> int:
   engine = cfg.Engine(slots=args.slots, queue=args.queue, prompt_len=args.prompt_len,
                       response_len=args.response_len, kv=args.kv, steps_per_call=4)
-  from jaxrl_pt import frontends
+  with _importing():
+    from jaxrl_pt import frontends
   frontends.serve(
       args.workdir, step=args.step, host=args.host, port=args.port, token_file=args.token_file,
       engine=engine, max_samples=args.max_samples, template=args.template, markers=args.markers,
@@ -118,10 +155,12 @@ def _eval(args: argparse.Namespace) -> int:
     saved = args.workdir / 'config.gin'
     if not saved.is_file():
       raise UserError(f'{args.workdir} holds no config.gin: give the --workdir of a train run.')
-    from jaxrl_pt import gin_bindings
+    with _importing():
+      from jaxrl_pt import gin_bindings
     run, _ = gin_bindings.load([str(saved), *args.gin_file], args.gin_bindings)
     data = run.data
-  from jaxrl_pt.train import evaluate
+  with _importing():
+    from jaxrl_pt.train import evaluate
   results = evaluate.evaluate_workdir(args.workdir, step=args.step, data=data)
   if args.json:
     print(json.dumps(results, indent=2))
@@ -132,13 +171,15 @@ def _eval(args: argparse.Namespace) -> int:
 
 
 def _methods(args: argparse.Namespace) -> int:
-  from jaxrl_pt import methods
+  with _importing():
+    from jaxrl_pt import methods
   print(methods.table())
   return 0
 
 
 def _replay(args: argparse.Namespace) -> int:
-  from jaxrl_pt.train import replay
+  with _importing():
+    from jaxrl_pt.train import replay
   half = replay.learner if args.only == 'learner' else replay.sampler
   found: Any = half(args.workdir, args.step)
   print(json.dumps(found, ensure_ascii=False, indent=2) if args.json else replay.text(found))
@@ -146,15 +187,17 @@ def _replay(args: argparse.Namespace) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-  from jaxrl_pt import doctor
+  with _importing():
+    from jaxrl_pt import doctor
   found = doctor.examine(args.workdir)
   print(json.dumps(found, indent=2) if args.json else doctor.text(found))
   return 0 if found['ok'] else 1
 
 
 def _preflight(args: argparse.Namespace) -> int:
-  from jaxrl_pt.tpu import compile as compiling
-  from jaxrl_pt.tpu import search
+  with _importing():
+    from jaxrl_pt.tpu import compile as compiling
+    from jaxrl_pt.tpu import search
   say = lambda line: print(line, file=sys.stderr, flush=True)
   say(f'Compiling for {args.topology}; on a laptop this takes some minutes a program.')
   rows = []
@@ -177,7 +220,8 @@ def _preflight(args: argparse.Namespace) -> int:
 
 
 def _kernels(args: argparse.Namespace) -> int:
-  from jaxrl_pt.tpu import kernels
+  with _importing():
+    from jaxrl_pt.tpu import kernels
   if not args.json:
     print(f'Static predictions for {args.topology} from the compiler\'s schedules; no TPU was '
           'used, and cycles are not times.')
@@ -204,19 +248,11 @@ def _hide_closed_loops(unraisable: 'sys.UnraisableHookArgs') -> None:
     sys.__unraisablehook__(unraisable)
 
 
-def _quiet_libtpu() -> None:
-  """Where libtpu is installed only to compile, it need not complain that no TPU is there."""
-  if not any(Path('/dev').glob('accel*')) and not any(Path('/dev').glob('vfio/*')):
-    for name, value in VIRTUAL_HOST.items():
-      os.environ.setdefault(name, value)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs one command; 0 is success, 2 a user's mistake, 130 an interruption."""
   arguments = list(sys.argv[1:] if argv is None else argv)
   if '--debug' not in arguments:
     sys.unraisablehook = _hide_closed_loops
-  _quiet_libtpu()
   try:
     args = flags.make_parser().parse_args(arguments)
     code = _COMMANDS[args.command](args)
@@ -229,7 +265,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       print(f'jaxrl-pt: {e}', file=sys.stderr)
     return 2
   except KeyboardInterrupt:
-    print('\njaxrl-pt: interrupted.', file=sys.stderr)
+    print(_INTERRUPTED, end='', file=sys.stderr)
     return 130
   except BrokenPipeError:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -6,7 +6,7 @@ run; then reinforces the model with RPT and writes one report. Every number it p
 measured in the run that prints it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 import contextlib
 from dataclasses import dataclass
 import json
@@ -16,7 +16,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from types import FrameType
 from typing import NoReturn
 
 from jaxrl_pt import config as cfg
@@ -106,6 +108,25 @@ def _ended(process: subprocess.Popen[bytes]):  # type: ignore[no-untyped-def]
         process.kill()
 
 
+@contextlib.contextmanager
+def _signals_end() -> Iterator[None]:
+  """SIGTERM and SIGHUP unwind this process, so that it ends its child before itself."""
+  def end(number: int, frame: FrameType | None) -> NoReturn:
+    del frame
+    raise SystemExit(128 + number)
+
+  numbers = [s for s in (signal.SIGTERM, signal.SIGHUP)
+             if threading.current_thread() is threading.main_thread()
+             and signal.getsignal(s) is signal.SIG_DFL]
+  for number in numbers:
+    signal.signal(number, end)
+  try:
+    yield
+  finally:
+    for number in numbers:
+      signal.signal(number, signal.SIG_DFL)
+
+
 def run(workdir: Path, data_glob: str | None) -> None:
   """Runs the whole tour in `workdir`, whose earlier contents of the tour are replaced.
 
@@ -113,6 +134,11 @@ def run(workdir: Path, data_glob: str | None) -> None:
     workdir: receives pretrain/, uninterrupted/, rpt/ and report.html.
     data_glob: text files to learn instead of the standard library's own text.
   """
+  with _signals_end():
+    _run(workdir, data_glob)
+
+
+def _run(workdir: Path, data_glob: str | None) -> None:
   started = time.perf_counter()
   for name in ('pretrain', 'uninterrupted', 'rpt'):
     shutil.rmtree(workdir / name, ignore_errors=True)

@@ -4,6 +4,7 @@ import json
 import os
 from pathlib import Path
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -192,6 +193,35 @@ def test_interruption_is_a_clean_message(capfd, monkeypatch):
   monkeypatch.setitem(cli._COMMANDS, 'doctor', interrupted)
   assert cli.main(['doctor']) == 130
   assert capfd.readouterr().err == '\njaxrl-pt: interrupted.\n'
+
+
+def test_ctrl_c_while_importing_ends_the_command(tmp_path):
+  """Raised inside a finaliser, as inside any callback of the import system, Python drops it."""
+  code = """
+import os, signal, sys
+class Dropped:
+  def __del__(self): os.kill(os.getpid(), signal.SIGINT)
+class Finder:
+  def find_spec(self, name, path=None, target=None):
+    if name == 'jaxrl_pt.train': Dropped()
+sys.meta_path.insert(0, Finder())
+from jaxrl_pt import main
+sys.exit(main.main(['eval', '--workdir', 'nowhere']))
+"""
+  done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, check=False,
+                        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+  assert done.returncode == 130, done.stderr
+  assert done.stderr.endswith(b'jaxrl-pt: interrupted.\n') and b'nowhere' not in done.stderr
+
+
+def test_the_library_is_quiet_about_a_tpu_that_is_not_there():
+  code = 'import jax; from jaxrl_pt import config; print(jax.devices()[0].platform)'
+  environment = {k: v for k, v in os.environ.items()
+                 if not k.startswith(('TPU_', 'JAX_PLATFORMS'))}
+  done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, check=True,
+                        env=environment)
+  if done.stdout.strip() == b'cpu':
+    assert done.stderr == b''
 
 
 def test_a_closed_pipe_is_no_traceback(tmp_path):

@@ -1,6 +1,10 @@
 """What the quickstart says of its own numbers."""
 
 from pathlib import Path
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -57,3 +61,28 @@ def test_a_mistake_that_a_child_finds_is_said_once(tmp_path: Path, capfd):
   assert ended.value.code == 2
   complaints = capfd.readouterr().err.splitlines()
   assert len(complaints) == 1 and 'latin.txt is not UTF-8' in complaints[0]
+
+
+def _children(pid: int) -> list[int]:
+  listed = Path(f'/proc/{pid}/task/{pid}/children')
+  return [int(child) for child in listed.read_text().split()] if listed.is_file() else []
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGHUP])
+def test_a_tour_that_is_ended_takes_its_training_along(number, tmp_path):
+  process = subprocess.Popen(
+      [sys.executable, '-m', 'jaxrl_pt.main', 'quickstart', '--workdir', str(tmp_path / 'tour')],
+      cwd=Path(__file__).resolve().parents[1], stdout=subprocess.DEVNULL,
+      stderr=subprocess.DEVNULL,
+      preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL))
+  try:
+    deadline = time.monotonic() + 200
+    while not (children := _children(process.pid)):
+      assert process.poll() is None and time.monotonic() < deadline
+      time.sleep(0.02)
+    process.send_signal(number)
+    assert process.wait(timeout=100) == 128 + number
+    assert not [pid for pid in children if Path(f'/proc/{pid}').exists()]
+  finally:
+    process.kill()
+    process.wait()

@@ -53,13 +53,9 @@ def memory(num_bytes: float) -> str:
   """A number of bytes for a person to read."""
   if num_bytes > LARGEST:
     return f'{LARGEST:g} bytes'
-  for unit in ('bytes', 'KiB', 'MiB', 'GiB', 'TiB'):
-    if num_bytes < 1024:
-      break
-    num_bytes /= 1024
-  else:
-    unit = 'PiB'
-  return f'{num_bytes:.3g} {unit}'
+  names = ('bytes', 'KiB', 'MiB', 'GiB', 'TiB', 'PiB')
+  power = min(int(num_bytes).bit_length() // 10, len(names) - 1)
+  return f'{num_bytes / 1024**power:.3g} {names[power]}'
 
 
 def number(owner: Any, name: str, low: float, high: float = LARGEST) -> None:
@@ -132,10 +128,11 @@ def token_ids(owner: Any, name: str) -> None:
   object.__setattr__(owner, name, tuple(value))
 
 
-def names(owner: Any, name: str, expected: str, low: int = 0) -> None:
+def texts(owner: Any, name: str, expected: str, low: int = 0) -> None:
   """A list of texts, none of them empty; turns a list into the tuple that can be hashed."""
   value = getattr(owner, name)
-  if not isinstance(value, (list, tuple)) or len(value) < low or not all(x and is_text(x) for x in value):
+  is_list = isinstance(value, (list, tuple)) and len(value) >= low
+  if not is_list or not all(x and is_text(x) for x in value):
     fail(owner, name, expected)
   object.__setattr__(owner, name, tuple(value))
 

@@ -84,7 +84,7 @@ class FormatVerifier:
   tags: tuple[str, ...] = ('think', 'answer')
 
   def __post_init__(self) -> None:
-    checks.names(self, 'tags', "a list of names such as ['think', 'answer']", low=1)
+    checks.texts(self, 'tags', "a list of names such as ['think', 'answer']", low=1)
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class PythonVerifier:
     checks.text(self, 'target')
     if self.target.count(':') != 1:
       checks.fail(self, 'target', "'module:function'")
-    checks.names(self, 'parts', 'a list of names')
+    checks.texts(self, 'parts', 'a list of names')
     checks.number(self, 'min_score', -1e9)
     checks.number(self, 'max_score', self.min_score)
 

@@ -68,6 +68,12 @@ def row_sharding(mesh: Mesh, rules: Rules = TRAIN) -> NamedSharding:
   return NamedSharding(mesh, partition_spec(('batch',), rules))
 
 
+def whole_rows(mesh: Mesh, num_rows: int) -> int:
+  """The least number of rows, at least `num_rows`, that `row_sharding` splits evenly."""
+  parts = mesh.shape['data'] * mesh.shape['fsdp']
+  return -(-num_rows // parts) * parts
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 

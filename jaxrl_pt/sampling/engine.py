@@ -23,6 +23,7 @@ import numpy as np
 from jaxrl_pt import config as cfg
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.models.base import Model
+from jaxrl_pt.parallel import memory
 from jaxrl_pt.parallel.rules import SAMPLE
 from jaxrl_pt.sampling import slots as device
 from jaxrl_pt.sampling.policies import RowSamplers
@@ -106,6 +107,9 @@ class Engine:
     self._vocabulary = _vocabulary(token_bytes, unused_ids, model.config.vocab_size, think_end)
     dtype = jnp.int8 if config.kv == 'int8' else model.init_cache(1, 1).k.dtype
     init = lambda: device.init(model, self._shape, self._vocabulary, dtype)
+    memory.check_arrays(
+        jax.eval_shape(init), f'The cache of {config.slots} slots of up to {config.prompt_len} + '
+        f'{config.response_len} tokens', 'ask for fewer or shorter ones')
     layout = None if mesh is None else _layout(mesh, jax.eval_shape(init))
     self._everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
     self._slots = jax.jit(init, out_shardings=layout)()

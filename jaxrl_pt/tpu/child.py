@@ -13,12 +13,10 @@ import sys
 import tempfile
 from typing import Any
 
+from jaxrl_pt import VIRTUAL_HOST
 from jaxrl_pt.errors import UserError
 
 Row = dict[str, Any]
-# A virtual host, so that libtpu does not look for a real one.
-VIRTUAL_HOST = {'TPU_SKIP_MDS_QUERY': '1', 'TPU_ACCELERATOR_TYPE': 'v5litepod-4',
-                'TPU_WORKER_HOSTNAMES': 'localhost'}
 
 
 def check_libtpu() -> None:

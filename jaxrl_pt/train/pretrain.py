@@ -15,6 +15,7 @@ from jaxrl_pt import config as cfg
 from jaxrl_pt import metrics, report
 from jaxrl_pt.checkpoint import Checkpointer
 from jaxrl_pt.data import loader
+from jaxrl_pt.parallel import memory
 from jaxrl_pt.train import optim, programs
 from jaxrl_pt.train import session as sessions
 from jaxrl_pt.train import state as states
@@ -35,6 +36,7 @@ def train(run: cfg.Run, workdir: Path, resolved_text: str) -> None:
   """
   # --- Open ---------------------------------------------------------------------
   optim.check_schedule(run.optimizer.schedule, run.train.num_steps)
+  memory.check_fits(run)
   sessions.claim_workdir(workdir, resolved_text)
   session = sessions.open_session(run, workdir, resolved_text)
   optimizer = optim.make_optimizer(run.optimizer, run.train.num_steps)

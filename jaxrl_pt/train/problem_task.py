@@ -10,6 +10,7 @@ from jaxrl_pt import config as cfg
 from jaxrl_pt.data import problems
 from jaxrl_pt.data.tokenizer import Tokenizer
 from jaxrl_pt.errors import UserError
+from jaxrl_pt.parallel import rules
 from jaxrl_pt.train import programs
 from jaxrl_pt.train import session as sessions
 from jaxrl_pt.train.tasks import OnDevice, OnHost, Task, judged
@@ -94,7 +95,8 @@ def _make_scorer(session: sessions.Session, rollouts: cfg.Rollouts, judge: OnDev
   samplers = {suffix: programs.sampler(run, mesh, _once(rollouts, sampler), stop_id)
               for suffix, sampler in once.items()}
   hand_over = programs.hand_over(run, mesh)
-  size = rollouts.num_prompts
+  # No more rows at once than there are problems: those beyond would be drawn for nothing.
+  size = min(rollouts.num_prompts, rules.whole_rows(mesh, len(held_out)))
   batches = []
   for start in range(0, len(held_out), size):
     rows = np.arange(start, start + size)

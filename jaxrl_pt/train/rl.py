@@ -30,6 +30,7 @@ from jaxrl_pt.checkpoint import Checkpointer
 from jaxrl_pt.checksum import checksum
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.models.base import Model
+from jaxrl_pt.parallel import memory
 from jaxrl_pt.train import (
   evaluate,
   held_out,
@@ -63,6 +64,7 @@ def train(run: cfg.Run, workdir: Path, resolved_text: str) -> None:
   # --- Open ---------------------------------------------------------------------
   method = run.objective
   assert not isinstance(method, cfg.NextToken)
+  memory.check_fits(run)
   start = evaluate.load_policy(Path(method.start_from), mesh=run.mesh)
   _check_start(run, method.start_from, start)
   held_out.check(run, start.session.run)

@@ -24,6 +24,7 @@ from jaxrl_pt.data import loader, next_token, templates
 from jaxrl_pt.data.tokenizer import Tokenizer
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.models.base import Model
+from jaxrl_pt.parallel import rules
 from jaxrl_pt.sampling import decode
 from jaxrl_pt.train import evaluate, programs
 from jaxrl_pt.train import session as sessions
@@ -234,7 +235,8 @@ def _make_scorer(session: sessions.Session, method: cfg.RPT, model: Model,
   rows = _prompts(session.data.validation, held_out, method, frame)
   distinct = next_token.distinct_rows(rows)  # A context that text repeats is measured once.
   rows = jax.tree.map(lambda x: x[distinct], rows)
-  size = 4 * method.rollouts.num_prompts
+  # No more rows at once than there are: those beyond would be drawn for nothing.
+  size = min(4 * method.rollouts.num_prompts, rules.whole_rows(session.mesh, len(distinct)))
   total = -(-len(distinct) // size) * size
   rows = next_token.pad_prompts(rows, total)
   batches = [session.put_rows(jax.tree.map(lambda x, i=i: x[i:i + size], rows))
