@@ -213,6 +213,8 @@ def _add_frontends(add: Callable[[str, str, str], argparse.ArgumentParser]) -> N
                      help='how keys and values are kept (default %(default)s)')
   serve.add_argument('--seed', type=_SEED, default=0, help="of the noise, with a request's "
                      'own seed (default %(default)s)')
+  serve.add_argument('--access_log', action='store_true',
+                     help='write one line a request to standard error')
   _add_chat_format(serve)
 
 

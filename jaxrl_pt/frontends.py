@@ -23,7 +23,7 @@ from jaxrl_pt.sampling.engine import Engine
 from jaxrl_pt.serving import terminal
 from jaxrl_pt.serving.conversation import Template, read_template
 from jaxrl_pt.serving.protocol import Service
-from jaxrl_pt.serving.text import Markers
+from jaxrl_pt.serving.text import Markers, encode_marker
 from jaxrl_pt.serving.worker import Worker
 from jaxrl_pt.train import evaluate, interrupt
 from jaxrl_pt.types import Prompts
@@ -43,7 +43,7 @@ def read_prompts(path: Path) -> list[str]:
     UserError: no such file, not UTF-8, a line without a prompt, no prompt at all.
   """
   try:
-    lines = path.read_bytes().decode('utf-8').splitlines()
+    lines = path.read_bytes().decode('utf-8-sig').splitlines()
   except OSError as e:
     raise UserError(f'Cannot read the prompts in {path}: {e.strerror}.') from e
   except UnicodeDecodeError as e:
@@ -177,7 +177,7 @@ def chat(workdir: Path, *, step: int | None, prompt_len: int, template: Path | N
   engine = evaluate.make_engine(
       policy, cfg.Engine(slots=1, queue=1, prompt_len=prompt_len, response_len=longest,
                          steps_per_call=2),
-      seed=seed, think_end=tuple(tokenizer.encode(enclosing.end)))
+      seed=seed, think_end=encode_marker(tokenizer, enclosing.end))
   engine.check(talk.request((0,), 0))
   console = Console(highlight=False)
   if console.is_terminal:
@@ -199,7 +199,7 @@ def _name(workdir: Path) -> str:
 
 def serve(workdir: Path, *, step: int | None, host: str, port: int, token_file: Path | None,
           engine: cfg.Engine, max_samples: int, template: Path | None, markers: Iterable[str],
-          seed: int) -> None:
+          seed: int, access_log: bool) -> None:
   """Serves a model until SIGTERM or Ctrl-C, then ends what is under way.
 
   Args:
@@ -212,6 +212,7 @@ def serve(workdir: Path, *, step: int | None, host: str, port: int, token_file: 
     template: a JSON file for chat completions; None takes plain text.
     markers: what starts and what ends thinking.
     seed: of the noise, with each request's own.
+    access_log: write one line a request to standard error.
 
   Raises:
     UserError: the address cannot be listened at, or is open to others without a token.
@@ -219,7 +220,7 @@ def serve(workdir: Path, *, step: int | None, host: str, port: int, token_file: 
   try:
     import uvicorn
 
-    from jaxrl_pt.serving import app
+    from jaxrl_pt.serving import app, connections
   except ImportError as e:
     raise UserError('`serve` needs the extra of that name: '
                     "pip install 'jaxrl_pt[serve]'.") from e
@@ -234,10 +235,10 @@ def serve(workdir: Path, *, step: int | None, host: str, port: int, token_file: 
     service = Service(_name(workdir), tokenizer, engine, layout, enclosing,
                       max_samples=max_samples)
     worker = Worker(evaluate.make_engine(policy, engine, seed=seed,
-                                         think_end=tuple(tokenizer.encode(enclosing.end))))
-    server = uvicorn.Server(uvicorn.Config(
-        app.make_app(service, worker, token), log_level='warning', access_log=False,
-        timeout_graceful_shutdown=_SHUTDOWN_SECONDS))
+                                         think_end=encode_marker(tokenizer, enclosing.end)))
+    log = functools.partial(print, file=sys.stderr, flush=True) if access_log else None
+    server = uvicorn.Server(connections.server_config(
+        app.make_app(service, worker, token, log), shutdown_seconds=_SHUTDOWN_SECONDS))
     if stopped.signal_name is not None:
       return
     shown = f'[{host}]' if ':' in host else host

@@ -138,13 +138,13 @@ def _serve(args: argparse.Namespace) -> int:
   frontends.serve(
       args.workdir, step=args.step, host=args.host, port=args.port, token_file=args.token_file,
       engine=engine, max_samples=args.max_samples, template=args.template, markers=args.markers,
-      seed=args.seed)
+      seed=args.seed, access_log=args.access_log)
   return 0
 
 
 def _read_stdin() -> str:
   try:
-    return sys.stdin.buffer.read().decode('utf-8').removesuffix('\n')
+    return sys.stdin.buffer.read().decode('utf-8-sig').removesuffix('\n')
   except UnicodeDecodeError as e:
     raise UserError(f'Standard input is not UTF-8 text (byte {e.start}): convert it first.') from e
 

@@ -1,6 +1,9 @@
-"""What flows between the stages, one frozen pytree per arrow of the design.
+"""What flows between the stages, as frozen pytrees.
 
-    Batch | Prompts → Rollout → Verdict → Trajectory → step(state, batch) → checkpoint
+    Batch → step(state, batch) → state                                       pretraining
+    Prompts → Rollout → Verdict → learner.Experience → learn(state, …) → state   reinforcement
+
+An `Experience` of train/learner.py joins the three before it with what else an update reads.
 
 Axes: B rows, N prompts, G samples per prompt, T prompt or sequence tokens,
 S response tokens, W continuation tokens.
@@ -68,15 +71,6 @@ class Verdict:
   valid: Array  # f32[N, G]
   correct: Array  # f32[N, G] 1 where the answer is right, whatever it earns
   parts: dict[str, Array] = struct.field(default_factory=dict)  # f32[N, G] each; logged apart
-
-
-@struct.dataclass
-class Trajectory:
-  """What the learner needs: prompts, responses and a per-token advantage."""
-
-  prompts: Prompts
-  rollout: Rollout
-  advantage: Array  # f32[N, G, S]
 
 
 @struct.dataclass

@@ -19,7 +19,15 @@ from typing import Any
 import numpy as np
 
 from jaxrl_pt import config
-from jaxrl_pt.data import generated, gym_questions, knights, pack, sources
+from jaxrl_pt.data import (
+    generated,
+    gym_questions,
+    knights,
+    pack,
+    sources,
+    template_text,
+    token_table,
+)
 from jaxrl_pt.data.generated import Problem
 from jaxrl_pt.data.next_token import step_rows
 from jaxrl_pt.data.tokenizer import Tokenizer, begun
@@ -168,7 +176,7 @@ def _reasoning_gym(source: config.ReasoningGym) -> Iterator[Problem]:
 
 
 def encode(problems: Sequence[Problem], tokenizer: Tokenizer, prompt_len: int,
-           with_answers: bool = True) -> ProblemSet:
+           with_answers: bool = True, template: str = '{prompt}') -> ProblemSet:
   """Tokens of all prompts, each begun as a document is, and bytes of all answers.
 
   Args:
@@ -177,13 +185,13 @@ def encode(problems: Sequence[Problem], tokenizer: Tokenizer, prompt_len: int,
     prompt_len: T, the most tokens that a prompt may have.
     with_answers: False where the verifier reads text: bytes of the answers, which may be long,
       are then left out.
+    template: in which the problems were put when they were loaded.
 
   Raises:
     UserError: a prompt is empty or longer than `prompt_len`.
   """
   prompts = []
-  for problem, ids in zip(problems, tokenizer.encode_batch([p.prompt for p in problems]),
-                          strict=True):
+  for problem, ids in zip(problems, _prompt_ids(problems, tokenizer, template), strict=True):
     tokens = begun(tokenizer, ids) if ids else []
     if not 1 <= len(tokens) <= prompt_len:
       raise UserError(f'The prompt of {problem.place} has {len(tokens)} tokens, and '
@@ -195,6 +203,17 @@ def encode(problems: Sequence[Problem], tokenizer: Tokenizer, prompt_len: int,
   tokens_RT, lengths = _padded(prompts, prompt_len)
   answers_RW, answer_lengths = _padded(answers, max(1, max(map(len, answers))))
   return ProblemSet(tuple(problems), tokens_RT, lengths, answers_RW, answer_lengths)
+
+
+def _prompt_ids(problems: Sequence[Problem], tokenizer: Tokenizer, template: str
+                ) -> list[list[int]]:
+  """Special tokens are those of the template; what a problem says stays text."""
+  before, _, after = template.partition('{prompt}')
+  if not token_table.find_special(tokenizer.special_tokens, before + '\0' + after):
+    return tokenizer.encode_batch([p.prompt for p in problems])
+  inner = lambda text: text[len(before):len(text) - len(after)]
+  return [template_text.encode(tokenizer, template_text.around(inner(p.prompt), before, after))
+          for p in problems]
 
 
 def _padded(rows: list[list[int]], width: int) -> tuple[np.ndarray, np.ndarray]:

@@ -75,6 +75,17 @@ class SentencePieceTokenizer(token_table.TableTokenizer):
   def encode(self, text: str) -> list[int]:
     return list(self._backend.encode(text))
 
+  @functools.cached_property
+  def special_tokens(self) -> dict[str, int]:
+    return {self._backend.id_to_piece(i): i for i in range(self.vocab_size)
+            if self._backend.is_control(i)}
+
+  def encode_parsed(self, text: str) -> list[int]:
+    """SentencePiece itself never parses control pieces: each text between two of them is a text
+    of its own, with the space that the model puts before one."""
+    return token_table.encode_between(self.encode, self.special_tokens, text,
+                                      token_table.find_special(self.special_tokens, text))
+
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
     return list(self._backend.encode(list(texts)))
 

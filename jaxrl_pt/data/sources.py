@@ -169,7 +169,7 @@ def _python_stdlib(max_bytes: int) -> Iterator[str]:
   left = max_bytes
   for path in _stdlib_files():
     try:
-      source = path.read_bytes().decode()
+      source = path.read_bytes().decode('utf-8-sig')
     except (OSError, UnicodeDecodeError):
       continue  # a handful of old modules are Latin-1: not worth a codec of their own
     code, prose = split_docstrings(source)
@@ -204,7 +204,8 @@ def _lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
 
 def _decode(path: Path, raw: bytes, offset: int = 0) -> str:
   try:
-    return raw.decode('utf-8')
+    # A byte order mark says how a file is encoded and is none of its text.
+    return raw.decode('utf-8-sig' if offset == 0 else 'utf-8')
   except UnicodeDecodeError as error:
     raise UserError(f'{path} is not UTF-8 at byte offset {offset + error.start}: convert it to '
                     'UTF-8, or leave it out of the glob.') from error
@@ -235,10 +236,11 @@ def json_rows(pattern: str) -> Iterator[tuple[str, dict[str, Any]]]:
   """
   for path in _matches(pattern):
     for number, offset, line in _lines(path):
-      if not line.strip():
+      text = _decode(path, line, offset)
+      if not text.strip():
         continue
       try:
-        row = json.loads(_decode(path, line, offset), parse_float=decimal.Decimal)
+        row = json.loads(text, parse_float=decimal.Decimal)
       except (ValueError, RecursionError) as error:
         raise UserError(f'{path}:{number} is not JSON: {error}.') from error
       if not isinstance(row, dict):

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from jaxrl_pt.data import template_text
 from jaxrl_pt.data.tokenizer import Tokenizer
 from jaxrl_pt.types import Prompts
 
@@ -88,7 +89,7 @@ def encode(template: Template, tokenizer: Tokenizer, opening: Sequence[int] = ()
   """The template in a chat model's tokens.
 
   Args:
-    template: such as `TEMPLATES['v0']`.
+    template: such as `TEMPLATES['v0']`; special tokens written in it are those tokens.
     tokenizer: of the model; the corpus must be packed with it too.
     opening: special tokens that begin the user's turn.
     closing: special tokens that end it and begin the model's, with its think tag.
@@ -97,8 +98,9 @@ def encode(template: Template, tokenizer: Tokenizer, opening: Sequence[int] = ()
     Its ids. Where text and context meet, tokens may differ from those of the rendered text:
     the context's own are kept, because the truth continues them.
   """
-  return TokenTemplate((*opening, *tokenizer.encode(template.before)),
-                       (*tokenizer.encode(template.after), *closing))
+  encode_text = lambda text: template_text.encode(tokenizer, template_text.template(text))
+  return TokenTemplate((*opening, *encode_text(template.before)),
+                       (*encode_text(template.after), *closing))
 
 
 # --- Round the contexts of a batch ---------------------------------------------------

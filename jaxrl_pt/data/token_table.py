@@ -1,7 +1,7 @@
 """What tokenizers of a table share: bytes of ids joined, a fingerprint, files on disk."""
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 import functools
 import hashlib
 import json
@@ -39,6 +39,25 @@ def metaspace_piece(piece: str) -> bytes:
   """Bytes of a SentencePiece-style piece: ▁ is a space, <0xNN> a byte."""
   byte = _BYTE_PIECE.fullmatch(piece)
   return bytes([int(byte[1], 16)]) if byte else piece.replace('▁', ' ').encode()
+
+
+def find_special(special: Mapping[str, int], text: str) -> list[tuple[int, int]]:
+  """Where special tokens are written in a text, the longest first where several begin."""
+  if not special:
+    return []
+  pattern = '|'.join(re.escape(s) for s in sorted(special, key=len, reverse=True))
+  return [found.span() for found in re.finditer(pattern, text)]
+
+
+def encode_between(encode: Callable[[str], list[int]], special: Mapping[str, int], text: str,
+                   places: Sequence[tuple[int, int]]) -> list[int]:
+  """The ids of a text whose `places` are special tokens, the pieces between encoded apart."""
+  ids: list[int] = []
+  end = 0
+  for start, stop in places:
+    ids += [*(encode(text[end:start]) if start > end else ()), special[text[start:stop]]]
+    end = stop
+  return ids + (encode(text[end:]) if end < len(text) else [])
 
 
 class TableTokenizer(abc.ABC):

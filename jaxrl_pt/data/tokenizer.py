@@ -22,6 +22,8 @@ from jaxrl_pt.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from jaxrl_pt.errors import UserError
 
 END_OF_TEXT = '<|endoftext|>'
+
+
 class Tokenizer(Protocol):
   """What the rest of the product knows of a tokenizer; `load(directory)` undoes `save`."""
 
@@ -52,6 +54,15 @@ class Tokenizer(Protocol):
 
   def encode(self, text: str) -> list[int]:
     """The ids of `text`; nothing is added, and special tokens written in it stay text."""
+    ...
+
+  @property
+  def special_tokens(self) -> dict[str, int]:
+    """How the special tokens are written in templates, and their ids."""
+    ...
+
+  def encode_parsed(self, text: str) -> list[int]:
+    """`encode`, but special tokens written in the text are themselves: for an operator's own."""
     ...
 
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -129,6 +140,15 @@ class ByteTokenizer:
 
   def encode(self, text: str) -> list[int]:
     return list(text.encode())
+
+  @property
+  def special_tokens(self) -> dict[str, int]:
+    return {END_OF_TEXT: self.eos_id}
+
+  def encode_parsed(self, text: str) -> list[int]:
+    special = self.special_tokens
+    return token_table.encode_between(self.encode, special, text,
+                                      token_table.find_special(special, text))
 
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
     return [self.encode(text) for text in texts]
@@ -211,12 +231,20 @@ class JsonTokenizer(token_table.TableTokenizer):
 
   @functools.cached_property
   def _backend(self) -> tokenizers.Tokenizer:
+    # '<|endoftext|>' written in a document is text; only the packer ends documents.
+    return self._make_backend(special_is_text=True)
+
+  @functools.cached_property
+  def _parser(self) -> tokenizers.Tokenizer:
+    """The same pipeline for an operator's own texts."""
+    return self._make_backend(special_is_text=False)
+
+  def _make_backend(self, special_is_text: bool) -> tokenizers.Tokenizer:
     try:
       backend = tokenizers.Tokenizer.from_str(self.definition)
     except Exception as error:  # the library raises bare Exception for a bad definition
       raise UserError(f'Not a usable tokenizer.json: {error}.') from error
-    # '<|endoftext|>' written in a document is text; only the packer ends documents.
-    backend.encode_special_tokens = True
+    backend.encode_special_tokens = special_is_text
     backend.no_padding()
     backend.no_truncation()
     return backend
@@ -250,6 +278,14 @@ class JsonTokenizer(token_table.TableTokenizer):
 
   def encode(self, text: str) -> list[int]:
     return list(self._backend.encode(text, add_special_tokens=False).ids)
+
+  @functools.cached_property
+  def special_tokens(self) -> dict[str, int]:
+    added = json.loads(self.definition).get('added_tokens', [])
+    return {token['content']: token['id'] for token in added if token.get('special')}
+
+  def encode_parsed(self, text: str) -> list[int]:
+    return list(self._parser.encode(text, add_special_tokens=False).ids)
 
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
     encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
@@ -297,7 +333,7 @@ def train_or_load(tokenizer: config.Tokenizer, documents: Iterable[str]) -> Toke
       return _train_bpe(vocab_size, documents)
     case config.HuggingFaceTokenizer(path=path, end_of_text=end, begin_of_text=begin):
       try:
-        definition = _read(path).decode()
+        definition = _read(path).decode('utf-8-sig')
       except UnicodeDecodeError as error:
         raise UserError(f'{path} is not a tokenizer.json: not UTF-8 at byte offset '
                         f'{error.start}.') from error

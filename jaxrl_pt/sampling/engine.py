@@ -258,7 +258,7 @@ def _shape(config: cfg.Engine, vocab_size: int) -> device.Shape:
   return device.Shape(
       slots=config.slots, page_size=config.page_size, num_pages=config.num_pages or most,
       queue=config.queue, prompt_len=config.prompt_len, response_len=config.response_len,
-      prefill_chunk=config.prefill_chunk, num_stop=4, num_forced=16, num_strings=4,
+      prefill_chunk=config.prefill_chunk, num_stop=4, num_forced=16, num_strings=8,
       string_len=32, num_banned=16,
       vocab_size=vocab_size)
 
@@ -324,7 +324,7 @@ def _fill(rows: Any, shape: device.Shape, row: int, request: Request, sample: in
 
 def _check(request: Request, shape: device.Shape, think_end: tuple[int, ...]) -> None:
   def refuse(what: str) -> NoReturn:
-    raise UserError(f'Request {request.id}: {what}.')
+    raise UserError(f'This cannot be answered: {what}.')
 
   if not request.prompt:
     refuse('the prompt is empty; start it with the token that begins a text')

@@ -44,7 +44,8 @@ def is_loopback(host: str) -> bool:
     return host.lower() == 'localhost'
 
 
-def make_app(service: Service, worker: Worker, token: str | None = None) -> ASGIApp:
+def make_app(service: Service, worker: Worker, token: str | None = None,
+             log: Callable[[str], None] | None = None) -> ASGIApp:
   """The ASGI application. It starts the worker, and stops it at the end.
 
   Args:
@@ -52,6 +53,7 @@ def make_app(service: Service, worker: Worker, token: str | None = None) -> ASGI
     worker: not yet started.
     token: what clients must send as `Authorization: Bearer TOKEN`; without one, only requests
       that name this machine as their host are answered (no web page can pose as one).
+    log: takes one line a request, when it has been answered or its client has gone.
   """
   telemetry = Telemetry()
   server = _Server(service, worker, telemetry)
@@ -72,8 +74,9 @@ def make_app(service: Service, worker: Worker, token: str | None = None) -> ASGI
       Route('/health', server.health), Route('/metrics', server.metrics)],
       exception_handlers={ApiError: _api_error, HTTPException: _http_error,
                           ClientDisconnect: _nobody, Exception: _defect})
-  return _Guard(app, token, telemetry, [route.path for route in app.routes
-                                        if isinstance(route, Route)])
+  guard = _Guard(app, token, telemetry, [route.path for route in app.routes
+                                         if isinstance(route, Route)])
+  return guard if log is None else _AccessLog(guard, log)
 
 
 def _error(error: ApiError) -> Response:
@@ -135,6 +138,38 @@ class _Guard:
       return None
     return ApiError(401, 'Send the server\'s token as "Authorization: Bearer TOKEN".',
                     code='invalid_api_key', headers={'WWW-Authenticate': 'Bearer'})
+
+
+class _AccessLog:
+  """One line a request: time, client, method, path, status, seconds, bytes of the answer.
+
+  Neither tokens nor texts are in it. A status of 499 says that the client went away first.
+  """
+
+  def __init__(self, app: ASGIApp, log: Callable[[str], None]) -> None:
+    self._app, self._log = app, log
+
+  async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    if scope['type'] != 'http':
+      await self._app(scope, receive, send)
+      return
+    began, status, num_bytes = time.monotonic(), 499, 0
+
+    async def noted(message: Message) -> None:
+      nonlocal status, num_bytes
+      if message['type'] == 'http.response.start':
+        status = message['status']
+      num_bytes += len(message.get('body', b''))
+      await send(message)
+
+    try:
+      await self._app(scope, receive, noted)
+    finally:
+      client = scope['client'][0] if scope.get('client') else '-'
+      stamp = time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())
+      # A path may hold anything, also what would command a terminal or start a line of its own.
+      self._log(f'{stamp} {client} {scope["method"]} {ascii(scope["path"])[1:-1]} {status} '
+                f'{time.monotonic() - began:.3f} s {num_bytes} bytes')
 
 
 class _News:

@@ -8,10 +8,14 @@ import json
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from jaxrl_pt.data import template_text, token_table
+from jaxrl_pt.data.template_text import Span
 from jaxrl_pt.data.tokenizer import Tokenizer, begun
 from jaxrl_pt.errors import UserError
 
 _CONTENT = '{content}'
+# The engine takes four stop tokens, one of them end of text.
+MOST_STOPS = 3
 
 
 class Message(NamedTuple):
@@ -26,6 +30,7 @@ class Template:
   """How turns become text; `{content}` stands for what was said.
 
   opening: what stands before the answer to come. stop: what ends it, beside end of text.
+  Special tokens written in any of these are those tokens, in `{content}` they are text.
   """
 
   system: str = '{content}\n\n'
@@ -39,14 +44,39 @@ class Template:
       value = getattr(self, name)
       if not isinstance(value, str) or (name != 'opening' and _CONTENT not in value):
         raise UserError(f'Template.{name} = {value!r}: write a text with {_CONTENT} in it.')
-    if isinstance(self.stop, str) or not all(isinstance(s, str) and s for s in self.stop):
-      raise UserError(f'Template.stop = {self.stop!r}: write a list of texts.')
+    if (isinstance(self.stop, str) or len(self.stop) > MOST_STOPS
+        or not all(isinstance(s, str) and s for s in self.stop)):
+      raise UserError(f'Template.stop = {self.stop!r}: write a list of at most {MOST_STOPS} texts.')
     object.__setattr__(self, 'stop', tuple(self.stop))
 
-  def text(self, messages: Sequence[Message]) -> str:
+  def spans(self, messages: Sequence[Message]) -> list[Span]:
     """The prompt that asks for the assistant's next turn."""
     turns = {'system': self.system, 'user': self.user, 'assistant': self.assistant}
-    return ''.join(turns[m.role].replace(_CONTENT, m.content) for m in messages) + self.opening
+    spans = []
+    for message in messages:
+      first, *others = turns[message.role].split(_CONTENT)
+      spans.append(Span(first, True))
+      for text in others:
+        spans += [Span(message.content, False), Span(text, True)]
+    return [*spans, Span(self.opening, True)]
+
+  def prompt(self, tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
+    """Its tokens; special ones only where the template says so."""
+    return begun(tokenizer, template_text.encode(tokenizer, self.spans(messages)))
+
+  def stops(self, tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """What ends an answer, as (tokens, texts): a special token spells no text to look for.
+
+    Raises:
+      UserError: a text with a special token in it.
+    """
+    special = tokenizer.special_tokens
+    texts = tuple(text for text in self.stop if text not in special)
+    for text in texts:
+      if token_table.find_special(special, text):
+        raise UserError(f'Template.stop = {text!r} holds a special token beside other text, which '
+                        'no answer can spell: write the token alone.')
+    return tuple(special[text] for text in self.stop if text in special), texts
 
 
 def read_template(path: Path) -> Template:
@@ -56,7 +86,7 @@ def read_template(path: Path) -> Template:
     UserError: no such file, not JSON, an unknown field.
   """
   try:
-    fields = json.loads(path.read_bytes().decode('utf-8'))
+    fields = json.loads(path.read_bytes().decode('utf-8-sig'))
   except (OSError, ValueError, RecursionError) as e:
     raise UserError(f'Cannot read the chat template {path} ({e}): give a JSON file in '
                     'UTF-8.') from e
@@ -87,7 +117,7 @@ def fit(template: Template, tokenizer: Tokenizer, messages: Sequence[Message],
   turns = [m for m in messages if m.role != 'system']
   tokens: list[int] = []
   for start in (i for i, m in enumerate(turns) if m.role == 'user'):
-    tokens = begun(tokenizer, tokenizer.encode(template.text([*system, *turns[start:]])))
+    tokens = template.prompt(tokenizer, [*system, *turns[start:]])
     if len(tokens) <= prompt_len:
       return tokens, start
   raise UserError(f'The message has {len(tokens)} tokens with its frame and the model takes '

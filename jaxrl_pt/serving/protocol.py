@@ -1,12 +1,14 @@
 """OpenAI's request bodies → checked requests of the engine.
 
-Fields mean what they mean there. What this server cannot do is refused by name, never ignored.
-Beside OpenAI's fields it takes `top_k`, `min_p`, `max_thought` and `max_answer`.
+Fields mean what they mean there. What this server cannot do is refused by name, never ignored,
+unless it changes nothing of the answer (`IGNORED`). Beside OpenAI's fields it takes `top_k`,
+`min_p`, `max_thought` and `max_answer`. docs/serving.md lists them all.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 import functools
+import hashlib
 import itertools
 import json
 import math
@@ -17,8 +19,32 @@ from jaxrl_pt import config as cfg
 from jaxrl_pt.data.tokenizer import Tokenizer, begun
 from jaxrl_pt.sampling.engine import Request
 from jaxrl_pt.serving.conversation import Message, Template
-from jaxrl_pt.serving.text import Markers
+from jaxrl_pt.serving.text import Markers, encode_marker, spelled
 
+# Fields that clients send by default or for their own books: the answer would be the same.
+IGNORED = ('metadata', 'parallel_tool_calls', 'prediction', 'prompt_cache_key',
+           'prompt_cache_retention', 'reasoning_effort', 'safety_identifier', 'service_tier',
+           'skip_special_tokens', 'store', 'verbosity')
+# Of a message, beside role and content: what this and other servers say with an answer.
+IGNORED_IN_MESSAGES = ('name', 'reasoning', 'reasoning_content', 'reasoning_details')
+# What is meant by others and not done here, with the values that ask for nothing.
+_UNSUPPORTED: tuple[tuple[str, tuple[Any, ...]], ...] = (
+    ('frequency_penalty', (0,)), ('presence_penalty', (0,)), ('repetition_penalty', (1,)),
+    ('length_penalty', (1,)), ('logit_bias', ({},)), ('best_of', (1,)),
+    ('use_beam_search', (False,)), ('ignore_eos', (False,)), ('min_tokens', (0,)),
+    ('stop_token_ids', ([],)), ('typical_p', (1,)), ('guided_json', ()), ('guided_regex', ()),
+    ('guided_choice', ()), ('guided_grammar', ()), ('structured_outputs', ()), ('bad_words', ([],)),
+    ('prompt_logprobs', (0,)), ('moderation', ()))
+_UNSUPPORTED_IN_CHAT: tuple[tuple[str, tuple[Any, ...]], ...] = (
+    ('top_logprobs', (0,)), ('tools', ([],)), ('tool_choice', ('none', 'auto')),
+    ('functions', ([],)), ('function_call', ('none', 'auto')),
+    ('response_format', ({'type': 'text'},)), ('modalities', (['text'],)), ('audio', ()),
+    ('web_search_options', ()), ('echo', (False,)), ('chat_template', ()),
+    ('chat_template_kwargs', ({},)), ('add_generation_prompt', (True,)),
+    ('continue_final_message', (False,)))
+_UNSUPPORTED_IN_COMPLETIONS: tuple[tuple[str, tuple[Any, ...]], ...] = (
+    ('echo', (False,)), ('suffix', ('',)))
+_MOST_STOPS = 4  # texts a client may send; the template's own come on top
 _SEEDED = 2**31  # Ids of requests with a seed are above it, all others below.
 
 
@@ -41,7 +67,7 @@ class Service:
   @functools.cached_property
   def token_bytes(self) -> list[bytes]:
     """The bytes of each token."""
-    return self.tokenizer.token_bytes()
+    return spelled(self.tokenizer, self.markers)
 
 
 class ApiError(Exception):
@@ -73,8 +99,13 @@ class Ids:
     self._fresh = itertools.count(secrets.randbelow(_SEEDED))
 
   def of(self, seed: int | None) -> int:
-    """A request id in [0, 2³²)."""
-    return next(self._fresh) % _SEEDED if seed is None else _SEEDED + seed % _SEEDED
+    """A request id in [0, 2³²). A seed below 2³¹ has one of its own; of the others, two share one
+    no more often than chance has it: 2³¹ + s is as another seed to s."""
+    if seed is None:
+      return next(self._fresh) % _SEEDED
+    if not 0 <= seed < _SEEDED:
+      seed = int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:4], 'big')
+    return _SEEDED + seed % _SEEDED
 
 
 # --- Fields ---------------------------------------------------------------------------
@@ -133,9 +164,11 @@ class Fields:
   def flag(self, name: str) -> bool:
     return self.take(name, 'true or false', lambda x: isinstance(x, bool), False)
 
-  def texts(self, name: str) -> tuple[str, ...]:
+  def texts(self, name: str, most: int) -> tuple[str, ...]:
     value = self.take(name, 'a text or a list of texts, none of them empty', lambda x: (
         _is_text(x) if isinstance(x, str) else isinstance(x, list) and all(map(_is_text, x))), ())
+    if not isinstance(value, str) and len(value) > most:
+      raise ApiError(400, f'{name} holds {len(value)} texts: expected at most {most}.', param=name)
     return (value,) if isinstance(value, str) else tuple(value)
 
   def refuse(self, name: str, *harmless: Any) -> None:
@@ -144,6 +177,11 @@ class Fields:
     if value is not None and value not in harmless:
       raise ApiError(400, f'{name} = {_short(value)}: this server does not support it.',
                      param=name)
+
+  def ignore(self, names: Iterable[str]) -> None:
+    """Drops what changes nothing, whatever it is."""
+    for name in names:
+      self._left.pop(name, None)
 
   def finish(self) -> None:
     """Refuses what nothing has taken."""
@@ -192,12 +230,11 @@ def completion(body: dict[str, Any], service: Service, ids: Ids) -> Ask:
   has_logprobs = fields.take(
       'logprobs', '0: the drawn token\'s own log-probability is all that can be given',
       lambda x: _is_integer(x) and x == 0) is not None
-  for name, *harmless in (('echo', False), ('best_of', 1), ('suffix', '')):
+  for name, harmless in _UNSUPPORTED_IN_COMPLETIONS:
     fields.refuse(name, *harmless)
   max_tokens = fields.integer('max_tokens', min(16, service.engine.response_len), 1,
                               service.engine.response_len)
-  return _ask(fields, service, ids, tokens, max_tokens, (), is_chat=False,
-              has_logprobs=has_logprobs)
+  return _ask(fields, service, ids, tokens, max_tokens, is_chat=False, has_logprobs=has_logprobs)
 
 
 def chat(body: dict[str, Any], service: Service, ids: Ids) -> Ask:
@@ -212,29 +249,28 @@ def chat(body: dict[str, Any], service: Service, ids: Ids) -> Ask:
                          lambda x: isinstance(x, list) and bool(x))
   if messages is None:
     raise ApiError(400, 'messages is missing.', param='messages')
-  text = service.template.text([_message(m, f'messages[{i}]') for i, m in enumerate(messages)])
+  prompt = service.template.prompt(
+      service.tokenizer, [_message(m, f'messages[{i}]') for i, m in enumerate(messages)])
   has_logprobs = fields.flag('logprobs')
-  for name, *harmless in (
-      ('top_logprobs', 0), ('tools', []), ('tool_choice', 'none', 'auto'), ('functions', []),
-      ('response_format', {'type': 'text'}), ('modalities', ['text'])):
+  for name, harmless in _UNSUPPORTED_IN_CHAT:
     fields.refuse(name, *harmless)
   most = service.engine.response_len
   max_tokens = fields.integer('max_tokens', most, 1, most)
   max_tokens = fields.integer('max_completion_tokens', max_tokens, 1, most)
-  prompt = begun(service.tokenizer, service.tokenizer.encode(text))
-  return _ask(fields, service, ids, [prompt], max_tokens,
-              service.template.stop, is_chat=True, has_logprobs=has_logprobs)
+  return _ask(fields, service, ids, [prompt], max_tokens, is_chat=True, has_logprobs=has_logprobs)
 
 
 def _ask(fields: Fields, service: Service, ids: Ids, prompts: Sequence[Sequence[int]],
-         max_tokens: int, stop: tuple[str, ...], *, is_chat: bool, has_logprobs: bool) -> Ask:
+         max_tokens: int, *, is_chat: bool, has_logprobs: bool) -> Ask:
   """What both kinds of bodies share."""
   is_stream = fields.flag('stream')
   options = Fields(fields.take('stream_options', 'an object', lambda x: isinstance(x, dict), {}))
   has_usage = options.flag('include_usage')
+  options.ignore(('include_obfuscation',))
   options.finish()
-  for name, *harmless in (('frequency_penalty', 0), ('presence_penalty', 0), ('logit_bias', {})):
+  for name, harmless in _UNSUPPORTED:
     fields.refuse(name, *harmless)
+  fields.ignore(IGNORED)
   fields.take('user', 'a text', lambda x: isinstance(x, str))  # Means nothing here.
   seed = fields.integer('seed', None, -2**63, 2**63 - 1)
   num_samples = fields.integer('n', 1, 1, service.max_samples)
@@ -243,16 +279,17 @@ def _ask(fields: Fields, service: Service, ids: Ids, prompts: Sequence[Sequence[
       top_k=fields.integer('top_k', 0, 0, 2**31 - 1),
       top_p=fields.number('top_p', 1.0, 'a number above 0 and at most 1', lambda x: 0 < x <= 1),
       min_p=fields.number('min_p', 0.0, 'a number from 0 to 1', lambda x: 0 <= x <= 1))
-  stop = (*stop, *fields.texts('stop'))
+  stop_ids, own_stops = service.template.stops(service.tokenizer) if is_chat else ((), ())
+  stop = (*own_stops, *fields.texts('stop', _MOST_STOPS))
   most = service.engine.response_len
   max_thought = fields.integer('max_thought', None, 0, most)
   max_answer = fields.integer('max_answer', None, 1, most)
   fields.finish()
   # A budget for thinking makes the response begin with it.
-  forced = () if max_thought is None else tuple(service.tokenizer.encode(service.markers.start))
+  forced = () if max_thought is None else encode_marker(service.tokenizer, service.markers.start)
   return Ask(tuple(
       Request(tuple(tokens), ids.of(seed), min(max_tokens + len(forced), most), num_samples,
-              sampler, (service.tokenizer.eos_id,), stop, forced, max_thought, max_answer)
+              sampler, (service.tokenizer.eos_id, *stop_ids), stop, forced, max_thought, max_answer)
       for tokens in prompts), is_chat, is_stream, has_usage, has_logprobs)
 
 
@@ -274,9 +311,15 @@ def _message(value: Any, where: str) -> Message:
   role = fields.take('role', 'system, developer, user or assistant',
                      lambda x: x in ('system', 'developer', 'user', 'assistant'))
   content = fields.take('content', 'a text or a list of text parts', _is_content)
-  fields.take('name', 'a text', lambda x: isinstance(x, str))
+  if content is None and role == 'assistant' and 'content' in value:
+    content = ''  # An answer that was all thought, or a call of nothing.
   if role is None or content is None:
     raise ApiError(400, f'{where} must be an object with a role and a content.', param='messages')
+  # What an answer of this or another server says beside its text, and says nothing by.
+  for name, harmless in (('tool_calls', []), ('annotations', []), ('function_call', {}),
+                         ('refusal', ''), ('audio', {})):
+    fields.refuse(name, harmless)
+  fields.ignore(IGNORED_IN_MESSAGES)
   fields.finish()
   if isinstance(content, list):
     content = ''.join(part['text'] for part in content)

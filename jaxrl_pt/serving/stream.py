@@ -4,6 +4,7 @@ from collections.abc import Generator, Sequence
 from typing import NamedTuple
 
 from jaxrl_pt.data.tokenizer import Tokenizer
+from jaxrl_pt.errors import UserError
 from jaxrl_pt.sampling.engine import Engine, Request, Response
 from jaxrl_pt.serving.text import TextStream
 
@@ -17,13 +18,14 @@ class Piece(NamedTuple):
 
 
 def stream(engine: Engine, tokenizer: Tokenizer, requests: Sequence[Request], *,
-           starts_text: Sequence[bool] = ()) -> Generator[Piece]:
+           starts_text: Sequence[bool] = (), table: Sequence[bytes] = ()) -> Generator[Piece]:
   """Answers requests; closing the iterator cancels what is under way.
 
   Args:
     engine: idle, and nobody else's as long as this iterates.
     tokenizer: of the model.
     requests: submitted in this order, as the queue has room.
+    table: the bytes of each token where they are not the tokenizer's own.
     starts_text: for each request, whether its prompt is no text (default: none is).
 
   Yields:
@@ -32,9 +34,12 @@ def stream(engine: Engine, tokenizer: Tokenizer, requests: Sequence[Request], *,
   Raises:
     UserError: a request is wrong; none has been answered.
   """
-  for request in requests:
-    engine.check(request)
-  table = tokenizer.token_bytes()
+  for number, request in enumerate(requests, 1):
+    try:
+      engine.check(request)
+    except UserError as e:
+      raise UserError(f'Prompt {number} of {len(requests)}: {e}' if requests[1:] else str(e)) from e
+  table = table or tokenizer.token_bytes()
   texts = [[TextStream(tokenizer, table, r.stop_strings,
                        starts_text=bool(starts_text) and starts_text[n])
             for _ in range(r.num_samples)] for n, r in enumerate(requests)]

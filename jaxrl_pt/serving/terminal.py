@@ -18,7 +18,7 @@ from jaxrl_pt.errors import UserError
 from jaxrl_pt.sampling.engine import Engine, Request
 from jaxrl_pt.serving.conversation import Message, Template, fit
 from jaxrl_pt.serving.stream import Piece, stream
-from jaxrl_pt.serving.text import Markers, ThoughtSplitter, printable
+from jaxrl_pt.serving.text import Markers, ThoughtSplitter, encode_marker, printable, spelled
 
 # --- Samples --------------------------------------------------------------------------
 
@@ -108,9 +108,10 @@ class Chat:
     """The request for the next answer; the turn addresses its randomness."""
     forced: tuple[int, ...] = ()
     if self.max_thought is not None:
-      forced = tuple(self.tokenizer.encode(self.markers.start))
+      forced = encode_marker(self.tokenizer, self.markers.start)
+    stop_ids, stop_texts = self.template.stops(self.tokenizer)
     return Request(tuple(prompt), turn, self.max_tokens + len(forced), 1, self.sampler,
-                   (self.tokenizer.eos_id,), self.template.stop, forced, self.max_thought,
+                   (self.tokenizer.eos_id, *stop_ids), stop_texts, forced, self.max_thought,
                    self.max_answer)
 
 
@@ -161,7 +162,8 @@ def _answer(engine: Engine, chat: Chat, request: Request, console: Console,
   """Shows the answer as it is drawn and returns it, without its thought."""
   splitter = ThoughtSplitter(chat.markers)
   answer, has_thought, num_tokens, began = '', False, 0, time.perf_counter()
-  with contextlib.closing(stream(engine, chat.tokenizer, [request])) as pieces:
+  with contextlib.closing(stream(
+      engine, chat.tokenizer, [request], table=spelled(chat.tokenizer, chat.markers))) as pieces:
     for piece in pieces:
       thought, text = splitter.feed(piece.text, last=bool(piece.response.finish))
       _show(console, thought, 'dim')

@@ -9,6 +9,7 @@ import codecs
 from collections.abc import Sequence
 from typing import AnyStr, NamedTuple
 
+from jaxrl_pt.data import template_text
 from jaxrl_pt.data.tokenizer import Tokenizer
 
 
@@ -17,6 +18,20 @@ class Markers(NamedTuple):
 
   start: str = '<think>'
   end: str = '</think>'
+
+
+def encode_marker(tokenizer: Tokenizer, marker: str) -> tuple[int, ...]:
+  """A marker's tokens: the operator names it, so that it may be a special token."""
+  return tuple(template_text.encode(tokenizer, template_text.template(marker)))
+
+
+def spelled(tokenizer: Tokenizer, markers: Markers) -> list[bytes]:
+  """`token_bytes`, in which markers that are special tokens spell themselves."""
+  table = tokenizer.token_bytes()
+  for marker in markers:
+    if (token := tokenizer.special_tokens.get(marker)) is not None:
+      table[token] = marker.encode()
+  return table
 
 
 def _num_held(text: AnyStr, whole: Sequence[AnyStr]) -> int:

@@ -33,7 +33,8 @@ def open_task(session: sessions.Session, method: cfg.RL) -> Iterator[Task]:
   tokenizer, rollouts = session.data.tokenizer, method.rollouts
   training, held_out = problems.load(method.problems)
   on_device = isinstance(method.verifier, cfg.AnswerMatch)
-  trained_on = problems.encode(training, tokenizer, rollouts.prompt_len, on_device)
+  template = method.problems.template
+  trained_on = problems.encode(training, tokenizer, rollouts.prompt_len, on_device, template)
 
   def take(batch: int) -> tuple[Prompts, Sequence[str]]:
     return problems.step_prompts(trained_on, rollouts.num_prompts, session.run.seed, batch)
@@ -43,7 +44,7 @@ def open_task(session: sessions.Session, method: cfg.RL) -> Iterator[Task]:
     score: Callable[[Params], dict[str, float]] = lambda params: {}
     if held_out:
       measured = problems.encode(held_out[:method.eval_problems], tokenizer, rollouts.prompt_len,
-                                 on_device)
+                                 on_device, template)
       score = _make_scorer(session, rollouts, judge, measured)
     yield Task(take, judge, score, trained_on.digest)
 

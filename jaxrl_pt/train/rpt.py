@@ -20,7 +20,7 @@ import numpy as np
 
 from jaxrl_pt import config as cfg
 from jaxrl_pt import metrics
-from jaxrl_pt.data import loader, next_token, templates
+from jaxrl_pt.data import loader, next_token, template_text, templates
 from jaxrl_pt.data.tokenizer import Tokenizer
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.models.base import Model
@@ -89,7 +89,7 @@ def make_frame(prediction: cfg.Prediction, tokenizer: Tokenizer) -> Frame:
     case cfg.Reason(think=think, answer=answer):
       ids = []
       for name, text in (('think', think), ('answer', answer)):
-        found = tokenizer.encode(text)
+        found = template_text.encode(tokenizer, template_text.template(text))
         if len(found) != 1:
           raise UserError(f'Reason.{name} = {text!r} is {len(found)} tokens: choose a text that '
                           'is one and that the corpus does not use.')

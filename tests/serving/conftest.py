@@ -1,11 +1,12 @@
 """A real engine over a tiny random model and bytes as tokens, served on a free port."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
 import dataclasses
 import socket
 import threading
 import time
+from typing import Any
 
 import jax
 import openai
@@ -17,6 +18,7 @@ from jaxrl_pt import params as P
 from jaxrl_pt.data.tokenizer import ByteTokenizer
 from jaxrl_pt.models import transformer
 from jaxrl_pt.sampling.engine import Engine
+from jaxrl_pt.serving import connections
 from jaxrl_pt.serving.app import make_app
 from jaxrl_pt.serving.protocol import Service
 from jaxrl_pt.serving.worker import Worker
@@ -62,11 +64,15 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(engine: Engine, token: str | None = None, **limits: int) -> Iterator[Running]:
-  service = Service('tiny', TOKENIZER, engine.config, **limits)
+def running(engine: Engine, token: str | None = None, *,
+            log: Callable[[str], None] | None = None, most: int | None = None,
+            header_seconds: float = connections.HEADER_SECONDS,
+            **settings: Any) -> Iterator[Running]:
+  service = Service('tiny', TOKENIZER, engine.config, **settings)
   worker = Worker(engine)
-  server = uvicorn.Server(uvicorn.Config(make_app(service, worker, token), log_level='warning',
-                                         timeout_graceful_shutdown=20))
+  server = uvicorn.Server(connections.server_config(
+      make_app(service, worker, token, log), shutdown_seconds=20, most=most,
+      header_seconds=header_seconds))
   with socket.create_server(('127.0.0.1', 0)) as listening:
     thread = threading.Thread(target=server.run, args=([listening],))
     thread.start()

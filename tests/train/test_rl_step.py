@@ -1,6 +1,7 @@
 """The RPT step against plain forms, and that it learns."""
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from jaxrl_pt.models import transformer
 from jaxrl_pt.sampling import policies
 from jaxrl_pt.train import learner, optim, rl_step, rpt
 from jaxrl_pt.train import state as states
-from jaxrl_pt.types import Prompts, Rollout, TrainState, Trajectory
+from jaxrl_pt.types import Array, Prompts, Rollout, TrainState
 from jaxrl_pt.verifiers import next_token as verifier
 from jaxrl_pt.verifiers.token_bytes import token_table
 
@@ -55,6 +56,14 @@ def make_run(method, learning_rate=0.01):
 
 
 # --- The learner equals the plain form ------------------------------------------
+
+
+class Trajectory(NamedTuple):
+  """Responses with an advantage for each token."""
+
+  prompts: Prompts
+  rollout: Rollout
+  advantage: Array  # f32[N, G, S]
 
 
 def plain_loss(params, trajectory, sampler):
