@@ -346,6 +346,8 @@ def test_every_field_has_a_row():
     (lambda: cfg.Rollouts(2**14, 2**10, response_tokens=2**8), 'would take 16 GiB'),
     (lambda: cfg.Run(**{**RUN, 'train': cfg.Train(4, batch_size=2**24),
                         'data': cfg.Data(**{**DATA, 'seq_len': 2**10})}), 'would take 64 GiB'),
+    (lambda: cfg.Run(**{**RUN, 'train': cfg.Train(2**30), 'objective': dataclasses.replace(
+        RL, algorithm=cfg.Algorithm(surrogate=cfg.PPOClip(), epochs=2))}), '32 bits count'),
     (lambda: cfg.Run(**{**RUN, 'train': cfg.Train(4)}), 'Train.batch_size = 0: expected'),
     *((lambda fields=fields: cfg.Run(**{**RUN, **fields}), f'{name} is not read by')
       for name, fields in (

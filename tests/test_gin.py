@@ -230,6 +230,12 @@ def test_files_that_cannot_be_read(tmp_path):
   assert 'No settings given' in _message(files=())
 
 
+def test_a_byte_order_mark_is_no_setting(tmp_path):
+  path = tmp_path / 'mine.gin'
+  path.write_bytes(b'\xef\xbb\xbf' + f"include {TINY!r}\ncfg.Train.num_steps = 3\n".encode())
+  assert gin_bindings.load([str(path)], ())[0].train.num_steps == 3
+
+
 def test_required_values_are_asked_for():
   path = str(ROOT / 'gin/run/pretrain_2b4t.gin')
   assert 'cfg.ArrayRecord.glob has no value yet (gin/data/array_record.gin line 6)' in _message(

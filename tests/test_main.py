@@ -185,6 +185,10 @@ def test_prompt_files(tmp_path):
   (tmp_path / 'p.jsonl').write_text('{"prompt": "a\\nb", "id": 1}\n\n{"prompt": ""}\n')
   assert frontends.read_prompts(tmp_path / 'p.txt') == ['one', '  two', 'thrée']
   assert frontends.read_prompts(tmp_path / 'p.jsonl') == ['a\nb', '']
+  (tmp_path / 'b.txt').write_bytes(b'\xef\xbb\xbfone\n')  # A byte order mark is no text.
+  (tmp_path / 'b.jsonl').write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\n')
+  assert frontends.read_prompts(tmp_path / 'b.txt') == ['one']
+  assert frontends.read_prompts(tmp_path / 'b.jsonl') == ['a']
 
 
 def test_interruption_is_a_clean_message(capfd, monkeypatch):

@@ -54,7 +54,7 @@ def memory(num_bytes: float) -> str:
   if num_bytes > LARGEST:
     return f'{LARGEST:g} bytes'
   names = ('bytes', 'KiB', 'MiB', 'GiB', 'TiB', 'PiB')
-  power = min(int(num_bytes).bit_length() // 10, len(names) - 1)
+  power = min(max(0, int(num_bytes).bit_length() - 1) // 10, len(names) - 1)
   return f'{num_bytes / 1024**power:.3g} {names[power]}'
 
 

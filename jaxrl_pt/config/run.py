@@ -125,6 +125,11 @@ def _check_read(run: Run) -> None:
     if value != default:
       raise UserError(f'{name} = {value!r} is not read by {objective}, because {reason}: leave it '
                       f'out, or at {default!r}.')
+  updates = 1 if isinstance(run.objective, NextToken) else run.objective.algorithm.updates
+  if run.train.num_steps * updates > checks.INT32:
+    raise UserError(f'Train.num_steps = {run.train.num_steps} steps of {updates} updates '
+                    '(Algorithm.minibatches × epochs) are more than 32 bits count: lower one of '
+                    'them.')
   if run.train.batch_size * run.data.seq_len > checks.INT32:
     num_tokens = run.train.batch_size * run.data.seq_len
     raise UserError(f'Train.batch_size × Data.seq_len = {num_tokens} tokens a batch, whose ids '

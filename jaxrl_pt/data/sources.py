@@ -204,8 +204,9 @@ def _lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
 
 def _decode(path: Path, raw: bytes, offset: int = 0) -> str:
   try:
+    text = raw.decode('utf-8')
     # A byte order mark says how a file is encoded and is none of its text.
-    return raw.decode('utf-8-sig' if offset == 0 else 'utf-8')
+    return text if offset else text.removeprefix('\ufeff')
   except UnicodeDecodeError as error:
     raise UserError(f'{path} is not UTF-8 at byte offset {offset + error.start}: convert it to '
                     'UTF-8, or leave it out of the glob.') from error

@@ -251,3 +251,34 @@ def test_missing_example_feature() -> None:
   path = _shared('text-c4-sample/c4-train-00007.array_record')
   with pytest.raises(UserError, match=r"Record 0 of .*no feature of that name among \[.*'text'"):
     _texts(config.ArrayRecord(path, 'body'))
+
+
+# --- Byte order marks -----------------------------------------------------------
+
+BOM = b'\xef\xbb\xbf'
+
+
+@pytest.mark.parametrize('name', ['a.txt', 'a.txt.gz'])
+def test_a_byte_order_mark_is_no_text(tmp_path: Path, name: str) -> None:
+  content = BOM + 'Words, ü.\n# second\ufeff'.encode()
+  (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith('.gz') else content)
+  whole = _texts(config.TextFiles(str(tmp_path / name)))
+  assert whole == ['Words, ü.\n# second\ufeff']  # Elsewhere the character is what was written.
+  assert _texts(config.TextFiles(str(tmp_path / name), '^# ')) == ['Words, ü.\n', '# second\ufeff']
+
+
+def test_a_byte_order_mark_before_json_lines(tmp_path: Path) -> None:
+  rows = [{'text': 'one'}, {'text': '\ufefftwo'}]
+  lines = b''.join(json.dumps(row).encode() + b'\n' for row in rows)
+  (tmp_path / 'a.jsonl').write_bytes(BOM + lines)
+  (tmp_path / 'b.jsonl').write_bytes(BOM + b'\n' + lines)
+  (tmp_path / 'c.jsonl').write_bytes(BOM)
+  for name in ('a', 'b'):
+    assert _texts(config.Jsonl(str(tmp_path / f'{name}.jsonl'))) == ['one', '\ufefftwo']
+  assert list(sources.json_rows(str(tmp_path / 'c.jsonl'))) == []
+
+
+def test_not_utf8_after_a_byte_order_mark_counts_its_bytes(tmp_path: Path) -> None:
+  (tmp_path / 'a.txt').write_bytes(BOM + b'ab\xff')
+  with pytest.raises(UserError, match='byte offset 5'):
+    _texts(config.TextFiles(str(tmp_path / 'a.txt')))
