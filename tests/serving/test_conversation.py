@@ -11,15 +11,19 @@ TURNS = [Message('system', 'Be kind.'), Message('user', 'hi'), Message('assistan
          Message('user', 'and {content}?')]
 
 
+def text(template: Template, turns: list[Message]) -> str:
+  return ''.join(span.text for span in template.spans(turns))
+
+
 def test_the_plain_template():
-  assert Template().text(TURNS) == ('Be kind.\n\nUser: hi\n\nAssistant: hello\n\n'
+  assert text(Template(), TURNS) == ('Be kind.\n\nUser: hi\n\nAssistant: hello\n\n'
                                     'User: and {content}?\n\nAssistant:')
 
 
 def test_the_oldest_turns_are_left_out_and_the_system_stays():
-  whole = len(Template().text(TURNS)) + 1  # With the token that begins a text.
+  whole = len(text(Template(), TURNS)) + 1  # With the token that begins a text.
   assert fit(Template(), BYTES, TURNS, whole) == (
-      [BYTES.bos_id, *BYTES.encode(Template().text(TURNS))], 0)
+      [BYTES.bos_id, *BYTES.encode(text(Template(), TURNS))], 0)
   tokens, num_cut = fit(Template(), BYTES, TURNS, whole - 1)
   assert num_cut == 2  # The question and its answer: what is kept starts with the user.
   assert BYTES.decode(tokens) == 'Be kind.\n\nUser: and {content}?\n\nAssistant:'
@@ -31,7 +35,7 @@ def test_a_template_file(tmp_path):
   path = tmp_path / 'template.json'
   path.write_text('{"user": "<u>{content}</u>", "opening": "<a>", "stop": ["<u>"]}')
   template = read_template(path)
-  assert template.text(TURNS[1:2]) == '<u>hi</u><a>' and template.stop == ('<u>',)
+  assert text(template, TURNS[1:2]) == '<u>hi</u><a>' and template.stop == ('<u>',)
   assert template.system == Template().system
 
 
