@@ -144,6 +144,8 @@ REFUSED: list[tuple[type, str, list[Any], str]] = [
     (cfg.LengthVerifier, 'max_chars', [2, None], 'at least 3'),
     (cfg.PythonVerifier, 'target', ['', None, 'module', 'a:b:c'], 'expected'),
     (cfg.PythonVerifier, 'parts', ['answer', [3], None], 'a list of names'),
+    (cfg.PythonVerifier, 'min_score', [-1e10, NAN, None], 'a number of at least -1e+09'),
+    (cfg.PythonVerifier, 'max_score', [-1e10, NAN, None], 'a number of at least'),
     (cfg.Composite, 'verifiers', [(), None, (cfg.AnswerMatch(),)], 'a list'),
     (cfg.Composite, 'weights', [(), None, (1.0, 2.0), ('x',), (NAN,)], 'expected'),
     (cfg.VerifierPool, 'num_workers', [0, 1.5], 'at least 1'),
