@@ -46,7 +46,8 @@ class Template:
         raise UserError(f'Template.{name} = {value!r}: write a text with {_CONTENT} in it.')
     if (isinstance(self.stop, str) or len(self.stop) > MOST_STOPS
         or not all(isinstance(s, str) and s for s in self.stop)):
-      raise UserError(f'Template.stop = {self.stop!r}: write a list of at most {MOST_STOPS} texts.')
+      raise UserError(f'Template.stop = {self.stop!r}: write a list of texts, at most '
+                      f'{MOST_STOPS}.')
     object.__setattr__(self, 'stop', tuple(self.stop))
 
   def spans(self, messages: Sequence[Message]) -> list[Span]:

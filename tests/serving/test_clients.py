@@ -1,6 +1,7 @@
 """What clients send of their own accord: echoed answers, fields, stop texts, or no more at all."""
 
 from collections.abc import Iterator
+import dataclasses
 from pathlib import Path
 import socket
 import time
@@ -9,7 +10,7 @@ import httpx2
 import openai
 import pytest
 
-from jaxrl_pt.sampling.engine import Engine
+from jaxrl_pt.sampling.engine import Engine, Request
 from jaxrl_pt.serving import connections, protocol
 from jaxrl_pt.serving.conversation import Template
 from tests.serving.conftest import Running, running
@@ -111,21 +112,29 @@ def test_a_field_that_would_change_the_answer_is_refused_by_name(server: Running
 
 
 def test_four_stop_texts_beside_the_templates_own(server: Running):
-  # A response whose bytes are a character each, so that a piece of it can be named.
-  whole = next(c.message.content for seed in range(40)
-               for c in chat(server, [ASK], seed=seed, max_completion_tokens=30).choices
-               if c.message.content.isascii() and len(c.message.content) > 8
-               and c.message.content.strip() == c.message.content)
-  assert server.service.template.stop
-  seed = next(seed for seed in range(40)
-              if chat(server, [ASK], seed=seed, max_completion_tokens=30
-                      ).choices[0].message.content == whole)
-  for place in range(4):
-    stops = ['never 1', 'never 2', 'never 3', 'never 4']
-    stops[place] = whole[4:6]
-    choice = chat(server, [ASK], seed=seed, max_completion_tokens=30, stop=stops).choices[0]
-    assert choice.finish_reason == 'stop'
-    assert choice.message.content == whole[:whole.index(whole[4:6])].rstrip()
+  own = server.service.template.stop
+  sent = ['never 1', 'never 2', 'never 3', 'never 4']
+  asked = protocol.chat({'messages': [ASK], 'stop': sent}, server.service, protocol.Ids())
+  assert own and asked.requests[0].stop_strings == (*own, *sent)
+  whole = chat(server, [ASK]).choices[0].message.content
+  assert chat(server, [ASK], stop=sent).choices[0].message.content == whole
+
+
+def test_the_last_of_many_stop_texts_ends_a_response(engine: Engine):
+  many = tuple(f'never {n}' for n in range(6))
+  for seed in range(40):
+    request = Request((65,), 2**31 + seed, 40)
+    text = bytes(t for t in engine.run([request])[0][0].tokens.tolist() if t < 256)
+    at = next((i for i in range(3, len(text) - 1)
+               if text[i:i + 2].isascii() and 0 not in text[i:i + 2]), None)
+    if at is not None:
+      piece = text[at:at + 2]
+      stopped = dataclasses.replace(request, stop_strings=(*many, piece.decode()))
+      response = engine.run([stopped])[0][0]
+      assert response.finish == 'stop_string'
+      assert len(response.tokens) == text.index(piece) + 2
+      return
+  raise AssertionError('no response holds two characters of ASCII')
 
 
 def test_large_seeds_do_not_repeat_small_ones():
