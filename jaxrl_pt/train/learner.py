@@ -13,6 +13,7 @@ What a step keeps besides parameters (a gate, a value head) is in `TrainState.me
 
 from collections.abc import Callable
 import dataclasses
+import functools
 from typing import Any, NamedTuple, Protocol
 
 from flax import struct
@@ -272,7 +273,7 @@ def make_loss(model: Model, sampler: cfg.Sampler, method: cfg.Algorithm, loss_ch
     total = (lesson.weights * terms).sum()
     measured: Metrics = {}
     if lesson.num_rows:
-      of_batch = lambda x: jnp.zeros((lesson.num_rows, *x.shape[1:])).at[lesson.rows].set(x)
+      of_batch = functools.partial(_of_batch, lesson)
       measured[BY_TOKEN] = Weighted(of_batch(jax.lax.stop_gradient(logp)), of_batch(mask))
     if isinstance(method.advantage, cfg.GAE):
       # Under its own optimizer, whose step does not depend on the scale of the gradient.
@@ -293,6 +294,13 @@ def make_loss(model: Model, sampler: cfg.Sampler, method: cfg.Algorithm, loss_ch
     }
 
   return loss
+
+
+def _of_batch(lesson: Lesson, of_slice: Array) -> Array:
+  """f[num_rows, …]: the rows of a slice at their places in the batch, so that slices add up."""
+  if of_slice.shape[0] == lesson.num_rows:
+    return of_slice
+  return jnp.zeros((lesson.num_rows, *of_slice.shape[1:])).at[lesson.rows].set(of_slice)
 
 
 def response_scores(model: Model, params: Params, prompts: Prompts, tokens_NGS: Array,
