@@ -13,7 +13,7 @@ import sys
 import tempfile
 from typing import Any
 
-from jaxrl_pt import VIRTUAL_HOST
+import jaxrl_pt
 from jaxrl_pt.errors import UserError
 
 Row = dict[str, Any]
@@ -36,7 +36,7 @@ def environment(dump_to: str = '') -> dict[str, str]:
   Args:
     dump_to: where the compiler writes its schedules; empty writes none.
   """
-  values = {**os.environ, **VIRTUAL_HOST, 'JAX_PLATFORMS': 'cpu',
+  values = {**os.environ, **jaxrl_pt.VIRTUAL_HOST, 'JAX_PLATFORMS': 'cpu',
             'ALLOW_MULTIPLE_LIBTPU_LOAD': '1', 'TPU_STDERR_LOG_LEVEL': '3',
             'TPU_MIN_LOG_LEVEL': '3', 'TF_CPP_MIN_LOG_LEVEL': '3'}
   if dump_to:

@@ -64,10 +64,7 @@ def train(run: cfg.Run, workdir: Path, resolved_text: str) -> None:
   # --- Open ---------------------------------------------------------------------
   method = run.objective
   assert not isinstance(method, cfg.NextToken)
-  memory.check_fits(run)
-  start = evaluate.load_policy(Path(method.start_from), mesh=run.mesh)
-  _check_start(run, method.start_from, start)
-  held_out.check(run, start.session.run)
+  start = _start_policy(run, method.start_from)
   sessions.claim_workdir(workdir, resolved_text)
   session = sessions.open_session(run, workdir, resolved_text, Path(method.start_from) / 'data')
   run, method = session.run, session.run.objective  # It draws only ids that are tokens.
@@ -175,6 +172,15 @@ def open_task(session: sessions.Session, method: cfg.RL | cfg.RPT, model: Model,
     case cfg.RL():
       with problem_task.open_task(session, method) as task:
         yield task
+
+
+def _start_policy(run: cfg.Run, start_from: str) -> evaluate.Policy:
+  """The policy to begin with, once the run is known to fit the devices, and it to fit the run."""
+  memory.check_fits(run)
+  start = evaluate.load_policy(Path(start_from), mesh=run.mesh)
+  _check_start(run, start_from, start)
+  held_out.check(run, start.session.run)
+  return start
 
 
 def _check_start(run: cfg.Run, start_from: str, start: evaluate.Policy) -> None:
