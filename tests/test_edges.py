@@ -30,9 +30,9 @@ OTHERS = ['None', 'True', "'x'", '3', '()', '(1,)', "('a', 'b')", '[[]]', '{}', 
           '[' * 2000 + ']' * 2000, '@cfg.Bytes()', '@cfg.Bytes', '@a/cfg.Constant()',
           '@cfg.Run()', '%gin.REQUIRED', '%nothing', '(0.5, 1e309, 2)', '[0.1, 0.2, 0.3]',
           '(1e309,)', f'({2**63},)', '(-1,)']
-# Where a value decides what is opened, the files are opened too.
+# Where a value decides what is opened, the files are opened too (seqio's load TensorFlow).
 READS = (cfg.TextFiles, cfg.Jsonl, cfg.Parquet, cfg.ArrayRecord, cfg.HuggingFaceTokenizer,
-         cfg.SentencePiece, cfg.Seqio, cfg.TrainedBPE)
+         cfg.SentencePiece, cfg.TrainedBPE)
 
 
 def edges(kind: Any) -> list[str]:
