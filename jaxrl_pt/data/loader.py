@@ -18,6 +18,7 @@ from typing import Any
 from absl import flags
 from array_record.python import array_record_module
 import grain
+import jax
 import numpy as np
 
 from jaxrl_pt import config
@@ -267,16 +268,17 @@ def _check_splits(data: config.Data, splits: dict[str, dict[str, Any]], nearest:
 # --- Reading --------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class _Load:
-  """A host's rows of a global batch of example ids."""
+  """A host's part of a global batch of example ids: some rows, and some tokens of each."""
 
   packed: Packed
-  low: int
-  high: int
+  rows: np.ndarray
+  tokens: np.ndarray
 
   def __call__(self, ids_B: np.ndarray) -> Batch:
-    return self.packed.batch(np.asarray(ids_B)[self.low:self.high])
+    batch: Batch = self.packed.batch(np.asarray(ids_B)[self.rows])
+    return jax.tree.map(lambda x: x if x.ndim == 1 else x[:, self.tokens], batch)
 
 
 class TrainIterator:
@@ -332,9 +334,10 @@ class TrainIterator:
     self._iterator = None
 
 
-def train_iterator(packed: Packed, *, seed: int, batch_size: int, process_index: int = 0,
-                   process_count: int = 1, num_workers: int = 0) -> TrainIterator:
-  """Batches of this host: rows [h·B/n, (h+1)·B/n) of the global batch of each step.
+def train_iterator(packed: Packed, *, seed: int, batch_size: int,
+                   rows: np.ndarray | None = None, tokens: np.ndarray | None = None,
+                   num_workers: int = 0) -> TrainIterator:
+  """Batches of this host: its rows and tokens of the global batch of each step.
 
   The global order is a permutation of the examples drawn anew each epoch from
   `seed`, cut every `batch_size` rows (epochs run on into each other).
@@ -343,19 +346,16 @@ def train_iterator(packed: Packed, *, seed: int, batch_size: int, process_index:
     packed: the training split.
     seed: of the order.
     batch_size: B, rows over all hosts.
-    process_index: h.
-    process_count: n; divides B.
+    rows: which of them this host reads (`parallel.hosts.owned`); None reads all.
+    tokens: which of a row's T tokens it keeps; None keeps all.
     num_workers: processes that read ahead; 0 reads in threads of this one.
 
   Raises:
-    UserError: fewer than B examples, or n does not divide B.
+    UserError: fewer than B examples.
   """
   _check_enough(packed, batch_size, 'training')
-  if batch_size % process_count:
-    raise UserError(f'Train.batch_size = {batch_size} is not a multiple of the {process_count} '
-                    'hosts: choose one that is.')
-  share = batch_size // process_count
-  load = _Load(packed, process_index * share, (process_index + 1) * share)
+  load = _Load(packed, np.arange(batch_size) if rows is None else rows,
+               np.arange(packed.seq_len) if tokens is None else tokens)
   order = grain.MapDataset.range(len(packed)).shuffle(seed=seed).repeat()
   identity = {'seed': seed, 'batch_size': batch_size, 'digest': packed.digest}
   return TrainIterator(order.batch(batch_size).map(load), num_workers, identity)

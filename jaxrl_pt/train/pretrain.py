@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from jaxrl_pt import config as cfg
 from jaxrl_pt import metrics, report
@@ -42,10 +41,10 @@ def train(run: cfg.Run, workdir: Path, resolved_text: str) -> None:
   optimizer = optim.make_optimizer(run.optimizer, run.train.num_steps)
   # Only the activations' quantiser changes over a run: every model has the same state.
   abstract = states.abstract_state(session.model(run.model), optimizer, session.mesh)
+  rows, tokens = session.owned()
   batches = loader.train_iterator(
-      session.data.train, seed=run.seed, batch_size=run.train.batch_size,
-      process_index=jax.process_index(), process_count=jax.process_count(),
-      num_workers=run.data.num_workers)
+      session.data.train, seed=run.seed, batch_size=run.train.batch_size, rows=rows,
+      tokens=tokens, num_workers=run.data.num_workers)
 
   with Checkpointer(workdir / 'checkpoints', run.checkpoint) as checkpointer, \
        stop_on_signals() as stop:
@@ -68,9 +67,9 @@ def train(run: cfg.Run, workdir: Path, resolved_text: str) -> None:
     with writer:
       for step in range(start, run.train.num_steps):
         model_config = cfg.model_at(run, step)
-        batch = next(batches)
-        state, values = compiled(model_config)(state, session.put(batch))
-        recorder.dispatched(step + 1, values, batch.ids, int(np.sum(batch.weights)))
+        batch = session.put(next(batches))
+        state, values = compiled(model_config)(state, batch)
+        recorder.dispatched(step + 1, values, batch.ids, values['loss'].count)
 
         is_last = step + 1 == run.train.num_steps
         if is_last or (step + 1) % run.train.eval_every == 0:

@@ -15,9 +15,9 @@ import numpy as np
 from jaxrl_pt import config as cfg
 from jaxrl_pt import metrics
 from jaxrl_pt.errors import UserError
+from jaxrl_pt.parallel.hosts import on_host
 from jaxrl_pt.train import evaluate, optim, rl, rollouts
 from jaxrl_pt.train.stages import Drawn, Stages
-from jaxrl_pt.train.tasks import on_host
 from jaxrl_pt.types import TrainState
 
 # --- The halves -----------------------------------------------------------------

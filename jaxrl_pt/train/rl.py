@@ -99,7 +99,7 @@ def train(run: cfg.Run, workdir: Path, resolved_text: str) -> None:
       # --- Train ------------------------------------------------------------------
       for step in range(first, run.train.num_steps):
         state, turn, done = _step(stages, state, turn, step, method, run.train.log_every)
-        recorder.dispatched(step + 1, done.values, done.drawn.ids, programs.num_tokens(run),
+        recorder.dispatched(step + 1, done.values, done.drawn.prompts.ids, programs.num_tokens(run),
                             mismatch.gate(session, method.rollouts, checkpointer, step + 1, done))
         recorder.time(stages.finish(state, done))
         if method.rollouts.dump_every and (step + 1) % method.rollouts.dump_every == 0:

@@ -14,8 +14,8 @@ import numpy as np
 
 from jaxrl_pt.data.tokenizer import Tokenizer
 from jaxrl_pt.errors import UserError
+from jaxrl_pt.parallel.hosts import on_host
 from jaxrl_pt.train.stages import Judged
-from jaxrl_pt.train.tasks import on_host
 from jaxrl_pt.types import Prompts, Rollout, Verdict
 
 FOLDER = 'rollouts'

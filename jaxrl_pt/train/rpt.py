@@ -25,6 +25,7 @@ from jaxrl_pt.data.tokenizer import Tokenizer
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.models.base import Model
 from jaxrl_pt.parallel import rules
+from jaxrl_pt.parallel.hosts import on_host
 from jaxrl_pt.sampling import decode
 from jaxrl_pt.train import evaluate, programs
 from jaxrl_pt.train import session as sessions
@@ -147,7 +148,7 @@ def _choose_positions(
   def score() -> next_token.Positions:
     parts = []
     for batch in _spread(packed, session.run.train.batch_size, method.scored_examples):
-      values = np.asarray(entropy(params, session.put_global(batch)))
+      values = on_host(entropy(params, session.put_global(batch)))
       parts.append(next_token.select_positions(values, batch, min_entropy=minimum,
                                                min_context=min(8, prompt_len),
                                                predictable=predictable))

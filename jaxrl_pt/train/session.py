@@ -20,9 +20,9 @@ from jaxrl_pt.data.tokenizer import drawable
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.models import transformer
 from jaxrl_pt.models.base import Model
-from jaxrl_pt.parallel import kernels, rules
+from jaxrl_pt.parallel import hosts, kernels, rules
 from jaxrl_pt.parallel.mesh import make_mesh
-from jaxrl_pt.types import Batch, TrainState, Weighted
+from jaxrl_pt.types import Array, Batch, TrainState, Weighted
 
 
 @dataclass(frozen=True)
@@ -40,19 +40,25 @@ class Session:
     return build_model(config, self.run.compute, self.mesh)
 
   def put(self, batch: Batch) -> Batch:
-    """This host's rows → one global, sharded batch."""
-    return jax.tree.map(
-        lambda x, sharding: jax.make_array_from_process_local_data(sharding, x), batch,
-        rules.batch_sharding(self.mesh))
+    """This host's part of a batch, whose rows and tokens are `owned`, → the global batch."""
+    shape = self.run.train.batch_size, self.run.data.seq_len
+    return jax.tree.map(lambda x, sharding: hosts.from_part(x, shape[:x.ndim], sharding), batch,
+                        rules.batch_sharding(self.mesh))
+
+  def owned(self) -> tuple[np.ndarray, ...]:
+    """The rows of a batch, and the tokens of each, that this host's devices hold."""
+    shape = self.run.train.batch_size, self.run.data.seq_len
+    rows: Any = rules.batch_sharding(self.mesh).tokens
+    return hosts.owned(rows, shape)
 
   def put_global(self, batch: Batch) -> Batch:
     """The same whole batch on every host → one global, sharded batch."""
-    return jax.tree.map(_from_whole, batch, rules.batch_sharding(self.mesh))
+    return jax.tree.map(hosts.from_whole, batch, rules.batch_sharding(self.mesh))
 
   def put_rows(self, tree: Any) -> Any:
     """Any tree of whole [N, …] arrays → global arrays with N split like a batch's rows."""
     sharding = rules.row_sharding(self.mesh)
-    return jax.tree.map(lambda x: _from_whole(x, sharding), tree)
+    return jax.tree.map(lambda x: hosts.from_whole(x, sharding), tree)
 
 
 def build_model(config: cfg.Model, compute: cfg.Compute, mesh: Mesh,
@@ -60,11 +66,6 @@ def build_model(config: cfg.Model, compute: cfg.Compute, mesh: Mesh,
   """The model as every program on this mesh computes it, laid out by the table."""
   return transformer.build(config, compute, rules.make_constrain(mesh, table),
                            kernels.make_ops(mesh, table))
-
-
-def _from_whole(x: Any, sharding: jax.sharding.Sharding) -> Any:
-  whole = np.asarray(x)
-  return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
 
 
 def claim_workdir(workdir: Path, resolved_text: str) -> None:
@@ -169,8 +170,8 @@ class _Pending:
 
   step: int
   values: dict[str, Weighted]
-  ids: np.ndarray
-  num_tokens: int
+  ids: Array
+  num_tokens: Array | int
   check: Callable[[dict[str, float]], None] | None
 
 
@@ -192,14 +193,18 @@ class Recorder:
     self._started = self._last = time.perf_counter()
     self._busy = 0.0
 
-  def dispatched(self, step: int, values: dict[str, Weighted], ids: Any, num_tokens: int,
+  def dispatched(self, step: int, values: dict[str, Weighted], ids: Array,
+                 num_tokens: Array | int,
                  check: Callable[[dict[str, float]], None] | None = None) -> None:
     """Notes that step `step` (counted from 1) is under way; writes the one before it.
 
-    `check` gets the step's metrics when they are there, and may stop the run.
+    Args:
+      ids: of the examples of all hosts, a global array.
+      num_tokens: of all hosts.
+      check: gets the step's metrics when they are there, and may stop the run.
     """
     self.flush()
-    self._pending = _Pending(step, values, np.asarray(ids), num_tokens, check)
+    self._pending = _Pending(step, values, ids, num_tokens, check)
 
   def add(self, values: Mapping[str, float]) -> None:
     """Adds evaluation results to the row of the pending step."""
@@ -227,7 +232,7 @@ class Recorder:
     now = time.perf_counter()
     seconds, self._last = now - self._last, now
     self._busy += seconds
-    speed = pending.num_tokens / max(seconds, 1e-9)
+    speed = float(pending.num_tokens) / max(seconds, 1e-9)
     timing = {'seconds': seconds, 'tokens_per_second': speed,
               'model_flops_per_second': speed * self._flops_per_token,
               'goodput': self._busy / max(now - self._started, 1e-9)}
@@ -240,7 +245,7 @@ class Recorder:
       good = self._checkpointer.latest_step()
       raise UserError(
           f'{", ".join(bad)} became non-finite at step {pending.step} on examples '
-          f'{pending.ids.tolist()}: the last good checkpoint is '
+          f'{hosts.on_host(pending.ids).tolist()}: the last good checkpoint is '
           f'{"none" if good is None else f"step {good}"}; lower the learning rate or the clip, '
           'then run the same command again to go on from there.')
     if pending.check is not None:

@@ -17,20 +17,12 @@ import optax
 
 from jaxrl_pt import config as cfg
 from jaxrl_pt.errors import UserError
+from jaxrl_pt.parallel.hosts import agreed, on_host
 from jaxrl_pt.rl import kl, selection
 from jaxrl_pt.train import programs, rl_step
 from jaxrl_pt.train import session as sessions
 from jaxrl_pt.train.learner import BY_TOKEN, Experience
-from jaxrl_pt.train.tasks import (
-  FirstBatches,
-  InStep,
-  OnDevice,
-  OnHost,
-  Task,
-  Ticket,
-  on_host,
-  settled,
-)
+from jaxrl_pt.train.tasks import FirstBatches, InStep, OnDevice, OnHost, Task, Ticket, settled
 from jaxrl_pt.types import Array, Params, Prompts, Rollout, TrainState, Verdict, Weighted
 
 
@@ -41,11 +33,6 @@ class Drawn(NamedTuple):
   prompts: Prompts
   references: Sequence[str]
   rollout: Rollout
-
-  @property
-  def ids(self) -> np.ndarray:
-    """i32[N]: ids of the prompts on this host."""
-    return np.concatenate([np.asarray(s.data) for s in self.prompts.ids.addressable_shards])
 
 
 class Judged(NamedTuple):

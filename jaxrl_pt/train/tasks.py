@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import jax
-from jax.experimental import multihost_utils
 import numpy as np
 
 from jaxrl_pt.errors import UserError
+from jaxrl_pt.parallel.hosts import agreed, on_host
 from jaxrl_pt.train.rlp_step import Markers
 from jaxrl_pt.types import Params, Prompts, Rollout, Verdict
 from jaxrl_pt.verifiers.base import DeviceVerifier
@@ -63,20 +63,6 @@ class Task:
   digest: str
 
 
-def on_host(tree: Any) -> Any:
-  """Whole arrays as numpy, on every host."""
-  if jax.process_count() > 1:
-    return multihost_utils.process_allgather(tree, tiled=True)
-  return jax.tree.map(np.asarray, tree)
-
-
-def agreed(verdict: Verdict) -> Verdict:
-  """The first host's verdict on all: what timed out on one may not have on another."""
-  if jax.process_count() > 1:
-    return multihost_utils.broadcast_one_to_all(verdict)
-  return verdict
-
-
 class FirstBatches:
   """Says in one line that the first batches of a run state hardly an answer. Final."""
 
@@ -112,6 +98,7 @@ def settled(ticket: Ticket) -> Verdict:
   Raises:
     UserError: nothing was judged, so there is nothing to learn from.
   """
+  # What timed out on one host may not have on another.
   verdict = jax.tree.map(np.asarray, agreed(ticket.result()))
   if not verdict.valid.any():
     raise UserError(f'The verifier judged none of {verdict.valid.size} responses: '

@@ -1,0 +1,81 @@
+"""Arrays of several processes: which part is whose, put there, and fetched everywhere.
+
+Who owns what follows from the sharding alone. The number of a process says nothing about it:
+an axis that replicates, as `tensor` does a batch's rows, or that splits another dimension, as
+`context` does its tokens, may span processes too.
+"""
+
+import functools
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+from jax.sharding import Sharding
+import numpy as np
+
+
+@functools.lru_cache(maxsize=64)
+def owned(sharding: Sharding, shape: tuple[int, ...], process: int | None = None
+          ) -> tuple[np.ndarray, ...]:
+  """Which indices of each axis the devices of a process hold, rising.
+
+  Args:
+    sharding: of the global array.
+    shape: of the global array.
+    process: its index; None is this one.
+
+  Returns:
+    i64 arrays, one for each axis of `shape`. Their product is the smallest grid that has all of
+    the process's shards in it: on slices whose hosts are blocks of chips, just those shards.
+  """
+  process = jax.process_index() if process is None else process
+  mine = [index for device, index in sharding.devices_indices_map(shape).items()
+          if device.process_index == process]
+  return tuple(
+      np.unique(np.concatenate([np.arange(*part.indices(size)) for part in parts]))
+      for size, *parts in zip(shape, *mine, strict=True))
+
+
+def from_part(part: np.ndarray, shape: tuple[int, ...], sharding: Sharding) -> jax.Array:
+  """The rows and columns that this process owns (`owned`) → the global array.
+
+  Raises:
+    ValueError: the part has another shape than what the process owns.
+  """
+  indices = owned(sharding, shape)
+  if part.shape != tuple(map(len, indices)):
+    raise ValueError(f'this process owns {list(map(len, indices))} of {list(shape)}, '
+                     f'not {list(part.shape)}')
+
+  def shard(index: tuple[slice, ...]) -> np.ndarray:
+    bounds = (piece.indices(size)[:2] for piece, size in zip(index, shape, strict=True))
+    return part[tuple(slice(*np.searchsorted(mine, both))
+                      for mine, both in zip(indices, bounds, strict=True))]
+
+  return jax.make_array_from_callback(shape, sharding, shard)
+
+
+def from_whole(whole: Any, sharding: Sharding) -> jax.Array:
+  """The same whole array in every process → the global array."""
+  whole = np.asarray(whole)
+  return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+
+
+def on_host(tree: Any) -> Any:
+  """Whole arrays as numpy, in every process; all must ask at the same point.
+
+  What a process has whole, as numbers that all have computed alike, stays as it is.
+  """
+  def fetch(x: Any) -> np.ndarray:
+    if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+      return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+    return np.asarray(x)
+
+  return jax.tree.map(fetch, tree)
+
+
+def agreed(tree: Any) -> Any:
+  """The first process's values in all of them, for what each has found out for itself."""
+  if jax.process_count() > 1:
+    return multihost_utils.broadcast_one_to_all(tree)
+  return tree
