@@ -81,6 +81,10 @@ def make_parser() -> argparse.ArgumentParser:
   train = add('train', 'Train what a gin file describes; run again to resume.',
               f'jaxrl-pt train --gin_file {_RUN} --workdir runs/pretrain_tiny \\\n'
               '    --gin_bindings "cfg.Train.num_steps = 100"')
+  train.description = (
+      f'{train.description} SIGTERM, SIGHUP (a dropped connection) and Ctrl-C let the step in hand '
+      'finish, save and exit with code 75: not finished, run it again. Code 0 is a finished run, '
+      '2 a mistake, said in one sentence. One host\'s signal stops all.')
   _add_gin(train)
   _add_workdir(train)
   train.add_argument('--multihost', action='store_true', help='join the other hosts of a TPU '
@@ -124,6 +128,9 @@ def _add_tpu_commands(add: Callable[[str, str, str], argparse.ArgumentParser]) -
   _add_gin(preflight)
   preflight.add_argument('--topology', required=True, metavar='NAME',
                          help='e.g. v4:4x4x4, v5e:16x16, v5p:4x4x4, v6e:16x16 or tpu7x:4x4x4')
+  preflight.add_argument('--slices', type=_at_least(1), default=1, metavar='N',
+                         help='how many such slices, joined by the network of the data centre '
+                         '(default %(default)s)')
   preflight.add_argument('--no_search', action='store_true',
                          help='do not look for settings that fit when the run does not')
   _add_json(preflight)

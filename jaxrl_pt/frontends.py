@@ -5,6 +5,7 @@ import functools
 import json
 import os
 from pathlib import Path
+import signal
 import socket
 import sys
 import time
@@ -229,7 +230,8 @@ def serve(workdir: Path, *, step: int | None, host: str, port: int, token_file: 
     raise UserError(f'--host {host} lets others in: give a --token_file, or set '
                     f'{TOKEN_VARIABLE}, that clients must send.')
   listening = _listen(host, port)
-  with listening, interrupt.stop_on_signals() as stopped:
+  with listening, interrupt.stop_on_signals(
+      (signal.SIGTERM, signal.SIGINT)) as stopped:
     policy = evaluate.load_policy(workdir, step)
     tokenizer = policy.session.data.tokenizer
     service = Service(_name(workdir), tokenizer, engine, layout, enclosing,
@@ -239,7 +241,7 @@ def serve(workdir: Path, *, step: int | None, host: str, port: int, token_file: 
     log = functools.partial(print, file=sys.stderr, flush=True) if access_log else None
     server = uvicorn.Server(connections.server_config(
         app.make_app(service, worker, token, log), shutdown_seconds=_SHUTDOWN_SECONDS))
-    if stopped.signal_name is not None:
+    if stopped.number:
       return
     shown = f'[{host}]' if ':' in host else host
     print(f'Serving {service.name}, step {policy.step}, at '

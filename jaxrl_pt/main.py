@@ -18,7 +18,7 @@ from typing import Any
 
 from jaxrl_pt import config as cfg
 from jaxrl_pt import flags
-from jaxrl_pt.errors import UserError
+from jaxrl_pt.errors import Preempted, UserError
 
 _INTERRUPTED = '\njaxrl-pt: interrupted.\n'
 
@@ -62,9 +62,7 @@ def _train(args: argparse.Namespace) -> int:
     from jaxrl_pt import gin_bindings
   run, resolved_text = gin_bindings.load(args.gin_file, args.gin_bindings)
   if args.multihost:
-    with _importing():
-      import jax
-    jax.distributed.initialize()
+    _join_hosts()
   match run.objective:
     case cfg.NextToken():
       with _importing():
@@ -75,6 +73,25 @@ def _train(args: argparse.Namespace) -> int:
         from jaxrl_pt.train import rl
       rl.train(run, args.workdir, resolved_text)
   return 0
+
+
+def _join_hosts() -> None:
+  """Makes this process one of a cluster's.
+
+  Raises:
+    UserError: there is none, or it cannot be joined.
+  """
+  with _importing():
+    import jax
+  # JAX's own service would swallow a SIGTERM that comes before training listens for it.
+  jax.config.update('jax_enable_preemption_service', False)
+  try:
+    jax.distributed.initialize()
+  except (ValueError, RuntimeError) as e:
+    reason = str(e).strip().split('\n', 1)[0].rstrip('.')
+    raise UserError(f'--multihost found no cluster to join ({reason}): start the same command on '
+                    'every host of a TPU slice or of a Slurm, Open MPI or Kubernetes job, or '
+                    'leave --multihost out.') from e
 
 
 def _sample(args: argparse.Namespace) -> int:
@@ -201,14 +218,16 @@ def _preflight(args: argparse.Namespace) -> int:
   say = lambda line: print(line, file=sys.stderr, flush=True)
   say(f'Compiling for {args.topology}; on a laptop this takes some minutes a program.')
   rows = []
-  for row in compiling.compile_run(args.topology, args.gin_file, args.gin_bindings):
+  for row in compiling.compile_run(args.topology, args.gin_file, args.gin_bindings,
+                                   args.slices):
     rows.append(row)
     if not args.json:
       print(compiling.text(row), flush=True)
   fits = all(row['fits'] for row in rows)
   found = None
   if not fits and not args.no_search:
-    found = search.fitting(args.topology, args.gin_file, args.gin_bindings, say)
+    found = search.fitting(args.topology, args.gin_file, args.gin_bindings, say,
+                           args.slices)
   if args.json:
     print(json.dumps({'programs': rows, 'fits': fits, 'fitting_bindings': found}, indent=2))
   elif found:
@@ -249,7 +268,12 @@ def _hide_closed_loops(unraisable: 'sys.UnraisableHookArgs') -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Runs one command; 0 is success, 2 a user's mistake, 130 an interruption."""
+  """Runs one command.
+
+  Returns:
+    0 for success, 2 for a user's mistake, 75 for a run that a signal has stopped after it saved,
+    130 for an interruption.
+  """
   arguments = list(sys.argv[1:] if argv is None else argv)
   if '--debug' not in arguments:
     sys.unraisablehook = _hide_closed_loops
@@ -264,6 +288,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
       print(f'jaxrl-pt: {e}', file=sys.stderr)
     return 2
+  except Preempted as e:
+    print(e, flush=True)
+    return 75
   except KeyboardInterrupt:
     print(_INTERRUPTED, end='', file=sys.stderr)
     return 130

@@ -13,6 +13,7 @@ import hashlib
 import itertools
 import json
 from pathlib import Path
+import signal
 from typing import Any
 
 from absl import flags
@@ -281,6 +282,13 @@ class _Load:
     return jax.tree.map(lambda x: x if x.ndim == 1 else x[:, self.tokens], batch)
 
 
+def _outlive_signals(worker: int, num_workers: int) -> None:
+  """Leaves a signal that the whole process group gets to the run, which still needs batches."""
+  del worker, num_workers
+  for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    signal.signal(number, signal.SIG_IGN)
+
+
 class TrainIterator:
   """Endless batches; the batch of step s depends on (data, seed, batch size, s) alone."""
 
@@ -307,7 +315,8 @@ class TrainIterator:
       return batches
     if not flags.FLAGS.is_parsed():
       flags.FLAGS.mark_as_parsed()  # Grain's workers read absl flags, which nothing here parses
-    return batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=self._num_workers))
+    return batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=self._num_workers),
+                               worker_init_fn=_outlive_signals)
 
   def get_state(self) -> dict[str, Any]:
     """JSON-able: the next step, and what the order of examples follows from."""

@@ -10,7 +10,8 @@ from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
-from jax.sharding import Sharding
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 import numpy as np
 
 
@@ -79,3 +80,15 @@ def agreed(tree: Any) -> Any:
   if jax.process_count() > 1:
     return multihost_utils.broadcast_one_to_all(tree)
   return tree
+
+
+def highest(value: int) -> jax.Array:
+  """i32[]: the highest of the processes' values, on its way; all must ask at the same point."""
+  mesh = Mesh(np.array(jax.devices()), ('devices',))
+  values = jax.make_array_from_callback(
+      (mesh.size,), NamedSharding(mesh, PartitionSpec('devices')),
+      lambda index: np.full(1, value, np.int32))
+  return _max(values)
+
+
+_max = jax.jit(jnp.max)

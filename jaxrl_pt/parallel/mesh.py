@@ -1,5 +1,7 @@
 """The device mesh, and nothing else that knows devices."""
 
+import math
+
 import jax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType
@@ -14,8 +16,12 @@ AXES = ('data', 'fsdp', 'tensor', 'context')
 def make_mesh(config: cfg.Mesh, devices: list[jax.Device] | None = None) -> jax.sharding.Mesh:
   """A mesh over all devices (or those given) with Auto axis types.
 
+  Slices are joined by a slow network: of several, `data` spans as many as it can, then `fsdp`,
+  while `tensor` and `context` stay inside each.
+
   Raises:
-    UserError: the axes do not multiply to the number of devices.
+    UserError: the axes do not multiply to the number of devices, or data × fsdp cannot span
+      the slices.
   """
   devices = list(devices if devices is not None else jax.devices())
   fixed = config.data * config.tensor * config.context
@@ -27,6 +33,34 @@ def make_mesh(config: cfg.Mesh, devices: list[jax.Device] | None = None) -> jax.
         f'tensor={config.tensor} × context={config.context} does not cover the '
         f'{len(devices)} devices present: choose axes whose product is {len(devices)}, or '
         'fsdp = 0 with the others dividing it.')
+  between = _between_slices(shape, _num_slices(devices))
+  inside = tuple(size // parts for size, parts in zip(shape, between, strict=True))
   # jax.make_mesh, but for slices that no axis fills, as tensor = 2 on 8×8×8.
-  grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+  if max(between) > 1:
+    grid = mesh_utils.create_hybrid_device_mesh(inside, between, devices,
+                                                allow_split_physical_axes=True)
+  else:
+    grid = mesh_utils.create_device_mesh(inside, devices, allow_split_physical_axes=True)
   return jax.sharding.Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _num_slices(devices: list[jax.Device]) -> int:
+  # Only devices of a job of several slices say which one is theirs.
+  return len({getattr(device, 'slice_index', 0) for device in devices})
+
+
+def _between_slices(shape: tuple[int, int, int, int], num_slices: int
+                    ) -> tuple[int, int, int, int]:
+  """How many slices each axis spans.
+
+  Raises:
+    UserError: data × fsdp cannot be split into the slices.
+  """
+  data, fsdp, _, _ = shape
+  over_data = math.gcd(data, num_slices)
+  over_fsdp = num_slices // over_data
+  if fsdp % over_fsdp:
+    raise UserError(f'Mesh data={data} × fsdp={fsdp} cannot span {num_slices} slices, and tensor '
+                    f'and context stay inside each: set Mesh.data = {num_slices}, or make it a '
+                    'multiple of that.')
+  return over_data, over_fsdp, 1, 1

@@ -81,8 +81,12 @@ def generation_of_topology(topology: str) -> Generation:
   return generation  # type: ignore[return-value]  # Just checked.
 
 
-def topology_devices(topology: str) -> list[Any]:
+def topology_devices(topology: str, slices: int = 1) -> list[Any]:
   """The devices of a topology, as compile targets. Only in a process of `child`.
+
+  Args:
+    topology: of a slice.
+    slices: how many of them.
 
   Raises:
     UserError: the compiler knows no such topology.
@@ -92,6 +96,8 @@ def topology_devices(topology: str) -> list[Any]:
   options: dict[str, Any] = {'chip_config_name': 'megacore'} if topology[:3] == 'v4:' else {}
   if set(topology.partition(':')[2]) == {'1', 'x'}:  # One chip: a host has four by default.
     options['chips_per_host_bounds'] = (1, 1, 1)
+  if slices > 1:
+    options['num_slices'] = slices
   try:
     return list(topologies.get_topology_desc(platform='tpu', topology_name=topology,
                                              **options).devices)

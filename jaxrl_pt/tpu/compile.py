@@ -43,31 +43,38 @@ def load(gin_files: Sequence[str], bindings: Sequence[str]) -> cfg.Run:
   return gin_bindings.resolve(gin_files, bindings, without_data=True)[0]
 
 
-def compile_run(topology: str, gin_files: Sequence[str], bindings: Sequence[str]) -> Iterator[Row]:
+def compile_run(topology: str, gin_files: Sequence[str], bindings: Sequence[str],
+                slices: int = 1) -> Iterator[Row]:
   """A row for each program of the run as it is compiled, in a child process.
+
+  Args:
+    topology: of a slice.
+    gin_files, bindings: the run.
+    slices: how many of them.
 
   Raises:
     UserError: no libtpu, a wrong topology, a mesh that does not cover it.
   """
   chips.generation_of_topology(topology)
   yield from child.rows('jaxrl_pt.tpu.compile', topology, json.dumps(list(gin_files)),
-                        json.dumps(list(bindings)))
+                        json.dumps(list(bindings)), str(slices))
 
 
 # --- The child ----------------------------------------------------------------------
 
 
-def main(topology: str, gin_files: str, bindings: str) -> None:
+def main(topology: str, gin_files: str, bindings: str, slices: str) -> None:
   """The child process: prints one JSON row a program. Files and bindings come as JSON lists."""
   try:
     run = load(json.loads(gin_files), json.loads(bindings))
-    devices = chips.topology_devices(topology)
+    devices = chips.topology_devices(topology, int(slices))
     mesh = make_mesh(run.mesh, devices)
     chip = chips.chip(chips.generation_of_topology(topology))
     for program in programs.of_run(run, mesh):
       row = _examine(program, run, chip, len(devices))
       print(json.dumps({'program': program.name, 'topology': topology,
-                        'num_devices': len(devices), **row}), flush=True)
+                        'num_devices': len(devices), 'num_slices': int(slices), **row}),
+            flush=True)
   except UserError as e:
     print(json.dumps({'user_error': str(e)}), flush=True)
 
@@ -220,7 +227,8 @@ def _size(num_bytes: float) -> str:
 
 def text(row: Row) -> str:
   """One program's row for a person to read."""
-  lines = [f'{row["program"]} on {row["topology"]} ({row["num_devices"]} devices): '
+  slices = f'{row["num_slices"]} slices of ' if row['num_slices'] > 1 else ''
+  lines = [f'{row["program"]} on {slices}{row["topology"]} ({row["num_devices"]} devices): '
            + ('fits' if row['fits'] else f'DOES NOT FIT: {row["error"]}')]
   hbm = row['hbm']
   if 'total' in hbm:

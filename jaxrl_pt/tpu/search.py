@@ -14,7 +14,7 @@ MAX_TRIES = 16
 
 
 def fitting(topology: str, gin_files: Sequence[str], bindings: Sequence[str],
-            say: Callable[[str], None]) -> list[str]:
+            say: Callable[[str], None], slices: int = 1) -> list[str]:
   """The first bindings, from the mildest change on, under which every program fits.
 
   Settings that keep the batch come first (rematerialisation, loss in chunks, a state split
@@ -23,6 +23,7 @@ def fitting(topology: str, gin_files: Sequence[str], bindings: Sequence[str],
   program; where memory is short by far the compiler says so within seconds.
 
   Args:
+    topology, gin_files, bindings, slices: as in `compile_run`.
     say: receives a line for every try.
 
   Returns:
@@ -30,13 +31,13 @@ def fitting(topology: str, gin_files: Sequence[str], bindings: Sequence[str],
   """
   run = compiling.load(gin_files, bindings)
   tries = 0
-  for added in _attempts(run, num_devices(topology)):
+  for added in _attempts(run, slices * num_devices(topology)):
     if tries == MAX_TRIES:
       break
     tries += 1
     say(f'try {tries}: ' + '; '.join(added))
     try:
-      rows = list(compiling.compile_run(topology, gin_files, [*bindings, *added]))
+      rows = list(compiling.compile_run(topology, gin_files, [*bindings, *added], slices))
     except UserError as e:  # A batch that no longer divides, say.
       say(f'  not possible: {e}')
       continue

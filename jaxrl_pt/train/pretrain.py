@@ -4,6 +4,7 @@ Resumes by itself: run the same command again and it goes on from the newest goo
 checkpoint, bit for bit as if it had never stopped.
 """
 
+import contextlib
 import functools
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ def train(run: cfg.Run, workdir: Path, resolved_text: str) -> None:
 
   Raises:
     UserError: a mistake in settings or files, a full disk, a non-finite loss.
+    Preempted: a signal came before the last step; what has been learned is saved.
   """
   # --- Open ---------------------------------------------------------------------
   optim.check_schedule(run.optimizer.schedule, run.train.num_steps)
@@ -46,7 +48,8 @@ def train(run: cfg.Run, workdir: Path, resolved_text: str) -> None:
       session.data.train, seed=run.seed, batch_size=run.train.batch_size, rows=rows,
       tokens=tokens, num_workers=run.data.num_workers)
 
-  with Checkpointer(workdir / 'checkpoints', run.checkpoint) as checkpointer, \
+  with contextlib.closing(batches), \
+       Checkpointer(workdir / 'checkpoints', run.checkpoint) as checkpointer, \
        stop_on_signals() as stop:
     # --- Restore or initialise --------------------------------------------------
     state, loader_state = sessions.restore_or_init(
@@ -74,16 +77,15 @@ def train(run: cfg.Run, workdir: Path, resolved_text: str) -> None:
         is_last = step + 1 == run.train.num_steps
         if is_last or (step + 1) % run.train.eval_every == 0:
           recorder.add(_validate(session, model_config, state, run))
-        if is_last or stop.signal_name or (step + 1) % run.checkpoint.every == 0:
+        stops = stop.agreed(wait=False)
+        if is_last or stops or (step + 1) % run.checkpoint.every == 0:
           recorder.flush()  # A non-finite step never reaches a checkpoint.
           checkpointer.save(step + 1, state,
                             sessions.checkpoint_extras(session, batches.get_state()))
           recorder.restart_clock()
-        if stop.signal_name and not is_last:
+        if stops and not is_last:
           checkpointer.wait()
-          print(f'{stop.signal_name}: checkpoint written at step {step + 1}; run the same '
-                'command to go on.', flush=True)
-          return
+          stop.stop(step + 1)
       recorder.flush()
   if jax.process_index() == 0:
     report.write_report(workdir)

@@ -60,6 +60,7 @@ def train(run: cfg.Run, workdir: Path, resolved_text: str) -> None:
 
   Raises:
     UserError: a mistake in settings or files, a full disk, a non-finite loss.
+    Preempted: a signal came before the last step; what has been learned is saved.
   """
   # --- Open ---------------------------------------------------------------------
   method = run.objective
@@ -108,16 +109,15 @@ def train(run: cfg.Run, workdir: Path, resolved_text: str) -> None:
         is_last = step + 1 == run.train.num_steps
         if is_last or (step + 1) % run.train.eval_every == 0:
           recorder.add(task.score(state.params))
-        if is_last or stop.signal_name or (step + 1) % run.checkpoint.every == 0:
+        stops = stop.agreed(wait=True)
+        if is_last or stops or (step + 1) % run.checkpoint.every == 0:
           recorder.flush()
           checkpointer.save(step + 1, _with_pending(state, turn), sessions.checkpoint_extras(
               session, _position(run, step + 1, turn, digest, task)))
           recorder.restart_clock()
-        if stop.signal_name and not is_last:
+        if stops and not is_last:
           checkpointer.wait()
-          print(f'{stop.signal_name}: checkpoint written at step {step + 1}; run the same '
-                'command to go on.', flush=True)
-          return
+          stop.stop(step + 1)
   if jax.process_index() == 0:
     report.write_report(workdir)
 

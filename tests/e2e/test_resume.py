@@ -80,11 +80,12 @@ def test_rlp_killed_at_a_random_step_is_bit_identical(
   assert max(jax.tree.leaves(apart)) > 0  # The average lags behind.
 
 
-def test_sigterm_writes_a_checkpoint_and_exits_cleanly(
-    make_job: Callable[..., Job], pretrained: Job):
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_writes_a_checkpoint_and_says_that_the_run_is_not_finished(
+    make_job: Callable[..., Job], pretrained: Job, number: signal.Signals):
   job = make_job()
-  code, output = job.run_until(12, signal.SIGTERM)
-  assert code == 0, output
+  code, output = job.run_until(12, number)
+  assert code == 75, output
   assert 'run the same command to go on' in output
   assert checkpoint.steps(job.workdir / 'checkpoints')[-1] == job.last_step()
   assert job.run().returncode == 0
@@ -94,7 +95,7 @@ def test_sigterm_writes_a_checkpoint_and_exits_cleanly(
 def test_a_truncated_newest_checkpoint_is_named_and_skipped(
     make_job: Callable[..., Job], pretrained: Job):
   job = make_job()
-  assert job.run_until(35, signal.SIGTERM)[0] == 0
+  assert job.run_until(35, signal.SIGTERM)[0] == 75
   newest, before = checkpoint.steps(job.workdir / 'checkpoints')[:-3:-1]
   largest = max((job.workdir / 'checkpoints' / str(newest)).rglob('*'),
                 key=lambda p: p.stat().st_size if p.is_file() else -1)

@@ -100,7 +100,7 @@ def test_the_search_halves_a_batch_that_cannot_be_accumulated():
 def test_the_search_returns_the_first_that_fits(monkeypatch):
   tried = []
 
-  def compile_run(topology, files, bindings):
+  def compile_run(topology, files, bindings, slices):
     tried.append(bindings)
     return [{'fits': 'cfg.Train.accumulation = 4' in bindings, 'error': 'needs more'}]
 
