@@ -5,7 +5,8 @@ the arguments raises NotImplementedError and the next is tried; a line in the lo
 once. Nothing is approximated on the way: all implementations of an op compute the same.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+import contextlib
 import functools
 import logging
 from typing import Any, Literal, NamedTuple, get_args
@@ -52,10 +53,38 @@ def first_supported(op: str, implementations: Sequence[Implementation], *args: A
         raise
       shapes = ', '.join(f'{x.dtype}{list(x.shape)}' for x in jax.tree.leaves(args)
                          if isinstance(x, jax.Array))
-      _say_once(f'{op}: {this.name} does not take {shapes} ({e}); using {following.name}.')
+      _say_once(op, this.name, shapes, str(e), following.name)
   raise NotImplementedError(f'{op} has no implementation')
 
 
 @functools.cache
-def _say_once(line: str) -> None:
-  _log.info(line)
+def _say_once(*what: str) -> None:
+  _log.info('%s: %s does not take %s (%s); using %s.', *what)
+
+
+@contextlib.contextmanager
+def noting() -> Iterator[list[str]]:
+  """Collects, while a program is traced inside, which kernels are passed over and why.
+
+  Each line is said once, as `op: why its kernel does not take the shapes`.
+  """
+  lines: list[str] = []
+
+  class Collect(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+      assert isinstance(record.args, tuple)
+      op, _, _, reason, _ = record.args
+      if (line := f'{op}: {reason}') not in lines:
+        lines.append(line)
+
+  collect, level, propagate = Collect(), _log.level, _log.propagate
+  _say_once.cache_clear()
+  _log.addHandler(collect)
+  _log.setLevel(logging.INFO)
+  _log.propagate = False
+  try:
+    yield lines
+  finally:
+    _log.propagate = propagate
+    _log.setLevel(level)
+    _log.removeHandler(collect)

@@ -5,6 +5,7 @@ an axis that replicates, as `tensor` does a batch's rows, or that splits another
 `context` does its tokens, may span processes too.
 """
 
+from collections.abc import Mapping
 import functools
 from typing import Any
 
@@ -30,8 +31,8 @@ def owned(sharding: Sharding, shape: tuple[int, ...], process: int | None = None
     the process's shards in it: on slices whose hosts are blocks of chips, just those shards.
   """
   process = jax.process_index() if process is None else process
-  mine = [index for device, index in sharding.devices_indices_map(shape).items()
-          if device.process_index == process]
+  indices: Mapping[Any, Any] = sharding.devices_indices_map(shape)
+  mine = [index for device, index in indices.items() if device.process_index == process]
   return tuple(
       np.unique(np.concatenate([np.arange(*part.indices(size)) for part in parts]))
       for size, *parts in zip(shape, *mine, strict=True))
@@ -48,7 +49,7 @@ def from_part(part: np.ndarray, shape: tuple[int, ...], sharding: Sharding) -> j
     raise ValueError(f'this process owns {list(map(len, indices))} of {list(shape)}, '
                      f'not {list(part.shape)}')
 
-  def shard(index: tuple[slice, ...]) -> np.ndarray:
+  def shard(index: Any) -> np.ndarray:
     bounds = (piece.indices(size)[:2] for piece, size in zip(index, shape, strict=True))
     return part[tuple(slice(*np.searchsorted(mine, both))
                       for mine, both in zip(indices, bounds, strict=True))]

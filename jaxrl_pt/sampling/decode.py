@@ -25,6 +25,8 @@ NO_STOP = -1
 # Slots of a response's own at first; they double as it grows, so that a short response
 # never reads the room of a long one.
 FIRST_SLOTS = 64
+# Room comes in multiples of this: the kernel of branches takes no other.
+SLOT_TILE = 16
 
 
 @struct.dataclass
@@ -172,7 +174,10 @@ def draw_branches(model: Model, params: Params, hidden_BD: Array, cache: kv_cach
   # The last token needs no slot: nothing is drawn after it. The first one is drawn already.
   begin = 1
   for end in _stages(num_tokens - 1):
-    state = dataclasses.replace(state, cache=kv_cache.grow(state.cache, num_slots + end))
+    room = num_slots + end
+    if not alone:  # Slots that nothing fills are masked.
+      room = -(-room // SLOT_TILE) * SLOT_TILE
+    state = dataclasses.replace(state, cache=kv_cache.grow(state.cache, room))
     # Counted from the stage's start, so that the condition shows its most turns (tpu.roofline).
     going_on = lambda s, begin, turns: (s.step - begin < turns) & ~s.done.all()
     state = jax.lax.while_loop(

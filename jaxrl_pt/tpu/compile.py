@@ -23,6 +23,7 @@ from jaxrl_pt.parallel.mesh import make_mesh
 from jaxrl_pt.tpu import child, chips, hlo, roofline
 from jaxrl_pt.tpu.child import Row
 from jaxrl_pt.train import programs
+from pallas_kernels import dispatch
 from pallas_kernels.dispatch import Generation
 
 # HBM of a device that the compiler offers a program (its own words when one does not fit).
@@ -93,7 +94,9 @@ def _examine(program: programs.Program, run: cfg.Run, chip: chips.Chip,
     return {**row, 'error': f'the arguments{kept} take {_size(argument_bytes + beside)} of '
             f'{_size(capacity)} a device', 'state_too_big': argument_bytes > capacity}
   started = time.monotonic()
-  traced = program.run.trace(*program.args)
+  with dispatch.noting() as left_to_xla:
+    traced = program.run.trace(*program.args)
+  row['left_to_xla'] = left_to_xla
   try:
     compiled = traced.lower().compile()
   except jax.errors.JaxRuntimeError as e:
@@ -129,6 +132,7 @@ def _speeds(module: hlo.Module, jaxpr: Any, run: cfg.Run, share: float, chip: ch
   peak = 2 * chip.macs_per_second['bf16'] * num_devices
   return {
       'collectives': [dataclasses.asdict(c) for c in collectives],
+      'bytes_between_slices': hlo.bytes_between_slices(module),
       'kernels': {name: {'calls': calls, 'times': times}
                   for name, (calls, times) in hlo.kernels(module).items()},
       'flops': {'model': flops, 'program': 2 * macs.total(),
@@ -250,9 +254,13 @@ def _speed_lines(row: Row) -> list[str]:
   lines = ['  collectives a step, of one device (bytes of the whole arrays; bytes it sends)']
   lines += [f'    {c["kind"]:<18} {c["count"]:>7,}  {_size(c["num_bytes"]):>11}  '
             f'{_size(c["wire_bytes"]):>11}' for c in row['collectives']] or ['    none']
+  if row['num_slices'] > 1:
+    lines.append(f'    to other slices {_size(row["bytes_between_slices"])} over the network of '
+                 'the data centre, which no bound below counts')
   lines.append('  Pallas kernels in the program: ' + (', '.join(
       f'{name} ({k["calls"]} calls, {k["times"]} a step)'
       for name, k in row['kernels'].items()) or 'none'))
+  lines += [f'    without its kernel: {line}' for line in row['left_to_xla']]
   lines.append(f'  FLOPs a step   model {flops["model"]:.4g}; products of the program '
                f'{flops["program"]:.4g} ({kinds}; recomputation included)')
   lines.append(f'  static prediction (a bound, no time on a TPU): {bound["seconds"]:.4g} s a step, '

@@ -260,6 +260,12 @@ def collectives(module: Module) -> list[Collective]:
   return sorted(rows, key=lambda row: -row.wire_bytes)
 
 
+def bytes_between_slices(module: Module) -> int:
+  """What a device sends to other slices in a step, over the network of the data centre."""
+  return sum(run.times * arrays(run.instruction.type)[0].num_bytes for run in runs(module)
+             if run.instruction.opcode == 'send')
+
+
 def _collectives_of(module: Module,
                     instruction: Instruction) -> Iterator[tuple[str, Instruction]]:
   """(kind, instruction) of a collective, also inside fusions and asyncs."""

@@ -94,8 +94,9 @@ def check(shape: tuning.Shape) -> None:
     raise NotImplementedError('bfloat16 or float32')
   if not (shape.num_branches and shape.num_prefix and shape.num_slots):
     raise NotImplementedError('at least one branch, prefix slot and suffix slot')
-  if shape.num_branches % tuning.BRANCH_TILE or shape.num_slots % tuning.BRANCH_TILE:
-    raise NotImplementedError(f'branches and suffix slots in multiples of {tuning.BRANCH_TILE}')
+  for name, size in (('branches', shape.num_branches), ('suffix slots', shape.num_slots)):
+    if size % tuning.BRANCH_TILE:
+      raise NotImplementedError(f'{size} {name} are no multiple of {tuning.BRANCH_TILE}')
   if shape.num_prefix % tuning.KEY_TILE:
     raise NotImplementedError(f'prefix slots in multiples of {tuning.KEY_TILE}')
   if shape.head_dim not in (64, 128, 256):

@@ -33,7 +33,7 @@ def stop(job: Job, hosts: list[subprocess.Popen[str]], after: int,
          told: Sequence[int]) -> int:
   """SIGTERM to some hosts, 0.2 s apart, once `after` steps are done; the step they stop at."""
   try:
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 400
     while job.last_step() < after:
       assert all(host.poll() is None for host in hosts), [h.communicate()[0] for h in hosts]
       assert time.monotonic() < deadline, 'the run does not get on'
@@ -41,7 +41,7 @@ def stop(job: Job, hosts: list[subprocess.Popen[str]], after: int,
     for host in told:
       hosts[host].send_signal(signal.SIGTERM)
       time.sleep(0.2)
-    said = [host.communicate(timeout=120)[0] for host in hosts]
+    said = [host.communicate(timeout=180)[0] for host in hosts]
   finally:
     for host in hosts:
       host.kill()

@@ -158,7 +158,7 @@ def test_merge_of_two_sets_of_keys():
 
 
 @pytest.mark.parametrize('change, message', [
-    (dict(R=15), 'branches and suffix slots in multiples of 16'),
+    (dict(R=15), '15 branches are no multiple of 16'),
     (dict(S=0), 'at least one branch, prefix slot and suffix slot'),
     (dict(T=100), 'prefix slots in multiples of 128'),
     (dict(E=48), 'heads of 64, 128 or 256'),

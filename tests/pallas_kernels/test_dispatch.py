@@ -79,3 +79,16 @@ def test_a_block_is_moved_each_time_its_index_changes():
   assert moved(lambda i, j: (0, 0)) == 1024
   assert moved(lambda i, j: (i, 0)) == 3 * 1024
   assert moved(lambda i, j: (0, j)) == 12 * 1024
+
+
+def test_what_is_passed_over_is_noted_by_op_and_reason(caplog):
+  """Once each, also what was said before, and without a line in the log."""
+  implementations = [Implementation('tpu', refuse), Implementation('reference', double)]
+  dispatch.first_supported('scale', implementations, jnp.ones(3))
+  caplog.clear()
+  for _ in range(2):
+    with dispatch.noting() as lines:
+      for width in (3, 5):
+        dispatch.first_supported('scale', implementations, jnp.ones(width))
+    assert lines == ['scale: odd widths']
+  assert caplog.messages == []

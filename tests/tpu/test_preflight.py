@@ -47,6 +47,22 @@ def test_other_generations_compile_too(topology, capsys):
 
 
 @needs_libtpu
+def test_several_slices_say_what_travels_between_them(capsys):
+  several = [*TINY, '--slices', '2', '--gin_bindings', 'cfg.Mesh.data = 2', '--gin_bindings',
+             'cfg.NextToken.int4_from = 1.0']
+  assert main.main([*several, '--json']) == 0
+  [row] = json.loads(capsys.readouterr().out)['programs']
+  assert row['fits'] and row['num_devices'] == row['num_slices'] == 2
+  # Each slice holds all parameters, so each sends at least every gradient once, in float32.
+  assert row['bytes_between_slices'] >= 4 * 0.85e6
+  assert '2 slices of v5e:1x1 (2 devices): fits' in compiling.text(row)
+  assert 'to other slices' in compiling.text(row)
+  assert main.main([*TINY, '--slices', '3', '--no_search', '--gin_bindings',
+                    'cfg.Mesh.data = 1', '--gin_bindings', 'cfg.Mesh.tensor = 3']) == 2
+  assert 'cannot span 3 slices' in capsys.readouterr().err
+
+
+@needs_libtpu
 def test_rpt_compiles_as_one_program(capsys):
   code = main.main(['preflight', '--gin_file', 'gin/run/rpt_tiny.gin', '--topology', 'v6e:1x1',
                     '--json'])
