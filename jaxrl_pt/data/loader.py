@@ -13,7 +13,6 @@ import hashlib
 import itertools
 import json
 from pathlib import Path
-import signal
 from typing import Any
 
 from absl import flags
@@ -23,7 +22,7 @@ import jax
 import numpy as np
 
 from jaxrl_pt import config
-from jaxrl_pt.data import pack, publish, seqio_tasks, sources, splits
+from jaxrl_pt.data import pack, publish, seqio_tasks, sources, splits, workers
 from jaxrl_pt.data import tokenizer as tokenizers
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.types import Batch
@@ -282,13 +281,6 @@ class _Load:
     return jax.tree.map(lambda x: x if x.ndim == 1 else x[:, self.tokens], batch)
 
 
-def _outlive_signals(worker: int, num_workers: int) -> None:
-  """Leaves a signal that the whole process group gets to the run, which still needs batches."""
-  del worker, num_workers
-  for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-    signal.signal(number, signal.SIG_IGN)
-
-
 class TrainIterator:
   """Endless batches; the batch of step s depends on (data, seed, batch size, s) alone."""
 
@@ -316,7 +308,7 @@ class TrainIterator:
     if not flags.FLAGS.is_parsed():
       flags.FLAGS.mark_as_parsed()  # Grain's workers read absl flags, which nothing here parses
     return batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=self._num_workers),
-                               worker_init_fn=_outlive_signals)
+                               worker_init_fn=workers.outlive_signals)
 
   def get_state(self) -> dict[str, Any]:
     """JSON-able: the next step, and what the order of examples follows from."""

@@ -17,10 +17,10 @@ from jaxrl_pt import config as cfg
 from jaxrl_pt.checkpoint import Checkpointer
 from jaxrl_pt.data.tokenizer import Tokenizer
 from jaxrl_pt.errors import UserError
+from jaxrl_pt.parallel.hosts import on_host
 from jaxrl_pt.rl import ratios
 from jaxrl_pt.train.session import Session
 from jaxrl_pt.train.stages import Judged
-from jaxrl_pt.train.tasks import on_host
 
 FOLDER = 'mismatch'
 WORST = 16

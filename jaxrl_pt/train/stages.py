@@ -17,7 +17,7 @@ import optax
 
 from jaxrl_pt import config as cfg
 from jaxrl_pt.errors import UserError
-from jaxrl_pt.parallel.hosts import agreed, on_host
+from jaxrl_pt.parallel.hosts import on_host
 from jaxrl_pt.rl import kl, selection
 from jaxrl_pt.train import programs, rl_step
 from jaxrl_pt.train import session as sessions

@@ -50,7 +50,7 @@ def test_a_signal_to_every_process_of_a_run_loses_and_changes_nothing(
       time.sleep(0.02)
     for pid in (*reversed(sandbox.descendants(process.pid)), process.pid):
       _send(pid, signal.SIGTERM)
-    process.wait(120)
+    assert process.wait(120) == 75  # Saved, not finished.
   assert 3 <= job.last_step() < undisturbed.last_step()
   assert job.run().returncode == 0 and _rows(job) == _rows(undisturbed)
 
