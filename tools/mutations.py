@@ -75,16 +75,23 @@ _SHAPING = [
          ('dynamic_sampling_keeps_all_wrong', '(num_correct > 0) &', '(num_correct >= 0) &')),
 ]
 
+_LEARNER_TESTS = 'tests/train/test_rl_learner.py'
+_COEFFICIENTS = f'{_LEARNER_TESTS}::test_coefficients_by_the_definition_of_their_term'
+_REFERENCES = ('tests/train/test_rl_stages.py::'
+               'test_the_reference_of_a_step_is_the_start_policy_as_it_was_sampled')
 _LEARNER = [
-    *_of('jaxrl_pt/train/algorithm.py', 'tests/train/test_rl_learner.py',
+    *_of('jaxrl_pt/train/algorithm.py', _COEFFICIENTS,
          ('kl_coefficient_dropped', 'return coef * _KL[estimator](logp, reference_logp)',
           'return _KL[estimator](logp, reference_logp)'),
          ('kl_in_reward_coefficient_dropped', 'rewards -= coef * _KL', 'rewards -= _KL')),
-    *_of('jaxrl_pt/train/learner.py', 'tests/train/test_rl_learner.py',
+    *_of('jaxrl_pt/train/learner.py', _COEFFICIENTS,
          ('entropy_coefficient_dropped', 'terms -= method.entropy_coef * scores.entropy',
-          'terms -= scores.entropy'),
+          'terms -= scores.entropy')),
+    *_of('jaxrl_pt/train/learner.py',
+         f'{_LEARNER_TESTS}::test_the_value_head_teaches_itself_and_not_the_policy',
          ('value_head_trains_the_trunk', '_values(head, jax.lax.stop_gradient(hidden))',
-          '_values(head, hidden)'),
+          '_values(head, hidden)')),
+    *_of('jaxrl_pt/train/learner.py', _LEARNER_TESTS,
          ('unjudged_rows_train', 'mask = experience.rollout.mask * verdict.valid[..., None]',
           'mask = experience.rollout.mask'),
          ('old_policy_is_the_current_one', 'if strict else there(lesson.old_logp)',
@@ -94,10 +101,11 @@ _LEARNER = [
           'terms = surrogate.terms * mask'),
          ('only_the_first_update_counts', 'return state, jax.tree.map(lambda x: x.sum(0), every)',
           'return state, jax.tree.map(lambda x: x[0], every)')),
-    *_of('jaxrl_pt/train/stages.py', 'tests/train/test_rl_stages.py',
+    *_of('jaxrl_pt/train/stages.py', _REFERENCES,
          ('k3_metric_swapped', 'kl.k3(rollout.logp, u)', 'kl.k3(u, rollout.logp)'),
          ('reference_only_on_logged_steps', 'if measure or reads:\n      reference =',
-          'if measure:\n      reference ='),
+          'if measure:\n      reference =')),
+    *_of('jaxrl_pt/train/stages.py', 'tests/train/test_rl_stages.py',
          ('first_good_group_is_enough', 'if len(good) >= self._rollouts.num_prompts:',
           'if good:')),
     *_of('jaxrl_pt/train/rl_step.py', 'tests/train/test_rl_learner.py',
@@ -109,7 +117,7 @@ _LEARNER = [
     *_of('jaxrl_pt/rl/ratios.py', 'tests/rl/test_objectives.py',
          ('log_ratios_are_not_bounded', 'return jnp.clip(log_ratio, -LOG_BOUND, LOG_BOUND)',
           'return log_ratio')),
-    *_of('jaxrl_pt/train/rl_step.py', 'tests/train/test_rl_stages.py',
+    *_of('jaxrl_pt/train/rl_step.py', _REFERENCES,
          ('reference_is_the_current_policy', 'reference = reference_if_read(model, start,',
           'reference = reference_if_read(model, state.params,'),
          ('reference_without_temperature', 'rollout.tokens, sampler, loss_chunk).logp',
@@ -119,7 +127,8 @@ _LEARNER = [
          ('norms_decay', "return name.startswith('w') or name == 'head'", 'return True'),
          ('warm_up_starts_at_zero', 'schedule.peak * (step + 1) / schedule.warmup_steps',
           'schedule.peak * step / schedule.warmup_steps')),
-    *_of('jaxrl_pt/train/problem_task.py', 'tests/train/test_rl_task.py',
+    *_of('jaxrl_pt/train/problem_task.py',
+         'tests/train/test_rl_task.py::test_padding_does_not_count_in_what_is_held_out',
          ('padding_counts_in_held_out_reward', 'verdict.valid[:, 0] * counted',
           'verdict.valid[:, 0]')),
     *_of('jaxrl_pt/train/rpt.py', 'tests/train/test_rpt_task.py',
@@ -256,8 +265,8 @@ _KERNELS = _of(
     ('splash_without_scale', 'q = (q * head_dim**-0.5).astype(q.dtype)', 'q = q.astype(q.dtype)'),
     ('product_without_its_other_parts', 'sums = jax.lax.psum(multiply(out_dtype=jnp.int32), split)',
      'sums = multiply(out_dtype=jnp.int32)'),
-    ('rotation_without_norm', 'x_r = hadamard(x if gain is None else rms_norm(x, gain, epsilon))',
-     'x_r = hadamard(x)'),
+    ('splash_across_documents', 'SegmentIds(segments_BT, segments_BT)',
+     'SegmentIds(0 * segments_BT, 0 * segments_BT)'),
     ('int4_for_int8', "'int8' if kind == 'int8' else 'int4'",
      "'int4' if kind == 'int8' else 'int8'"))
 
