@@ -3,7 +3,7 @@
 Each mistake of `mutations.py` is made in a copy of the tree in a temporary directory, never in
 the checkout, and taken back after its tests have run:
 
-    killed     its tests fail
+    killed     its tests fail, which must pass without it: run `make test` first
     survived   they pass: nothing would notice the mistake
     broken     the text to replace does not stand in the file exactly once, or the tests could
                not be run

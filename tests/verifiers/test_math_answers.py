@@ -113,7 +113,7 @@ def test_no_random_text_pays_itself_and_none_takes_long():
       paid.add(stated)
   for stated in paid:  # nothing but the number is left without its dressing and its unit
     rest = stated.replace(r'\text{cm}', '').replace('cm', '')
-    assert rest.strip(" $*~+=%.,:\u200b") == '72', stated
+    assert rest.strip(" $*~+=%.,:\\\u200b") == '72', stated
   assert time.process_time() - start < 30
 
 
