@@ -56,6 +56,17 @@ def test_a_wrong_setting(make_job: Callable[..., Job], capsys: pytest.CaptureFix
     assert part in line, line
 
 
+def test_several_hosts_without_a_cluster(make_job: Callable[..., Job]):
+  job = make_job()
+  outside = {name: value for name, value in job.environment.items()
+             if not name.startswith(('SLURM_', 'OMPI_', 'JAX_COORDINATOR', 'KUBERNETES_'))}
+  done = subprocess.run([*job.command(), '--multihost'], env=outside, capture_output=True,
+                        text=True, timeout=120, check=False)
+  assert done.returncode == 2
+  assert done.stderr.count('jaxrl-pt: --multihost found no cluster to join') == 1
+  assert 'Traceback' not in done.stderr and not job.workdir.exists()
+
+
 def test_a_missing_gin_file(capsys: pytest.CaptureFixture[str], tmp_path: Path):
   line = complaint(capsys, 'train', '--gin_file', 'gin/run/pretrain_tinny.gin', '--workdir',
                    str(tmp_path))
