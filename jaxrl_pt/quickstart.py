@@ -106,6 +106,7 @@ def _ended(process: subprocess.Popen[bytes]):  # type: ignore[no-untyped-def]
         process.wait(timeout=30)
       except subprocess.TimeoutExpired:
         process.kill()
+        process.wait()
 
 
 @contextlib.contextmanager
