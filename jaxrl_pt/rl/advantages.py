@@ -160,7 +160,8 @@ def below_largest(values: Array, counts: Array) -> Array:
   largest = jnp.where(there, values, -jnp.inf).max(-1, keepdims=True)
   difference = jnp.where(there, values - largest, 0.0)
   size = jnp.where(there, jnp.maximum(jnp.abs(values), jnp.abs(largest)), 0.0)
-  return jnp.where(jnp.abs(difference) > SAME * size, difference, 0.0)
+  # Asked in this way, what is not a number stays so, and the step is not taken.
+  return jnp.where(jnp.abs(difference) <= SAME * size, 0.0, difference)
 
 
 def _centred(reward: Array, weights: Array, valid: Array) -> Array:

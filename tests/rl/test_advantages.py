@@ -161,6 +161,14 @@ def test_equal_rewards_of_any_value_are_exactly_no_advantage(name):
       np.testing.assert_array_equal(function(near, lengths, counted), 0)
 
 
+@pytest.mark.parametrize('name', EVERY)
+def test_a_reward_that_is_not_a_number_is_not_hidden(name):
+  reward = jnp.array([[1.0, jnp.nan, 0.0, 1.0]])
+  assert np.isnan(EVERY[name](reward, ONES, ONES)).any()
+  hidden = EVERY[name](reward, ONES, ONES.at[0, 1].set(0))
+  assert np.isfinite(hidden).all()
+
+
 def test_a_small_difference_is_an_advantage():
   got = adv.group_normalised(jnp.array([[0.7, 0.7, 0.7, 0.7001]]), ONES)
   np.testing.assert_allclose(got, [[-0.49, -0.49, -0.49, 1.47]], rtol=2e-2)
