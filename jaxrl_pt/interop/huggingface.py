@@ -4,11 +4,16 @@ Their matrices are [out, in], ours [in, out]; both rotate RoPE pairs (i, i + E/2
 BitNet matrix holds four ternary rows a byte, planar along the output rows, and one scale
 s: class `autobitlinear` stores mean|W| and multiplies by it, `bitlinear` stores 1 / mean|W|
 and divides (specs: BitNet 2B4T 2.3). Codes of which a share f is not 0 become the latent
-weights codes · s / f, whose own codes and absmean scale are those of the file again.
+weights codes · s / f, whose own codes are those of the file again, and whose absmean is s as
+well as float32 can sum it.
+
+Nothing in a folder is passed over: each key of config.json is accounted for
+(`huggingface_config`), and a tensor that the model has no place for is refused.
 """
 
 from collections.abc import Callable
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +22,15 @@ import numpy as np
 
 from jaxrl_pt import config as cfg
 from jaxrl_pt.errors import UserError
-from jaxrl_pt.nn.quant import ternary
+from jaxrl_pt.interop.huggingface_config import MATRICES, linear_class, to_config, to_settings
+from jaxrl_pt.nn.quant import EPSILON, ternary
 from jaxrl_pt.types import Params
 
 Arrays = dict[str, np.ndarray]
 
-_MATRICES = {
-    'wq': 'self_attn.q_proj', 'wk': 'self_attn.k_proj', 'wv': 'self_attn.v_proj',
-    'wo': 'self_attn.o_proj', 'w_gate': 'mlp.gate_proj', 'w_up': 'mlp.up_proj',
-    'w_down': 'mlp.down_proj',
-}
+_EMBEDDING, _HEAD = 'model.embed_tokens.weight', 'lm_head'
 _NORMS = {'attn_norm': 'input_layernorm', 'ffn_norm': 'post_attention_layernorm'}
 _SUB_NORMS = {'attn_sub_norm': 'self_attn.attn_sub_norm', 'ffn_sub_norm': 'mlp.ffn_sub_norm'}
-_W1A8 = cfg.Quant('ternary', 'int8')
 
 
 # --- Packed ternary rows --------------------------------------------------------
@@ -55,7 +56,11 @@ def unpack(packed: np.ndarray, num_out: int) -> np.ndarray:
 
 
 def latent(codes: np.ndarray, scale: float) -> np.ndarray:
-  """Weights f32 whose absmean quantisation is exactly (codes, scale): codes · scale / f."""
+  """Weights f32 whose absmean quantisation is (codes, scale): codes · scale / f.
+
+  The codes come back exactly. The scale is a float32 mean of equal numbers: it comes back within
+  2⁻¹⁶ of itself, by how many there are and in which order a program adds them up.
+  """
   share = np.count_nonzero(codes) / codes.size
   return codes.astype(np.float32) * np.float32(scale / share if share else 0.0)
 
@@ -76,11 +81,12 @@ def load_model(folder: str | Path) -> tuple[cfg.Model, Params]:
     UserError: missing package or file, a variant not covered, a tensor missing or misshapen.
   """
   folder = Path(folder)
-  settings = _read_json(folder / 'config.json')
-  config = _to_config(settings, folder / 'config.json')
+  path = folder / 'config.json'
+  settings = _read_json(path)
+  config = to_config(settings, str(path))
   arrays = _read_arrays(folder)
-  quantization = settings.get('quantization_config') or {}
-  divides = quantization.get('linear_class', 'bitlinear') == 'bitlinear'
+  kind, mode = linear_class(settings)
+  unread = set(arrays)
 
   def take(name: str, *shape: int) -> np.ndarray:
     if name not in arrays:
@@ -89,18 +95,45 @@ def load_model(folder: str | Path) -> tuple[cfg.Model, Params]:
     if arrays[name].shape != shape:
       raise UserError(f'Tensor {name} in {folder} has shape {arrays[name].shape} but config.json '
                       f'asks for {shape}: the two files are not of one model.')
+    unread.discard(name)
     return arrays[name]
 
   def matrix(name: str, num_in: int, num_out: int) -> np.ndarray:
-    if f'{name}.weight_scale' not in arrays:
-      return take(f'{name}.weight', num_out, num_in).astype(np.float32).T
+    if kind == '' or mode == 'online' and kind == 'autobitlinear':
+      return _floats(take(f'{name}.weight', num_out, num_in), name, folder).T
     is_packed = arrays.get(f'{name}.weight', np.zeros(0)).dtype == np.uint8
     stored = take(f'{name}.weight', -(-num_out // 4) if is_packed else num_out, num_in)
     codes = unpack(stored, num_out) if is_packed else stored.astype(np.float32)
+    if not np.isin(codes, (-1, 0, 1)).all():
+      raise UserError(f'Tensor {name}.weight in {folder} holds more than −1, 0 and 1, so it is '
+                      f'not quantised as quantization_mode {mode!r} says: export it again.')
     scale = float(take(f'{name}.weight_scale', 1)[0])
-    return latent(codes, 1 / scale if divides else scale).T
+    if kind == 'bitlinear':
+      scale = 1 / scale if scale else math.inf
+    if not (abs(scale) >= EPSILON or scale == 0) or math.isinf(scale):
+      raise UserError(f'{name}.weight_scale in {folder} stands for a scale of {scale:g}, which no '
+                      f'weights have (they are at least {EPSILON:g}): export the model again.')
+    return latent(codes, scale).T
 
-  return config, _collect(config, take, matrix)
+  params = _collect(config, take, matrix)
+  if config.tied_head and f'{_HEAD}.weight' in unread:
+    stored_head = take(f'{_HEAD}.weight', config.vocab_size, config.d_model)
+    if not np.array_equal(stored_head, arrays[_EMBEDDING]):
+      raise UserError(f'{path} says tie_word_embeddings = true, but {_HEAD}.weight differs from '
+                      f'{_EMBEDDING}: say false to use both, or delete {_HEAD}.weight.')
+  # RoPE's frequencies, which old checkpoints hold, follow from config.json.
+  left = sorted(name for name in unread if not name.endswith('rotary_emb.inv_freq'))
+  if left:
+    raise UserError(f'{folder} holds {len(left)} tensors that a model of its config.json does not '
+                    f'have ({", ".join(left[:3])}): the two files are not of one model.')
+  return config, params
+
+
+def _floats(x: np.ndarray, name: str, folder: Path) -> np.ndarray:
+  if not np.issubdtype(x.dtype, np.floating) and x.dtype.name != 'bfloat16':
+    raise UserError(f'Tensor {name}.weight in {folder} is {x.dtype}, but config.json says '
+                    'nothing of packed weights: the two files are not of one model.')
+  return x.astype(np.float32)
 
 
 def _collect(config: cfg.Model, take: Callable[..., np.ndarray],
@@ -118,14 +151,14 @@ def _collect(config: cfg.Model, take: Callable[..., np.ndarray],
   def gains_of(ours: str) -> Callable[[str], np.ndarray]:
     return lambda name: take(f'{name}.weight', *sizes[ours]).astype(np.float32)
 
-  layers = {ours: stack(matrix_of(ours), theirs) for ours, theirs in _MATRICES.items()}
+  layers = {ours: stack(matrix_of(ours), theirs) for ours, theirs in MATRICES.items()}
   layers |= {ours: stack(gains_of(ours), theirs) for ours, theirs in norms.items()}
-  embed = take('model.embed_tokens.weight', config.vocab_size, config.d_model)
+  embed = take(_EMBEDDING, config.vocab_size, config.d_model)
   params = {'embed': jnp.asarray(embed.astype(np.float32)), 'layers': layers,
             'final_norm': jnp.asarray(
                 take('model.norm.weight', config.d_model).astype(np.float32))}
   if not config.tied_head:
-    head = take('lm_head.weight', config.vocab_size, config.d_model)
+    head = take(f'{_HEAD}.weight', config.vocab_size, config.d_model)
     params['head'] = jnp.asarray(head.astype(np.float32).T)
   return params
 
@@ -139,42 +172,7 @@ def _sizes(config: cfg.Model) -> dict[str, tuple[int, ...]]:
           'ffn_sub_norm': (ff,)}
 
 
-def _to_config(settings: dict[str, Any], path: Path) -> cfg.Model:
-  kind = settings.get('model_type')
-  activation = {'llama': 'silu', 'bitnet': 'relu2'}.get(str(kind))
-  rope = settings.get('rope_parameters') or settings.get('rope_scaling') or {}
-  quantization = settings.get('quantization_config') or {}
-  for is_bad, what in (
-      (activation is None, f'model_type {kind!r}'),
-      (settings.get('hidden_act', activation) != activation,
-       f'hidden_act {settings.get("hidden_act")!r}'),
-      (settings.get('attention_bias') or settings.get('mlp_bias'), 'biases'),
-      (rope.get('rope_type', rope.get('type', 'default')) != 'default', 'scaled RoPE'),
-      (quantization and quantization.get('quant_method') != 'bitnet',
-       f'quantisation {quantization.get("quant_method")!r}'),
-      (quantization.get('use_rms_norm'), 'use_rms_norm inside the linear layers'),
-  ):
-    if is_bad:
-      raise UserError(f'{path}: {what} is not covered; Llama and BitNet models without biases, '
-                      'with plain RoPE, are.')
-  try:
-    heads, width = settings['num_attention_heads'], settings['hidden_size']
-    return cfg.Model(
-        num_layers=settings['num_hidden_layers'], d_model=width,
-        d_ff=settings['intermediate_size'], num_heads=heads,
-        num_kv_heads=settings.get('num_key_value_heads') or heads,
-        head_dim=settings.get('head_dim') or width // heads, vocab_size=settings['vocab_size'],
-        rope_theta=float(rope.get('rope_theta') or settings.get('rope_theta') or
-                         (500_000.0 if kind == 'bitnet' else 10_000.0)),
-        activation='relu2' if kind == 'bitnet' else 'swiglu', sub_norm=kind == 'bitnet',
-        tied_head=bool(settings.get('tie_word_embeddings', False)),
-        quant=_W1A8 if quantization else cfg.Quant(),
-        norm_epsilon=settings.get('rms_norm_eps', 1e-5 if kind == 'bitnet' else 1e-6))
-  except KeyError as e:
-    raise UserError(f'{path} does not say {e}: give the config.json of the model.') from e
-
-
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> Any:
   try:
     return json.loads(path.read_text(encoding='utf-8'))
   except OSError as e:
@@ -197,7 +195,10 @@ def _read_arrays(folder: Path) -> Arrays:
   index = folder / 'model.safetensors.index.json'
   names = ['model.safetensors']
   if index.exists():
-    names = sorted(set(_read_json(index)['weight_map'].values()))
+    shards = _read_json(index)
+    if not isinstance(shards, dict) or not isinstance(shards.get('weight_map'), dict):
+      raise UserError(f'{index} has no weight_map: download it again.')
+    names = sorted(set(map(str, shards['weight_map'].values())))
   arrays: Arrays = {}
   for name in names:
     try:
@@ -212,29 +213,32 @@ def _read_arrays(folder: Path) -> Arrays:
 
 
 def save_model(folder: str | Path, config: cfg.Model, params: Params, *,
-               packed: bool = False) -> None:
+               packed: bool = False, bos_id: int | None = None,
+               eos_id: int | None = None) -> None:
   """Writes config.json and model.safetensors as transformers reads them.
 
   Args:
     params: tree of f32 parameters.
     packed: 2 bits a ternary weight and one scale a matrix (`autobitlinear`, offline),
       else the latent weights in float32 (online, where they are ternary).
+    bos_id: the token that begins a text, eos_id: the one that ends it and at which readers stop
+      drawing; None where the model has none, which the file then says.
 
   Raises:
     UserError: no Hugging Face class computes this model, or the folder is not writable.
   """
   folder = Path(folder)
-  settings = _to_settings(config, packed)
+  settings = to_settings(config, packed, bos_id, eos_id)
   library = _safetensors()
-  arrays = {'model.embed_tokens.weight': np.asarray(params['embed']),
+  arrays = {_EMBEDDING: np.asarray(params['embed']),
             'model.norm.weight': np.asarray(params['final_norm'])}
   if not config.tied_head:
-    arrays['lm_head.weight'] = np.asarray(params['head']).T
+    arrays[f'{_HEAD}.weight'] = np.asarray(params['head']).T
   norms = _NORMS | (_SUB_NORMS if config.sub_norm else {})
   for i in range(config.num_layers):
     for ours, theirs in norms.items():
       arrays[f'model.layers.{i}.{theirs}.weight'] = np.asarray(params['layers'][ours][i])
-    for ours, theirs in _MATRICES.items():
+    for ours, theirs in MATRICES.items():
       name = f'model.layers.{i}.{theirs}'
       w = params['layers'][ours][i]
       if packed:
@@ -250,34 +254,3 @@ def save_model(folder: str | Path, config: cfg.Model, params: Params, *,
     (folder / 'config.json').write_text(json.dumps(settings, indent=2) + '\n', encoding='utf-8')
   except OSError as e:
     raise UserError(f'{folder} cannot be written ({e}): choose another folder.') from e
-
-
-def _to_settings(config: cfg.Model, packed: bool) -> dict[str, Any]:
-  kinds = {('swiglu', False): 'llama', ('relu2', True): 'bitnet'}
-  kind = kinds.get((config.activation, config.sub_norm))
-  if kind is None or config.quant not in (cfg.Quant(), _W1A8):
-    raise UserError(
-        'Only SwiGLU models without sub_norm (Llama) and ReLU² models with it (BitNet), plain or '
-        'W1.58A8 without Hadamard, have a Hugging Face class: this model cannot be exported.')
-  if kind == 'bitnet' and config.num_heads * config.head_dim != config.d_model:
-    raise UserError('The BitNet class of Hugging Face has num_heads × head_dim = d_model: this '
-                    'model cannot be exported.')
-  if packed and config.quant != _W1A8:
-    raise UserError("packed = True stores ternary weights, but Quant.weights = 'none': export "
-                    'with packed = False.')
-  settings: dict[str, Any] = {
-      'architectures': ['BitNetForCausalLM' if kind == 'bitnet' else 'LlamaForCausalLM'],
-      'model_type': kind, 'hidden_act': 'relu2' if kind == 'bitnet' else 'silu',
-      'hidden_size': config.d_model, 'intermediate_size': config.d_ff,
-      'num_hidden_layers': config.num_layers, 'num_attention_heads': config.num_heads,
-      'num_key_value_heads': config.num_kv_heads, 'head_dim': config.head_dim,
-      'vocab_size': config.vocab_size, 'rope_theta': config.rope_theta,
-      'rms_norm_eps': config.norm_epsilon, 'tie_word_embeddings': config.tied_head,
-      'attention_bias': False, 'max_position_embeddings': 4096, 'torch_dtype': 'float32',
-  }
-  if config.quant == _W1A8:
-    settings['quantization_config'] = {
-        'quant_method': 'bitnet', 'linear_class': 'autobitlinear',
-        'quantization_mode': 'offline' if packed else 'online',
-        'modules_to_not_convert': ['lm_head']}
-  return settings

@@ -7,6 +7,7 @@ from flax import struct
 import jax
 import jax.numpy as jnp
 
+from jaxrl_pt.nn.linear import matmul
 from jaxrl_pt.types import Array
 
 # transform(logits f32[..., V], targets i32[...]) → f32[..., V], e.g. a sampler's filters
@@ -44,9 +45,18 @@ def token_logprobs(hidden_BTD: Array, head_DV: Array, targets_BT: Array, chunk: 
   least one step, under a rematerialised scan: so many rows of float32 logits exist in either
   direction; 0 takes all at once. The steps taken together lie T / chunk apart, so that rows
   and time stay split over the devices as they are.
+
+  Args:
+    hidden_BTD: f[B, T, D].
+    head_DV: f[D, V] in hidden's type, or what hidden's type rounds to it. Its gradient is summed
+      in float32, within a piece and over the pieces.
+    targets_BT: i32[B, T].
   """
+  # The loop adds up the head's gradient in the type of the head that it sees.
+  head32_DV = head_DV.astype(jnp.float32)
+
   def scores_of(hidden: Array, targets: Array) -> TokenScores:
-    logits = jnp.matmul(hidden, head_DV, preferred_element_type=jnp.float32)
+    logits = matmul(hidden, head32_DV, jnp.float32)
     return score(transform(logits, targets), targets)
 
   if chunk == 0 or chunk >= targets_BT.size:

@@ -55,8 +55,9 @@ def build(config: cfg.Model, compute: cfg.Compute = cfg.Compute(),
   unroll = compute.unroll or config.num_layers
 
   def embed_tokens(params: Params, tokens_BT: Array) -> Array:
-    table_VD = constrain(params['embed'].astype(dtype), ('vocab', None))  # Gathered once.
-    return constrain(table_VD[tokens_BT], ('batch', 'sequence', None))
+    whole = lambda table_VD: constrain(table_VD, ('vocab', None))  # Gathered once.
+    x_BTD = embed.lookup(params['embed'], tokens_BT, dtype, whole)
+    return constrain(x_BTD, ('batch', 'sequence', None))
 
   def extend(params: Params, tokens_BS: Array, positions_BS: Array, cache: Any,
              attend: kv_cache.Attend | None = None) -> tuple[Array, Any]:

@@ -124,10 +124,13 @@ def blocked_branch_attention(q_NRSHE: Array, k_prefix: Array, v_prefix: Array,
     return branch_attention(q_NRSHE, k_prefix, v_prefix, prefix_lengths_NR, k_own, v_own, 0)
   pad = [(0, 0)] * 2 + [(0, -num_new % BRANCH_BLOCK)] + [(0, 0)] * 2
   q = jnp.pad(q_NRSHE, pad)
+  # The loop adds up the gradients of keys and values in the type in which it sees them.
+  keys_and_values = [x.astype(jnp.float32) for x in (k_prefix, v_prefix, k_own, v_own)]
   blocks = jnp.moveaxis(q.reshape(*q.shape[:2], -1, BRANCH_BLOCK, *q.shape[3:]), 2, 0)
 
   @jax.checkpoint
   def block(q_and_start: tuple[Array, Array]) -> Array:
+    k_prefix, v_prefix, k_own, v_own = keys_and_values
     return branch_attention(q_and_start[0], k_prefix, v_prefix, prefix_lengths_NR, k_own, v_own,
                             q_and_start[1])
 

@@ -1,8 +1,50 @@
 """Token embedding and rotary positions."""
 
+from collections.abc import Callable
+import functools
+
+import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from jaxrl_pt.types import Array
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def lookup(table_VD: Array, tokens: Array, dtype: DTypeLike,
+           whole: Callable[[Array], Array] = lambda table: table) -> Array:
+  """Rows of the table, rounded to `dtype`; their gradients are summed in the table's own type.
+
+    forward   X_t = round(Table[token_t]),  backward  dTable_v = Σ_{t: token_t = v} dX_t
+
+  The derivative that JAX writes for a table that is cast first is summed in the type of the
+  cast. In bfloat16 a common token's sum stops growing: what is below 2⁻⁹ of it is lost.
+
+  Args:
+    table_VD: f[V, D].
+    tokens: i32[...] in [0, V).
+    dtype: of the result.
+    whole: lays the rounded table out for the look-up, and its gradient for the sum.
+
+  Returns:
+    dtype[..., D].
+  """
+  return whole(table_VD.astype(dtype))[tokens]
+
+
+def _lookup_forward(table_VD: Array, tokens: Array, dtype: DTypeLike,
+                    whole: Callable[[Array], Array]) -> tuple[Array, tuple[Array, Array]]:
+  return lookup(table_VD, tokens, dtype, whole), (table_VD, tokens)
+
+
+def _lookup_backward(dtype: DTypeLike, whole: Callable[[Array], Array],
+                     saved: tuple[Array, Array], dx: Array) -> tuple[Array, None]:
+  del dtype
+  table_VD, tokens = saved
+  return whole(jnp.zeros_like(table_VD).at[tokens].add(dx.astype(table_VD.dtype))), None
+
+
+lookup.defvjp(_lookup_forward, _lookup_backward)
 
 
 def rope(positions: Array, head_dim: int, theta: float) -> tuple[Array, Array]:

@@ -1,7 +1,10 @@
 """Linear layers: plain, BitLinear and H-BitLinear behind one function."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from jaxrl_pt.config import Quant
 from jaxrl_pt.nn import quant as q
@@ -27,7 +30,7 @@ def linear(x: Array, w: Array | q.TernaryWeight, quant: Quant, ops: Ops, axes: A
   """
   if quant.weights == 'none':
     assert not isinstance(w, q.TernaryWeight), 'packed weights in a model without BitLinear'
-    return matmul(x, w.astype(x.dtype))
+    return matmul(x, w)
   codes, scale = q.activations(jax.lax.stop_gradient(x), quant.activations)
   return q.bit_matmul(x, w, codes, scale, quant.activations, ops.product, axes)
 
@@ -50,27 +53,39 @@ def normed_linear(x: Array, gain: Array | None, epsilon: float, w: Array | q.Ter
     return q.bit_matmul(x_r, w, codes, scale, quant.activations, ops.product, axes)
   normed = x if gain is None else rms_norm(x, gain, epsilon)
   return linear(normed, w, quant, ops, axes)
-@jax.custom_vjp
-def matmul(x: Array, w: Array) -> Array:
-  """x f[..., I] @ w f[I, O], with dW = Xᵀ dY asked for in that very form.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def matmul(x: Array, w: Array, dtype: DTypeLike | None = None) -> Array:
+  """x f[..., I] @ w f[I, O] in x's type → dtype[..., O], with dW = Xᵀ dY asked for in that form.
+
+  Without a dtype the result is of x's type.
+
+  dW is summed in float32 and handed on in w's own type: a weight that is cast to x's type
+  outside would have it rounded to that type before it is added up over chips, micro-batches
+  or pieces of a loss.
 
   The derivative that JAX writes is (dYᵀ X)ᵀ; on a CPU XLA then computes the elementwise
   operations before it in transposed order, at a small fraction of memory speed. The
   barrier keeps it from fusing them into both products that read dY.
   """
-  return jnp.matmul(x, w)
+  return jnp.matmul(x, w.astype(x.dtype),
+                    preferred_element_type=x.dtype if dtype is None else dtype)
 
 
-def _matmul_forward(x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
-  return jnp.matmul(x, w), (x, w)
+def _matmul_forward(x: Array, w: Array, dtype: DTypeLike | None
+                    ) -> tuple[Array, tuple[Array, Array]]:
+  return matmul(x, w, dtype), (x, w)
 
 
-def _matmul_backward(saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+def _matmul_backward(dtype: DTypeLike | None, saved: tuple[Array, Array],
+                     dy: Array) -> tuple[Array, Array]:
+  del dtype
   x, w = saved
   dy = jax.lax.optimization_barrier(dy)
   rows = tuple(range(x.ndim - 1))
-  dw = jax.lax.dot_general(x, dy, ((rows, rows), ((), ())))
-  return jnp.matmul(dy, w.T), dw
+  dw = jax.lax.dot_general(x, dy, ((rows, rows), ((), ())), preferred_element_type=jnp.float32)
+  return jnp.matmul(dy, w.T.astype(x.dtype)).astype(x.dtype), dw.astype(w.dtype)
 
 
 matmul.defvjp(_matmul_forward, _matmul_backward)

@@ -14,8 +14,8 @@ from jax.typing import DTypeLike
 from jaxrl_pt.config import ActivationQuant
 from jaxrl_pt.nn import quant
 from jaxrl_pt.nn.attention import branch_attention, causal_attention
-from jaxrl_pt.nn.norm import rms_norm
 from jaxrl_pt.types import Array
+from pallas_kernels.hadamard_quantize import reference
 
 # Logical names of a weight's two dimensions, e.g. ('embed', 'heads').
 Axes = tuple[str, str]
@@ -55,12 +55,14 @@ def rotated(x: Array, gain: Array | None, epsilon: float,
     x: f[..., I]; gain: f32[I], or None for no norm.
 
   Returns:
-    x_r f[..., I], through which the gradient flows; its codes and their scale f32[..., 1].
+    x_r f[..., I], through which the gradient flows; the codes f[..., I] of the rotated row, which
+    is not rounded to x's type before it is quantised, and their scale f32[..., 1].
 
   Source: 2504.18415 section 2.
   """
-  x_r = quant.hadamard(x if gain is None else rms_norm(x, gain, epsilon))
-  return x_r, *quant.activations(jax.lax.stop_gradient(x_r), kind)
+  x_r = reference.rotated(x, gain, epsilon)
+  codes, scale = quant.activations(jax.lax.stop_gradient(x_r), kind)
+  return x_r.astype(x.dtype), codes.astype(x.dtype), scale
 
 
 class Ops(NamedTuple):

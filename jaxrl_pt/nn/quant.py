@@ -23,8 +23,8 @@ from pallas_kernels.hadamard_quantize.reference import (
 )
 from pallas_kernels.ternary_matmul import straight_through
 
-__all__ = ['TernaryWeight', 'activations', 'bit_matmul', 'hadamard', 'hadamard_factors', 'pack',
-           'ternary']
+__all__ = ['EPSILON', 'TernaryWeight', 'activations', 'bit_matmul', 'hadamard',
+           'hadamard_factors', 'pack', 'ternary']
 
 
 def ternary(w: Array) -> tuple[Array, Array]:

@@ -22,14 +22,12 @@ from jax.typing import DTypeLike
 from jaxrl_pt.config import ActivationQuant
 from jaxrl_pt.nn import ops
 from jaxrl_pt.nn.attention import branch_attention, causal_attention
-from jaxrl_pt.nn.norm import rms_norm
-from jaxrl_pt.nn.quant import hadamard
 from jaxrl_pt.parallel.rules import TRAIN, Rules, partition_spec
 from jaxrl_pt.types import Array
 from pallas_kernels import branch_decode as branch_kernel
 from pallas_kernels import dispatch
 from pallas_kernels.dispatch import Generation, Implementation
-from pallas_kernels.hadamard_quantize import hadamard_quantize
+from pallas_kernels.hadamard_quantize import hadamard_quantize, reference
 from pallas_kernels.ternary_matmul import pack_planar, ternary_matmul, unpack_planar
 
 # Queries and keys of one step of splash attention; the sequence must be a multiple.
@@ -149,7 +147,7 @@ def _rotated(mesh: Mesh, rules: Rules, generation: Generation, interpret: bool, 
                           out_specs=(spec, spec))
   codes, scale = sharded(jax.lax.stop_gradient(x), jax.lax.stop_gradient(gain))
   # Only its derivative is used: the compiler drops the rotation from the forward pass.
-  x_r = hadamard(x if gain is None else rms_norm(x, gain, epsilon))
+  x_r = reference.rotated(x, gain, epsilon).astype(x.dtype)
   return x_r, codes, scale
 
 

@@ -94,6 +94,8 @@ def _fed(lengths_DR: Array, own_DRS: Array) -> tuple[Array, Array]:
 
 def _before_each(hidden_DTE: Array, fed_DQE: Array, lengths_DR: Array) -> Array:
   """f[D, R, S, E]: of the document's last token that a branch sees, then of its own."""
-  first = jnp.take_along_axis(hidden_DTE, (lengths_DR - 1)[..., None], axis=1)
+  # Read as float32: the gradients of all branches that start at a token are summed as such.
+  first = jnp.take_along_axis(hidden_DTE.astype(jnp.float32), (lengths_DR - 1)[..., None], axis=1)
+  first = first.astype(hidden_DTE.dtype)
   own = fed_DQE.reshape(*lengths_DR.shape, -1, fed_DQE.shape[-1])
   return jnp.concatenate([first[:, :, None], own], 2)

@@ -22,7 +22,7 @@ class Token(NamedTuple):
 
   bytes: bytes
   logp: float
-  offset: int  # characters of the response before it
+  offset: int  # whole characters of the response before it
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,6 @@ class Choice:
     self._table = service.token_bytes
     self._stream = TextStream(service.tokenizer, self._table, request.stop_strings)
     self._splitter = ThoughtSplitter(service.markers) if ask.is_chat else None
-    self._num_chars = 0
 
   def update(self, response: Response) -> Delta:
     """Takes the response so far."""
@@ -56,8 +55,7 @@ class Choice:
     for i in given:
       token = int(response.tokens[i])
       spelt = self._table[token] if token < len(self._table) else b''
-      tokens.append(Token(spelt, float(response.logp[i]), self._num_chars))
-      self._num_chars += len(spelt.decode('utf-8', 'replace'))
+      tokens.append(Token(spelt, float(response.logp[i]), self._stream.offset(i)))
     thought = ''
     if self._splitter is not None:
       thought, text = self._splitter.feed(text, last=bool(response.finish))

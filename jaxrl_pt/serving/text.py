@@ -61,6 +61,10 @@ class TextStream:
     self._decoder = codecs.getincrementaldecoder('utf-8')('replace')
     self._bytes = bytearray()
     self._starts: list[int] = []  # offset of each token's first byte
+    # Of all bytes, shown or not: a character counts once its last byte is there.
+    self._counter = codecs.getincrementaldecoder('utf-8')('replace')
+    self._offsets: list[int] = []  # whole characters before each token
+    self._num_chars = 0
     self._shown = 0  # bytes given to the decoder
     self._num_given = 0  # tokens whose bytes are all shown
 
@@ -84,6 +88,8 @@ class TextStream:
       before = len(self._bytes)
       self._starts.append(before)
       self._bytes += piece
+      self._offsets.append(self._num_chars)
+      self._num_chars += len(self._counter.decode(piece))
     end = len(self._bytes)
     if finish == 'stop_string':
       end = self._stop_start(before)
@@ -92,6 +98,11 @@ class TextStream:
     text = self._decoder.decode(bytes(self._bytes[self._shown:end]), final=bool(finish))
     self._shown = max(end, self._shown)
     return text, self._given(finish)
+
+  def offset(self, number: int) -> int:
+    """Where a token's text starts: characters of the whole text before it. A token that ends a
+    character, or goes on with one, starts where that character does."""
+    return self._offsets[number]
 
   def _stop_start(self, newest: int) -> int:
     """Where the stop string starts that the newest token (at byte `newest`) has completed."""

@@ -125,13 +125,25 @@ def hadamard(x: jax.Array) -> jax.Array:
 # --- The fused op ---------------------------------------------------------------
 
 
+def rotated(x: jax.Array, gain: jax.Array | None, epsilon: float) -> jax.Array:
+  """What is quantised: N Hᵀ in float32, N = X / √(mean(X²) + ε) · gain rounded to X's type.
+
+  Args:
+    x: f[..., D]; gain: f[D], or None for N = X.
+
+  Returns:
+    f32[..., D].
+  """
+  normed = x
+  if gain is not None:
+    x32 = x.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + epsilon)
+    normed = (x32 * inverse * gain).astype(x.dtype)
+  return hadamard(normed.astype(jnp.float32))
+
+
 def hadamard_quantize(x_MD: jax.Array, gain_D: jax.Array | None, activations: Activations,
                       epsilon: float) -> tuple[jax.Array, jax.Array]:
   """The definition of `api.hadamard_quantize`, which see."""
-  normed = x_MD
-  if gain_D is not None:
-    x32 = x_MD.astype(jnp.float32)
-    inverse = jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + epsilon)
-    normed = (x32 * inverse * gain_D).astype(x_MD.dtype)
-  codes, scale = quantize(hadamard(normed.astype(jnp.float32)), activations)
+  codes, scale = quantize(rotated(x_MD, gain_D, epsilon), activations)
   return codes.astype(jnp.int8 if activations == 'int8' else jnp.int4), scale

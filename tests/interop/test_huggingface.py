@@ -128,20 +128,173 @@ def test_real_file():
   assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, specs)
 
 
+def rewritten(folder, change, config=LLAMA, **options):
+  """A saved model whose config.json has other values; None takes a key out."""
+  hf.save_model(folder, config, draw(config), **options)
+  path = folder / 'config.json'
+  found = json.loads(path.read_text()) | change
+  path.write_text(json.dumps({k: v for k, v in found.items() if v is not OUT}))
+  return folder
+
+
+OUT = object()
+PACKED = {'config': BITNET, 'packed': True}
+LINEAR = {'rope_type': 'linear', 'factor': 4.0}
+DEFAULT = {'rope_type': 'default', 'rope_theta': 10_000.0}
+
+
 @pytest.mark.parametrize('change, words', [
     ({'model_type': 'qwen2'}, "model_type 'qwen2' is not covered"),
+    ({'model_type': ['llama']}, r"model_type \['llama'\] is not covered"),
+    ({'architectures': ['BitnetForCausalLM']}, 'architectures'),
+    ({'architectures': 'LlamaForCausalLM'}, 'must be a list'),
     ({'attention_bias': True}, 'biases'),
+    ({'hidden_act': 'gelu'}, "hidden_act 'gelu'"),
+    # Scaled RoPE under any of its names, beside one that says the default or alone.
     ({'rope_scaling': {'rope_type': 'llama3'}}, 'scaled RoPE'),
+    ({'rope_scaling': LINEAR, 'rope_parameters': DEFAULT}, "rope_scaling 'linear'"),
+    ({'rope_scaling': {'type': 'linear', 'factor': 4.0}, 'rope_parameters': DEFAULT},
+     'scaled RoPE'),
+    ({'rope_scaling': DEFAULT, 'rope_parameters': LINEAR}, "rope_parameters 'linear'"),
+    ({'rope_scaling': {'rope_type': 'default', 'type': 'yarn'}}, 'scaled RoPE'),
+    ({'rope_scaling': {'factor': 4.0}}, 'rope_scaling.factor = 4.0 is not covered'),
+    ({'rope_scaling': {'mscale': 0.7}}, 'sets rope_scaling.mscale'),
+    ({'rope_scaling': 'linear'}, 'must be an object'),
+    ({'rope_parameters': {'full_attention': LINEAR}}, 'sets rope_parameters.full_attention'),
+    ({'rope_parameters': {**DEFAULT, 'partial_rotary_factor': 0.5}}, 'partial_rotary_factor'),
+    ({'rope_parameters': {**DEFAULT, 'rope_theta': 5e5}}, 'rope_theta as 500000.0 and as 10000.0'),
+    ({'rope_theta': '1e4'}, 'must be a number'),
+    ({'partial_rotary_factor': 0.5}, 'partial_rotary_factor = 0.5 is not covered'),
+    # Keys of relatives, and one that nobody knows.
+    ({'sliding_window': 4096}, 'sets sliding_window = 4096, which is not known'),
+    ({'layer_types': ['full_attention', 'sliding_attention']}, 'layer_types'),
+    ({'attn_logit_softcapping': 30.0}, 'attn_logit_softcapping'),
+    ({'embedding_multiplier': 12.0}, 'embedding_multiplier = 12.0 is not covered'),
+    ({'weight_bits': 1, 'input_bits': 8}, 'weight_bits'),
+    ({'something': 'new'}, 'take it out of the file'),
+    ({'pruned_heads': {'0': [1]}}, 'pruned_heads'),
     ({'quantization_config': {'quant_method': 'gptq'}}, "quantisation 'gptq'"),
+    ({'quantization_config': ['bitnet']}, 'must be an object'),
     ({'intermediate_size': 23}, 'has shape'),
+    ({'intermediate_size': '24'}, 'must be a whole number'),
+    ({'num_attention_heads': 0}, 'must be a whole number above 0'),
+    ({'hidden_size': OUT}, "does not say 'hidden_size'"),
+    ({'tie_word_embeddings': 'false'}, 'must be true or false'),
     ({'num_hidden_layers': 3}, 'has no tensor model.layers.2'),
+    ({'num_hidden_layers': 1}, '9 tensors that a model of its config.json does not have'),
 ])
 def test_variants_that_are_not_covered(tmp_path, change, words):
-  hf.save_model(tmp_path, LLAMA, draw(LLAMA))
-  path = tmp_path / 'config.json'
-  path.write_text(json.dumps(json.loads(path.read_text()) | change))
   with pytest.raises(UserError, match=words):
-    hf.load_model(tmp_path)
+    hf.load_model(rewritten(tmp_path, change))
+
+
+# As transformers 4 and 5 write them; what is new in a file must not change its model.
+@pytest.mark.parametrize('change', [
+    {'rope_theta': OUT, 'rope_parameters': DEFAULT},
+    {'rope_scaling': {'type': 'default'}, 'rope_parameters': None},
+    {'rope_parameters': DEFAULT, 'rope_scaling': DEFAULT, 'rope_theta': 10_000},
+    {'head_dim': None, 'num_key_value_heads': 2, 'sliding_window': None,
+     'partial_rotary_factor': 1.0, 'layer_types': ['full_attention'] * 2},
+    {'bos_token_id': 1, 'eos_token_id': [2, 3], 'pretraining_tp': 1, 'use_cache': True,
+     'transformers_version': '4.38.2', '_name_or_path': 'x', 'attention_dropout': 0.0,
+     'mlp_bias': False, 'dtype': 'bfloat16', 'is_encoder_decoder': False, 'pruned_heads': {},
+     'id2label': {'0': 'LABEL_0'}, 'temperature': 0.6, 'auto_map': {'AutoConfig': 'x.y'}},
+])
+def test_keys_that_change_nothing(tmp_path, change):
+  config, params = hf.load_model(rewritten(tmp_path, change))
+  assert config == LLAMA
+  assert_same(params, draw(LLAMA))
+
+
+@pytest.mark.parametrize('skipped, words', [
+    (['lm_head', 'down_proj'], "'down_proj' in modules_to_not_convert leaves "
+                               'model.layers.0.mlp.down_proj unquantised'),
+    (['lm_head', 'model.layers.0'], 'leaves model.layers.0'),
+    (['lm_head', 'layers.1'], 'leaves model.layers.1.self_attn.q_proj'),
+    (['lm_head', 'mlp'], 'leaves'), (['lm_head', 'model'], 'leaves'),
+    (['lm_head', r'.*\.v_proj'], 'is a pattern'), (['(lm_head)'], 'is a pattern'),
+    (['lm_head', ''], 'leaves'),
+    ([], "does not name 'lm_head'"), (['embed_tokens'], "does not name 'lm_head'"),
+    ('lm_head', 'must be a list'), ([1], 'must be a list')])
+@pytest.mark.parametrize('tied', [True, False])
+def test_modules_that_stay_unquantised(tmp_path, skipped, words, tied):
+  with pytest.raises(UserError, match=words):
+    hf.load_model(rewritten(tmp_path, {'quantization_config': {
+        'quant_method': 'bitnet', 'linear_class': 'autobitlinear', 'quantization_mode': 'online',
+        'modules_to_not_convert': skipped}}, dataclasses.replace(BITNET, tied_head=tied)))
+
+
+@pytest.mark.parametrize('skipped', [None, ['lm_head'], ['head'], ['lm_head', 'embed_tokens']])
+def test_only_the_head_stays_unquantised(tmp_path, skipped):
+  change = {'quantization_config': {
+      'quant_method': 'bitnet', 'linear_class': 'autobitlinear', 'quantization_mode': 'online',
+      'modules_to_not_convert': skipped}}
+  assert hf.load_model(rewritten(tmp_path, change, BITNET))[0] == BITNET
+
+
+@pytest.mark.parametrize('change, words', [
+    ({'use_rms_norm': True}, 'use_rms_norm = True is not covered'),
+    ({'linear_class': 'other'}, "linear_class 'other'"),
+    ({'quantization_mode': 'other'}, "quantization_mode 'other'"),
+    ({'group_size': 64}, 'sets quantization_config.group_size'),
+    # Packed weights are offline ones: online, the reader quantises what it finds.
+    ({'quantization_mode': 'online'}, 'has shape')])
+def test_quantisation_that_is_not_covered(tmp_path, change, words):
+  settings_json = {'quant_method': 'bitnet', 'linear_class': 'autobitlinear',
+                   'quantization_mode': 'offline'} | change
+  with pytest.raises(UserError, match=words):
+    hf.load_model(rewritten(tmp_path, {'quantization_config': settings_json}, **PACKED))
+
+
+def with_tensors(folder, change, **options):
+  rewritten(folder, {}, **options)
+  path = folder / 'model.safetensors'
+  stored = safetensors.load_file(path)
+  stored = {k: v for k, v in {**stored, **change(stored)}.items() if v is not OUT}
+  safetensors.save_file(stored, path)
+  return folder
+
+
+Q = 'model.layers.1.self_attn.q_proj'
+HEAD, EMBED = 'lm_head.weight', 'model.embed_tokens.weight'
+
+
+@pytest.mark.parametrize('options, change, words', [
+    ({'config': BITNET}, lambda stored: {HEAD: 2 * stored[EMBED]}, 'lm_head.weight differs'),
+    ({'config': BITNET}, lambda stored: {HEAD: stored[EMBED][:-1]}, 'has shape'),
+    ({}, lambda stored: {f'{Q}.bias': np.zeros(16, np.float32)}, 'holds 1 tensors'),
+    ({}, lambda stored: {f'{Q}.weight_scale': np.ones(1, np.float32)}, f'holds 1 .*{Q}'),
+    ({}, lambda stored: {f'{Q}.weight': np.ones((16, 16), np.uint8)}, 'nothing of packed'),
+    ({'config': BITNET}, lambda stored: {f'{Q}.weight_scale': np.ones(1, np.float32)},
+     'holds 1 tensors'),
+    (PACKED, lambda stored: {f'{Q}.weight_scale': OUT}, 'has no tensor'),
+    (PACKED, lambda stored: {f'{Q}.weight': np.full((16, 16), 0.3, np.float32)},
+     'more than −1, 0 and 1'),
+    (PACKED, lambda stored: {f'{Q}.weight': np.full((4, 16), 255, np.uint8)},
+     'more than −1, 0 and 1'),
+    (PACKED, lambda stored: {f'{Q}.weight_scale': np.full(1, 5e-6, np.float32)}, 'scale of 5e-06'),
+    (PACKED, lambda stored: {f'{Q}.weight_scale': np.full(1, np.nan, np.float32)}, 'scale of nan'),
+])
+def test_tensors_that_config_json_does_not_speak_of(tmp_path, options, change, words):
+  with pytest.raises(UserError, match=words):
+    hf.load_model(with_tensors(tmp_path, change, **options))
+
+
+def test_tensors_that_change_nothing(tmp_path):
+  same = lambda stored: {HEAD: stored[EMBED].copy(), 'model.layers.0.self_attn.rotary_emb.inv_freq':
+                         np.ones(2, np.float32)}
+  assert_same(hf.load_model(with_tensors(tmp_path, same, config=BITNET))[1], draw(BITNET))
+
+
+def test_export_says_which_tokens_begin_and_end_a_text(tmp_path):
+  def tokens(**options):
+    hf.save_model(tmp_path, LLAMA, draw(LLAMA), **options)
+    found = json.loads((tmp_path / 'config.json').read_text())
+    return found['bos_token_id'], found['eos_token_id'], found['pad_token_id']
+
+  assert tokens(bos_id=7, eos_id=9) == (7, 9, None)
+  # Left out, they would be the class's own: 1 and 2.
+  assert tokens(eos_id=0) == (None, 0, None) and tokens() == (None, None, None)
 
 
 def test_bad_files(tmp_path):

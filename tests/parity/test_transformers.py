@@ -1,6 +1,7 @@
 """Our forward and quantisers against transformers' and PyTorch's."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ transformers = pytest.importorskip('transformers')
 from jaxrl_pt import config as cfg  # noqa: E402
 from jaxrl_pt import params as P  # noqa: E402
 from jaxrl_pt.interop import huggingface as hf  # noqa: E402
+from jaxrl_pt.interop import huggingface_config  # noqa: E402
 from jaxrl_pt.models import transformer  # noqa: E402
 from jaxrl_pt.nn import quant  # noqa: E402
 from jaxrl_pt.nn.ops import Ops  # noqa: E402
@@ -63,6 +65,22 @@ def test_unquantised_logits(tmp_path, config):
   ours, reference = our_logits(config, params, tokens), their_logits(theirs, tokens)
   assert reference.std() > 0.5
   np.testing.assert_allclose(ours, reference, atol=2e-4)
+
+
+@pytest.mark.parametrize('tokens', [{}, {'bos_id': 5, 'eos_id': 9}, {'eos_id': 0}])
+def test_their_reader_finds_our_tokens(tmp_path, tokens):
+  hf.save_model(tmp_path, LLAMA, draw(LLAMA), **tokens)
+  theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+  for found in (theirs.config, theirs.generation_config):
+    assert found.eos_token_id == tokens.get('eos_id')
+    assert found.bos_token_id == tokens.get('bos_id')
+
+
+@pytest.mark.parametrize('kind', ['llama', 'bitnet'])
+def test_every_key_that_they_write_is_known(kind):
+  """Of their default configurations, with all keys, as files of other writers have them."""
+  made = {'llama': transformers.LlamaConfig, 'bitnet': transformers.BitNetConfig}[kind]()
+  huggingface_config.to_config(json.loads(json.dumps(made.to_dict())), kind)
 
 
 def test_their_checkpoint_imports(tmp_path):

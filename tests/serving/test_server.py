@@ -1,5 +1,6 @@
 """The server as the openai client sees it: both shapes, streamed and whole."""
 
+import codecs
 from collections.abc import Callable
 import threading
 import time
@@ -49,7 +50,10 @@ def test_a_completion_is_what_the_engine_draws(engine: Engine):
     kept = len(ids) - (ids[-1] == EOS)
     np.testing.assert_allclose(choice.logprobs.token_logprobs, response.logp[:kept], rtol=1e-6)
     assert choice.logprobs.tokens == [bytes([i]).decode('utf-8', 'replace') for i in ids[:kept]]
-    assert choice.logprobs.text_offset == list(range(kept))  # a character each, valid or not
+    # Characters that are whole, or will never be, before each token; a byte is a token here.
+    whole = codecs.getincrementaldecoder('utf-8')
+    assert choice.logprobs.text_offset == [
+        len(whole('replace').decode(bytes(ids[:i]))) for i in range(kept)]
   assert answer.usage.prompt_tokens == 6 and answer.usage.completion_tokens == num
   assert answer.usage.total_tokens == 6 + num
 

@@ -101,6 +101,46 @@ def test_the_space_before_a_text_is_left_out_only_where_a_text_starts():
   assert text_stream(Dummy()).feed([0, 1], 'length')[0] == ' once upon'
 
 
+@pytest.mark.parametrize(('pieces', 'offsets'), [
+    ([b'a', b'\xc3', b'\xa9', b'b'], [0, 1, 1, 2]),  # 'aéb'
+    ([b'\xf0', b'\x9f', b'\x98\x80!', b'x'], [0, 0, 0, 2]),  # '😀!x'
+    ([b'a\xc3', b'\xa9b\xe2', b'\x82\xac'], [0, 1, 3]),  # 'aéb€'
+    ([b'\xff', b'a', b'\xe2\x82', b'b'], [0, 1, 2, 2]),  # '\ufffda\ufffdb'
+    ([b'\xc3\xa9', b'', b'b'], [0, 1, 1])])  # a token without bytes
+def test_a_tokens_offset_counts_whole_characters_before_it(pieces, offsets):
+  class Pieces(ByteTokenizer):
+    def token_bytes(self):
+      return pieces
+
+  tokens = list(range(len(pieces)))
+  for portions in ([len(pieces)], tokens):
+    stream = text_stream(Pieces())
+    feed_all(stream, tokens, 'length', portions)
+    assert [stream.offset(i) for i in tokens] == offsets
+
+
+@quick
+@given(st.text(alphabet='aé€😀', min_size=1, max_size=8))
+def test_offsets_of_bytes_are_the_places_of_their_characters(text):
+  stream = text_stream()
+  stream.feed(list(text.encode()), 'length')
+  wanted = [i for i, c in enumerate(text) for _ in c.encode()]
+  assert [stream.offset(i) for i in range(len(wanted))] == wanted
+
+
+def test_offsets_follow_the_text_without_the_space_before_it():
+  class Dummy(ByteTokenizer):
+    def token_bytes(self):
+      return [b' once', b' upon']
+
+    def decode_bytes(self, ids):
+      return b''.join(self.token_bytes()[i] for i in ids)[1:]
+
+  stream = text_stream(Dummy(), starts_text=True)
+  stream.feed([0, 1], 'length')
+  assert [stream.offset(0), stream.offset(1)] == [0, 4]
+
+
 def test_a_token_beyond_the_tokenizer_spells_nothing():
   assert text_stream().feed([97, 300, 98], 'length') == ('ab', range(3))
 

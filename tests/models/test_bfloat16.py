@@ -1,0 +1,216 @@
+"""bfloat16 against float32: every gradient, and what must stay float32 on the way.
+
+Two kinds of bound. Where an op is given the same bfloat16 inputs as a float64 sum, what it may
+lose is float32's rounding of the sum (N terms in any order: √N · 2⁻²⁴ of Σ|terms| with a wide
+margin) and, where the result is bfloat16, one rounding of 2⁻⁸. A sum in bfloat16 of N terms of
+one sign stops growing at 2⁸ terms, and one of random signs is off by about √N · 2⁻⁹.
+
+Where a whole model in bfloat16 meets one in float32, each of about 14 roundings a layer and
+direction moves a value by 2⁻⁸ / √3 at most in the root of the mean square. They are
+independent, so over L layers a gradient moves by √(28 L) · 2⁻⁸ / √3: 1.7 % at two layers. The
+softmax's gradient is a difference of numbers about twice its size, hence twice that.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxrl_pt import config as cfg
+from jaxrl_pt import params as P
+from jaxrl_pt.models import transformer
+from jaxrl_pt.models.logprobs import token_logprobs
+from jaxrl_pt.nn import attention, embed
+from jaxrl_pt.nn import quant as quantisers
+from jaxrl_pt.nn.linear import linear, matmul
+from jaxrl_pt.nn.norm import rms_norm
+from jaxrl_pt.nn.ops import Ops
+from jaxrl_pt.sampling import branch
+from jaxrl_pt.train import losses, step
+from jaxrl_pt.types import Batch, TrainState
+
+LOW = jnp.bfloat16
+ROUNDED = 2.0**-8
+VOCAB = 32
+
+
+def draw(*shape, seed=0, dtype=LOW):
+  return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+
+
+def zipf(rows, length, vocab=VOCAB, seed=0):
+  """Tokens as text has them: the commonest is a quarter of all."""
+  share = 1 / np.arange(1, vocab + 1)
+  return jnp.asarray(np.random.default_rng(seed).choice(vocab, (rows, length),
+                                                        p=share / share.sum()), jnp.int32)
+
+
+def exact(x):
+  return np.asarray(x.astype(jnp.float32), np.float64)
+
+
+def assert_summed_in_float32(found, terms, expected, rounded=0.0):
+  """|found − expected| within the float32 rounding of a sum of `terms` = Σ|terms|, and, with
+  `rounded`, within that share of the result."""
+  error = np.abs(exact(found) - expected)
+  assert (error <= 2.0**-20 * terms + rounded * np.abs(expected)).all(), (
+      error / np.maximum(np.abs(expected), 1e-9)).max()
+
+
+# --- Ops, from the same bfloat16 inputs ------------------------------------------------
+
+
+def test_a_common_tokens_embedding_gets_its_whole_gradient():
+  tokens, dx = zipf(8, 256), draw(8, 256, 4) + 1
+  table = draw(VOCAB, 4, seed=1, dtype=jnp.float32)
+  x, pull_back = jax.vjp(lambda table: embed.lookup(table, tokens, LOW), table)
+  assert x.dtype == LOW
+  np.testing.assert_array_equal(x, table.astype(LOW)[tokens])
+  found, = pull_back(dx)
+  assert found.dtype == jnp.float32
+  expected, terms = np.zeros((2, VOCAB, 4))
+  np.add.at(expected, np.asarray(tokens), exact(dx))
+  np.add.at(terms, np.asarray(tokens), np.abs(exact(dx)))
+  assert_summed_in_float32(found, terms, expected)
+
+
+@pytest.mark.parametrize('chunk', [0, 1, 16])
+@pytest.mark.parametrize('head_type', [LOW, jnp.float32])
+def test_the_heads_gradient_is_summed_in_float32_over_all_pieces(chunk, head_type):
+  hidden, targets = draw(1, 1024, 8) + 1, zipf(1, 1024)
+  head = draw(8, VOCAB, seed=1).astype(head_type)
+  found = jax.jit(jax.grad(
+      lambda head: token_logprobs(hidden, head, targets, chunk).logp.sum()))(head)
+  assert found.dtype == head_type
+  logits = exact(hidden[0]) @ exact(head)
+  p = np.exp(logits - logits.max(-1, keepdims=True))
+  p /= p.sum(-1, keepdims=True)
+  d_logits = np.eye(VOCAB)[np.asarray(targets[0])] - p
+  terms = np.abs(exact(hidden[0])).T @ np.abs(d_logits)
+  # The logits themselves are float32: 2⁻²⁴ of up to 40, in the exponent.
+  assert_summed_in_float32(found, 16 * terms, exact(hidden[0]).T @ d_logits,
+                           ROUNDED if head_type == LOW else 0.0)
+
+
+def test_the_gradient_of_a_weight_is_handed_on_in_float32():
+  # What chips, micro-batches and pieces of a loss add up is this.
+  x, dy, w = draw(4, 128, 16) + 1, draw(4, 128, 8, seed=1) + 1, draw(16, 8, dtype=jnp.float32)
+  for product in (matmul,
+                  lambda x, w: linear(x, w, cfg.Quant(), Ops(), ('embed', 'ff'))):
+    y, pull_back = jax.vjp(product, x, w)
+    dx, dw = pull_back(dy)
+    assert (y.dtype, dx.dtype, dw.dtype) == (LOW, LOW, jnp.float32)
+    rows, d_rows = exact(x).reshape(-1, 16), exact(dy).reshape(-1, 8)
+    assert_summed_in_float32(dw, np.abs(rows).T @ np.abs(d_rows), rows.T @ d_rows)
+
+
+@pytest.mark.parametrize('hadamard', [False, True])
+def test_the_gradient_of_a_ternary_weight_is_handed_on_in_float32(hadamard):
+  quant = cfg.Quant('ternary', 'int8', hadamard=hadamard)
+  x, dy, w = draw(512, 16) + 1, draw(512, 8, seed=1) + 1, draw(16, 8, dtype=jnp.float32)
+  _, pull_back = jax.vjp(lambda w: linear(x, w, quant, Ops(), ('embed', 'ff')), w)
+  found, = pull_back(dy)
+  codes, scale = quantisers.activations(x, 'int8')
+  d_rows = exact((dy.astype(jnp.float32) * scale).astype(LOW))
+  assert found.dtype == jnp.float32
+  assert_summed_in_float32(found, np.abs(exact(codes)).T @ np.abs(d_rows),
+                           exact(codes).T @ d_rows)
+
+
+def test_a_norm_is_rounded_once_and_its_gains_gradient_never():
+  x, gain, dy = draw(4096, 16), draw(16, seed=1, dtype=jnp.float32), draw(4096, 16, seed=2) + 1
+  y, pull_back = jax.vjp(lambda gain: rms_norm(x, gain, 1e-5), gain)
+  normed = exact(x) / np.sqrt((exact(x)**2).mean(-1, keepdims=True) + 1e-5)
+  expected = normed * exact(gain)
+  assert (np.abs(exact(y) - expected) <= (ROUNDED + 2.0**-16) * np.abs(expected)).all()
+  found, = pull_back(dy)
+  terms = normed * exact(dy)
+  assert_summed_in_float32(found, np.abs(terms).sum(0), terms.sum(0))
+
+
+def test_blocks_of_queries_add_up_the_gradients_of_shared_keys_in_float32(monkeypatch):
+  """256 blocks of one query each, all with gradients of one sign, over the same keys."""
+  monkeypatch.setattr(attention, 'BRANCH_BLOCK', 1)
+  docs, branches, new, heads, groups, width, length = 1, 1, 256, 2, 1, 4, 2
+  q, k, v = (draw(docs, branches, new, heads, width), draw(docs, groups, length, width, seed=1),
+             draw(docs, groups, length, width, seed=2))
+  own = tuple(draw(docs, groups, branches, new, width, seed=s) for s in (3, 4))
+  lengths = jnp.full((docs, branches), length)
+
+  def gradients(attend, dtype):
+    arrays = [x.astype(dtype) for x in (q, k, v, *own)]
+    loss = lambda arrays: attend(*arrays[:3], lengths, *arrays[3:]).astype(jnp.float32).sum()
+    return [exact(g) for g in jax.jit(jax.grad(loss))(arrays)]
+
+  whole = functools.partial(attention.branch_attention, step=0)
+  for blocked, once, right in zip(gradients(attention.blocked_branch_attention, LOW),
+                                  gradients(whole, LOW), gradients(whole, jnp.float32),
+                                  strict=True):
+    # One product over all queries rounds its result once; blocks do so too, after their sum.
+    assert np.linalg.norm(blocked - right) <= 1.5 * np.linalg.norm(once - right) + (
+        ROUNDED * np.linalg.norm(right))
+
+
+def test_branches_add_up_the_gradient_of_the_token_that_they_start_from():
+  hidden, num_branches = draw(1, 3, 4), 1024
+  lengths, dy = jnp.full((1, num_branches), 2), draw(1, num_branches, 1, 4, seed=1) + 1
+  fed = jnp.zeros((1, 0, 4), LOW)
+  _, pull_back = jax.vjp(lambda hidden: branch._before_each(hidden, fed, lengths), hidden)
+  found, = pull_back(dy)
+  assert found.dtype == LOW
+  np.testing.assert_allclose(exact(found)[0, 1], exact(dy).sum((0, 1, 2)), rtol=ROUNDED)
+
+
+# --- Whole models -----------------------------------------------------------------------
+
+
+CONFIG = cfg.Model(num_layers=2, d_model=16, d_ff=32, num_heads=2, num_kv_heads=1, head_dim=8,
+                   vocab_size=VOCAB, tied_head=False)
+ROWS, LENGTH = 16, 128
+MOVED = 2 * math.sqrt(28 * CONFIG.num_layers) * ROUNDED / math.sqrt(3)
+
+
+@functools.cache
+def parameters(config):
+  specs = transformer.build(config).specs
+  return jax.jit(lambda key: P.init(specs, key))(jax.random.key(0))
+
+
+def assert_near(found, expected, moved=MOVED):
+  for (path, low), high in zip(jax.tree_util.tree_leaves_with_path(found),
+                               jax.tree.leaves(expected), strict=True):
+    name = jax.tree_util.keystr(path)
+    assert low.dtype == jnp.float32, name
+    low, high = np.asarray(low, np.float64), np.asarray(high, np.float64)
+    assert np.linalg.norm(low - high) <= moved * np.linalg.norm(high), name
+
+
+@functools.cache
+def pretraining_gradient(config, compute, accumulation):
+  """Of the mean loss, from the step itself: plain descent at rate 1 moves by it."""
+  model = transformer.build(config, compute)
+  optimizer = optax.sgd(1.0)
+  train = jax.jit(step.make_train_step(losses.next_token(model, compute.loss_chunk), optimizer,
+                                       lambda step: 1.0, accumulation))
+  tokens = zipf(ROWS, LENGTH)
+  rows = jnp.broadcast_to(jnp.arange(LENGTH), tokens.shape)
+  batch = Batch(tokens, jnp.roll(tokens, -1, 1), rows, jnp.ones_like(tokens),
+                jnp.ones(tokens.shape), jnp.arange(ROWS))
+  params = parameters(config)
+  state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ())
+  new, _ = train(state, batch)
+  return jax.tree.map(jnp.subtract, params, new.params)
+
+
+@pytest.mark.parametrize('tied, chunk, accumulation, remat', [
+    (True, 0, 1, 'none'), (False, 8, 4, 'block')])
+def test_pretraining(tied, chunk, accumulation, remat):
+  config = dataclasses.replace(CONFIG, tied_head=tied)
+  low = cfg.Compute('bfloat16', remat, loss_chunk=chunk)
+  assert_near(pretraining_gradient(config, low, accumulation),
+              pretraining_gradient(config, cfg.Compute(), 1))
