@@ -16,6 +16,7 @@ import errno
 import json
 import logging
 import pathlib
+import re
 import shutil
 import sys
 import tempfile
@@ -29,13 +30,12 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from jaxrl_pt import config as cfg
 from jaxrl_pt.checksum import checksum, paths
-from jaxrl_pt.errors import UserError
+from jaxrl_pt.errors import Unwritable, UserError
+from jaxrl_pt.files import FULL, reason_of
 
 _TEMPORARY = '.orbax-checkpoint-tmp'
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# The file format reports operating-system errors as text.
-_FULL_TEXT = ('ENOSPC', 'EDQUOT', 'EFBIG', 'No space left', 'Disk quota exceeded',
-              'File too large')
+# Orbax takes other spellings of a number ("²", "007") for steps too, or stumbles over them.
+_STEP = re.compile('0|[1-9][0-9]*')
 # Failures of this machine, which say nothing about the bytes on disk.
 _MACHINE = (MemoryError, jax.errors.JaxRuntimeError)
 
@@ -64,10 +64,10 @@ def _crc(content: Any) -> int:
   return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
-def _make_record(state: Any, extras: Mapping[str, Any]) -> dict[str, Any]:
+def _make_record(step: int, state: Any, extras: Mapping[str, Any]) -> dict[str, Any]:
   sums = checksum(state)
   leaves = {path: {**_describe(x), 'checksum': sums[path]} for path, x in paths(state).items()}
-  content = {'leaves': leaves, 'extras': dict(extras)}
+  content = {'step': step, 'leaves': leaves, 'extras': dict(extras)}
   return {'crc32': _crc(content), 'content': content}
 
 
@@ -85,6 +85,10 @@ def _read_record(directory: pathlib.Path, step: int) -> dict[str, Any]:
       raise _Corrupt(f'its record cannot be read ({_first_line(error)})') from error
   if _crc(content) != crc:
     raise _Corrupt('its record fails its CRC')
+  own = content.get('step', step)  # absent in checkpoints of earlier versions
+  if own != step:
+    raise UserError(f'{directory / str(step)} holds the checkpoint of step {own}: it '
+                    'was renamed or copied; rename it back, or delete it.')
   return content
 
 
@@ -108,7 +112,8 @@ def _check_model(saved: Mapping[str, Any], expected: Any, part: str, where: str)
 def steps(directory: pathlib.Path) -> list[int]:
   """Steps of the finished checkpoints in `directory`, rising; [] where there is none."""
   try:
-    return sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit() and p.is_dir())
+    return sorted(int(p.name) for p in directory.iterdir()
+                  if _STEP.fullmatch(p.name) and p.is_dir())
   except (FileNotFoundError, NotADirectoryError):
     return []
 
@@ -244,17 +249,25 @@ class Checkpointer:
         self._directory,
         options=ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy(keep),
+            # Threads that wait for a directory which cannot be made wait for five minutes.
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
             lightweight_initialize=True))
 
   def __enter__(self) -> Self:
     return self
 
-  def __exit__(self, kind: type[BaseException] | None, *unused: object) -> None:
+  def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+               trace: object) -> None:
+    del trace
     if kind is None:
       self.close()
       return
     with contextlib.suppress(Exception):  # the first error is the one to tell
       self.close()
+    # A file of the run beside its checkpoints: only here is it known what there is to resume.
+    if isinstance(error, Unwritable):
+      raise UserError(f'{error.problem}; {self._last_good()}: mend that and run the same command '
+                      'again to go on from there.') from error
 
   def save(self, step: int, state: Any, extras: Mapping[str, Any]) -> None:
     """Starts to save `state` and returns once it has left the devices.
@@ -277,8 +290,11 @@ class Checkpointer:
     if latest is not None and latest >= step:
       raise UserError(f'{self._directory} already holds a checkpoint of step {latest}, so step '
                       f'{step} cannot be added: resume from it, or use another work directory.')
-    record = _make_record(state, extras)
+    record = _make_record(step, state, extras)
     with self._explaining(step):
+      # Orbax would make the directory again, with this one checkpoint in it.
+      if not self._directory.is_dir():
+        raise FileNotFoundError(errno.ENOENT, 'the directory was deleted or renamed')
       self._pending = step
       self._manager.save(step, force=True, args=ocp.args.Composite(
           state=ocp.args.PyTreeSave(state), record=ocp.args.JsonSave(record)))
@@ -325,24 +341,36 @@ class Checkpointer:
     """The extras of the newest readable checkpoint."""
     return read_extras(self._directory)[1]
 
+  def _last_good(self) -> str:
+    """The newest finished checkpoint in words, also where its directory is no longer there."""
+    found = self.steps()
+    if self._done is not None and self._done not in found:
+      return f'the last good checkpoint in {self._directory} was step {self._done}'
+    last = f'the last good checkpoint is step {found[-1]}' if found else 'there is no checkpoint'
+    return f'{last} in {self._directory}'
+
   @contextlib.contextmanager
   def _explaining(self, step: int) -> Iterator[None]:
     try:
       yield
     except Exception as error:
       self._pending = None
-      if not _is_full(error):
+      reason = reason_of(error)
+      gone = not self._directory.is_dir()
+      if reason is None and not gone:
         raise
       # A manager whose save failed keeps the error: go on with a new one.
       with contextlib.suppress(Exception):
         self._manager.close()
-      _remove_temporaries(self._directory)
-      self._manager = self._open()
-      good = self.latest_step()
-      last = 'there is no earlier checkpoint' if good is None else (
-          f'the last good checkpoint is step {good}')
-      raise UserError(f'no space left to save the checkpoint of step {step}; {last} in '
-                      f'{self._directory}: free some space and resume.') from error
+      if not gone:
+        _remove_temporaries(self._directory)
+        self._manager = self._open()
+      if reason in FULL:
+        raise UserError(f'no space left to save the checkpoint of step {step}; '
+                        f'{self._last_good()}: free some space and resume.') from error
+      why = 'the directory was deleted or renamed' if gone else reason
+      raise UserError(f'cannot save the checkpoint of step {step} ({why}); {self._last_good()}: '
+                      'mend that and run the same command again to go on from there.') from error
 
 
 def _prepare(directory: pathlib.Path) -> None:
@@ -360,16 +388,3 @@ def _remove_temporaries(directory: pathlib.Path) -> None:
     return
   for path in directory.glob(f'*{_TEMPORARY}*'):
     shutil.rmtree(path, ignore_errors=True)
-
-
-def _is_full(error: BaseException | None) -> bool:
-  """Whether the disk (or a quota, or a size limit) is behind `error` or its causes."""
-  seen: set[int] = set()
-  while error is not None and id(error) not in seen:
-    seen.add(id(error))
-    if isinstance(error, OSError) and error.errno in _FULL:
-      return True
-    if any(text in str(error) for text in _FULL_TEXT):
-      return True
-    error = error.__cause__ or error.__context__
-  return False

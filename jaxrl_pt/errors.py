@@ -13,3 +13,14 @@ class Preempted(Exception):
 
   That is EX_TEMPFAIL, "try again later", which schedulers do not take for a finished run.
   """
+
+
+class Unwritable(UserError):
+  """A file of a run that cannot be written any more, whatever the reason.
+
+  problem: what and why, without advice, for whoever knows the last good checkpoint.
+  """
+
+  def __init__(self, problem: str) -> None:
+    super().__init__(f'{problem}: free some space or choose another work directory, then resume.')
+    self.problem = problem

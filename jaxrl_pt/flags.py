@@ -89,6 +89,9 @@ def make_parser() -> argparse.ArgumentParser:
   _add_workdir(train)
   train.add_argument('--multihost', action='store_true', help='join the other hosts of a TPU '
                      'slice before training (run the same command on each)')
+  train.add_argument('--allow_changes', nargs='*', metavar='FIELD', help='settings that may differ '
+                     'from those of the checkpoint resumed from although they change its numbers, '
+                     'e.g. Cosine.peak; without a name whichever do')
 
   _add_frontends(add)
   evaluate = add('eval', "A trained model's loss, bits per byte and accuracy on held-out text.",

@@ -8,6 +8,7 @@ import argparse
 from collections.abc import Iterator, Sequence
 import contextlib
 import json
+import logging
 import os
 import signal
 import sys
@@ -63,15 +64,21 @@ def _train(args: argparse.Namespace) -> int:
   run, resolved_text = gin_bindings.load(args.gin_file, args.gin_bindings)
   if args.multihost:
     _join_hosts()
+  with _importing():
+    from jaxrl_pt.train import places, resume
+  run = places.absolute(run)
+  resolved_text = gin_bindings.dump(run)
+  allow = (frozenset() if args.allow_changes is None
+           else resume.check_allowed(args.allow_changes))
   match run.objective:
     case cfg.NextToken():
       with _importing():
         from jaxrl_pt.train import pretrain
-      pretrain.train(run, args.workdir, resolved_text)
+      pretrain.train(run, args.workdir, resolved_text, allow)
     case cfg.RPT() | cfg.RL():
       with _importing():
         from jaxrl_pt.train import rl
-      rl.train(run, args.workdir, resolved_text)
+      rl.train(run, args.workdir, resolved_text, allow)
   return 0
 
 
@@ -267,6 +274,19 @@ def _hide_closed_loops(unraisable: 'sys.UnraisableHookArgs') -> None:
     sys.__unraisablehook__(unraisable)
 
 
+def _not_of_saves(record: logging.LogRecord) -> bool:
+  """Of a save whose directory went away asyncio tells once more, with a traceback."""
+  return 'orbax' not in record.getMessage()
+
+
+def _drop_unwritable_output() -> None:
+  """What a full disk did not take of standard output would fail once more when Python exits."""
+  try:
+    sys.stdout.flush()
+  except OSError:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs one command.
 
@@ -277,6 +297,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   arguments = list(sys.argv[1:] if argv is None else argv)
   if '--debug' not in arguments:
     sys.unraisablehook = _hide_closed_loops
+    logging.getLogger('asyncio').addFilter(_not_of_saves)
   try:
     args = flags.make_parser().parse_args(arguments)
     code = _COMMANDS[args.command](args)
@@ -287,6 +308,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       traceback.print_exc()
     else:
       print(f'jaxrl-pt: {e}', file=sys.stderr)
+    _drop_unwritable_output()
     return 2
   except Preempted as e:
     print(e, flush=True)

@@ -11,14 +11,16 @@ import math
 import os
 from pathlib import Path
 import sys
-from typing import Any, Self, TextIO
+from typing import Self
 
 import jax
 from rich import progress
 from rich.console import Console as RichConsole
 
 from jaxrl_pt import config as cfg
-from jaxrl_pt.errors import UserError
+from jaxrl_pt import files
+from jaxrl_pt.errors import Unwritable, UserError
+from jaxrl_pt.events import EventFile
 from jaxrl_pt.types import Weighted
 
 FILE = 'metrics.jsonl'
@@ -49,8 +51,11 @@ def _dump(row: Mapping[str, float]) -> str:
 
 def _parse(line: str) -> Row:
   row = json.loads(line)
-  if not isinstance(row, dict) or not isinstance(row.get('step'), int):
-    raise ValueError('no step')
+  if not isinstance(row, dict) or type(row.get('step')) is not int:
+    raise ValueError('no object with a whole number as "step"')
+  for key, value in row.items():
+    if type(value) not in (int, float) and value not in ('NaN', 'Infinity', '-Infinity'):
+      raise ValueError(f'{key!r} is no number')
   return {key: value if isinstance(value, int) else float(value) for key, value in row.items()}
 
 
@@ -69,10 +74,34 @@ def read_rows(path: Path) -> list[Row]:
   for number, line in enumerate(lines[:-1], 1):  # what follows the last newline is torn or empty
     try:
       rows.append(_parse(line.decode()))
-    except ValueError as error:
+    except (ValueError, RecursionError, OverflowError) as error:
       raise UserError(f'line {number} of {path} is not a row of metrics ({error}): remove it or '
                       'use another work directory.') from error
   return rows
+
+
+def _whole(path: Path, rows: list[Row], resume_step: int, incomplete: bool) -> list[Row]:
+  """The rows up to `resume_step`, each step's exactly once and in order.
+
+  Raises:
+    UserError: some are missing, repeated or out of order, and `incomplete` does not allow it.
+  """
+  kept = [row for row in rows if row['step'] <= resume_step]
+  steps = [int(row['step']) for row in kept]
+  # Row 0 is the measure before the first step, which pretraining does not take.
+  expected = list(range(0 if 0 in steps else 1, resume_step + 1))
+  if steps == expected:
+    return kept
+  if incomplete:
+    return list({row['step']: row for row in sorted(kept, key=lambda r: r['step'])}.values())
+  wrong = next(i for i in range(len(steps) + 1)
+               if i == len(steps) or steps[i:i + 1] != expected[i:i + 1])
+  found = f'step {steps[wrong]}' if wrong < len(steps) else 'the end of the file'
+  wanted = f'step {expected[wrong]}' if wrong < len(expected) else 'the end of the file'
+  raise UserError(
+      f'{path} does not hold the rows of steps 1 to {resume_step} once each and in order (row '
+      f'{wrong + 1} should be {wanted}, but is {found}): put the missing rows back, or add '
+      f'--allow_changes {FILE} to go on with those that are there.')
 
 
 class Writer:
@@ -82,7 +111,7 @@ class Writer:
   """
 
   def __init__(self, workdir: Path, *, resume_step: int, num_steps: int, tensorboard: bool,
-               log_every: int = 1):
+               log_every: int = 1, incomplete: bool = False):
     """Opens the file and drops the rows a killed run wrote after `resume_step`.
 
     Args:
@@ -91,26 +120,29 @@ class Writer:
       num_steps: last step of the run, for the progress bar.
       tensorboard: whether to write TensorBoard events too.
       log_every: steps per console line; every step has its row in any case.
+      incomplete: whether rows of steps up to `resume_step` may be missing or repeated.
 
     Raises:
-      UserError: the file cannot be written, or it is not a metrics file.
+      UserError: the file cannot be written, it is not a metrics file, or it does not hold the
+        row of each step up to `resume_step` once.
     """
     self._path = workdir / FILE
-    self._file: TextIO | None = None
-    self._events: Any = None
+    self._file: int | None = None  # descriptor; without a buffer, closing cannot fail
+    self._events: EventFile | None = None
     self._console: Console | None = None
     self._log_every, self._num_steps = log_every, num_steps
     if jax.process_index() != 0:
       return
     rows = read_rows(self._path) if self._path.exists() else []
-    try:
-      self._file = _reopen(self._path, [row for row in rows if row['step'] <= resume_step])
-    except OSError as error:
-      raise _unwritable(self._path, error) from error
+    rows = _whole(self._path, rows, resume_step, incomplete)
+    # One rename, so that a kill here loses nothing.
+    files.write_text(self._path, ''.join(map(_dump, rows)))
+    with files.writing(self._path):
+      self._file = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
+      self._directory = os.stat(workdir)
     self._console = Console(resume_step, num_steps)
     if tensorboard:
-      from tensorboardX import SummaryWriter  # here: its import costs 0.3 s
-      self._events = SummaryWriter(str(workdir / 'tensorboard'), purge_step=resume_step + 1)
+      self._events = EventFile(workdir / 'tensorboard', purge_step=resume_step + 1)
 
   def __enter__(self) -> Self:
     return self
@@ -122,22 +154,54 @@ class Writer:
     """Writes the row of `step`; `timing` is what differs from run to run.
 
     Raises:
-      UserError: the row cannot be written (disk full).
+      Unwritable: the row cannot be written (disk full), or the file is no longer in its place.
     """
     if self._file is None:
       return
     row: Row = {'step': step, **values, **{TIME + key: v for key, v in timing.items()}}
-    try:
-      self._file.write(_dump(row))
-      self._file.flush()
-    except OSError as error:
-      raise _unwritable(self._path, error) from error
+    with files.writing(self._path):
+      files.write_all(self._file, _dump(row).encode())
+    self._check_place()
     if self._events is not None:
-      for key, value in row.items():
-        if key != 'step':
-          self._events.add_scalar(key, value, step)
+      self._events.write(step, {key: value for key, value in row.items() if key != 'step'})
     if self._console is not None:
       self._console.step(row, shown=step % self._log_every == 0 or step == self._num_steps)
+
+  def sync(self) -> None:
+    """Blocks until all rows are on disk, as they must be before the checkpoint after them.
+
+    Raises:
+      Unwritable: the disk does not take them.
+    """
+    if self._file is not None:
+      with files.writing(self._path):
+        os.fsync(self._file)
+
+  def _check_place(self) -> None:
+    """Sees that what is written is still what stands under the file's name.
+
+    Where the name is gone but its directory is not, the rows are put back: the open descriptor
+    still has them.
+
+    Raises:
+      Unwritable: the file or its directory was deleted, renamed or replaced.
+    """
+    assert self._file is not None
+    ours = os.fstat(self._file)
+    try:
+      there = os.stat(self._path)
+    except OSError as error:
+      # A save under way may have made the directory again.
+      parent = self._path.parent
+      if not parent.is_dir() or not os.path.samestat(os.stat(parent), self._directory):
+        raise Unwritable(f'cannot write {self._path} (the work directory {parent} was deleted '
+                         'or renamed)') from error
+      files.write_text(self._path, os.pread(self._file, ours.st_size, 0).decode())
+      raise Unwritable(f'cannot go on writing {self._path} (it was deleted or renamed while the '
+                       'run was writing it; its rows have been put back)') from error
+    # Some network file systems number a file anew: only with another size it is another one.
+    if not os.path.samestat(ours, there) and ours.st_size != there.st_size:
+      raise Unwritable(f'cannot go on writing {self._path} (another file has taken its place)')
 
   def close(self) -> None:
     """Closes the files and takes the progress bar down."""
@@ -146,24 +210,8 @@ class Writer:
     if self._events is not None:
       self._events.close()
     if self._file is not None:
-      self._file.close()
+      os.close(self._file)
     self._file = self._events = self._console = None
-
-
-def _reopen(path: Path, rows: list[Row]) -> TextIO:
-  """Replaces the file by `rows` in one rename, so that a kill here loses nothing."""
-  fresh = path.with_suffix('.jsonl.tmp')
-  with fresh.open('w', encoding='utf-8') as file:
-    file.writelines(_dump(row) for row in rows)
-    file.flush()
-    os.fsync(file.fileno())
-  fresh.replace(path)
-  return path.open('a', encoding='utf-8')
-
-
-def _unwritable(path: Path, error: OSError) -> UserError:
-  return UserError(f'cannot write {path} ({error.strerror}): free some space or choose another '
-                   'work directory, then resume.')
 
 
 # --- Console --------------------------------------------------------------------------
@@ -215,7 +263,8 @@ class Console:
       self._bar.console.print(describe(row, self._num_steps), markup=False, highlight=False,
                               soft_wrap=True)
     elif shown:
-      print(describe(row, self._num_steps), file=sys.stdout, flush=True)
+      with files.writing('standard output'):
+        print(describe(row, self._num_steps), file=sys.stdout, flush=True)
 
   def close(self) -> None:
     """Takes the bar down; the lines stay."""

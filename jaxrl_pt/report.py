@@ -15,8 +15,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import Formatter, FuncFormatter, MaxNLocator, ScalarFormatter
 
-from jaxrl_pt import metrics
-from jaxrl_pt.errors import UserError
+from jaxrl_pt import files, metrics
+from jaxrl_pt.errors import Unwritable
 
 Rows = Sequence[metrics.Row]
 
@@ -299,14 +299,13 @@ def write_report(workdir: Path, *, stages: Mapping[str, Path] | None = None,
               for title, directory in runs.items()]
     title = html.escape(f'{workdir.resolve().name}: report')
     page = workdir / 'report.html'
-    page.write_text(
+    files.write_text(page, (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f'<style>{_STYLE}</style></head><body><main><h1>{title}</h1>\n'
-        + '\n'.join(parts) + '\n</main></body></html>\n', encoding='utf-8')
+        + '\n'.join(parts) + '\n</main></body></html>\n'))
   except OSError as error:
-    raise UserError(f'cannot write the report to {workdir} ({error.strerror}): free some space '
-                    'or choose a work directory that can be written.') from error
+    raise Unwritable(f'cannot write the report to {workdir} ({error.strerror})') from error
   return page
 
 

@@ -21,7 +21,7 @@ import pytest
 from jaxrl_pt import checkpoint as ckpt
 from jaxrl_pt import config as cfg
 from jaxrl_pt import types
-from jaxrl_pt.errors import UserError
+from jaxrl_pt.errors import Unwritable, UserError
 
 # Reads of broken files leave coroutines of the file format behind, collected at any time.
 pytestmark = pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
@@ -209,6 +209,39 @@ def test_saving_goes_on_after_a_corrupt_newest(tmp_path):
   assert_equal(ckpt.restore(tmp_path, abstract(make_state(0))).state, make_state(2))
 
 
+# --- Names ---------------------------------------------------------------------------------
+
+
+def test_only_plain_numbers_are_steps(tmp_path):
+  """Python's int() takes more spellings than the directory's name can have, and less."""
+  save_steps(tmp_path, [1, 2])
+  for name in ('²', '٣', '0３', '007', '+4', '1_0', '-1', ' 5', '5 ', '1e3', 'x'):
+    shutil.copytree(tmp_path / '2', tmp_path / name)
+  (tmp_path / '9').write_text('')
+  assert ckpt.steps(tmp_path) == [1, 2]
+  with ckpt.Checkpointer(tmp_path, cfg.Checkpoint(keep=1)) as saver:
+    assert saver.restore(abstract(make_state(0))).step == 2
+    saver.save(3, make_state(3), {})
+    saver.wait()
+    assert saver.steps() == [3]
+  assert (tmp_path / '007').is_dir() and (tmp_path / '²').is_dir()
+
+
+@pytest.mark.parametrize('move', [shutil.copytree, os.rename], ids=['copied', 'renamed'])
+def test_a_checkpoint_of_another_step_than_its_name_is_refused(tmp_path, move):
+  save_steps(tmp_path, [1, 2])
+  move(tmp_path / '2', tmp_path / '7')
+  said = r'/7 holds the checkpoint of step 2: it was renamed or copied; rename it back'
+  with pytest.raises(UserError, match=said):
+    ckpt.restore(tmp_path, abstract(make_state(0)))
+  with pytest.raises(UserError, match=said):
+    ckpt.restore(tmp_path, abstract(make_state(0).params), 7, part='params')
+  with pytest.raises(UserError, match=said):
+    ckpt.read_extras(tmp_path)
+  assert (tmp_path / '7').is_dir()  # it may be the only copy
+  assert ckpt.restore(tmp_path, abstract(make_state(0)), 1).step == 1
+
+
 # --- Mistakes ----------------------------------------------------------------------------
 
 
@@ -293,6 +326,53 @@ def test_full_disk_while_saving_keeps_the_earlier_ones(tmp_path):
     check_full(run_child(FULL, tmp_path / 'run', 0), tmp_path / 'run')
   finally:
     subprocess.run(['umount', '-l', str(tmp_path)], check=True)
+
+
+# --- Directories that go away --------------------------------------------------------------
+
+
+@pytest.mark.parametrize('change, said', [
+    (lambda d: shutil.rmtree(d.parent), 'deleted or renamed'),
+    (lambda d: d.parent.rename(d.parent.parent / 'elsewhere'), 'deleted or renamed'),
+    (lambda d: (shutil.rmtree(d), d.write_text('')), 'deleted or renamed')],
+    ids=['deleted', 'renamed', 'replaced'])
+def test_a_directory_that_goes_away_is_one_sentence_and_stays_away(tmp_path, change, said):
+  directory = tmp_path / 'run' / 'checkpoints'
+  with ckpt.Checkpointer(directory, cfg.Checkpoint()) as saver:
+    saver.save(1, make_state(1), {})
+    saver.wait()
+    change(directory)
+    with pytest.raises(UserError) as error:
+      saver.save(2, make_state(2), {})
+  assert said in str(error.value) and f'{directory} was step 1' in str(error.value)
+  assert not directory.is_dir()
+
+
+def test_a_read_only_directory_is_one_sentence(tmp_path):
+  immutable = subprocess.run(['chattr', '+i', str(tmp_path)], capture_output=True, text=True)
+  if immutable.returncode:
+    pytest.skip(f'no way to make a directory read-only for this user: {immutable.stderr.strip()}')
+  subprocess.run(['chattr', '-i', str(tmp_path)], check=True)
+  with ckpt.Checkpointer(tmp_path, cfg.Checkpoint()) as saver:
+    saver.save(1, make_state(1), {})
+    saver.wait()
+    subprocess.run(['chattr', '+i', str(tmp_path)], check=True)
+    try:
+      with pytest.raises(UserError, match='step 2 .Operation not permitted.; the last good '
+                         'checkpoint is step 1'):
+        saver.save(2, make_state(2), {})
+        saver.wait()
+    finally:
+      subprocess.run(['chattr', '-i', str(tmp_path)], check=True)
+    saver.save(3, make_state(3), {})
+  assert ckpt.restore(tmp_path, abstract(make_state(0))).step == 3
+
+
+def test_what_another_file_could_not_take_names_the_last_checkpoint(tmp_path):
+  with pytest.raises(UserError, match='cannot write x .full.; the last good checkpoint is step 4'):
+    with ckpt.Checkpointer(tmp_path, cfg.Checkpoint()) as saver:
+      saver.save(4, make_state(4), {})  # waited for while the error is on its way
+      raise Unwritable('cannot write x (full)')
 
 
 # --- Kills -----------------------------------------------------------------------------------

@@ -13,13 +13,15 @@ KERNELS = ROOT / 'pallas_kernels'
 
 # layer → the other layers of jaxrl_pt that it may import. A layer is a module or a folder
 # directly below the package. What is not listed here fails until it finds its place.
-_BASE = {'config', 'errors', 'types'}
+_BASE = {'config', 'errors', 'files', 'types'}
 _MODEL = _BASE | {'params', 'nn', 'parallel', 'models'}
-_EVERYTHING = _MODEL | {'checkpoint', 'checksum', 'data', 'game', 'gin_bindings', 'interop',
-                        'metrics', 'report', 'rl', 'sampling', 'scaling', 'serving', 'tpu',
-                        'train', 'verifiers'}
+_EVERYTHING = _MODEL | {'checkpoint', 'checksum', 'data', 'events', 'game', 'gin_bindings',
+                        'interop', 'metrics', 'report', 'rl', 'sampling', 'scaling', 'serving',
+                        'tpu', 'train', 'verifiers'}
 ALLOWED: dict[str, set[str]] = {
     'errors': set(),
+    'files': {'errors'},
+    'events': {'files'},
     'types': set(),
     'config': {'errors'},
     'params': {'types'},
@@ -34,7 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     'data': _MODEL | {'checksum'},
     'checksum': {'types'},
     'checkpoint': _BASE | {'checksum'},
-    'metrics': _BASE,
+    'metrics': _BASE | {'events'},
     'report': _BASE | {'metrics'},
     'interop': _MODEL,
     'tpu': _EVERYTHING,

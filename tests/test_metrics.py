@@ -15,7 +15,7 @@ from rich.console import Console as RichConsole
 
 from jaxrl_pt import config as cfg
 from jaxrl_pt import metrics, params
-from jaxrl_pt.errors import UserError
+from jaxrl_pt.errors import Unwritable, UserError
 from jaxrl_pt.models import presets, transformer
 from jaxrl_pt.types import Weighted
 
@@ -102,8 +102,8 @@ def test_unwritable_and_full(tmp_path):
 @pytest.mark.skipif(not os.path.exists('/dev/full'), reason='this system has no /dev/full')
 def test_a_full_disk_is_one_sentence(tmp_path):
   writer = metrics.Writer(tmp_path, resume_step=0, num_steps=1, tensorboard=False)
-  writer._file.close()
-  writer._file = open('/dev/full', 'w')
+  os.close(writer._file)
+  writer._file = os.open('/dev/full', os.O_WRONLY)
   with pytest.raises(UserError, match='cannot write .*No space left on device'):
     writer.write(1, {}, {})
 
@@ -113,6 +113,135 @@ def test_tensorboard_events_are_written_and_purged(tmp_path):
   write(tmp_path, 3, 5, tensorboard=True)
   files = sorted((tmp_path / 'tensorboard').iterdir())
   assert len(files) >= 1 and any(b'loss' in f.read_bytes() for f in files)
+
+
+# --- What a resume finds -------------------------------------------------------------------
+
+
+def rows_file(workdir: Path, steps) -> Path:
+  path = workdir / 'metrics.jsonl'
+  path.write_text(''.join(f'{{"step": {step}}}\n' for step in steps))
+  return path
+
+
+@pytest.mark.parametrize('steps, said', [
+    ([1, 2, 4, 5], 'row 3 should be step 3, but is step 4'),
+    ([1, 2, 3], 'row 4 should be step 4, but is the end of the file'),
+    ([], 'row 1 should be step 1, but is the end of the file'),
+    ([1, 2, 2, 3, 4, 5], 'row 3 should be step 3, but is step 2'),
+    ([1, 3, 2, 4, 5], 'row 2 should be step 2, but is step 3'),
+    ([1, 2, 3, 4, 5, 3], 'row 6 should be the end of the file, but is step 3'),
+    ([0, 1, 2, 3, 5], 'row 5 should be step 4, but is step 5'),
+    ([-1, 1, 2, 3, 4, 5], 'row 1 should be step 1, but is step -1')])
+def test_rows_before_a_checkpoint_must_all_be_there_once_in_order(tmp_path, steps, said):
+  path = rows_file(tmp_path, steps)
+  before = path.read_bytes()
+  with pytest.raises(UserError) as error:
+    write(tmp_path, 6, 6)
+  assert said in str(error.value) and '--allow_changes metrics.jsonl' in str(error.value)
+  assert path.read_bytes() == before
+  write(tmp_path, 6, 6, incomplete=True)
+  left = [row['step'] for row in metrics.read_rows(path)]
+  assert left == sorted({step for step in steps if step <= 5} | {6})
+
+
+@pytest.mark.parametrize('steps', [[1, 2, 3, 4, 5, 6, 7], [0, 1, 2, 3, 4, 5], [1, 2, 3, 4, 5]])
+def test_whole_rows_are_taken(tmp_path, steps):
+  write_from = 6
+  path = rows_file(tmp_path, steps)
+  write(tmp_path, write_from, 6)
+  assert [row['step'] for row in metrics.read_rows(path)] == [s for s in steps if s < 6] + [6]
+
+
+@pytest.mark.parametrize('line', [
+    'null', '[]', '[{"step": 2}]', '3', '"step"', '{}', '{"step": null}', '{"step": true}',
+    '{"step": 1.5}', '{"step": "2"}', '{"step": 2, "loss": null}', '{"step": 2, "loss": [1]}',
+    '{"step": 2, "loss": "0.5"}', '{"step": 2, "loss": {}}', '[' * 100_000,
+    '{"step": ' + '9' * 5000 + '}', '\x00' * 20, '\udcff'])
+def test_whatever_is_no_row_is_named_with_its_line(tmp_path, line):
+  path = tmp_path / 'metrics.jsonl'
+  path.write_bytes(b'{"step": 1}\n' + line.encode(errors='surrogateescape') + b'\n')
+  with pytest.raises(UserError, match='line 2 of .*metrics.jsonl is not a row'):
+    write(tmp_path, 2, 3)
+
+
+# --- Files that go away --------------------------------------------------------------------
+
+
+def test_a_deleted_file_stops_the_run_and_is_put_back(tmp_path):
+  with metrics.Writer(tmp_path, resume_step=0, num_steps=9, tensorboard=False) as writer:
+    writer.write(1, {'loss': 0.5}, {})
+    (tmp_path / 'metrics.jsonl').unlink()
+    with pytest.raises(Unwritable, match='deleted or renamed while .* put back'):
+      writer.write(2, {'loss': 0.25}, {})
+  assert metrics.read_rows(tmp_path / 'metrics.jsonl') == [
+      {'step': 1, 'loss': 0.5}, {'step': 2, 'loss': 0.25}]
+
+
+def test_a_file_in_the_place_of_ours_stops_the_run(tmp_path):
+  path = tmp_path / 'metrics.jsonl'
+  with metrics.Writer(tmp_path, resume_step=0, num_steps=9, tensorboard=False) as writer:
+    writer.write(1, {}, {})
+    path.unlink()
+    path.write_text('{"step": 1}\n')
+    with pytest.raises(Unwritable, match='another file has taken its place'):
+      writer.write(2, {}, {})
+  assert path.read_text() == '{"step": 1}\n'
+
+
+def test_a_work_directory_that_goes_away_stops_the_run_and_stays_away(tmp_path):
+  work = tmp_path / 'work'
+  work.mkdir()
+  with metrics.Writer(work, resume_step=0, num_steps=9, tensorboard=True) as writer:
+    writer.write(1, {}, {})
+    work.rename(tmp_path / 'elsewhere')
+    with pytest.raises(Unwritable, match='the work directory .*work was deleted or renamed'):
+      writer.write(2, {}, {})
+  assert not work.exists()
+
+
+def test_rows_are_synced_on_request(tmp_path, monkeypatch):
+  synced = []
+  with metrics.Writer(tmp_path, resume_step=0, num_steps=9, tensorboard=False) as writer:
+    writer.write(1, {}, {})
+    monkeypatch.setattr(os, 'fsync', lambda descriptor: synced.append(os.fstat(descriptor).st_ino))
+    writer.sync()
+  assert synced == [(tmp_path / 'metrics.jsonl').stat().st_ino]
+
+
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='this system has no /dev/full')
+def test_event_files_and_standard_output_on_a_full_disk(tmp_path, monkeypatch):
+  with metrics.Writer(tmp_path, resume_step=0, num_steps=9, tensorboard=True) as writer:
+    with open('/dev/full', 'w') as full, monkeypatch.context() as patched:
+      patched.setattr(metrics.sys, 'stdout', full)
+      with pytest.raises(Unwritable, match='cannot write standard output .No space left'):
+        writer.write(1, {}, {})
+      full.detach()
+    writer._events._file.close()
+    writer._events._file = open('/dev/full', 'wb', buffering=0)
+    with pytest.raises(Unwritable, match='cannot write .*tfevents.*No space left on device'):
+      writer.write(2, {'loss': 1.0}, {})
+
+
+def test_events_are_read_back_by_tensorboard_s_own_format(tmp_path):
+  """Each record is framed with its length and checksums; a purge comes before the scalars."""
+  from tensorboardX.proto import event_pb2
+  from tensorboardX.record_writer import masked_crc32c
+  write(tmp_path, 4, 5, tensorboard=True, incomplete=True)
+  (path,) = (tmp_path / 'tensorboard').iterdir()
+  data, events = path.read_bytes(), []
+  while data:
+    size = int.from_bytes(data[:8], 'little')
+    assert int.from_bytes(data[8:12], 'little') == masked_crc32c(data[:8])
+    record, data = data[12:12 + size], data[12 + size:]
+    assert int.from_bytes(data[:4], 'little') == masked_crc32c(record)
+    events.append(event_pb2.Event.FromString(record))
+    data = data[4:]
+  assert events[0].file_version == 'brain.Event:2'
+  assert (events[1].step, events[1].session_log.status) == (4, event_pb2.SessionLog.START)
+  scalars = [(e.step, {v.tag: v.simple_value for v in e.summary.value}) for e in events[2:]]
+  assert scalars == [(step, {'loss': pytest.approx(1 / step), 'time/seconds': 4.5})
+                     for step in (4, 5)]
 
 
 # --- Values -------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Texts, tokenizers and packing."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from jaxrl_pt.config import checks
@@ -197,3 +197,9 @@ class Data:
     checks.choice(self, 'long_documents', Literal['split', 'error'])
     checks.text(self, 'cache_dir', empty=True)
     checks.size(self, 'num_workers', 0, 256, 2**26, 'so many processes')
+
+  @property
+  def validation_source(self) -> Source:
+    """The source's kind over the files of `validation_glob`, which is not empty then."""
+    assert not isinstance(self.source, PythonStdlib | Seqio | Demonstrations)
+    return replace(self.source, glob=self.validation_glob)

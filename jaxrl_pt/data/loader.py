@@ -6,7 +6,7 @@ run opens it. Reading is index-based (Grain): the example in row b of step s fol
 from the seed alone, whatever the number of hosts, workers and restarts.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 import dataclasses
 import functools
 import hashlib
@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 from jaxrl_pt import config
-from jaxrl_pt.data import pack, publish, seqio_tasks, sources, splits, workers
+from jaxrl_pt.data import fingerprint, pack, publish, seqio_tasks, sources, splits, workers
 from jaxrl_pt.data import tokenizer as tokenizers
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.types import Batch
@@ -81,32 +81,42 @@ class Packed:
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-  """A tokenizer and the two splits it was applied to."""
+  """A tokenizer and its two splits, which `splits` opens (a policy's only when asked for)."""
 
   tokenizer: tokenizers.Tokenizer
-  train: Packed
-  validation: Packed
   directory: Path
+  splits: Callable[[], tuple[Packed, Packed]]
+
+  @property
+  def train(self) -> Packed:
+    return self.splits()[0]
+
+  @property
+  def validation(self) -> Packed:
+    return self.splits()[1]
 
 
 def prepare(data: config.Data, directory: Path) -> Prepared:
   """Opens the prepared examples of `data`, making them first where there are none.
 
-  They lie in `data.cache_dir` (or `directory`) under a name hashed from the config
-  and the names, sizes and times of the source's files; they appear whole or not at
-  all, and hosts that prepare the same content at once end with one copy.
+  They lie in `data.cache_dir` (or `directory`), named by the config and the content of the
+  source's files; they appear whole or not at all, and hosts that prepare the same at once end
+  with one copy.
 
   Raises:
     UserError: the source, tokenizer or directory is unusable, or a split is empty.
   """
   base = Path(data.cache_dir).expanduser() if data.cache_dir else directory
+  publish.remove_abandoned(base)  # what killed preparations left
   cached = None
   if isinstance(data.source, config.Seqio):
     cached = seqio_tasks.cache(data.source, base)
-  final = base / f'data-{_content_key(data, cached)[:16]}'
+  key, digests = fingerprint.key(data, cached, base, _FORMAT)
+  final = base / f'data-{key[:16]}'
   if not (final / _MANIFEST).exists():
     with publish.new_directory(final, _MANIFEST) as temporary:
       _build(data, cached, temporary)
+  fingerprint.keep(base, digests)
   return open_prepared(final)
 
 
@@ -129,22 +139,18 @@ def open_prepared(directory: Path) -> Prepared:
     raise UserError(f'The prepared data in {directory} are damaged ({error}): delete that '
                     'directory and run again to remake them.') from error
   tokenizer = tokenizers.load(directory / 'tokenizer')
-  return Prepared(tokenizer, splits['train'], splits['validation'], directory)
+  both = splits['train'], splits['validation']
+  return Prepared(tokenizer, directory, lambda: both)
 
 
-def _content_key(data: config.Data, cached: Path | None) -> str:
-  """Hash of all that decides the examples: where they are kept and read does not."""
-  content = dataclasses.replace(data, cache_dir='', num_workers=0)
-  paths = sorted(cached.iterdir()) if cached else list(sources.files(data.source))
-  if data.validation_glob:
-    paths += sources.files(_validation_source(data))
-  match data.tokenizer:
-    case config.HuggingFaceTokenizer(path=path) | config.SentencePiece(path=path):
-      if not Path(path).expanduser().is_file():
-        raise UserError(f'Cannot read the tokenizer file {path}: there is no such file.')
-      paths.append(Path(path).expanduser())
-  stats = [(str(p.absolute()), (s := p.stat()).st_size, s.st_mtime_ns) for p in paths]
-  return hashlib.sha256(repr((_FORMAT, content, stats)).encode()).hexdigest()
+def is_prepared(directory: Path, data: config.Data) -> bool:
+  """Whether `directory` holds what `prepare` has once made of such settings."""
+  try:
+    manifest = dict(json.loads((directory / _MANIFEST).read_text()))
+  except (OSError, ValueError, TypeError):
+    return False
+  settings = repr(fingerprint.without_places(data))
+  return manifest.get('format') == _FORMAT and manifest.get('settings') == settings
 
 
 # --- Building -------------------------------------------------------------------
@@ -212,17 +218,11 @@ def _build(data: config.Data, cached: Path | None, directory: Path) -> None:
       writers['validation' if held_out else 'train'].add(tokens_n, text_bytes, target_bytes)
   written = {name: writer.close() for name, writer in writers.items()}
   _check_splits(data, written, nearest)
-  manifest = {'format': _FORMAT, 'data': repr(data), 'seq_len': data.seq_len,
+  manifest = {'format': _FORMAT, 'data': repr(data),
+              'settings': repr(fingerprint.without_places(data)), 'seq_len': data.seq_len,
               'tokenizer_fingerprint': tokenizer.fingerprint,
               'vocab_size': tokenizer.vocab_size, **written}
   (directory / _MANIFEST).write_text(json.dumps(manifest, indent=2) + '\n')
-
-
-def _validation_source(data: config.Data) -> config.Source:
-  """The source's kind over the files of `validation_glob`."""
-  # config refuses them
-  assert not isinstance(data.source, config.PythonStdlib | config.Seqio | config.Demonstrations)
-  return dataclasses.replace(data.source, glob=data.validation_glob)
 
 
 def split_keys(data: config.Data, *, held_out: bool) -> Iterator[str]:
@@ -236,7 +236,7 @@ def _texts(data: config.Data) -> Iterator[tuple[str, str, bool]]:
     yield text, key, (not data.validation_glob
                       and pack.hold_out(key) < data.validation_fraction)
   if data.validation_glob:
-    for text in sources.documents(_validation_source(data)):
+    for text in sources.documents(data.validation_source):
       yield text, text, True
 
 

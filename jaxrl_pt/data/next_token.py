@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import functools
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 import zipfile
@@ -20,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxrl_pt import files
 from jaxrl_pt.checksum import checksum
 from jaxrl_pt.models.base import Model
 from jaxrl_pt.types import Array, Batch, Params, Prompts
@@ -134,16 +134,16 @@ def load_or_score(path: Path, key: str, score: Callable[[], Positions]) -> Posit
   """The table in `path` if it was made under `key`, else `score()`, which is then kept.
 
   A damaged or unfinished file counts as absent. The file appears at once or not at all.
+
+  Raises:
+    Unwritable: the table cannot be kept.
   """
   found = _load(path, key)
   if found is not None:
     return found
   table = score()
-  path.parent.mkdir(parents=True, exist_ok=True)
-  unfinished = path.with_name(f'{path.name}.{os.getpid()}.tmp')
-  with open(unfinished, 'wb') as f:
-    np.savez(f, key=np.array(key), example=table.example, t=table.t, entropy=table.entropy)
-  os.replace(unfinished, path)
+  files.write_bytes(path, files.npz_bytes({'key': np.array(key), 'example': table.example,
+                                           't': table.t, 'entropy': table.entropy}))
   return table
 
 

@@ -36,6 +36,10 @@ _COMMENT_OR_STRING = re.compile(
     r"|'(?:[^'\\\n]|\\.)*'", re.DOTALL)
 
 
+class MissingFileError(UserError):
+  """The files that data are made of are not there."""
+
+
 def documents(source: config.Source) -> Iterator[str]:
   """Yields the non-blank texts of a source, always in the same order.
 
@@ -113,8 +117,8 @@ def _matches(pattern: str) -> list[Path]:
   found = sorted(Path(p) for p in glob.glob(os.path.expanduser(pattern), recursive=True))
   found = [path for path in found if path.is_file()]
   if not found:
-    raise UserError(f'No file matches the glob {pattern!r} (working directory {os.getcwd()}): '
-                    'give the path of an existing file.')
+    raise MissingFileError(f'No file matches the glob {pattern!r} (working directory '
+                           f'{os.getcwd()}): give the path of an existing file.')
   return found
 
 

@@ -20,7 +20,7 @@ from jaxrl_pt.errors import UserError
 from jaxrl_pt.models.base import Model
 from jaxrl_pt.sampling.engine import Engine, Request, Response
 from jaxrl_pt.serving import stream
-from jaxrl_pt.train import losses, optim
+from jaxrl_pt.train import losses, optim, places
 from jaxrl_pt.train import session as sessions
 from jaxrl_pt.train import state as states
 from jaxrl_pt.types import Params, TrainState, Weighted
@@ -70,48 +70,45 @@ class Policy:
   step: int
 
 
-def load_policy(workdir: Path, step: int | None = None, data: cfg.Data | None = None,
-                mesh: cfg.Mesh = cfg.Mesh()) -> Policy:
+def load_policy(workdir: Path, step: int | None = None, mesh: cfg.Mesh = cfg.Mesh()) -> Policy:
   """Restores the policy of a work directory onto the devices at hand.
+
+  Weights, tokenizer and settings in the directory are all it takes; the run's data are opened
+  when they are asked for.
 
   Args:
     workdir: written by `train`.
     step: which checkpoint; None takes the newest good one.
-    data: another data set to evaluate on; None opens the run's own.
     mesh: how to lay it over the devices, whatever mesh trained it.
 
   Raises:
     UserError: no such directory, no checkpoint, another tokenizer.
   """
-  session, restored = _restore(workdir, step, data, mesh, part='params')
+  session, restored = _restore(workdir, step, mesh, part='params')
   model = session.model(cfg.model_at(session.run, restored.step))
   return Policy(session, model, restored.state, restored.step)
 
 
-def _restore(workdir: Path, step: int | None, data: cfg.Data | None,
-             mesh: cfg.Mesh, part: str) -> tuple[sessions.Session, Restored]:
-  config_file = workdir / 'config.gin'
-  if not config_file.is_file():
+def _restore(workdir: Path, step: int | None, mesh: cfg.Mesh, part: str
+             ) -> tuple[sessions.Session, Restored]:
+  if not (workdir / places.CONFIG).is_file():
     raise UserError(f'{workdir} holds no config.gin: give the --workdir of a finished or '
                     'interrupted train run.')
-  run, text = gin_bindings.load([str(config_file)], [])
-  run = dataclasses.replace(run, mesh=mesh, data=data or run.data)
-  data_dir: Path | None
-  match run.objective:
-    case cfg.NextToken():
-      data_dir = None
-    case method:
-      data_dir = Path(method.start_from) / 'data'  # Where `rl.train` has left it.
-  session = sessions.open_session(run, workdir, text, data_dir)
+  checkpoints = workdir / places.CHECKPOINTS
+  # The settings that these weights were made with, which those of later steps may not be.
+  _, extras = checkpoint.read_extras(checkpoints, step)
+  run, text = gin_bindings.load([], [extras['config']])
+  run = dataclasses.replace(run, mesh=mesh)
+  session = sessions.open_session(run, workdir, text,
+                                  data=sessions.policy_data(run, workdir, extras))
   # Of the optimizer only the tree of its state is read, which no schedule changes: a run whose
   # schedule would be refused today can still be opened.
   settings = dataclasses.replace(run.optimizer, schedule=cfg.Constant(1.0))
   optimizer = optim.make_optimizer(settings, run.train.num_steps)
   abstract = states.abstract_state(session.model(run.model), optimizer, session.mesh,
                                    lambda params: states.new_method(run, params))
-  restored = checkpoint.restore(workdir / 'checkpoints',
-                                abstract.params if part == 'params' else abstract, step, part=part)
-  sessions.check_tokenizer(session, restored)
+  restored = checkpoint.restore(checkpoints, abstract.params if part == 'params' else abstract,
+                                step, part=part)
   return session, restored
 
 
@@ -122,16 +119,25 @@ def load_state(workdir: Path, step: int | None = None) -> TrainState:
 
 def load_run(workdir: Path, step: int | None = None) -> tuple[sessions.Session, Restored]:
   """A run as a checkpoint has it: its surroundings, whole state and extras."""
-  return _restore(workdir, step, None, cfg.Mesh(), part='')
+  return _restore(workdir, step, cfg.Mesh(), part='')
 
 
 def evaluate_workdir(workdir: Path, *, step: int | None = None,
                      data: cfg.Data | None = None) -> dict[str, Any]:
-  """The `eval` command: the whole validation split under a checkpoint."""
-  policy = load_policy(workdir, step, data)
-  packed = policy.session.data.validation
+  """The `eval` command: the whole validation split under a checkpoint.
+
+  Args:
+    workdir, step: as `load_policy` takes them.
+    data: another data set to evaluate on; None opens the run's own.
+  """
+  policy = load_policy(workdir, step)
+  opened = policy.session.data
+  if data is not None:
+    opened = loader.prepare(data, workdir / 'data')
+    sessions.check_tokenizer(opened, policy.session.data.tokenizer.fingerprint, workdir)
+  packed = opened.validation
   if len(packed) == 0:
-    raise UserError(f'{policy.session.data.directory} has no validation documents: set '
+    raise UserError(f'{opened.directory} has no validation documents: set '
                     'Data.validation_fraction above 0.')
   results = evaluate_packed(policy.session, policy.model.config, policy.params, packed, limit=0)
   return {'step': policy.step, 'num_targets': packed.num_targets,

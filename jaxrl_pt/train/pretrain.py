@@ -16,30 +16,38 @@ from jaxrl_pt import metrics, report
 from jaxrl_pt.checkpoint import Checkpointer
 from jaxrl_pt.data import loader
 from jaxrl_pt.parallel import memory
-from jaxrl_pt.train import optim, programs
+from jaxrl_pt.train import optim, programs, resume
 from jaxrl_pt.train import session as sessions
 from jaxrl_pt.train import state as states
 from jaxrl_pt.train.evaluate import evaluate_packed
 from jaxrl_pt.train.interrupt import stop_on_signals
+from jaxrl_pt.train.workdir import claimed
 
 
-def train(run: cfg.Run, workdir: Path, resolved_text: str) -> None:
+def train(run: cfg.Run, workdir: Path, resolved_text: str,
+          allow: frozenset[str] = frozenset()) -> None:
   """Trains `run` to its last step in `workdir`, resuming what is there.
 
   Args:
     run: with a NextToken objective.
     workdir: receives config.gin, data/, checkpoints/, metrics.jsonl, plots and report.html.
     resolved_text: the run as gin text, saved with it.
+    allow: settings that may differ from those of the checkpoint resumed from (`resume`).
 
   Raises:
-    UserError: a mistake in settings or files, a full disk, a non-finite loss.
+    UserError: a mistake in settings or files, a full disk, a non-finite loss, another run in
+      `workdir`.
     Preempted: a signal came before the last step; what has been learned is saved.
   """
+  with claimed(workdir):
+    _train(run, workdir, resolved_text, allow)
+
+
+def _train(run: cfg.Run, workdir: Path, resolved_text: str, allow: frozenset[str]) -> None:
   # --- Open ---------------------------------------------------------------------
   optim.check_schedule(run.optimizer.schedule, run.train.num_steps)
   memory.check_fits(run)
-  sessions.claim_workdir(workdir, resolved_text)
-  session = sessions.open_session(run, workdir, resolved_text)
+  session = sessions.open_session(run, workdir, resolved_text, allow=allow)
   optimizer = optim.make_optimizer(run.optimizer, run.train.num_steps)
   # Only the activations' quantiser changes over a run: every model has the same state.
   abstract = states.abstract_state(session.model(run.model), optimizer, session.mesh)
@@ -59,7 +67,9 @@ def train(run: cfg.Run, workdir: Path, resolved_text: str) -> None:
       batches.set_state(loader_state)
     start = int(state.step)
     writer = metrics.Writer(workdir, resume_step=start, num_steps=run.train.num_steps,
-                            tensorboard=run.train.tensorboard, log_every=run.train.log_every)
+                            tensorboard=run.train.tensorboard, log_every=run.train.log_every,
+                            incomplete=resume.may_differ(metrics.FILE, allow))
+    sessions.record(session, start)
     recorder = sessions.Recorder(
         writer, checkpointer, session.mesh,
         metrics.flops_per_token(run.model, run.data.seq_len / 2))
@@ -79,7 +89,7 @@ def train(run: cfg.Run, workdir: Path, resolved_text: str) -> None:
           recorder.add(_validate(session, model_config, state, run))
         stops = stop.agreed(wait=False)
         if is_last or stops or (step + 1) % run.checkpoint.every == 0:
-          recorder.flush()  # A non-finite step never reaches a checkpoint.
+          recorder.sync()  # A non-finite step never reaches a checkpoint.
           checkpointer.save(step + 1, state,
                             sessions.checkpoint_extras(session, batches.get_state()))
           recorder.restart_clock()
@@ -87,8 +97,9 @@ def train(run: cfg.Run, workdir: Path, resolved_text: str) -> None:
           checkpointer.wait()
           stop.stop(step + 1)
       recorder.flush()
-  if jax.process_index() == 0:
-    report.write_report(workdir)
+    if jax.process_index() == 0:
+      checkpointer.wait()
+      report.write_report(workdir)
 
 
 def _validate(session: sessions.Session, model: cfg.Model, state: Any,

@@ -16,7 +16,7 @@ from jaxrl_pt import config as cfg
 from jaxrl_pt import metrics
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.parallel.hosts import on_host
-from jaxrl_pt.train import evaluate, optim, rl, rollouts
+from jaxrl_pt.train import evaluate, optim, places, rl, rollouts
 from jaxrl_pt.train.stages import Drawn, Stages
 from jaxrl_pt.types import TrainState
 
@@ -31,7 +31,7 @@ def _opened(workdir: Path, step: int | None) -> Iterator[tuple[Stages, TrainStat
   if isinstance(method, cfg.NextToken):
     raise UserError(f'{workdir} holds a pretraining run, which draws nothing: give the --workdir '
                     'of a run of reinforcement learning.')
-  start = evaluate.load_policy(Path(method.start_from))
+  start = evaluate.load_policy(places.policy(method.start_from, workdir, 'start_from'))
   optimizer = optim.make_optimizer(run.optimizer, run.train.num_steps * method.algorithm.updates)
   with rl.open_task(session, method, session.model(run.model), start.params) as task:
     stages = Stages(session, task, start.params, optimizer, method.rollouts, method.algorithm)

@@ -36,8 +36,10 @@ from jaxrl_pt.train import (
   held_out,
   mismatch,
   optim,
+  places,
   problem_task,
   programs,
+  resume,
   rollouts,
   rpt,
 )
@@ -46,10 +48,12 @@ from jaxrl_pt.train import state as states
 from jaxrl_pt.train.interrupt import stop_on_signals
 from jaxrl_pt.train.stages import Drawn, Judged, Stages
 from jaxrl_pt.train.tasks import Task
+from jaxrl_pt.train.workdir import claimed
 from jaxrl_pt.types import Params, TrainState, Weighted
 
 
-def train(run: cfg.Run, workdir: Path, resolved_text: str) -> None:
+def train(run: cfg.Run, workdir: Path, resolved_text: str,
+          allow: frozenset[str] = frozenset()) -> None:
   """Runs the method to its last step in `workdir`, resuming what is there.
 
   Args:
@@ -57,18 +61,29 @@ def train(run: cfg.Run, workdir: Path, resolved_text: str) -> None:
     workdir: receives config.gin, checkpoints/, metrics.jsonl, report.html and, as asked for,
       rollouts/.
     resolved_text: the run as gin text, saved with it.
+    allow: settings that may differ from those of the checkpoint resumed from (`resume`).
 
   Raises:
-    UserError: a mistake in settings or files, a full disk, a non-finite loss.
+    UserError: a mistake in settings or files, a full disk, a non-finite loss, another run in
+      `workdir`.
     Preempted: a signal came before the last step; what has been learned is saved.
   """
-  # --- Open ---------------------------------------------------------------------
   method = run.objective
   assert not isinstance(method, cfg.NextToken)
-  start = _start_policy(run, method.start_from)
-  sessions.claim_workdir(workdir, resolved_text)
-  session = sessions.open_session(run, workdir, resolved_text, Path(method.start_from) / 'data')
-  run, method = session.run, session.run.objective  # It draws only ids that are tokens.
+  start = _start_policy(run, method.start_from, workdir)
+  with claimed(workdir):
+    # Problems are asked in the start policy's own tokens; only RPT reads documents.
+    ours = start.session.data if isinstance(method, cfg.RL) else None
+    session = sessions.open_session(run, workdir, resolved_text, data=ours, allow=allow,
+                                    data_dir=start.session.workdir / 'data')
+    sessions.check_tokenizer(session.data, start.session.data.tokenizer.fingerprint,
+                             start.session.workdir)
+    _train(session, start)
+
+
+def _train(session: sessions.Session, start: evaluate.Policy) -> None:
+  # --- Open ---------------------------------------------------------------------
+  run, workdir, method = session.run, session.workdir, session.run.objective
   assert not isinstance(method, cfg.NextToken)
   model = session.model(run.model)
   optimizer = optim.make_optimizer(run.optimizer, run.train.num_steps * method.algorithm.updates)
@@ -88,7 +103,9 @@ def train(run: cfg.Run, workdir: Path, resolved_text: str) -> None:
     turn = _Turn(0, None) if saved is None else _resumed(saved, digest, task, method, stages, state)
     first = int(state.step)
     writer = metrics.Writer(workdir, resume_step=first or -1, num_steps=run.train.num_steps,
-                            tensorboard=run.train.tensorboard, log_every=run.train.log_every)
+                            tensorboard=run.train.tensorboard, log_every=run.train.log_every,
+                            incomplete=resume.may_differ(metrics.FILE, session.allow))
+    sessions.record(session, first)
     recorder = sessions.Recorder(
         writer, checkpointer, session.mesh,
         metrics.flops_per_token(run.model, method.rollouts.prompt_len / 2))
@@ -111,7 +128,7 @@ def train(run: cfg.Run, workdir: Path, resolved_text: str) -> None:
           recorder.add(task.score(state.params))
         stops = stop.agreed(wait=True)
         if is_last or stops or (step + 1) % run.checkpoint.every == 0:
-          recorder.flush()
+          recorder.sync()
           checkpointer.save(step + 1, _with_pending(state, turn), sessions.checkpoint_extras(
               session, _position(run, step + 1, turn, digest, task)))
           recorder.restart_clock()
@@ -174,10 +191,10 @@ def open_task(session: sessions.Session, method: cfg.RL | cfg.RPT, model: Model,
         yield task
 
 
-def _start_policy(run: cfg.Run, start_from: str) -> evaluate.Policy:
+def _start_policy(run: cfg.Run, start_from: str, workdir: Path) -> evaluate.Policy:
   """The policy to begin with, once the run is known to fit the devices, and it to fit the run."""
   memory.check_fits(run)
-  start = evaluate.load_policy(Path(start_from), mesh=run.mesh)
+  start = evaluate.load_policy(places.policy(start_from, workdir, 'start_from'), mesh=run.mesh)
   _check_start(run, start_from, start)
   held_out.check(run, start.session.run)
   return start

@@ -12,6 +12,7 @@ import zipfile
 import jax
 import numpy as np
 
+from jaxrl_pt import files
 from jaxrl_pt.data.tokenizer import Tokenizer
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.parallel.hosts import on_host
@@ -22,18 +23,20 @@ FOLDER = 'rollouts'
 
 
 def dump(directory: Path, step: int, judged: Judged, tokenizer: Tokenizer) -> None:
-  """Writes the batch of `step`, arrays and text; process 0 does."""
+  """Writes the batch of `step`, arrays and text; process 0 does.
+
+  Raises:
+    Unwritable: the disk does not take them.
+  """
   drawn = judged.drawn
   trees = on_host({'prompts': drawn.prompts, 'rollout': drawn.rollout, 'verdict': judged.verdict})
   if jax.process_index() != 0:
     return
-  directory.mkdir(parents=True, exist_ok=True)
   arrays = {jax.tree_util.keystr(path, simple=True, separator='/'): leaf
             for path, leaf in jax.tree_util.tree_leaves_with_path(trees)}
-  np.savez(directory / f'{step}.npz', **arrays)
+  files.write_bytes(directory / f'{step}.npz', files.npz_bytes(arrays))
   page = {'step': step, 'batch': drawn.batch, 'groups': as_text(trees, drawn.references, tokenizer)}
-  (directory / f'{step}.json').write_text(json.dumps(page, ensure_ascii=False, indent=1),
-                                          encoding='utf-8')
+  files.write_text(directory / f'{step}.json', json.dumps(page, ensure_ascii=False, indent=1))
 
 
 def as_text(trees: dict[str, Any], references: Any, tokenizer: Tokenizer) -> list[dict[str, Any]]:

@@ -11,7 +11,6 @@ import dataclasses
 from dataclasses import dataclass
 import functools
 import hashlib
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -27,7 +26,7 @@ from jaxrl_pt.models.base import Model
 from jaxrl_pt.parallel import rules
 from jaxrl_pt.parallel.hosts import on_host
 from jaxrl_pt.sampling import decode
-from jaxrl_pt.train import evaluate, programs
+from jaxrl_pt.train import evaluate, places, programs
 from jaxrl_pt.train import session as sessions
 from jaxrl_pt.train.rlp_step import Markers
 from jaxrl_pt.train.tasks import InStep, OnDevice, Task
@@ -112,7 +111,8 @@ def _proxy(session: sessions.Session, method: cfg.RPT, model: Model,
   """The policy that says which positions are worth a prompt."""
   if not method.proxy_from:
     return model, start
-  policy = evaluate.load_policy(Path(method.proxy_from), mesh=session.run.mesh)
+  policy = evaluate.load_policy(places.policy(method.proxy_from, session.workdir, 'proxy_from'),
+                                mesh=session.run.mesh)
   if policy.session.data.tokenizer.fingerprint != session.data.tokenizer.fingerprint:
     raise UserError(f'The proxy in {method.proxy_from} has another tokenizer than the policy in '
                     f'{method.start_from}: choose one that was trained with the same.')

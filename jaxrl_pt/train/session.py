@@ -1,10 +1,14 @@
 """What both training loops open before their first step, and keep open until the last."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+import contextlib
 import dataclasses
 from dataclasses import dataclass
+import functools
 import importlib.metadata
+import os
 from pathlib import Path
+import shutil
 import time
 from typing import Any
 
@@ -12,16 +16,19 @@ import jax
 from jax.sharding import Mesh
 import numpy as np
 
+from jaxrl_pt import checkpoint, files, metrics
 from jaxrl_pt import config as cfg
-from jaxrl_pt import metrics
 from jaxrl_pt.checkpoint import Checkpointer, Restored
-from jaxrl_pt.data import loader
+from jaxrl_pt.data import loader, sources
+from jaxrl_pt.data import tokenizer as tokenizers
 from jaxrl_pt.data.tokenizer import drawable
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.models import transformer
 from jaxrl_pt.models.base import Model
 from jaxrl_pt.parallel import hosts, kernels, rules
 from jaxrl_pt.parallel.mesh import make_mesh
+from jaxrl_pt.train import places, resume
+from jaxrl_pt.train.places import CHECKPOINTS, CONFIG, TOKENIZER
 from jaxrl_pt.types import Array, Batch, TrainState, Weighted
 
 
@@ -34,6 +41,8 @@ class Session:
   resolved_text: str
   mesh: Mesh
   data: loader.Prepared
+  # Settings that may differ from those of the checkpoint resumed from, by their dotted names.
+  allow: frozenset[str] = frozenset()
 
   def model(self, config: cfg.Model) -> Model:
     """The model on this session's mesh."""
@@ -68,43 +77,84 @@ def build_model(config: cfg.Model, compute: cfg.Compute, mesh: Mesh,
                            kernels.make_ops(mesh, table))
 
 
-def claim_workdir(workdir: Path, resolved_text: str) -> None:
-  """Makes the work directory, and writes the run's settings into it if it has none yet.
-
-  Those of an earlier run stay until `restore_or_init` has found that this one continues it.
-
-  Raises:
-    UserError: it cannot be written.
-  """
-  try:
-    workdir.mkdir(parents=True, exist_ok=True)
-    with (workdir / 'config.gin').open('a', encoding='utf-8') as file:
-      if file.tell() == 0:
-        file.write(resolved_text)
-  except OSError as e:
-    raise UserError(f'The work directory {workdir} cannot be written ({e.strerror}): choose '
-                    'another --workdir.') from e
-
-
-def open_session(run: cfg.Run, workdir: Path, resolved_text: str,
-                 data_dir: Path | None = None) -> Session:
+def open_session(run: cfg.Run, workdir: Path, resolved_text: str, *,
+                 data: loader.Prepared | None = None, data_dir: Path | None = None,
+                 allow: frozenset[str] = frozenset()) -> Session:
   """Opens the mesh and the data, checking that they and the model fit together.
 
   Args:
-    data_dir: where prepared data is kept if `Data.cache_dir` is empty; None means
-      the work directory's own `data`.
+    data: what is opened already; None prepares the run's own.
+    data_dir: where it is then kept if `Data.cache_dir` is empty; None means the work
+      directory's own `data`.
+    allow: as in `Session`.
 
   Raises:
     UserError: a mesh that does not divide, a vocabulary too small, unreadable data.
   """
   mesh = make_mesh(run.mesh)
   rules.check_divides(run, mesh)
-  data = loader.prepare(run.data, Path(run.data.cache_dir or data_dir or workdir / 'data'))
+  if data is None:
+    data = _prepare(run.data, workdir, data_dir or workdir / 'data')
   if data.tokenizer.vocab_size > run.model.vocab_size:
     raise UserError(
         f'The tokenizer has {data.tokenizer.vocab_size} tokens but Model.vocab_size = '
         f'{run.model.vocab_size}: set it to at least {data.tokenizer.vocab_size}.')
-  return Session(_drawing_tokens(run, data), workdir, resolved_text, mesh, data)
+  return Session(_drawing_tokens(run, data), workdir, resolved_text, mesh, data, allow)
+
+
+def _prepare(data: cfg.Data, workdir: Path, directory: Path) -> loader.Prepared:
+  """The run's prepared data; without its texts those that its checkpoint was trained on."""
+  try:
+    return loader.prepare(data, directory)
+  except sources.MissingFileError:
+    if checkpoint.steps(workdir / CHECKPOINTS):
+      _, extras = checkpoint.read_extras(workdir / CHECKPOINTS)
+      found = _prepared_before(data, workdir, extras)
+      if found is not None:
+        print(f'note: the texts are not there; the examples prepared from them in '
+              f'{found.directory} are.', flush=True)
+        return found
+    raise
+
+
+def _prepared_before(data: cfg.Data, workdir: Path, extras: Mapping[str, Any]
+                     ) -> loader.Prepared | None:
+  """The prepared data of a checkpoint if they are where they were, or moved with its directory."""
+  where = extras.get('data', {})
+  for directory in (workdir / where['relative'], Path(where['absolute'])) if where else ():
+    if loader.is_prepared(directory, data):
+      return loader.open_prepared(directory)
+  return None
+
+
+def policy_data(run: cfg.Run, workdir: Path, extras: Mapping[str, Any]) -> loader.Prepared:
+  """The tokenizer of a trained policy, and its data if they are asked for and still there.
+
+  Args:
+    run: of the policy.
+    workdir: where its weights lie.
+    extras: of its checkpoint.
+
+  Raises:
+    UserError: the tokenizer is damaged, or not the one that the checkpoint was trained with.
+  """
+  directory = workdir / TOKENIZER
+
+  @functools.cache
+  def data() -> loader.Prepared:
+    base = workdir / 'data'
+    if not isinstance(run.objective, cfg.NextToken):
+      base = places.policy(run.objective.start_from, workdir, 'start_from') / 'data'
+    found = _prepared_before(run.data, workdir, extras) or loader.prepare(run.data, base)
+    check_tokenizer(found, extras['tokenizer'], workdir)
+    return found
+
+  if not directory.is_dir():  # as earlier versions left it, with the data alone
+    return data()
+  tokenizer = tokenizers.load(directory)
+  opened = loader.Prepared(tokenizer, directory, lambda: (data().train, data().validation))
+  check_tokenizer(opened, extras['tokenizer'], workdir)
+  return opened
 
 
 def _drawing_tokens(run: cfg.Run, data: loader.Prepared) -> cfg.Run:
@@ -127,29 +177,37 @@ def _drawing_tokens(run: cfg.Run, data: loader.Prepared) -> cfg.Run:
 
 def checkpoint_extras(session: Session, loader_state: Mapping[str, Any]) -> dict[str, Any]:
   """The JSON half of a checkpoint: all that is needed to go on, or to sample elsewhere."""
+  data = session.data.directory.absolute()
   return {
       'loader': dict(loader_state),
       'config': session.resolved_text,
       'objective': type(session.run.objective).__name__,
       'model': dataclasses.asdict(session.run.model),
       'tokenizer': session.data.tokenizer.fingerprint,
+      'data': {'absolute': str(data), 'relative': os.path.relpath(data, session.workdir)},
+      'policies': places.policies(session.run, session.workdir),
+      'environment': resume.environment(list(session.mesh.devices.flat)),
       'versions': {name: importlib.metadata.version(name)
                    for name in ('jaxrl_pt', 'jax', 'optax', 'orbax-checkpoint')},
   }
 
 
-def check_tokenizer(session: Session, restored: Restored) -> None:
-  """Refuses to go on with another tokenizer than the checkpoint was trained with.
+def check_tokenizer(data: loader.Prepared, saved: str, workdir: Path) -> None:
+  """Refuses another tokenizer than the checkpoint was trained with.
+
+  Args:
+    data: whose tokenizer it is.
+    saved: the fingerprint in the checkpoint.
+    workdir: of the checkpoint.
 
   Raises:
     UserError: the fingerprints differ.
   """
-  saved = restored.extras['tokenizer']
-  if saved != session.data.tokenizer.fingerprint:
+  if saved != data.tokenizer.fingerprint:
     raise UserError(
-        f'The tokenizer in {session.data.directory} ({session.data.tokenizer.fingerprint[:12]}) '
-        f'is not the one that checkpoint {restored.step} in {session.workdir} was trained with '
-        f'({saved[:12]}): use the same Data settings, or a new --workdir.')
+        f'The tokenizer in {data.directory} ({data.tokenizer.fingerprint[:12]}) is not the one '
+        f'that the model in {workdir} was trained with ({saved[:12]}): use the same Data '
+        'settings, or a new --workdir.')
 
 
 def check_objective(session: Session, extras: Mapping[str, Any]) -> None:
@@ -206,6 +264,15 @@ class Recorder:
     self.flush()
     self._pending = _Pending(step, values, ids, num_tokens, check)
 
+  def sync(self) -> None:
+    """Writes the pending row and waits until all rows are on disk: a checkpoint comes next.
+
+    Raises:
+      UserError: as `flush`; a non-finite step never reaches a checkpoint.
+    """
+    self.flush()
+    self._writer.sync()
+
   def add(self, values: Mapping[str, float]) -> None:
     """Adds evaluation results to the row of the pending step."""
     self._extra.update(values)
@@ -256,17 +323,75 @@ def restore_or_init(session: Session, checkpointer: Checkpointer, abstract: Trai
                     fresh: Any) -> tuple[TrainState, dict[str, Any] | None]:
   """The newest good checkpoint's state and loader state, or `fresh()` and None.
 
+  Prints what differs from the settings and surroundings of the checkpoint.
+
   Raises:
     UserError: the checkpoint is not of this run; the work directory stays as it was.
   """
-  config = session.workdir / 'config.gin'
   if checkpointer.latest_step() is None:
-    config.write_text(session.resolved_text, encoding='utf-8')
     return fresh(), None
-  # Before the arrays: another objective's state is another tree.
-  check_objective(session, checkpointer.read_extras())
+  # Before the arrays: another objective's or model's state is another tree.
+  step, extras = checkpoint.read_extras(session.workdir / CHECKPOINTS)
+  _check_settings(session, step, extras)
   restored = checkpointer.restore(abstract)
-  check_tokenizer(session, restored)
-  config.write_text(session.resolved_text, encoding='utf-8')
-  print(f'Resuming from step {restored.step} in {session.workdir}', flush=True)
+  if restored.step != step:
+    _check_settings(session, restored.step, restored.extras)
+  check_tokenizer(session.data, restored.extras['tokenizer'], session.workdir)
+  if jax.process_index() == 0:
+    print(f'Resuming from step {restored.step} in {session.workdir}', flush=True)
+    for line in _differences(session, restored):
+      print(line, flush=True)
   return restored.state, restored.extras['loader']
+
+
+def _check_settings(session: Session, step: int, extras: Mapping[str, Any]) -> None:
+  check_objective(session, extras)
+  resume.check_settings(resume.differences(extras['config'], session.resolved_text),
+                        session.allow, f'checkpoint {step} in {session.workdir}')
+
+
+def _differences(session: Session, restored: Restored) -> Iterator[str]:
+  found = resume.differences(restored.extras['config'], session.resolved_text)
+  if found:
+    yield 'Settings that differ from here on: ' + ', '.join(map(str, found))
+  here = resume.environment(list(session.mesh.devices.flat))
+  sentence = resume.describe_environment(restored.extras.get('environment', {}), here,
+                                         restored.step)
+  if sentence:
+    yield sentence
+
+
+def record(session: Session, step: int) -> None:
+  """Writes the run's tokenizer and settings into its work directory, once nothing can refuse it.
+
+  Settings that differ from those until now are kept beside them, as config_until_step_N.gin.
+
+  Args:
+    step: that the run goes on from.
+
+  Raises:
+    Unwritable: the directory cannot be written.
+  """
+  if jax.process_index() != 0:
+    return
+  _record_tokenizer(session.data.tokenizer, session.workdir / TOKENIZER)
+  config = session.workdir / CONFIG
+  before = config.read_text(encoding='utf-8') if config.is_file() else None
+  if before == session.resolved_text:
+    return
+  if before is not None and step:
+    files.write_text(session.workdir / f'config_until_step_{step}.gin', before)
+  files.write_text(config, session.resolved_text)
+
+
+def _record_tokenizer(tokenizer: tokenizers.Tokenizer, directory: Path) -> None:
+  """Keeps the tokenizer beside the weights: with them it is all that using the model takes."""
+  with contextlib.suppress(UserError):  # none yet, or not whole
+    if tokenizers.load(directory).fingerprint == tokenizer.fingerprint:
+      return
+  temporary = directory.with_name(f'.{directory.name}')
+  with files.writing(directory):
+    for old in (temporary, directory):
+      shutil.rmtree(old, ignore_errors=True)
+    tokenizer.save(temporary)
+    temporary.rename(directory)

@@ -5,15 +5,17 @@ import dataclasses
 import json
 import os
 from pathlib import Path
+import shutil
 import subprocess
 import sys
+import textwrap
 from typing import Any
 
 import numpy as np
 import pytest
 
 from jaxrl_pt import config
-from jaxrl_pt.data import loader
+from jaxrl_pt.data import fingerprint, loader, publish
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.types import Batch
 
@@ -106,6 +108,73 @@ def test_other_content_gets_another_directory(tmp_path: Path) -> None:
   _corpus(tmp_path, 130)
   directories.add(loader.prepare(data, tmp_path).directory)
   assert len(directories) == 4
+
+
+def test_a_touched_moved_or_copied_corpus_is_the_same_data(tmp_path: Path) -> None:
+  """Prepared data are named by content; a change of one byte under another time is another."""
+  (tmp_path / 'a').mkdir()
+  for name in ('1.txt', '2.txt'):
+    (tmp_path / 'a' / name).write_text(''.join(f'{name} says line {i}.\n\n' for i in range(40)))
+  data = config.Data(source=config.TextFiles(str(tmp_path / 'a' / '*.txt'), r'(?<=\n\n)'),
+                     tokenizer=config.Bytes(), seq_len=16, validation_fraction=0.2)
+  first = loader.prepare(data, tmp_path / 'data').directory
+  os.utime(tmp_path / 'a' / '1.txt', (1, 1))
+  assert loader.prepare(data, tmp_path / 'data').directory == first
+  shutil.move(tmp_path / 'a', tmp_path / 'b')
+  moved = dataclasses.replace(data, source=dataclasses.replace(
+      data.source, glob=str(tmp_path / 'b' / '*.txt')))  # type: ignore[arg-type]
+  assert loader.prepare(moved, tmp_path / 'data').directory == first
+  (tmp_path / 'data' / 'fingerprints.json').write_text('[')  # only a cache
+  assert loader.prepare(moved, tmp_path / 'data').directory == first
+  assert len(list((tmp_path / 'data').glob('data-*'))) == 1
+  text = (tmp_path / 'b' / '1.txt').read_text()
+  (tmp_path / 'b' / '1.txt').write_text('X' + text[1:])
+  assert loader.prepare(moved, tmp_path / 'data').directory != first
+  longer = dataclasses.replace(moved, seq_len=32)
+  assert len({loader.prepare(d, tmp_path / 'data').directory for d in (moved, longer)}) == 2
+
+
+def test_digests_are_read_from_files_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  data = _data(tmp_path)
+  loader.prepare(data, tmp_path / 'data')
+  monkeypatch.setattr(fingerprint.hashlib, 'file_digest', lambda *_: pytest.fail('read again'))
+  loader.prepare(data, tmp_path / 'data')
+
+
+UNFINISHED = """
+  import pathlib, sys
+  from jaxrl_pt.data import publish
+  final = pathlib.Path(sys.argv[1]) / 'data-0123456789abcdef'
+  with publish.new_directory(final, 'manifest.json') as directory:
+    (directory / 'half').write_text('')
+    print(directory.name, flush=True)
+    sys.stdin.read()
+    (directory / 'manifest.json').write_text('')
+"""
+
+
+def test_killed_preparations_are_cleaned_up_and_living_ones_are_not(tmp_path: Path) -> None:
+  children = [subprocess.Popen([sys.executable, '-c', textwrap.dedent(UNFINISHED), str(tmp_path)],
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+              for _ in range(2)]
+  names = [child.stdout.readline().strip() for child in children]  # type: ignore[union-attr]
+  (tmp_path / '.data-0123456789abcdef-00000000.lock').write_text('')  # killed before its directory
+  (tmp_path / '.other').mkdir()
+  children[0].kill()
+  children[0].wait()
+  publish.remove_abandoned(tmp_path)
+  assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
+      (names[1], f'{names[1]}.lock', '.other'))
+  children[1].communicate('')
+  assert children[1].returncode == 0
+  assert sorted(p.name for p in tmp_path.iterdir()) == ['.other', 'data-0123456789abcdef']
+  old = tmp_path / '.data-0123456789abcdef-abc_d123'  # without a lock, as earlier versions left it
+  old.mkdir()
+  publish.remove_abandoned(tmp_path)
+  assert old.is_dir()
+  os.utime(old, (1, 1))
+  publish.remove_abandoned(tmp_path)
+  assert not old.exists()
 
 
 def test_cache_dir_is_shared_between_runs(tmp_path: Path) -> None:

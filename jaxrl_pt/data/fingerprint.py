@@ -1,0 +1,113 @@
+"""Files by their content: the digests that name prepared data.
+
+Hashing reads every byte of a corpus, a second a gigabyte or so, which is little beside making
+tokens of them but much at every start. So digests are kept with the size and time of change
+that their file had, and only files that look different are read again. Touched, copied or moved
+files are the same; a file that changes under the same size and time is not seen.
+"""
+
+from collections.abc import Iterable
+import contextlib
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+
+from jaxrl_pt import config, files
+from jaxrl_pt.data import sources
+from jaxrl_pt.errors import Unwritable, UserError
+
+_KEPT = 'fingerprints.json'
+
+
+# By absolute path: size, time of change and digest.
+Known = dict[str, tuple[int, int, str]]
+
+
+def _digests(paths: Iterable[Path], known: Known) -> Known:
+  """What is known of each file, as far as its size and time of change are still the same.
+
+  Raises:
+    UserError: a file cannot be read.
+  """
+  found: Known = {}
+  for path in paths:
+    name = str(path.absolute())
+    try:
+      stat = path.stat()
+      before = known.get(name)
+      if before is not None and before[:2] == (stat.st_size, stat.st_mtime_ns):
+        found[name] = before
+        continue
+      with path.open('rb') as file:
+        digest = hashlib.file_digest(file, 'blake2b').hexdigest()[:32]
+    except OSError as error:
+      raise UserError(f'Cannot read {path}: {error.strerror or error}.') from error
+    found[name] = stat.st_size, stat.st_mtime_ns, digest
+  return found
+
+
+def keep(directory: Path, found: Known) -> None:
+  """Keeps digests in `directory` for later runs; without the right to write, they are made anew."""
+  kept = _load(directory / _KEPT)
+  if not found.items() <= kept.items():
+    with contextlib.suppress(Unwritable):
+      files.write_text(directory / _KEPT, json.dumps({**kept, **found}))
+
+
+def _load(path: Path) -> Known:
+  """What is kept; nothing where the file is missing or is not what `keep` writes."""
+  try:
+    kept = json.loads(path.read_text(encoding='utf-8'))
+  except (OSError, ValueError, RecursionError):
+    return {}
+  if not isinstance(kept, dict):
+    return {}
+  return {name: tuple(value) for name, value in kept.items()
+          if isinstance(value, list) and [type(x) for x in value] == [int, int, str]}
+
+
+def key(data: config.Data, cached: Path | None, base: Path, form: int) -> tuple[str, Known]:
+  """Hash of all that decides the examples: where they are kept, read and found does not.
+
+  Args:
+    data: of the run.
+    cached: the files of a seqio task.
+    base: where digests are kept.
+    form: version of the prepared files.
+
+  Returns:
+    The hash, and the digests that it was made of, to `keep`.
+
+  Raises:
+    UserError: no file of the source, or one that cannot be read.
+  """
+  paths = sorted(cached.iterdir()) if cached else list(sources.files(data.source))
+  counts = [len(paths)]  # tells the source's files from those of the other splits
+  if data.validation_glob:
+    paths += sources.files(data.validation_source)
+    counts.append(len(paths))
+  match data.tokenizer:
+    case config.HuggingFaceTokenizer(path=path) | config.SentencePiece(path=path):
+      if not Path(path).expanduser().is_file():
+        raise sources.MissingFileError(f'Cannot read the tokenizer file {path}: there is no such '
+                                       'file.')
+      paths.append(Path(path).expanduser())
+  found = _digests(paths, _load(base / _KEPT))
+  content = (form, without_places(data), counts,
+             [(p.suffix == '.gz', found[str(p.absolute())][2]) for p in paths])
+  return hashlib.sha256(repr(content).encode()).hexdigest(), found
+
+
+def without_places(data: config.Data) -> config.Data:
+  """The config without what only says where something lies."""
+  data = dataclasses.replace(data, cache_dir='', num_workers=0)
+  match data.source:
+    case config.TextFiles() | config.Jsonl() | config.Parquet() | config.ArrayRecord() as source:
+      data = dataclasses.replace(
+          data, source=dataclasses.replace(source, glob='*'),
+          validation_glob='*' if data.validation_glob else '')
+  match data.tokenizer:
+    case config.HuggingFaceTokenizer() | config.SentencePiece() as tokenizer:
+      data = dataclasses.replace(data, tokenizer=dataclasses.replace(tokenizer, path='*'))
+  return data

@@ -1,0 +1,157 @@
+"""Writing files of a run: whole or not at all, under locks, with one sentence where it fails."""
+
+from collections.abc import Iterator, Mapping
+import contextlib
+import errno
+import fcntl
+import io
+import os
+from pathlib import Path
+import re
+import secrets
+from typing import Any
+
+import numpy as np
+
+from jaxrl_pt.errors import Unwritable
+
+_TEMPORARY = '.tmp'
+# What the operating system says of a disk, a quota or a size limit that is used up.
+FULL = tuple(os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
+# Libraries report its errors as text: "[OS error 28: ENOSPC No space left on device]".
+_OS_ERROR = re.compile('|'.join((r'\bE[A-Z]{3,}\b', *FULL)))
+# What `flock` answers on a file system that has no locks.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+
+
+@contextlib.contextmanager
+def writing(path: Path | str) -> Iterator[None]:
+  """Turns an operating-system error into one sentence that names `path`.
+
+  Raises:
+    Unwritable: for any OSError inside but a closed pipe, which is no mistake of a disk.
+  """
+  try:
+    yield
+  except BrokenPipeError:
+    raise
+  except OSError as error:
+    raise Unwritable(f'cannot write {path} ({error.strerror or error})') from error
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+  """Replaces `path` by the content, synced, in one rename; makes its directory if absent.
+
+  Raises:
+    Unwritable: it cannot be written; the file is then as it was.
+  """
+  temporary = path.with_name(f'.{path.name}.{secrets.token_hex(6)}{_TEMPORARY}')
+  with writing(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+      # Without a buffer nothing is left to fail when the file is closed.
+      with temporary.open('xb', buffering=0) as file:
+        write_all(file.fileno(), content)
+        os.fsync(file.fileno())
+      temporary.replace(path)
+      sync(path.parent)
+    except OSError:
+      temporary.unlink(missing_ok=True)
+      raise
+
+
+def write_text(path: Path, text: str) -> None:
+  """`write_bytes` of text as UTF-8."""
+  write_bytes(path, text.encode())
+
+
+def npz_bytes(arrays: Mapping[str, Any]) -> bytes:
+  """The arrays as the content of a .npz file; nothing is pickled."""
+  buffer = io.BytesIO()
+  np.savez(buffer, **arrays)
+  return buffer.getvalue()
+
+
+def remove_temporaries(directory: Path) -> None:
+  """Removes what a killed `write_bytes` left in `directory`; its owner alone may call this."""
+  for path in directory.glob(f'.*{_TEMPORARY}'):
+    path.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+  """Blocks until a directory's entries are on disk."""
+  descriptor = os.open(path, os.O_RDONLY)
+  try:
+    with contextlib.suppress(OSError):  # some network file systems cannot, and need not
+      os.fsync(descriptor)
+  finally:
+    os.close(descriptor)
+
+
+def write_all(descriptor: int, data: bytes) -> None:
+  """os.write until all is written: a disk that fills up takes a part first."""
+  while data:
+    data = data[os.write(descriptor, data):]
+
+
+def reason_of(error: BaseException | None) -> str | None:
+  """What the operating system said behind `error` or its causes; None if it said nothing."""
+  seen: set[int] = set()
+  while error is not None and id(error) not in seen:
+    seen.add(id(error))
+    if isinstance(error, OSError) and error.errno is not None:
+      return os.strerror(error.errno)
+    if 'NOT_FOUND' in str(error):  # the file format misses what it has just written
+      return os.strerror(errno.ENOENT)
+    for found in _OS_ERROR.finditer(str(error)):
+      if found[0] in FULL:
+        return found[0]
+      if found[0] in vars(errno):
+        return os.strerror(getattr(errno, found[0]))
+    error = error.__cause__ or error.__context__
+  return None
+
+
+# --- Locks ----------------------------------------------------------------------------
+
+
+class HeldError(Exception):
+  """Another process holds the lock; the message is what it wrote about itself."""
+
+
+@contextlib.contextmanager
+def locked(path: Path, note: str = '') -> Iterator[bool]:
+  """Holds an exclusive lock on the file `path`, which its holder's death releases as well.
+
+  The lock is `flock`'s. Linux passes it on to NFS, so that it also holds between hosts where the
+  server has locks; a file system without any cannot keep two processes apart.
+
+  Args:
+    path: a file that is made if absent and stays; its name in the directory is the lock's.
+    note: written into it for whom the lock keeps out.
+
+  Yields:
+    Whether there is a lock: False on a file system that has none.
+
+  Raises:
+    HeldError: another process has it.
+    OSError: the file cannot be made.
+  """
+  descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+  try:
+    supported = True
+    try:
+      fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+      raise HeldError(os.read(descriptor, 4096).decode(errors='replace')) from error
+    except OSError as error:
+      if error.errno not in _NO_LOCKS:
+        raise
+      supported = False
+    if not path.exists() or not os.path.samestat(os.fstat(descriptor), os.stat(path)):
+      raise HeldError('it was removed just now')  # its last holder has cleared it away
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, note.encode(), 0)
+    yield supported
+  finally:
+    os.close(descriptor)
