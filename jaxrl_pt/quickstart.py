@@ -62,7 +62,7 @@ class _Child:
       SystemExit: the child failed because of a mistake of the user, which it has said.
       UserError: it failed otherwise.
     """
-    with _ended(self.start()) as process:
+    with _ended(self.start) as process:
       code = process.wait()
     if code:
       self._failed(code)
@@ -79,7 +79,7 @@ class _Child:
     Raises:
       SystemExit, UserError: as `run`; UserError also if the child ended by itself before.
     """
-    with _ended(self.start()) as process:
+    with _ended(self.start) as process:
       while not reached():
         if process.poll() is not None:
           self._failed(process.returncode)
@@ -95,12 +95,32 @@ class _Child:
 
 
 @contextlib.contextmanager
-def _ended(process: subprocess.Popen[bytes]):  # type: ignore[no-untyped-def]
-  """Never leaves a child behind, whatever interrupts the parent."""
+def _held_signals() -> Iterator[None]:
+  """Signals that would unwind this process do so at the end of the block."""
+  noted: list[int] = []
+  numbers = [s for s in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+             if threading.current_thread() is threading.main_thread()
+             and callable(signal.getsignal(s))]
+  previous = {s: signal.signal(s, lambda number, frame: noted.append(number)) for s in numbers}
   try:
+    yield
+  finally:
+    for number, handler in previous.items():
+      signal.signal(number, handler)
+    if noted:
+      signal.raise_signal(noted[0])
+
+
+@contextlib.contextmanager
+def _ended(start: Callable[[], subprocess.Popen[bytes]]) -> Iterator[subprocess.Popen[bytes]]:
+  """Never leaves a child behind, whatever interrupts the parent."""
+  process = None
+  try:
+    with _held_signals():  # Between its birth and our knowing of it, a child would be lost.
+      process = start()
     yield process
   finally:
-    if process.poll() is None:
+    if process is not None and process.poll() is None:
       process.terminate()
       try:
         process.wait(timeout=30)
