@@ -24,3 +24,7 @@ class Unwritable(UserError):
   def __init__(self, problem: str) -> None:
     super().__init__(f'{problem}: free some space or choose another work directory, then resume.')
     self.problem = problem
+
+
+class MissingFileError(UserError):
+  """The files that data are made of are not there."""

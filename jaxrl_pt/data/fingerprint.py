@@ -15,7 +15,7 @@ from pathlib import Path
 
 from jaxrl_pt import config, files
 from jaxrl_pt.data import sources
-from jaxrl_pt.errors import Unwritable, UserError
+from jaxrl_pt.errors import MissingFileError, Unwritable, UserError
 
 _KEPT = 'fingerprints.json'
 
@@ -90,8 +90,8 @@ def key(data: config.Data, cached: Path | None, base: Path, form: int) -> tuple[
   match data.tokenizer:
     case config.HuggingFaceTokenizer(path=path) | config.SentencePiece(path=path):
       if not Path(path).expanduser().is_file():
-        raise sources.MissingFileError(f'Cannot read the tokenizer file {path}: there is no such '
-                                       'file.')
+        raise MissingFileError(f'Cannot read the tokenizer file {path}: there is no such '
+                               'file.')
       paths.append(Path(path).expanduser())
   found = _digests(paths, _load(base / _KEPT))
   content = (form, without_places(data), counts,

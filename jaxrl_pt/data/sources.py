@@ -21,7 +21,7 @@ import zlib
 
 from jaxrl_pt import config
 from jaxrl_pt.data import generated, gym_questions
-from jaxrl_pt.errors import UserError
+from jaxrl_pt.errors import MissingFileError, UserError
 
 # Tests, vendored wheels and tables of code points are not prose about programs.
 _SKIPPED_DIRECTORIES = {'site-packages', 'dist-packages', 'test', 'tests', 'idle_test', 'lib2to3',
@@ -34,10 +34,6 @@ _COMMENT_OR_STRING = re.compile(
     r"|'''(?P<single>[^'\\]*(?:(?:\\.|'(?!''))[^'\\]*)*)'''"
     r'|"(?:[^"\\\n]|\\.)*"'
     r"|'(?:[^'\\\n]|\\.)*'", re.DOTALL)
-
-
-class MissingFileError(UserError):
-  """The files that data are made of are not there."""
 
 
 def documents(source: config.Source) -> Iterator[str]:
@@ -117,8 +113,8 @@ def _matches(pattern: str) -> list[Path]:
   found = sorted(Path(p) for p in glob.glob(os.path.expanduser(pattern), recursive=True))
   found = [path for path in found if path.is_file()]
   if not found:
-    raise MissingFileError(f'No file matches the glob {pattern!r} (working directory '
-                           f'{os.getcwd()}): give the path of an existing file.')
+    where = f'{pattern!r} (working directory {os.getcwd()})'
+    raise MissingFileError(f'No file matches the glob {where}: give the path of an existing file.')
   return found
 
 

@@ -19,10 +19,10 @@ import numpy as np
 from jaxrl_pt import checkpoint, files, metrics
 from jaxrl_pt import config as cfg
 from jaxrl_pt.checkpoint import Checkpointer, Restored
-from jaxrl_pt.data import loader, sources
+from jaxrl_pt.data import loader
 from jaxrl_pt.data import tokenizer as tokenizers
 from jaxrl_pt.data.tokenizer import drawable
-from jaxrl_pt.errors import UserError
+from jaxrl_pt.errors import MissingFileError, UserError
 from jaxrl_pt.models import transformer
 from jaxrl_pt.models.base import Model
 from jaxrl_pt.parallel import hosts, kernels, rules
@@ -106,7 +106,7 @@ def _prepare(data: cfg.Data, workdir: Path, directory: Path) -> loader.Prepared:
   """The run's prepared data; without its texts those that its checkpoint was trained on."""
   try:
     return loader.prepare(data, directory)
-  except sources.MissingFileError:
+  except MissingFileError:
     if checkpoint.steps(workdir / CHECKPOINTS):
       _, extras = checkpoint.read_extras(workdir / CHECKPOINTS)
       found = _prepared_before(data, workdir, extras)
