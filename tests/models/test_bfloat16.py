@@ -23,6 +23,7 @@ import pytest
 
 from jaxrl_pt import config as cfg
 from jaxrl_pt import params as P
+from jaxrl_pt.data import next_token
 from jaxrl_pt.models import transformer
 from jaxrl_pt.models.logprobs import token_logprobs
 from jaxrl_pt.nn import attention, embed
@@ -30,9 +31,9 @@ from jaxrl_pt.nn import quant as quantisers
 from jaxrl_pt.nn.linear import linear, matmul
 from jaxrl_pt.nn.norm import rms_norm
 from jaxrl_pt.nn.ops import Ops
-from jaxrl_pt.sampling import branch
-from jaxrl_pt.train import losses, step
-from jaxrl_pt.types import Batch, TrainState
+from jaxrl_pt.sampling import branch, decode, engine, resa, resa_speculate
+from jaxrl_pt.train import learner, losses, step
+from jaxrl_pt.types import Batch, Prompts, TrainState
 
 LOW = jnp.bfloat16
 ROUNDED = 2.0**-8
@@ -214,3 +215,113 @@ def test_pretraining(tied, chunk, accumulation, remat):
   low = cfg.Compute('bfloat16', remat, loss_chunk=chunk)
   assert_near(pretraining_gradient(config, low, accumulation),
               pretraining_gradient(config, cfg.Compute(), 1))
+
+
+# --- Reinforcement learning ---------------------------------------------------------------
+
+
+DOCS, GROUP, RESPONSE = 2, 16, 24
+
+
+def learner_gradient(compute, is_shared):
+  """Of the policy gradient over GROUP responses to each document, advantages of one sign."""
+  model, params = transformer.build(CONFIG, compute), parameters(CONFIG)
+  tokens = zipf(DOCS, 16)
+  prompts = branch.documents(tokens, jnp.full((DOCS, 1), 16), jnp.arange(DOCS)[:, None])
+  shape = (DOCS, GROUP, RESPONSE)
+  lesson = learner.Lesson(
+      prompts, zipf(DOCS * GROUP, RESPONSE, seed=1).reshape(shape), jnp.ones(shape),
+      *[jnp.full(shape, -3.0)] * 3, jnp.ones(shape), jnp.zeros(shape),
+      jnp.full(shape, 1 / (DOCS * GROUP * RESPONSE)))
+  loss = learner.make_loss(model, cfg.Sampler(), cfg.Algorithm(), compute.loss_chunk)
+
+  @jax.jit
+  def gradient(params):
+    if not is_shared:
+      return learner._accumulate(loss, (params, {}), lesson, 1)[1][0]
+    shared = learner.Shared(*jax.vjp(lambda p: decode.prefill(model, p, tokens), params))
+    return learner._through(loss, (params, {}), lesson, shared)[1][0]
+
+  return gradient(params)
+
+
+@pytest.mark.parametrize('is_shared', [False, True])
+def test_the_learner(is_shared, monkeypatch):
+  """Branches in many blocks, a head in many pieces, documents computed with them or before."""
+  expected = learner_gradient(cfg.Compute(), is_shared)
+  monkeypatch.setattr(attention, 'BRANCH_BLOCK', 2)
+  assert_near(learner_gradient(cfg.Compute('bfloat16', loss_chunk=4), is_shared), expected)
+
+
+# --- Logits -------------------------------------------------------------------------------
+
+# Logits of up to 12, which in bfloat16 stand 1/16 apart. Without any weights in its layers a
+# model's hidden states are its embeddings' norms, whatever cache they went through.
+SILENT = {**parameters(CONFIG), 'head': 4 * parameters(CONFIG)['head'],
+          'layers': jax.tree.map(jnp.zeros_like, parameters(CONFIG)['layers'])}
+MODEL = transformer.build(CONFIG, cfg.Compute('bfloat16'))
+PROMPTS = Prompts(zipf(2, 4), jnp.full(2, 4), jnp.arange(2), jnp.zeros((2, 0), jnp.int32),
+                  jnp.zeros(2, jnp.int32), jnp.zeros(2))
+DRAWN = dict(num_samples=3, num_tokens=6)
+
+
+def log_probabilities(tokens):
+  """f64[…, V] after each token, from bfloat16 hidden states and head."""
+  normed = exact(rms_norm(SILENT['embed'].astype(LOW)[tokens], SILENT['final_norm'], 1e-5))
+  logits = normed @ exact(SILENT['head'].astype(LOW))
+  assert np.abs(logits).max() > 10
+  logits -= logits.max(-1, keepdims=True)
+  return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+def of_tokens(tokens_NGS):
+  before = jnp.concatenate([jnp.broadcast_to(PROMPTS.tokens[:, None, -1:], (2, 3, 1)),
+                            tokens_NGS[..., :-1]], -1)
+  after = np.take_along_axis(log_probabilities(before), np.asarray(tokens_NGS)[..., None], -1)
+  return after[..., 0]
+
+
+def dense(params, key):
+  return decode.generate(MODEL, params, PROMPTS, key, sampler=cfg.Sampler(), **DRAWN)
+
+
+def sparse(params, key):
+  return resa.generate(MODEL, params, PROMPTS, key, sampler=cfg.Sampler(),
+                       resa=cfg.ReSA(4, 1.0), **DRAWN)
+
+
+def drafted(params, key):
+  return resa_speculate.generate(MODEL, params, PROMPTS, key, sampler=cfg.Sampler(),
+                                 sparse=cfg.ReSA(4, 1.0), num_drafts=2, **DRAWN)[0]
+
+
+@pytest.mark.parametrize('draws', [dense, sparse, drafted])
+def test_samplers_and_learner_take_float32_logits(draws):
+  rollout = jax.jit(draws)(SILENT, jax.random.key(0))
+  expected = of_tokens(rollout.tokens)
+  np.testing.assert_allclose(rollout.logp, expected, atol=1e-4)
+  scores = jax.jit(lambda tokens: learner.response_scores(
+      MODEL, SILENT, PROMPTS, tokens, cfg.Sampler(), 4))(rollout.tokens)
+  np.testing.assert_allclose(scores.logp, expected, atol=1e-4)
+
+
+def test_the_engine_takes_float32_logits():
+  sizes = cfg.Engine(slots=2, queue=4, prompt_len=4, response_len=8, page_size=4,
+                     prefill_chunk=4, steps_per_call=6)
+  one = engine.Engine(MODEL, SILENT, sizes, seed=0, token_bytes=[b'x'] * VOCAB)
+  asked = [engine.Request(tuple(map(int, row)), i, 6, 3, cfg.Sampler(), ())
+           for i, row in enumerate(PROMPTS.tokens)]
+  done = one.run(asked)
+  tokens, logp = (np.array([[getattr(r, name) for r in group] for group in done])
+                  for name in ('tokens', 'logp'))
+  np.testing.assert_allclose(logp, of_tokens(jnp.asarray(tokens)), atol=1e-4)
+
+
+def test_the_entropy_of_positions_comes_from_float32_logits():
+  tokens = zipf(2, 16)
+  rows = jnp.broadcast_to(jnp.arange(16), tokens.shape)
+  batch = Batch(tokens, tokens, rows, jnp.ones_like(tokens), jnp.ones(tokens.shape), jnp.arange(2))
+  found = jax.jit(functools.partial(next_token.position_entropy, MODEL))(SILENT, batch)
+  top = np.sort(log_probabilities(tokens))[..., -16:]
+  q = np.exp(top) / np.exp(top).sum(-1, keepdims=True)
+  np.testing.assert_allclose(found, -(q * np.log(q)).sum(-1), atol=1e-4)
