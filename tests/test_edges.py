@@ -66,11 +66,11 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> Opened:
   """In place of the loops: all that a loop checks before it reads data or compiles."""
   found = Opened()
 
-  def open_run(run: cfg.Run, workdir: Path, text: str) -> None:
+  def open_run(run: cfg.Run, workdir: Path, text: str, allow: frozenset[str]) -> None:
     memory.check_fits(run)
     sessions.rules.check_divides(run, make_mesh(run.mesh))
     if isinstance(run.data.source, READS) or isinstance(run.data.tokenizer, READS):
-      sessions.open_session(run, workdir, text)
+      sessions.open_session(run, workdir, text, allow=allow)
     found.run = run
 
   monkeypatch.setattr(pretrain, 'train', open_run)

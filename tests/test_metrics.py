@@ -1,5 +1,6 @@
 """The metrics file has no gap and no repeat, whatever killed the run that wrote it."""
 
+import contextlib
 import io
 import json
 import math
@@ -212,11 +213,13 @@ def test_rows_are_synced_on_request(tmp_path, monkeypatch):
 @pytest.mark.skipif(not os.path.exists('/dev/full'), reason='this system has no /dev/full')
 def test_event_files_and_standard_output_on_a_full_disk(tmp_path, monkeypatch):
   with metrics.Writer(tmp_path, resume_step=0, num_steps=9, tensorboard=True) as writer:
-    with open('/dev/full', 'w') as full, monkeypatch.context() as patched:
+    full = open('/dev/full', 'w')
+    with monkeypatch.context() as patched:
       patched.setattr(metrics.sys, 'stdout', full)
       with pytest.raises(Unwritable, match='cannot write standard output .No space left'):
         writer.write(1, {}, {})
-      full.detach()
+    with contextlib.suppress(OSError):  # What it could not write, it cannot close.
+      full.close()
     writer._events._file.close()
     writer._events._file = open('/dev/full', 'wb', buffering=0)
     with pytest.raises(Unwritable, match='cannot write .*tfevents.*No space left on device'):

@@ -39,14 +39,14 @@ def train(run: cfg.Run, workdir: Path, resolved_text: str,
       `workdir`.
     Preempted: a signal came before the last step; what has been learned is saved.
   """
+  optim.check_schedule(run.optimizer.schedule, run.train.num_steps)
+  memory.check_fits(run)
   with claimed(workdir):
     _train(run, workdir, resolved_text, allow)
 
 
 def _train(run: cfg.Run, workdir: Path, resolved_text: str, allow: frozenset[str]) -> None:
   # --- Open ---------------------------------------------------------------------
-  optim.check_schedule(run.optimizer.schedule, run.train.num_steps)
-  memory.check_fits(run)
   session = sessions.open_session(run, workdir, resolved_text, allow=allow)
   optimizer = optim.make_optimizer(run.optimizer, run.train.num_steps)
   # Only the activations' quantiser changes over a run: every model has the same state.

@@ -3,7 +3,8 @@ against the definitions.
 
 What cannot run here: what Mosaic makes of the kernels (layouts, VMEM, the order of copies; the
 TPU interpreter of `tests/pallas_kernels` looks for races, the compiler is asked in `tests/tpu`),
-4-bit operands in that interpreter, XLA's own 2-bit arrays on a chip, and collectives between
+4-bit operands in that interpreter, XLA's own 2-bit arrays on a chip, sparse decoding inside a
+whole model (its kernel alone runs in `tests/pallas_kernels`), and collectives between
 chips: `test_kernels.py` has them between eight CPU devices, `tests/e2e/test_two_hosts.py`
 between processes.
 """
@@ -24,8 +25,7 @@ from jaxrl_pt.nn.attention import attention, packed_mask
 from jaxrl_pt.nn.linear import normed_linear
 from jaxrl_pt.parallel import kernels, rules
 from jaxrl_pt.parallel.mesh import make_mesh
-from jaxrl_pt.sampling import branch, handover, resa, resa_attention
-from pallas_kernels import sparse_decode
+from jaxrl_pt.sampling import branch, handover
 
 MESH = make_mesh(cfg.Mesh(), jax.devices()[:1])
 KERNELS = kernels.kernel_ops(MESH, rules.TRAIN, 'v5e', interpret=True)
@@ -155,9 +155,9 @@ def kernels_of(jaxpr):
 
 
 def test_handed_over_packed_weights_run_through_the_kernels():
-  plain, fast = (model_of(o, BITNET, 'bfloat16') for o in (ops.Ops(), KERNELS))
+  plain, fast = (model_of(o, BITNET) for o in (ops.Ops(), KERNELS))
   params = jax.jit(lambda key: P.init(plain.specs, key))(jax.random.key(0))
-  policy = handover.make_hand_over(plain, MESH, packed=True, dtype=jnp.bfloat16)(params, 3)
+  policy = handover.make_hand_over(plain, MESH, packed=True)(params, 3)
   assert policy.params['layers']['wq'].codes.dtype == jnp.int2 and policy.version == 3
   tokens = jax.random.randint(jax.random.key(1), (2, 128), 0, 32)
   rows = jnp.broadcast_to(jnp.arange(128), tokens.shape), jnp.ones_like(tokens)
@@ -186,24 +186,6 @@ def test_the_learners_gradient_with_the_mesh_of_a_chip():
   for one, other in zip(jax.tree.leaves(gradient(fast)), jax.tree.leaves(gradient(plain)),
                         strict=True):
     assert off(one, other) < 1e-4
-
-
-def test_sparse_decoding_with_the_kernels_of_a_chip(monkeypatch):
-  config = cfg.Model(num_layers=1, d_model=32, d_ff=32, num_heads=2, num_kv_heads=1,
-                     head_dim=128, vocab_size=19)
-  model = transformer.build(config)
-  params = jax.jit(lambda key: P.init(model.specs, key))(jax.random.key(0))
-  settings, block, lengths = cfg.ReSA(16, 0.5, min_blocks=1), 16, jnp.array([60, 41])
-  table, num_pages = resa_attention.rows_of_pages(2, 5)
-  cache = resa_attention.init(config, table, num_pages, block, jnp.float32)
-  tokens = jax.random.randint(jax.random.key(1), (2, 64), 0, 19)
-  _, cache = resa.prefill(model, params, cache, tokens[:, :60], lengths)
-  monkeypatch.setattr(resa_attention, 'sparse_decode',
-                      functools.partial(sparse_decode.sparse_decode, interpret=True))
-  expected, found = (resa.decode(model, params, settings, cache, tokens[:, 60], lengths,
-                                 jnp.array([True, True]), generation)[0]
-                     for generation in (None, 'v5e'))
-  np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 # --- Dispatch ---------------------------------------------------------------------------------

@@ -112,7 +112,7 @@ EXTREMES = [
     Sampler(top_p=1e-300), Sampler(top_p=1e-38), Sampler(top_p=5e-324), Sampler(top_p=1e-7),
     Sampler(top_p=1 - 1e-12), Sampler(top_p=1 - 1e-7), Sampler(0.7, top_p=1e-300),
     Sampler(min_p=1e-300), Sampler(min_p=5e-324), Sampler(min_p=1.0), Sampler(min_p=1 - 1e-12),
-    Sampler(top_k=1), Sampler(top_k=2**31), Sampler(top_k=2**63),
+    Sampler(top_k=1), Sampler(top_k=2**31 - 1),
     Sampler(1e-300), Sampler(1e-38), Sampler(1e-20, banned=(0,)), Sampler(1e30), Sampler(1e308),
     Sampler(1e30, banned=(0, 2)), Sampler(3.0, banned=(0,)), Sampler(1e-300, top_p=1e-300),
     Sampler(banned=tuple(range(5))), Sampler(0.0, banned=tuple(range(5))),
