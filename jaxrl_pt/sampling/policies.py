@@ -21,10 +21,6 @@ from jaxrl_pt.types import Array
 MASKED = -1e30
 
 
-# A temperature is read as one in this range, so that no quotient overflows or vanishes.
-LEAST_TEMPERATURE, MOST_TEMPERATURE = 1e-6, 1e30
-
-
 def filtered_logits(logits: Array, sampler: Sampler) -> Array:
   """Logits whose softmax is the distribution drawn from.
 
@@ -82,11 +78,8 @@ class _Settings(NamedTuple):
 
 
 def _settings(sampler: Sampler, vocab_size: int) -> _Settings:
-  greedy = sampler.temperature == 0
-  temperature = 0.0 if greedy else np.clip(sampler.temperature, LEAST_TEMPERATURE,
-                                           MOST_TEMPERATURE)
   return _Settings(
-      np.float32(temperature), min(sampler.top_k or vocab_size, vocab_size),
+      np.float32(sampler.temperature), min(sampler.top_k or vocab_size, vocab_size),
       np.float32(sampler.top_p),
       np.float32(np.log(sampler.min_p) if sampler.min_p > 0 else -np.inf),
       tuple(sorted({token for token in sampler.banned if token < vocab_size})))

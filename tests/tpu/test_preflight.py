@@ -72,7 +72,8 @@ def test_rpt_compiles_as_one_program(capsys):
 
 @needs_libtpu
 def test_what_does_not_fit_is_an_answer(capsys):
-  code = main.main([*TINY, '--no_search', '--gin_bindings', 'cfg.Model.num_layers = 30000'])
+  code = main.main([*TINY, '--no_search', '--gin_bindings', 'cfg.Model.num_layers = 4096',
+                    '--gin_bindings', 'cfg.Model.d_ff = 8192'])
   out = capsys.readouterr().out
   assert code == 1
   assert 'DOES NOT FIT' in out and 'GiB' in out and 'Traceback' not in out
