@@ -12,7 +12,7 @@ STAMP := $(VENV)/.installed
 LOCK := requirements/cpu.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint parity seqio libtpu verifiers mutate golden lock clean
+.PHONY: help quickstart test slow lint parity seqio libtpu verifiers mutate golden lock clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -20,8 +20,11 @@ help: ## this list
 quickstart: $(STAMP) ## the main job on real text, offline, in minutes (DATA='glob' for your own text)
 	@$(BIN)/jaxrl-pt quickstart --workdir '$(WORKDIR)' $(if $(DATA),--data '$(DATA)')
 
-test: $(STAMP) ## all tests; those against PyTorch and seqio if they are installed
-	@$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal $(PYTEST_FLAGS)
+test: $(STAMP) ## all tests but the slow ones; those against PyTorch and seqio if installed
+	@$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal -m 'not slow' $(PYTEST_FLAGS)
+
+slow: $(STAMP) ## the tests that take a minute or more each
+	@$(BIN)/python -m pytest -m slow $(PYTEST_FLAGS)
 
 lint: $(STAMP) ## ruff and mypy
 	@$(BIN)/ruff check .

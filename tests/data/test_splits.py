@@ -112,7 +112,7 @@ def test_held_out_positions_are_of_documents_that_training_never_saw(tmp_path):
 def _run(data: cfg.Data, objective) -> cfg.Run:
   model = cfg.Model(num_layers=1, d_model=16, d_ff=16, num_heads=2, num_kv_heads=1, head_dim=8,
                     vocab_size=264)
-  batch_size = 4 if isinstance(objective, cfg.NextToken) else 0  # RL has no use for it.
+  batch_size = 0 if isinstance(objective, cfg.RL) else 4  # RL has no use for it.
   return cfg.Run(seed=0, model=model, data=data, objective=objective,
                  optimizer=cfg.AdamW(cfg.Constant(1e-3)), train=cfg.Train(1, batch_size))
 

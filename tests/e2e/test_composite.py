@@ -17,6 +17,7 @@ BINDINGS = (
     'cfg.Train.num_steps = 2', 'cfg.Checkpoint.every = 1', 'cfg.Rollouts.dump_every = 1')
 
 
+@pytest.mark.slow
 def test_every_command_opens_it(pretrained: Job, make_job: Callable[..., Job],
                                 capsys: pytest.CaptureFixture[str]):
   job = make_job(RL, bindings=BINDINGS, start_from=str(pretrained.workdir))

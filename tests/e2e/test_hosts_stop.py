@@ -61,6 +61,7 @@ def test_one_host_or_both_stop_all_at_one_step(make_job: Callable[..., Job]):
   assert [row['step'] for row in job.rows()] == list(range(1, second + 1))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_reinforcement_stops_too(make_job: Callable[..., Job], pretrained: Job):
   job = make_job(RL, start_from=str(pretrained.workdir), bindings=ENDLESS)

@@ -54,7 +54,7 @@ def one_process(make_job: Callable[..., Job]) -> Path:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize('count', READS)
+@pytest.mark.parametrize('count', [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_every_axis_may_span_hosts(make_job: Callable[..., Job], one_process: Path, count: int):
   directory = train(make_job(SMALL), count, list(READS[count]))
   expected = metrics.read_rows(one_process / metrics.FILE)

@@ -89,6 +89,7 @@ def test_what_splash_attention_does_not_take_lands_on_the_definition():
 # --- The rotated input --------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize('kind', ['int8', 'int4'])
 def test_the_kernels_codes_are_the_definitions(dtype, kind):
@@ -123,6 +124,7 @@ def test_the_gradient_through_the_rotated_input(gain):
 # --- Packed weights -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', ['int8', 'int4'])
 def test_packed_weights_give_the_latent_weights_bits(kind):
   x, w = draw(2, 16, 128, dtype=jnp.bfloat16), draw(128, 256, seed=1)
@@ -154,6 +156,7 @@ def kernels_of(jaxpr):
           if name in str(jaxpr)}
 
 
+@pytest.mark.slow
 def test_handed_over_packed_weights_run_through_the_kernels():
   plain, fast = (model_of(o, BITNET) for o in (ops.Ops(), KERNELS))
   params = jax.jit(lambda key: P.init(plain.specs, key))(jax.random.key(0))

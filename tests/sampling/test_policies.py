@@ -119,7 +119,7 @@ EXTREMES = [
     Sampler(50.0, banned=tuple(range(9))), Sampler(top_p=0.5, banned=tuple(range(5))),
     Sampler(top_k=4, banned=(0, 2, 4)), Sampler(min_p=0.9, banned=(0, 2)),
     Sampler(1e-6, 1, 1e-300, 1.0, tuple(range(5))),
-    Sampler(banned=(1, 1, 3, 7, 2**63)),
+    Sampler(banned=(1, 1, 3, 7, 2**31 - 1)),
 ]
 ROWS = np.stack([LOGITS, LOGITS - 20, np.zeros(5, np.float32), LOGITS * 1e4, -LOGITS,
                  np.array([0, -1e4, 3e4, 3e4, -3e4], np.float32)])

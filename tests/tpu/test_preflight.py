@@ -46,6 +46,7 @@ def test_other_generations_compile_too(topology, capsys):
   assert ('ternary_matmul' in kernels) == (not topology.startswith('v4'))
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_several_slices_say_what_travels_between_them(capsys):
   several = [*TINY, '--slices', '2', '--gin_bindings', 'cfg.Mesh.data = 2', '--gin_bindings',
