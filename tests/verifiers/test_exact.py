@@ -121,7 +121,8 @@ def test_correct_demonstrations_are_correct_with_every_tokenizer(name):
 
 
 def _tokenizer(name: str) -> tokenizers.Tokenizer:
-  documents = [generated.demonstration(ARITHMETIC, i) for i in range(100)]
+  asked = [generated.problem(ARITHMETIC, i) for i in range(100)]
+  documents = [p.prompt + p.demonstration for p in asked]
   match name:
     case 'bytes':
       return tokenizers.ByteTokenizer()
