@@ -22,7 +22,9 @@ ON_POLICY = [('draw', 'after', 3), ('judge', 'before', 3), ('learn', 'after', 2)
              ('save', 'after', 1)]
 ONE_STEP_OFF = [('judge', 'before', 3), ('learn', 'before', 3), ('save', 'before', 1)]
 OFF = ('cfg.Rollouts.mode = @cfg.OneStepOff()', 'cfg.RL.algorithm = @cfg.Algorithm()',
-       'cfg.Algorithm.correction = @cfg.TokenTIS()')
+       'cfg.Algorithm.correction = @cfg.TokenTIS()',
+       # A step that moves the policy far makes rollouts of the step before very stale.
+       'cfg.Cosine.peak = 0.002')
 
 
 def die(job: Job, stage: str, when: str, call: int) -> None:
