@@ -19,8 +19,12 @@ ENDLESS = ('cfg.Train.num_steps = 1000000', 'cfg.AdamW.schedule = @cfg.Constant(
            'cfg.Constant.peak = 0.01', 'cfg.Train.tensorboard = True')
 
 
-def started(job: Job, step: int = 12) -> subprocess.Popen[str]:
-  """The run, with the row of `step` written."""
+def started(job: Job, step: int = 22) -> subprocess.Popen[str]:
+  """The run, with the row of `step` written.
+
+  A save goes on beside the training and ends before the next one begins: once step 21 has run,
+  step 10's checkpoint is whole.
+  """
   process = subprocess.Popen(job.command(), env=job.environment, stdout=subprocess.PIPE,
                              stderr=subprocess.PIPE, text=True)
   deadline = time.monotonic() + 240

@@ -248,7 +248,7 @@ def test_nothing_compiles_after_the_engine_is_made(caplog):
     ({'max_tokens': 0}, 'write 1 to 24'),
     ({'num_samples': 17}, 'write 1 to 16'),
     ({'stop_strings': ('',)}, 'stop string .*1 to 32 bytes'),
-    ({'stop_strings': ('a',) * 5}, '5 entries in stop_strings; at most 4'),
+    ({'stop_strings': ('a',) * 9}, '9 entries in stop_strings; at most 8'),
     ({'max_thought': 3}, 'no marker that ends thinking'),
     ({'max_answer': -1}, 'max_answer = -1'),
 ])
