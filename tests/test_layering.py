@@ -17,22 +17,23 @@ _BASE = {'config', 'errors', 'files', 'types'}
 _MODEL = _BASE | {'params', 'nn', 'parallel', 'models'}
 _EVERYTHING = _MODEL | {'checkpoint', 'checksum', 'data', 'events', 'game', 'gin_bindings',
                         'interop', 'metrics', 'report', 'rl', 'sampling', 'scaling', 'serving',
-                        'tpu', 'train', 'verifiers'}
+                        'token_bytes', 'tpu', 'train', 'verifiers'}
 ALLOWED: dict[str, set[str]] = {
     'errors': set(),
     'files': {'errors'},
     'events': {'files'},
     'types': set(),
+    'token_bytes': {'types'},
     'config': {'errors'},
     'params': {'types'},
     'gin_bindings': {'config', 'errors'},
     'nn': _BASE,
     'parallel': _BASE | {'params', 'nn', 'models'},
     'models': _BASE | {'params', 'nn'},
-    'sampling': _MODEL | {'checksum'},
+    'sampling': _MODEL | {'checksum', 'token_bytes'},
     'serving': _BASE | {'data', 'sampling'},
     'rl': {'types', 'config', 'errors'},
-    'verifiers': {'types', 'config', 'errors'},
+    'verifiers': {'types', 'config', 'errors', 'token_bytes'},
     'data': _MODEL | {'checksum'},
     'checksum': {'types'},
     'checkpoint': _BASE | {'checksum'},

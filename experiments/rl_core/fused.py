@@ -26,12 +26,12 @@ import numpy as np
 from jaxrl_pt import config as cfg
 from jaxrl_pt import gin_bindings
 from jaxrl_pt.parallel.mesh import make_mesh
+from jaxrl_pt.token_bytes import token_table
 from jaxrl_pt.train import learner, optim, programs
 from jaxrl_pt.train import session as sessions
 from jaxrl_pt.train import state as states
 from jaxrl_pt.types import Prompts, Verdict
 from jaxrl_pt.verifiers import host, next_token, pool
-from jaxrl_pt.verifiers.token_bytes import token_table
 
 RESULT = Path(__file__).parent / 'results' / 'fused.json'
 SHAPES = (32, 16, 1), (32, 16, 4), (16, 8, 4), (8, 4, 4)  # prompts, samples, tokens

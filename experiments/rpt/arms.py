@@ -15,11 +15,11 @@ from jaxrl_pt.data import next_token, splits, templates
 from jaxrl_pt.models import transformer
 from jaxrl_pt.models.base import Model
 from jaxrl_pt.sampling import decode
+from jaxrl_pt.token_bytes import TokenBytes, token_table
 from jaxrl_pt.train import losses, optim, rl_step, rlp_step, step
 from jaxrl_pt.train import state as states
 from jaxrl_pt.types import Batch, Params, Prompts, Rollout, TrainState, Verdict
 from jaxrl_pt.verifiers import next_token as verifier
-from jaxrl_pt.verifiers.token_bytes import TokenBytes, token_table
 
 
 @dataclass(frozen=True)

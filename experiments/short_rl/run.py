@@ -31,12 +31,12 @@ from jaxrl_pt.data.tokenizer import ByteTokenizer
 from jaxrl_pt.models import transformer
 from jaxrl_pt.rl import shaping
 from jaxrl_pt.sampling import decode
+from jaxrl_pt.token_bytes import token_table
 from jaxrl_pt.train import learner, losses, optim
 from jaxrl_pt.train import state as states
 from jaxrl_pt.train.step import make_train_step
 from jaxrl_pt.types import Prompts, TrainState, Verdict
 from jaxrl_pt.verifiers import exact
-from jaxrl_pt.verifiers.token_bytes import token_table
 
 matplotlib.use('Agg')
 from matplotlib import pyplot as plt

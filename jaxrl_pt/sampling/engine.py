@@ -27,6 +27,7 @@ from jaxrl_pt.parallel import memory
 from jaxrl_pt.parallel.rules import SAMPLE
 from jaxrl_pt.sampling import slots as device
 from jaxrl_pt.sampling.policies import RowSamplers
+from jaxrl_pt.token_bytes import token_table
 from jaxrl_pt.types import Params
 
 REASONS = {device.STOP: 'stop', device.LENGTH: 'length', device.STOP_STRING: 'stop_string',
@@ -273,15 +274,9 @@ def _layout(mesh: Mesh, slots: device.Slots) -> Any:
 
 def _vocabulary(token_bytes: Sequence[bytes], unused_ids: Sequence[int], vocab_size: int,
                 think_end: tuple[int, ...]) -> device.Vocabulary:
-  table = np.zeros((vocab_size, max(1, max(map(len, token_bytes), default=1))), np.uint8)
-  lengths = np.zeros(vocab_size, np.int32)
-  for i, value in enumerate(token_bytes):
-    table[i, :len(value)] = np.frombuffer(value, np.uint8)
-    lengths[i] = len(value)
   is_token = np.arange(vocab_size) < len(token_bytes)
   is_token[list(unused_ids)] = False
-  return device.Vocabulary(think_end, jnp.asarray(table), jnp.asarray(lengths),
-                           jnp.asarray(is_token))
+  return device.Vocabulary(think_end, token_table(token_bytes, vocab_size), jnp.asarray(is_token))
 
 
 def _empty_queue(shape: device.Shape) -> Any:

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jaxrl_pt.models import paged_cache
 from jaxrl_pt.models.base import Model
 from jaxrl_pt.sampling.policies import RowSamplers, draw, filtered_rows
+from jaxrl_pt.token_bytes import TokenBytes
 from jaxrl_pt.types import Array, Params
 
 IDLE = -1
@@ -118,8 +119,7 @@ class Vocabulary(NamedTuple):
   """What the program must know of tokens."""
 
   think_end: tuple[int, ...]  # the end marker of thinking; () where there is none
-  bytes: Array  # u8[V, X] of each token, right-padded
-  num_bytes: Array  # i32[V]
+  spelled: TokenBytes
   is_token: Array  # bool[V] False for ids that no token has, which are never drawn
 
 
@@ -129,7 +129,7 @@ def init(model: Model, shape: Shape, vocabulary: Vocabulary, dtype: Any) -> Slot
   ints = lambda *dims: jnp.zeros(dims, jnp.int32)
   floats = lambda *dims: jnp.zeros(dims, jnp.float32)
   state = jnp.dtype(model.init_cache(1, 1).k.dtype)
-  window = shape.string_len + vocabulary.bytes.shape[1]
+  window = shape.string_len + vocabulary.spelled.bytes.shape[1]
   return Slots(
       paged_cache.init(model.config, shape.num_pages, shape.page_size, dtype),
       ints(shape.num_pages).at[paged_cache.NOBODY].set(1), ints(slots, shape.table_len),
@@ -317,8 +317,9 @@ def _record(slots: Slots, asked: Requests, row: Array, active: Array, token: Arr
     thought = jnp.where(ended, -1, thought + (was_thinking & drawn))
     closing = jnp.where(ended, -1, closing)
     answered = answered + ~was_thinking
-  window = _shift_in(slots.window, vocabulary.bytes[token], vocabulary.num_bytes[token])
-  matched = _ends_in(window, asked.strings, asked.string_lens, vocabulary.num_bytes[token])
+  spelled, length = vocabulary.spelled.bytes[token], vocabulary.spelled.lengths[token]
+  window = _shift_in(slots.window, spelled, length)
+  matched = _ends_in(window, asked.strings, asked.string_lens, length)
 
   stops = (token[:, None] == asked.stop).any(-1) & drawn
   full = count + 1 >= asked.max_tokens

@@ -11,12 +11,12 @@ from jaxrl_pt.data import problems
 from jaxrl_pt.data.tokenizer import Tokenizer
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.parallel import rules
+from jaxrl_pt.token_bytes import token_table
 from jaxrl_pt.train import programs
 from jaxrl_pt.train import session as sessions
 from jaxrl_pt.train.tasks import OnDevice, OnHost, Task, judged
 from jaxrl_pt.types import Params, Prompts
 from jaxrl_pt.verifiers import exact, host, pool, trial
-from jaxrl_pt.verifiers.token_bytes import token_table
 
 # In place of a batch's number: evaluation draws the same noise every time.
 EVALUATION_STREAM = 2**31 - 1

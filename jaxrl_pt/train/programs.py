@@ -16,6 +16,7 @@ from jaxrl_pt import config as cfg
 from jaxrl_pt import metrics
 from jaxrl_pt.parallel import rules
 from jaxrl_pt.sampling import handover
+from jaxrl_pt.token_bytes import TokenBytes, token_table
 from jaxrl_pt.train import learner, losses, optim, rl_step
 from jaxrl_pt.train import rlp_step as rlp
 from jaxrl_pt.train import session as sessions
@@ -25,7 +26,6 @@ from jaxrl_pt.types import Batch, Params, Prompts, Rollout, TrainState, Verdict
 from jaxrl_pt.verifiers import exact
 from jaxrl_pt.verifiers import next_token as verifier
 from jaxrl_pt.verifiers.base import DeviceVerifier
-from jaxrl_pt.verifiers.token_bytes import TokenBytes, token_table
 
 # Without a tokenizer at hand: bytes of the longest token, the token that ends a text, and bytes
 # of the longest answer.

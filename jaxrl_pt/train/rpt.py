@@ -26,13 +26,13 @@ from jaxrl_pt.models.base import Model
 from jaxrl_pt.parallel import rules
 from jaxrl_pt.parallel.hosts import on_host
 from jaxrl_pt.sampling import decode
+from jaxrl_pt.token_bytes import TokenBytes, token_table
 from jaxrl_pt.train import evaluate, places, programs
 from jaxrl_pt.train import session as sessions
 from jaxrl_pt.train.rlp_step import Markers
 from jaxrl_pt.train.tasks import InStep, OnDevice, Task
 from jaxrl_pt.types import Array, Batch, Params, Prompts, Weighted
 from jaxrl_pt.verifiers import next_token as verifier
-from jaxrl_pt.verifiers.token_bytes import TokenBytes, token_table
 
 # Folded into the run's key in place of a step: evaluation draws the same noise every time.
 EVALUATION_STREAM = 2**31 - 1

@@ -19,10 +19,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxrl_pt.token_bytes import TokenBytes
 from jaxrl_pt.types import Array, Prompts, Rollout, Verdict
 from jaxrl_pt.verifiers.base import DeviceVerifier
 from jaxrl_pt.verifiers.judgement import Outcome
-from jaxrl_pt.verifiers.token_bytes import TokenBytes
 
 # --- The definition -------------------------------------------------------------
 

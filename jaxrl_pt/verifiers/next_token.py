@@ -26,9 +26,9 @@ import itertools
 import jax.numpy as jnp
 
 from jaxrl_pt import config as cfg
+from jaxrl_pt.token_bytes import TokenBytes
 from jaxrl_pt.types import Array, Prompts, Rollout, Verdict
 from jaxrl_pt.verifiers.base import DeviceVerifier, Outcome
-from jaxrl_pt.verifiers.token_bytes import TokenBytes
 
 THINK_END = '</think>'
 BOX = '\\boxed{'

@@ -14,6 +14,7 @@ from jaxrl_pt import config as cfg
 from jaxrl_pt import params as P
 from jaxrl_pt.sampling import slots
 from jaxrl_pt.sampling.policies import RowSamplers
+from jaxrl_pt.token_bytes import TokenBytes
 from jaxrl_pt.tpu import hlo
 from jaxrl_pt.train import session as sessions
 from tests.tpu.one_chip import one_chip
@@ -29,11 +30,10 @@ def main(topology: str, dtype: str) -> None:
   ints = lambda *dims: place(jax.ShapeDtypeStruct(dims, jnp.int32))
   model = sessions.build_model(cfg.Model(2, 256, 512, 2, 2, 128, VOCAB),
                                cfg.Compute(dtype='bfloat16'), mesh)
-  words = place(jax.ShapeDtypeStruct((VOCAB, 4), jnp.uint8))
-  vocabulary = lambda words, lengths: slots.Vocabulary((5, 6), words, lengths,
-                                                       jnp.ones(VOCAB, bool))
+  spelled = place(TokenBytes(jax.ShapeDtypeStruct((VOCAB, 4), jnp.uint8), ints(VOCAB)))
+  vocabulary = lambda spelled: slots.Vocabulary((5, 6), spelled, jnp.ones(VOCAB, bool))
   state = place(jax.eval_shape(lambda: slots.init(
-      model, SHAPE, vocabulary(jnp.zeros(words.shape, jnp.uint8), None), jnp.dtype(dtype))))
+      model, SHAPE, vocabulary(spelled), jnp.dtype(dtype))))
   q = SHAPE.queue
   requests = slots.Requests(
       ints(q, SHAPE.prompt_len), *(ints(q) for _ in range(7)), ints(q, 2), ints(q), ints(q, 2),
@@ -42,12 +42,12 @@ def main(topology: str, dtype: str) -> None:
       place(jax.ShapeDtypeStruct((q,), jnp.bool_)))
   key = place(jax.eval_shape(lambda: jax.random.key(0)))
 
-  def run(params, key, queue, state, steps, words, lengths):
-    return slots.advance(model, SHAPE, vocabulary(words, lengths), params, key, queue, state, steps)
+  def run(params, key, queue, state, steps, spelled):
+    return slots.advance(model, SHAPE, vocabulary(spelled), params, key, queue, state, steps)
 
   compiled = jax.jit(run, donate_argnums=3).trace(
       place(P.abstract(model.specs)), key, slots.Queue(requests, ints(q), ints()), state, ints(),
-      words, ints(VOCAB)).lower().compile()
+      spelled).lower().compile()
   pool = state.cache.pages
   shape = f'[{",".join(map(str, pool.shape))}]'
   module = hlo.parse(compiled.as_text())

@@ -13,11 +13,11 @@ from jaxrl_pt import config as cfg
 from jaxrl_pt import params as P
 from jaxrl_pt.models import transformer
 from jaxrl_pt.sampling import policies
+from jaxrl_pt.token_bytes import token_table
 from jaxrl_pt.train import learner, optim, rl_step, rpt
 from jaxrl_pt.train import state as states
 from jaxrl_pt.types import Array, Prompts, Rollout, TrainState
 from jaxrl_pt.verifiers import next_token as verifier
-from jaxrl_pt.verifiers.token_bytes import token_table
 
 VOCAB = 13
 CONFIG = cfg.Model(num_layers=2, d_model=16, d_ff=32, num_heads=2, num_kv_heads=1, head_dim=8,

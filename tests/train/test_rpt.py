@@ -10,10 +10,10 @@ from jaxrl_pt import params as P
 from jaxrl_pt.data import templates, tokenizer
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.models import transformer
+from jaxrl_pt.token_bytes import token_table
 from jaxrl_pt.train import rpt
 from jaxrl_pt.types import Prompts
 from jaxrl_pt.verifiers import next_token as verifier
-from jaxrl_pt.verifiers.token_bytes import token_table
 
 VOCAB, END, THINK, ANSWER = 12, 0, 10, 11
 MODEL = transformer.build(cfg.Model(num_layers=2, d_model=16, d_ff=32, num_heads=2, num_kv_heads=1,

@@ -13,10 +13,10 @@ import pytest
 from jaxrl_pt import config as cfg
 from jaxrl_pt.data import generated
 from jaxrl_pt.data import tokenizer as tokenizers
+from jaxrl_pt.token_bytes import token_table
 from jaxrl_pt.types import Prompts, Rollout
 from jaxrl_pt.verifiers import exact
 from jaxrl_pt.verifiers.judgement import Outcome
-from jaxrl_pt.verifiers.token_bytes import token_table
 
 N, G, S, W = 3, 4, 7, 3
 STOP = 0

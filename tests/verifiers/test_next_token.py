@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from jaxrl_pt import config as cfg
+from jaxrl_pt.token_bytes import TokenBytes, token_table
 from jaxrl_pt.types import Prompts, Rollout
 from jaxrl_pt.verifiers import next_token as v
 from jaxrl_pt.verifiers.base import verdict
 from jaxrl_pt.verifiers.judgement import Outcome, answer
-from jaxrl_pt.verifiers.token_bytes import TokenBytes, token_table
 
 EURO = '€'.encode()  # Three bytes.
 

@@ -1,4 +1,4 @@
-"""The bytes of every token of a vocabulary, as arrays that verifiers on the device read."""
+"""The bytes of every token of a vocabulary, as arrays that programs on the device read."""
 
 from collections.abc import Sequence
 
