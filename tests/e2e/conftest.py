@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -113,16 +114,21 @@ class Job:
     process = subprocess.Popen(self.command(), env=self.environment, stdout=subprocess.PIPE,
                                stderr=subprocess.STDOUT, text=True)
     try:
-      deadline = time.monotonic() + 240
-      while self.last_step() < step:
-        assert process.poll() is None, process.stdout and process.stdout.read()
-        assert time.monotonic() < deadline, 'the run does not get on'
-        time.sleep(0.01)
+      self.wait_for(step, process)
       process.send_signal(number)
       output, _ = process.communicate(timeout=120)
     finally:
       process.kill()
     return process.returncode, output
+
+  def wait_for(self, step: int, *processes: subprocess.Popen[str]) -> None:
+    """Returns once the row of `step` is written; fails when one of its processes has ended."""
+    deadline = time.monotonic() + 240
+    while self.last_step() < step:
+      for process in processes:
+        assert process.poll() is None, process.communicate()
+      assert time.monotonic() < deadline, 'the run does not get on'
+      time.sleep(0.01)
 
   def rows(self) -> list[dict]:
     path = self.workdir / 'metrics.jsonl'
@@ -131,6 +137,29 @@ class Job:
   def last_step(self) -> int:
     rows = self.rows()
     return int(rows[-1]['step']) if rows else 0
+
+
+def free_port() -> int:
+  """A port of this machine that nobody listens on."""
+  with socket.socket() as free:
+    free.bind(('127.0.0.1', 0))
+    return free.getsockname()[1]
+
+
+def run_on_hosts(job: Job, module: str, count: int, *arguments: str) -> list[str]:
+  """Runs `python -m MODULE HOST COUNT PORT ARGUMENTS` as every host; returns what each said."""
+  port = str(free_port())
+  hosts = [subprocess.Popen(
+      [sys.executable, '-m', module, str(host), str(count), port, *arguments], text=True,
+      env=job.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+           for host in range(count)]
+  try:
+    said = [host.communicate(timeout=400)[0] for host in hosts]
+  finally:
+    for host in hosts:
+      host.kill()
+  assert all(host.returncode == 0 for host in hosts), '\n'.join(said)
+  return said
 
 
 @pytest.fixture(scope='session')

@@ -1,4 +1,4 @@
-"""`jaxrl-pt` as one of two hosts: python -m tests.e2e.one_of_two_hosts HOST PORT train …"""
+"""`jaxrl-pt` as one of two hosts: python -m tests.e2e.one_of_two_hosts HOST COUNT PORT train …"""
 
 import os
 import sys
@@ -18,5 +18,5 @@ def judge(response: str, reference: str) -> Judgement:
 
 if __name__ == '__main__':
   os.environ['HOST'] = sys.argv[1]  # Read by the verifier's processes too.
-  jax.distributed.initialize(f'127.0.0.1:{sys.argv[2]}', 2, int(sys.argv[1]))
-  sys.exit(main.main(sys.argv[3:]))
+  jax.distributed.initialize(f'127.0.0.1:{sys.argv[3]}', int(sys.argv[2]), int(sys.argv[1]))
+  sys.exit(main.main(sys.argv[4:]))

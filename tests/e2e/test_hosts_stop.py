@@ -3,14 +3,13 @@
 from collections.abc import Callable, Sequence
 import re
 import signal
-import socket
 import subprocess
 import time
 
 import pytest
 
 from jaxrl_pt import checkpoint
-from tests.e2e.conftest import RL, Job
+from tests.e2e.conftest import RL, Job, free_port
 
 ENDLESS = ('cfg.Mesh.data = 1', 'cfg.Mesh.fsdp = 2', 'cfg.Train.num_steps = 100000',
            'cfg.Train.eval_every = 100000', 'cfg.Checkpoint.every = 100000')
@@ -18,11 +17,8 @@ ENDLESS = ('cfg.Mesh.data = 1', 'cfg.Mesh.fsdp = 2', 'cfg.Train.num_steps = 1000
 
 def start(job: Job) -> list[subprocess.Popen[str]]:
   """Two hosts, as Slurm would start them."""
-  with socket.socket() as free:
-    free.bind(('127.0.0.1', 0))
-    port = free.getsockname()[1]
   cluster = {'SLURM_JOB_ID': '1', 'SLURM_STEP_NODELIST': 'localhost', 'SLURM_NTASKS': '2',
-             'SLURM_LOCALID': '0', 'JAX_COORDINATOR_ADDRESS': f'127.0.0.1:{port}'}
+             'SLURM_LOCALID': '0', 'JAX_COORDINATOR_ADDRESS': f'127.0.0.1:{free_port()}'}
   return [subprocess.Popen([*job.command(), '--multihost'], text=True, stdout=subprocess.PIPE,
                            stderr=subprocess.STDOUT, env={
                                **job.environment, **cluster, 'SLURM_PROCID': str(host)})
@@ -33,11 +29,7 @@ def stop(job: Job, hosts: list[subprocess.Popen[str]], after: int,
          told: Sequence[int]) -> int:
   """SIGTERM to some hosts, 0.2 s apart, once `after` steps are done; the step they stop at."""
   try:
-    deadline = time.monotonic() + 400
-    while job.last_step() < after:
-      assert all(host.poll() is None for host in hosts), [h.communicate()[0] for h in hosts]
-      assert time.monotonic() < deadline, 'the run does not get on'
-      time.sleep(0.01)
+    job.wait_for(after, *hosts)
     for host in told:
       hosts[host].send_signal(signal.SIGTERM)
       time.sleep(0.2)

@@ -5,15 +5,12 @@ Whatever axis spans the hosts, the devices must get the same global batch and le
 
 from collections.abc import Callable
 from pathlib import Path
-import socket
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
 from jaxrl_pt import metrics
-from tests.e2e.conftest import PRETRAIN, Job
+from tests.e2e.conftest import PRETRAIN, Job, run_on_hosts
 
 AXES = ('data', 'fsdp', 'tensor', 'context')
 SMALL = (PRETRAIN.replace('cfg.Model.num_heads = 2', 'cfg.Model.num_heads = 4')
@@ -32,19 +29,8 @@ READS = {2: {'2x1x1x1': (4, 32), '1x2x1x1': (4, 32), '1x1x2x1': (8, 32), '1x1x1x
 
 def train(job: Job, count: int, meshes: list[str]) -> Path:
   """Trains on `count` hosts with each of the meshes; returns where."""
-  with socket.socket() as free:
-    free.bind(('127.0.0.1', 0))
-    port = free.getsockname()[1]
-  hosts = [subprocess.Popen(
-      [sys.executable, '-m', 'tests.e2e.pretrain_on_hosts', str(host), str(count), str(port),
-       str(job.gin_file), str(job.workdir), *meshes], env=job.environment, text=True,
-      stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for host in range(count)]
-  try:
-    said = [host.communicate(timeout=400)[0] for host in hosts]
-  finally:
-    for host in hosts:
-      host.kill()
-  assert all(host.returncode == 0 for host in hosts), '\n'.join(said)
+  run_on_hosts(job, 'tests.e2e.pretrain_on_hosts', count, str(job.gin_file), str(job.workdir),
+               *meshes)
   return job.workdir
 
 

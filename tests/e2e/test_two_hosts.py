@@ -2,9 +2,6 @@
 
 from collections.abc import Callable
 import dataclasses
-import socket
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -12,7 +9,7 @@ import pytest
 
 from jaxrl_pt import metrics
 from jaxrl_pt.train.evaluate import load_state
-from tests.e2e.conftest import RL, Job
+from tests.e2e.conftest import RL, Job, run_on_hosts
 
 SPLIT = ('cfg.Mesh.data = 1', 'cfg.Mesh.fsdp = 2', 'cfg.Train.num_steps = 4',
          'cfg.RL.verifier = @cfg.PythonVerifier()',
@@ -22,30 +19,14 @@ DRAWN_AGAIN = ('cfg.Rollouts.selection = @cfg.DynamicSampling()',
                'cfg.DynamicSampling.from_step = 1')
 
 
-def run_on_two_hosts(job: Job) -> None:
-  with socket.socket() as free:
-    free.bind(('127.0.0.1', 0))
-    port = free.getsockname()[1]
-  hosts = [subprocess.Popen(
-      [sys.executable, '-m', 'tests.e2e.one_of_two_hosts', str(host), str(port),
-       *job.command()[3:]], env=job.environment, text=True, stdout=subprocess.PIPE,
-      stderr=subprocess.STDOUT) for host in range(2)]
-  try:
-    said = [host.communicate(timeout=240)[0] for host in hosts]
-  finally:
-    for host in hosts:
-      host.kill()
-  assert all(host.returncode == 0 for host in hosts), '\n'.join(said)
-  assert 'step 4/4' in said[0] and 'step 4/4' not in said[1]
-
-
 @pytest.mark.parametrize('bindings', [(), DRAWN_AGAIN], ids=['drawn once', 'drawn again'])
 def test_two_hosts_agree_and_learn_as_one_does(
     make_job: Callable[..., Job], pretrained: Job, bindings: tuple[str, ...]):
   """Their verifiers contradict each other on purpose: host 0's word counts."""
   apart, together = (make_job(RL, start_from=str(pretrained.workdir),
                               bindings=(*SPLIT, *bindings)) for _ in range(2))
-  run_on_two_hosts(apart)
+  said = run_on_hosts(apart, 'tests.e2e.one_of_two_hosts', 2, *apart.command()[3:])
+  assert 'step 4/4' in said[0] and 'step 4/4' not in said[1]
   flags = together.environment['XLA_FLAGS'] + ' --xla_force_host_platform_device_count=2'
   together = dataclasses.replace(together, environment={**together.environment,
                                                         'XLA_FLAGS': flags})

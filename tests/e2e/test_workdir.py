@@ -6,7 +6,6 @@ from pathlib import Path
 import shutil
 import signal
 import subprocess
-import time
 
 import pytest
 
@@ -27,10 +26,7 @@ def started(job: Job, step: int = 22) -> subprocess.Popen[str]:
   """
   process = subprocess.Popen(job.command(), env=job.environment, stdout=subprocess.PIPE,
                              stderr=subprocess.PIPE, text=True)
-  deadline = time.monotonic() + 240
-  while job.last_step() < step:
-    assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-    time.sleep(0.01)
+  job.wait_for(step, process)
   return process
 
 
