@@ -6,10 +6,12 @@ import signal
 
 import pytest
 
+from tests.xla_flags import QUICK
+
 # Before any test imports jax. Tests that need several devices start a process of their own.
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 # Tests compile far more than they compute.
-os.environ.setdefault('XLA_FLAGS', '--xla_backend_optimization_level=0')
+os.environ.setdefault('XLA_FLAGS', QUICK)
 
 def _missing(*names: str) -> list[str]:
   return [name for name in names if importlib.util.find_spec(name) is None]

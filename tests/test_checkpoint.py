@@ -22,6 +22,7 @@ from jaxrl_pt import checkpoint as ckpt
 from jaxrl_pt import config as cfg
 from jaxrl_pt import types
 from jaxrl_pt.errors import Unwritable, UserError
+from tests import xla_flags
 
 # Reads of broken files leave coroutines of the file format behind, collected at any time.
 pytestmark = pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
@@ -66,7 +67,7 @@ def run_child(code: str, *args: object, devices: int = 1) -> subprocess.Complete
 
 def child_env(devices: int) -> dict[str, str]:
   return {**os.environ, 'JAX_PLATFORMS': 'cpu',
-          'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}'}
+          'XLA_FLAGS': xla_flags.with_devices(devices)}
 
 
 # --- Round trip and retention ---------------------------------------------------------

@@ -14,6 +14,7 @@ import time
 import pytest
 
 from jaxrl_pt import metrics
+from tests.xla_flags import QUICK
 
 PRETRAIN = """
 cfg.Run.seed = 3
@@ -168,7 +169,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
   cache = tmp_path_factory.mktemp('compilation_cache')
   return {**os.environ, 'JAX_COMPILATION_CACHE_DIR': str(cache), 'JAX_PLATFORMS': 'cpu',
           'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.5',
-          'XLA_FLAGS': '--xla_backend_optimization_level=0'}
+          'XLA_FLAGS': QUICK}
 
 
 @pytest.fixture(scope='session')

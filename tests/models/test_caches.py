@@ -17,8 +17,6 @@ QUANTS = {'plain': cfg.Quant(), 'int8': cfg.Quant('ternary', 'int8'),
           'int4_hadamard': cfg.Quant('ternary', 'int4', True)}
 TOKENS = jax.random.randint(jax.random.key(1), (B, T), 0, 32)
 POSITIONS = jnp.broadcast_to(jnp.arange(T), (B, T))
-# These programs run for microseconds: compiling them well is what would take the time.
-quick_jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
 
 
 @functools.lru_cache
@@ -29,7 +27,7 @@ def make(quant, style, packed=False):
                      quant=QUANTS[quant], **shape)
   model = transformer.build(config)
   params = P.init(model.specs, jax.random.key(0))
-  whole = quick_jit(model.apply)(params, TOKENS, POSITIONS, jnp.ones_like(TOKENS))
+  whole = jax.jit(model.apply)(params, TOKENS, POSITIONS, jnp.ones_like(TOKENS))
   if packed:
     params = quantisers.pack(params, lambda path: path[-1].key in transformer.PROJECTIONS)
   return model, params, whole
@@ -37,7 +35,7 @@ def make(quant, style, packed=False):
 
 def by_slots(model, params, chunks):
   cache, outs = model.init_cache(B, T + 2), []
-  extend = quick_jit(model.extend)
+  extend = jax.jit(model.extend)
   for start, end in chunks:
     hidden, cache = extend(params, TOKENS[:, start:end], POSITIONS[:, start:end], cache)
     outs.append(hidden)
@@ -51,7 +49,7 @@ def by_pages(model, params, chunks, dtype=jnp.float32, page=4):
   table = jnp.asarray(order.reshape(B, per_row))
   cache = paged_cache.init(model.config, 1 + B * per_row, page, dtype)
 
-  @quick_jit
+  @jax.jit
   def extend(params, tokens, positions, cache):
     return model.extend(params, tokens, positions, cache, paged_cache.paged(table, positions))
 
@@ -66,13 +64,13 @@ def by_branches(model, params, chunks):
   """The first chunk as a document, the others as tokens of the one branch that it has."""
   (_, first), *rest = chunks
   prefix = model.init_cache(B, first)
-  hidden, prefix = quick_jit(lambda p, t, c: model.extend(
+  hidden, prefix = jax.jit(lambda p, t, c: model.extend(
       p, t, POSITIONS[:, :first], c, kv_cache.prompts(model.ops, B, first)))(
           params, TOKENS[:, :first], prefix)
   cache, outs = kv_cache.branch(prefix, 1, T - first), [hidden]
   lengths = jnp.full((B, 1), first)
 
-  @quick_jit
+  @jax.jit
   def extend(params, tokens, positions, cache):
     attend = kv_cache.branched(model.ops, lengths, positions[0, 0] - first)
     return model.extend(params, tokens, positions, cache, attend)

@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from tests import xla_flags
+
 # Codes on a rounding boundary may differ between the two (a kernel does not round the rotated
 # row, and sums in another order): a step of 1/127 of a row's maximum at 8 bits, of about 1/9
 # at 4 bits, in few of 10⁵ codes. What is wrong in a shard or a collective shows in the first
@@ -19,8 +21,7 @@ LOSS, GRADIENT = 3e-4, {'int8': 1e-2, 'int4': 3e-2}
     ('int8', '1x4x2x1'),  # fsdp and tensor: gathered codes, contractions split over chips
     ('int4', '2x2x1x2')])  # the sequence is split: attention falls back to XLA
 def test_kernels_change_nothing(quant, mesh):
-  flags = '--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0'
-  environment = {**os.environ, 'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu'}
+  environment = {**os.environ, 'XLA_FLAGS': xla_flags.with_devices(8), 'JAX_PLATFORMS': 'cpu'}
   script = Path(__file__).with_name('kernel_ops.py')
   done = subprocess.run([sys.executable, str(script), quant, mesh], env=environment, text=True,
                         capture_output=True, timeout=280, check=False)

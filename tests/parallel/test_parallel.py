@@ -14,6 +14,7 @@ from jaxrl_pt import config as cfg
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.parallel import mesh as meshes
 from jaxrl_pt.parallel import rules
+from tests import xla_flags
 
 # Float32 sums of a few hundred terms, split and reordered: about 10 · 2⁻²⁴ a sum, over some
 # twenty operations in a row.
@@ -31,9 +32,7 @@ NUM_MESHES = 20  # ordered factorisations of 8 devices over four axes
 
 
 def run_child(name):
-  # Forty programs are compiled and each runs once: the backend need not optimise them.
-  flags = '--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0'
-  environment = {**os.environ, 'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu'}
+  environment = {**os.environ, 'XLA_FLAGS': xla_flags.with_devices(8), 'JAX_PLATFORMS': 'cpu'}
   script = Path(__file__).with_name('axis_combinations.py')
   done = subprocess.run([sys.executable, str(script), name], env=environment, text=True,
                         capture_output=True, timeout=900, check=False)

@@ -9,7 +9,6 @@ chips: `test_kernels.py` has them between eight CPU devices, `tests/e2e/test_two
 between processes.
 """
 
-import functools
 import types
 
 import jax
@@ -30,7 +29,6 @@ from jaxrl_pt.sampling import branch, handover
 MESH = make_mesh(cfg.Mesh(), jax.devices()[:1])
 KERNELS = kernels.kernel_ops(MESH, rules.TRAIN, 'v5e', interpret=True)
 BITNET = cfg.Quant('ternary', 'int8', hadamard=True)
-QUICK = {'xla_backend_optimization_level': 0}
 
 
 def draw(*shape, seed=0, dtype=jnp.float32):
@@ -44,7 +42,7 @@ def off(found, expected):
 
 
 def value_and_gradients(f, arrays, d_out):
-  @functools.partial(jax.jit, compiler_options=QUICK)
+  @jax.jit
   def both(arrays, d_out):
     out, pull_back = jax.vjp(f, *arrays)
     return out, *pull_back(d_out)
@@ -166,7 +164,7 @@ def test_handed_over_packed_weights_run_through_the_kernels():
   rows = jnp.broadcast_to(jnp.arange(128), tokens.shape), jnp.ones_like(tokens)
   assert kernels_of(jax.make_jaxpr(fast.apply)(policy.params, tokens, *rows)) == {
       'splash', 'hadamard_quantize', 'ternary_matmul'}
-  expected, found = (jax.jit(m.apply, compiler_options=QUICK)(p, tokens, *rows)
+  expected, found = (jax.jit(m.apply)(p, tokens, *rows)
                      for m, p in ((plain, params), (fast, policy.params)))
   # Roundings of one layer in another order, and a few codes beside their boundary.
   assert off(found, expected) < 0.01
@@ -184,7 +182,7 @@ def test_the_learners_gradient_with_the_mesh_of_a_chip():
 
   def gradient(model):
     loss = lambda p: (branch.response_hidden(model, p, prompts, drawn) * target).sum()
-    return jax.jit(jax.grad(loss), compiler_options=QUICK)(params)
+    return jax.jit(jax.grad(loss))(params)
 
   for one, other in zip(jax.tree.leaves(gradient(fast)), jax.tree.leaves(gradient(plain)),
                         strict=True):

@@ -18,8 +18,6 @@ VOCAB, STOP, T = 19, 12, 10
 KEY = jax.random.key(7)
 LENGTHS = np.array([[1, 4, 9], [10, 2, 7]], np.int32)
 IDS = np.array([[5, 6, 7], [20, 21, -3]], np.int32)
-# These programs run for microseconds: compiling them well is what would take the time.
-quick_jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
 
 
 @functools.lru_cache
@@ -57,9 +55,9 @@ def independent(suffix):
 def test_equals_independent_prompts(suffix, sampler):
   model, params = make()
   asked = dict(sampler=sampler, num_samples=3, num_tokens=7, stop_id=STOP)
-  run = quick_jit(functools.partial(decode.generate, model, **asked))
+  run = jax.jit(functools.partial(decode.generate, model, **asked))
   together = run(params, branches(suffix), KEY)
-  apart = quick_jit(functools.partial(decode.generate, model, **asked))(
+  apart = jax.jit(functools.partial(decode.generate, model, **asked))(
       params, independent(suffix), KEY)
   np.testing.assert_array_equal(together.tokens, apart.tokens)
   np.testing.assert_array_equal(together.mask, apart.mask)
@@ -69,11 +67,11 @@ def test_equals_independent_prompts(suffix, sampler):
 def test_many_tokens_grow_the_cache_in_stages(monkeypatch):
   model, params = make()
   asked = dict(sampler=Sampler(), num_samples=2, num_tokens=30)
-  whole = quick_jit(functools.partial(decode.generate, model, **asked))(
+  whole = jax.jit(functools.partial(decode.generate, model, **asked))(
       params, branches((4,)), KEY)
   monkeypatch.setattr(decode, 'FIRST_SLOTS', 4)
   assert decode._stages(29) == [4, 8, 16, 29] and decode._stages(0) == []
-  staged = quick_jit(functools.partial(decode.generate, model, **asked))(
+  staged = jax.jit(functools.partial(decode.generate, model, **asked))(
       params, branches((4,)), KEY)
   np.testing.assert_array_equal(whole.tokens, staged.tokens)
 
@@ -110,7 +108,7 @@ def test_branches_equal_whole_sequences_in_value_and_gradient(num_own, scored):
   results = []
   for scores in (scored, one_by_one):
     loss = lambda p, scores=scores: (scores(model, p, own) * weights).sum()
-    results.append(quick_jit(jax.value_and_grad(loss))(params))
+    results.append(jax.jit(jax.value_and_grad(loss))(params))
   (value, grads), (expected, expected_grads) = results
   np.testing.assert_allclose(value, expected, rtol=1e-5)
   for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(expected_grads)):
@@ -121,7 +119,7 @@ def test_branches_equal_whole_sequences_in_value_and_gradient(num_own, scored):
 def test_the_sampler_agrees_with_the_tree_forward(activations):
   """Teacher-forced: the learner's log-probabilities of what the sampler drew."""
   model, params = make('ternary', activations)
-  rollout = quick_jit(functools.partial(
+  rollout = jax.jit(functools.partial(
       decode.generate, model, sampler=Sampler(), num_samples=2, num_tokens=6))(
           params, branches((4, 9)), KEY)
   hidden = branch.response_hidden(model, params, branches((4, 9)), rollout.tokens)

@@ -37,14 +37,12 @@ def make_prompts(token_lists, ids=None, prompt_len=8, junk=0):
   return Prompts(jnp.asarray(tokens), jnp.asarray(lengths), jnp.asarray(ids), *none)
 
 
-# These programs run for microseconds: compiling them well is what would take the time.
-quick_jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
 STOP = 12
 
 
 @functools.lru_cache
 def compiled(sampler, num_samples, num_tokens, stop_id):
-  return quick_jit(functools.partial(
+  return jax.jit(functools.partial(
       decode.generate, MODEL, sampler=sampler, num_samples=num_samples, num_tokens=num_tokens,
       stop_id=stop_id, version=5))
 
@@ -53,7 +51,7 @@ def generate(prompts, sampler=Sampler(), num_samples=3, num_tokens=6, stop_id=ST
   return compiled(sampler, num_samples, num_tokens, stop_id)(PARAMS, prompts, KEY)
 
 
-@quick_jit
+@jax.jit
 def _logits(tokens_1T):
   length = tokens_1T.shape[1]
   hidden = MODEL.apply(PARAMS, tokens_1T, jnp.arange(length)[None], jnp.ones_like(tokens_1T))
@@ -65,7 +63,7 @@ def logits_after(tokens, length=16):
   return _logits(np.array([tokens + [0] * (length - len(tokens))], np.int32))[len(tokens) - 1]
 
 
-@functools.partial(quick_jit, static_argnums=3)
+@functools.partial(jax.jit, static_argnums=3)
 def slow_draw(key, position, logits, sampler):
   filtered = policies.filtered_logits(logits, sampler)
   token = policies.draw(jax.random.fold_in(key, position), filtered).token
@@ -149,7 +147,7 @@ def test_the_loop_ends_when_every_row_has_stopped():
     jax.debug.callback(lambda: calls.append(tokens.shape[1]))
     return MODEL.extend(params, tokens, *rest)
 
-  run = quick_jit(functools.partial(
+  run = jax.jit(functools.partial(
       decode.generate, MODEL._replace(extend=extend), sampler=Sampler(0.0), num_samples=2,
       num_tokens=6, stop_id=first))
   rollout = jax.block_until_ready(run(PARAMS, make_prompts([TOKENS[0]]), KEY))
@@ -163,7 +161,7 @@ def test_the_loop_ends_when_every_row_has_stopped():
 def test_a_lone_row_equals_its_row_in_a_batch(monkeypatch, suffix):
   """One row has a cache of another kind. It grows on the way and has a suffix or none."""
   monkeypatch.setattr(decode, 'FIRST_SLOTS', 2)
-  draw = quick_jit(functools.partial(decode.generate, MODEL, sampler=Sampler(), num_samples=1,
+  draw = jax.jit(functools.partial(decode.generate, MODEL, sampler=Sampler(), num_samples=1,
                                      num_tokens=9, stop_id=STOP))
 
   def ask(which):

@@ -31,8 +31,6 @@ TOKEN_BYTES = [bytes([65 + i]) for i in range(VOCAB - 1)] + [b'xyz']
 SIZES = cfg.Engine(slots=3, queue=16, prompt_len=8, response_len=24, page_size=4,
                    prefill_chunk=4, steps_per_call=5)
 THINK_END = (10, 11)
-# These programs run for microseconds: compiling them well is what would take the time.
-quick_jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
 
 
 @functools.lru_cache
@@ -55,7 +53,7 @@ def expected(sampler, num_tokens=20, num_samples=3):
   n = len(PROMPTS)
   prompts = Prompts(jnp.asarray(tokens), jnp.array([len(p) for p in PROMPTS]), jnp.arange(n),
                     jnp.zeros((n, 0), jnp.int32), jnp.zeros(n, jnp.int32), jnp.zeros(n))
-  rollout = quick_jit(functools.partial(
+  rollout = jax.jit(functools.partial(
       decode.generate, MODEL, sampler=sampler, num_samples=num_samples, num_tokens=num_tokens,
       stop_id=STOP))(PARAMS, prompts, jax.random.key(SEED))
   tokens, mask, logp = (np.asarray(x) for x in (rollout.tokens, rollout.mask, rollout.logp))
@@ -280,7 +278,7 @@ def test_products_of_ternary_weights_do_not_depend_on_the_batch(activations):
   x, w = (jax.random.normal(jax.random.key(i), s) for i, s in enumerate(((64, 192), (192, 160))))
   codes, scale = quant.activations(x, activations)
   w_codes, w_scale = quant.ternary(w)
-  run = quick_jit(lambda codes, scale: ops.product(codes, scale, w_codes, w_scale, activations,
+  run = jax.jit(lambda codes, scale: ops.product(codes, scale, w_codes, w_scale, activations,
                                                  ('embed', 'heads'), jnp.float32))
   together = np.asarray(run(codes, scale))
   for i in (0, 17, 63):

@@ -34,8 +34,6 @@ PARAMS = opinionated(P.init(MODEL.specs, jax.random.key(0)))
 BLOCK, ROWS = 4, 3
 KEY = jax.random.key(7)
 
-# These programs run for microseconds: compiling them well is what would take the time.
-quick_jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
 
 
 def prompts(lengths=(11, 8, 3), ids=(4, 7, 9), width=11):
@@ -44,8 +42,8 @@ def prompts(lengths=(11, 8, 3), ids=(4, 7, 9), width=11):
   return Prompts(tokens, jnp.array(lengths), jnp.array(ids), *none)
 
 
-prefill = quick_jit(functools.partial(resa.prefill, MODEL))
-dense_prefill = quick_jit(functools.partial(decode.prefill, MODEL))
+prefill = jax.jit(functools.partial(resa.prefill, MODEL))
+dense_prefill = jax.jit(functools.partial(decode.prefill, MODEL))
 
 
 def keys_and_values(cache, length):
@@ -70,7 +68,7 @@ def test_after_each_rectification_the_cache_is_the_dense_one(window):
   last, cache = prefill(PARAMS, cache, tokens[:, :33], prompt_lens)
   np.testing.assert_allclose(last, hidden[jnp.arange(ROWS), prompt_lens - 1], atol=1e-5)
 
-  @quick_jit
+  @jax.jit
   def step(carry, i):
     cache, fresh = carry
     # Row 2 starts two steps late.
@@ -100,7 +98,7 @@ def test_after_each_rectification_the_cache_is_the_dense_one(window):
   assert num_rectified >= ROWS - 1 and was_wrong
   cache, fresh = carry
   rows = jnp.arange(ROWS)
-  again = quick_jit(resa_attention.describe, static_argnums=5)(
+  again = jax.jit(resa_attention.describe, static_argnums=5)(
       cache, jnp.arange(2), rows, jnp.zeros(ROWS, jnp.int32), lengths, total)
   for row in range(ROWS):  # Descriptors are those of the keys, exactly.
     used = -(-int(lengths[row]) // BLOCK)
@@ -116,7 +114,7 @@ def test_trailing_windows_of_any_length():
   starts, counts = jnp.array([16, 10, 13]), jnp.array([7, 0, 1])
   _, cache = prefill(PARAMS, cache, tokens, starts)
   window = jnp.take_along_axis(tokens, starts[:, None] + jnp.arange(8), 1)
-  rectified = quick_jit(functools.partial(resa.rectify, MODEL))(PARAMS, cache, window, starts,
+  rectified = jax.jit(functools.partial(resa.rectify, MODEL))(PARAMS, cache, window, starts,
                                                                 counts)
   kv, before = keys_and_values(rectified, 24), keys_and_values(cache, 24)
   for row, (start, count) in enumerate(zip(starts, counts)):
@@ -133,7 +131,7 @@ DRAW = dict(sampler=Sampler(0.9, top_p=0.95), num_samples=2, num_tokens=14, stop
 
 @functools.cache
 def dense_rollout():
-  return quick_jit(functools.partial(decode.generate, MODEL, version=3, **DRAW))(
+  return jax.jit(functools.partial(decode.generate, MODEL, version=3, **DRAW))(
       PARAMS, prompts(), KEY)
 
 
@@ -146,7 +144,7 @@ def assert_same(rollout, expected):
 
 @functools.cache
 def generator(settings):
-  return quick_jit(functools.partial(resa.generate, MODEL, resa=settings, version=3, **DRAW))
+  return jax.jit(functools.partial(resa.generate, MODEL, resa=settings, version=3, **DRAW))
 
 
 def test_all_blocks_reproduce_dense_decoding():
@@ -163,8 +161,8 @@ def test_generation_equals_a_slow_loop_and_rows_do_not_matter():
   rollout = generator(settings)(PARAMS, prompts(), KEY)
   assert np.abs(np.asarray(rollout.logp - dense_rollout().logp)).max() > 1e-3  # It is sparse.
   head = MODEL.head(PARAMS)
-  step = quick_jit(functools.partial(resa.decode, MODEL, resa=settings))
-  rectify = quick_jit(functools.partial(resa.rectify, MODEL))
+  step = jax.jit(functools.partial(resa.decode, MODEL, resa=settings))
+  rectify = jax.jit(functools.partial(resa.rectify, MODEL))
   keys = decode.sample_keys(KEY, prompts().ids, 2)
   table, num_pages = resa_attention.rows_of_pages(1, 7)
   for n, g in ((0, 1), (1, 0), (2, 1)):
@@ -191,10 +189,10 @@ def test_generation_equals_a_slow_loop_and_rows_do_not_matter():
 @pytest.mark.parametrize('sampler', [Sampler(0.0), Sampler(0.9, top_p=0.95)])
 def test_speculation_draws_the_very_tokens_of_dense_decoding(sampler):
   options = {**DRAW, 'sampler': sampler}
-  expected = quick_jit(functools.partial(decode.generate, MODEL, version=3, **options))(
+  expected = jax.jit(functools.partial(decode.generate, MODEL, version=3, **options))(
       PARAMS, prompts(), KEY)
   speculate = functools.partial(resa_speculate.generate, MODEL, version=3, num_drafts=3, **options)
-  rollout, drafting = quick_jit(functools.partial(
+  rollout, drafting = jax.jit(functools.partial(
       speculate, sparse=ReSA(BLOCK, 0.1, min_blocks=1)))(PARAMS, prompts(), KEY)
   assert_same(rollout, expected)
   assert 0 < int(drafting.agreed) < int(drafting.drafted) == 3 * int(drafting.rounds)

@@ -22,8 +22,6 @@ PARAMS = P.init(MODEL.specs, jax.random.key(0))
 PARAMS = {**PARAMS, 'embed': PARAMS['embed'] * 25}
 BLOCK, ROWS, LENGTH = 4, 3, 46
 
-# These programs run for microseconds: compiling them well is what would take the time.
-quick_jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
 
 
 def new_cache(num_blocks=14, order=None):
@@ -61,7 +59,7 @@ def test_dense_in_chunks_equals_the_plain_cache(turns, monkeypatch):
     return MODEL.extend(PARAMS, tokens, positions, cache, attend)
 
   for start, end in zip((0, *ends), ends):
-    part, cache = quick_jit(extend)(cache, tokens[:, start:end], positions[:, start:end])
+    part, cache = jax.jit(extend)(cache, tokens[:, start:end], positions[:, start:end])
     np.testing.assert_allclose(part, hidden[:, start:end], atol=1e-5)
   np.testing.assert_allclose(keys_and_values(cache), jnp.stack([plain.k, plain.v]), atol=1e-5)
   again = describe_all(cache)
@@ -69,7 +67,7 @@ def test_dense_in_chunks_equals_the_plain_cache(turns, monkeypatch):
   np.testing.assert_array_equal(cache.bounds[:, :, :, used], again.bounds[:, :, :, used])
 
 
-@quick_jit
+@jax.jit
 def describe_all(cache):
   return resa_attention.describe(cache, jnp.arange(2), jnp.arange(ROWS),
                                  jnp.zeros(ROWS, jnp.int32), jnp.full(ROWS, LENGTH), LENGTH)
@@ -92,7 +90,7 @@ def test_a_sparse_step_equals_the_kernels_definition(local_blocks, monkeypatch):
   k, v = (jax.random.normal(key, (ROWS, 1, 2, 8)) for key in keys[1:])
   before = random_cache()
   attend = resa_attention.sparse(settings, positions, active)
-  out, cache = quick_jit(attend)(q, k, v, before, jnp.int32(1))
+  out, cache = jax.jit(attend)(q, k, v, before, jnp.int32(1))
   expected, _ = sparse_decode(
       q[:, 0], cache.pages, cache.bounds[1], cache.table + cache.pages_per_layer, positions + 1,
       selection=Selection(0.4, 3, local_blocks), generation=None)
@@ -115,8 +113,8 @@ def test_a_sparse_step_equals_the_kernels_definition(local_blocks, monkeypatch):
     (1, Selection(0.1, 16)), (37, Selection(0.1, 5, 0)), (129, Selection(0.5, 16)),
     (300, Selection(0.05, 1)), (40, Selection(1.0, 1))])
 def test_selection_equals_the_kernels(capacity, selection):
-  ours = quick_jit(lambda s, n: resa_attention.select(s, -(-n // 4), selection))
-  kernels = quick_jit(functools.partial(select_blocks, page_size=4, selection=selection,
+  ours = jax.jit(lambda s, n: resa_attention.select(s, -(-n // 4), selection))
+  kernels = jax.jit(functools.partial(select_blocks, page_size=4, selection=selection,
                                         generation=None))
   rng, shape = np.random.default_rng(capacity), (3, 2, capacity)
   for case in range(30):

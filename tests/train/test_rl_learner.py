@@ -23,7 +23,6 @@ MODEL = transformer.build(CONFIG)
 PARAMS = P.init(MODEL.specs, jax.random.key(0))
 PARAMS = {**PARAMS, 'embed': PARAMS['embed'] * 20}
 N, G, S = 4, 4, 3
-quick_jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
 
 PROMPTS = Prompts(jnp.asarray([[3, 1, 4], [9, 2, 0], [6, 5, 3], [7, 0, 0]], jnp.int32),
                   jnp.asarray([3, 2, 3, 1], jnp.int32), jnp.arange(N, dtype=jnp.int32),
@@ -52,7 +51,7 @@ def make_state(run: cfg.Run) -> tuple[TrainState, object]:
 def drawn() -> Rollout:
   run = make_run(cfg.Algorithm())
   sample = rl_step.make_sampler(MODEL, 1, run.objective.rollouts, stop_id=0)
-  return quick_jit(sample)(PARAMS, PROMPTS, jnp.int32(0), jnp.int32(0))
+  return jax.jit(sample)(PARAMS, PROMPTS, jnp.int32(0), jnp.int32(0))
 
 
 def experience(reference_logp=None, correct=None) -> learner.Experience:
@@ -67,7 +66,7 @@ def experience(reference_logp=None, correct=None) -> learner.Experience:
 def learn(method: cfg.Algorithm, batch=None, accumulation=1, steps=1, **rollouts):
   run = make_run(method, accumulation, **rollouts)
   state, optimizer = make_state(run)
-  step = quick_jit(learner.make_learner(MODEL, optimizer, run, run.objective.rollouts, method))
+  step = jax.jit(learner.make_learner(MODEL, optimizer, run, run.objective.rollouts, method))
   for _ in range(steps):
     state, metrics = step(state, experience() if batch is None else batch)
   return state, {name: float(value.mean()) for name, value in metrics.items()}
@@ -94,7 +93,7 @@ def test_going_on_from_the_samplers_forward_pass_is_the_same_step(method):
     return learn(state, batch, rl_step.share(MODEL, state.params, PROMPTS, 1, method))
 
   batch = experience(drawn().logp - 0.1)
-  (got, got_metrics), (want, want_metrics) = (quick_jit(f)(state, batch) for f in (through, learn))
+  (got, got_metrics), (want, want_metrics) = (jax.jit(f)(state, batch) for f in (through, learn))
   assert_same(got.opt_state[1].mu, want.opt_state[1].mu)
   assert all(np.abs(mu).max() > 0 for mu in jax.tree.leaves(want.opt_state[1].mu))
   assert got_metrics.keys() == want_metrics.keys()
@@ -115,14 +114,14 @@ def test_the_forward_pass_is_not_shared_where_the_learner_needs_another():
 def test_a_prompt_that_stands_in_a_batch_again_draws_further_samples():
   """Not the same ones: two groups of equal responses would count one draw twice."""
   run = make_run(cfg.Algorithm())
-  sample = quick_jit(rl_step.make_sampler(MODEL, 1, run.objective.rollouts, stop_id=0))
+  sample = jax.jit(rl_step.make_sampler(MODEL, 1, run.objective.rollouts, stop_id=0))
   again = lambda x: jnp.concatenate([x[:1], x[:2], x[:1]])
   repeated = dataclasses.replace(PROMPTS, tokens=again(PROMPTS.tokens),
                                  lengths=again(PROMPTS.lengths), ids=again(PROMPTS.ids))
   got = np.asarray(sample(PARAMS, repeated, jnp.int32(0), jnp.int32(0)).tokens)
   np.testing.assert_array_equal(got[[0, 2]], drawn().tokens[:2])  # As if nothing were repeated.
   key = jax.random.fold_in(jax.random.key(1), 0)
-  more = quick_jit(functools.partial(
+  more = jax.jit(functools.partial(
       decode.generate, MODEL, sampler=cfg.Sampler(), num_samples=3 * G, num_tokens=S, stop_id=0))(
           PARAMS, PROMPTS, key=key).tokens[0]
   np.testing.assert_array_equal(got[[0, 1, 3]].reshape(3 * G, S), more)
@@ -168,7 +167,7 @@ def test_every_advantage_prefers_what_was_rewarded(advantage):
   method = cfg.Algorithm(advantage=advantage)
   batch = experience()
   mask = batch.rollout.mask * batch.verdict.valid[..., None]
-  scores = quick_jit(functools.partial(learner.response_scores, MODEL, sampler=cfg.Sampler()))(
+  scores = jax.jit(functools.partial(learner.response_scores, MODEL, sampler=cfg.Sampler()))(
       PARAMS, PROMPTS, batch.rollout.tokens)
   values, returns = algorithm.token_advantage(
       method, batch.verdict.reward, batch.rollout, mask, batch.verdict.valid,
@@ -190,7 +189,7 @@ def test_equal_rewards_of_any_value_are_exactly_no_advantage(advantage):
   valid, rollout = batch.verdict.valid, batch.rollout
   mask, zeros = rollout.mask * valid[..., None], jnp.zeros((N, G, S))
   old = TokenScores(rollout.logp, zeros, zeros, zeros)
-  found = quick_jit(lambda value: algorithm.token_advantage(
+  found = jax.jit(lambda value: algorithm.token_advantage(
       method, jnp.where(valid > 0, value, 9.0), rollout, mask, valid, zeros, old, zeros)[0] * mask)
   for value in (0.1, 0.7, -4.21, 1 / 3, 1e4 + 0.3):
     np.testing.assert_array_equal(found(jnp.float32(value)), 0)
@@ -281,7 +280,7 @@ def test_coefficients_by_the_definition_of_their_term(part, coef):
 
   chosen = ({'entropy_coef': coef} if part == 'entropy' else {'kl': cfg.KLInLoss(coef, part)})
   state, metrics = learn(cfg.Algorithm(aggregation=cfg.TokenMean(), **chosen), batch)
-  value, want = quick_jit(jax.value_and_grad(definition))(PARAMS)
+  value, want = jax.jit(jax.value_and_grad(definition))(PARAMS)
   np.testing.assert_allclose(metrics['loss'], value, rtol=1e-4, atol=1e-7)
   for a, b in zip(jax.tree.leaves(gradients(state)), jax.tree.leaves(want), strict=True):
     np.testing.assert_allclose(a, b, atol=1e-4 * max(np.abs(b).max(), 1e-4))
@@ -294,7 +293,7 @@ def test_the_value_head_teaches_itself_and_not_the_policy():
                           zeros + 3, mask)
   head = {'weight': jnp.ones(CONFIG.d_model), 'bias': jnp.ones(())}
   loss = learner.make_loss(MODEL, cfg.Sampler(), method)
-  policy, own = quick_jit(jax.grad(lambda t: loss(t, lesson)[0]))((PARAMS, head))
+  policy, own = jax.jit(jax.grad(lambda t: loss(t, lesson)[0]))((PARAMS, head))
   for gradient in jax.tree.leaves(policy):
     np.testing.assert_array_equal(gradient, 0)
   assert all(np.abs(gradient).max() > 0 for gradient in jax.tree.leaves(own))
@@ -308,10 +307,10 @@ def test_the_trainers_log_probabilities_come_out_by_token(options, accumulation)
   run = make_run(method, accumulation)
   state, optimizer = make_state(run)
   batch = experience()
-  _, metrics = quick_jit(learner.make_learner(
+  _, metrics = jax.jit(learner.make_learner(
       MODEL, optimizer, run, run.objective.rollouts, method, by_token=True))(state, batch)
   by_token = metrics[learner.BY_TOKEN]
-  scores = quick_jit(functools.partial(learner.response_scores, MODEL, sampler=cfg.Sampler()))(
+  scores = jax.jit(functools.partial(learner.response_scores, MODEL, sampler=cfg.Sampler()))(
       PARAMS, PROMPTS, batch.rollout.tokens)
   mask = np.array(batch.rollout.mask * batch.verdict.valid[..., None])
   mask[1::2] *= 'minibatches' not in options  # Documents 0 and 2 come first.
@@ -391,7 +390,7 @@ def test_short_rls_gate_is_state_and_closes_when_accuracy_falls():
   method = cfg.Algorithm(shaping=cfg.ShortRL(slack_tokens=0, slack_accuracy=0.1))
   run = make_run(method)
   state, optimizer = make_state(run)
-  step = quick_jit(learner.make_learner(MODEL, optimizer, run, run.objective.rollouts, method))
+  step = jax.jit(learner.make_learner(MODEL, optimizer, run, run.objective.rollouts, method))
   good, bad = (experience(correct=np.full((N, G), c)) for c in (1.0, 0.0))
   state, metrics = step(state, good)
   assert float(metrics['gate_open'].mean()) == 1 and float(state.method.gate) == 1
@@ -403,7 +402,7 @@ def test_a_step_that_is_not_finite_leaves_gate_and_head_alone():
   method = cfg.Algorithm(advantage=cfg.GAE(), shaping=cfg.ShortRL())
   run = make_run(method)
   state, optimizer = make_state(run)
-  step = quick_jit(learner.make_learner(MODEL, optimizer, run, run.objective.rollouts, method))
+  step = jax.jit(learner.make_learner(MODEL, optimizer, run, run.objective.rollouts, method))
   batch = experience()
   broken = dataclasses.replace(batch, verdict=dataclasses.replace(
       batch.verdict, reward=batch.verdict.reward * jnp.nan))

@@ -28,7 +28,6 @@ PARAMS = {**PARAMS, 'embed': PARAMS['embed'] * 20}
 TOKEN_BYTES = [b'', *(bytes([96 + i]) for i in range(1, VOCAB - 1)), b'ab']
 TABLE = token_table(TOKEN_BYTES, VOCAB)
 VERIFY = verifier.device_verifier(TABLE)
-quick_jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
 
 CONTEXTS = [[3, 1, 4, 1], [9, 2], [6, 5, 3, 5, 8], [11]]
 TRUTH = [[1, 2, 3, 4], [7, 7, 0], [12, 5, 6, 1], [4]]
@@ -107,8 +106,8 @@ def test_learner_equals_whole_sequences(num_tokens, sampler, chunk):
     return loss((params, {}), lesson)[0], scores.logp
 
   plain = functools.partial(plain_loss, trajectory=trajectory, sampler=sampler)
-  (got, got_logp), got_grad = quick_jit(jax.value_and_grad(grouped, has_aux=True))(PARAMS)
-  (want, want_logp), want_grad = quick_jit(jax.value_and_grad(plain, has_aux=True))(PARAMS)
+  (got, got_logp), got_grad = jax.jit(jax.value_and_grad(grouped, has_aux=True))(PARAMS)
+  (want, want_logp), want_grad = jax.jit(jax.value_and_grad(plain, has_aux=True))(PARAMS)
   np.testing.assert_allclose(got, want, rtol=1e-5)
   np.testing.assert_allclose(got_logp * rollout.mask, want_logp * rollout.mask, atol=1e-4)
   for a, b in zip(jax.tree.leaves(got_grad), jax.tree.leaves(want_grad), strict=True):
@@ -127,7 +126,7 @@ METHOD = cfg.RPT('unused', rollouts=cfg.Rollouts(
 def compiled_step():
   run = make_run(METHOD)
   optimizer = optim.make_optimizer(run.optimizer, run.train.num_steps)
-  step = quick_jit(rl_step.make_fused_step(MODEL, optimizer, run, VERIFY, stop_id=0))
+  step = jax.jit(rl_step.make_fused_step(MODEL, optimizer, run, VERIFY, stop_id=0))
   return step, TrainState(jnp.zeros((), jnp.int32), PARAMS, optimizer.init(PARAMS),
                           states.new_method(run, PARAMS))
 
@@ -180,7 +179,7 @@ def test_accuracy_by_difficulty():
   lengths = jnp.asarray([len(c) for c in CONTEXTS])
   prompts = make_prompts()
   positions = jnp.broadcast_to(jnp.arange(6), (4, 6))
-  hidden = quick_jit(MODEL.apply)(PARAMS, prompts.tokens, positions, jnp.ones_like(positions))
+  hidden = jax.jit(MODEL.apply)(PARAMS, prompts.tokens, positions, jnp.ones_like(positions))
   logits = hidden[jnp.arange(4), lengths - 1] @ MODEL.head(PARAMS)
   best, p = np.asarray(logits.argmax(-1)), np.asarray(jax.nn.softmax(logits))
   # The truth is what the model believes at rows 0 and 2, and something else at 1 and 3.
@@ -190,7 +189,7 @@ def test_accuracy_by_difficulty():
   expected = [verifier.prefix_match(TOKEN_BYTES[b], [TOKEN_BYTES[t[0]]])
               for b, t in zip(best, truth)]
   samples = 4000
-  evaluate = quick_jit(functools.partial(
+  evaluate = jax.jit(functools.partial(
       rpt.next_token_accuracy, MODEL, method=method, num_samples=samples))
   got = evaluate(PARAMS, prompts, jax.random.key(3), TABLE)
   chance = [p[n, t[0]] for n, t in enumerate(truth)]

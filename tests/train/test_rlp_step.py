@@ -20,7 +20,6 @@ VOCAB, THINK, ANSWER = 11, 9, 10
 CONFIG = cfg.Model(num_layers=2, d_model=16, d_ff=32, num_heads=2, num_kv_heads=1, head_dim=8,
                    vocab_size=VOCAB)
 MODEL = transformer.build(CONFIG)
-quick_jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
 
 
 def make_params(seed):
@@ -57,7 +56,7 @@ def test_reward_equals_its_definition_on_whole_sequences():
       expected[n, g] = (log_probability(THETA, with_thought, TRUTH[n])
                         - log_probability(PHI, CONTEXTS[n], TRUTH[n]))
   rollout = Rollout(jnp.asarray(tokens), jnp.asarray(mask), jnp.zeros((3, 3, 3)), jnp.zeros(()))
-  got = quick_jit(lambda theta, phi: rlp_step.judge(
+  got = jax.jit(lambda theta, phi: rlp_step.judge(
       MODEL, theta, phi, PROMPTS, rollout, rlp_step.Markers(1, ANSWER)))(THETA, PHI)
   np.testing.assert_allclose(got.reward, expected, atol=1e-4)
   np.testing.assert_array_equal(got.correct, expected > 0)
@@ -94,7 +93,7 @@ def compiled_step(kl=NO_KL):
   optimizer = optim.make_optimizer(run.optimizer, 30)
   state = TrainState(jnp.zeros((), jnp.int32), THETA, optimizer.init(THETA),
                      states.new_method(run, THETA))
-  return quick_jit(rlp_step.make_step(MODEL, optimizer, run, rlp_step.Markers(1, ANSWER))), state
+  return jax.jit(rlp_step.make_step(MODEL, optimizer, run, rlp_step.Markers(1, ANSWER))), state
 
 
 def test_step_raises_the_gain_and_keeps_the_average():
@@ -141,7 +140,7 @@ def test_a_gain_that_is_not_finite_leaves_the_whole_state():
 
 
 def test_a_longer_budget_changes_nothing_for_thoughts_that_have_ended():
-  short, long = (quick_jit(lambda p, s=s: rlp_step.judge(
+  short, long = (jax.jit(lambda p, s=s: rlp_step.judge(
       MODEL, p, PHI, PROMPTS, Rollout(
           jnp.full((3, 1, s), 4).at[:, :, 1].set(ANSWER),
           jnp.zeros((3, 1, s)).at[:, :, :2].set(1), jnp.zeros((3, 1, s)), jnp.zeros(())),
