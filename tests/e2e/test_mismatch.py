@@ -14,10 +14,11 @@ from tests.e2e.conftest import RPT, Job
 @pytest.mark.timeout(900)
 def test_a_mismatch_above_the_gate_stops_the_run_with_its_worst_responses(
     make_job: Callable[..., Job], pretrained: Job):
-  """At a gate of 1 the rounding between sampler and trainer is a mismatch already."""
+  """At a gate of 1 the rounding of bfloat16 in sampler and trainer is a mismatch already."""
   job = make_job(RPT, start_from=str(pretrained.workdir), bindings=(
       'cfg.Train.num_steps = 3', 'cfg.Checkpoint.every = 1', 'cfg.Rollouts.num_prompts = 4',
-      'cfg.Rollouts.response_tokens = 4', 'cfg.Rollouts.mismatch_gate = 1.0'))
+      'cfg.Rollouts.response_tokens = 4', 'cfg.Rollouts.mismatch_gate = 1.0',
+      "cfg.Compute.dtype = 'bfloat16'"))
   done = job.run()
   assert done.returncode == 2, done.stderr
   sentence, = (line for line in done.stderr.splitlines() if line.startswith('jaxrl-pt: '))
