@@ -63,6 +63,7 @@ cfg.Algorithm.advantage = @cfg.RLOO()
 """
 
 
+@pytest.mark.slow
 def test_rlp_killed_at_a_random_step_is_bit_identical(
     make_job: Callable[..., Job], pretrained: Job):
   """Its average policy, the baseline of its reward, is in the checkpoint."""

@@ -19,7 +19,9 @@ DRAWN_AGAIN = ('cfg.Rollouts.selection = @cfg.DynamicSampling()',
                'cfg.DynamicSampling.from_step = 1')
 
 
-@pytest.mark.parametrize('bindings', [(), DRAWN_AGAIN], ids=['drawn once', 'drawn again'])
+@pytest.mark.parametrize('bindings', [
+    pytest.param((), id='drawn once', marks=pytest.mark.slow),
+    pytest.param(DRAWN_AGAIN, id='drawn again')])
 def test_two_hosts_agree_and_learn_as_one_does(
     make_job: Callable[..., Job], pretrained: Job, bindings: tuple[str, ...]):
   """Their verifiers contradict each other on purpose: host 0's word counts."""

@@ -65,6 +65,7 @@ def test_several_slices_say_what_travels_between_them(capsys):
   assert 'cannot span 3 slices' in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_rpt_compiles_as_one_program(capsys):
   code = main.main(['preflight', '--gin_file', 'gin/run/rpt_tiny.gin', '--topology', 'v6e:1x1',
