@@ -15,6 +15,8 @@ from pallas_kernels import ternary_matmul as op
 from pallas_kernels.ternary_matmul import kernel_tpu, packing, tuning
 
 GENERATIONS = tuple(g for g in dispatch.GENERATIONS if g != 'v4')
+# The loop emitters that tests take by default (tests/xla_flags.py) crash on 2-bit integers.
+compiled = functools.partial(jax.jit, compiler_options={'xla_cpu_use_fusion_emitters': True})
 
 
 def arguments(seed, M, K, N, activations, per_column=False):
@@ -50,8 +52,9 @@ def test_kernel_is_the_integer_product(M, K, N, activations, per_column, generat
     blocks = tuning.Blocks(min(64, M), 128, 32)
   else:  # All rows, and blocks of rows.
     blocks = tuning.Blocks(M if M <= 256 else 256, 384, 128)
-  out = kernel_tpu.ternary_matmul(*args, out_dtype=out_dtype, generation=generation,
-                                  blocks=blocks, interpret=testing.PLAIN)
+  out = compiled(functools.partial(
+      kernel_tpu.ternary_matmul, out_dtype=out_dtype, generation=generation, blocks=blocks,
+      interpret=testing.PLAIN))(*args)
   expected = sums(args) if out_dtype == jnp.int32 else scaled(args, out_dtype)
   assert out.dtype == out_dtype
   np.testing.assert_array_equal(np.asarray(out), np.asarray(expected))
@@ -62,8 +65,8 @@ def test_kernel_is_the_integer_product(M, K, N, activations, per_column, generat
 @pytest.mark.parametrize('activations', ['int8', 'int4'])
 def test_kernel_equals_the_reference_bit_for_bit(M, K, N, activations):
   args = arguments(1, M, K, N, activations)
-  multiply = functools.partial(op.ternary_matmul, *args, activations=activations,
-                               out_dtype=jnp.bfloat16)
+  multiply = lambda **how: compiled(functools.partial(
+      op.ternary_matmul, activations=activations, out_dtype=jnp.bfloat16, **how))(*args)
   for generation in GENERATIONS:
     np.testing.assert_array_equal(multiply(generation=generation, interpret=testing.PLAIN),
                                   multiply(generation=None))
