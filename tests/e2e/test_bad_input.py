@@ -15,7 +15,7 @@ import pytest
 from jaxrl_pt import checkpoint
 from jaxrl_pt.main import main
 from jaxrl_pt.train.evaluate import load_state
-from tests.e2e.conftest import RPT, Job
+from tests.e2e.conftest import RL, RPT, Job
 
 
 def complaint(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
@@ -54,6 +54,20 @@ def test_a_wrong_setting(make_job: Callable[..., Job], capsys: pytest.CaptureFix
   line = complaint(capsys, *train_argv(make_job(), binding))
   for part in expected:
     assert part in line, line
+
+
+@pytest.mark.parametrize(('binding', 'expected'), [
+    ('cfg.Cosine.peak = 1e309', 'beyond what 64 bits can express'),
+    ('cfg.Rollouts.response_tokens = 2147483648', 'would take at least 128 GiB'),
+    ('cfg.Arithmetic.size = 9223372036854775808', 'at most 10000000'),
+    ('cfg.VerifierPool.wall_seconds = 1e308', 'from 0.01 to 86400'),
+])
+def test_a_value_at_the_edge_in_a_process_of_its_own(make_job: Callable[..., Job], binding: str,
+                                                     expected: str):
+  job = make_job(RL, start_from='nowhere', bindings=(binding,))
+  done = job.run()
+  assert done.returncode == 2 and expected in done.stderr and 'Traceback' not in done.stderr
+  assert not job.workdir.exists()
 
 
 def test_several_hosts_without_a_cluster(make_job: Callable[..., Job]):

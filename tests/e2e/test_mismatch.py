@@ -14,20 +14,23 @@ from tests.e2e.conftest import RPT, Job
 @pytest.mark.timeout(900)
 def test_a_mismatch_above_the_gate_stops_the_run_with_its_worst_responses(
     make_job: Callable[..., Job], pretrained: Job):
-  """At a gate of 1 the rounding of bfloat16 in sampler and trainer is a mismatch already."""
+  """At a gate of 1 rounding is a mismatch already, and a low temperature makes it ten times that."""
   job = make_job(RPT, start_from=str(pretrained.workdir), bindings=(
       'cfg.Train.num_steps = 3', 'cfg.Checkpoint.every = 1', 'cfg.Rollouts.num_prompts = 4',
       'cfg.Rollouts.response_tokens = 4', 'cfg.Rollouts.mismatch_gate = 1.0',
-      "cfg.Compute.dtype = 'bfloat16'"))
+      'cfg.Rollouts.sampler = @cfg.Sampler()', 'cfg.Sampler.temperature = 0.1'))
   done = job.run()
-  assert done.returncode == 2, done.stderr
+  assert done.returncode == 2, done.stdout + done.stderr
   sentence, = (line for line in done.stderr.splitlines() if line.startswith('jaxrl-pt: '))
-  page = json.loads((job.workdir / 'mismatch' / '1.json').read_text())
-  assert 'disagree at step 1' in sentence and str(job.workdir / 'mismatch' / '1.json') in sentence
-  assert 'the last good checkpoint is none' in sentence and 'Traceback' not in done.stderr
-  assert checkpoint.steps(job.workdir / 'checkpoints') == []
+  path, = (job.workdir / 'mismatch').iterdir()
+  page = json.loads(path.read_text())
+  step = int(path.stem)
+  assert f'disagree at step {step}' in sentence and str(path) in sentence
+  assert f'the last good checkpoint is {f"step {step - 1}" if step > 1 else "none"}' in sentence
+  assert 'Traceback' not in done.stderr
+  assert checkpoint.steps(job.workdir / 'checkpoints') == list(range(1, step))
   row = job.rows()[-1]
-  assert row['step'] == page['step'] == 1 and row['gap'] == page['mismatch'] > page['gate'] == 1
+  assert row['step'] == page['step'] == step and row['gap'] == page['mismatch'] > page['gate'] == 1
   means = [response['mismatch'] for response in page['responses']]
   assert len(means) == 16 and means == sorted(means, reverse=True) and means[0] >= row['gap']
   for response in page['responses']:
