@@ -146,7 +146,7 @@ def plot_synthetic(seeds: list[dict], summary: dict[str, Any]) -> None:
                   marker='o', markersize=3, capsize=2, label=label)
   left.axhline(1 / synthetic.corpus.NUM_STATES, color='grey', linewidth=0.8, linestyle=':')
   left.set(xlabel='serial steps of the result', ylabel='next-token accuracy', ylim=(0, 1.02))
-  left.legend(fontsize=6, loc='lower left', bbox_to_anchor=(0, 0.08))
+  left.legend(fontsize=6, loc='upper center', bbox_to_anchor=(0.5, -0.14), ncol=3)
   law = summary['scaling']
   compute = np.array(law['compute_flops'])
   for split in SPLITS:
