@@ -152,7 +152,7 @@ _NUMERICS = [
     *_of('jaxrl_pt/nn/norm.py',
          'tests/models/test_bfloat16.py::test_a_norm_is_rounded_once_and_its_gains_gradient_never',
          ('rms_norm_in_bfloat16', 'x32 = x.astype(jnp.float32)', 'x32 = x')),
-    *_of('jaxrl_pt/nn/norm.py', 'tests/models/test_transformer.py',
+    *_of('jaxrl_pt/nn/norm.py', 'tests/nn/test_norm.py',
          ('rms_norm_without_gain', '(x32 * inverse * gain)', '(x32 * inverse)')),
     *_of('jaxrl_pt/nn/quant.py', 'tests/nn/test_quant.py',
          ('ternary_scale_of_all_layers', '.mean((-2, -1), keepdims=True)', '.mean(keepdims=True)'),
