@@ -36,6 +36,14 @@ def test_the_copy_outlives_the_trainers_parameters(packed):
     np.testing.assert_array_equal(got, expected)
 
 
+def test_what_changes_on_the_way_is_named(monkeypatch):
+  moved = handover._moved
+  monkeypatch.setattr(handover, '_moved', lambda x, sharding: moved(
+      x + (x.ndim == 2), sharding))  # The embedding and two gains of layers arrive changed.
+  with pytest.raises(RuntimeError, match='parameters changed on their way to the sampler: .*embed'):
+    handover.make_hand_over(MODEL, MESH, packed=False)(PARAMS, 0)
+
+
 def test_packed_and_latent_policies_draw_the_same():
   sizes = cfg.Engine(slots=2, queue=8, prompt_len=8, response_len=8, page_size=4,
                      prefill_chunk=8)
