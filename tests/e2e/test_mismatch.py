@@ -14,7 +14,7 @@ from tests.e2e.conftest import RPT, Job
 @pytest.mark.timeout(900)
 def test_a_mismatch_above_the_gate_stops_the_run_with_its_worst_responses(
     make_job: Callable[..., Job], pretrained: Job):
-  """At a gate of 1 rounding is a mismatch already, and a low temperature makes it ten times that."""
+  """At a gate of 1 rounding is a mismatch already; a low temperature makes it ten times that."""
   job = make_job(RPT, start_from=str(pretrained.workdir), bindings=(
       'cfg.Train.num_steps = 3', 'cfg.Checkpoint.every = 1', 'cfg.Rollouts.num_prompts = 4',
       'cfg.Rollouts.response_tokens = 4', 'cfg.Rollouts.mismatch_gate = 1.0',
