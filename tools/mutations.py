@@ -82,7 +82,9 @@ _REFERENCES = ('tests/train/test_rl_stages.py::'
 _LEARNER = [
     *_of('jaxrl_pt/train/algorithm.py', _COEFFICIENTS,
          ('kl_coefficient_dropped', 'return coef * _KL[estimator](logp, reference_logp)',
-          'return _KL[estimator](logp, reference_logp)'),
+          'return _KL[estimator](logp, reference_logp)')),
+    *_of('jaxrl_pt/train/algorithm.py',
+         f'{_LEARNER_TESTS}::test_kl_in_the_reward_is_taken_from_it',
          ('kl_in_reward_coefficient_dropped', 'rewards -= coef * _KL', 'rewards -= _KL')),
     *_of('jaxrl_pt/train/learner.py', _COEFFICIENTS,
          ('entropy_coefficient_dropped', 'terms -= method.entropy_coef * scores.entropy',
