@@ -322,15 +322,19 @@ def test_the_trainers_log_probabilities_come_out_by_token(options, accumulation)
 
 def test_a_cap_of_one_lowers_and_a_stale_sampler_weighs():
   """A sampler that was twice as sure gets half the weight; one half as sure is capped."""
-  batch = experience()
+  batch, found = experience(), []
   for factor, want in ((np.log(2), 0.5), (-np.log(2), 1.0)):
     stale = dataclasses.replace(batch, rollout=dataclasses.replace(
         batch.rollout, logp=batch.rollout.logp + factor))
-    _, metrics = learn(cfg.Algorithm(correction=cfg.TokenTIS(1.0)), stale,
-                       mode=cfg.OneStepOff())
+    state, metrics = learn(cfg.Algorithm(correction=cfg.TokenTIS(1.0)), stale,
+                           mode=cfg.OneStepOff())
+    found.append(gradients(state))
     np.testing.assert_allclose(metrics['correction'], want, rtol=1e-3)
     np.testing.assert_allclose(metrics['staleness'], 2.0, rtol=1e-3)
     assert 'gap' not in metrics
+  for half, whole in zip(*map(jax.tree.leaves, found), strict=True):
+    np.testing.assert_allclose(2 * half, whole, atol=1e-4 * np.abs(whole).max())
+  assert np.abs(found[1]['embed']).max() > 0
 
 
 # --- Slices and several updates -------------------------------------------------
@@ -366,6 +370,17 @@ def test_two_minibatches_twice_are_four_updates():
   state, metrics = learn(ppo(minibatches=2, epochs=2))
   assert int(state.step) == 1 and int(state.opt_state[1].count) == 4
   assert 1 <= metrics['gap'] < 1.001  # Of the first update.
+
+
+def test_the_metrics_of_all_updates_are_added_up():
+  method = cfg.Algorithm(surrogate=cfg.PPOClip(), minibatches=2, epochs=2)
+  run, batch = make_run(method), experience()
+  state, optimizer = make_state(run)
+  step = jax.jit(learner.make_learner(MODEL, optimizer, run, run.objective.rollouts, method))
+  _, metrics = step(state, batch)
+  # Every token of a valid response is learned from in both epochs.
+  num_tokens = (batch.rollout.mask * batch.verdict.valid[..., None]).sum()
+  assert metrics['entropy'].count == 2 * num_tokens
 
 
 def test_a_correction_of_several_updates_compares_the_policy_before_them():
