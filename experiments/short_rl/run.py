@@ -273,7 +273,7 @@ def main():
   parser.add_argument('--num_seeds', type=int, default=5)
   parser.add_argument('--num_prompts', type=int, default=8)
   parser.add_argument('--learning_rate', type=float, default=2e-4)
-  parser.add_argument('--start_steps', type=int, default=1000)
+  parser.add_argument('--start_steps', type=int, default=2000)
   args = parser.parse_args()
   started = time.time()
   model = transformer.build(MODEL, cfg.Compute(unroll=0))
