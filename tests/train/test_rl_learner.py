@@ -63,10 +63,16 @@ def experience(reference_logp=None, correct=None) -> learner.Experience:
                             reference)
 
 
-def learn(method: cfg.Algorithm, batch=None, accumulation=1, steps=1, **rollouts):
+def make_step(method: cfg.Algorithm, accumulation=1, **rollouts):
+  """The compiled learner and the state that it begins with."""
   run = make_run(method, accumulation, **rollouts)
   state, optimizer = make_state(run)
-  step = jax.jit(learner.make_learner(MODEL, optimizer, run, run.objective.rollouts, method))
+  return jax.jit(learner.make_learner(
+      MODEL, optimizer, run, run.objective.rollouts, method)), state
+
+
+def learn(method: cfg.Algorithm, batch=None, accumulation=1, steps=1, **rollouts):
+  step, state = make_step(method, accumulation, **rollouts)
   for _ in range(steps):
     state, metrics = step(state, experience() if batch is None else batch)
   return state, {name: float(value.mean()) for name, value in metrics.items()}
@@ -374,9 +380,7 @@ def test_two_minibatches_twice_are_four_updates():
 
 def test_the_metrics_of_all_updates_are_added_up():
   method = cfg.Algorithm(surrogate=cfg.PPOClip(), minibatches=2, epochs=2)
-  run, batch = make_run(method), experience()
-  state, optimizer = make_state(run)
-  step = jax.jit(learner.make_learner(MODEL, optimizer, run, run.objective.rollouts, method))
+  (step, state), batch = make_step(method), experience()
   _, metrics = step(state, batch)
   # Every token of a valid response is learned from in both epochs.
   num_tokens = (batch.rollout.mask * batch.verdict.valid[..., None]).sum()
@@ -403,9 +407,7 @@ def test_the_value_head_learns_the_reward():
 
 def test_short_rls_gate_is_state_and_closes_when_accuracy_falls():
   method = cfg.Algorithm(shaping=cfg.ShortRL(slack_tokens=0, slack_accuracy=0.1))
-  run = make_run(method)
-  state, optimizer = make_state(run)
-  step = jax.jit(learner.make_learner(MODEL, optimizer, run, run.objective.rollouts, method))
+  step, state = make_step(method)
   good, bad = (experience(correct=np.full((N, G), c)) for c in (1.0, 0.0))
   state, metrics = step(state, good)
   assert float(metrics['gate_open'].mean()) == 1 and float(state.method.gate) == 1
@@ -415,9 +417,7 @@ def test_short_rls_gate_is_state_and_closes_when_accuracy_falls():
 
 def test_a_step_that_is_not_finite_leaves_gate_and_head_alone():
   method = cfg.Algorithm(advantage=cfg.GAE(), shaping=cfg.ShortRL())
-  run = make_run(method)
-  state, optimizer = make_state(run)
-  step = jax.jit(learner.make_learner(MODEL, optimizer, run, run.objective.rollouts, method))
+  step, state = make_step(method)
   batch = experience()
   broken = dataclasses.replace(batch, verdict=dataclasses.replace(
       batch.verdict, reward=batch.verdict.reward * jnp.nan))
