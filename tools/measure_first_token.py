@@ -5,21 +5,17 @@ document, after the beginning token, beside what the frequencies of all training
 of documents' first tokens (each with one added) would give for the same tokens.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 import sys
 
 import jax
 import numpy as np
 
+from jaxrl_pt.data import loader
 from jaxrl_pt.models import logprobs
 from jaxrl_pt.train import evaluate
-from jaxrl_pt.types import Batch
 
-
-def batches(packed, rows: int = 16) -> Iterator[Batch]:
-  for start in range(0, len(packed) - rows + 1, rows):
-    yield packed.batch(range(start, start + rows))
+ROWS = 16  # of a batch
 
 
 def main(workdir: Path) -> None:
@@ -28,7 +24,7 @@ def main(workdir: Path) -> None:
   bos, size = data.tokenizer.bos_id, model.config.vocab_size
   firsts = lambda batch: (batch.positions == 0) & (batch.tokens == bos) & (batch.weights > 0)
   everywhere, beginnings = np.ones(size), np.ones(size)
-  for batch in batches(data.train):
+  for batch in loader.eval_batches(data.train, ROWS):
     np.add.at(everywhere, batch.targets[batch.weights > 0], 1)
     np.add.at(beginnings, batch.targets[firsts(batch)], 1)
 
@@ -38,7 +34,7 @@ def main(workdir: Path) -> None:
     return logprobs.token_logprobs(hidden, model.head(params), batch.targets).logp
 
   losses, targets = [], []
-  for batch in batches(data.validation):
+  for batch in loader.eval_batches(data.validation, ROWS):
     losses.append(-np.asarray(score(policy.params, batch))[firsts(batch)])
     targets.append(batch.targets[firsts(batch)])
   target = np.concatenate(targets)

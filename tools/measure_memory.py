@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+from jaxrl_pt import metrics
 from jaxrl_pt.verifiers import sandbox
 
 
@@ -30,7 +31,9 @@ def main() -> int:
   parser.add_argument('--every', type=int, default=500)
   parser.add_argument('command', nargs='+', help='train and its flags, after --')
   args = parser.parse_args()
-  rows = Path(args.command[args.command.index('--workdir') + 1]) / 'metrics.jsonl'
+  if '--workdir' not in args.command[:-1]:
+    parser.error('the command has no --workdir DIR, whose metrics tell the steps')
+  rows = Path(args.command[args.command.index('--workdir') + 1]) / metrics.FILE
   process = subprocess.Popen([sys.executable, '-m', 'jaxrl_pt.main', *args.command],
                              stdout=subprocess.DEVNULL)
   seen = -1
