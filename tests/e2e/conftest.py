@@ -122,9 +122,9 @@ class Job:
       process.kill()
     return process.returncode, output
 
-  def wait_for(self, step: int, *processes: subprocess.Popen[str]) -> None:
+  def wait_for(self, step: int, *processes: subprocess.Popen[str], seconds: float = 240) -> None:
     """Returns once the row of `step` is written; fails when one of its processes has ended."""
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + seconds
     while self.last_step() < step:
       for process in processes:
         assert process.poll() is None, process.communicate()

@@ -29,7 +29,7 @@ def stop(job: Job, hosts: list[subprocess.Popen[str]], after: int,
          told: Sequence[int]) -> int:
   """SIGTERM to some hosts, 0.2 s apart, once `after` steps are done; the step they stop at."""
   try:
-    job.wait_for(after, *hosts)
+    job.wait_for(after, *hosts, seconds=400)
     for host in told:
       hosts[host].send_signal(signal.SIGTERM)
       time.sleep(0.2)
