@@ -19,6 +19,8 @@ from rich.console import Console
 from jaxrl_pt import config as cfg
 from jaxrl_pt.data.tokenizer import begun, drawable
 from jaxrl_pt.errors import UserError
+from jaxrl_pt.run import interrupt, samples
+from jaxrl_pt.run.policy import Policy, load_policy
 from jaxrl_pt.sampling import resa as rectified
 from jaxrl_pt.sampling.engine import Engine
 from jaxrl_pt.serving import terminal
@@ -26,7 +28,6 @@ from jaxrl_pt.serving.conversation import Template, read_template
 from jaxrl_pt.serving.protocol import Service
 from jaxrl_pt.serving.text import Markers, encode_marker
 from jaxrl_pt.serving.worker import Worker
-from jaxrl_pt.train import evaluate, interrupt
 from jaxrl_pt.types import Prompts
 from pallas_kernels.dispatch import generation_of
 
@@ -75,31 +76,31 @@ def sample(workdir: Path, prompts: list[str] | None, *, step: int | None, as_jso
     step: which checkpoint.
     as_json: print one JSON list at the end.
     prompt_len: most tokens of a prompt typed at the terminal.
-    settings: as `evaluate.stream_samples` takes them.
+    settings: as `samples.stream_samples` takes them.
   """
-  policy, num_samples = evaluate.load_policy(workdir, step), settings['num_samples']
+  policy, num_samples = load_policy(workdir, step), settings['num_samples']
   if prompts is not None and as_json:
-    print(json.dumps(evaluate.sample(policy, prompts, **settings), ensure_ascii=False, indent=2))
+    print(json.dumps(samples.sample(policy, prompts, **settings), ensure_ascii=False, indent=2))
   elif prompts is not None:
-    pieces = evaluate.stream_samples(policy, prompts, **settings)
+    pieces = samples.stream_samples(policy, prompts, **settings)
     terminal.show_samples(pieces, prompts, num_samples, sys.stdout)
   else:
-    engine = evaluate.make_engine(policy, cfg.Engine(
+    engine = samples.make_engine(policy, cfg.Engine(
         slots=min(num_samples, 32), queue=num_samples, prompt_len=prompt_len,
         response_len=settings['num_tokens'], steps_per_call=8), seed=settings['seed'])
     for line in terminal.read_lines('prompt> '):
       _sample_line(policy, line, engine, as_json, settings)
 
 
-def _sample_line(policy: evaluate.Policy, line: str, engine: Engine, as_json: bool,
+def _sample_line(policy: Policy, line: str, engine: Engine, as_json: bool,
                  settings: dict[str, Any]) -> None:
   try:
     line.encode()
     if as_json:
-      print(json.dumps(evaluate.sample(policy, [line], engine=engine, **settings),
+      print(json.dumps(samples.sample(policy, [line], engine=engine, **settings),
                        ensure_ascii=False, indent=2))
       return
-    pieces = evaluate.stream_samples(policy, [line], engine=engine, **settings)
+    pieces = samples.stream_samples(policy, [line], engine=engine, **settings)
     terminal.show_samples(pieces, [line], settings['num_samples'], sys.stdout)
   except UnicodeEncodeError:
     print('jaxrl-pt: That line is not UTF-8 text.', file=sys.stderr)
@@ -116,16 +117,15 @@ def sample_resa(workdir: Path, prompts: list[str], *, step: int | None, as_json:
     workdir, prompts, step, as_json, sampler, num_tokens, num_samples, seed: as in `sample`.
     resa: with an active share of 1 the texts are those of `sample`.
   """
-  policy = evaluate.load_policy(workdir, step)
+  policy = load_policy(workdir, step)
   tokenizer = policy.session.data.tokenizer
   rows = [begun(tokenizer, tokenizer.encode(prompt)) for prompt in prompts]
   lengths = np.array([len(row) for row in rows], np.int32)
   tokens = np.zeros((len(rows), lengths.max()), np.int32)
   for n, row in enumerate(rows):
     tokens[n, :len(row)] = row
-  none = np.zeros(len(rows), np.int32)
-  batch = Prompts(*map(jnp.asarray, (tokens, lengths, np.arange(len(rows), dtype=np.int32),
-                                     none[:, None], none, none.astype(np.float32))))
+  batch = Prompts(jnp.asarray(tokens), jnp.asarray(lengths),
+                  jnp.arange(len(rows), dtype=jnp.int32))
   mesh = policy.session.mesh
   # The kernels read one chip's pages; a mesh takes XLA's path.
   generation = generation_of(mesh.devices.flat[0]) if mesh.size == 1 else None
@@ -137,17 +137,17 @@ def sample_resa(workdir: Path, prompts: list[str], *, step: int | None, as_json:
   start = time.perf_counter()
   drawn = jax.device_get(draw(policy.params, batch, jax.random.key(seed)))
   seconds = time.perf_counter() - start
-  counts = drawn.mask.sum(-1).astype(int)
-  samples = [
+  counts = drawn.in_response.sum(-1).astype(int)
+  found = [
       {'prompt': prompt, 'num_tokens': int(counts[n, g]),
        'text': tokenizer.decode([t for t in drawn.tokens[n, g, :counts[n, g]].tolist()
                                  if t != tokenizer.eos_id]),
-       'logp': float((drawn.logp[n, g] * drawn.mask[n, g]).sum())}
+       'logp': float((drawn.logp[n, g] * drawn.in_response[n, g]).sum())}
       for n, prompt in enumerate(prompts) for g in range(num_samples)]
   if as_json:
-    print(json.dumps(samples, ensure_ascii=False, indent=2))
+    print(json.dumps(found, ensure_ascii=False, indent=2))
     return
-  for s in samples:
+  for s in found:
     print(f'{s["prompt"]}{s["text"]}\n--- {s["num_tokens"]} tokens, log-probability '
           f'{s["logp"]:.2f} nats')
   print(f'=== {counts.sum()} tokens in {seconds:.2f} s: {counts.sum() / seconds:,.0f} tokens/s, '
@@ -171,11 +171,11 @@ def chat(workdir: Path, *, step: int | None, prompt_len: int, template: Path | N
     settings: as `terminal.Chat` takes them.
   """
   layout, enclosing = _template(template), Markers(*markers)
-  policy = evaluate.load_policy(workdir, step)
+  policy = load_policy(workdir, step)
   tokenizer = policy.session.data.tokenizer
   talk = terminal.Chat(tokenizer, layout, enclosing, **settings)
   longest = talk.request((0,), 0).max_tokens
-  engine = evaluate.make_engine(
+  engine = samples.make_engine(
       policy, cfg.Engine(slots=1, queue=1, prompt_len=prompt_len, response_len=longest,
                          steps_per_call=2),
       seed=seed, think_end=encode_marker(tokenizer, enclosing.end))
@@ -232,11 +232,11 @@ def serve(workdir: Path, *, step: int | None, host: str, port: int, token_file: 
   listening = _listen(host, port)
   with listening, interrupt.stop_on_signals(
       (signal.SIGTERM, signal.SIGINT)) as stopped:
-    policy = evaluate.load_policy(workdir, step)
+    policy = load_policy(workdir, step)
     tokenizer = policy.session.data.tokenizer
     service = Service(_name(workdir), tokenizer, engine, layout, enclosing,
                       max_samples=max_samples)
-    worker = Worker(evaluate.make_engine(policy, engine, seed=seed,
+    worker = Worker(samples.make_engine(policy, engine, seed=seed,
                                          think_end=encode_marker(tokenizer, enclosing.end)))
     log = functools.partial(print, file=sys.stderr, flush=True) if access_log else None
     server = uvicorn.Server(connections.server_config(

@@ -65,20 +65,13 @@ def _train(args: argparse.Namespace) -> int:
   if args.multihost:
     _join_hosts()
   with _importing():
-    from jaxrl_pt.train import places, resume
+    from jaxrl_pt.jobs import open as jobs
+    from jaxrl_pt.run import places, resume
   run = places.absolute(run)
   resolved_text = gin_bindings.dump(run)
   allow = (frozenset() if args.allow_changes is None
            else resume.check_allowed(args.allow_changes))
-  match run.objective:
-    case cfg.NextToken():
-      with _importing():
-        from jaxrl_pt.train import pretrain
-      pretrain.train(run, args.workdir, resolved_text, allow)
-    case cfg.RPT() | cfg.RL():
-      with _importing():
-        from jaxrl_pt.train import rl
-      rl.train(run, args.workdir, resolved_text, allow)
+  jobs.train(run, args.workdir, resolved_text, allow)
   return 0
 
 
@@ -184,7 +177,7 @@ def _eval(args: argparse.Namespace) -> int:
     run, _ = gin_bindings.load([str(saved), *args.gin_file], args.gin_bindings)
     data = run.data
   with _importing():
-    from jaxrl_pt.train import evaluate
+    from jaxrl_pt.run import evaluate
   results = evaluate.evaluate_workdir(args.workdir, step=args.step, data=data)
   if args.json:
     print(json.dumps(results, indent=2))
@@ -203,7 +196,7 @@ def _methods(args: argparse.Namespace) -> int:
 
 def _replay(args: argparse.Namespace) -> int:
   with _importing():
-    from jaxrl_pt.train import replay
+    from jaxrl_pt.jobs import replay
   half = replay.learner if args.only == 'learner' else replay.sampler
   found: Any = half(args.workdir, args.step)
   print(json.dumps(found, ensure_ascii=False, indent=2) if args.json else replay.text(found))

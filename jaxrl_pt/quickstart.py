@@ -234,7 +234,7 @@ def _compare(resumed: Path, uninterrupted: Path, step: int, killed_at: int) -> s
   import jax
   import numpy as np
 
-  from jaxrl_pt.train.evaluate import load_state
+  from jaxrl_pt.jobs.open import load_state
   first, second = (jax.tree_util.tree_leaves_with_path(load_state(w, step))
                    for w in (resumed, uninterrupted))
   different = [jax.tree_util.keystr(path) for (path, a), (_, b) in zip(first, second, strict=True)
@@ -308,7 +308,7 @@ def _as_text(table: list[list[str]]) -> str:
 
 
 def _samples(workdir: Path) -> list[dict]:
-  from jaxrl_pt.train.evaluate import sample_workdir
+  from jaxrl_pt.run.samples import sample_workdir
   prompts = ['def __init__(self', 'Return the ', 'import ']
   return sample_workdir(workdir, prompts, sampler=cfg.Sampler(temperature=0.7), num_tokens=32,
                         num_samples=1, seed=0)

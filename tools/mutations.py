@@ -198,9 +198,9 @@ _SAMPLER = [
           '(token[:, None] == asked.stop).all(-1)'),
          ('engine_length_stands_still', 'jnp.where(slots.row == IDLE, 0, slots.length + 1)',
           'jnp.where(slots.row == IDLE, 0, slots.length)')),
-    *_of('jaxrl_pt/sampling/handover.py', 'tests/sampling/test_handover.py',
-         ('hand_over_checks_nothing', 'check(checksum(leave(params)), sums)', 'check(sums, sums)'),
-         ('hand_over_packs_nothing', 'return pack(params, is_bit_linear) if packed else params',
+    *_of('jaxrl_pt/sampling/weight_sync.py', 'tests/sampling/test_weight_sync.py',
+         ('weight_sync_checks_nothing', 'check(checksum(leave(params)), sums)', 'check(sums, sums)'),
+         ('weight_sync_packs_nothing', 'return pack(params, is_bit_linear) if packed else params',
           'return params')),
 ]
 

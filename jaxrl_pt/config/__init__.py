@@ -10,7 +10,6 @@ raises `UserError` with what to write instead.
 from jaxrl_pt.config.algorithm import (
     CISPO,
     GAE,
-    GROUPED,
     GRPO,
     GSPO,
     KL,
@@ -114,7 +113,7 @@ from jaxrl_pt.config.rollouts import (
     Sampler,
     Selection,
 )
-from jaxrl_pt.config.run import Checkpoint, Run, Train, model_at
+from jaxrl_pt.config.run import Checkpoint, Run, Train, model_at, num_updates
 from jaxrl_pt.config.verifiers import (
     AnswerFormat,
     AnswerMatch,
@@ -138,7 +137,7 @@ __all__ = [
     'AllGroups', 'AnswerFormat', 'AnswerMatch', 'Arithmetic', 'ArrayRecord', 'Bytes', 'CISPO',
     'Checkpoint', 'Composite', 'Compute', 'Constant', 'ConstantDivisor', 'Correction', 'Cosine',
     'Data', 'Demonstrations', 'DenseMatch', 'Direct', 'DrGRPO', 'Dtype', 'DualClip',
-    'DynamicSampling', 'Engine', 'Every', 'FirstTokenMatch', 'FormatVerifier', 'GAE', 'GROUPED',
+    'DynamicSampling', 'Engine', 'Every', 'FirstTokenMatch', 'FormatVerifier', 'GAE',
     'GRPO', 'GSPO', 'GatedDenseMatch', 'GymAnswer', 'GymVerifier', 'HostVerifier',
     'HuggingFaceTokenizer', 'InformationGain', 'Jsonl', 'JsonlProblems', 'KL', 'KLEstimator',
     'KLInLoss', 'KLInReward', 'Kimi', 'KnightsAndKnaves', 'LengthVerifier', 'LogicVerifier',
@@ -152,5 +151,5 @@ __all__ = [
     'SequenceMeanTokenMean', 'SequenceMeanTokenSum', 'SequenceTIS', 'Shaping', 'ShortRL',
     'Source', 'Surrogate', 'TextFiles', 'TokenMean', 'TokenTIS', 'Tokenizer', 'Train',
     'TrainedBPE', 'TwoStage', 'Verifier', 'VerifierPool', 'WSD', 'WeightQuant', 'WordVerifier',
-    'model_at',
+    'model_at', 'num_updates',
 ]

@@ -1,47 +1,62 @@
 """What reinforcement learning makes of judged responses: advantage, surrogate, and the rest."""
 
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 from jaxrl_pt.config import checks
 from jaxrl_pt.errors import UserError
 
-# How much better than expected each response was.
+# How much better than expected each response was. `grouped` ones compare the responses of one
+# prompt, and need at least two.
 
 
 @dataclass(frozen=True)
 class GRPO:
   """A = (r − mean) / (std + 1e-6) inside the group (2402.03300)."""
 
+  grouped: ClassVar[bool] = True
+
 
 @dataclass(frozen=True)
 class DrGRPO:
   """A = r − mean inside the group (2503.20783)."""
+
+  grouped: ClassVar[bool] = True
 
 
 @dataclass(frozen=True)
 class RLOO:
   """A = r − mean of the group's other rewards (2402.14740)."""
 
+  grouped: ClassVar[bool] = True
+
 
 @dataclass(frozen=True)
 class OPO:
   """A = r − Σ|y|r / Σ|y| inside the group (2505.23585)."""
+
+  grouped: ClassVar[bool] = True
 
 
 @dataclass(frozen=True)
 class OPOLeaveOneOut:
   """OPO's baseline of the group's other responses, which takes its bias away."""
 
+  grouped: ClassVar[bool] = True
+
 
 @dataclass(frozen=True)
 class OPOBatch:
   """A = r − Σ|y|r / Σ|y| over the whole batch (2505.23585)."""
 
+  grouped: ClassVar[bool] = False
+
 
 @dataclass(frozen=True)
 class ReinforcePlusPlus:
   """A_t = Σ_{s≥t} γ^{s−t} r_s, whitened over the batch's tokens (2501.03262)."""
+
+  grouped: ClassVar[bool] = False
 
   gamma: float = 1.0
 
@@ -53,6 +68,8 @@ class ReinforcePlusPlus:
 class ReinforcePlusPlusBaseline:
   """REINFORCE++ of rewards from which the group's mean is taken first (2501.03262)."""
 
+  grouped: ClassVar[bool] = True
+
 
 @dataclass(frozen=True)
 class GAE:
@@ -60,6 +77,8 @@ class GAE:
 
   value_lr: learning rate of the head, which is linear in the policy's hidden state.
   """
+
+  grouped: ClassVar[bool] = False
 
   gamma: float = 1.0
   lam: float = 0.95
@@ -76,12 +95,11 @@ class OptimalTokenBaseline:
   """A_t = G_t − Σ_i G_t W_t / Σ_i W_t inside the group, W_t the squared norm of the score of
   the tokens up to t (verl)."""
 
+  grouped: ClassVar[bool] = True
+
 
 Advantage = (GRPO | DrGRPO | RLOO | OPO | OPOLeaveOneOut | OPOBatch | ReinforcePlusPlus
              | ReinforcePlusPlusBaseline | GAE | OptimalTokenBaseline)
-# Those that compare the responses of one prompt.
-GROUPED = (GRPO, DrGRPO, RLOO, OPO, OPOLeaveOneOut, ReinforcePlusPlusBaseline,
-           OptimalTokenBaseline)
 
 
 # What is maximised.
@@ -282,8 +300,8 @@ class Overlong:
 
 @dataclass(frozen=True)
 class ShortRL:
-  """Short-RL's length reward (specs/short_rl.md): for correct responses only, a slack of
-  `slack_tokens` above the shortest, and only while the batch's accuracy is within
+  """Short-RL's length reward (2505.12284, docs/methods/short_rl.md): for correct responses only,
+  with a slack of `slack_tokens` above the shortest, and only while the batch's accuracy is within
   `slack_accuracy` of the best so far.
 
   ema: 0 takes the running maximum of the accuracy, as the code does; a number in (0, 1) its

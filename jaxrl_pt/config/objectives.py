@@ -1,10 +1,15 @@
-"""Objectives: next-token prediction, RPT and RLP, reinforcement learning on problems."""
+"""Objectives: next-token prediction, RPT and RLP, reinforcement learning on problems.
+
+Beside its own settings every objective says what all code may ask of any of them: `rollouts` and
+`algorithm`, None where nothing is drawn; `positions_per_document`; and `policy_fields`, the names
+of its settings that are work directories of policies. So only `jobs` asks which one it is.
+"""
 
 from dataclasses import dataclass, field
-from typing import get_args
+from typing import ClassVar, get_args
 
 from jaxrl_pt.config import checks
-from jaxrl_pt.config.algorithm import GROUPED, Algorithm, NoCorrection
+from jaxrl_pt.config.algorithm import Algorithm, NoCorrection
 from jaxrl_pt.config.problems import Problems
 from jaxrl_pt.config.rollouts import AllGroups, OneStepOff, OnPolicy, Rollouts
 from jaxrl_pt.config.verifiers import Verifier, VerifierPool
@@ -20,6 +25,10 @@ class NextToken:
   """
 
   int4_from: float = 1.0
+  rollouts: ClassVar[None] = None
+  algorithm: ClassVar[None] = None
+  positions_per_document: ClassVar[int] = 1
+  policy_fields: ClassVar[tuple[str, ...]] = ()
 
   def __post_init__(self) -> None:
     checks.number(self, 'int4_from', 0.0, 1.0)
@@ -98,7 +107,7 @@ Prediction = Direct | Reason
 
 def _check_method(name: str, rollouts: Rollouts, algorithm: Algorithm) -> None:
   """What rollouts and algorithm of one method ask of each other."""
-  if rollouts.group_size == 1 and isinstance(algorithm.advantage, GROUPED):
+  if rollouts.group_size == 1 and algorithm.advantage.grouped:
     raise UserError(f'Rollouts.group_size = 1, but {type(algorithm.advantage).__name__} compares '
                     'the responses of a group: set it to at least 2.')
   sampler = rollouts.sampler
@@ -140,6 +149,7 @@ class RPT:
   prediction: Prediction = field(default_factory=Direct)
   proxy_from: str = ''
   positions_per_document: int = 1
+  policy_fields: ClassVar[tuple[str, ...]] = ('start_from', 'proxy_from')
 
   def __post_init__(self) -> None:
     checks.integer(self, 'positions_per_document', 1)
@@ -203,6 +213,8 @@ class RL:
   rollouts: Rollouts = field(default_factory=Rollouts)
   algorithm: Algorithm = field(default_factory=Algorithm)
   eval_problems: int = 256
+  positions_per_document: ClassVar[int] = 1
+  policy_fields: ClassVar[tuple[str, ...]] = ('start_from',)
 
   def __post_init__(self) -> None:
     checks.text(self, 'start_from')

@@ -7,7 +7,7 @@ from typing import Any, get_args
 from jaxrl_pt.config import checks
 from jaxrl_pt.config.data import Data
 from jaxrl_pt.config.model import Compute, Mesh, Model
-from jaxrl_pt.config.objectives import RL, RPT, NextToken, Objective
+from jaxrl_pt.config.objectives import RL, NextToken, Objective
 from jaxrl_pt.config.optimizer import AdamW
 from jaxrl_pt.config.verifiers import AnswerMatch, VerifierPool
 from jaxrl_pt.errors import UserError
@@ -85,20 +85,25 @@ class Run:
       case NextToken(int4_from=fraction) if fraction < 1 and self.model.quant.weights == 'none':
         raise UserError('NextToken.int4_from < 1 switches BitLinear activations: set '
                         "Quant.weights = 'ternary' too.")
-      case RPT(rollouts=rollouts, algorithm=algorithm) | RL(rollouts=rollouts,
-                                                            algorithm=algorithm):
-        rows, parts = rollouts.num_prompts // algorithm.minibatches, self.train.accumulation
-        if rows % parts:
-          raise UserError(f'Train.accumulation = {parts} does not divide the {rows} prompts of an '
-                          'update (Rollouts.num_prompts / Algorithm.minibatches): change one.')
       case _:
         pass
+    _check_rollouts(self)
     _check_read(self)
-    match self.objective:
-      case RPT(positions_per_document=shared) if shared > 1 and self.train.accumulation > 1:
-        raise UserError(f'RPT.positions_per_document = {shared} keeps prompts together that '
-                        f'Train.accumulation = {self.train.accumulation} would part: set one of '
-                        'them to 1.')
+
+
+def _check_rollouts(run: Run) -> None:
+  """What the rows that a step draws ask of the micro-batches."""
+  objective, parts = run.objective, run.train.accumulation
+  if objective.rollouts is None or objective.algorithm is None:
+    return
+  rows = objective.rollouts.num_prompts // objective.algorithm.minibatches
+  if rows % parts:
+    raise UserError(f'Train.accumulation = {parts} does not divide the {rows} prompts of an '
+                    'update (Rollouts.num_prompts / Algorithm.minibatches): change one.')
+  shared = objective.positions_per_document
+  if shared > 1 and parts > 1:
+    raise UserError(f'{type(objective).__name__}.positions_per_document = {shared} keeps prompts '
+                    f'together that Train.accumulation = {parts} would part: set one of them to 1.')
 
 
 def _check_read(run: Run) -> None:
@@ -116,7 +121,7 @@ def _check_read(run: Run) -> None:
                      '@cfg.AnswerMatch() works on the device, without processes'))
   else:
     checks.integer(run.train, 'batch_size', 1)
-  if not isinstance(run.objective, NextToken):
+  if run.objective.rollouts is not None:
     unread += [
         ('Train.eval_batches', run.train.eval_batches, Train(1).eval_batches,
          'evaluation takes all that the objective holds out'),
@@ -125,8 +130,8 @@ def _check_read(run: Run) -> None:
     if value != default:
       raise UserError(f'{name} = {value!r} is not read by {objective}, because {reason}: leave it '
                       f'out, or at {default!r}.')
-  updates = 1 if isinstance(run.objective, NextToken) else run.objective.algorithm.updates
-  if run.train.num_steps * updates > checks.INT32:
+  if num_updates(run) > checks.INT32:
+    updates = num_updates(run) // run.train.num_steps
     raise UserError(f'Train.num_steps = {run.train.num_steps} steps of {updates} updates '
                     '(Algorithm.minibatches × epochs) are more than 32 bits count: lower one of '
                     'them.')
@@ -134,6 +139,12 @@ def _check_read(run: Run) -> None:
     num_tokens = run.train.batch_size * run.data.seq_len
     raise UserError(f'Train.batch_size × Data.seq_len = {num_tokens} tokens a batch, whose ids '
                     f'alone would take {checks.memory(4 * num_tokens)}: lower one of them.')
+
+
+def num_updates(run: Run) -> int:
+  """Optimiser steps of the whole run, by which its learning rate is scheduled."""
+  algorithm = run.objective.algorithm
+  return run.train.num_steps * (1 if algorithm is None else algorithm.updates)
 
 
 def model_at(run: Run, step: int) -> Model:

@@ -298,8 +298,9 @@ def build_prompts(examples: Batch, rows: Positions, *, prompt_len: int,
   follows = np.logical_and.accumulate(follows, axis=1)
   continuation = np.where(follows, targets[each, inside], 0)
   ids = (rows.example.astype(np.int64) * length + rows.t).astype(np.uint32).view(np.int32)
-  return Prompts(_host(context), _host(lengths), _host(ids), _host(continuation),
-                 _host(follows.sum(1)), _host(rows.entropy, np.float32))
+  extras = {'continuation': _host(continuation), 'continuation_lengths': _host(follows.sum(1)),
+            'entropy': _host(rows.entropy, np.float32)}
+  return Prompts(_host(context), _host(lengths), _host(ids), extras=extras)
 
 
 def _host(x: np.ndarray, dtype: Any = np.int32) -> Any:

@@ -4,8 +4,8 @@
                  → encode with the run's tokenizer → ProblemSet
                  → step_prompts(set, num_prompts, seed, step) → Prompts and their references
 
-A device verifier reads the answer's bytes in `Prompts.continuation`, a host verifier the
-reference text.
+A device verifier reads the answer's bytes in `Prompts.extras`, a host verifier the reference
+text.
 """
 
 from collections.abc import Iterator, Sequence
@@ -71,9 +71,8 @@ class ProblemSet:
     arrays: Any = [x[rows] for x in (self.tokens, self.lengths, self.answers,
                                      self.answer_lengths)]
     tokens, lengths, answers, answer_lengths = arrays
-    entropy: Any = np.zeros(len(rows), np.float32)
-    return (Prompts(tokens, lengths, ids, answers, answer_lengths, entropy),
-            [p.answer for p in chosen])
+    extras = {'answer': answers, 'answer_lengths': answer_lengths}
+    return Prompts(tokens, lengths, ids, extras=extras), [p.answer for p in chosen]
 
 
 def step_prompts(problems: ProblemSet, num_prompts: int, seed: int, step: int

@@ -48,24 +48,22 @@ def least_bytes(run: cfg.Run) -> dict[str, int]:
   """What a step holds at the same time, at least, by the setting that decides it most.
 
   Parameters with AdamW's two moments; the residual stream of each row (every layer's with
-  remat, which keeps the least); in reinforcement learning the start policy too, and the keys and
-  values of a batch's prompts and responses while they are drawn, or the residual stream of the
-  part that is learned from, whichever is more.
+  remat, which keeps the least); in reinforcement learning the reference policy too, and the keys
+  and values of a batch's prompts and responses while they are drawn, or the residual stream of
+  the part that is learned from, whichever is more.
   """
   model, width = run.model, 2 if run.compute.dtype == 'bfloat16' else _FLOAT32
   weights = _FLOAT32 * params.count(transformer.build(model).specs)
   stream = width * model.d_model * model.num_layers
-  match run.objective:
-    case cfg.NextToken():
-      rows = run.train.batch_size // run.train.accumulation
-      return {'Model': 3 * weights, 'Train.batch_size': rows * run.data.seq_len * stream}
-    case cfg.RPT(rollouts=r, algorithm=a) | cfg.RL(rollouts=r, algorithm=a):
-      shared = (run.objective.positions_per_document if isinstance(run.objective, cfg.RPT) else 1)
-      tokens = r.num_prompts * (r.prompt_len // shared + r.group_size * r.response_tokens)
-      cache = width * 2 * model.num_kv_heads * model.head_dim * model.num_layers
-      parts = a.minibatches * run.train.accumulation
-      return {'Model': 4 * weights,
-              'Rollouts': max(tokens * cache, tokens // parts * stream)}
+  rollouts, algorithm = run.objective.rollouts, run.objective.algorithm
+  if rollouts is None or algorithm is None:
+    rows = run.train.batch_size // run.train.accumulation
+    return {'Model': 3 * weights, 'Train.batch_size': rows * run.data.seq_len * stream}
+  documents_len = rollouts.prompt_len // run.objective.positions_per_document
+  tokens = rollouts.num_prompts * (documents_len + rollouts.group_size * rollouts.response_tokens)
+  cache = width * 2 * model.num_kv_heads * model.head_dim * model.num_layers
+  parts = algorithm.minibatches * run.train.accumulation
+  return {'Model': 4 * weights, 'Rollouts': max(tokens * cache, tokens // parts * stream)}
 
 
 def check_fits(run: cfg.Run) -> None:

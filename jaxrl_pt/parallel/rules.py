@@ -101,15 +101,15 @@ def check_divides(run: cfg.Run, mesh: Mesh) -> None:
   rows = run.train.batch_size // run.train.accumulation
   batch = 'data × fsdp', mesh.shape['data'] * fsdp
   prompts: tuple[tuple[str, int, str, int], ...] = ()
-  match run.objective:
-    case cfg.RPT(rollouts=r, algorithm=a) | cfg.RL(rollouts=r, algorithm=a):
-      at_once = r.num_prompts // a.minibatches // run.train.accumulation
-      prompts = (('Rollouts.num_prompts / Algorithm.minibatches / Train.accumulation', at_once,
-                  *batch),)
-  match run.objective:
-    case cfg.RPT(rollouts=r, positions_per_document=shared) if shared > 1:
-      prompts += (('Rollouts.num_prompts / RPT.positions_per_document', r.num_prompts // shared,
-                   *batch),)
+  rollouts, algorithm = run.objective.rollouts, run.objective.algorithm
+  if rollouts is not None and algorithm is not None:
+    at_once = rollouts.num_prompts // algorithm.minibatches // run.train.accumulation
+    prompts = (('Rollouts.num_prompts / Algorithm.minibatches / Train.accumulation', at_once,
+                *batch),)
+    shared = run.objective.positions_per_document
+    if shared > 1:
+      name = f'{type(run.objective).__name__}.positions_per_document'
+      prompts += ((f'Rollouts.num_prompts / {name}', rollouts.num_prompts // shared, *batch),)
   for what, size, axis, parts in (
       ('Model.num_heads', model.num_heads, 'tensor', tensor),
       ('Model.num_kv_heads', model.num_kv_heads, 'tensor', tensor),

@@ -1,18 +1,24 @@
 """Advantages: functions from a group's rewards to how much better each response was.
 
-All take f32[N, G] arrays and return f32[N, G]; those of each token are in
-`token_advantages`. Rows with `valid` 0 (not judged) take no part in a baseline and get
-advantage 0; so does the only valid row of a group, except under the batch's baseline.
+All take f32[N, G] arrays and return f32[N, G]; those of each token are in `token_advantages`.
+Rows with `valid` 0 (not judged) take no part in a baseline and get advantage 0; so does the only
+valid row of a group, except under the batch's baseline. `TABLE`, at the end, says which config
+type stands for which function.
 
 Equal rewards give exactly 0, whatever their value: baselines are means of how far rewards lie
 from the largest, not of the rewards. The rounding of a mean of equal numbers would otherwise be
 divided by its own size where an advantage is normalised.
 """
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import chex
 import jax.numpy as jnp
 import numpy as np
 
+from jaxrl_pt import config as cfg
+from jaxrl_pt.rl.entry import Entry
 from jaxrl_pt.types import Array
 
 EPSILON = 1e-6
@@ -170,3 +176,56 @@ def _centred(reward: Array, weights: Array, valid: Array) -> Array:
   total = weights.sum(-1, keepdims=True)
   mean = (difference * weights).sum(-1, keepdims=True) / jnp.where(total > 0, total, 1.0)
   return (difference - mean) * valid
+
+
+# --- By config type ---------------------------------------------------------------
+
+
+class Scored(NamedTuple):
+  """A batch as advantages see it. A KL in the reward has been taken off both rewards.
+
+  logp, collision and values are of the policy before the update, and zeros unless the entry
+  `needs_policy`; values are the value head's.
+  """
+
+  reward: Array  # f32[N, G]
+  lengths: Array  # f32[N, G] response tokens, the one that ends it included
+  valid: Array  # f32[N, G] in {0, 1}
+  token_rewards: Array  # f32[N, G, S]
+  mask: Array  # f32[N, G, S] 1 on tokens that are learned from
+  logp: Array  # f32[N, G, S]
+  collision: Array  # f32[N, G, S] Σ_v π_v²
+  values: Array  # f32[N, G, S]
+
+
+# (config, scored) → f32[N, G, S] advantages, and f32[N, G, S] targets of the value head.
+Compute = Callable[[Any, Scored], tuple[Array, Array]]
+
+
+def _of_responses(advantage: Callable[[Scored], Array]) -> Compute:
+  """The advantage of a response on each of its tokens."""
+  def compute(config: Any, scored: Scored) -> tuple[Array, Array]:
+    del config
+    value = advantage(scored)
+    return (jnp.broadcast_to(value[..., None], scored.mask.shape), jnp.zeros_like(scored.mask))
+
+  return compute
+
+
+TABLE: dict[type, Entry[Compute]] = {
+    cfg.GRPO: Entry(_of_responses(lambda s: group_normalised(s.reward, s.valid)),
+                    'A = (r − mean) / std', '2402.03300', 'GRPO', 'grpo'),
+    cfg.DrGRPO: Entry(_of_responses(lambda s: mean_centred(s.reward, s.valid)),
+                      'A = r − mean', '2503.20783', 'Dr. GRPO', 'dr_grpo'),
+    cfg.RLOO: Entry(_of_responses(lambda s: leave_one_out(s.reward, s.valid)),
+                    'A_i = r_i − mean of the other r_j', '2402.14740', 'RLOO', 'rloo'),
+    cfg.OPO: Entry(_of_responses(lambda s: length_weighted(s.reward, s.lengths, s.valid)),
+                   'A = r − Σ|y|r / Σ|y|', '2505.23585', 'OPO', 'opo'),
+    cfg.OPOLeaveOneOut: Entry(
+        _of_responses(lambda s: length_weighted_leave_one_out(s.reward, s.lengths, s.valid)),
+        'A_i = r_i − Σ_{j≠i}|y_j|r_j / Σ_{j≠i}|y_j|', '2505.23585', 'OPO, leave one out',
+        'opo_leave_one_out'),
+    cfg.OPOBatch: Entry(
+        _of_responses(lambda s: length_weighted_batch(s.reward, s.lengths, s.valid)),
+        'A = r − Σ|y|r / Σ|y| over all groups', '2505.23585', 'OPO, whole batch', 'opo_batch'),
+}

@@ -8,11 +8,16 @@ weight the sum) bounded as `ratios` says: no cap, however large, lets a weight o
 Source: verl's rollout correction; truncation as in IMPALA (1802.01561).
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import chex
 import jax
 import jax.numpy as jnp
 
+from jaxrl_pt import config as cfg
 from jaxrl_pt.rl import ratios
+from jaxrl_pt.rl.entry import Entry
 from jaxrl_pt.types import Array
 
 
@@ -68,3 +73,23 @@ def _log_ratio(logp: Array, sampler_logp: Array, mask: Array) -> Array:
   chex.assert_rank(logp, 3)
   chex.assert_equal_shape([logp, sampler_logp, mask])
   return jax.lax.stop_gradient(jnp.where(mask > 0, logp - sampler_logp, 0.0))
+
+
+# --- By config type ---------------------------------------------------------------
+
+# (config, logp, sampler_logp, mask) → f32[N, G, S], as all functions above.
+Compute = Callable[[Any, Array, Array, Array], Array]
+
+TABLE: dict[type, Entry[Compute]] = {
+    cfg.NoCorrection: Entry(lambda c, logp, sampler_logp, mask: mask, '1', ''),
+    cfg.TokenTIS: Entry(
+        lambda c, logp, sampler_logp, mask: token_truncated(logp, sampler_logp, mask, c.cap),
+        'terms times min(ρ_t, cap)',
+        '1802.01561', 'One step off-policy', 'one_step_off'),
+    cfg.SequenceTIS: Entry(
+        lambda c, logp, sampler_logp, mask: sequence_truncated(logp, sampler_logp, mask, c.cap),
+        'terms times min(Π_t ρ_t, cap)', 'verl'),
+    cfg.Rejection: Entry(
+        lambda c, logp, sampler_logp, mask: rejected(logp, sampler_logp, mask, c.low, c.high),
+        'responses with low ≤ exp(mean_t log ρ_t) ≤ high', 'verl'),
+}

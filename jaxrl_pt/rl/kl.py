@@ -9,9 +9,12 @@ whose exponent is bounded from above as `ratios` says.
 Source: J. Schulman, Approximating KL divergence, 2020.
 """
 
+from collections.abc import Callable
+
 import chex
 import jax.numpy as jnp
 
+from jaxrl_pt.config import KLEstimator
 from jaxrl_pt.rl import ratios
 from jaxrl_pt.types import Array
 
@@ -32,3 +35,6 @@ def k3(logp: Array, reference_logp: Array) -> Array:
   (GRPO 2402.03300). Below, e^u vanishes by itself and the gradient stays what it is."""
   u = jnp.minimum(-k1(logp, reference_logp), ratios.LOG_BOUND)
   return jnp.expm1(u) - u
+
+
+ESTIMATORS: dict[KLEstimator, Callable[[Array, Array], Array]] = {'k1': k1, 'k2': k2, 'k3': k3}

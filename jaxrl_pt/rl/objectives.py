@@ -16,13 +16,15 @@ as it is finite and so is what becomes of it: put its log-probabilities to 0.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 
+from jaxrl_pt import config as cfg
 from jaxrl_pt.rl import ratios
+from jaxrl_pt.rl.entry import Entry
 from jaxrl_pt.types import Array, Weighted
 
 # aggregate(values f32[N, G, S], mask f32[N, G, S]) → f32[]
@@ -70,23 +72,19 @@ class Surrogate(NamedTuple):
   beyond: Array  # f32[N, G, S] 1 where the log ratio was bounded before its exponential
 
 
-def policy_gradient(logp: Array, advantage: Array, mask: Array, aggregate: Aggregate) -> Array:
-  """The exact on-policy loss: aggregate of −sg(A_t) · log π(y_t).
+def policy_gradient(logp: Array, advantage: Array) -> Surrogate:
+  """−sg(A_t) · log π(y_t): the exact on-policy objective.
 
   Args:
     logp: f32[N, G, S] under the policy being trained.
     advantage: f32[N, G, S]; a constant of the gradient.
-    mask: f32[N, G, S] 1 on tokens that count.
-    aggregate: how tokens become one number.
-
-  Returns:
-    f32[].
 
   Source: REINFORCE; one update per batch, where PPO's ratio is 1 and its clip inert.
   """
   chex.assert_rank(logp, 3)
-  chex.assert_equal_shape([logp, advantage, mask])
-  return aggregate(-jax.lax.stop_gradient(advantage) * logp, mask)
+  chex.assert_equal_shape([logp, advantage])
+  zeros = jnp.zeros_like(logp)
+  return Surrogate(-jax.lax.stop_gradient(advantage) * logp, zeros, zeros)
 
 
 def ppo_clip(logp: Array, old_logp: Array, advantage: Array, *, low: float, high: float
@@ -177,70 +175,6 @@ def _clipped(log_ratio: Array, advantage: Array, low: float, high: float) -> Sur
                    ratios.beyond(log_ratio))
 
 
-# --- Beside the policy's objective ------------------------------------------------
-
-
-def entropy_bonus(entropy: Array, mask: Array, aggregate: Aggregate) -> Array:
-  """f32[]: −aggregate(H_t), which a positive coefficient turns into exploration.
-
-  Args:
-    entropy: f32[N, G, S] of each token's distribution, nats.
-    mask: f32[N, G, S].
-    aggregate: how tokens become one number.
-  """
-  chex.assert_equal_shape([entropy, mask])
-  return -aggregate(entropy, mask)
-
-
-def negative_log_likelihood(logp: Array, mask: Array, aggregate: Aggregate) -> Array:
-  """f32[]: aggregate of −log π(y_t), e.g. of correct responses beside an RL loss.
-
-  Args:
-    logp, mask: f32[N, G, S].
-    aggregate: how tokens become one number.
-  """
-  chex.assert_equal_shape([logp, mask])
-  return aggregate(-logp, mask)
-
-
-def value_loss(values: Array, old_values: Array, returns: Array, *, clip: float) -> Surrogate:
-  """½ max((V − R)², (V_old + clip(V − V_old, ±clip) − R)²): PPO's clipped value loss.
-
-  Args:
-    values: f32[N, G, S] of the value head being trained.
-    old_values: f32[N, G, S] before the batch's first update.
-    returns: f32[N, G, S] targets, of `token_advantages.generalised`.
-    clip: how far a value may move in a batch, in units of reward.
-
-  Source: PPO's public code; verl's default is 0.5.
-  """
-  chex.assert_rank(values, 3)
-  chex.assert_equal_shape([values, old_values, returns])
-  old_values, returns = jax.lax.stop_gradient((old_values, returns))
-  near = jnp.clip(values, old_values - clip, old_values + clip)
-  plain, bounded = jnp.square(values - returns), jnp.square(near - returns)
-  clipped = bounded > plain
-  return Surrogate(jnp.where(clipped, bounded, plain) / 2, clipped.astype(jnp.float32),
-                   jnp.zeros_like(values))
-
-
-def dpo(chosen: Array, rejected: Array, reference_chosen: Array, reference_rejected: Array,
-        beta: float) -> Array:
-  """f32[N]: −log σ(β [log π/π_ref(y_w) − log π/π_ref(y_l)]) of each pair.
-
-  Args:
-    chosen, rejected: f32[N] log π of the whole responses, sums over tokens.
-    reference_chosen, reference_rejected: f32[N] the same under the reference.
-    beta: inverse temperature; 0.1 is common.
-
-  Source: 2305.18290, equation 7.
-  """
-  chex.assert_rank(chosen, 1)
-  chex.assert_equal_shape([chosen, rejected, reference_chosen, reference_rejected])
-  reference = jax.lax.stop_gradient(reference_chosen - reference_rejected)
-  return -jax.nn.log_sigmoid(beta * (chosen - rejected - reference))
-
-
 # --- Measures ---------------------------------------------------------------------
 
 
@@ -290,3 +224,43 @@ def gradient_variance(advantage: Array, score_norms: Array, mask: Array) -> Weig
   chex.assert_equal_shape([advantage, score_norms, mask])
   power = (jnp.square(advantage) * score_norms * mask).sum(-1)
   return Weighted.of(power, mask.any(-1))
+
+
+# --- By config type ---------------------------------------------------------------
+
+# (config, logp, old_logp, advantage, mask) → Surrogate, all arrays f32[N, G, S].
+SurrogateOf = Callable[[Any, Array, Array, Array, Array], Surrogate]
+# (config, number of responses) → how their tokens become one number.
+AggregateOf = Callable[[Any, int], Aggregate]
+
+SURROGATES: dict[type, Entry[SurrogateOf]] = {
+    cfg.PolicyGradient: Entry(
+        lambda c, logp, old_logp, advantage, mask: policy_gradient(logp, advantage),
+        'A log π', ''),
+    cfg.PPOClip: Entry(
+        lambda c, logp, old_logp, advantage, mask: ppo_clip(
+            logp, old_logp, advantage, low=c.low, high=c.high),
+        'min(ρA, clip(ρ)A)', '1707.06347'),
+    cfg.DualClip: Entry(
+        lambda c, logp, old_logp, advantage, mask: dual_clip(
+            logp, old_logp, advantage, low=c.low, high=c.high, bound=c.bound),
+        'min(ρA, clip(ρ)A), at least bound · A where A < 0', '1912.09729'),
+    cfg.GSPO: Entry(
+        lambda c, logp, old_logp, advantage, mask: gspo(
+            logp, old_logp, advantage, mask, low=c.low, high=c.high),
+        'min(sA, clip(s)A), s = exp(mean_t log ρ_t)', '2507.18071', 'GSPO', 'gspo'),
+    cfg.CISPO: Entry(
+        lambda c, logp, old_logp, advantage, mask: cispo(
+            logp, old_logp, advantage, low=c.low, high=c.high),
+        'sg(clip(ρ)) A log π', '2506.13585', 'CISPO', 'cispo'),
+}
+AGGREGATIONS: dict[type, Entry[AggregateOf]] = {
+    cfg.TokenMean: Entry(lambda c, n: token_mean, 'Σ over tokens / tokens', '2503.14476'),
+    cfg.SequenceMeanTokenSum: Entry(
+        lambda c, n: sequence_mean_token_sum, 'mean of the sums of responses', '2505.23585'),
+    cfg.SequenceMeanTokenMean: Entry(
+        lambda c, n: sequence_mean_token_mean, 'mean of the means of responses', '2402.03300'),
+    cfg.ConstantDivisor: Entry(
+        lambda c, n: token_sum_over(n * c.num_tokens), 'Σ over tokens / token budget',
+        '2503.20783'),
+}

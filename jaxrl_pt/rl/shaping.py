@@ -5,10 +5,15 @@ remembers how accurate the policy has been: that state, f32[], goes in and comes
 belongs in the checkpoint. Lengths are in tokens, the stop token included.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import chex
 import jax.numpy as jnp
 
-from jaxrl_pt.types import Array
+from jaxrl_pt import config as cfg
+from jaxrl_pt.rl.entry import Entry
+from jaxrl_pt.types import Array, Verdict, Weighted
 
 EPSILON = 1e-5  # tokens; keeps a group of one length at +0.5
 
@@ -146,3 +151,47 @@ def _extremes(lengths: Array, counted: Array) -> tuple[Array, Array]:
   longest = jnp.where(counted > 0, lengths, -jnp.inf).max(-1, keepdims=True)
   some = jnp.isfinite(shortest)
   return jnp.where(some, shortest, 0.0), jnp.where(some, longest, 0.0)
+
+
+# --- By config type ---------------------------------------------------------------
+
+Metrics = dict[str, Weighted]
+# (config, verdict, f32[N, G] lengths, gate's state) → f32[N, G] what is added to the reward (None
+# for nothing), the gate's new state, metrics.
+Compute = Callable[[Any, Verdict, Array, Any], tuple[Array | None, Any, Metrics]]
+
+
+def _stateless(bonus: Callable[[Any, Verdict, Array], Array]) -> Compute:
+  def compute(config: Any, verdict: Verdict, lengths: Array, gate: Any
+              ) -> tuple[Array, Any, Metrics]:
+    value = bonus(config, verdict, lengths)
+    return value, gate, {'length_reward': Weighted.of(value, verdict.valid)}
+
+  return compute
+
+
+def _short_rl(config: cfg.ShortRL, verdict: Verdict, lengths: Array, gate: Any
+              ) -> tuple[Array, Any, Metrics]:
+  bonus, is_open, gate = short_rl(
+      gate, lengths, verdict.correct, verdict.valid, slack_tokens=config.slack_tokens,
+      slack_accuracy=config.slack_accuracy, ema=config.ema)
+  value = config.weight * bonus
+  return value, gate, {'gate_open': Weighted.single(is_open),
+                       'gate_accuracy': Weighted.single(gate),
+                       'length_reward': Weighted.of(value, verdict.valid)}
+
+
+TABLE: dict[type, Entry[Compute]] = {
+    cfg.NoShaping: Entry(lambda c, verdict, lengths, gate: (None, gate, {}), 'r', ''),
+    cfg.Overlong: Entry(
+        _stateless(lambda c, verdict, lengths: overlong(lengths, c.max_tokens, c.buffer_tokens)),
+        'r + clip((L_max − L_c − |y|) / L_c, −1, 0); clip [0.8, 1.28], token mean, groups drawn '
+        'again', '2503.14476', 'DAPO', 'dapo'),
+    cfg.Kimi: Entry(
+        _stateless(lambda c, verdict, lengths: c.weight * kimi(
+            lengths, verdict.correct, verdict.valid)),
+        'r + λ if correct, r + min(0, λ) if not', '2501.12599', 'Kimi length reward', 'kimi'),
+    cfg.ShortRL: Entry(
+        _short_rl, 'r + 0.5 or λ if correct, within the slack, while accuracy holds',
+        '2505.12284', 'Short-RL', 'short_rl'),
+}

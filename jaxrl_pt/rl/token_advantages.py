@@ -2,14 +2,20 @@
 
 All take and return f32[N, G, S] arrays. Tokens with `mask` 0 (past the end of the
 response, not judged, or not the policy's own) take no part and get 0; a reward they hold
-is ignored. Nothing follows the last token that counts: its successor has value 0.
+is ignored. Nothing follows the last token that counts: its successor has value 0. `TABLE`, at the
+end, says which config type stands for which.
 """
+
+from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
 
+from jaxrl_pt import config as cfg
 from jaxrl_pt.rl import advantages
+from jaxrl_pt.rl.advantages import Scored
+from jaxrl_pt.rl.entry import Entry
 from jaxrl_pt.types import Array
 
 EPSILON = 1e-8
@@ -176,3 +182,43 @@ def score_norm(logp: Array, collision: Array) -> Array:
   """
   chex.assert_equal_shape([logp, collision])
   return jnp.maximum(1 - 2 * jnp.exp(logp) + collision, 0.0)
+
+
+# --- By config type ---------------------------------------------------------------
+
+
+def _reinforce_plus_plus(config: cfg.ReinforcePlusPlus, s: Scored) -> tuple[Array, Array]:
+  advantage = reinforce_plus_plus(s.token_rewards, s.mask, config.gamma)
+  return advantage, jnp.zeros_like(s.mask)
+
+
+def _reinforce_plus_plus_baseline(config: Any, s: Scored) -> tuple[Array, Array]:
+  del config
+  return reinforce_plus_plus_baseline(s.reward, s.mask, s.valid), jnp.zeros_like(s.mask)
+
+
+def _whitened_gae(config: cfg.GAE, s: Scored) -> tuple[Array, Array]:
+  advantage, returns = generalised(s.token_rewards, s.values, s.mask, config.gamma, config.lam)
+  return whiten(advantage, s.mask), returns
+
+
+def _optimal_token_baseline(config: Any, s: Scored) -> tuple[Array, Array]:
+  del config
+  advantage = optimal_token_baseline(s.token_rewards, s.logp, s.collision, s.mask)
+  return advantage, jnp.zeros_like(s.mask)
+
+
+TABLE: dict[type, Entry[advantages.Compute]] = {
+    cfg.ReinforcePlusPlus: Entry(
+        _reinforce_plus_plus, 'A_t = Σ_{s≥t} γ^(s−t) (r_s − β kl_s), whitened', '2501.03262',
+        'REINFORCE++', 'reinforce_plus_plus'),
+    cfg.ReinforcePlusPlusBaseline: Entry(
+        _reinforce_plus_plus_baseline, 'A_t = r − mean of the group, whitened', '2501.03262',
+        'REINFORCE++, baseline', 'reinforce_plus_plus_baseline'),
+    cfg.GAE: Entry(
+        _whitened_gae, 'A_t = Σ_l (γλ)^l δ_{t+l}, whitened; δ_t = r_t + γ V_{t+1} − V_t',
+        '1506.02438', 'PPO', 'ppo', needs_policy=True),
+    cfg.OptimalTokenBaseline: Entry(
+        _optimal_token_baseline, 'A_t = G_t − Σ G_t W_t / Σ W_t', 'verl',
+        'Optimal token baseline', 'optimal_token_baseline', needs_policy=True),
+}

@@ -16,7 +16,7 @@ from jaxrl_pt.types import Array, Params, Prompts
 
 def documents(tokens_DT: Array, lengths_DP: Array, ids_DP: Array, suffix_DM: Array | tuple[()] = ()
               ) -> Prompts:
-  """Prompts that end at P positions of each of D documents, without a known continuation.
+  """Prompts that end at P positions of each of D documents.
 
   Args:
     tokens_DT: i32[D, T] right-padded documents.
@@ -24,10 +24,7 @@ def documents(tokens_DT: Array, lengths_DP: Array, ids_DP: Array, suffix_DM: Arr
     ids_DP: i32[D, P].
     suffix_DM: i32[D, M] what follows each context.
   """
-  num_prompts = lengths_DP.size
-  return Prompts(tokens_DT, lengths_DP.reshape(-1), ids_DP.reshape(-1),
-                 jnp.zeros((num_prompts, 0), jnp.int32), jnp.zeros(num_prompts, jnp.int32),
-                 jnp.zeros(num_prompts), suffix_DM)
+  return Prompts(tokens_DT, lengths_DP.reshape(-1), ids_DP.reshape(-1), suffix_DM)
 
 
 def response_hidden(model: Model, params: Params, prompts: Prompts, tokens_NGS: Array,

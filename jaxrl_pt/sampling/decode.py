@@ -19,7 +19,7 @@ from jaxrl_pt.config import Sampler
 from jaxrl_pt.models import kv_cache
 from jaxrl_pt.models.base import Model, unstacked
 from jaxrl_pt.sampling.policies import draw, filtered_logits
-from jaxrl_pt.types import Array, Params, Prompts, Rollout
+from jaxrl_pt.types import Array, Params, Prompts, RolloutBatch
 
 NO_STOP = -1
 # Slots of a response's own at first; they double as it grows, so that a short response
@@ -66,7 +66,7 @@ def prefill(model: Model, params: Params, tokens_NT: Array) -> Prefilled:
 def generate(model: Model, params: Params, prompts: Prompts, key: Array, *, sampler: Sampler,
              num_samples: int, num_tokens: int, stop_id: int = NO_STOP,
              version: Array | int = 0, prefilled: Prefilled | None = None,
-             first_samples: Array | None = None) -> Rollout:
+             first_samples: Array | None = None) -> RolloutBatch:
   """Draws `num_samples` responses of at most `num_tokens` to each prompt.
 
     token_{n,g,s} = draw(key, filtered_logits(z)) with key fold(fold(fold(key, id_n), g), p),
@@ -84,7 +84,7 @@ def generate(model: Model, params: Params, prompts: Prompts, key: Array, *, samp
       equal numbers draw equal responses.
 
   Returns:
-    Rollout; beyond a response's end tokens are `stop_id`, mask and logp 0.
+    RolloutBatch; beyond a response's end tokens are `stop_id`, mask and logp 0.
   """
   num_prompts, num_docs = prompts.lengths.shape[0], prompts.tokens.shape[0]
   lengths_DP = prompts.lengths.reshape(num_docs, -1)
@@ -105,7 +105,7 @@ def generate(model: Model, params: Params, prompts: Prompts, key: Array, *, samp
       sample_keys(key, prompts.ids, num_samples, first_samples),
       sampler=sampler, num_tokens=num_tokens, stop_id=stop_id)
   tokens, mask, logp = (x.reshape(num_prompts, num_samples, num_tokens) for x in rows)
-  return Rollout(tokens, mask, logp, jnp.asarray(version, jnp.int32))
+  return RolloutBatch.of_one_turn(tokens, mask, logp, version)
 
 
 def _extend_suffix(model: Model, params: Params, suffix_DM: Array, lengths_DP: Array,

@@ -25,7 +25,7 @@ from jaxrl_pt.models.base import Model
 from jaxrl_pt.sampling import policies, resa_attention
 from jaxrl_pt.sampling.decode import NO_STOP, sample_keys
 from jaxrl_pt.sampling.resa_attention import NOBODY, SparseCache
-from jaxrl_pt.types import Array, Params, Prompts, Rollout
+from jaxrl_pt.types import Array, Params, Prompts, RolloutBatch
 from pallas_kernels.dispatch import Generation
 
 PREFILL_TOKENS = 512  # of each row in one forward
@@ -171,7 +171,7 @@ class _Decoding:
 
 def generate(model: Model, params: Params, prompts: Prompts, key: Array, *, sampler: cfg.Sampler,
              resa: cfg.ReSA, num_samples: int, num_tokens: int, stop_id: int = NO_STOP,
-             version: Array | int = 0, generation: Generation | None = None) -> Rollout:
+             version: Array | int = 0, generation: Generation | None = None) -> RolloutBatch:
   """`decode.generate` with rectified sparse attention.
 
   Args:
@@ -179,7 +179,7 @@ def generate(model: Model, params: Params, prompts: Prompts, key: Array, *, samp
     generation: of the TPU that runs it; None for anything else.
 
   Returns:
-    Rollout; logp is under the sparse distribution that a token was drawn from.
+    RolloutBatch; logp is under the sparse distribution that a token was drawn from.
   """
   hidden_BD, cache = start(model, params, prompts, num_samples, num_tokens - 1, resa.block)
   starts_B = jnp.repeat(prompts.lengths, num_samples)
@@ -213,7 +213,7 @@ def generate(model: Model, params: Params, prompts: Prompts, key: Array, *, samp
   state = jax.lax.while_loop(lambda s: (s.step < num_tokens) & ~s.done.all(), step, state)
   tokens, mask, logp = (x.reshape(-1, num_samples, num_tokens)
                         for x in (state.tokens, state.mask, state.logp))
-  return Rollout(tokens, mask, logp, jnp.asarray(version, jnp.int32))
+  return RolloutBatch.of_one_turn(tokens, mask, logp, version)
 
 
 def _refresh(model: Model, params: Params, refresh: cfg.Every | cfg.Never, starts_B: Array,

@@ -25,7 +25,7 @@ from jaxrl_pt.models.base import Model
 from jaxrl_pt.sampling import resa, resa_attention
 from jaxrl_pt.sampling.decode import NO_STOP, sample_keys
 from jaxrl_pt.sampling.resa_attention import SparseCache
-from jaxrl_pt.types import Array, Params, Prompts, Rollout
+from jaxrl_pt.types import Array, Params, Prompts, RolloutBatch
 from pallas_kernels.dispatch import Generation
 
 
@@ -53,7 +53,7 @@ class _State:
 def generate(model: Model, params: Params, prompts: Prompts, key: Array, *, sampler: cfg.Sampler,
              sparse: cfg.ReSA, num_drafts: int, num_samples: int, num_tokens: int,
              stop_id: int = NO_STOP, version: Array | int = 0,
-             generation: Generation | None = None) -> tuple[Rollout, Speculation]:
+             generation: Generation | None = None) -> tuple[RolloutBatch, Speculation]:
   """`decode.generate`, token for token, with fewer dense steps.
 
   Args:
@@ -61,7 +61,7 @@ def generate(model: Model, params: Params, prompts: Prompts, key: Array, *, samp
     num_drafts: tokens drafted before a verification.
 
   Returns:
-    Rollout, whose logp is under the dense distribution; and how drafting went.
+    RolloutBatch, whose logp is under the dense distribution; and how drafting went.
   """
   hidden_BD, cache = resa.start(model, params, prompts, num_samples,
                                 num_tokens - 1 + num_drafts, sparse.block)
@@ -80,9 +80,9 @@ def generate(model: Model, params: Params, prompts: Prompts, key: Array, *, samp
   state = jax.lax.while_loop(lambda s: ~s.done.all(), run, state)
   by_prompt = lambda x: x.reshape(-1, num_samples, num_tokens)
   mask = (jnp.arange(num_tokens) < state.count[:, None]).astype(jnp.float32)
-  rollout = Rollout(by_prompt(state.tokens), by_prompt(mask), by_prompt(state.logp),
-                    jnp.asarray(version, jnp.int32))
-  return rollout, state.speculation
+  rollouts = RolloutBatch.of_one_turn(by_prompt(state.tokens), by_prompt(mask),
+                                      by_prompt(state.logp), version)
+  return rollouts, state.speculation
 
 
 def _round(model: Model, params: Params, sampler: cfg.Sampler, sparse: cfg.ReSA, num_drafts: int,

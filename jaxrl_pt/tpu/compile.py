@@ -19,10 +19,11 @@ import jax
 from jaxrl_pt import config as cfg
 from jaxrl_pt import gin_bindings
 from jaxrl_pt.errors import UserError
+from jaxrl_pt.jobs import open as jobs
+from jaxrl_pt.jobs.kind import Program
 from jaxrl_pt.parallel.mesh import make_mesh
 from jaxrl_pt.tpu import child, chips, hlo, roofline
 from jaxrl_pt.tpu.child import Row
-from jaxrl_pt.train import programs
 from pallas_kernels import dispatch
 from pallas_kernels.dispatch import Generation
 
@@ -71,7 +72,7 @@ def main(topology: str, gin_files: str, bindings: str, slices: str) -> None:
     devices = chips.topology_devices(topology, int(slices))
     mesh = make_mesh(run.mesh, devices)
     chip = chips.chip(chips.generation_of_topology(topology))
-    for program in programs.of_run(run, mesh):
+    for program in jobs.programs(run, mesh):
       row = _examine(program, run, chip, len(devices))
       print(json.dumps({'program': program.name, 'topology': topology,
                         'num_devices': len(devices), 'num_slices': int(slices), **row}),
@@ -80,7 +81,7 @@ def main(topology: str, gin_files: str, bindings: str, slices: str) -> None:
     print(json.dumps({'user_error': str(e)}), flush=True)
 
 
-def _examine(program: programs.Program, run: cfg.Run, chip: chips.Chip,
+def _examine(program: Program, run: cfg.Run, chip: chips.Chip,
              num_devices: int) -> Row:
   """The row of one program; without a compile where what it is given, and what the loop keeps
   beside that, is too much already."""
@@ -128,7 +129,8 @@ def _speeds(module: hlo.Module, jaxpr: Any, run: cfg.Run, share: float, chip: ch
   per_device = type(macs)({kind: n / num_devices for kind, n in macs.items()})
   hbm_bytes = hlo.hbm_bytes(module)
   bound = roofline.estimate(chip, per_device, hbm_bytes, sum(c.wire_bytes for c in collectives))
-  flops, tokens = share * programs.model_flops(run), programs.num_tokens(run)
+  kind = jobs.kind(run.objective)
+  flops, tokens = share * kind.model_flops(run), kind.num_tokens(run)
   peak = 2 * chip.macs_per_second['bf16'] * num_devices
   return {
       'collectives': [dataclasses.asdict(c) for c in collectives],
@@ -150,7 +152,7 @@ def _shard_bytes(x: Any) -> int:
   return math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
 
 
-def _argument_rows(program: programs.Program) -> list[Row]:
+def _argument_rows(program: Program) -> list[Row]:
   """The largest arguments of one device."""
   rows: list[Row] = []
   for path, x in jax.tree_util.tree_flatten_with_path(program.args)[0]:

@@ -67,11 +67,10 @@ def _splits_state(mesh: cfg.Mesh) -> bool:
 
 
 def _rows_at_once(run: cfg.Run) -> str:
-  match run.objective:
-    case cfg.NextToken():
-      rows = run.train.batch_size // run.train.accumulation
-      return f' ({rows} rows at once: without accumulation, a batch of {rows})'
-  return ''
+  if run.objective.rollouts is not None:
+    return ''
+  rows = run.train.batch_size // run.train.accumulation
+  return f' ({rows} rows at once: without accumulation, a batch of {rows})'
 
 
 def _attempts(run: cfg.Run, devices: int) -> Iterator[list[str]]:
@@ -88,11 +87,11 @@ def _attempts(run: cfg.Run, devices: int) -> Iterator[list[str]]:
     added = [*added, 'cfg.Mesh.data = 1', 'cfg.Mesh.fsdp = 0', 'cfg.Mesh.tensor = 1',
              'cfg.Mesh.context = 1']
     yield added
-  match run.objective:
-    case cfg.NextToken():
-      yield from _pretraining_attempts(run, devices, added)
-    case cfg.RPT() | cfg.RL() as method:
-      yield from _halved('cfg.Rollouts.num_prompts', method.rollouts.num_prompts, devices, added)
+  rollouts = run.objective.rollouts
+  if rollouts is None:
+    yield from _pretraining_attempts(run, devices, added)
+  else:
+    yield from _halved('cfg.Rollouts.num_prompts', rollouts.num_prompts, devices, added)
 
 
 def _pretraining_attempts(run: cfg.Run, devices: int, added: list[str]) -> Iterator[list[str]]:

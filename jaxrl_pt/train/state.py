@@ -1,7 +1,6 @@
 """The training state: described, initialised sharded, restored."""
 
 from collections.abc import Callable
-import dataclasses
 from typing import Any
 
 from flax import struct
@@ -14,7 +13,7 @@ from jaxrl_pt import config as cfg
 from jaxrl_pt import params as P
 from jaxrl_pt.models.base import Model
 from jaxrl_pt.parallel import rules
-from jaxrl_pt.types import Params, Rollout, TrainState
+from jaxrl_pt.types import Params, RolloutBatch, TrainState
 
 # --- What a method of reinforcement learning keeps between steps ------------------
 
@@ -33,7 +32,7 @@ class MethodState:
 
   gate: Any  # f32[] accuracy that Short-RL's gate compares with, or {}
   value: ValueHead
-  pending: Any  # Rollout drawn ahead of its update (one-step-off), or {}
+  pending: Any  # RolloutBatch drawn ahead of its update (one-step-off), or {}
   average: Any  # Params of RLP's average policy, or {}
 
 
@@ -46,27 +45,21 @@ def value_optimizer(advantage: cfg.Advantage) -> optax.GradientTransformation:
       return optax.identity()
 
 
-def new_method(run: cfg.Run, params: Params) -> Any:
-  """The method's state before the first step, from `params` on: {} for pretraining."""
-  match run.objective:
-    case cfg.NextToken():
-      return {}
-    case cfg.RPT(reward=cfg.InformationGain()) as method:
-      # A copy: the step donates both.
-      average = jax.tree.map(jnp.copy, params)
-      return dataclasses.replace(
-          _new_method(method.rollouts, method.algorithm, run.model.d_model), average=average)
-    case method:
-      return _new_method(method.rollouts, method.algorithm, run.model.d_model)
-
-
 def no_method(params: Params) -> Any:
   """Of steps that keep nothing but parameters and moments."""
   del params
   return {}
 
 
-def _new_method(rollouts: cfg.Rollouts, algorithm: cfg.Algorithm, d_model: int) -> MethodState:
+def new_method(rollouts: cfg.Rollouts, algorithm: cfg.Algorithm, d_model: int,
+               average: Any = ()) -> MethodState:
+  """What a method keeps before its first step.
+
+  Args:
+    rollouts, algorithm: of the run's objective.
+    d_model: of its model.
+    average: the parameters where their average is kept, else ().
+  """
   head: Any = {}
   if isinstance(algorithm.advantage, cfg.GAE):
     head = {'weight': jnp.zeros(d_model), 'bias': jnp.zeros(())}
@@ -74,19 +67,19 @@ def _new_method(rollouts: cfg.Rollouts, algorithm: cfg.Algorithm, d_model: int) 
   pending: Any = {}
   if rollouts.mode == cfg.OneStepOff():
     shape = rollouts.num_prompts, rollouts.group_size, rollouts.response_tokens
-    pending = Rollout(jnp.zeros(shape, jnp.int32), jnp.zeros(shape), jnp.zeros(shape),
-                      jnp.zeros((), jnp.int32))
+    reals, numbers = (lambda: jnp.zeros(shape)), (lambda: jnp.zeros(shape, jnp.int32))
+    pending = RolloutBatch(numbers(), reals(), reals(), reals(), numbers(), numbers())
+  # A copy: the step donates parameters and average both.
   return MethodState(gate, ValueHead(head, value_optimizer(algorithm.advantage).init(head)),
-                     pending, {})
+                     pending, jax.tree.map(jnp.copy, average) if average else {})
 
 
 def _method_shardings(method: Any, mesh: Mesh, params: Any) -> Any:
   """Pending rollouts are split by rows, an average policy as `params`, the rest is replicated."""
   everywhere, rows = rules.replicated(mesh), rules.row_sharding(mesh)
   shardings = jax.tree.map(lambda _: everywhere, method)
-  if isinstance(method, MethodState) and isinstance(method.pending, Rollout):
-    pending = Rollout(rows, rows, rows, everywhere)  # type: ignore[arg-type]  # Same tree.
-    shardings = shardings.replace(pending=pending)
+  if isinstance(method, MethodState) and isinstance(method.pending, RolloutBatch):
+    shardings = shardings.replace(pending=jax.tree.map(lambda _: rows, method.pending))
   if isinstance(method, MethodState) and method.average:
     shardings = shardings.replace(average=params)
   return shardings

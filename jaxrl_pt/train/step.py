@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxrl_pt.train import accumulate
 from jaxrl_pt.train.losses import SumLoss
 from jaxrl_pt.train.optim import Schedule, global_norm
-from jaxrl_pt.types import Array, Batch, Params, TrainState, Weighted
+from jaxrl_pt.types import Batch, TrainState, Weighted
 
 Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Weighted]]]
 
@@ -24,7 +25,7 @@ def make_train_step(loss: SumLoss, optimizer: optax.GradientTransformation,
   def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Weighted]]:
     count = jnp.maximum(batch.weights.sum(), 1.0)
     value_and_grad = jax.value_and_grad(lambda params, b: loss(params, b) / count)
-    mean_loss, grads = _accumulate(value_and_grad, state.params, batch, accumulation)
+    mean_loss, grads = accumulate.gradient(value_and_grad, state.params, batch, accumulation)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     metrics = {
         'loss': Weighted(mean_loss * count, count),
@@ -36,19 +37,3 @@ def make_train_step(loss: SumLoss, optimizer: optax.GradientTransformation,
     return state, metrics
 
   return step
-
-
-def _accumulate(value_and_grad: Callable[[Params, Batch], tuple[Array, Params]], params: Params,
-                batch: Batch, num_micro: int) -> tuple[Array, Params]:
-  """Sums value and gradient over `num_micro` slices of the batch's rows."""
-  if num_micro == 1:
-    return value_and_grad(params, batch)
-  # Row r of micro-batch m is row r · num_micro + m: every device keeps its own rows.
-  micro = jax.tree.map(
-      lambda x: jnp.moveaxis(x.reshape(-1, num_micro, *x.shape[1:]), 1, 0), batch)
-  zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
-
-  def add(total: tuple[Array, Params], one: Batch) -> tuple[tuple[Array, Params], None]:
-    return jax.tree.map(jnp.add, total, value_and_grad(params, one)), None
-
-  return jax.lax.scan(add, zeros, micro)[0]

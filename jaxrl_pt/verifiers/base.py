@@ -1,16 +1,84 @@
-"""What a verifier is: on the device a function of arrays, on the host of text."""
+"""What a verifier is: prompts and whole groups of responses in, the future of a verdict out.
+
+A verifier sees a group at once, so that it may compare its responses, and answers later, so that
+it may work in other processes or ask another model. One that is a function of arrays alone can
+also be traced into the step that learns from it (`DeviceVerifier.verify`).
+"""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 import functools
+from typing import Protocol
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl_pt.types import Array, Prompts, Rollout, Verdict
+from jaxrl_pt.types import Array, Prompts, RolloutBatch, Verdict
 from jaxrl_pt.verifiers.judgement import UNJUDGED, Judgement, Outcome
 
-# Runs inside the jitted step.
-DeviceVerifier = Callable[[Prompts, Rollout], Verdict]
+
+class PendingVerdict(Protocol):
+  """The future of a verdict."""
+
+  def result(self) -> Verdict:
+    """Waits for the verdict, f32[N, G] arrays."""
+
+  def parsed(self) -> float | None:
+    """The share of the judged responses that state an answer; None where the verdict's own part
+    'parsed' says it."""
+
+  def last_words(self) -> str:
+    """Why responses were not judged, once there is a result."""
+
+
+class Verifier(Protocol):
+  """Judges responses."""
+
+  def submit(self, prompts: Prompts, rollouts: RolloutBatch, references: Sequence[str]
+             ) -> PendingVerdict:
+    """Hands over whole groups and returns at once.
+
+    Args:
+      prompts: N of them.
+      rollouts: G responses to each.
+      references: N reference answers as text, or none where the prompts carry theirs.
+    """
+
+
+@dataclass(frozen=True)
+class Ready:
+  """The verdict of a verifier on the device, which is there when the device gets to it."""
+
+  verdict: Verdict
+
+  def result(self) -> Verdict:
+    """The verdict."""
+    return self.verdict
+
+  def parsed(self) -> None:
+    """See `PendingVerdict.parsed`."""
+
+  def last_words(self) -> str:
+    """A function of arrays judges everything."""
+    return 'every response is judged on the device'
+
+
+# A verdict by arrays alone, which may be traced into the step that learns from it.
+Verify = Callable[[Prompts, RolloutBatch], Verdict]
+
+
+class DeviceVerifier:
+  """A function of arrays as a verifier. Final."""
+
+  def __init__(self, verify: Verify) -> None:
+    self.verify = verify
+    self._compiled = jax.jit(verify)
+
+  def submit(self, prompts: Prompts, rollouts: RolloutBatch, references: Sequence[str]) -> Ready:
+    """Dispatches the function."""
+    del references
+    return Ready(self._compiled(prompts, rollouts))
 
 
 def verdict(groups: Sequence[Sequence[Judgement]], parts: Sequence[str] = ('answer',)) -> Verdict:

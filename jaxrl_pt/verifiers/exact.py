@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrl_pt.token_bytes import TokenBytes
-from jaxrl_pt.types import Array, Prompts, Rollout, Verdict
-from jaxrl_pt.verifiers.base import DeviceVerifier
+from jaxrl_pt.types import Array, Prompts, RolloutBatch, Verdict
+from jaxrl_pt.verifiers.base import Verify
 from jaxrl_pt.verifiers.judgement import Outcome
 
 # --- The definition -------------------------------------------------------------
@@ -49,7 +49,7 @@ def answer_match(table: TokenBytes, tokens: Array, mask: Array, answers: Array,
   Args:
     table: bytes of the vocabulary.
     tokens: i32[N, G, S].
-    mask: f32[N, G, S] 1 on tokens of the response.
+    mask: f32[N, G, S] 1 on tokens of the response, drawn or forced.
     answers: i32[N, W] bytes of the references.
     answer_lengths: i32[N].
     marker: K bytes.
@@ -123,16 +123,17 @@ def marker_reader(table: TokenBytes, marker: bytes) -> Array:
   return jnp.asarray(state_SV)
 
 
-def device_verifier(table: TokenBytes, marker: bytes, stop_id: int) -> DeviceVerifier:
-  """Reward 1 for the exact answer, whose bytes stand in `prompts.continuation`; every row is
+def device_verifier(table: TokenBytes, marker: bytes, stop_id: int) -> Verify:
+  """Reward 1 for the exact answer, whose bytes are 'answer' in `prompts.extras`; every row is
   valid. The part 'parsed', which earns nothing, is 1 where there is an answer at all."""
   reader_SV = marker_reader(table, marker)
 
-  def verify(prompts: Prompts, rollout: Rollout) -> Verdict:
-    reward = answer_match(table, rollout.tokens, rollout.mask, prompts.continuation,
-                          prompts.continuation_lengths, marker, stop_id)
-    ended = ((rollout.tokens == stop_id) & (rollout.mask > 0)).any(-1)
-    parsed = ended * has_marker(reader_SV, rollout.tokens, rollout.mask)
+  def verify(prompts: Prompts, rollouts: RolloutBatch) -> Verdict:
+    tokens, mask = rollouts.tokens, rollouts.in_response
+    reward = answer_match(table, tokens, mask, prompts.extras['answer'],
+                          prompts.extras['answer_lengths'], marker, stop_id)
+    ended = ((tokens == stop_id) & (mask > 0)).any(-1)
+    parsed = ended * has_marker(reader_SV, tokens, mask)
     return Verdict(reward, jnp.ones_like(reward), reward, {'answer': reward, 'parsed': parsed})
 
   return jax.named_call(verify, name='answer_match')

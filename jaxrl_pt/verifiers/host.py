@@ -5,14 +5,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jaxrl_pt.types import Rollout, Verdict
+from jaxrl_pt.types import Prompts, RolloutBatch, Verdict
 from jaxrl_pt.verifiers import base, pool, trial
 from jaxrl_pt.verifiers.judgement import UNJUDGED, Outcome
 
 
 @dataclass(frozen=True)
-class Ticket:
-  """Rollouts handed to the pool."""
+class PendingJudgements:
+  """Responses that the pool is judging."""
 
   judgements: pool.Ticket
   group_size: int
@@ -34,17 +34,21 @@ class Ticket:
     return trial.last_words(self.judgements.result())
 
 
-def submit(verifiers: pool.Pool, decode: Callable[[Sequence[int]], str], rollout: Rollout,
-           references: Sequence[str]) -> Ticket:
-  """Hands over the text of every response and returns at once.
+@dataclass(frozen=True)
+class PoolVerifier:
+  """Judges the text of each response in the processes of a pool.
 
-  Args:
-    verifiers: the pool.
-    decode: ids → text; special tokens, such as the one that ends a response, are empty in it.
-    rollout: N prompts, G samples, on the host.
-    references: N reference answers.
+  decode: ids → text; special tokens, such as the one that ends a response, are empty in it.
   """
-  tokens, mask = np.asarray(rollout.tokens), np.asarray(rollout.mask) > 0
-  items = [(decode(tokens[n, g][mask[n, g]].tolist()), reference)
-           for n, reference in enumerate(references) for g in range(tokens.shape[1])]
-  return Ticket(verifiers.submit(items), tokens.shape[1], verifiers.parts)
+
+  pool: pool.Pool
+  decode: Callable[[Sequence[int]], str]
+
+  def submit(self, prompts: Prompts, rollouts: RolloutBatch, references: Sequence[str]
+             ) -> PendingJudgements:
+    """Hands over the text of every response, as on the host, and returns at once."""
+    del prompts
+    tokens, mask = np.asarray(rollouts.tokens), np.asarray(rollouts.in_response) > 0
+    items = [(self.decode(tokens[n, g][mask[n, g]].tolist()), reference)
+             for n, reference in enumerate(references) for g in range(tokens.shape[1])]
+    return PendingJudgements(self.pool.submit(items), tokens.shape[1], self.pool.parts)

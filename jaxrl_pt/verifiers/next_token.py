@@ -27,8 +27,8 @@ import jax.numpy as jnp
 
 from jaxrl_pt import config as cfg
 from jaxrl_pt.token_bytes import TokenBytes
-from jaxrl_pt.types import Array, Prompts, Rollout, Verdict
-from jaxrl_pt.verifiers.base import DeviceVerifier, Outcome
+from jaxrl_pt.types import Array, Prompts, RolloutBatch, Verdict
+from jaxrl_pt.verifiers.base import Outcome, Verify
 
 THINK_END = '</think>'
 BOX = '\\boxed{'
@@ -216,7 +216,7 @@ def gated_dense_arrays(dense: Array, correct: Array, penalty: float) -> Array:
 
 
 def device_verifier(table: TokenBytes, reward: cfg.NextTokenReward = cfg.PrefixMatch(),
-                    marker: int = NO_MARKER) -> DeviceVerifier:
+                    marker: int = NO_MARKER) -> Verify:
   """RPT's reward as a verifier inside the jitted step; every row is valid.
 
   Args:
@@ -230,16 +230,16 @@ def device_verifier(table: TokenBytes, reward: cfg.NextTokenReward = cfg.PrefixM
   if isinstance(reward, cfg.InformationGain):
     raise TypeError('InformationGain is not a function of tokens alone: see train.rlp_step')
 
-  def verify(prompts: Prompts, rollout: Rollout) -> Verdict:
-    mask = prediction_mask(rollout.tokens, rollout.mask, marker)
-    truth = prompts.continuation, prompts.continuation_lengths
-    correct = prefix_match_arrays(table, rollout.tokens, mask, *truth)
-    dense = dense_arrays(table, rollout.tokens, mask, rollout.logp, correct)
+  def verify(prompts: Prompts, rollouts: RolloutBatch) -> Verdict:
+    mask = prediction_mask(rollouts.tokens, rollouts.in_response, marker)
+    truth = prompts.extras['continuation'], prompts.extras['continuation_lengths']
+    correct = prefix_match_arrays(table, rollouts.tokens, mask, *truth)
+    dense = dense_arrays(table, rollouts.tokens, mask, rollouts.logp, correct)
     match reward:
       case cfg.PrefixMatch():
         earned = correct
       case cfg.FirstTokenMatch():
-        earned = first_token_arrays(table, rollout.tokens, mask, *truth)
+        earned = first_token_arrays(table, rollouts.tokens, mask, *truth)
       case cfg.DenseMatch():
         earned = dense
       case cfg.GatedDenseMatch(penalty=penalty):

@@ -24,7 +24,7 @@ from jaxrl_pt.nn.attention import attention, packed_mask
 from jaxrl_pt.nn.linear import normed_linear
 from jaxrl_pt.parallel import kernels, rules
 from jaxrl_pt.parallel.mesh import make_mesh
-from jaxrl_pt.sampling import branch, handover
+from jaxrl_pt.sampling import branch, weight_sync
 
 MESH = make_mesh(cfg.Mesh(), jax.devices()[:1])
 KERNELS = kernels.kernel_ops(MESH, rules.TRAIN, 'v5e', interpret=True)
@@ -158,7 +158,7 @@ def kernels_of(jaxpr):
 def test_handed_over_packed_weights_run_through_the_kernels():
   plain, fast = (model_of(o, BITNET) for o in (ops.Ops(), KERNELS))
   params = jax.jit(lambda key: P.init(plain.specs, key))(jax.random.key(0))
-  policy = handover.make_hand_over(plain, MESH, packed=True)(params, 3)
+  policy = weight_sync.make_weight_sync(plain, MESH, packed=True)(params, 3)
   assert policy.params['layers']['wq'].codes.dtype == jnp.int2 and policy.version == 3
   tokens = jax.random.randint(jax.random.key(1), (2, 128), 0, 32)
   rows = jnp.broadcast_to(jnp.arange(128), tokens.shape), jnp.ones_like(tokens)

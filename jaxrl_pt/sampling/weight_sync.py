@@ -1,4 +1,4 @@
-"""The hand-over of a policy from the trainer to the sampler, on the same mesh.
+"""Weight sync: the policy's parameters from the trainer to the sampler, on the same mesh.
 
 Training splits weights over FSDP; a sampler wants them whole along `embed`, so that a decode
 step of few rows gathers nothing. One jitted program rounds them to what the sampler reads (the
@@ -37,9 +37,9 @@ def is_bit_linear(path: tuple[Any, ...]) -> bool:
   return path[-1].key in PROJECTIONS
 
 
-def make_hand_over(model: Model, mesh: Mesh, packed: bool, dtype: DTypeLike = jnp.float32
+def make_weight_sync(model: Model, mesh: Mesh, packed: bool, dtype: DTypeLike = jnp.float32
                    ) -> Callable[[Params, int], Policy]:
-  """hand_over(params, version) → Policy, compiled once.
+  """sync(params, version) → Policy, compiled once.
 
   Args:
     model: of the parameters; packed needs ternary weights.
@@ -49,18 +49,18 @@ def make_hand_over(model: Model, mesh: Mesh, packed: bool, dtype: DTypeLike = jn
 
   Raises:
     ValueError: packed, and the model's weights are not ternary.
-    RuntimeError: (of hand_over) a leaf's checksum differs after the move.
+    RuntimeError: (of sync) a leaf's checksum differs after the move.
   """
   move = make_move(model, mesh, packed, dtype)
   leave = jax.jit(functools.partial(_as_read, model, packed, dtype))
 
-  def hand_over(params: Params, version: int) -> Policy:
+  def sync(params: Params, version: int) -> Policy:
     arrived = move(params)
     sums = checksum(arrived)
     check(checksum(leave(params)), sums)
     return Policy(arrived, version, sums)
 
-  return hand_over
+  return sync
 
 
 def _as_read(model: Model, packed: bool, dtype: DTypeLike, params: Params) -> Params:
@@ -74,7 +74,7 @@ def _as_read(model: Model, packed: bool, dtype: DTypeLike, params: Params) -> Pa
 
 
 def make_move(model: Model, mesh: Mesh, packed: bool, dtype: DTypeLike = jnp.float32) -> Any:
-  """The jitted params → the sampler's copy of them; arguments as of `make_hand_over`.
+  """The jitted params → the sampler's copy of them; arguments as of `make_weight_sync`.
 
   Raises:
     ValueError: packed, and the model's weights are not ternary.

@@ -12,30 +12,34 @@ from typing import Any
 
 import numpy as np
 
-from jaxrl_pt import config as cfg
 from jaxrl_pt import metrics
 from jaxrl_pt.errors import UserError
+from jaxrl_pt.jobs import open as opening
 from jaxrl_pt.parallel.hosts import on_host
-from jaxrl_pt.train import evaluate, optim, places, rl, rollouts
-from jaxrl_pt.train.stages import Drawn, Stages
+from jaxrl_pt.rollouts import record
+from jaxrl_pt.rollouts.stages import Stages
+from jaxrl_pt.run import places
+from jaxrl_pt.run import policy as policies
+from jaxrl_pt.run import session as sessions
 from jaxrl_pt.types import TrainState
 
 # --- The halves -----------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def _opened(workdir: Path, step: int | None) -> Iterator[tuple[Stages, TrainState, int, Any]]:
+def _opened(workdir: Path, step: int | None
+            ) -> Iterator[tuple[Stages, TrainState, int, sessions.Session]]:
   """Stages and state of a checkpoint, the number of its next batch, and its session."""
-  session, restored = evaluate.load_run(workdir, step)
-  run, method = session.run, session.run.objective
-  if isinstance(method, cfg.NextToken):
-    raise UserError(f'{workdir} holds a pretraining run, which draws nothing: give the --workdir '
-                    'of a run of reinforcement learning.')
-  start = evaluate.load_policy(places.policy(method.start_from, workdir, 'start_from'))
-  optimizer = optim.make_optimizer(run.optimizer, run.train.num_steps * method.algorithm.updates)
-  with rl.open_task(session, method, session.model(run.model), start.params) as task:
-    stages = Stages(session, task, start.params, optimizer, method.rollouts, method.algorithm)
-    yield stages, restored.state, restored.extras['loader']['batches'], session
+  session, restored = opening.load_run(workdir, step)
+  run = session.run
+  reopen = opening.kind(run.objective).reopen
+  if reopen is None:
+    raise UserError(f'{workdir} holds a run of {type(run.objective).__name__}, which draws '
+                    'nothing: give the --workdir of a run of reinforcement learning.')
+  path = places.policies(run, workdir)['start_from']
+  start = policies.load_policy(workdir / path)
+  with reopen(session, start.params) as job:
+    yield job.stages, restored.state, restored.extras['loader']['batches'], session
 
 
 def learner(workdir: Path, step: int | None = None) -> list[dict[str, float]]:
@@ -49,16 +53,15 @@ def learner(workdir: Path, step: int | None = None) -> list[dict[str, float]]:
   """
   recorded = {r['step']: r for r in metrics.read_rows(workdir / metrics.FILE)}
   rows: list[dict[str, float]] = []
-  with _opened(workdir, step) as (stages, state, batch, session):
-    path = workdir / rollouts.FOLDER / f'{int(state.step) + 1}.npz'
+  with _opened(workdir, step) as (stages, state, _, session):
+    path = workdir / record.FOLDER / f'{int(state.step) + 1}.npz'
     while path.is_file() or not rows:
-      prompts, rollout, verdict = rollouts.load(path)
-      drawn = Drawn(batch, session.put_rows(prompts), (), stages.put_rollout(rollout))
-      state, judged = stages.learn(state, drawn, session.put_rows(verdict), measure=True)
+      prompts, drawn, verdict = session.put_rows(record.load(path))
+      state, done = stages.learn(state, prompts, (), drawn, verdict, measure=True)
       now = int(state.step)
-      rows.append({'step': now, **metrics.host_values(judged.values),
+      rows.append({'step': now, **metrics.host_values(done.metrics),
                    'recorded_loss': recorded.get(now, {}).get('loss', float('nan'))})
-      batch, path = batch + 1, workdir / rollouts.FOLDER / f'{now + 1}.npz'
+      path = workdir / record.FOLDER / f'{now + 1}.npz'
   return rows
 
 
@@ -73,19 +76,20 @@ def sampler(workdir: Path, step: int | None = None) -> dict[str, Any]:
     UserError: no checkpoint.
   """
   with _opened(workdir, step) as (stages, state, batch, session):
-    drawn = stages.draw(state.params, batch, int(state.step))
-    verdict = stages.judge(stages.submit(drawn))
-    trees = on_host({'prompts': drawn.prompts, 'rollout': drawn.rollout, 'verdict': verdict})
+    prompts, references = stages.take(batch)
+    drawn = stages.draw(state.params, prompts, batch, int(state.step))
+    verdict = stages.settle(stages.submit(prompts, drawn, references))
+    trees = on_host({'prompts': prompts, 'rollouts': drawn, 'verdict': verdict})
     found = {'step': int(state.step), 'batch': batch,
              'reward': float((trees['verdict'].reward * trees['verdict'].valid).sum()
                              / max(trees['verdict'].valid.sum(), 1)),
-             'groups': rollouts.as_text(trees, drawn.references, session.data.tokenizer)}
-    path = workdir / rollouts.FOLDER / f'{int(state.step) + 1}.npz'
+             'groups': record.as_text(trees, references, session.data.tokenizer)}
+    path = workdir / record.FOLDER / f'{int(state.step) + 1}.npz'
     if path.is_file():
-      _, kept, _ = rollouts.load(path)
-      rollout = trees['rollout']
-      found['same_tokens'] = bool((rollout.tokens == kept.tokens).all())
-      found['largest_difference'] = float(np.abs(rollout.logp - kept.logp).max())
+      _, kept, _ = record.load(path)
+      here = trees['rollouts']
+      found['same_tokens'] = bool((here.tokens == kept.tokens).all())
+      found['largest_difference'] = float(np.abs(here.logp - kept.logp).max())
     return found
 
 

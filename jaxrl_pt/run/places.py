@@ -3,7 +3,7 @@
 import dataclasses
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from jaxrl_pt import checkpoint
 from jaxrl_pt import config as cfg
@@ -17,7 +17,7 @@ _PATHS: dict[type, tuple[str, ...]] = {
     cfg.TextFiles: ('glob',), cfg.Jsonl: ('glob',), cfg.Parquet: ('glob',),
     cfg.ArrayRecord: ('glob',), cfg.JsonlProblems: ('glob',), cfg.SentencePiece: ('path',),
     cfg.HuggingFaceTokenizer: ('path',), cfg.Data: ('validation_glob', 'cache_dir'),
-    cfg.RL: ('start_from',), cfg.RPT: ('start_from', 'proxy_from')}
+    **{kind: kind.policy_fields for kind in get_args(cfg.Objective)}}
 
 
 def absolute(value: Any) -> Any:
@@ -37,14 +37,9 @@ def absolute(value: Any) -> Any:
 
 def policies(run: cfg.Run, workdir: Path) -> dict[str, str]:
   """{'start_from': path from `workdir`, …} of the policies that a run reads."""
-  match run.objective:
-    case cfg.NextToken():
-      return {}
-    case method:
-      names = ('start_from', 'proxy_from') if isinstance(method, cfg.RPT) else ('start_from',)
-      given = {name: getattr(method, name) for name in names}
-      return {name: os.path.relpath(policy(text, workdir, name), workdir)
-              for name, text in given.items() if text}
+  given = {name: getattr(run.objective, name) for name in run.objective.policy_fields}
+  return {name: os.path.relpath(policy(text, workdir, name), workdir)
+          for name, text in given.items() if text}
 
 
 def policy(given: str, workdir: Path, name: str) -> Path:

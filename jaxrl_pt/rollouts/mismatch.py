@@ -5,7 +5,6 @@ more than rounding (a filter that only one of them has, a kernel, a dtype, weigh
 damaged), every gradient is that of another policy, and nothing else in the metrics says so.
 """
 
-from collections.abc import Callable
 import json
 from pathlib import Path
 from typing import Any
@@ -14,36 +13,33 @@ import jax
 import numpy as np
 
 from jaxrl_pt import config as cfg
-from jaxrl_pt.checkpoint import Checkpointer
 from jaxrl_pt.data.tokenizer import Tokenizer
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.parallel.hosts import on_host
 from jaxrl_pt.rl import ratios
-from jaxrl_pt.train.session import Session
-from jaxrl_pt.train.stages import Judged
+from jaxrl_pt.rollouts.stages import Step
+from jaxrl_pt.run.recorder import Check
+from jaxrl_pt.run.session import Session
 
 FOLDER = 'mismatch'
 WORST = 16
 
-Check = Callable[[dict[str, float]], None]
 
-
-def gate(session: Session, rollouts: cfg.Rollouts, checkpointer: Checkpointer, step: int,
-         done: Judged) -> Check:
-  """check(metrics of the step on the host), which raises where the gate stops the run.
+def gate(session: Session, rollouts: cfg.Rollouts, step: int, done: Step) -> Check:
+  """check(metrics of the step on the host, last good checkpoint): raises where the gate stops
+  the run.
 
   Raises (the check):
     UserError: the mismatch is above `Rollouts.mismatch_gate`; the worst responses have been
       written to WORKDIR/mismatch/STEP.json.
   """
-  def check(values: dict[str, float]) -> None:
+  def check(values: dict[str, float], good: int | None) -> None:
     if not rollouts.is_gated or values['gap'] <= rollouts.mismatch_gate:
       return
     path = session.workdir / FOLDER / f'{step}.json'
     page = {'step': step, 'mismatch': values['gap'], 'gate': rollouts.mismatch_gate,
             'responses': worst(done, session.data.tokenizer)}
     where = _write(path, page)
-    good = checkpointer.latest_step()
     last = 'is none' if good is None else f'is step {good}'
     raise UserError(
         f'Sampler and trainer disagree at step {step}: their mismatch is {values["gap"]:.6g}, '
@@ -54,16 +50,16 @@ def gate(session: Session, rollouts: cfg.Rollouts, checkpointer: Checkpointer, s
   return check
 
 
-def worst(done: Judged, tokenizer: Tokenizer) -> list[dict[str, Any]]:
+def worst(done: Step, tokenizer: Tokenizer) -> list[dict[str, Any]]:
   """The responses of the largest mismatch, falling, each with both log-probabilities of its tokens.
 
   Of several updates of a batch, those of the first are looked at: the later ones move away from
   the sampler on purpose.
   """
   assert done.by_token is not None
-  prompts, rollout, trainer = on_host((done.drawn.prompts, done.drawn.rollout, done.by_token))
+  prompts, drawn, trainer = on_host((done.prompts, done.rollouts, done.by_token))
   seen = trainer.count > 0
-  difference = np.where(seen, trainer.sum - rollout.logp, 0.0)
+  difference = np.where(seen, trainer.sum - drawn.logp, 0.0)
   power = np.exp(np.minimum(np.abs(difference), ratios.LOG_BOUND)) * seen
   mean_NG = power.sum(-1) / np.maximum(seen.sum(-1), 1)
   per_document = len(prompts.lengths) // len(prompts.tokens)
@@ -73,12 +69,12 @@ def worst(done: Judged, tokenizer: Tokenizer) -> list[dict[str, Any]]:
     counted = seen[n, g]
     if not counted.any():
       continue
-    tokens = rollout.tokens[n, g][counted].tolist()
+    tokens = drawn.tokens[n, g][counted].tolist()
     prompt = prompts.tokens[n // per_document][:prompts.lengths[n]].tolist()
     rows.append({
         'mismatch': float(mean_NG[n, g]), 'prompt_id': int(prompts.ids[n]), 'row': n, 'sample': g,
         'prompt': tokenizer.decode(prompt), 'response': tokenizer.decode(tokens), 'tokens': tokens,
-        'sampler_logp': rollout.logp[n, g][counted].tolist(),
+        'sampler_logp': drawn.logp[n, g][counted].tolist(),
         'trainer_logp': trainer.sum[n, g][counted].tolist()})
   return rows
 

@@ -12,7 +12,7 @@ from jaxrl_pt import config as cfg
 from jaxrl_pt import params as P
 from jaxrl_pt.models import transformer
 from jaxrl_pt.parallel.mesh import make_mesh
-from jaxrl_pt.sampling import branch, decode, engine, handover
+from jaxrl_pt.sampling import branch, decode, engine, weight_sync
 
 CONFIG = cfg.Model(num_layers=2, d_model=16, d_ff=32, num_heads=2, num_kv_heads=1, head_dim=8,
                    vocab_size=19, quant=cfg.Quant('ternary', 'int8'))
@@ -24,24 +24,24 @@ MESH = make_mesh(cfg.Mesh(fsdp=1))
 @pytest.mark.parametrize('packed', [False, True])
 def test_the_copy_outlives_the_trainers_parameters(packed):
   params = jax.tree.map(jnp.copy, PARAMS)
-  policy = handover.make_hand_over(MODEL, MESH, packed)(params, 3)
+  policy = weight_sync.make_weight_sync(MODEL, MESH, packed)(params, 3)
   assert policy.version == 3 and len(policy.checksum) == len(jax.tree.leaves(policy.params))
   jax.tree.map(lambda x: x.delete(), params)  # As a step that donates its state would.
   expected = PARAMS['layers']['wq']
   got = policy.params['layers']['wq']
   if packed:
     assert got.codes.dtype == jnp.int2
-    assert handover.abstract(MODEL, MESH, True)['layers']['wq'].codes.shape == expected.shape
+    assert weight_sync.abstract(MODEL, MESH, True)['layers']['wq'].codes.shape == expected.shape
   else:
     np.testing.assert_array_equal(got, expected)
 
 
 def test_what_changes_on_the_way_is_named(monkeypatch):
-  moved = handover._moved
-  monkeypatch.setattr(handover, '_moved', lambda x, sharding: moved(
+  moved = weight_sync._moved
+  monkeypatch.setattr(weight_sync, '_moved', lambda x, sharding: moved(
       x + (x.ndim == 2), sharding))  # The embedding and two gains of layers arrive changed.
   with pytest.raises(RuntimeError, match='parameters changed on their way to the sampler: .*embed'):
-    handover.make_hand_over(MODEL, MESH, packed=False)(PARAMS, 0)
+    weight_sync.make_weight_sync(MODEL, MESH, packed=False)(PARAMS, 0)
 
 
 def test_packed_and_latent_policies_draw_the_same():
@@ -49,7 +49,7 @@ def test_packed_and_latent_policies_draw_the_same():
                      prefill_chunk=8)
   drawn = []
   for packed in (False, True):
-    policy = handover.make_hand_over(MODEL, MESH, packed)(PARAMS, 0)
+    policy = weight_sync.make_weight_sync(MODEL, MESH, packed)(PARAMS, 0)
     one = engine.Engine(MODEL, policy.params, sizes, seed=1, token_bytes=[b'a'] * 19,
                         mesh=MESH)
     drawn.append([r.tokens.tolist() for r in one.run([engine.Request((1, 2), 0, 8, 4)])[0]])
@@ -64,7 +64,7 @@ def test_a_policy_rounded_on_the_way_draws_the_same(weights):
   prompts = branch.documents(jnp.array([[1, 2, 3]]), jnp.array([[3, 2]]), jnp.array([[0, 1]]))
   draw = jax.jit(functools.partial(
       decode.generate, model, sampler=cfg.Sampler(), num_samples=2, num_tokens=6))
-  whole, rounded = (handover.make_hand_over(model, MESH, False, dtype)(PARAMS, 0)
+  whole, rounded = (weight_sync.make_weight_sync(model, MESH, False, dtype)(PARAMS, 0)
                     for dtype in ('float32', 'bfloat16'))
   layer = rounded.params['layers']
   assert layer['wq'].dtype == ('bfloat16' if weights == 'none' else 'float32')
@@ -74,14 +74,14 @@ def test_a_policy_rounded_on_the_way_draws_the_same(weights):
 
 
 def test_a_change_on_the_way_is_named():
-  sums = handover.make_hand_over(MODEL, MESH, False)(PARAMS, 0).checksum
+  sums = weight_sync.make_weight_sync(MODEL, MESH, False)(PARAMS, 0).checksum
   other = {**sums, 'layers/wq': sums['layers/wq'] ^ 1}
   with pytest.raises(RuntimeError, match='1 of .* parameters changed .*layers/wq'):
-    handover.check(sums, other)
+    weight_sync.check(sums, other)
 
 
 def test_only_ternary_weights_are_packed():
   plain = transformer.build(cfg.Model(num_layers=1, d_model=16, d_ff=32, num_heads=2,
                                       num_kv_heads=1, head_dim=8, vocab_size=19))
   with pytest.raises(ValueError, match='ternary'):
-    handover.make_hand_over(plain, MESH, True)
+    weight_sync.make_weight_sync(plain, MESH, True)

@@ -1,0 +1,111 @@
+"""The programs of a step of reinforcement learning, with abstract arguments: for preflight."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+import optax
+
+from jaxrl_pt import config as cfg
+from jaxrl_pt.jobs.kind import Program
+from jaxrl_pt.parallel import model as models
+from jaxrl_pt.parallel import rules
+from jaxrl_pt.rollouts import programs
+from jaxrl_pt.rollouts.stages import is_fused, resamples
+from jaxrl_pt.sampling import weight_sync
+from jaxrl_pt.token_bytes import TokenBytes, token_table
+from jaxrl_pt.train import optim
+from jaxrl_pt.train import state as states
+from jaxrl_pt.types import Array, Prompts, RolloutBatch, TrainState, Verdict
+from jaxrl_pt.verifiers.base import DeviceVerifier
+
+# Without a tokenizer at hand: bytes of the longest token, and the token that ends a text.
+_LONGEST_TOKEN = 16
+STOP_ID = 0
+
+
+def of_step(run: cfg.Run, mesh: Mesh, method: cfg.RL | cfg.RPT, prompts: Prompts, verifier: Any,
+            new_method: Any) -> list[Program]:
+  """One program where the step is fused, else those of its stages; both if groups are drawn
+  again from a later step on.
+
+  Args:
+    run, mesh, method: of the run and its objective.
+    prompts: abstract.
+    verifier: a DeviceVerifier or PolicyVerifier; None for one that reads text.
+    new_method: makes of the parameters what `TrainState.method` holds at first.
+  """
+  optimizer = optim.make_optimizer(run.optimizer, cfg.num_updates(run))
+  state = states.abstract_state(models.build(run.model, run.compute, mesh), optimizer, mesh,
+                                new_method)
+  found: list[Program] = []
+  if is_fused(verifier, method.rollouts, mesh.size):
+    inside = verifier.verify if isinstance(verifier, DeviceVerifier) else verifier
+    step = programs.fused_step(run, mesh, method, optimizer, inside, STOP_ID)
+    found = [Program(f'{type(method).__name__} step: sampler, verifier and update', step,
+                     (state, state.params, prompts))]
+    if not resamples(method.rollouts, run.train.num_steps):
+      return found
+    if resamples(method.rollouts, 0):
+      found = []
+  return [*found, *_stages(run, mesh, method, prompts, state, optimizer)]
+
+
+def _stages(run: cfg.Run, mesh: Mesh, method: cfg.RL | cfg.RPT, prompts: Prompts,
+            state: TrainState, optimizer: optax.GradientTransformation) -> list[Program]:
+  rollouts, algorithm = method.rollouts, method.algorithm
+  shape = rollouts.num_prompts, rollouts.group_size, rollouts.response_tokens
+  rows, everywhere = rules.row_sharding(mesh), rules.replicated(mesh)
+  reals, numbers = abstract(shape, jnp.float32, rows), abstract(shape, jnp.int32, rows)
+  number, group = abstract((), jnp.int32, everywhere), abstract(shape[:2], jnp.float32, rows)
+  drawn = RolloutBatch(numbers, reals, reals, reals, numbers, numbers)
+  start, moments = state.params, (state.opt_state, state.method)
+  found = [Program('learner: advantages and updates',
+                   programs.learner_step(run, mesh, optimizer, rollouts, algorithm),
+                   (state, prompts, drawn, Verdict(group, group, group), reals), 3 / 4,
+                   beside=start),
+           Program('reference policy: log-probabilities for KL',
+                   programs.reference(run, mesh, rollouts), (start, prompts, drawn), 1 / 4,
+                   beside=state)]
+  synced, beside = state.params, [start, moments]
+  if mesh.size > 1:
+    model = models.build(run.model, run.compute, mesh)
+    packed = run.model.quant.weights == 'ternary'
+    found.append(Program('weight sync: parameters to the sampler',
+                         weight_sync.make_move(model, mesh, packed, run.compute.dtype),
+                         (state.params,), 0.0, beside=beside))
+    beside = [start, state]
+    synced = weight_sync.abstract(model, mesh, packed, run.compute.dtype)
+  sample = programs.sampler(run, mesh, rollouts, STOP_ID)
+  return [Program('sampler: prefill and decode', sample, (synced, prompts, number, number), 1 / 4,
+                  beside=beside),
+          *found]
+
+
+def longest_tokens(model: cfg.Model) -> TokenBytes:
+  """A vocabulary of tokens as long as the longest of any tokenizer."""
+  return token_table([bytes(_LONGEST_TOKEN)] * model.vocab_size, model.vocab_size)
+
+
+def abstract(shape: tuple[int, ...], dtype: Any, sharding: NamedSharding) -> Any:
+  """An array that is not there."""
+  return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+
+def abstract_prompts(rollouts: cfg.Rollouts, mesh: Mesh, extras: dict[str, tuple[Any, ...]],
+                     per_document: int = 1) -> Prompts:
+  """Prompts that are not there.
+
+  Args:
+    rollouts: their number and length.
+    mesh: of the run.
+    extras: for each name the shape of one prompt's array, and its dtype.
+    per_document: prompts that share a document.
+  """
+  rows, n = rules.row_sharding(mesh), rollouts.num_prompts
+  each = abstract((n,), jnp.int32, rows)
+  more: dict[str, Array] = {name: abstract((n, *shape), dtype, rows)
+                            for name, (shape, dtype) in extras.items()}
+  return Prompts(abstract((n // per_document, rollouts.prompt_len), jnp.int32, rows), each, each,
+                 extras=more)

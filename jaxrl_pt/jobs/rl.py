@@ -1,0 +1,66 @@
+"""Reinforcement learning on problems whose answers can be verified."""
+
+from collections.abc import Iterator
+import contextlib
+from pathlib import Path
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxrl_pt import config as cfg
+from jaxrl_pt.environments import problems
+from jaxrl_pt.jobs import programs, reinforce
+from jaxrl_pt.jobs.kind import Kind, Program
+from jaxrl_pt.run import session as sessions
+from jaxrl_pt.run.workdir import claimed
+from jaxrl_pt.types import Params
+from jaxrl_pt.verifiers import exact
+from jaxrl_pt.verifiers.base import DeviceVerifier
+
+_ANSWER_BYTES = 16  # of the longest answer, where no problems are at hand
+
+
+def _method(run: cfg.Run) -> cfg.RL:
+  assert isinstance(run.objective, cfg.RL)
+  return run.objective
+
+
+@contextlib.contextmanager
+def _open(run: cfg.Run, workdir: Path, resolved_text: str, allow: frozenset[str]
+          ) -> Iterator[reinforce.Reinforcement]:
+  method = _method(run)
+  start = reinforce.start_policy(run, method.start_from, workdir)
+  problems.check_held_out(method.problems, start.session.run)
+  with claimed(workdir):
+    # Problems are asked in the start policy's own tokens.
+    session = sessions.open_session(run, workdir, resolved_text, data=start.session.data,
+                                    allow=allow, data_dir=start.session.workdir / 'data')
+    with _reopen(session, start.params) as job:
+      yield job
+
+
+@contextlib.contextmanager
+def _reopen(session: sessions.Session, start: Params) -> Iterator[reinforce.Reinforcement]:
+  """The job, the processes of its verifier running as long as the context lasts."""
+  method = _method(session.run)
+  order = {'Run.seed': session.run.seed, 'Rollouts.num_prompts': method.rollouts.num_prompts}
+  with problems.open_environment(session, method) as environment:
+    yield reinforce.Reinforcement(
+        session, method, start, environment, order,
+        lambda params: reinforce.new_method(session.run, params))
+
+
+def _programs(run: cfg.Run, mesh: Mesh) -> list[Program]:
+  method = _method(run)
+  verifier = None
+  if isinstance(method.verifier, cfg.AnswerMatch):
+    verifier = DeviceVerifier(exact.device_verifier(
+        programs.longest_tokens(run.model), b'#', programs.STOP_ID))
+  prompts = programs.abstract_prompts(method.rollouts, mesh, {
+      'answer': ((_ANSWER_BYTES,), jnp.int32), 'answer_lengths': ((), jnp.int32)})
+  return programs.of_step(run, mesh, method, prompts, verifier,
+                          lambda params: reinforce.new_method(run, params))
+
+
+KIND = Kind(_open, _programs, reinforce.num_tokens, reinforce.model_flops, reinforce.new_method,
+            _reopen)

@@ -1,0 +1,63 @@
+"""Jitted programs of reinforcement learning: what its loop dispatches, preflight compiles."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+import optax
+
+from jaxrl_pt import config as cfg
+from jaxrl_pt.parallel import model as models
+from jaxrl_pt.parallel import rules
+from jaxrl_pt.sampling import weight_sync as syncing
+from jaxrl_pt.sampling.rollouts import make_sampler
+from jaxrl_pt.train import fused, update
+from jaxrl_pt.types import Params
+from jaxrl_pt.verifiers.base import Verify
+
+
+def fused_step(run: cfg.Run, mesh: Mesh, method: cfg.RL | cfg.RPT,
+               optimizer: optax.GradientTransformation, verifier: Verify | fused.PolicyVerifier,
+               stop_id: int) -> Any:
+  """The jitted step(state, reference policy, prompts): sampler, verifier and update in one."""
+  model = models.build(run.model, run.compute, mesh)
+  return jax.jit(fused.make_fused_step(model, optimizer, run, method, verifier, stop_id,
+                                       by_token=method.rollouts.is_gated), donate_argnums=0)
+
+
+def sampler(run: cfg.Run, mesh: Mesh, rollouts: cfg.Rollouts, stop_id: int) -> Any:
+  """The jitted sample(synced parameters, prompts, batch, version) → RolloutBatch."""
+  model = models.build(run.model, run.compute, mesh, rules.SAMPLE)
+  return jax.jit(make_sampler(model, run.seed, rollouts, stop_id))
+
+
+def learner_step(run: cfg.Run, mesh: Mesh, optimizer: optax.GradientTransformation,
+                 rollouts: cfg.Rollouts, algorithm: cfg.Algorithm) -> Any:
+  """The jitted learn(state, prompts, rollouts, verdict, reference_logp) → (state, metrics).
+
+  The state is donated.
+  """
+  model = models.build(run.model, run.compute, mesh)
+  return jax.jit(update.make_learner(model, optimizer, run, rollouts, algorithm,
+                                     by_token=rollouts.is_gated), donate_argnums=0)
+
+
+def reference(run: cfg.Run, mesh: Mesh, rollouts: cfg.Rollouts) -> Any:
+  """The jitted logp(reference policy, prompts, rollouts) → f32[N, G, S]."""
+  model = models.build(run.model, run.compute, mesh)
+  return jax.jit(lambda params, prompts, drawn: fused.reference_logp(
+      model, params, prompts, drawn, rollouts.sampler, run.compute.loss_chunk))
+
+
+def weight_sync(run: cfg.Run, mesh: Mesh) -> Callable[[Params, int], Params]:
+  """(params, version) → the sampler's copy of them, checked on arrival.
+
+  On one device nothing travels, and the trainer's parameters are the sampler's as they are.
+  """
+  if mesh.size == 1:
+    return lambda params, version: params
+  model = models.build(run.model, run.compute, mesh)
+  give = syncing.make_weight_sync(model, mesh, run.model.quant.weights == 'ternary',
+                                  run.compute.dtype)
+  return lambda params, version: give(params, version).params

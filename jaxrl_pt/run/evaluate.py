@@ -1,0 +1,68 @@
+"""The loss of a policy on packed text: during training, and from a work directory."""
+
+import functools
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxrl_pt import config as cfg
+from jaxrl_pt import metrics
+from jaxrl_pt.data import loader
+from jaxrl_pt.errors import UserError
+from jaxrl_pt.run import policy
+from jaxrl_pt.run import session as sessions
+from jaxrl_pt.train import losses
+from jaxrl_pt.types import Params, Weighted
+
+
+def evaluate_packed(session: sessions.Session, model: cfg.Model, params: Params,
+                    packed: loader.Packed, limit: int) -> dict[str, float]:
+  """Loss in nats per target, bits per byte of text, accuracy of the argmax.
+
+  bits per byte = loss / ln 2 · targets / bytes, with targets and UTF-8 bytes counted over
+  the whole split; exact when `limit` is 0, which takes all batches.
+  """
+  run = session.run
+  evaluate = _compiled_evaluation(session, model)
+  totals: dict[str, Weighted] = {}
+  rows = run.train.batch_size
+  if not rows and run.objective.rollouts is not None:
+    rows = run.objective.rollouts.num_prompts
+  for batch in loader.eval_batches(packed, rows, limit):
+    values = evaluate(params, session.put_global(batch))
+    totals = {k: Weighted(totals[k].sum + v.sum, totals[k].count + v.count) if totals else v
+              for k, v in values.items()}
+  results = metrics.host_values(totals)
+  results['bits_per_byte'] = (results['loss'] / math.log(2) * packed.num_targets
+                              / packed.num_bytes)
+  return results
+
+
+@functools.lru_cache(maxsize=4)
+def _compiled_evaluation(session: sessions.Session, model: cfg.Model) -> Any:
+  chunk = session.run.compute.loss_chunk
+  return jax.jit(losses.evaluation(session.model(model), chunk))
+
+
+def evaluate_workdir(workdir: Path, *, step: int | None = None,
+                     data: cfg.Data | None = None) -> dict[str, Any]:
+  """The `eval` command: the whole validation split under a checkpoint.
+
+  Args:
+    workdir, step: as `load_policy` takes them.
+    data: another data set to evaluate on; None opens the run's own.
+  """
+  trained = policy.load_policy(workdir, step)
+  opened = trained.session.data
+  if data is not None:
+    opened = loader.prepare(data, workdir / 'data')
+    sessions.check_tokenizer(opened, trained.session.data.tokenizer.fingerprint, workdir)
+  packed = opened.validation
+  if len(packed) == 0:
+    raise UserError(f'{opened.directory} has no validation documents: set '
+                    'Data.validation_fraction above 0.')
+  results = evaluate_packed(trained.session, trained.model.config, trained.params, packed, limit=0)
+  return {'step': trained.step, 'num_targets': packed.num_targets,
+          'num_bytes': packed.num_bytes, **results}

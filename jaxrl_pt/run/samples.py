@@ -1,0 +1,74 @@
+"""Texts drawn from a policy by the engine."""
+
+import collections
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from jaxrl_pt import config as cfg
+from jaxrl_pt.data.tokenizer import begun
+from jaxrl_pt.run.policy import Policy, load_policy
+from jaxrl_pt.sampling.engine import Engine, Request, Response
+from jaxrl_pt.serving import stream
+
+
+def make_engine(policy: Policy, config: cfg.Engine, *, seed: int,
+                think_end: tuple[int, ...] = ()) -> Engine:
+  """The engine of a policy; arguments as `Engine` takes them."""
+  tokenizer = policy.session.data.tokenizer
+  return Engine(policy.model, policy.params, config, seed=seed, think_end=think_end,
+                token_bytes=tokenizer.token_bytes(), unused_ids=tokenizer.unused_ids,
+                version=policy.step, mesh=policy.session.mesh)
+
+
+def sample_workdir(workdir: Path, prompts: list[str], *, sampler: cfg.Sampler, num_tokens: int,
+                   num_samples: int, seed: int, step: int | None = None) -> list[dict[str, Any]]:
+  """`sample` with the policy of a work directory."""
+  return sample(load_policy(workdir, step), prompts, sampler=sampler, num_tokens=num_tokens,
+                num_samples=num_samples, seed=seed)
+
+
+def sample(policy: Policy, prompts: list[str], *, sampler: cfg.Sampler, num_tokens: int,
+           num_samples: int, seed: int, stop: tuple[str, ...] = (),
+           engine: Engine | None = None) -> list[dict[str, Any]]:
+  """One dict per prompt and sample: prompt, text, num_tokens, logp (sum, nats).
+
+  Arguments as in `stream_samples`.
+  """
+  texts: dict[tuple[int, int], str] = collections.defaultdict(str)
+  ends: dict[tuple[int, int], Response] = {}
+  for piece in stream_samples(policy, prompts, sampler=sampler, num_tokens=num_tokens,
+                              num_samples=num_samples, seed=seed, stop=stop, engine=engine):
+    key = piece.number, piece.response.sample
+    texts[key] += piece.text
+    ends[key] = piece.response
+  return [
+      {'prompt': prompts[n], 'text': texts[n, g], 'num_tokens': int(ends[n, g].mask.sum()),
+       'logp': float((ends[n, g].logp * ends[n, g].mask).sum())}
+      for n in range(len(prompts)) for g in range(num_samples)]
+
+
+def stream_samples(policy: Policy, prompts: list[str], *, sampler: cfg.Sampler, num_tokens: int,
+                   num_samples: int, seed: int, stop: tuple[str, ...] = (),
+                   engine: Engine | None = None) -> Iterator[stream.Piece]:
+  """Continuations of each prompt, as they are drawn.
+
+  Each begins as documents do in training; an empty one is that beginning alone.
+
+  Args:
+    policy: whose.
+    prompts: their numbers address the randomness.
+    sampler, num_tokens, num_samples, stop: of every request.
+    seed: equal seeds draw equal samples.
+    engine: one that is large enough; None makes one of just the size (and its own seed).
+  """
+  tokenizer = policy.session.data.tokenizer
+  requests = [
+      Request(tuple(begun(tokenizer, tokenizer.encode(prompt))), n, num_tokens, num_samples,
+              sampler, (tokenizer.eos_id,), stop) for n, prompt in enumerate(prompts)]
+  if engine is None:
+    total, longest = len(requests) * num_samples, max(len(r.prompt) for r in requests)
+    engine = make_engine(policy, cfg.Engine(
+        slots=min(total, 32), queue=max(num_samples, min(total, 256)), prompt_len=longest,
+        response_len=num_tokens, prefill_chunk=min(longest, 128), steps_per_call=8), seed=seed)
+  return stream.stream(engine, tokenizer, requests, starts_text=[not p for p in prompts])

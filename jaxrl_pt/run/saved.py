@@ -1,0 +1,132 @@
+"""What a run leaves in its work directory beside metrics, and how it goes on from there."""
+
+from collections.abc import Iterator, Mapping
+import contextlib
+import dataclasses
+import importlib.metadata
+import os
+from pathlib import Path
+import shutil
+from typing import Any
+
+import jax
+
+from jaxrl_pt import checkpoint, files
+from jaxrl_pt.checkpoint import Checkpointer, Restored
+from jaxrl_pt.data import tokenizer as tokenizers
+from jaxrl_pt.errors import UserError
+from jaxrl_pt.run import places, resume
+from jaxrl_pt.run.job import Job
+from jaxrl_pt.run.places import CHECKPOINTS, CONFIG, TOKENIZER
+from jaxrl_pt.run.session import Session, check_tokenizer
+from jaxrl_pt.types import TrainState
+
+
+def checkpoint_extras(session: Session, loader_state: Mapping[str, Any]) -> dict[str, Any]:
+  """The JSON half of a checkpoint: all that is needed to go on, or to sample elsewhere."""
+  data = session.data.directory.absolute()
+  return {
+      'loader': dict(loader_state),
+      'config': session.resolved_text,
+      'objective': type(session.run.objective).__name__,
+      'model': dataclasses.asdict(session.run.model),
+      'tokenizer': session.data.tokenizer.fingerprint,
+      'data': {'absolute': str(data), 'relative': os.path.relpath(data, session.workdir)},
+      'policies': places.policies(session.run, session.workdir),
+      'environment': resume.environment(list(session.mesh.devices.flat)),
+      'versions': {name: importlib.metadata.version(name)
+                   for name in ('jaxrl_pt', 'jax', 'optax', 'orbax-checkpoint')},
+  }
+
+
+def check_objective(session: Session, extras: Mapping[str, Any]) -> None:
+  """Refuses to go on with RPT where pretraining stopped, or the other way round.
+
+  Raises:
+    UserError: the checkpoint is of another objective.
+  """
+  saved, ours = extras.get('objective'), type(session.run.objective).__name__
+  if saved != ours:
+    raise UserError(f'The work directory {session.workdir} holds a run of {saved}, this one is '
+                    f'{ours}: choose another --workdir.')
+
+
+def restore_or_init(job: Job, checkpointer: Checkpointer
+                    ) -> tuple[TrainState, dict[str, Any] | None]:
+  """The newest good checkpoint's state and place among the data, or a new state and None.
+
+  Prints what differs from the settings and surroundings of the checkpoint.
+
+  Raises:
+    UserError: the checkpoint is not of this run; the work directory stays as it was.
+  """
+  session = job.session
+  if checkpointer.latest_step() is None:
+    return job.start(), None
+  # Before the arrays: another objective's or model's state is another tree.
+  step, extras = checkpoint.read_extras(session.workdir / CHECKPOINTS)
+  _check(job, step, extras)
+  restored = checkpointer.restore(job.abstract)
+  if restored.step != step:
+    _check(job, restored.step, restored.extras)
+  check_tokenizer(session.data, restored.extras['tokenizer'], session.workdir)
+  if jax.process_index() == 0:
+    print(f'Resuming from step {restored.step} in {session.workdir}', flush=True)
+    for line in _differences(session, restored):
+      print(line, flush=True)
+  return restored.state, restored.extras['loader']
+
+
+def _check(job: Job, step: int, extras: Mapping[str, Any]) -> None:
+  session = job.session
+  check_objective(session, extras)
+  resume.check_settings(resume.differences(extras['config'], session.resolved_text),
+                        session.allow, f'checkpoint {step} in {session.workdir}')
+  job.check(extras['loader'])
+
+
+def _differences(session: Session, restored: Restored) -> Iterator[str]:
+  found = resume.differences(restored.extras['config'], session.resolved_text)
+  if found:
+    yield 'Settings that differ from here on: ' + ', '.join(map(str, found))
+  here = resume.environment(list(session.mesh.devices.flat))
+  sentence = resume.describe_environment(restored.extras.get('environment', {}), here,
+                                         restored.step)
+  if sentence:
+    yield sentence
+
+
+def record(session: Session, step: int) -> None:
+  """Writes the run's tokenizer and settings into its work directory, once nothing can refuse it.
+
+  Settings that differ from those until now are kept beside them, as config_until_step_N.gin.
+
+  Args:
+    step: that the run goes on from.
+
+  Raises:
+    Unwritable: the directory cannot be written.
+  """
+  if jax.process_index() != 0:
+    return
+  _record_tokenizer(session.data.tokenizer, session.workdir / TOKENIZER)
+  config = session.workdir / CONFIG
+  before = config.read_text(encoding='utf-8') if config.is_file() else None
+  if before == session.resolved_text:
+    return
+  if before is not None and step:
+    files.write_text(session.workdir / f'config_until_step_{step}.gin', before)
+  files.write_text(config, session.resolved_text)
+
+
+def _record_tokenizer(tokenizer: tokenizers.Tokenizer, directory: Path) -> None:
+  """Keeps the tokenizer beside the weights: with them it is all that using the model takes."""
+  with contextlib.suppress(UserError):  # none yet, or not whole
+    if tokenizers.load(directory).fingerprint == tokenizer.fingerprint:
+      return
+  temporary = directory.with_name(f'.{directory.name}')
+  with files.writing(directory):
+    for old in (temporary, directory):
+      shutil.rmtree(old, ignore_errors=True)
+    tokenizer.save(temporary)
+    temporary.rename(directory)
