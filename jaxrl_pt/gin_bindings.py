@@ -32,6 +32,13 @@ _TYPES: dict[str, type] = {
 for _type in _TYPES.values():
   gin.register(_type, module='cfg')
 
+# What settings of earlier versions are called now.
+_RENAMED = {
+    'Constant.peak': 'ConstantRate.learning_rate', 'Constant': 'ConstantRate',
+    'Cosine.peak': 'Cosine.peak_rate', 'Cosine.end': 'Cosine.end_rate',
+    'WSD.peak': 'WSD.peak_rate', 'WSD.end': 'WSD.end_rate',
+    'TwoStage.peak': 'TwoStage.peak_rate', 'TwoStage.second_peak': 'TwoStage.second_peak_rate',
+    'TwoStage.end': 'TwoStage.end_rate', 'Every': 'RefreshEvery', 'Never': 'RefreshNever'}
 _REQUIRED = 'gin.REQUIRED'
 _COMMAND_LINE = '--gin_bindings'
 # Where shipped files are found when they are not below the working directory: beside a
@@ -99,6 +106,18 @@ def _close(name: str, options: Iterable[str], otherwise: str, prefix: str = '') 
   return f'{otherwise} ' + ', '.join(prefix + option for option in options) + '.'
 
 
+def _check_name(name: str) -> None:
+  if name in _RENAMED:
+    raise UserError(f'cfg.{name} is called cfg.{_RENAMED[name]} now: write that.')
+
+
+def current_names(text: str) -> str:
+  """The resolved text of an earlier version, as a checkpoint holds it, with today's names."""
+  for old, new in _RENAMED.items():
+    text = re.sub(rf'(^|[/@])cfg\.{re.escape(old)}\b', rf'\1cfg.{new}', text, flags=re.MULTILINE)
+  return text
+
+
 def _prefix(scope: str) -> str:
   return f'{scope}/' if scope else ''
 
@@ -110,6 +129,7 @@ def _scope_and_type(selector: str) -> tuple[str, str]:
     raise UserError(f'{scope + "/" + selector!r} has a scope in a scope: give the value one name, '
                     f'as in {scope.replace("/", "_")}/{selector}.')
   name = selector.removeprefix('cfg.')
+  _check_name(name)
   if name not in _TYPES:
     raise UserError(f'There is no setting type {selector!r}: '
                     + _close(name, _TYPES, 'there are', 'cfg.'))
@@ -220,6 +240,7 @@ def _checked(statement: config_parser.BindingStatement, where: str) -> _Binding:
       raise UserError(f'{statement.scope}/{statement.selector} is a macro with a scope: write '
                       f'{statement.selector} = value.')
     return _Binding('', statement.selector, statement.value, where)
+  _check_name(f'{statement.selector.removeprefix("cfg.")}.{statement.arg_name}')
   scope, owner = _scope_and_type(_prefix(statement.scope) + statement.selector)
   fields = [f.name for f in dataclasses.fields(_TYPES[owner])]
   if statement.arg_name not in fields:

@@ -14,7 +14,7 @@ from tests import random_config
 from tests.test_config import ALL, RUN
 
 # Arguments of functions, which no run holds.
-ELSEWHERE = {cfg.Engine, cfg.ReSA, cfg.Every, cfg.Never}
+ELSEWHERE = {cfg.Engine, cfg.ReSA, cfg.RefreshEvery, cfg.RefreshNever}
 
 
 def assert_loads_equal(run: cfg.Run) -> None:
@@ -98,6 +98,6 @@ def test_a_scope_that_leads_nowhere(binding, expected):
 
 def test_numbers_of_numpy_are_written_as_plain_ones():
   run = dataclasses.replace(
-      cfg.Run(**RUN), optimizer=cfg.AdamW(cfg.Constant(np.float64(0.125))))
-  assert 'cfg.Constant.peak = 0.125' in gin_bindings.dump(run).splitlines()
+      cfg.Run(**RUN), optimizer=cfg.AdamW(cfg.ConstantRate(np.float64(0.125))))
+  assert 'cfg.ConstantRate.learning_rate = 0.125' in gin_bindings.dump(run).splitlines()
   assert_loads_equal(run)

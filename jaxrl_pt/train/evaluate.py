@@ -97,13 +97,13 @@ def _restore(workdir: Path, step: int | None, mesh: cfg.Mesh, part: str
   checkpoints = workdir / places.CHECKPOINTS
   # The settings that these weights were made with, which those of later steps may not be.
   _, extras = checkpoint.read_extras(checkpoints, step)
-  run, text = gin_bindings.load([], [extras['config']])
+  run, text = gin_bindings.load([], [gin_bindings.current_names(extras['config'])])
   run = dataclasses.replace(run, mesh=mesh)
   session = sessions.open_session(run, workdir, text,
                                   data=sessions.policy_data(run, workdir, extras))
   # Of the optimizer only the tree of its state is read, which no schedule changes: a run whose
   # schedule would be refused today can still be opened.
-  settings = dataclasses.replace(run.optimizer, schedule=cfg.Constant(1.0))
+  settings = dataclasses.replace(run.optimizer, schedule=cfg.ConstantRate(1.0))
   optimizer = optim.make_optimizer(settings, run.train.num_steps)
   abstract = states.abstract_state(session.model(run.model), optimizer, session.mesh,
                                    lambda params: states.new_method(run, params))

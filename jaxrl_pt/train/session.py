@@ -23,6 +23,7 @@ from jaxrl_pt.data import loader
 from jaxrl_pt.data import tokenizer as tokenizers
 from jaxrl_pt.data.tokenizer import drawable
 from jaxrl_pt.errors import MissingFileError, UserError
+from jaxrl_pt.gin_bindings import current_names
 from jaxrl_pt.models import transformer
 from jaxrl_pt.models.base import Model
 from jaxrl_pt.parallel import hosts, kernels, rules
@@ -346,12 +347,12 @@ def restore_or_init(session: Session, checkpointer: Checkpointer, abstract: Trai
 
 def _check_settings(session: Session, step: int, extras: Mapping[str, Any]) -> None:
   check_objective(session, extras)
-  resume.check_settings(resume.differences(extras['config'], session.resolved_text),
-                        session.allow, f'checkpoint {step} in {session.workdir}')
+  found = resume.differences(current_names(extras['config']), session.resolved_text)
+  resume.check_settings(found, session.allow, f'checkpoint {step} in {session.workdir}')
 
 
 def _differences(session: Session, restored: Restored) -> Iterator[str]:
-  found = resume.differences(restored.extras['config'], session.resolved_text)
+  found = resume.differences(current_names(restored.extras['config']), session.resolved_text)
   if found:
     yield 'Settings that differ from here on: ' + ', '.join(map(str, found))
   here = resume.environment(list(session.mesh.devices.flat))
