@@ -8,12 +8,13 @@ named with its file and line; gin then builds the value and is cleared, so that 
 setting outlives `load`. Imports are refused.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 import contextlib
 import dataclasses
 from dataclasses import dataclass
 import difflib
 import io
+import itertools
 import math
 from pathlib import Path
 import re
@@ -364,7 +365,9 @@ def _build(bindings: list[_Binding]) -> cfg.Run:
     run = gin.get_configurable(cfg.Run)()
   except UserError as e:
     message = str(e).split('\n')[0]  # gin appends where in the tree it was building.
-    origin = ' or '.join(where.get(message.split(' ')[0], ()))
+    # With scopes a field may be bound in several places: the value tells which of them.
+    exact = [b.where for b in bindings if message.startswith(f'{b.owner}.{b.field} = {b.value!r}:')]
+    origin = ' or '.join(exact or where.get(message.split(' ')[0], ()))
     raise UserError(f'{origin}: {message}' if origin else message) from e
   except TypeError as e:
     _raise_missing(e)
@@ -449,37 +452,52 @@ def load(gin_files: Iterable[str], bindings: Iterable[str]) -> tuple[cfg.Run, st
 def dump(run: cfg.Run) -> str:
   """The run as gin text: one line per field, defaults included, types in order of first use.
 
-  Of several values of one type the first has no scope, the others have a numbered one; loading
-  the text gives an equal run, whatever it holds.
+  Of several values of one type the first has no scope; the others have that of the field that
+  holds them, `judge/cfg.Model`, with their place in it if it is a collection: the third of
+  `Composite.verifiers` is `verifiers_3/cfg.MathVerifier`. Loading the text gives an equal run,
+  whatever it holds; names of scopes that a gin file chose are not kept.
   """
-  values: dict[str, list[Any]] = {}  # the different values of each type
-  todo: list[tuple[str, Any]] = []
+  known: list[tuple[_Reference, Any]] = []
+  todo: list[tuple[_Reference, Any]] = []
 
-  def text(value: Any) -> str:
+  def reference(value: Any, place: str) -> _Reference:
+    name = type(value).__name__
+    same = [(found, other) for found, other in known if found.type_name == name]
+    for found, other in same:
+      if other == value:
+        return found
+    scope = _unused(place, {found.scope for found, _ in known}) if same else ''
+    known.append((_Reference(name, evaluate=True, scope=scope), value))
+    todo.append(known[-1])
+    return known[-1][0]
+
+  def text(value: Any, place: str) -> str:
     if dataclasses.is_dataclass(value):
-      name = type(value).__name__
-      known = values.setdefault(name, [])
-      is_new = value not in known
-      if is_new:
-        known.append(value)
-      number = known.index(value) + 1
-      scope = f'{name}{number}' if number > 1 else ''
-      if is_new:
-        todo.append((scope, value))
-      return repr(_Reference(name, evaluate=True, scope=scope))
+      return repr(reference(value, place))
+    if isinstance(value, Mapping):
+      items = [f'{text(key, place)}: {text(x, f"{place}_{i}")}'
+               for i, (key, x) in enumerate(value.items(), 1)]
+      return f'{{{", ".join(items)}}}'
     if isinstance(value, (tuple, list)):
-      items = [text(x) for x in value]
+      items = [text(x, f'{place}_{i}') for i, x in enumerate(value, 1)]
       return f'({", ".join(items)}{"," if len(items) == 1 else ""})'
     # A subclass, such as NumPy's float64, prints itself in a way that gin does not know.
     plain = next((kind for kind in (bool, int, float, str) if isinstance(value, kind)), None)
     return repr(plain(value) if plain else value)
 
-  text(run)
-  lines: list[str] = []
+  reference(run, '')
+  blocks: list[str] = []
   while todo:
-    scope, owner = todo.pop(0)
-    fields = dataclasses.fields(owner)
-    lines += [''] if lines and fields else []
-    prefix = f'{_prefix(scope)}cfg.{type(owner).__name__}'
-    lines += [f'{prefix}.{field.name} = {text(getattr(owner, field.name))}' for field in fields]
-  return '\n'.join(lines) + '\n'
+    found, owner = todo.pop(0)
+    prefix = f'{_prefix(found.scope)}cfg.{found.type_name}'
+    lines = [f'{prefix}.{field.name} = {text(getattr(owner, field.name), field.name)}'
+             for field in dataclasses.fields(owner)]
+    blocks += ['\n'.join(lines) + '\n'] if lines else []
+  return '\n'.join(blocks)
+
+
+def _unused(name: str, taken: Collection[str]) -> str:
+  """The name, numbered if taken: to gin a scope also holds for what stands inside its value, so
+  that each scope belongs to one value, whatever its type."""
+  numbered = (f'{name}_{i}' for i in itertools.count(2))
+  return name if name not in taken else next(n for n in numbered if n not in taken)

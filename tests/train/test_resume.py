@@ -111,6 +111,12 @@ def test_a_setting_that_came_later_differs_only_from_its_default():
   assert ('AdamW.eps', '(unset)') in [(d.name, d.before) for d in resume.differences(old, now)]
 
 
+def test_a_setting_that_was_renamed_since_does_not_differ():
+  old = TEXT.replace('cfg.WSD.peak_rate = ', 'cfg.WSD.peak = ').replace('WSD.end_rate', 'WSD.end')
+  assert resume.differences(old, TEXT) != []
+  assert resume.differences(gin_bindings.current_names(old), TEXT) == []
+
+
 def test_names_given_leave_must_exist():
   assert resume.check_allowed([]) == {resume.ANY}
   names = ['Cosine.peak_rate', 'metrics.jsonl']
