@@ -1,6 +1,7 @@
 """load(dump(run)) == run, whatever the run holds."""
 
 import dataclasses
+from pathlib import Path
 import re
 
 from hypothesis import given, reject, settings
@@ -141,6 +142,19 @@ def test_any_two_of_everything_load_again(models, samplers, sources):
 
 
 # --- Scopes of a user ---------------------------------------------------------------
+
+
+def test_the_example_of_the_settings_page(tmp_path):
+  page = Path(__file__).resolve().parents[1] / 'docs' / 'settings.md'
+  path = tmp_path / 'mine.gin'
+  path.write_text(re.findall(r'```gin\n(.*?)```', page.read_text(encoding='utf-8'), re.DOTALL)[0])
+  bindings = re.findall(r'`--gin_bindings "(.*?)"`', page.read_text(encoding='utf-8'))
+  for added, symbolic in ((), False), (bindings, True):
+    run, text = gin_bindings.load([str(path)], added)
+    assert run.objective.verifier == cfg.Composite(
+        (cfg.MathVerifier('gsm8k', False), cfg.MathVerifier('last_number', symbolic)), (1.0, 0.2))
+    assert "verifiers_2/cfg.MathVerifier.answer = 'last_number'" in text.splitlines()
+    assert_loads_equal(run)
 
 
 def test_names_of_scopes_are_written_anew_and_the_value_stays():
