@@ -10,7 +10,9 @@ import subprocess
 import pytest
 
 from jaxrl_pt import checkpoint
+from jaxrl_pt import config as cfg
 from jaxrl_pt.main import main
+from jaxrl_pt.train import evaluate
 from tests.e2e.conftest import RL, Job
 from tests.e2e.test_bad_input import complaint, copy_of, settings, train_argv
 
@@ -75,6 +77,21 @@ def test_other_settings_are_refused_by_name_and_go_on_with_leave(
   assert (job.workdir / 'config_until_step_60.gin').read_text() == settings(pretrained)
   assert 'cfg.Cosine.peak_rate = 0.02' in settings(job)
   assert [r['step'] for r in job.rows()] == list(range(1, 63))
+
+
+def test_a_checkpoint_with_names_of_an_earlier_version_opens(
+    pretrained: Job, monkeypatch: pytest.MonkeyPatch):
+  real = checkpoint.read_extras
+
+  def earlier(*args):
+    step, extras = real(*args)
+    text = extras['config'].replace('cfg.Cosine.peak_rate', 'cfg.Cosine.peak')
+    assert text != extras['config']
+    return step, {**extras, 'config': text}
+
+  monkeypatch.setattr(checkpoint, 'read_extras', earlier)
+  schedule = evaluate.load_policy(pretrained.workdir).session.run.optimizer.schedule
+  assert schedule == cfg.Cosine(0.01)
 
 
 def test_rows_that_are_gone_are_missed(pretrained: Job, capsys: pytest.CaptureFixture[str],
