@@ -45,7 +45,7 @@ verifiers: $(STAMP) ## adds sympy and reasoning-gym, for their verifiers and the
 mutate: $(STAMP) ## makes deliberate mistakes one by one and runs the nearest tests: an hour or more
 	@$(BIN)/python tools/mutate.py
 
-golden: $(STAMP) ## rewrites the resolved texts of the shipped run files
+golden: $(STAMP) ## rewrites what the shipped run files resolve to (tests/golden)
 	@$(BIN)/python -m tests.golden.regenerate
 
 lock: ## renews the lock file (needs uv)

@@ -47,7 +47,7 @@ OPTIONAL = (
 )
 _MODEL = cfg.Model(num_layers=2, d_model=64, d_ff=128, num_heads=4, num_kv_heads=2, head_dim=16,
                    vocab_size=257, activation='relu2', sub_norm=True)
-_OPTIMIZER = cfg.AdamW(cfg.Constant(3e-3), weight_decay=0.0)
+_OPTIMIZER = cfg.AdamW(cfg.ConstantRate(3e-3), weight_decay=0.0)
 _NUM_STEPS = 8
 
 

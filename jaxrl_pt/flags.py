@@ -91,7 +91,7 @@ def make_parser() -> argparse.ArgumentParser:
                      'slice before training (run the same command on each)')
   train.add_argument('--allow_changes', nargs='*', metavar='FIELD', help='settings that may differ '
                      'from those of the checkpoint resumed from although they change its numbers, '
-                     'e.g. Cosine.peak; without a name whichever do')
+                     'e.g. Cosine.peak_rate; without a name whichever do')
 
   _add_frontends(add)
   evaluate = add('eval', "A trained model's loss, bits per byte and accuracy on held-out text.",

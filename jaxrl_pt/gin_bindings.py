@@ -8,12 +8,13 @@ named with its file and line; gin then builds the value and is cleared, so that 
 setting outlives `load`. Imports are refused.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 import contextlib
 import dataclasses
 from dataclasses import dataclass
 import difflib
 import io
+import itertools
 import math
 from pathlib import Path
 import re
@@ -32,6 +33,13 @@ _TYPES: dict[str, type] = {
 for _type in _TYPES.values():
   gin.register(_type, module='cfg')
 
+# What settings of earlier versions are called now.
+_RENAMED = {
+    'Constant.peak': 'ConstantRate.learning_rate', 'Constant': 'ConstantRate',
+    'Cosine.peak': 'Cosine.peak_rate', 'Cosine.end': 'Cosine.end_rate',
+    'WSD.peak': 'WSD.peak_rate', 'WSD.end': 'WSD.end_rate',
+    'TwoStage.peak': 'TwoStage.peak_rate', 'TwoStage.second_peak': 'TwoStage.second_peak_rate',
+    'TwoStage.end': 'TwoStage.end_rate', 'Every': 'RefreshEvery', 'Never': 'RefreshNever'}
 _REQUIRED = 'gin.REQUIRED'
 _COMMAND_LINE = '--gin_bindings'
 # Where shipped files are found when they are not below the working directory: beside a
@@ -99,6 +107,18 @@ def _close(name: str, options: Iterable[str], otherwise: str, prefix: str = '') 
   return f'{otherwise} ' + ', '.join(prefix + option for option in options) + '.'
 
 
+def _check_name(name: str) -> None:
+  if name in _RENAMED:
+    raise UserError(f'cfg.{name} is called cfg.{_RENAMED[name]} now: write that.')
+
+
+def current_names(text: str) -> str:
+  """The resolved text of an earlier version, as a checkpoint holds it, with today's names."""
+  for old, new in _RENAMED.items():
+    text = re.sub(rf'(^|[/@])cfg\.{re.escape(old)}\b', rf'\1cfg.{new}', text, flags=re.MULTILINE)
+  return text
+
+
 def _prefix(scope: str) -> str:
   return f'{scope}/' if scope else ''
 
@@ -110,6 +130,7 @@ def _scope_and_type(selector: str) -> tuple[str, str]:
     raise UserError(f'{scope + "/" + selector!r} has a scope in a scope: give the value one name, '
                     f'as in {scope.replace("/", "_")}/{selector}.')
   name = selector.removeprefix('cfg.')
+  _check_name(name)
   if name not in _TYPES:
     raise UserError(f'There is no setting type {selector!r}: '
                     + _close(name, _TYPES, 'there are', 'cfg.'))
@@ -220,6 +241,7 @@ def _checked(statement: config_parser.BindingStatement, where: str) -> _Binding:
       raise UserError(f'{statement.scope}/{statement.selector} is a macro with a scope: write '
                       f'{statement.selector} = value.')
     return _Binding('', statement.selector, statement.value, where)
+  _check_name(f'{statement.selector.removeprefix("cfg.")}.{statement.arg_name}')
   scope, owner = _scope_and_type(_prefix(statement.scope) + statement.selector)
   fields = [f.name for f in dataclasses.fields(_TYPES[owner])]
   if statement.arg_name not in fields:
@@ -343,7 +365,9 @@ def _build(bindings: list[_Binding]) -> cfg.Run:
     run = gin.get_configurable(cfg.Run)()
   except UserError as e:
     message = str(e).split('\n')[0]  # gin appends where in the tree it was building.
-    origin = ' or '.join(where.get(message.split(' ')[0], ()))
+    # With scopes a field may be bound in several places: the value tells which of them.
+    exact = [b.where for b in bindings if message.startswith(f'{b.owner}.{b.field} = {b.value!r}:')]
+    origin = ' or '.join(exact or where.get(message.split(' ')[0], ()))
     raise UserError(f'{origin}: {message}' if origin else message) from e
   except TypeError as e:
     _raise_missing(e)
@@ -428,37 +452,52 @@ def load(gin_files: Iterable[str], bindings: Iterable[str]) -> tuple[cfg.Run, st
 def dump(run: cfg.Run) -> str:
   """The run as gin text: one line per field, defaults included, types in order of first use.
 
-  Of several values of one type the first has no scope, the others have a numbered one; loading
-  the text gives an equal run, whatever it holds.
+  Of several values of one type the first has no scope; the others have that of the field that
+  holds them, `judge/cfg.Model`, with their place in it if it is a collection: the third of
+  `Composite.verifiers` is `verifiers_3/cfg.MathVerifier`. Loading the text gives an equal run,
+  whatever it holds; names of scopes that a gin file chose are not kept.
   """
-  values: dict[str, list[Any]] = {}  # the different values of each type
-  todo: list[tuple[str, Any]] = []
+  known: list[tuple[_Reference, Any]] = []
+  todo: list[tuple[_Reference, Any]] = []
 
-  def text(value: Any) -> str:
+  def reference(value: Any, place: str) -> _Reference:
+    name = type(value).__name__
+    same = [(found, other) for found, other in known if found.type_name == name]
+    for found, other in same:
+      if other == value:
+        return found
+    scope = _unused(place, {found.scope for found, _ in known}) if same else ''
+    known.append((_Reference(name, evaluate=True, scope=scope), value))
+    todo.append(known[-1])
+    return known[-1][0]
+
+  def text(value: Any, place: str) -> str:
     if dataclasses.is_dataclass(value):
-      name = type(value).__name__
-      known = values.setdefault(name, [])
-      is_new = value not in known
-      if is_new:
-        known.append(value)
-      number = known.index(value) + 1
-      scope = f'{name}{number}' if number > 1 else ''
-      if is_new:
-        todo.append((scope, value))
-      return repr(_Reference(name, evaluate=True, scope=scope))
+      return repr(reference(value, place))
+    if isinstance(value, Mapping):
+      items = [f'{text(key, place)}: {text(x, f"{place}_{i}")}'
+               for i, (key, x) in enumerate(value.items(), 1)]
+      return f'{{{", ".join(items)}}}'
     if isinstance(value, (tuple, list)):
-      items = [text(x) for x in value]
+      items = [text(x, f'{place}_{i}') for i, x in enumerate(value, 1)]
       return f'({", ".join(items)}{"," if len(items) == 1 else ""})'
     # A subclass, such as NumPy's float64, prints itself in a way that gin does not know.
     plain = next((kind for kind in (bool, int, float, str) if isinstance(value, kind)), None)
     return repr(plain(value) if plain else value)
 
-  text(run)
-  lines: list[str] = []
+  reference(run, '')
+  blocks: list[str] = []
   while todo:
-    scope, owner = todo.pop(0)
-    fields = dataclasses.fields(owner)
-    lines += [''] if lines and fields else []
-    prefix = f'{_prefix(scope)}cfg.{type(owner).__name__}'
-    lines += [f'{prefix}.{field.name} = {text(getattr(owner, field.name))}' for field in fields]
-  return '\n'.join(lines) + '\n'
+    found, owner = todo.pop(0)
+    prefix = f'{_prefix(found.scope)}cfg.{found.type_name}'
+    lines = [f'{prefix}.{field.name} = {text(getattr(owner, field.name), field.name)}'
+             for field in dataclasses.fields(owner)]
+    blocks += ['\n'.join(lines) + '\n'] if lines else []
+  return '\n'.join(blocks)
+
+
+def _unused(name: str, taken: Collection[str]) -> str:
+  """The name, numbered if taken: to gin a scope also holds for what stands inside its value, so
+  that each scope belongs to one value, whatever its type."""
+  numbered = (f'{name}_{i}' for i in itertools.count(2))
+  return name if name not in taken else next(n for n in numbered if n not in taken)

@@ -124,7 +124,7 @@ def _sampler(args: argparse.Namespace) -> cfg.Sampler:
 
 
 def _resa(args: argparse.Namespace) -> cfg.ReSA | None:
-  every = None if args.resa_every is None else cfg.Every(args.resa_every)
+  every = None if args.resa_every is None else cfg.RefreshEvery(args.resa_every)
   given: dict[str, Any] = {name: value for name, value in (
       ('block', args.resa_block), ('active', args.resa_share), ('refresh', every))
            if value is not None}

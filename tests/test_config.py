@@ -13,7 +13,7 @@ MODEL = {'num_layers': 2, 'd_model': 32, 'd_ff': 64, 'num_heads': 4, 'num_kv_hea
          'head_dim': 8, 'vocab_size': 300}
 DATA = {'source': cfg.PythonStdlib(), 'tokenizer': cfg.Bytes(), 'seq_len': 16}
 RUN = {'seed': 0, 'model': cfg.Model(**MODEL), 'data': cfg.Data(**DATA),
-       'objective': cfg.NextToken(), 'optimizer': cfg.AdamW(cfg.Constant(1e-3)),
+       'objective': cfg.NextToken(), 'optimizer': cfg.AdamW(cfg.ConstantRate(1e-3)),
        'train': cfg.Train(num_steps=4, batch_size=2)}
 
 RL = cfg.RL('a', cfg.Problems(cfg.Arithmetic(9)), cfg.AnswerMatch())
@@ -42,11 +42,11 @@ VALID: dict[type, dict[str, Any]] = {
     cfg.HuggingFaceTokenizer: {'path': 'a', 'end_of_text': '</s>', 'begin_of_text': ''},
     cfg.SentencePiece: {'path': 'a'},
     cfg.Data: DATA,
-    cfg.Constant: {'peak': 1e-3},
-    cfg.Cosine: {'peak': 1e-3},
-    cfg.WSD: {'peak': 1e-3},
-    cfg.TwoStage: {'peak': 1e-3, 'second_peak': 5e-4},
-    cfg.AdamW: {'schedule': cfg.Constant(1e-3)},
+    cfg.ConstantRate: {'learning_rate': 1e-3},
+    cfg.Cosine: {'peak_rate': 1e-3},
+    cfg.WSD: {'peak_rate': 1e-3},
+    cfg.TwoStage: {'peak_rate': 1e-3, 'second_peak_rate': 5e-4},
+    cfg.AdamW: {'schedule': cfg.ConstantRate(1e-3)},
     cfg.NextToken: {},
     **{kind: {} for kind in (
         cfg.GRPO, cfg.DrGRPO, cfg.RLOO, cfg.OPO, cfg.OPOLeaveOneOut, cfg.OPOBatch,
@@ -61,7 +61,7 @@ VALID: dict[type, dict[str, Any]] = {
     cfg.KLInReward: {'coef': 0.1},
     cfg.Overlong: {'max_tokens': 8, 'buffer_tokens': 4},
     cfg.Sampler: {},
-    **{kind: {} for kind in (cfg.Every, cfg.Never, cfg.ReSA, cfg.Engine)},
+    **{kind: {} for kind in (cfg.RefreshEvery, cfg.RefreshNever, cfg.ReSA, cfg.Engine)},
     **{kind: {} for kind in (cfg.AnswerMatch, cfg.MathVerifier, cfg.LogicVerifier,
                              cfg.GymVerifier, cfg.FormatVerifier, cfg.VerifierPool)},
     cfg.WordVerifier: {'min_words': 2, 'max_words': 5},
@@ -166,14 +166,15 @@ REFUSED: list[tuple[type, str, list[Any], str]] = [
     (cfg.Data, 'long_documents', ['drop', None], "one of 'split', 'error'"),
     (cfg.Data, 'cache_dir', [None], 'a string'),
     (cfg.Data, 'num_workers', [-1], 'at least 0'),
-    *((t, 'peak', [-1e-3, 0, 1e-300, NAN, '1e-3', True], 'a number above 0')
-      for t in (cfg.Constant, cfg.Cosine, cfg.WSD, cfg.TwoStage)),
+    *((t, name, [-1e-3, 0, 1e-300, NAN, '1e-3', True], 'a number above 0') for t, name in (
+        (cfg.ConstantRate, 'learning_rate'), (cfg.Cosine, 'peak_rate'), (cfg.WSD, 'peak_rate'),
+        (cfg.TwoStage, 'peak_rate'))),
     *((t, 'warmup_steps', [-1, 0.5], 'a whole number of at least 0')
-      for t in (cfg.Constant, cfg.Cosine, cfg.WSD, cfg.TwoStage)),
-    *((t, 'end', [-1, None], 'a number of at least 0')
+      for t in (cfg.ConstantRate, cfg.Cosine, cfg.WSD, cfg.TwoStage)),
+    *((t, 'end_rate', [-1, None], 'a number of at least 0')
       for t in (cfg.Cosine, cfg.WSD, cfg.TwoStage)),
     (cfg.WSD, 'decay_fraction', [-0.1, 1.1], 'a number from 0 to 1'),
-    (cfg.TwoStage, 'second_peak', [-1, 0, None], 'a number above 0'),
+    (cfg.TwoStage, 'second_peak_rate', [-1, 0, None], 'a number above 0'),
     (cfg.TwoStage, 'switch_fraction', [-0.1, 1.1], 'a number from 0 to 1'),
     (cfg.TwoStage, 'shape', ['wsd'], "one of 'linear', 'cosine'"),
     (cfg.AdamW, 'schedule', [1e-3, None], '@cfg.WSD()'),
@@ -192,11 +193,11 @@ REFUSED: list[tuple[type, str, list[Any], str]] = [
     (cfg.Sampler, 'top_p', [-0.1, 0, 1.1], 'a number'),
     (cfg.Sampler, 'min_p', [-0.1, 1.1, NAN], 'a number from 0 to 1'),
     (cfg.Sampler, 'banned', [3, (-1,), (0.5,), (True,)], 'a list of token ids'),
-    (cfg.Every, 'tokens', [0, 1.5], 'at least 1'),
+    (cfg.RefreshEvery, 'tokens', [0, 1.5], 'at least 1'),
     *((cfg.ReSA, name, [0, 1.5], 'at least 1') for name in ('block', 'min_blocks')),
     (cfg.ReSA, 'active', [-0.1, 0, 1.1, NAN], '0'),
     (cfg.ReSA, 'local_blocks', [-1, 17], 'from 0 to 16'),
-    (cfg.ReSA, 'refresh', [32, None], 'one of @cfg.Every(), @cfg.Never()'),
+    (cfg.ReSA, 'refresh', [32, None], 'one of @cfg.RefreshEvery(), @cfg.RefreshNever()'),
     *((cfg.Engine, name, [0, 1.5], 'at least 1') for name in (
         'slots', 'queue', 'prompt_len', 'response_len', 'page_size', 'prefill_chunk',
         'steps_per_call')),

@@ -27,7 +27,7 @@ NUMBERS = ['-1', '0', '1', '2', '3', str(2**31 - 1), str(2**31), str(2**63), '9'
 TEXTS = [repr(text) for text in ('', 'a', 'a\0b', '\ud800', '\ufeffa', '{prompt}', 'x' * 5000, '%x',
                                  '@y()', '../..', 'a:b', '/', '~', '[', '\n', 'nowhere/*.txt')]
 OTHERS = ['None', 'True', "'x'", '3', '()', '(1,)', "('a', 'b')", '[[]]', '{}', "{'a': 1}",
-          '[' * 2000 + ']' * 2000, '@cfg.Bytes()', '@cfg.Bytes', '@a/cfg.Constant()',
+          '[' * 2000 + ']' * 2000, '@cfg.Bytes()', '@cfg.Bytes', '@a/cfg.ConstantRate()',
           '@cfg.Run()', '%gin.REQUIRED', '%nothing', '(0.5, 1e309, 2)', '[0.1, 0.2, 0.3]',
           '(1e309,)', f'({2**63},)', '(-1,)']
 # Where a value decides what is opened, the files are opened too (seqio's load TensorFlow).
@@ -121,8 +121,8 @@ EXTREMES = {
     'pretraining': (cfg.NextToken(), [
         'cfg.Compute.unroll = 2147483647', 'cfg.Compute.loss_chunk = 2147483647',
         'cfg.AdamW.b1 = 0.9999999', 'cfg.AdamW.eps = 1e-30', 'cfg.AdamW.clip_norm = 1e30',
-        'cfg.AdamW.weight_decay = 1e30', 'cfg.Constant.peak = 1e-12',
-        'cfg.Constant.warmup_steps = 2147483647', 'cfg.Train.num_steps = 2147483647',
+        'cfg.AdamW.weight_decay = 1e30', 'cfg.ConstantRate.learning_rate = 1e-12',
+        'cfg.ConstantRate.warmup_steps = 2147483647', 'cfg.Train.num_steps = 2147483647',
         'cfg.Model.rope_theta = 1e30', 'cfg.Model.norm_epsilon = 0']),
     'reinforcement': (cfg.RL('a', cfg.Problems(cfg.Arithmetic(9)), cfg.LengthVerifier(1, 2)), [
         'cfg.Sampler.temperature = 1e-6', 'cfg.Sampler.temperature = 1e6',

@@ -105,8 +105,8 @@ def test_help_imports_neither_jax_nor_numpy():
      '--num_tokens: expected a whole number of at most'),
     *((('train', '--workdir', 'x', '--gin_file', TINY, '--gin_bindings', binding), expected)
       for binding, expected in (
-          ('cfg.WSD.peak = 1e309', 'cfg.WSD.peak holds a number beyond what 64 bits'),
-          ('cfg.WSD.peak = 0', 'WSD.peak = 0: expected a number above 0'),
+          ('cfg.WSD.peak_rate = 1e309', 'cfg.WSD.peak_rate holds a number beyond what 64 bits'),
+          ('cfg.WSD.peak_rate = 0', 'WSD.peak_rate = 0: expected a number above 0'),
           ('cfg.AdamW.b1 = 1', 'never learns'),
           (f'cfg.Run.seed = {"9" * 4000}', 'whole number of 13288 bits'),
           (f'cfg.Run.seed = {"9" * 5000}', 'this is not gin'),

@@ -86,7 +86,7 @@ def jaxrl_pt(shape: Shape, unroll: int) -> tuple[Run, dict[str, str]]:
   from jaxrl_pt.train.step import make_train_step
 
   model = transformer.build(cfg.Model(*shape[:7]), cfg.Compute(unroll=unroll))
-  adamw = cfg.AdamW(cfg.Constant(LEARNING_RATE), B1, B2, weight_decay=DECAY, clip_norm=CLIP)
+  adamw = cfg.AdamW(cfg.ConstantRate(LEARNING_RATE), B1, B2, weight_decay=DECAY, clip_norm=CLIP)
   optimizer = optim.make_optimizer(adamw, 1000)
   state = init_state(model, optimizer, make_mesh(cfg.Mesh()), 0)
   step = jax.jit(make_train_step(losses.next_token(model, 0), optimizer,

@@ -55,7 +55,7 @@ def random_scores(q, bounds):
 
 def decode(model, params, tokens, cache, settings: cfg.ReSA, scores=block_scores) -> np.ndarray:
   """f32[B, S, V]: log-probabilities after each decoded token."""
-  every = isinstance(settings.refresh, cfg.Every)
+  every = isinstance(settings.refresh, cfg.RefreshEvery)
   window = settings.refresh.tokens if every else WINDOW
   rows = jnp.arange(ROWS)
 
@@ -145,13 +145,13 @@ def main() -> None:
   def settings(share, refresh, local_blocks=1):
     return cfg.ReSA(BLOCK, share, MIN_BLOCKS, local_blocks, refresh)
 
-  dense = decode(model, params, tokens, cache, settings(1.0, cfg.Never()))
+  dense = decode(model, params, tokens, cache, settings(1.0, cfg.RefreshNever()))
   arms = {f'p={share} {name}': (settings(share, refresh), block_scores)
           for share in (0.05, 0.1, 0.2)
-          for name, refresh in (('f=inf', cfg.Never()), ('f=32', cfg.Every(32)),
-                                ('f=1', cfg.Every(1)))}
-  arms['p=0.1 f=32 random blocks'] = settings(0.1, cfg.Every(32)), random_scores
-  arms['p=0.1 f=32 no local block'] = settings(0.1, cfg.Every(32), 0), block_scores
+          for name, refresh in (('f=inf', cfg.RefreshNever()), ('f=32', cfg.RefreshEvery(32)),
+                                ('f=1', cfg.RefreshEvery(1)))}
+  arms['p=0.1 f=32 random blocks'] = settings(0.1, cfg.RefreshEvery(32)), random_scores
+  arms['p=0.1 f=32 no local block'] = settings(0.1, cfg.RefreshEvery(32), 0), block_scores
   kls, results = {}, {'dense': summarise(np.zeros((ROWS, STEPS)), dense, tokens, told)}
   for name, (chosen, scores) in arms.items():
     began = time.perf_counter()

@@ -62,7 +62,7 @@ def jaxrl_pt() -> Step:
       seed=0, model=cfg.Model(LAYERS, WIDTH, FF, HEADS, KV_HEADS, HEAD, VOCAB),
       data=cfg.Data(cfg.PythonStdlib(), cfg.Bytes(), PROMPT + NEW),
       objective=cfg.RPT('unread', rollouts=rollouts, algorithm=method),
-      optimizer=cfg.AdamW(cfg.Constant(RATE), weight_decay=0.0),
+      optimizer=cfg.AdamW(cfg.ConstantRate(RATE), weight_decay=0.0),
       train=cfg.Train(num_steps=1000, batch_size=PROMPTS), compute=cfg.Compute(unroll=0))
   model = transformer.build(run.model, run.compute)
   optimizer = optim.make_optimizer(run.optimizer, run.train.num_steps)

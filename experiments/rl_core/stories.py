@@ -76,7 +76,7 @@ def train(data: Path, seed: int, num_steps: int) -> dict[str, Any]:
   run = cfg.Run(
       seed=seed, model=model_config, data=cfg.Data(cfg.PythonStdlib(), cfg.Bytes(), WIDTH + NEW),
       objective=cfg.RPT('unread', rollouts=rollouts, algorithm=method),
-      optimizer=cfg.AdamW(cfg.Constant(3e-4), weight_decay=0.0),
+      optimizer=cfg.AdamW(cfg.ConstantRate(3e-4), weight_decay=0.0),
       train=cfg.Train(num_steps=num_steps, batch_size=PROMPTS))
   model = transformer.build(run.model, run.compute)
   optimizer, mesh = optim.make_optimizer(run.optimizer, num_steps), make_mesh(run.mesh)

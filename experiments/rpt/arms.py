@@ -140,7 +140,7 @@ def _run(setting: Setting, rollouts: cfg.Rollouts, rate: float, num_steps: int,
       seed=0, model=setting.config,
       data=cfg.Data(source=cfg.PythonStdlib(), tokenizer=cfg.Bytes(), seq_len=16),  # Not read.
       objective=cfg.RPT('unused', rollouts=rollouts, algorithm=algorithm, **fields),
-      optimizer=cfg.AdamW(cfg.Constant(rate, min(5, num_steps)), weight_decay=0.0),
+      optimizer=cfg.AdamW(cfg.ConstantRate(rate, min(5, num_steps)), weight_decay=0.0),
       train=cfg.Train(num_steps, rollouts.num_prompts))
 
 

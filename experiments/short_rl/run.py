@@ -113,7 +113,7 @@ def fit_start(model, worked, num_steps, seed=0, num_rows=32):
   """A policy fitted to demonstrations: prompt and response, half of them stopping too early."""
   documents = (np.array(TOKENIZER.encode(p.prompt + p.demonstration), np.int32) for p in worked)
   rows = np.stack(list(pack.pack(documents, pack.Ends(TOKENIZER.bos_id, STOP), 128)))
-  settings = cfg.AdamW(cfg.Cosine(peak=4e-3, warmup_steps=20, end=1e-4))
+  settings = cfg.AdamW(cfg.Cosine(peak_rate=4e-3, warmup_steps=20, end_rate=1e-4))
   optimizer = optim.make_optimizer(settings, num_steps)
   params = P.init(model.specs, jax.random.key(seed))
   state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), {})
@@ -135,7 +135,7 @@ def make_step(model, arm, num_prompts, num_steps, learning_rate):
   bonus_of, (right, wrong, unparsed) = arm
   rollouts = cfg.Rollouts(num_prompts, GROUP, PROMPT_LEN, RESPONSE_LEN)
   algorithm = cfg.Algorithm(advantage=cfg.ReinforcePlusPlus(), aggregation=cfg.TokenMean())
-  settings = cfg.AdamW(cfg.Constant(peak=learning_rate), weight_decay=0.0)
+  settings = cfg.AdamW(cfg.ConstantRate(learning_rate=learning_rate), weight_decay=0.0)
   run = cfg.Run(seed=0, model=MODEL, data=cfg.Data(cfg.PythonStdlib(), cfg.Bytes(), 64),
                 objective=cfg.RL('start', cfg.Problems(SOURCE), cfg.AnswerMatch(),
                                  rollouts=rollouts, algorithm=algorithm),

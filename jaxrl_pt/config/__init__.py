@@ -5,151 +5,17 @@ is `NextToken()` or `RPT()`, `Algorithm.advantage` is `GRPO()` or `OPO()`, and c
 dispatches on it with `match`. This package knows nothing of gin, files or
 devices (`gin_bindings` builds these values from `*.gin` files); a bad value
 raises `UserError` with what to write instead.
+
+Every public name that a module below defines is `cfg.<name>`, and in gin files too: a new type
+is written in its module and nowhere else. No two modules may define one name (a test checks it).
 """
 
-from jaxrl_pt.config.algorithm import (
-    CISPO,
-    GAE,
-    GRPO,
-    GSPO,
-    KL,
-    OPO,
-    RLOO,
-    Advantage,
-    Aggregation,
-    Algorithm,
-    ConstantDivisor,
-    Correction,
-    DrGRPO,
-    DualClip,
-    Kimi,
-    KLEstimator,
-    KLInLoss,
-    KLInReward,
-    NoCorrection,
-    NoKL,
-    NoShaping,
-    OPOBatch,
-    OPOLeaveOneOut,
-    OptimalTokenBaseline,
-    Overlong,
-    PolicyGradient,
-    PPOClip,
-    ReinforcePlusPlus,
-    ReinforcePlusPlusBaseline,
-    Rejection,
-    SequenceMeanTokenMean,
-    SequenceMeanTokenSum,
-    SequenceTIS,
-    Shaping,
-    ShortRL,
-    Surrogate,
-    TokenMean,
-    TokenTIS,
-)
-from jaxrl_pt.config.data import (
-    ArrayRecord,
-    Bytes,
-    Data,
-    Demonstrations,
-    HuggingFaceTokenizer,
-    Jsonl,
-    Parquet,
-    PythonStdlib,
-    SentencePiece,
-    Seqio,
-    Source,
-    TextFiles,
-    Tokenizer,
-    TrainedBPE,
-)
-from jaxrl_pt.config.model import (
-    Activation,
-    ActivationQuant,
-    Compute,
-    Dtype,
-    Mesh,
-    Model,
-    Quant,
-    Remat,
-    WeightQuant,
-)
-from jaxrl_pt.config.objectives import (
-    RL,
-    RPT,
-    DenseMatch,
-    Direct,
-    FirstTokenMatch,
-    GatedDenseMatch,
-    InformationGain,
-    NextToken,
-    NextTokenReward,
-    Objective,
-    Prediction,
-    PrefixMatch,
-    Reason,
-)
-from jaxrl_pt.config.optimizer import WSD, AdamW, Constant, Cosine, Schedule, TwoStage
-from jaxrl_pt.config.problems import (
-    Arithmetic,
-    JsonlProblems,
-    KnightsAndKnaves,
-    Problems,
-    ProblemSource,
-    ReasoningGym,
-    RedundantChecks,
-)
-from jaxrl_pt.config.rollouts import (
-    AllGroups,
-    DynamicSampling,
-    Engine,
-    Every,
-    Mode,
-    Never,
-    OneStepOff,
-    OnPolicy,
-    ReSA,
-    Rollouts,
-    Sampler,
-    Selection,
-)
-from jaxrl_pt.config.run import Checkpoint, Run, Train, model_at, num_updates
-from jaxrl_pt.config.verifiers import (
-    AnswerFormat,
-    AnswerMatch,
-    Composite,
-    FormatVerifier,
-    GymAnswer,
-    GymVerifier,
-    HostVerifier,
-    LengthVerifier,
-    LogicVerifier,
-    MathVerifier,
-    Part,
-    PythonVerifier,
-    Verifier,
-    VerifierPool,
-    WordVerifier,
-)
-
-__all__ = [
-    'Activation', 'ActivationQuant', 'AdamW', 'Advantage', 'Aggregation', 'Algorithm',
-    'AllGroups', 'AnswerFormat', 'AnswerMatch', 'Arithmetic', 'ArrayRecord', 'Bytes', 'CISPO',
-    'Checkpoint', 'Composite', 'Compute', 'Constant', 'ConstantDivisor', 'Correction', 'Cosine',
-    'Data', 'Demonstrations', 'DenseMatch', 'Direct', 'DrGRPO', 'Dtype', 'DualClip',
-    'DynamicSampling', 'Engine', 'Every', 'FirstTokenMatch', 'FormatVerifier', 'GAE',
-    'GRPO', 'GSPO', 'GatedDenseMatch', 'GymAnswer', 'GymVerifier', 'HostVerifier',
-    'HuggingFaceTokenizer', 'InformationGain', 'Jsonl', 'JsonlProblems', 'KL', 'KLEstimator',
-    'KLInLoss', 'KLInReward', 'Kimi', 'KnightsAndKnaves', 'LengthVerifier', 'LogicVerifier',
-    'MathVerifier', 'Mesh', 'Mode', 'Model', 'Never', 'NextToken', 'NextTokenReward',
-    'NoCorrection', 'NoKL', 'NoShaping', 'OPO', 'OPOBatch', 'OPOLeaveOneOut', 'Objective',
-    'OnPolicy', 'OneStepOff', 'OptimalTokenBaseline', 'Overlong', 'PPOClip', 'Parquet', 'Part',
-    'PolicyGradient', 'Prediction', 'PrefixMatch', 'ProblemSource', 'Problems', 'PythonStdlib',
-    'PythonVerifier', 'Quant', 'RL', 'RLOO', 'RPT', 'ReSA', 'Reason', 'ReasoningGym',
-    'RedundantChecks', 'ReinforcePlusPlus', 'ReinforcePlusPlusBaseline', 'Rejection', 'Remat',
-    'Rollouts', 'Run', 'Sampler', 'Schedule', 'Selection', 'SentencePiece', 'Seqio',
-    'SequenceMeanTokenMean', 'SequenceMeanTokenSum', 'SequenceTIS', 'Shaping', 'ShortRL',
-    'Source', 'Surrogate', 'TextFiles', 'TokenMean', 'TokenTIS', 'Tokenizer', 'Train',
-    'TrainedBPE', 'TwoStage', 'Verifier', 'VerifierPool', 'WSD', 'WeightQuant', 'WordVerifier',
-    'model_at', 'num_updates',
-]
+from jaxrl_pt.config.algorithm import *
+from jaxrl_pt.config.data import *
+from jaxrl_pt.config.model import *
+from jaxrl_pt.config.objectives import *
+from jaxrl_pt.config.optimizer import *
+from jaxrl_pt.config.problems import *
+from jaxrl_pt.config.rollouts import *
+from jaxrl_pt.config.run import *
+from jaxrl_pt.config.verifiers import *

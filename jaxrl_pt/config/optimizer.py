@@ -1,4 +1,4 @@
-"""The optimiser and its schedules."""
+"""The optimiser and the schedules of its learning rate, all in optimiser steps."""
 
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -7,43 +7,44 @@ from jaxrl_pt.config import checks
 
 
 @dataclass(frozen=True)
-class Constant:
-  """Linear warm-up, then constant. All steps are optimiser steps."""
+class ConstantRate:
+  """Linear warm-up, then a constant learning rate."""
 
-  peak: float
+  learning_rate: float
   warmup_steps: int = 0
 
   def __post_init__(self) -> None:
-    checks.positive(self, 'peak')
+    checks.positive(self, 'learning_rate')
     checks.integer(self, 'warmup_steps', 0)
 
 
 @dataclass(frozen=True)
 class Cosine:
-  """Linear warm-up, then cosine decay to `end` at the last step."""
+  """Linear warm-up to `peak_rate`, then cosine decay to `end_rate` at the last step."""
 
-  peak: float
-  end: float = 0.0
+  peak_rate: float
+  end_rate: float = 0.0
   warmup_steps: int = 0
 
   def __post_init__(self) -> None:
-    checks.positive(self, 'peak')
-    checks.number(self, 'end', 0.0)
+    checks.positive(self, 'peak_rate')
+    checks.number(self, 'end_rate', 0.0)
     checks.integer(self, 'warmup_steps', 0)
 
 
 @dataclass(frozen=True)
 class WSD:
-  """Warm-up, stable, linear decay to `end` over the last `decay_fraction` of the run."""
+  """Warm-up to `peak_rate`, stable, then linear decay to `end_rate` over the last
+  `decay_fraction` of the run."""
 
-  peak: float
-  end: float = 0.0
+  peak_rate: float
+  end_rate: float = 0.0
   warmup_steps: int = 0
   decay_fraction: float = 0.2
 
   def __post_init__(self) -> None:
-    checks.positive(self, 'peak')
-    checks.number(self, 'end', 0.0)
+    checks.positive(self, 'peak_rate')
+    checks.number(self, 'end_rate', 0.0)
     checks.integer(self, 'warmup_steps', 0)
     checks.number(self, 'decay_fraction', 0.0, 1.0)
 
@@ -52,29 +53,29 @@ class WSD:
 class TwoStage:
   """BitNet's two stages (specs/bitnet_v2.md 1.5): both peaks start full-length decays.
 
-  Up to `switch_fraction` of the run the schedule decays from `peak`, afterwards it
-  is the tail of the schedule that would have decayed from `second_peak`; weight
+  Up to `switch_fraction` of the run the schedule decays from `peak_rate`, afterwards it
+  is the tail of the schedule that would have decayed from `second_peak_rate`; weight
   decay is on before the switch and exactly 0 after it. `shape` 'linear' is BitNet
   v2's, 'cosine' BitNet b1.58 2B4T's.
   """
 
-  peak: float
-  second_peak: float
-  end: float = 0.0
+  peak_rate: float
+  second_peak_rate: float
+  end_rate: float = 0.0
   warmup_steps: int = 0
   switch_fraction: float = 0.5
   shape: Literal['linear', 'cosine'] = 'linear'
 
   def __post_init__(self) -> None:
-    for name in ('peak', 'second_peak'):
+    for name in ('peak_rate', 'second_peak_rate'):
       checks.positive(self, name)
-    checks.number(self, 'end', 0.0)
+    checks.number(self, 'end_rate', 0.0)
     checks.integer(self, 'warmup_steps', 0)
     checks.number(self, 'switch_fraction', 0.0, 1.0)
     checks.choice(self, 'shape', Literal['linear', 'cosine'])
 
 
-Schedule = Constant | Cosine | WSD | TwoStage
+Schedule = ConstantRate | Cosine | WSD | TwoStage
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ class Sampler:
 
 
 @dataclass(frozen=True)
-class Every:
+class RefreshEvery:
   """Rectify after every so many tokens of a row. 1 reads a dense cache at each step: the
   ceiling of what sparse reading alone allows ("decode-only")."""
 
@@ -46,7 +46,7 @@ class Every:
 
 
 @dataclass(frozen=True)
-class Never:
+class RefreshNever:
   """Sparse decoding without rectification."""
 
 
@@ -62,7 +62,7 @@ class ReSA:
   active: float = 0.1
   min_blocks: int = 16
   local_blocks: int = 1
-  refresh: Every | Never = field(default_factory=Every)
+  refresh: RefreshEvery | RefreshNever = field(default_factory=RefreshEvery)
 
   def __post_init__(self) -> None:
     checks.size(self, 'block', 1, MOST_TOKENS, 4, 'the tokens of one block')
@@ -71,7 +71,7 @@ class ReSA:
       checks.fail(self, 'active', 'a share of the blocks above 0, at most 1')
     checks.integer(self, 'min_blocks', 1)
     checks.integer(self, 'local_blocks', 0, self.min_blocks)
-    checks.instance(self, 'refresh', Every, Never)
+    checks.instance(self, 'refresh', RefreshEvery, RefreshNever)
 
 
 @dataclass(frozen=True)

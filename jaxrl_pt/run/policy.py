@@ -57,7 +57,7 @@ def open_run(workdir: Path, step: int | None, mesh: cfg.Mesh) -> sessions.Sessio
     raise UserError(f'{workdir} holds no config.gin: give the --workdir of a finished or '
                     'interrupted train run.')
   _, extras = checkpoint.read_extras(workdir / places.CHECKPOINTS, step)
-  run, text = gin_bindings.load([], [extras['config']])
+  run, text = gin_bindings.load([], [gin_bindings.current_names(extras['config'])])
   run = dataclasses.replace(run, mesh=mesh)
   return sessions.open_session(run, workdir, text,
                                data=sessions.policy_data(run, workdir, extras))
@@ -76,7 +76,7 @@ def restore(session: sessions.Session, step: int | None, part: str,
   run = session.run
   # Of the optimizer only the tree of its state is read, which no schedule changes: a run whose
   # schedule would be refused today can still be opened.
-  settings = dataclasses.replace(run.optimizer, schedule=cfg.Constant(1.0))
+  settings = dataclasses.replace(run.optimizer, schedule=cfg.ConstantRate(1.0))
   optimizer = optim.make_optimizer(settings, run.train.num_steps)
   abstract = states.abstract_state(session.model(run.model), optimizer, session.mesh, new_method)
   return checkpoint.restore(session.workdir / places.CHECKPOINTS,

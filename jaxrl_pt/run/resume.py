@@ -4,7 +4,7 @@ A checkpoint knows the settings and the surroundings it was made with. Every dif
 printed by its dotted name. Whether the run goes on is decided by one table: what only carries
 out, watches or keeps the run may change freely; what names data by a place is checked by the
 data's content instead; some settings a state cannot outlive; and all others change the numbers
-of the steps to come, so that they need leave by name (`--allow_changes Cosine.peak`).
+of the steps to come, so that they need leave by name (`--allow_changes Cosine.peak_rate`).
 """
 
 import ast
@@ -69,7 +69,7 @@ class Difference(NamedTuple):
 
 
 def _bindings(text: str) -> dict[str, str]:
-  """{'Cosine.peak': '0.01', …} of a resolved text, which has one setting a line."""
+  """{'Cosine.peak_rate': '0.01', …} of a resolved text, which has one setting a line."""
   lines = (line.partition(' = ') for line in text.splitlines())
   return {name.replace('cfg.', ''): value for name, equals, value in lines if equals}
 
@@ -129,7 +129,7 @@ def check_allowed(names: Iterable[str]) -> frozenset[str]:
         f.name for f in dataclasses.fields(kind)}
     if not known:
       raise UserError(f'--allow_changes {name}: there is no such setting; write it as in '
-                      'config.gin without cfg., e.g. Cosine.peak.')
+                      'config.gin without cfg., e.g. Cosine.peak_rate.')
     if name in FIXED:
       raise UserError(f'--allow_changes {name}: no run goes on with another {name}; use a new '
                       '--workdir.')

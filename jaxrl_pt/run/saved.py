@@ -15,6 +15,7 @@ from jaxrl_pt import checkpoint, files
 from jaxrl_pt.checkpoint import Checkpointer, Restored
 from jaxrl_pt.data import tokenizer as tokenizers
 from jaxrl_pt.errors import UserError
+from jaxrl_pt.gin_bindings import current_names
 from jaxrl_pt.run import places, resume
 from jaxrl_pt.run.job import Job
 from jaxrl_pt.run.places import CHECKPOINTS, CONFIG, TOKENIZER
@@ -80,13 +81,13 @@ def restore_or_init(job: Job, checkpointer: Checkpointer
 def _check(job: Job, step: int, extras: Mapping[str, Any]) -> None:
   session = job.session
   check_objective(session, extras)
-  resume.check_settings(resume.differences(extras['config'], session.resolved_text),
-                        session.allow, f'checkpoint {step} in {session.workdir}')
+  found = resume.differences(current_names(extras['config']), session.resolved_text)
+  resume.check_settings(found, session.allow, f'checkpoint {step} in {session.workdir}')
   job.check(extras['loader'])
 
 
 def _differences(session: Session, restored: Restored) -> Iterator[str]:
-  found = resume.differences(restored.extras['config'], session.resolved_text)
+  found = resume.differences(current_names(restored.extras['config']), session.resolved_text)
   if found:
     yield 'Settings that differ from here on: ' + ', '.join(map(str, found))
   here = resume.environment(list(session.mesh.devices.flat))

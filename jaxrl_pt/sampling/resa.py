@@ -216,14 +216,14 @@ def generate(model: Model, params: Params, prompts: Prompts, key: Array, *, samp
   return RolloutBatch.of_one_turn(tokens, mask, logp, version)
 
 
-def _refresh(model: Model, params: Params, refresh: cfg.Every | cfg.Never, starts_B: Array,
-             state: _Decoding) -> _Decoding:
+def _refresh(model: Model, params: Params, refresh: cfg.RefreshEvery | cfg.RefreshNever,
+             starts_B: Array, state: _Decoding) -> _Decoding:
   """Rectifies the running rows that have f tokens since their last time; all drawn tokens
   are cached. A window that the end cuts short stays as it is: nothing reads it again."""
   match refresh:
-    case cfg.Never():
+    case cfg.RefreshNever():
       return state
-    case cfg.Every(tokens=window):
+    case cfg.RefreshEvery(tokens=window):
       is_due = ~state.done & (state.step - state.fresh >= window)
       at = jnp.minimum(state.fresh[:, None] + jnp.arange(window), state.tokens.shape[1] - 1)
       cache = rectify(model, params, state.cache, jnp.take_along_axis(state.tokens, at, 1),

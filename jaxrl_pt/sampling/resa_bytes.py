@@ -47,7 +47,7 @@ def modelled_bytes(model: cfg.Model, resa: cfg.ReSA, length: int, itemsize: int)
   num_blocks = -(-length // resa.block)
   selection = Selection(resa.active, resa.min_blocks, resa.local_blocks)
   share = 1 / resa.block + selection.num_selected(num_blocks) / num_blocks
-  if isinstance(resa.refresh, cfg.Every):
+  if isinstance(resa.refresh, cfg.RefreshEvery):
     share += 1 / resa.refresh.tokens
   return dense_bytes(model, length, itemsize) * share
 
@@ -71,7 +71,7 @@ def attention_bytes(model: cfg.Model, resa: cfg.ReSA, num_rows: int, length: int
   per_turn = pages_per_turn(lists, group, selection.num_selected(table_len), page, resa.block)
   pages = _whole_turns(selection.num_selected(num_blocks), per_turn)
   rectified = 0
-  if isinstance(resa.refresh, cfg.Every):
+  if isinstance(resa.refresh, cfg.RefreshEvery):
     window = resa.refresh.tokens
     rows = min(num_rows, max(1, RECTIFIED_TOKENS // window))
     of_forward = rows * model.num_kv_heads

@@ -30,7 +30,7 @@ def check_schedule(schedule: cfg.Schedule, num_steps: int) -> None:
   """
   name, warmup = type(schedule).__name__, schedule.warmup_steps
   match schedule:
-    case cfg.Constant():
+    case cfg.ConstantRate():
       begins, what = num_steps, 'the run ends'
     case cfg.Cosine():
       begins, what = num_steps - 1, 'the decay has to begin'
@@ -53,7 +53,7 @@ def learning_rate(schedule: cfg.Schedule, num_steps: int) -> Schedule:
   """
   check_schedule(schedule, num_steps)
   match schedule:
-    case cfg.Constant(peak, warmup):
+    case cfg.ConstantRate(peak, warmup):
       after = optax.constant_schedule(peak)
     case cfg.Cosine(peak, end, warmup):
       after = _decay('cosine', peak, end, num_steps - warmup)
@@ -70,7 +70,7 @@ def learning_rate(schedule: cfg.Schedule, num_steps: int) -> Schedule:
   if schedule.warmup_steps == 0:
     return after
   # Step 0 already learns: a warm-up over W steps uses peak · (step + 1) / W.
-  warm_up = lambda step: schedule.peak * (step + 1) / schedule.warmup_steps
+  warm_up = lambda step: peak * (step + 1) / schedule.warmup_steps
   return optax.join_schedules([warm_up, after], [schedule.warmup_steps])
 
 

@@ -114,7 +114,7 @@ def _run(data: cfg.Data, objective) -> cfg.Run:
                     vocab_size=264)
   batch_size = 0 if isinstance(objective, cfg.RL) else 4  # RL has no use for it.
   return cfg.Run(seed=0, model=model, data=data, objective=objective,
-                 optimizer=cfg.AdamW(cfg.Constant(1e-3)), train=cfg.Train(1, batch_size))
+                 optimizer=cfg.AdamW(cfg.ConstantRate(1e-3)), train=cfg.Train(1, batch_size))
 
 
 def _start(fraction: float, source=SUMS) -> cfg.Run:

@@ -42,7 +42,7 @@ cfg.Data.seq_len = 32
 cfg.Data.validation_fraction = 0.1
 cfg.TextFiles.glob = '{corpus}/*.txt'
 cfg.AdamW.schedule = @cfg.Cosine()
-cfg.Cosine.peak = 0.01
+cfg.Cosine.peak_rate = 0.01
 cfg.Train.num_steps = 60
 cfg.Train.batch_size = 8
 cfg.Train.eval_every = 15
@@ -62,7 +62,7 @@ cfg.Rollouts.prompt_len = 16
 cfg.Rollouts.response_tokens = 1
 cfg.RPT.scored_examples = 32
 cfg.RPT.eval_positions = 64
-""").replace('cfg.Cosine.peak = 0.01', 'cfg.Cosine.peak = 0.002').replace(
+""").replace('cfg.Cosine.peak_rate = 0.01', 'cfg.Cosine.peak_rate = 0.002').replace(
     'cfg.Train.eval_batches = 2\n', '')  # Not read by RPT.
 
 RL = PRETRAIN.replace('cfg.Run.objective = @cfg.NextToken()', """

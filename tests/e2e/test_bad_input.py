@@ -57,7 +57,7 @@ def test_a_wrong_setting(make_job: Callable[..., Job], capsys: pytest.CaptureFix
 
 
 @pytest.mark.parametrize(('binding', 'expected'), [
-    ('cfg.Cosine.peak = 1e309', 'beyond what 64 bits can express'),
+    ('cfg.Cosine.peak_rate = 1e309', 'beyond what 64 bits can express'),
     ('cfg.Rollouts.response_tokens = 2147483648', 'would take at least 128 GiB'),
     ('cfg.Arithmetic.size = 9223372036854775808', 'at most 10000000'),
     ('cfg.VerifierPool.wall_seconds = 1e308', 'from 0.01 to 86400'),
@@ -179,7 +179,7 @@ def test_a_diverging_run_stops_with_step_batch_and_checkpoint(
   job = make_job()
   line = complaint(capsys, *train_argv(
       job, "cfg.Quant.weights = 'none'", "cfg.Quant.activations = 'none'",
-      'cfg.AdamW.schedule = @cfg.Constant()', 'cfg.Constant.peak = 1e30',
+      'cfg.AdamW.schedule = @cfg.ConstantRate()', 'cfg.ConstantRate.learning_rate = 1e30',
       'cfg.AdamW.clip_norm = 0.0'))
   assert 'non-finite at step' in line and 'examples [' in line and 'checkpoint' in line
   assert not checkpoint.steps(job.workdir / 'checkpoints')

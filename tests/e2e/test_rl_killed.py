@@ -24,7 +24,7 @@ ONE_STEP_OFF = [('judge', 'before', 3), ('learn', 'before', 3), ('save', 'before
 OFF = ('cfg.Rollouts.mode = @cfg.OneStepOff()', 'cfg.RL.algorithm = @cfg.Algorithm()',
        'cfg.Algorithm.correction = @cfg.TokenTIS()',
        # A step that moves the policy far makes rollouts of the step before very stale.
-       'cfg.Cosine.peak = 0.002')
+       'cfg.Cosine.peak_rate = 0.002')
 
 
 def die(job: Job, stage: str, when: str, call: int) -> None:

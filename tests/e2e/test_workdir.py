@@ -10,12 +10,14 @@ import subprocess
 import pytest
 
 from jaxrl_pt import checkpoint
+from jaxrl_pt import config as cfg
 from jaxrl_pt.main import main
+from jaxrl_pt.train import evaluate
 from tests.e2e.conftest import RL, Job
 from tests.e2e.test_bad_input import complaint, copy_of, settings, train_argv
 
-ENDLESS = ('cfg.Train.num_steps = 1000000', 'cfg.AdamW.schedule = @cfg.Constant()',
-           'cfg.Constant.peak = 0.01', 'cfg.Train.tensorboard = True')
+ENDLESS = ('cfg.Train.num_steps = 1000000', 'cfg.AdamW.schedule = @cfg.ConstantRate()',
+           'cfg.ConstantRate.learning_rate = 0.01', 'cfg.Train.tensorboard = True')
 
 
 def started(job: Job, step: int = 22) -> subprocess.Popen[str]:
@@ -62,19 +64,34 @@ def test_a_second_run_is_refused_until_the_first_is_dead(
 def test_other_settings_are_refused_by_name_and_go_on_with_leave(
     pretrained: Job, capsys: pytest.CaptureFixture[str], tmp_path: Path):
   job = copy_of(pretrained, tmp_path)
-  argv = train_argv(job, 'cfg.Cosine.peak = 0.02', 'cfg.Train.num_steps = 62')
+  argv = train_argv(job, 'cfg.Cosine.peak_rate = 0.02', 'cfg.Train.num_steps = 62')
   line = complaint(capsys, *argv)
-  assert 'Cosine.peak 0.01 → 0.02' in line and '--allow_changes Cosine.peak' in line
+  assert 'Cosine.peak_rate 0.01 → 0.02' in line and '--allow_changes Cosine.peak_rate' in line
   assert 'num_steps' not in line
   assert settings(job) == settings(pretrained)
   assert 'no such setting' in complaint(capsys, *argv, '--allow_changes', 'AdamW.esp')
-  assert main([*argv, '--allow_changes', 'Cosine.peak']) == 0
+  assert main([*argv, '--allow_changes', 'Cosine.peak_rate']) == 0
   out = capsys.readouterr().out
   assert 'Settings that differ from here on: ' in out
-  assert 'Cosine.peak 0.01 → 0.02' in out and 'Train.num_steps 60 → 62' in out
+  assert 'Cosine.peak_rate 0.01 → 0.02' in out and 'Train.num_steps 60 → 62' in out
   assert (job.workdir / 'config_until_step_60.gin').read_text() == settings(pretrained)
-  assert 'cfg.Cosine.peak = 0.02' in settings(job)
+  assert 'cfg.Cosine.peak_rate = 0.02' in settings(job)
   assert [r['step'] for r in job.rows()] == list(range(1, 63))
+
+
+def test_a_checkpoint_with_names_of_an_earlier_version_opens(
+    pretrained: Job, monkeypatch: pytest.MonkeyPatch):
+  real = checkpoint.read_extras
+
+  def earlier(*args):
+    step, extras = real(*args)
+    text = extras['config'].replace('cfg.Cosine.peak_rate', 'cfg.Cosine.peak')
+    assert text != extras['config']
+    return step, {**extras, 'config': text}
+
+  monkeypatch.setattr(checkpoint, 'read_extras', earlier)
+  schedule = evaluate.load_policy(pretrained.workdir).session.run.optimizer.schedule
+  assert schedule == cfg.Cosine(0.01)
 
 
 def test_rows_that_are_gone_are_missed(pretrained: Job, capsys: pytest.CaptureFixture[str],

@@ -10,7 +10,7 @@ import pytest
 
 from jaxrl_pt import config as cfg
 from jaxrl_pt import params as P
-from jaxrl_pt.config import Every, Never, ReSA, Sampler
+from jaxrl_pt.config import RefreshEvery, RefreshNever, ReSA, Sampler
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.interop import llama2c
 from jaxrl_pt.models import transformer
@@ -148,7 +148,7 @@ def generator(settings):
 
 
 def test_all_blocks_reproduce_dense_decoding():
-  rollout = generator(ReSA(BLOCK, active=1.0, min_blocks=1, refresh=Every(5)))(
+  rollout = generator(ReSA(BLOCK, active=1.0, min_blocks=1, refresh=RefreshEvery(5)))(
       PARAMS, prompts(), KEY)
   assert_same(rollout, dense_rollout())
   lengths = rollout.mask.sum(-1)
@@ -157,7 +157,7 @@ def test_all_blocks_reproduce_dense_decoding():
 
 def test_generation_equals_a_slow_loop_and_rows_do_not_matter():
   """One row at a time, a step at a time, rectified by hand."""
-  settings, window = ReSA(BLOCK, 0.1, min_blocks=1, refresh=Every(4)), 4
+  settings, window = ReSA(BLOCK, 0.1, min_blocks=1, refresh=RefreshEvery(4)), 4
   rollout = generator(settings)(PARAMS, prompts(), KEY)
   assert np.abs(np.asarray(rollout.logp - dense_rollout().logp)).max() > 1e-3  # It is sparse.
   head = MODEL.head(PARAMS)
@@ -204,8 +204,8 @@ def test_speculation_draws_the_very_tokens_of_dense_decoding(sampler):
 def test_bad_settings_say_what_to_write(settings):
   with pytest.raises(UserError, match=rf'ReSA\.{next(iter(settings))} = .*expected'):
     ReSA(**settings)
-  with pytest.raises(UserError, match=r'Every\.tokens = 0'):
-    Every(0)
+  with pytest.raises(UserError, match=r'RefreshEvery\.tokens = 0'):
+    RefreshEvery(0)
 
 
 def test_branches_of_shared_documents_are_refused():
@@ -251,7 +251,7 @@ def test_greedy_text_of_real_weights(stories):
   model, params = stories
   text = (WEIGHTS / 'stories260K.md').read_text(encoding='utf-8')
   tokenizer = llama2c.load_tokenizer(WEIGHTS / 'tok512.bin')
-  rollout = story(model, params, ReSA(8, 1.0, refresh=Every(16)), 120, Sampler(0.0))
+  rollout = story(model, params, ReSA(8, 1.0, refresh=RefreshEvery(16)), 120, Sampler(0.0))
   written = tokenizer.decode(np.asarray(rollout.tokens[0, 0]).tolist())
   assert written[:150] in text and len(written) > 200
 
@@ -261,8 +261,8 @@ def test_sampled_text_of_real_weights_stays_likely(stories):
   model, params = stories
   nlls = {}
   for name, settings in (('dense', ReSA(8, 1.0)),
-                         ('resa', ReSA(8, 0.25, min_blocks=4, refresh=Every(16))),
-                         ('blind', ReSA(8, 0.01, min_blocks=1, refresh=Never()))):
+                         ('resa', ReSA(8, 0.25, min_blocks=4, refresh=RefreshEvery(16))),
+                         ('blind', ReSA(8, 0.01, min_blocks=1, refresh=RefreshNever()))):
     rollout = story(model, params, settings, 128, Sampler(0.8), num_samples=16)
     nlls[name] = dense_nll(model, params, rollout.tokens[0])
   assert nlls['dense'] < 1.2 and abs(nlls['resa'] - nlls['dense']) < 0.15, nlls

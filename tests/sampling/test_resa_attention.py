@@ -175,7 +175,7 @@ def test_bytes_read_equal_the_formula(monkeypatch):
   monkeypatch.setattr(resa_attention, 'COPIED_NUMBERS', 4000)
   monkeypatch.setattr(resa, 'RECTIFIED_TOKENS', 16)
   monkeypatch.setattr(resa_bytes, 'RECTIFIED_TOKENS', 16)
-  settings = cfg.ReSA(BLOCK, active, min_blocks=3, refresh=cfg.Every(8))
+  settings = cfg.ReSA(BLOCK, active, min_blocks=3, refresh=cfg.RefreshEvery(8))
   table, num_pages = resa_attention.rows_of_pages(ROWS, table_len)
   cache = resa_attention.init(CONFIG, table, num_pages, BLOCK, jnp.float32)
   tokens, ones = jnp.zeros((ROWS, 8), jnp.int32), jnp.ones(ROWS, jnp.int32)

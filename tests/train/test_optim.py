@@ -17,20 +17,20 @@ def at(schedule: cfg.Schedule, num_steps: int, step: int) -> float:
 
 
 def test_warm_up_reaches_the_peak_at_its_last_step():
-  schedule = cfg.Constant(0.1, warmup_steps=4)
+  schedule = cfg.ConstantRate(0.1, warmup_steps=4)
   assert [at(schedule, 10, s) for s in range(6)] == pytest.approx(
       [0.025, 0.05, 0.075, 0.1, 0.1, 0.1])
 
 
 def test_cosine_is_half_way_at_half_time():
-  schedule = cfg.Cosine(peak=1.0, end=0.2)
+  schedule = cfg.Cosine(peak_rate=1.0, end_rate=0.2)
   assert at(schedule, 100, 0) == pytest.approx(1.0)
   assert at(schedule, 100, 50) == pytest.approx(0.6)
   assert at(schedule, 100, 100) == pytest.approx(0.2)
 
 
 def test_wsd_is_flat_then_linear():
-  schedule = cfg.WSD(peak=1.0, warmup_steps=10, decay_fraction=0.2)
+  schedule = cfg.WSD(peak_rate=1.0, warmup_steps=10, decay_fraction=0.2)
   assert at(schedule, 100, 10) == at(schedule, 100, 79) == pytest.approx(1.0)
   assert at(schedule, 100, 90) == pytest.approx(0.5)
   assert at(schedule, 100, 100) == pytest.approx(0.0)
@@ -43,7 +43,7 @@ def test_wsd_is_flat_then_linear():
     (cfg.WSD(1e-3, warmup_steps=50, decay_fraction=0.0), 50, 'beyond step 49'),
     (cfg.Cosine(1e-3, warmup_steps=50), 50, 'beyond step 49 of 50'),
     (cfg.TwoStage(1e-3, 5e-4, warmup_steps=51), 100, 'beyond step 50'),
-    (cfg.Constant(1e-3, warmup_steps=11), 10, 'beyond step 10')])
+    (cfg.ConstantRate(1e-3, warmup_steps=11), 10, 'beyond step 10')])
 def test_a_warm_up_that_runs_into_what_follows_is_refused(schedule, num_steps, message):
   with pytest.raises(UserError, match=message):
     optim.learning_rate(schedule, num_steps)
@@ -58,7 +58,7 @@ def test_a_warm_up_that_runs_into_what_follows_is_refused(schedule, num_steps, m
 def test_two_stage_jumps_between_two_full_length_decays():
   """specs/bitnet_v2.md 1.5: 1.5e-3 → 1e-3 over 100K steps with end 3e-5 and 375 warm-up
   steps goes from 7.67e-4 just before step 50,000 to 5.16e-4 just after."""
-  schedule = cfg.TwoStage(1.5e-3, 1e-3, end=3e-5, warmup_steps=375)
+  schedule = cfg.TwoStage(1.5e-3, 1e-3, end_rate=3e-5, warmup_steps=375)
   assert at(schedule, 100_000, 49_999) == pytest.approx(7.67e-4, rel=3e-3)
   assert at(schedule, 100_000, 50_000) == pytest.approx(5.16e-4, rel=3e-3)
   assert at(schedule, 100_000, 100_000) == pytest.approx(3e-5)
@@ -83,7 +83,7 @@ def test_cosine_weight_decay_reaches_its_peak_at_the_switch():
 
 def test_optimizer_equals_adamw_written_out():
   """Clip, moments with bias correction, decoupled decay on projections only."""
-  config = cfg.AdamW(cfg.Constant(0.01), b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1,
+  config = cfg.AdamW(cfg.ConstantRate(0.01), b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1,
                      clip_norm=1.0)
   params = {'embed': np.full((2, 2), 0.5), 'layers': {'wq': np.full((2, 2), 0.5),
                                                       'attn_norm': np.full(2, 0.5)}}

@@ -35,13 +35,14 @@ def test_the_table_names_settings_that_exist_and_each_once():
 
 def test_equal_settings_do_not_differ():
   assert resume.differences(TEXT, TEXT) == []
-  assert resume.differences('cfg.Cosine.end = 0\n', 'cfg.Cosine.end = 0.0\n') == []
+  assert resume.differences('cfg.Cosine.end_rate = 0\n', 'cfg.Cosine.end_rate = 0.0\n') == []
 
 
 @pytest.mark.parametrize('binding, name', [
     ('cfg.AdamW.b1 = 0.8', 'AdamW.b1'),
     ('cfg.AdamW.clip_norm = 0.5', 'AdamW.clip_norm'),
-    ('cfg.AdamW.schedule = @cfg.Constant()\ncfg.Constant.peak = 1.0', 'AdamW.schedule'),
+    ('cfg.AdamW.schedule = @cfg.ConstantRate()\ncfg.ConstantRate.learning_rate = 1.0',
+     'AdamW.schedule'),
     ('cfg.Model.rope_theta = 5e5', 'Model.rope_theta'),
     ("cfg.Model.activation = 'swiglu'", 'Model.activation'),
     (f'cfg.Quant.hadamard = {not RUN.model.quant.hadamard}', 'Quant.hadamard'),
@@ -110,9 +111,16 @@ def test_a_setting_that_came_later_differs_only_from_its_default():
   assert ('AdamW.eps', '(unset)') in [(d.name, d.before) for d in resume.differences(old, now)]
 
 
+def test_a_setting_that_was_renamed_since_does_not_differ():
+  old = TEXT.replace('cfg.WSD.peak_rate = ', 'cfg.WSD.peak = ').replace('WSD.end_rate', 'WSD.end')
+  assert resume.differences(old, TEXT) != []
+  assert resume.differences(gin_bindings.current_names(old), TEXT) == []
+
+
 def test_names_given_leave_must_exist():
   assert resume.check_allowed([]) == {resume.ANY}
-  assert resume.check_allowed(['Cosine.peak', 'metrics.jsonl']) == {'Cosine.peak', 'metrics.jsonl'}
+  names = ['Cosine.peak_rate', 'metrics.jsonl']
+  assert resume.check_allowed(names) == set(names)
   with pytest.raises(UserError, match='Cosine.peek: there is no such setting'):
     resume.check_allowed(['Cosine.peek'])
 

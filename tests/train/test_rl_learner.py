@@ -37,7 +37,7 @@ def make_run(method: cfg.Algorithm, accumulation=1, **rollouts) -> cfg.Run:
   return cfg.Run(
       seed=1, model=CONFIG, objective=objective,
       data=cfg.Data(source=cfg.PythonStdlib(), tokenizer=cfg.Bytes(), seq_len=16),
-      optimizer=cfg.AdamW(schedule=cfg.Constant(0.01), weight_decay=0.0, clip_norm=0.0),
+      optimizer=cfg.AdamW(schedule=cfg.ConstantRate(0.01), weight_decay=0.0, clip_norm=0.0),
       train=cfg.Train(num_steps=9, accumulation=accumulation))
 
 

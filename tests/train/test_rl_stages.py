@@ -28,7 +28,7 @@ def make_session(rollouts: cfg.Rollouts) -> sessions.Session:
   run = cfg.Run(
       seed=1, model=MODEL, objective=objective,
       data=cfg.Data(source=cfg.PythonStdlib(), tokenizer=cfg.Bytes(), seq_len=16),
-      optimizer=cfg.AdamW(schedule=cfg.Constant(0.01)), train=cfg.Train(9))
+      optimizer=cfg.AdamW(schedule=cfg.ConstantRate(0.01)), train=cfg.Train(9))
   data = types.SimpleNamespace(tokenizer=types.SimpleNamespace(eos_id=0))
   return sessions.Session(run, Path('unused'), '', make_mesh(cfg.Mesh()), data)
 

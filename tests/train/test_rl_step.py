@@ -50,7 +50,7 @@ def make_run(method, learning_rate=0.01):
   return cfg.Run(
       seed=1, model=CONFIG, objective=method,
       data=cfg.Data(source=cfg.PythonStdlib(), tokenizer=cfg.Bytes(), seq_len=16),
-      optimizer=cfg.AdamW(schedule=cfg.Constant(learning_rate), weight_decay=0.0),
+      optimizer=cfg.AdamW(schedule=cfg.ConstantRate(learning_rate), weight_decay=0.0),
       train=cfg.Train(num_steps=40, batch_size=4))
 
 

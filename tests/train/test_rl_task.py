@@ -33,7 +33,7 @@ def make_session(method: cfg.RL) -> sessions.Session:
   run = cfg.Run(
       seed=1, model=MODEL, objective=method,
       data=cfg.Data(source=cfg.PythonStdlib(), tokenizer=cfg.Bytes(), seq_len=16),
-      optimizer=cfg.AdamW(schedule=cfg.Constant(0.01)),
+      optimizer=cfg.AdamW(schedule=cfg.ConstantRate(0.01)),
       train=cfg.Train(9, 0 if isinstance(method, cfg.RL) else 4))
   data = types.SimpleNamespace(tokenizer=ByteTokenizer())
   return sessions.Session(run, Path('unused'), '', make_mesh(cfg.Mesh()), data)

@@ -88,7 +88,7 @@ def compiled_step(kl=NO_KL):
           'unread', rollouts=rollouts, algorithm=algorithm, prediction=cfg.Reason(),
           reward=cfg.InformationGain()),
       data=cfg.Data(source=cfg.PythonStdlib(), tokenizer=cfg.Bytes(), seq_len=16),
-      optimizer=cfg.AdamW(schedule=cfg.Constant(0.003), weight_decay=0.0),
+      optimizer=cfg.AdamW(schedule=cfg.ConstantRate(0.003), weight_decay=0.0),
       train=cfg.Train(num_steps=30, batch_size=4))
   optimizer = optim.make_optimizer(run.optimizer, 30)
   state = TrainState(jnp.zeros((), jnp.int32), THETA, optimizer.init(THETA),

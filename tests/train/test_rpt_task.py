@@ -35,7 +35,7 @@ def session(tmp_path_factory) -> sessions.Session:
       data=cfg.Data(cfg.TextFiles(str(directory / 'train' / '*.txt')), cfg.Bytes(), 32,
                     validation_fraction=0.0,
                     validation_glob=str(directory / 'held' / '*.txt')),
-      optimizer=cfg.AdamW(schedule=cfg.Constant(0.01)), train=cfg.Train(9, batch_size=4))
+      optimizer=cfg.AdamW(schedule=cfg.ConstantRate(0.01)), train=cfg.Train(9, batch_size=4))
   return sessions.open_session(run, directory / 'work', '')
 
 

@@ -15,7 +15,7 @@ from jaxrl_pt.types import Batch
 
 MODEL = cfg.Model(num_layers=2, d_model=32, d_ff=64, num_heads=4, num_kv_heads=2, head_dim=8,
                   vocab_size=50)
-OPTIMIZER = cfg.AdamW(cfg.Constant(1e-2))
+OPTIMIZER = cfg.AdamW(cfg.ConstantRate(1e-2))
 
 
 def make_batch(seed: int = 0, rows: int = 8, length: int = 16) -> Batch:
