@@ -282,7 +282,7 @@ class Overlong:
 
 @dataclass(frozen=True)
 class ShortRL:
-  """Short-RL's length reward (specs/short_rl.md): for correct responses only, a slack of
+  """Short-RL's length reward (docs/methods/short_rl.md): for correct responses only, a slack of
   `slack_tokens` above the shortest, and only while the batch's accuracy is within
   `slack_accuracy` of the best so far.
 

@@ -53,7 +53,7 @@ def redundant_checks(source: config.RedundantChecks, index: int) -> Problem:
   last result and change nothing. A noisy demonstration stops before its last step and answers
   with what it has; it too may check.
 
-  Source: the task of specs/short_rl.md 5.5.
+  Source: our own; docs/methods/short_rl.md says what it measures.
   """
   rng = np.random.default_rng([source.seed, index])
   num_steps = int(rng.integers(source.min_steps, source.max_steps + 1))

@@ -1,7 +1,7 @@
 """Ternary weights, 4- and 8-bit activations and the Hadamard rotation, as definitions.
 
 Statistics are clamped to at least 1e-5 and rounding is half-to-even: the papers
-leave both open (specs/bitnet_v2.md 1.2) and the authors' training tips do so.
+leave both open and the authors' training tips do so (docs/methods/bitnet.md).
 Codes are kept in the compute dtype: sums of code products stay below 2^24, so
 float32 accumulation of them is exact and independent of its order.
 """
@@ -106,7 +106,7 @@ def bit_matmul(x: Array, w: Array | TernaryWeight, x_codes: Array, x_scale: Arra
   Returns:
     f[..., O] in x's dtype.
 
-  Source: 2504.18415 section 2 (STE), specs/bitnet_v2.md 1.4.
+  Source: 2504.18415 section 2 (STE).
   """
   if isinstance(w, TernaryWeight):
     latent, w_codes, w_scale = None, w.codes, w.scale

@@ -2,7 +2,7 @@
 
 An objective with a ratio gives one term a token (`Surrogate`). How the terms become one
 number is a function of its own (`Aggregate`), because it decides what a baseline minimises
-(specs/opo.md 2.4) and is half of what tells GRPO, Dr. GRPO and DAPO apart:
+(docs/methods/opo.md) and is half of what tells GRPO, Dr. GRPO and DAPO apart:
 
     surrogate = ppo_clip(logp, old_logp, advantage, low=0.2, high=0.28)
     loss = token_mean(surrogate.terms, mask)

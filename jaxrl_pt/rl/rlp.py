@@ -6,7 +6,7 @@ The baseline p̄_φ reads the same text without a thought. The reward is dense a
 verifier: where no thought of a group leads to the right token, some still make it likelier.
 Its advantage is `advantages.leave_one_out` and its surrogate acts on thought tokens alone.
 
-Source: RLP 2510.01265 (specs/rpt.md 1.6).
+Source: RLP 2510.01265 (docs/methods/rlp.md).
 """
 
 import chex

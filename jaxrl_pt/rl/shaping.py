@@ -100,7 +100,7 @@ def correct_and_short(lengths: Array, correct: Array, valid: Array, slack_tokens
   Returns:
     f32[N, G] in [−0.5, 0.5].
 
-  Source: Short-RL's code (specs/short_rl.md 5.1).
+  Source: the code of Short-RL, 2505.12284 (docs/methods/short_rl.md).
   """
   chex.assert_rank(lengths, 2)
   chex.assert_equal_shape([lengths, correct, valid])
@@ -129,7 +129,7 @@ def short_rl(reference: Array, lengths: Array, correct: Array, valid: Array, *,
   Returns:
     f32[N, G] to add to the reward, f32[] whether the gate was open, f32[] the new state.
 
-  Source: Short-RL's code (specs/short_rl.md 5.1).
+  Source: the code of Short-RL, 2505.12284 (docs/methods/short_rl.md).
   Departs from it in keeping its maximum as state instead of a global that a restart loses.
   """
   bonus = correct_and_short(lengths, correct, valid, slack_tokens)

@@ -4,7 +4,7 @@ For verifiers that are functions of arrays. There is no trip to the host, the le
 the sampler's forward pass over the prompts where the method lets it (`learner.shares`), and the
 rewards are those of the same stages dispatched one by one (`train.stages`).
 
-Departs from RPT's paper in what it leaves open (2506.08007, specs/rpt.md 1.5): the loss is
+Departs from RPT's paper in what it leaves open (2506.08007, docs/methods/rpt.md): the loss is
 the sum over response tokens divided by the number of responses, and exactly one update
 is made per batch, where PPO's ratio is 1 and its clip inert.
 """

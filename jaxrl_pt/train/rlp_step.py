@@ -8,7 +8,7 @@ policy is the average φ, in `TrainState.method`. The prompts end with a think m
 ends with the answer marker, whose choice is part of it, or is cut off at the token budget,
 after which the marker is put there for it.
 
-Source: RLP 2510.01265 (specs/rpt.md 1.6). Departs from the paper in that the baseline may read
+Source: RLP 2510.01265 (docs/methods/rlp.md). Departs from the paper in that the baseline may read
 a template's text before the context too.
 """
 
