@@ -1,6 +1,6 @@
-"""Objectives and measures of a rollout, all to be minimised.
+"""Losses of reinforcement learning, which are to be minimised, and measures of a rollout batch.
 
-An objective with a ratio gives one term a token (`Surrogate`). How the terms become one
+A loss with a ratio gives one term a token (`Surrogate`). How the terms become one
 number is a function of its own (`Aggregate`), because it decides what a baseline minimises
 (docs/methods/opo.md) and is half of what tells GRPO, Dr. GRPO and DAPO apart:
 
@@ -9,10 +9,9 @@ number is a function of its own (`Aggregate`), because it decides what a baselin
     clip_fraction = Weighted.of(surrogate.clipped, mask)
 
 The ratio is ρ_t = π(y_t) / π_old(y_t). The old policy and the advantage are constants of the
-gradient. Where a policy makes one update a batch, ρ = 1, no clip is active and the gradients
-of all of them are that of `policy_gradient`. log ρ is bounded to ±20 (`ratios`), and a token
-beyond has no gradient. What a masked token holds does not matter as long
-as it is finite and so is what becomes of it: put its log-probabilities to 0.
+gradient. With one update a batch ρ is 1, no clip is active, and every surrogate has the gradient of
+`policy_gradient`. log ρ is bounded to ±20 (`ratios`), and a token beyond that has no gradient. A
+masked token may hold anything that stays finite in the arithmetic: set its log-probabilities to 0.
 """
 
 from collections.abc import Callable
@@ -30,31 +29,32 @@ Aggregate = Callable[[Array, Array], Array]
 
 
 def token_mean(values: Array, mask: Array) -> Array:
-  """Σ over tokens / number of tokens in the batch (DAPO 2503.14476, verl's default)."""
+  """The mean over all tokens of the batch that count (DAPO 2503.14476, verl's default)."""
   return (values * mask).sum() / jnp.maximum(mask.sum(), 1.0)
 
 
 def sequence_mean_token_mean(values: Array, mask: Array) -> Array:
-  """Mean over responses of the mean over their tokens (GRPO 2402.03300)."""
+  """The mean over responses of the mean over their tokens (GRPO 2402.03300)."""
   means = (values * mask).sum(-1) / jnp.maximum(mask.sum(-1), 1.0)
   num_responses = (mask.sum(-1) > 0).sum()
   return means.sum() / jnp.maximum(num_responses, 1)
 
 
 def sequence_mean_token_sum(values: Array, mask: Array) -> Array:
-  """Mean over responses of the sum over their tokens (OPO 2505.23585, RLOO 2402.14740).
+  """The mean over responses of the sum over their tokens (OPO 2505.23585, RLOO 2402.14740).
 
-  Over the responses that have a token that counts; `token_sum_over` counts all alike.
+  The mean is over the responses that have a token that counts; a divisor of `token_sum_over` can
+  count every response.
   """
   num_responses = (mask.sum(-1) > 0).sum()
   return (values * mask).sum() / jnp.maximum(num_responses, 1)
 
 
 def token_sum_over(divisor: float) -> Aggregate:
-  """Σ over tokens / a constant, so no response's length or validity reweights another.
+  """The sum over tokens / a constant, so that no response's length or validity reweights another.
 
-  The number of responses gives the mean sequence log-likelihood (OPO 2505.23585), the
-  token budget Dr. GRPO's normalisation (2503.20783).
+  The number of responses as the divisor gives the mean sequence log-likelihood (OPO 2505.23585);
+  that number times the token budget gives Dr. GRPO's normalisation (2503.20783).
   """
   return lambda values, mask: (values * mask).sum() / divisor
 
@@ -65,13 +65,13 @@ def token_sum_over(divisor: float) -> Aggregate:
 class Surrogate(NamedTuple):
   """An objective before aggregation."""
 
-  terms: Array  # f32[N, G, S] of the loss; garbage where masked
+  terms: Array  # f32[N, G, S] terms of the loss; masked tokens hold garbage
   clipped: Array  # f32[N, G, S] 1 where a clip has taken the token's gradient
   beyond: Array  # f32[N, G, S] 1 where the log ratio was bounded before its exponential
 
 
 def policy_gradient(logp: Array, advantage: Array, mask: Array, aggregate: Aggregate) -> Array:
-  """The exact on-policy loss: aggregate of −sg(A_t) · log π(y_t).
+  """The exact on-policy loss: the aggregate of −sg(A_t) · log π(y_t).
 
   Args:
     logp: f32[N, G, S] under the policy being trained.
@@ -82,7 +82,7 @@ def policy_gradient(logp: Array, advantage: Array, mask: Array, aggregate: Aggre
   Returns:
     f32[].
 
-  Source: REINFORCE; one update per batch, where PPO's ratio is 1 and its clip inert.
+  Source: REINFORCE. PPO is the same with one update a batch, where its clip is inert.
   """
   chex.assert_rank(logp, 3)
   chex.assert_equal_shape([logp, advantage, mask])
@@ -91,13 +91,13 @@ def policy_gradient(logp: Array, advantage: Array, mask: Array, aggregate: Aggre
 
 def ppo_clip(logp: Array, old_logp: Array, advantage: Array, *, low: float, high: float
              ) -> Surrogate:
-  """−min(ρ_t A_t, clip(ρ_t, 1 − low, 1 + high) A_t).
+  """PPO's clipped surrogate: −min(ρ_t A_t, clip(ρ_t, 1 − low, 1 + high) A_t).
 
   Args:
     logp: f32[N, G, S] under the policy being trained.
     old_logp: f32[N, G, S] under the policy before the batch's first update.
     advantage: f32[N, G, S].
-    low, high: how far ρ may fall and rise. PPO and GRPO 0.2 and 0.2, DAPO 0.2 and 0.28.
+    low, high: how far ρ may fall and rise. PPO and GRPO have 0.2 and 0.2, DAPO 0.2 and 0.28.
 
   Source: 1707.06347, equation 7; unequal ranges 2503.14476.
   """
@@ -106,11 +106,11 @@ def ppo_clip(logp: Array, old_logp: Array, advantage: Array, *, low: float, high
 
 def dual_clip(logp: Array, old_logp: Array, advantage: Array, *, low: float, high: float,
               bound: float) -> Surrogate:
-  """`ppo_clip`, whose terms of a negative advantage are at most −bound · A_t.
+  """PPO's clip with a second one: terms of a negative advantage are at most −bound · A_t.
 
   Args:
     logp, old_logp, advantage, low, high: as in `ppo_clip`.
-    bound: > 1; verl takes 3 and has this on by default.
+    bound: a number above 1; verl takes 3 and has this clip on by default.
 
   Source: 1912.09729, equation 5.
   """
@@ -123,15 +123,17 @@ def dual_clip(logp: Array, old_logp: Array, advantage: Array, *, low: float, hig
 
 def gspo(logp: Array, old_logp: Array, advantage: Array, mask: Array, *, low: float,
          high: float) -> Surrogate:
-  """−min(s A_t, clip(s, 1 − low, 1 + high) A_t) with s = exp((1/|y|) Σ_t log ρ_t) on each token.
+  """GSPO's clip of the sequence's ratio: −min(s A_t, clip(s, 1 − low, 1 + high) A_t).
 
-  Its own aggregate is `sequence_mean_token_mean`, with which a response's equal terms count
-  as one.
+    s = exp((1/|y|) Σ_t log ρ_t), the same on each token of a response
+
+  The paper's aggregate is `sequence_mean_token_mean`, with which the equal terms of a response
+  count as one.
 
   Args:
     logp, old_logp, advantage: as in `ppo_clip`.
     mask: f32[N, G, S] 1 on tokens that count.
-    low, high: as in `ppo_clip`, but of a mean: the paper has 3e-4 and 4e-4.
+    low, high: as in `ppo_clip`, but they bound a mean: the paper has 3e-4 and 4e-4.
 
   Source: 2507.18071, equations 5 and 7.
   """
@@ -142,11 +144,11 @@ def gspo(logp: Array, old_logp: Array, advantage: Array, mask: Array, *, low: fl
 
 def cispo(logp: Array, old_logp: Array, advantage: Array, *, low: float, high: float
           ) -> Surrogate:
-  """−sg(clip(ρ_t, 1 − low, 1 + high)) A_t log π(y_t): every token keeps a gradient.
+  """CISPO: −sg(clip(ρ_t, 1 − low, 1 + high)) A_t log π(y_t), in which every token has a gradient.
 
   Args:
     logp, old_logp, advantage: as in `ppo_clip`.
-    low, high: of the weight. The paper bounds it from above alone: low = 1.
+    low, high: bounds of the weight. The paper bounds it from above alone: low = 1.
 
   Returns:
     `clipped` is 1 where the weight, not the gradient, was cut.
@@ -171,7 +173,7 @@ def _clipped(log_ratio: Array, advantage: Array, low: float, high: float) -> Sur
   advantage = jax.lax.stop_gradient(advantage)
   ratio = jnp.exp(ratios.bounded(log_ratio))
   plain, bounded = ratio * advantage, jnp.clip(ratio, 1 - low, 1 + high) * advantage
-  # Not `minimum`: it would halve the gradient of the tie that every on-policy token is.
+  # `minimum` would halve the gradient of a tie, and every on-policy token is one.
   clipped = bounded < plain
   return Surrogate(-jnp.where(clipped, bounded, plain), clipped.astype(jnp.float32),
                    ratios.beyond(log_ratio))
@@ -181,7 +183,7 @@ def _clipped(log_ratio: Array, advantage: Array, low: float, high: float) -> Sur
 
 
 def entropy_bonus(entropy: Array, mask: Array, aggregate: Aggregate) -> Array:
-  """f32[]: −aggregate(H_t), which a positive coefficient turns into exploration.
+  """−aggregate(H_t), f32[]: added with a positive coefficient, it rewards exploration.
 
   Args:
     entropy: f32[N, G, S] of each token's distribution, nats.
@@ -193,7 +195,7 @@ def entropy_bonus(entropy: Array, mask: Array, aggregate: Aggregate) -> Array:
 
 
 def negative_log_likelihood(logp: Array, mask: Array, aggregate: Aggregate) -> Array:
-  """f32[]: aggregate of −log π(y_t), e.g. of correct responses beside an RL loss.
+  """The aggregate of −log π(y_t), f32[], e.g. of correct responses beside an RL loss.
 
   Args:
     logp, mask: f32[N, G, S].
@@ -204,12 +206,12 @@ def negative_log_likelihood(logp: Array, mask: Array, aggregate: Aggregate) -> A
 
 
 def value_loss(values: Array, old_values: Array, returns: Array, *, clip: float) -> Surrogate:
-  """½ max((V − R)², (V_old + clip(V − V_old, ±clip) − R)²): PPO's clipped value loss.
+  """PPO's clipped value loss: ½ max((V − R)², (V_old + clip(V − V_old, ±clip) − R)²).
 
   Args:
-    values: f32[N, G, S] of the value head being trained.
-    old_values: f32[N, G, S] before the batch's first update.
-    returns: f32[N, G, S] targets, of `token_advantages.generalised`.
+    values: f32[N, G, S] predictions of the value head being trained.
+    old_values: f32[N, G, S] its predictions before the batch's first update.
+    returns: f32[N, G, S] targets, as `token_advantages.generalised` gives them.
     clip: how far a value may move in a batch, in units of reward.
 
   Source: PPO's public code; verl's default is 0.5.
@@ -226,11 +228,11 @@ def value_loss(values: Array, old_values: Array, returns: Array, *, clip: float)
 
 def dpo(chosen: Array, rejected: Array, reference_chosen: Array, reference_rejected: Array,
         beta: float) -> Array:
-  """f32[N]: −log σ(β [log π/π_ref(y_w) − log π/π_ref(y_l)]) of each pair.
+  """DPO's loss of each pair, f32[N]: −log σ(β [log π/π_ref(y_w) − log π/π_ref(y_l)]).
 
   Args:
     chosen, rejected: f32[N] log π of the whole responses, sums over tokens.
-    reference_chosen, reference_rejected: f32[N] the same under the reference.
+    reference_chosen, reference_rejected: f32[N] the same under the reference policy.
     beta: inverse temperature; 0.1 is common.
 
   Source: 2305.18290, equation 7.
@@ -245,10 +247,10 @@ def dpo(chosen: Array, rejected: Array, reference_chosen: Array, reference_rejec
 
 
 def trainer_sampler_gap(logp: Array, sampler_logp: Array, mask: Array) -> Weighted:
-  """mean exp|log π_train − log π_sampler| over the masked tokens; 1 when they agree.
+  """The sampler–trainer mismatch: mean exp|log π_train − log π_sampler|, 1 when both agree.
 
-  The difference is bounded as `ratios` says, so that the mean is finite however far they are
-  apart.
+  The mean is over tokens with mask 1. The difference is bounded as `ratios` says, so that the mean
+  is finite however far the two are apart.
 
   Args:
     logp, sampler_logp, mask: f32[N, G, S].
@@ -267,21 +269,21 @@ def zero_advantage_groups(advantage: Array, valid: Array) -> Weighted:
   """
   chex.assert_rank(advantage, 2)
   chex.assert_equal_shape([advantage, valid])
-  # A baseline of equal rewards gives 0 exactly; what is smaller than this teaches nothing either.
+  # Equal rewards give exactly 0; an advantage below this bound teaches nothing either.
   silent = (jnp.abs(advantage) < 1e-6).all(-1)
   return Weighted.of(silent.astype(jnp.float32), valid.any(-1))
 
 
 def gradient_variance(advantage: Array, score_norms: Array, mask: Array) -> Weighted:
-  """E[Σ_t A_t² ‖z_t‖²] over responses: what the gradient of a sum of tokens scatters by.
+  """Measures how the gradient of a sum over tokens scatters: E[Σ_t A_t² ‖z_t‖²] over responses.
 
-  The second moment of the estimator with respect to the logits, whose scores z_t are
-  orthogonal over tokens: an upper bound of the variance, forward only, that ranks
-  baselines as the variance does since all share one mean.
+  This is the second moment of the estimator with respect to the logits, whose scores z_t are
+  orthogonal over tokens. It needs no backward pass, bounds the variance from above, and ranks
+  baselines as the variance does, because all of them share one mean.
 
   Args:
     advantage: f32[N, G, S].
-    score_norms: f32[N, G, S] `token_advantages.score_norm`, or ones for OPO's ‖z‖² ∝ |y|.
+    score_norms: f32[N, G, S] from `token_advantages.score_norm`, or ones for OPO's ‖z‖² ∝ |y|.
     mask: f32[N, G, S].
 
   Source: verl's variance proxy; 2505.23585.

@@ -1,7 +1,7 @@
 """What a response's length adds to its reward.
 
-A length reward that compares responses is a function of the whole batch. Short-RL's also
-remembers how accurate the policy has been: that state, f32[], goes in and comes out, and
+A length reward that compares responses is a function of the whole batch. Short-RL's reward also
+remembers how accurate the policy has been. That state, f32[], is an argument and a result, and
 belongs in the checkpoint. Lengths are in tokens, the stop token included.
 """
 
@@ -60,7 +60,7 @@ def kimi(lengths: Array, correct: Array, valid: Array) -> Array:
 
 def accuracy_gate(reference: Array, accuracy: Array, slack_accuracy: float, ema: float = 0.0
                   ) -> tuple[Array, Array]:
-  """1 iff acc ≥ acc_ref − τ_acc, where acc_ref has already seen this batch.
+  """Short-RL's gate: 1 iff acc ≥ acc_ref − τ_acc, where acc_ref has already seen this batch.
 
   acc_ref is the running maximum of the batches' accuracies if `ema` is 0, and else their
   exponential average acc_ref ← ema · acc_ref + (1 − ema) · acc. A maximum of noisy numbers
@@ -68,9 +68,9 @@ def accuracy_gate(reference: Array, accuracy: Array, slack_accuracy: float, ema:
 
   Args:
     reference: f32[] acc_ref after the batches before; 0 at the start, when the gate is open.
-    accuracy: f32[] of this batch.
+    accuracy: f32[] accuracy of this batch.
     slack_accuracy: τ_acc.
-    ema: 0, or the average's decay in (0, 1).
+    ema: 0 for the running maximum, or the decay of the average in (0, 1).
 
   Returns:
     f32[] in {0, 1}, and f32[] the new acc_ref.
@@ -86,10 +86,12 @@ def accuracy_gate(reference: Array, accuracy: Array, slack_accuracy: float, ema:
 
 
 def correct_and_short(lengths: Array, correct: Array, valid: Array, slack_tokens: int) -> Array:
-  """0 if wrong; 0.5 if ℓ_i ≤ ℓ_min + τ_ℓ; else λ_i = 0.5 − (ℓ_i − ℓ_min) / (ℓ_max − ℓ_min + 1e-5).
+  """What Short-RL pays a response for its length while the gate is open.
 
-  ℓ_min and ℓ_max are those of the group's correct responses. With τ_ℓ = 0 no response but
-  the shortest is spared.
+    0 if wrong; 0.5 if ℓ_i ≤ ℓ_min + τ_ℓ; else λ_i = 0.5 − (ℓ_i − ℓ_min) / (ℓ_max − ℓ_min + 1e-5)
+
+  ℓ_min and ℓ_max are the least and the greatest length of the group's correct responses. With
+  τ_ℓ = 0 only the shortest of them earn the full 0.5.
 
   Args:
     lengths: f32[N, G].
