@@ -49,7 +49,7 @@ def activations(x: Array, kind: ActivationQuant) -> tuple[Array, Array]:
 
   Args:
     x: f[..., D]; statistics are over D.
-    kind: which of the three; 'none' returns x with scale 1.
+    kind: which quantiser; 'none' returns x with scale 1.
 
   Returns:
     codes f[..., D] (integers in x's dtype) and scale f32[..., 1]; X ≈ scale · codes.
@@ -66,18 +66,18 @@ def activations(x: Array, kind: ActivationQuant) -> tuple[Array, Array]:
 
 @struct.dataclass
 class TernaryWeight:
-  """A packed weight: stands in a parameter tree where the latent matrix stood."""
+  """A packed weight, which takes the place of a latent matrix in a parameter tree."""
 
   codes: Array  # i2[..., I, O] in {−1, 0, 1}
   scale: Array  # f32[..., 1, 1]
 
 
 def pack(params: Params, is_packed: Callable[[tuple[Any, ...]], bool]) -> Params:
-  """The parameters with some matrices as TernaryWeight: 2 bits a weight, for inference.
+  """Packs some matrices of a parameter tree into TernaryWeight, 2 bits a weight, for inference.
 
   Args:
     params: any tree of f32[..., I, O] leaves, matrices stacked over layers included.
-    is_packed: whether the leaf at a path is a BitLinear's.
+    is_packed: says whether the leaf at a path is the weight of a BitLinear.
   """
   def leaf(path: tuple[Any, ...], w: Array) -> Any:
     if not is_packed(path):
@@ -97,11 +97,12 @@ def bit_matmul(x: Array, w: Array | TernaryWeight, x_codes: Array, x_scale: Arra
     backward  dX = dY · Q_w(W)ᵀ,  dW = Q_a(X)ᵀ · dY   (also where a code was clipped)
 
   Args:
-    x: f[..., I] activations. Not read: the gradient flows to it.
-    w: f[I, O] latent weights, quantised to ternary here; or packed ones, without gradient.
+    x: f[..., I] activations; their values are not read, and the gradient flows to them.
+    w: f[I, O] latent weights, which are quantised to ternary here, or packed weights, which get no
+      gradient.
     x_codes, x_scale: X as `activations` quantises it.
-    kind, axes: for `product`.
-    product: the integer product with its scales, `ops.Product`.
+    kind, axes: arguments that `product` takes.
+    product: computes the integer product with its scales, as `ops.Product` says.
 
   Returns:
     f[..., O] in x's dtype.
