@@ -1,4 +1,4 @@
-"""RPT on the corpus of modular chains: one seed of every arm (specs of the corpus in corpus.py).
+"""RPT on the corpus of modular chains: one seed of every arm (corpus.py describes the corpus).
 
 Pretrain on documents → continue on them (the compute-matched control) or warm-start on noisy
 scratchpads and reinforce. All accuracies are of the same held-out positions, of documents that no

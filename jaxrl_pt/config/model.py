@@ -15,10 +15,10 @@ Remat = Literal['none', 'block']
 
 @dataclass(frozen=True)
 class Quant:
-  """Which projections of the block are quantised, and how (specs: BitNet v2, 2B4T).
+  """Which projections of the block are quantised, and how (docs/methods/bitnet.md, bitnet_v2.md).
 
   weights: 'ternary' is absmean W1.58; activations: per token, 'int8' absmax,
-  'int4' absmean, 'int4_absmax' the control of BitNet v2 section 1.9.
+  'int4' absmean, 'int4_absmax' the control that needs no rotation.
   hadamard: rotate the inputs of W_o and W_down (H-BitLinear, 2504.18415).
   """
 

@@ -51,7 +51,7 @@ class WSD:
 
 @dataclass(frozen=True)
 class TwoStage:
-  """BitNet's two stages (specs/bitnet_v2.md 1.5): both peaks start full-length decays.
+  """BitNet's two stages (docs/methods/bitnet.md): both peaks start full-length decays.
 
   Up to `switch_fraction` of the run the schedule decays from `peak_rate`, afterwards it
   is the tail of the schedule that would have decayed from `second_peak_rate`; weight

@@ -41,7 +41,10 @@ class MathVerifier:
 
 @dataclass(frozen=True)
 class LogicVerifier:
-  """Knights and Knaves: think and answer tags ±1, the roles +2, −1.5 or −2 (short_rl.md 5.1)."""
+  """Knights and Knaves: think and answer tags ±1, the roles +2, −1.5 or −2.
+
+  docs/methods/short_rl.md has the table of rewards.
+  """
 
 
 @dataclass(frozen=True)

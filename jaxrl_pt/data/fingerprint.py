@@ -1,9 +1,9 @@
-"""Files by their content: the digests that name prepared data.
+"""Names files by their content: the digests that name prepared data.
 
-Hashing reads every byte of a corpus, a second a gigabyte or so, which is little beside making
-tokens of them but much at every start. So digests are kept with the size and time of change
-that their file had, and only files that look different are read again. Touched, copied or moved
-files are the same; a file that changes under the same size and time is not seen.
+Hashing reads every byte of a corpus, at about a gigabyte a second, which is little beside making
+tokens of the bytes but much at every start. So digests are kept with the size and time of change
+that their file had, and only files that look different are read again. A touched, copied or moved
+file gets the same digest; a change that leaves size and time as they were is not seen.
 """
 
 from collections.abc import Iterable
@@ -25,7 +25,7 @@ Known = dict[str, tuple[int, int, str]]
 
 
 def _digests(paths: Iterable[Path], known: Known) -> Known:
-  """What is known of each file, as far as its size and time of change are still the same.
+  """The digest of each file, taken from `known` where its size and time of change are the same.
 
   Raises:
     UserError: a file cannot be read.
@@ -56,7 +56,7 @@ def keep(directory: Path, found: Known) -> None:
 
 
 def _load(path: Path) -> Known:
-  """What is kept; nothing where the file is missing or is not what `keep` writes."""
+  """The digests that `keep` wrote; none where the file is missing or is something else."""
   try:
     kept = json.loads(path.read_text(encoding='utf-8'))
   except (OSError, ValueError, RecursionError):
@@ -68,13 +68,13 @@ def _load(path: Path) -> Known:
 
 
 def key(data: config.Data, cached: Path | None, base: Path, form: int) -> tuple[str, Known]:
-  """Hash of all that decides the examples: where they are kept, read and found does not.
+  """The hash of all that decides the examples; where files lie is no part of it.
 
   Args:
-    data: of the run.
-    cached: the files of a seqio task.
-    base: where digests are kept.
-    form: version of the prepared files.
+    data: the run's settings of data.
+    cached: the directory of a cached seqio task, or None.
+    base: the directory where digests are kept.
+    form: the version of the prepared files' format.
 
   Returns:
     The hash, and the digests that it was made of, to `keep`.
@@ -100,7 +100,7 @@ def key(data: config.Data, cached: Path | None, base: Path, form: int) -> tuple[
 
 
 def without_places(data: config.Data) -> config.Data:
-  """The config without what only says where something lies."""
+  """The settings without those that only say where something lies."""
   data = dataclasses.replace(data, cache_dir='', num_workers=0)
   match data.source:
     case config.TextFiles() | config.Jsonl() | config.Parquet() | config.ArrayRecord() as source:

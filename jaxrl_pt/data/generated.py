@@ -1,6 +1,6 @@
 """Problems that are a function of (seed, index), with demonstrations for a warm start.
 
-Small enough that a model of a million parameters learns them from bytes in minutes. Every
+They are so small that a model of a million parameters learns them from bytes in minutes. Every
 response ends with `#` and the answer.
 """
 
@@ -17,7 +17,8 @@ MARKER = '#'
 class Problem:
   """What the policy is asked and what the verifier compares with.
 
-  id: number within its source; place: where it stands, for messages.
+  id: its number within its source.
+  place: where it stands, for messages.
   demonstration: a worked response, right or wrong; empty where the source has none.
   """
 
@@ -29,7 +30,7 @@ class Problem:
 
 
 def arithmetic(source: config.Arithmetic, index: int) -> Problem:
-  """`47+5+38=` with the response `47+5=52;52+38=90;#90`.
+  """A sum such as `47+5+38=`, with the response `47+5=52;52+38=90;#90`.
 
   A noisy demonstration is off by 1 to 9 at one step and goes on from there.
   """
@@ -47,13 +48,13 @@ def arithmetic(source: config.Arithmetic, index: int) -> Problem:
 
 
 def redundant_checks(source: config.RedundantChecks, index: int) -> Problem:
-  """`7402:` with the response `+4=1+0=1+2=3?3?3#3`: steps modulo 10, then checks.
+  """Digits such as `7402:`, with the response `+4=1+0=1+2=3?3?3#3`: steps modulo 10, then checks.
 
-  The number of steps an answer needs is one less than the digits shown; checks repeat the
-  last result and change nothing. A noisy demonstration stops before its last step and answers
-  with what it has; it too may check.
+  An answer needs one step less than there are digits. A check repeats the last result and changes
+  nothing. A noisy demonstration stops before its last step and answers with what it has; it may
+  check that too.
 
-  Source: the task of specs/short_rl.md 5.5.
+  Source: our own; docs/methods/short_rl.md says what it measures.
   """
   rng = np.random.default_rng([source.seed, index])
   num_steps = int(rng.integers(source.min_steps, source.max_steps + 1))

@@ -1,8 +1,8 @@
 """Questions of a reasoning-gym task: `python -m jaxrl_pt.data.gym_questions SOURCE`.
 
-A process of its own, because some of the library's tasks follow the order of sets and so of
-string hashes: `questions` starts it with the hash seed that the verifiers' processes have, and
-(source, index) then names the same problem everywhere. Imports no JAX.
+This module runs as a process of its own, because some of the library's tasks follow the order of
+sets and so of string hashes. `questions` starts it with the hash seed that the verifiers' processes
+have, so that (source, index) names the same problem everywhere. It imports no JAX.
 """
 
 import json
@@ -21,8 +21,8 @@ HASH_SEED = {'PYTHONHASHSEED': '0'}
 class Question(NamedTuple):
   """A problem as the library words it.
 
-  answer: one that it accepts, empty where it has none.
-  entry: all that the library knows of the problem, as `plain` writes it; None where it cannot.
+  answer: one that the library accepts, empty where it has none.
+  entry: all that the library knows of the problem, as `plain` writes it; None where `plain` cannot.
   """
 
   text: str
@@ -31,13 +31,13 @@ class Question(NamedTuple):
 
 
 def reference(source: config.ReasoningGym) -> dict[str, Any]:
-  """What names a task's problems in JSON."""
+  """The settings that name a task's problems, as values for JSON."""
   return {'task': source.task, 'seed': source.seed, 'size': source.size,
           'settings': [list(pair) for pair in source.settings]}
 
 
 def plain(value: Any) -> Any:
-  """A problem's data as JSON; tuples, sets and keys that are no text are marked.
+  """Turns a problem's data into JSON; tuples, sets and keys that are no text are marked.
 
   `verifiers.gym.restored` undoes it.
 
@@ -100,7 +100,7 @@ def _answer(task: str, seed: int, size: int, settings: list[list[Any]]) -> dict[
 
 
 def _entry(entry: dict[str, Any]) -> dict[str, Any] | None:
-  """The problem as JSON, or None: then who judges makes it again from its name."""
+  """The problem as JSON, or None, where the verifier makes the problem again from its name."""
   try:
     found: dict[str, Any] = plain(entry)
   except TypeError:

@@ -17,7 +17,7 @@ _NAMES = ('Alice', 'Bob', 'Carol', 'David', 'Emma', 'Frank', 'Grace', 'Henry', '
 _INTRODUCTION = ('On an island every person is either a knight, who always tells the truth, or a '
                  'knave, who always lies. You meet {names}. ')
 _QUESTION = 'So who is a knight and who is a knave?'
-# How the claims a and b of a statement are joined: text, and truth of bool arrays.
+# How the claims a and b of a statement are joined: its text, and its truth on bool arrays.
 _JOINS: tuple[tuple[str, Callable[[np.ndarray, np.ndarray], np.ndarray]], ...] = (
     ('{a}', lambda a, b: a),
     ('{a} and {b}', lambda a, b: a & b),
@@ -29,37 +29,37 @@ _JOINS: tuple[tuple[str, Callable[[np.ndarray, np.ndarray], np.ndarray]], ...] =
 
 @dataclass(frozen=True)
 class Claim:
-  """`person` is a knight, or a knave."""
+  """The claim that `person` is a knight, or that `person` is a knave."""
 
   person: int
   is_knight: bool
 
   def truth(self, knights_AP: np.ndarray) -> np.ndarray:
-    """bool[A]: whether it holds under each assignment."""
+    """Whether the claim holds under each assignment, bool[A]."""
     return knights_AP[:, self.person] == self.is_knight
 
 
 @dataclass(frozen=True)
 class Statement:
-  """Two claims joined by `_JOINS[join]`."""
+  """A statement of two claims that `_JOINS[join]` joins."""
 
   join: int
   first: Claim
   second: Claim
 
   def truth(self, knights_AP: np.ndarray) -> np.ndarray:
-    """bool[A]: whether it holds under each assignment."""
+    """Whether the statement holds under each assignment, bool[A]."""
     return _JOINS[self.join][1](self.first.truth(knights_AP), self.second.truth(knights_AP))
 
 
 def assignments(num_people: int) -> np.ndarray:
-  """bool[2ᴾ, P]: every way to be knights (True) and knaves."""
+  """Every way in which P people are knights (True) and knaves, bool[2ᴾ, P]."""
   numbers = np.arange(2**num_people)
   return (numbers[:, None] >> np.arange(num_people)) & 1 == 1
 
 
 def solutions(statements: list[Statement]) -> np.ndarray:
-  """bool[X, P]: all assignments under which exactly the knights' statements hold."""
+  """All assignments under which exactly the knights' statements hold, bool[X, P]."""
   knights_AP = assignments(len(statements))
   consistent = [s.truth(knights_AP) == knights_AP[:, i] for i, s in enumerate(statements)]
   return knights_AP[np.logical_and.reduce(consistent)]
@@ -83,9 +83,10 @@ def puzzle(source: config.KnightsAndKnaves, index: int) -> Problem:
 
 
 def _statement(rng: np.random.Generator, num_people: int, speaker: int) -> Statement:
-  """First about another person, then, where joined, about any but that one.
+  """Draws a statement whose first claim is about another person than the speaker.
 
-  Two people who make plain claims of each other never have one solution: joins are needed.
+  The second claim, if there is one, may be about anyone but that person. Two people who make plain
+  claims of each other never have exactly one solution, so joined claims are needed.
   """
   first = int(rng.choice([p for p in range(num_people) if p != speaker]))
   second = int(rng.choice([p for p in range(num_people) if p != first]))

@@ -1,8 +1,8 @@
-"""Config → prepared examples on disk → batches whose order is f(seed, step).
+"""Prepares a corpus on disk once and reads batches whose order is a function of (seed, step).
 
 `prepare` works once per content: it tokenises and packs a source into ArrayRecord
-files under a directory named by a hash of everything that decides them; the next
-run opens it. Reading is index-based (Grain): the example in row b of step s follows
+files, in a directory named by a hash of everything that decides them, which the next
+run opens. Reading is index-based (Grain): the example in row b of step s follows
 from the seed alone, whatever the number of hosts, workers and restarts.
 """
 
@@ -45,10 +45,10 @@ def _reader(path: str) -> Any:
 class Packed:
   """One split on disk: `num_examples` rows of `seq_len` predicted tokens.
 
-  num_targets: predicted tokens of the whole split (end of text included).
-  num_bytes: UTF-8 bytes that those targets spell: the split's text, without each document's
-  first token where no token begins a document, as nothing predicts it then. Bits per byte of
-  a mean loss in nats per token is loss / ln 2 · num_targets / num_bytes.
+  num_targets: predicted tokens of the whole split, the ends of documents included.
+  num_bytes: UTF-8 bytes that those targets spell. These are the bytes of the split's text, less
+    each document's first token where no token begins a document, because nothing predicts it then.
+    A mean loss in nats per token is loss / ln 2 · num_targets / num_bytes bits per byte.
   digest: sha256 of the rows.
   """
 
@@ -81,7 +81,7 @@ class Packed:
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-  """A tokenizer and its two splits, which `splits` opens (a policy's only when asked for)."""
+  """A tokenizer and its two splits, which `splits` opens when they are asked for."""
 
   tokenizer: tokenizers.Tokenizer
   directory: Path
@@ -107,7 +107,7 @@ def prepare(data: config.Data, directory: Path) -> Prepared:
     UserError: the source, tokenizer or directory is unusable, or a split is empty.
   """
   base = Path(data.cache_dir).expanduser() if data.cache_dir else directory
-  publish.remove_abandoned(base)  # what killed preparations left
+  publish.remove_abandoned(base)  # Preparations that were killed have left directories here.
   cached = None
   if isinstance(data.source, config.Seqio):
     cached = seqio_tasks.cache(data.source, base)
@@ -144,7 +144,7 @@ def open_prepared(directory: Path) -> Prepared:
 
 
 def is_prepared(directory: Path, data: config.Data) -> bool:
-  """Whether `directory` holds what `prepare` has once made of such settings."""
+  """Says whether `directory` holds what `prepare` made from the same settings."""
   try:
     manifest = dict(json.loads((directory / _MANIFEST).read_text()))
   except (OSError, ValueError, TypeError):
@@ -270,7 +270,7 @@ def _check_splits(data: config.Data, splits: dict[str, dict[str, Any]], nearest:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Load:
-  """A host's part of a global batch of example ids: some rows, and some tokens of each."""
+  """Loads a host's part of a global batch of example ids: some rows, and some tokens of each."""
 
   packed: Packed
   rows: np.ndarray
@@ -282,7 +282,7 @@ class _Load:
 
 
 class TrainIterator:
-  """Endless batches; the batch of step s depends on (data, seed, batch size, s) alone."""
+  """Yields batches without end; that of step s depends on (data, seed, batch size, s) alone."""
 
   def __init__(self, steps: grain.MapDataset, num_workers: int, identity: dict[str, Any]) -> None:
     self._steps, self._num_workers, self._identity = steps, num_workers, identity
@@ -311,11 +311,11 @@ class TrainIterator:
                                worker_init_fn=workers.outlive_signals)
 
   def get_state(self) -> dict[str, Any]:
-    """JSON-able: the next step, and what the order of examples follows from."""
+    """The next step, and what the order of examples follows from, as values for JSON."""
     return {'step': self._step, **self._identity}
 
   def set_state(self, state: dict[str, Any]) -> None:
-    """Continues at `state`, exactly as if never stopped, on any number of hosts and workers.
+    """Continues at `state` as if it had never stopped, on any number of hosts and workers.
 
     Raises:
       UserError: the state belongs to other data, another seed or batch size.
@@ -338,18 +338,18 @@ class TrainIterator:
 def train_iterator(packed: Packed, *, seed: int, batch_size: int,
                    rows: np.ndarray | None = None, tokens: np.ndarray | None = None,
                    num_workers: int = 0) -> TrainIterator:
-  """Batches of this host: its rows and tokens of the global batch of each step.
+  """Yields this host's rows and tokens of the global batch of each step.
 
-  The global order is a permutation of the examples drawn anew each epoch from
-  `seed`, cut every `batch_size` rows (epochs run on into each other).
+  The global order is a permutation of the examples, drawn anew each epoch from `seed` and cut
+  every `batch_size` rows; a batch may span two epochs.
 
   Args:
     packed: the training split.
-    seed: of the order.
-    batch_size: B, rows over all hosts.
-    rows: which of them this host reads (`parallel.hosts.owned`); None reads all.
-    tokens: which of a row's T tokens it keeps; None keeps all.
-    num_workers: processes that read ahead; 0 reads in threads of this one.
+    seed: decides the order.
+    batch_size: B, the rows over all hosts.
+    rows: which of the B rows this host reads (`parallel.hosts.owned`); None reads all.
+    tokens: which of a row's T tokens this host keeps; None keeps all.
+    num_workers: processes that read ahead; 0 reads in threads of this process.
 
   Raises:
     UserError: fewer than B examples.
@@ -363,12 +363,12 @@ def train_iterator(packed: Packed, *, seed: int, batch_size: int,
 
 
 def eval_batches(packed: Packed, batch_size: int, limit: int = 0) -> Iterator[Batch]:
-  """The examples in file order; the last batch is filled up with rows of weight 0.
+  """Yields the examples in file order; the last batch is filled up with rows of weight 0.
 
   Args:
     packed: the validation split.
     batch_size: B.
-    limit: most batches; 0 takes all.
+    limit: the most batches; 0 takes all.
 
   Raises:
     UserError: the split has no example.
@@ -385,7 +385,7 @@ def _eval_batches(packed: Packed, batch_size: int, limit: int) -> Iterator[Batch
 
 
 def padded_batch(packed: Packed, ids_B: np.ndarray) -> Batch:
-  """The examples `ids_B`, of which −1, at the end only, stands for a row of weight 0."""
+  """The examples `ids_B` as a batch; −1, which may stand at the end only, is a row of weight 0."""
   ids = [int(i) for i in ids_B if i >= 0]
   rows_B3T = np.concatenate(
       [packed._rows(ids), np.zeros((len(ids_B) - len(ids), 3, packed.seq_len), np.int32)])

@@ -1,8 +1,8 @@
 """RPT's data stage: positions worth predicting, and prompts that end at them.
 
-A proxy policy scores every position of the packed examples by the entropy of its
-prediction; those it is unsure of make a table, kept on disk; the prompts of a step are a
-function of (table, seed, step). Host-side numpy, but for the scoring itself.
+A proxy policy scores every position of the packed examples by the entropy of its prediction. The
+positions it is unsure of make a table, which is kept on disk, and the prompts of a step are a
+function of (table, seed, step). All but the scoring is numpy on the host.
 """
 
 from collections.abc import Callable
@@ -29,11 +29,11 @@ ENTROPY_TOP = 16
 
 @dataclass(frozen=True)
 class Positions:
-  """Chosen positions: predict `targets[t]` of an example, given its tokens up to t."""
+  """Chosen positions; each asks for `targets[t]` of an example, given the tokens up to t."""
 
   example: np.ndarray  # i64[R] the example's id in the data set
   t: np.ndarray  # i32[R]
-  entropy: np.ndarray  # f32[R] of the proxy's prediction, nats
+  entropy: np.ndarray  # f32[R] entropy of the proxy's prediction, nats
 
   def __len__(self) -> int:
     return len(self.example)
@@ -47,11 +47,11 @@ class Positions:
 
 
 def position_entropy(model: Model, params: Params, batch: Batch) -> Array:
-  """Entropy of the prediction at each position over its 16 likeliest tokens.
+  """The entropy of the prediction at each position, over its 16 likeliest tokens.
 
     q = p[top 16] / Σ p[top 16],  H = −Σ q ln q
 
-  To be called under `jit`; float32 logits of one row exist at a time.
+  Call it under `jit`: the float32 logits of only one row exist at a time.
 
   Args:
     batch: rows of the packed data set.
@@ -76,14 +76,14 @@ def position_entropy(model: Model, params: Params, batch: Batch) -> Array:
 def select_positions(entropy: np.ndarray, batch: Batch, *, min_entropy: float,
                      min_context: int = 1, min_continuation: int = 1,
                      predictable: np.ndarray | None = None) -> Positions:
-  """The positions of one batch that are worth a prompt.
+  """Selects the positions of one batch that are worth a prompt.
 
   Args:
     entropy: f32[B, T] from `position_entropy`.
     batch: the scored rows.
     min_entropy: nats; positions below are dropped.
-    min_context: context tokens (the current one included) that a position needs.
-    min_continuation: true tokens that must follow in the segment.
+    min_context: how many context tokens a position needs, the current one included.
+    min_continuation: how many true tokens must follow in the segment.
     predictable: bool[V]; positions whose target is False are dropped (a token without
       bytes, such as end of text, can never earn RPT's reward).
 
@@ -105,7 +105,7 @@ def select_positions(entropy: np.ndarray, batch: Batch, *, min_entropy: float,
 
 
 def _same_segment(segments: np.ndarray, usable: np.ndarray, shift: int) -> np.ndarray:
-  """bool[B, T]: position t + shift exists, is usable and lies in t's segment."""
+  """Says where position t + shift exists, is usable and lies in t's segment; bool[B, T]."""
   there = np.arange(segments.shape[1]) + shift
   inside = (there >= 0) & (there < segments.shape[1])
   there = np.clip(there, 0, segments.shape[1] - 1)
@@ -113,7 +113,7 @@ def _same_segment(segments: np.ndarray, usable: np.ndarray, shift: int) -> np.nd
 
 
 def concatenate(parts: list[Positions]) -> Positions:
-  """One table of the positions of many batches."""
+  """Joins the positions of many batches into one table."""
   empty = Positions(np.zeros(0, np.int64), np.zeros(0, np.int32), np.zeros(0, np.float32))
   parts = [empty, *parts]
   return Positions(np.concatenate([p.example for p in parts]),
@@ -125,7 +125,7 @@ def concatenate(parts: list[Positions]) -> Positions:
 
 
 def table_key(params: Params, **settings: float | int | str) -> str:
-  """Names a table by what it depends on: the proxy's weights and the settings of the choice."""
+  """A name of a table, made of the proxy's weights and of the settings of the choice."""
   text = json.dumps({'proxy': checksum(params), 'settings': settings}, sort_keys=True)
   return hashlib.sha256(text.encode()).hexdigest()
 
@@ -133,7 +133,7 @@ def table_key(params: Params, **settings: float | int | str) -> str:
 def load_or_score(path: Path, key: str, score: Callable[[], Positions]) -> Positions:
   """The table in `path` if it was made under `key`, else `score()`, which is then kept.
 
-  A damaged or unfinished file counts as absent. The file appears at once or not at all.
+  A damaged or unfinished file counts as absent. A new file appears whole or not at all.
 
   Raises:
     Unwritable: the table cannot be kept.
@@ -161,12 +161,12 @@ def _load(path: Path, key: str) -> Positions | None:
 
 
 def step_rows(num_rows: int, num_prompts: int, seed: int, step: int) -> np.ndarray:
-  """Which rows of the table step `step` (from 0) uses: i64[num_prompts].
+  """The rows of the table that step `step` (from 0) uses, i64[num_prompts].
 
-  The table is gone through in a new order each epoch, f(seed, epoch), without a gap
-  between epochs. A step that runs over the end of an epoch repeats no row while others are
-  left: the next epoch then begins with rows that the step has not had. Where steps end
-  depends on num_prompts, and so does the order.
+  Each epoch goes through the table in a new order, a function of (seed, epoch), and no row is left
+  out between epochs. A step that runs over the end of an epoch repeats no row while others are
+  left: the next epoch then begins with rows that the step has not had. The order depends on
+  num_prompts too, because num_prompts decides where steps end.
   """
   place = step * num_prompts + np.arange(num_prompts, dtype=np.int64)
   epoch = place // num_rows
@@ -179,7 +179,7 @@ def step_rows(num_rows: int, num_prompts: int, seed: int, step: int) -> np.ndarr
 
 @functools.lru_cache(maxsize=2)
 def _order(num_rows: int, num_prompts: int, seed: int, epoch: int) -> np.ndarray:
-  """i64[num_rows]: the rows of an epoch in their order."""
+  """The rows of an epoch in their order, i64[num_rows]."""
   first = epoch
   while _shared(num_rows, num_prompts, first)[0]:
     first -= 1  # Back to an epoch that begins with a step, or as if it did.
@@ -198,8 +198,8 @@ def _order(num_rows: int, num_prompts: int, seed: int, epoch: int) -> np.ndarray
 def _shared(num_rows: int, num_prompts: int, epoch: int) -> tuple[int, int]:
   """How many last rows of the epoch before, and first rows of this one, must all differ.
 
-  Of the step that runs over the boundary, every num_rows rows are to be distinct: those between
-  which the boundary lies are shared by two epochs, all others are a whole epoch or part of one.
+  In the step that runs over the boundary, each run of num_rows rows is to be distinct. Only runs
+  that contain the boundary belong to two epochs; all others are a whole epoch or a part of one.
   """
   boundary = epoch * num_rows
   before = boundary % num_prompts
@@ -210,13 +210,15 @@ def _shared(num_rows: int, num_prompts: int, epoch: int) -> tuple[int, int]:
 
 def document_rows(examples: Batch, rows: Positions, *, prompt_len: int,
                   num_positions: int) -> np.ndarray:
-  """Which rows of the table may share a document: its first `prompt_len` tokens are the context
-  of all of them.
+  """The rows of the table that may share a document.
+
+  The first `prompt_len` tokens of the document hold the contexts of all its rows.
 
   Args:
     examples: the host rows of all examples of the table.
     rows: R positions.
-    num_positions: P; documents with fewer are left out.
+    prompt_len: how many first tokens of a document can be context.
+    num_positions: P; documents with fewer positions are left out.
 
   Returns:
     i64[D, R'] rows of each document, rising, −1 beyond its last; R' ≥ P.
@@ -237,10 +239,10 @@ def document_rows(examples: Batch, rows: Positions, *, prompt_len: int,
 
 def step_documents(documents: np.ndarray, num_documents: int, num_positions: int, seed: int,
                    step: int) -> np.ndarray:
-  """i64[num_documents · num_positions]: the rows of step `step` (from 0), those of a document
-  side by side and rising.
+  """The rows of step `step` (from 0), i64[num_documents · num_positions].
 
-  Documents come as `step_rows` says; which of its positions is f(seed, step, place).
+  The rows of a document lie side by side and rise. Documents come in the order of `step_rows`;
+  which positions of a document are taken is a function of (seed, step, its place in the step).
   """
   chosen = documents[step_rows(len(documents), num_documents, seed, step)]
   rows = []
@@ -252,24 +254,24 @@ def step_documents(documents: np.ndarray, num_documents: int, num_positions: int
 
 
 def share_documents(prompts: Prompts, num_positions: int) -> Prompts:
-  """Prompts of `step_documents`, each document's tokens once: those of its longest context."""
+  """Keeps the tokens of each document once: those of the longest context of its prompts."""
   tokens: Any = np.asarray(prompts.tokens)[num_positions - 1::num_positions]
   return dataclasses.replace(prompts, tokens=tokens)
 
 
 def build_prompts(examples: Batch, rows: Positions, *, prompt_len: int,
                   num_continuation: int) -> Prompts:
-  """Prompts that end at the chosen positions, with what truly follows.
+  """Builds the prompts that end at the chosen positions, with what truly follows.
 
   The context is the last `prompt_len` tokens of the segment up to t, the continuation the
   next `num_continuation` targets of the segment; both are right-padded with 0.
 
   Args:
-    examples: host rows of the data set, in any order; `ids` finds them.
+    examples: host rows of the data set, in any order; they are found by their `ids`.
     rows: R positions.
     prompt_len: T of the prompts.
-    num_continuation: W. A prediction of S tokens may spell what the truth spells in more:
-      take W ≥ the bytes that S tokens can have, or accept that longer ones count as wrong.
+    num_continuation: W. A prediction of S tokens may spell what the truth spells in more tokens:
+      take W ≥ the bytes that S tokens can have, or accept that such predictions count as wrong.
 
   Returns:
     Prompts of numpy arrays. ids are example · length + t, modulo 2³².
@@ -304,7 +306,7 @@ def build_prompts(examples: Batch, rows: Positions, *, prompt_len: int,
 
 
 def _host(x: np.ndarray, dtype: Any = np.int32) -> Any:
-  """A host array standing where a device array will be."""
+  """A host array, typed as the device array that will take its place."""
   return x.astype(dtype)
 
 
@@ -318,13 +320,13 @@ def _rows_of(ids: np.ndarray, wanted: np.ndarray) -> np.ndarray:
 
 
 def distinct_rows(prompts: Prompts) -> np.ndarray:
-  """i64[R], rising: the rows whose prompt no earlier row has."""
+  """The rows whose prompt no earlier row has, i64[R], rising."""
   keys = np.concatenate([np.asarray(prompts.lengths)[:, None], np.asarray(prompts.tokens)], 1)
   return np.sort(np.unique(keys, axis=0, return_index=True)[1])
 
 
 def pad_prompts(prompts: Prompts, num_prompts: int) -> Prompts:
-  """Appends rows without a continuation, which evaluation does not count, up to N."""
+  """Fills prompts up to N rows; the new rows have no continuation and evaluation skips them."""
   missing = num_prompts - prompts.tokens.shape[0]
 
   def pad(x: Any) -> np.ndarray:

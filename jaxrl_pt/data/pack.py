@@ -1,4 +1,4 @@
-"""Documents of token ids → rows of `seq_len` predicted tokens.
+"""Packs documents of token ids into rows of `seq_len` predicted tokens.
 
 A document d_0 … d_{n-1} becomes the n + 1 pairs (input, target) = (bos, d_0), (d_0, d_1), …,
 (d_{n-1}, eos), so every token is predicted exactly once, the first one from the token that
@@ -19,25 +19,25 @@ import numpy as np
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.types import Batch
 
-# Rows that wait for a piece that fits. More of them pad less and hold more memory.
+# At most so many rows wait for a piece that fits. More rows pad less and hold more memory.
 _MAX_OPEN_ROWS = 1024
 
 
 def hold_out(text: str | bytes) -> float:
-  """A document's place in [0, 1), from a hash of its text alone.
+  """A document's place in [0, 1), which follows from a hash of its text alone.
 
-  It is held out for validation where this is below `validation_fraction`: equal
-  documents fall on the same side, and adding documents moves no other one.
+  The document is held out for validation if its place is below `validation_fraction`. So equal
+  documents fall on the same side, and an added document moves no other one.
   """
   raw = text.encode() if isinstance(text, str) else text
   return int.from_bytes(hashlib.sha256(raw).digest()[:6], 'big') / 2**48
 
 
 class Ends(NamedTuple):
-  """The ids that stand before and behind a document."""
+  """The ids that stand before and after a document."""
 
-  bos: int | None  # input before the first token; None for models without one
-  eos: int  # target of the last token
+  bos: int | None  # the input before the first token; None for models without one
+  eos: int  # the target of the last token
 
 
 def pieces(tokens_n: np.ndarray, ends: Ends, seq_len: int,
@@ -46,9 +46,9 @@ def pieces(tokens_n: np.ndarray, ends: Ends, seq_len: int,
 
   Args:
     tokens_n: int[n] ids of one document, without beginning and end.
-    ends: of documents.
-    seq_len: T.
-    long_documents: 'error' refuses more than T pairs.
+    ends: the ids before and after a document.
+    seq_len: T, the most pairs of a piece.
+    long_documents: 'split' cuts a document of more than T pairs, 'error' refuses it.
 
   Returns:
     i32[2, m] inputs and targets, m ≤ T, in order; none for an empty document.
@@ -79,7 +79,7 @@ class Packer:
     self._num_rows = 0
 
   def add(self, piece_2m: np.ndarray) -> Iterator[np.ndarray]:
-    """Places i32[2, m]; yields the i32[3, T] rows that are now closed."""
+    """Places a piece i32[2, m] and yields the i32[3, T] rows that are closed by it."""
     length = piece_2m.shape[1]
     found = bisect.bisect_left(self._room, (length, -1))
     if found < len(self._room):
@@ -97,7 +97,7 @@ class Packer:
       yield self._close(self._room.pop(0)[1])
 
   def flush(self) -> Iterator[np.ndarray]:
-    """Yields the rows still open."""
+    """Yields the rows that are still open."""
     for row in sorted(self._open):
       yield self._close(row)
     self._room = []
@@ -115,7 +115,7 @@ class Packer:
 
 def pack(documents: Iterable[np.ndarray], ends: Ends, seq_len: int,
          long_documents: Literal['split', 'error'] = 'split') -> Iterator[np.ndarray]:
-  """Yields the i32[3, T] rows of a stream of documents int[n]; see `pieces` for errors."""
+  """Packs a stream of documents int[n] and yields rows i32[3, T]; `pieces` says what it refuses."""
   packer = Packer(seq_len)
   for tokens_n in documents:
     for piece_2m in pieces(tokens_n, ends, seq_len, long_documents):
@@ -124,7 +124,7 @@ def pack(documents: Iterable[np.ndarray], ends: Ends, seq_len: int,
 
 
 def to_batch(rows_B3T: np.ndarray, ids_B: np.ndarray) -> Batch:
-  """Rows i32[B, 3, T] and their example ids i32[B] as a Batch of numpy arrays.
+  """Makes rows i32[B, 3, T] and their example ids i32[B] a Batch of numpy arrays.
 
   positions[t] = t − (first t of its segment), weights[t] = [segment ≠ 0].
   """

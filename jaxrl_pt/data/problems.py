@@ -1,4 +1,4 @@
-"""Problems → prompts: what a step asks is a function of (problems, seed, step).
+"""Turns problems into prompts: what a step asks is a function of (problems, seed, step).
 
     cfg.Problems → load → (training, held-out) lists of Problem
                  → encode with the run's tokenizer → ProblemSet
@@ -34,15 +34,15 @@ from jaxrl_pt.data.tokenizer import Tokenizer, begun
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.types import Prompts
 
-# A JSON number beyond 10^±50 keeps its exponent.
+# A JSON number beyond 10^±50 is written with its exponent.
 _MAX_ZEROS = 50
 
 
 @dataclass(frozen=True)
 class ProblemSet:
-  """Problems, their prompts' tokens and their answers' bytes, right-padded with 0. Host arrays.
+  """Problems with their prompts' tokens and their answers' bytes, as host arrays padded with 0.
 
-  digest: of prompts, answers and tokens; it must be the same when a run resumes.
+  `digest` covers prompts, answers and tokens, and must be the same when a run resumes.
   """
 
   problems: tuple[Problem, ...]
@@ -64,7 +64,8 @@ class ProblemSet:
   def prompts(self, rows: np.ndarray) -> tuple[Prompts, list[str]]:
     """The prompts of `rows`, i64[N], as numpy arrays, and their reference answers.
 
-    ids are the problems' own: a prompt's noise does not depend on where in a batch it stands.
+    The prompts have the ids of the problems, so that a prompt's noise does not depend on where in a
+    batch it stands.
     """
     chosen = [self.problems[row] for row in rows]
     ids: Any = np.array([p.id for p in chosen], np.int32)
@@ -77,7 +78,7 @@ class ProblemSet:
 
 def step_prompts(problems: ProblemSet, num_prompts: int, seed: int, step: int
                  ) -> tuple[Prompts, list[str]]:
-  """What step `step` (from 0) asks: all problems in a new order each epoch, f(seed, epoch)."""
+  """What step `step` (from 0) asks; each epoch has all problems in an order f(seed, epoch)."""
   return problems.prompts(step_rows(len(problems), num_prompts, seed, step))
 
 
@@ -85,11 +86,11 @@ def step_prompts(problems: ProblemSet, num_prompts: int, seed: int, step: int
 
 
 def load(problems: config.Problems) -> tuple[list[Problem], list[Problem]]:
-  """(training, held-out) problems in the template, in the source's order.
+  """Loads (training, held-out) problems, put in the template and in the source's order.
 
-  Which are held out follows from a hash of the prompt alone: equal prompts fall on the same
-  side. The held-out ones are distinct: a prompt that the source repeats is measured once, by its
-  first reference.
+  A hash of the prompt alone decides which problems are held out, so equal prompts fall on the same
+  side. The held-out prompts are distinct: one that the source repeats is measured once, by its
+  first reference answer.
 
   Raises:
     UserError: a file cannot be read, a row has no answer, a task does not exist, or no problem is
@@ -164,7 +165,7 @@ def _written_out(number: int | float | decimal.Decimal, place: str, field: str) 
 
 
 def _reasoning_gym(source: config.ReasoningGym) -> Iterator[Problem]:
-  """The reference is the problem: its name and all that the library knows of it."""
+  """Yields problems whose reference is the problem itself: its name and what the library knows."""
   for i, question in enumerate(gym_questions.questions(source)):
     entry = {} if question.entry is None else {'entry': question.entry}
     reference = json.dumps({**gym_questions.reference(source), 'index': i, **entry})
@@ -176,7 +177,7 @@ def _reasoning_gym(source: config.ReasoningGym) -> Iterator[Problem]:
 
 def encode(problems: Sequence[Problem], tokenizer: Tokenizer, prompt_len: int,
            with_answers: bool = True, template: str = '{prompt}') -> ProblemSet:
-  """Tokens of all prompts, each begun as a document is, and bytes of all answers.
+  """Encodes all prompts, each begun as a document is, and the bytes of all answers.
 
   Args:
     problems: at least one.
@@ -184,7 +185,7 @@ def encode(problems: Sequence[Problem], tokenizer: Tokenizer, prompt_len: int,
     prompt_len: T, the most tokens that a prompt may have.
     with_answers: False where the verifier reads text: bytes of the answers, which may be long,
       are then left out.
-    template: in which the problems were put when they were loaded.
+    template: the prompt template in which the problems were put when they were loaded.
 
   Raises:
     UserError: a prompt is empty or longer than `prompt_len`.
@@ -206,7 +207,7 @@ def encode(problems: Sequence[Problem], tokenizer: Tokenizer, prompt_len: int,
 
 def _prompt_ids(problems: Sequence[Problem], tokenizer: Tokenizer, template: str
                 ) -> list[list[int]]:
-  """Special tokens are those of the template; what a problem says stays text."""
+  """The ids of prompts, in which only the template's special tokens are special tokens."""
   before, _, after = template.partition('{prompt}')
   if not token_table.find_special(tokenizer.special_tokens, before + '\0' + after):
     return tokenizer.encode_batch([p.prompt for p in problems])

@@ -1,4 +1,4 @@
-"""Directories that appear whole or not at all, and the record files in them."""
+"""Writes directories that appear whole or not at all, and the record files in them."""
 
 from collections.abc import Iterator
 import contextlib
@@ -64,8 +64,8 @@ def _unfinished(final: Path) -> Iterator[Path]:
 def remove_abandoned(directory: Path) -> None:
   """Removes the unfinished directories in `directory` whose makers are dead.
 
-  A lock that can be taken has lost its holder. Those without a lock, as on a file system that
-  has none, are left alone for a day.
+  A lock that can be taken has lost its holder. A directory without a lock, as on a file system that
+  has no locks, is left alone for a day.
   """
   with contextlib.suppress(OSError):
     matches = [_UNFINISHED.fullmatch(path.name) for path in directory.iterdir()]

@@ -26,12 +26,12 @@ _HELD_OUT = 'validation'
 def cache(source: config.Seqio, base: Path) -> Path:
   """Writes every split of a registered Task or Mixture under `base`, unless it is there.
 
-  One epoch in seqio's own unshuffled order, one record of i32 ids an example; beside
-  them the vocabulary's SentencePiece model (extra ids included) and a manifest. A task
-  whose definition changes under the same name needs its cache deleted.
+  The cache has one epoch in seqio's own unshuffled order, one record of i32 ids an example, beside
+  the vocabulary's SentencePiece model (extra ids included) and a manifest. If the definition of a
+  task changes under the same name, delete its cache.
 
   Returns:
-    the directory of the cache.
+    The directory of the cache.
 
   Raises:
     UserError: seqio or the module is missing, the task, feature or 'train' split does not
@@ -56,7 +56,7 @@ def cache(source: config.Seqio, base: Path) -> Path:
 
 
 def _task(source: config.Seqio) -> Any:
-  """The registered Task or Mixture, checked for what we need of it."""
+  """The registered Task or Mixture, once it is known to have what the cache needs."""
   try:
     import seqio
   except ImportError as error:
@@ -106,7 +106,7 @@ def check_tokenizer(cached: Path, tokenizer: Tokenizer) -> None:
   """Refuses a run whose tokenizer is not the vocabulary that the task's ids come from.
 
   Raises:
-    UserError: it is not.
+    UserError: the tokenizer is another.
   """
   model = cached / _MODEL
   same = (isinstance(tokenizer, SentencePieceTokenizer)
@@ -137,10 +137,10 @@ def documents(cached: Path, validation_fraction: float, tokenizer: Tokenizer
 
 
 def refuse_shared(cached: Path, validation_fraction: float, tokenizer: Tokenizer) -> None:
-  """Refuses a task of which an example is in both splits, which its author has made.
+  """Refuses a task whose training and validation splits share an example.
 
   Raises:
-    UserError: there is one.
+    UserError: an example is in both.
   """
   def texts(held_out: bool) -> Iterator[str]:
     for _, is_held_out, ids_n, _ in documents(cached, validation_fraction, tokenizer):

@@ -1,7 +1,7 @@
 """Where documents come from: each source is a deterministic stream of texts.
 
-A file that cannot be read as what it should be stops the run with its name and
-the place in it, before anything is trained on half of the data.
+A file that cannot be read as the source says stops the run with its name and the place in it,
+before anything is trained on half of the data.
 """
 
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ from jaxrl_pt.errors import MissingFileError, UserError
 _SKIPPED_DIRECTORIES = {'site-packages', 'dist-packages', 'test', 'tests', 'idle_test', 'lib2to3',
                         '__pycache__', '_bundled', 'encodings', 'pydoc_data'}
 _MIN_PROSE_BYTES = 200
-# Consumes comments and strings in order, so that a quote inside one never opens another.
+# It consumes comments and strings in order, so that a quote inside one never opens another.
 _COMMENT_OR_STRING = re.compile(
     r'#[^\n]*'
     r'|"""(?P<double>[^"\\]*(?:(?:\\.|"(?!""))[^"\\]*)*)"""'
@@ -48,8 +48,8 @@ def documents(source: config.Source) -> Iterator[str]:
 def keyed_documents(source: config.Source) -> Iterator[tuple[str, str]]:
   """Yields (text, key) of the documents; documents of one key stand on one side of a split.
 
-  The key is the text itself. That of a demonstration is its prompt, by which RL's problems are
-  held out too, so that other answers to a held-out prompt are not trained on.
+  The key is the text itself, or the prompt of a demonstration. The problems of RL are held out by
+  their prompts too, so that no other answer to a held-out prompt is trained on.
 
   Raises:
     UserError: as `documents`.
@@ -230,7 +230,7 @@ def _text_files(pattern: str, document_start: str) -> Iterator[str]:
 def json_rows(pattern: str) -> Iterator[tuple[str, dict[str, Any]]]:
   """Yields ('file:line', object) of each row of JSON-lines files, blank lines left out.
 
-  A number with a point or an exponent is a Decimal: it keeps the digits that the file has.
+  A number with a point or an exponent is a Decimal, which keeps the digits that the file has.
 
   Raises:
     UserError: no file matches, or a row is not a JSON object.
@@ -250,10 +250,10 @@ def json_rows(pattern: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def text_of(value: Any, place: str, setting: str, field: str, row: dict[str, Any]) -> str:
-  """`value`, found in `field` of `row`, if it is text.
+  """Returns `value`, which stood in `field` of `row`, if it is text.
 
   Raises:
-    UserError: it is none, or not valid Unicode.
+    UserError: it is no text, or not valid Unicode.
   """
   if not isinstance(value, str):
     raise UserError(f'{place} has no text in the field {field!r}: set {setting} to one of '

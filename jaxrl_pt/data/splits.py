@@ -1,8 +1,8 @@
-"""What is measured on must not have been trained on: counting what two sides share.
+"""Refuses measuring on what has been trained on, by counting what two sides share.
 
 A split by a hash of the content (`pack.hold_out`) keeps equal texts on one side. Two sides that
-were made apart, such as files of their own, or a policy's corpus and the problems that it is
-measured on, say nothing of each other: whoever puts them together calls `refuse_overlap`.
+were made apart, such as two sets of files, or a policy's corpus and the problems that it is
+measured on, may share texts: whoever puts them together calls `refuse_overlap`.
 """
 
 from collections.abc import Hashable, Iterable
@@ -17,7 +17,8 @@ _SHOWN = 60  # characters of a shared item that a message quotes
 class Apart:
   """Two sides that share nothing.
 
-  num_training: items trained on, repetitions included; num_held_out: distinct ones.
+  num_training: items trained on, repetitions included.
+  num_held_out: distinct items that are held out.
   """
 
   what: str

@@ -1,4 +1,4 @@
-"""Templates of the operator with the texts of others in them, as tokens.
+"""Encodes templates of the operator that have the texts of others in them.
 
 Special tokens that the operator has written into a template, such as `<|im_start|>`, are those
 tokens. The same characters in what a user, a problem or a document says stay text, so that
@@ -20,22 +20,22 @@ class Span(NamedTuple):
 
 
 def template(text: str) -> list[Span]:
-  """A text that is all the operator's."""
+  """A text that the operator wrote, as the only span."""
   return [Span(text, True)]
 
 
 def around(text: str, before: str, after: str) -> list[Span]:
-  """A text of others between two pieces of a template."""
+  """The spans of a text of others between two pieces of a template."""
   return [Span(before, True), Span(text, False), Span(after, True)]
 
 
 def encode(tokenizer: Tokenizer, spans: Sequence[Span]) -> list[int]:
-  """The ids of the joined text, in which special tokens of template spans are themselves.
+  """The ids of the joined text, in which the special tokens of template spans become those tokens.
 
-  Without any it is `tokenizer.encode` of the whole: where spans meet nothing is cut. Nor is
-  anything where the other spans spell no special token, as the tokenizer's own parser then finds
-  those of the template alone. Otherwise the text is cut at the template's special tokens and the
-  pieces between are encoded apart.
+  Where the template has no special token, this is `tokenizer.encode` of the whole text, which is
+  not cut where spans meet. It is not cut either where the other spans spell no special token,
+  because the tokenizer's own parser then finds those of the template alone. Otherwise the text is
+  cut at the template's special tokens, and the pieces between them are encoded apart.
   """
   text = ''.join(span.text for span in spans)
   special = tokenizer.special_tokens

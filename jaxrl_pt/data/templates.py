@@ -1,7 +1,7 @@
-"""What stands round a context when a policy is asked for its next token.
+"""Prompt templates: what stands round a context when a policy is asked for its next token.
 
-Two kinds: a question in words, for models that reason in text (RPT's variants v0 to v6), and
-two marker tokens, for models that only ever saw a corpus. Either way the context keeps the
+There are two kinds: a question in words, for models that reason in text (RPT's variants v0 to v6),
+and two marker tokens, for models that only ever saw a corpus. Either way the context keeps the
 tokens that the corpus gave it; a template is encoded apart and put round them.
 """
 
@@ -58,8 +58,8 @@ _EXAMPLES = (
     r'Reasoning: the call is still open, so its bracket closes at once.' '\n'
     r'Answer: \boxed{)}' '\n\n')
 
-# v0 is the one of the paper's main experiments; the others differ in the fence, the role, the
-# examples and whether candidates are asked for. The wording is our own.
+# The paper's main experiments use v0. The others differ from it in the fence, the role, the
+# examples, and in whether candidates are asked for. The wording is our own.
 TEMPLATES: dict[Variant, Template] = {
     'v0': Template(
         'Continue the text below by one token. Reason step by step before you answer.\n'
@@ -86,7 +86,7 @@ TEMPLATES: dict[Variant, Template] = {
 
 def encode(template: Template, tokenizer: Tokenizer, opening: Sequence[int] = (),
            closing: Sequence[int] = ()) -> TokenTemplate:
-  """The template in a chat model's tokens.
+  """Encodes a template in a chat model's tokens.
 
   Args:
     template: such as `TEMPLATES['v0']`; special tokens written in it are those tokens.
@@ -95,8 +95,8 @@ def encode(template: Template, tokenizer: Tokenizer, opening: Sequence[int] = ()
     closing: special tokens that end it and begin the model's, with its think tag.
 
   Returns:
-    Its ids. Where text and context meet, tokens may differ from those of the rendered text:
-    the context's own are kept, because the truth continues them.
+    The template's ids. Where template and context meet, the tokens may differ from those of the
+    rendered text: the context keeps its own, because the truth continues them.
   """
   encode_text = lambda text: template_text.encode(tokenizer, template_text.template(text))
   return TokenTemplate((*opening, *encode_text(template.before)),
@@ -107,14 +107,14 @@ def encode(template: Template, tokenizer: Tokenizer, opening: Sequence[int] = ()
 
 
 def apply(template: TokenTemplate, prompts: Prompts) -> Prompts:
-  """Prompts whose contexts stand inside the template.
+  """Puts the template round the contexts of a batch.
 
   Args:
     template: M₁ tokens before, M₂ after.
     prompts: tokens i32[N, T] of plain contexts, on the host.
 
   Returns:
-    Prompts with tokens i32[N, M₁ + T + M₂]; all else is as it was.
+    Prompts with tokens i32[N, M₁ + T + M₂] and longer lengths; all else is as it was.
   """
   tokens, lengths = np.asarray(prompts.tokens), np.asarray(prompts.lengths)
   num_before, num_after = len(template.before), len(template.after)

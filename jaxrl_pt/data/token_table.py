@@ -1,4 +1,4 @@
-"""What tokenizers of a table share: bytes of ids joined, a fingerprint, files on disk."""
+"""What tokenizers share: a table of the bytes of each id, a fingerprint, files on disk."""
 
 import abc
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +15,7 @@ DESCRIPTION, DEFINITION = 'tokenizer_config.json', {
 
 
 def join(table: list[bytes], ids: Sequence[int], dummy_space: bool) -> bytes:
-  """The bytes that ids spell, without a space that encoding put before the text."""
+  """The bytes that ids spell, without the space that encoding may have put before the text."""
   # A model's vocabulary may be padded beyond the tokenizer's: such ids spell nothing.
   joined = b''.join(table[i] for i in ids if 0 <= i < len(table))
   return joined[1:] if dummy_space and joined.startswith(b' ') else joined
@@ -28,7 +28,7 @@ def digest(kind: str, eos_id: int, bos_id: int | None, definition: bytes) -> str
 
 
 def write(directory: Path, description: dict[str, Any], definition: bytes) -> None:
-  """Writes all of a tokenizer that `tokenizer.load` reads."""
+  """Writes all that `tokenizer.load` reads of a tokenizer."""
   directory.mkdir(parents=True, exist_ok=True)
   (directory / DESCRIPTION).write_text(json.dumps(description, indent=2) + '\n')
   if definition:
@@ -36,13 +36,13 @@ def write(directory: Path, description: dict[str, Any], definition: bytes) -> No
 
 
 def metaspace_piece(piece: str) -> bytes:
-  """Bytes of a SentencePiece-style piece: ▁ is a space, <0xNN> a byte."""
+  """The bytes of a SentencePiece-style piece: ▁ is a space, and <0xNN> is a byte."""
   byte = _BYTE_PIECE.fullmatch(piece)
   return bytes([int(byte[1], 16)]) if byte else piece.replace('▁', ' ').encode()
 
 
 def find_special(special: Mapping[str, int], text: str) -> list[tuple[int, int]]:
-  """Where special tokens are written in a text, the longest first where several begin."""
+  """The places of special tokens in a text; where several begin, the longest counts."""
   if not special:
     return []
   pattern = '|'.join(re.escape(s) for s in sorted(special, key=len, reverse=True))
@@ -51,7 +51,7 @@ def find_special(special: Mapping[str, int], text: str) -> list[tuple[int, int]]
 
 def encode_between(encode: Callable[[str], list[int]], special: Mapping[str, int], text: str,
                    places: Sequence[tuple[int, int]]) -> list[int]:
-  """The ids of a text whose `places` are special tokens, the pieces between encoded apart."""
+  """The ids of a text whose `places` are special tokens; the pieces between are encoded apart."""
   ids: list[int] = []
   end = 0
   for start, stop in places:
@@ -61,7 +61,7 @@ def encode_between(encode: Callable[[str], list[int]], special: Mapping[str, int
 
 
 class TableTokenizer(abc.ABC):
-  """What a tokenizer can do by its table alone."""
+  """The part of a tokenizer that needs only its table of bytes."""
 
   @functools.cached_property
   @abc.abstractmethod

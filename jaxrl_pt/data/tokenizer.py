@@ -1,8 +1,7 @@
-"""Text ↔ token ids: bytes, byte-level BPE, any tokenizer.json, SentencePiece.
+"""Tokenizers between text and ids: bytes, byte-level BPE, any tokenizer.json, SentencePiece.
 
-Every tokenizer is a table of the bytes that each id contributes to text, and
-decoding is that table joined: so what `decode` shows, what bits per byte
-divides by and what a byte-prefix reward compares are one and the same.
+Every tokenizer is a table of the bytes that each id contributes to text, and decoding joins the
+entries of that table. So `decode`, bits per byte and a byte-prefix reward all mean the same bytes.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -25,7 +24,7 @@ END_OF_TEXT = '<|endoftext|>'
 
 
 class Tokenizer(Protocol):
-  """What the rest of the product knows of a tokenizer; `load(directory)` undoes `save`."""
+  """What the rest of the code reads of a tokenizer; `load(directory)` undoes `save`."""
 
   @property
   def vocab_size(self) -> int:
@@ -39,7 +38,7 @@ class Tokenizer(Protocol):
 
   @property
   def bos_id(self) -> int | None:
-    """The id that begins a document; None where the models of this tokenizer see none."""
+    """The id that begins a document; None where models of this tokenizer are trained without."""
     ...
 
   @property
@@ -62,7 +61,7 @@ class Tokenizer(Protocol):
     ...
 
   def encode_parsed(self, text: str) -> list[int]:
-    """`encode`, but special tokens written in the text are themselves: for an operator's own."""
+    """`encode` for an operator's own text: special tokens written in it become those tokens."""
     ...
 
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -89,11 +88,10 @@ class Tokenizer(Protocol):
 def begun(tokenizer: Tokenizer, ids: Sequence[int]) -> list[int]:
   """The ids of a text that begins a document: the beginning token, once, and then `ids`.
 
-  Training puts the same token in front of every document, so whatever a model is asked has to
-  begin with it too.
+  Training puts the same token in front of every document, so every prompt has to begin with it too.
 
   Raises:
-    UserError: there is nothing to begin with: no ids, and no token that begins a document.
+    UserError: there are no ids, and no token begins a document.
   """
   if tokenizer.bos_id is None:
     if not ids:
@@ -104,7 +102,7 @@ def begun(tokenizer: Tokenizer, ids: Sequence[int]) -> list[int]:
 
 
 def drawable(sampler: config.Sampler, tokenizer: Tokenizer, vocab_size: int) -> config.Sampler:
-  """The sampler that also bans every id of a model which no token of its tokenizer has.
+  """Makes a sampler ban every id of a model that no token of its tokenizer has.
 
   A vocabulary is often padded beyond its tokenizer's. Such an id spells nothing, but a model
   that was never trained on it may think it likely.
@@ -189,7 +187,7 @@ def _decoder_types(decoder: Any) -> set[str]:
 
 
 def _json_table(backend: tokenizers.Tokenizer, definition: dict[str, Any]) -> list[bytes]:
-  """Bytes of each id of a tokenizer.json, read off the kind of its decoder."""
+  """The bytes of each id of a tokenizer.json, as the kind of its decoder says."""
   types = _decoder_types(definition.get('decoder'))
   alphabet = _byte_alphabet()
   added = {token['id']: token for token in definition.get('added_tokens', [])}
@@ -236,7 +234,7 @@ class JsonTokenizer(token_table.TableTokenizer):
 
   @functools.cached_property
   def _parser(self) -> tokenizers.Tokenizer:
-    """The same pipeline for an operator's own texts."""
+    """The same pipeline, which parses special tokens, for an operator's own texts."""
     return self._make_backend(special_is_text=False)
 
   def _make_backend(self, special_is_text: bool) -> tokenizers.Tokenizer:
@@ -298,7 +296,7 @@ class JsonTokenizer(token_table.TableTokenizer):
 
 
 def _train_bpe(vocab_size: int, documents: Iterable[str]) -> JsonTokenizer:
-  """Byte-level BPE over all 256 bytes, so that no text is out of vocabulary."""
+  """Trains a byte-level BPE over all 256 bytes, so that no text is out of vocabulary."""
   backend = tokenizers.Tokenizer(tokenizers.models.BPE())
   backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
   backend.decoder = tokenizers.decoders.ByteLevel()
@@ -353,7 +351,7 @@ def _named(path: str, build: Callable[[], Tokenizer]) -> Tokenizer:
 def load(directory: Path) -> Tokenizer:
   """The tokenizer that `save` wrote into `directory`; nothing else is read.
 
-  One that was saved before documents had a beginning token goes on without one.
+  A tokenizer that was saved before documents had a beginning token goes on without one.
 
   Raises:
     UserError: no tokenizer is there, or its files are not those that were saved.

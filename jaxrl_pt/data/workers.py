@@ -4,7 +4,7 @@ import signal
 
 
 def outlive_signals(worker: int, num_workers: int) -> None:
-  """Leaves a signal that the whole process group gets to the run, which still needs batches."""
+  """Ignores signals to the whole process group: the run handles them and still needs batches."""
   del worker, num_workers
   for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
     signal.signal(number, signal.SIG_IGN)

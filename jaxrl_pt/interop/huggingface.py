@@ -3,7 +3,7 @@
 Their matrices are [out, in], ours [in, out]; both rotate RoPE pairs (i, i + E/2). A packed
 BitNet matrix holds four ternary rows a byte, planar along the output rows, and one scale
 s: class `autobitlinear` stores mean|W| and multiplies by it, `bitlinear` stores 1 / mean|W|
-and divides (specs: BitNet 2B4T 2.3). Codes of which a share f is not 0 become the latent
+and divides (docs/methods/bitnet.md). Codes of which a share f is not 0 become the latent
 weights codes · s / f, whose own codes are those of the file again, and whose absmean is s as
 well as float32 can sum it.
 

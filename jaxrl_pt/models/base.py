@@ -17,8 +17,8 @@ Constrain = Callable[[Array, tuple[str | None, ...]], Array]
 class Extend(Protocol):
   """extend(params, tokens_BS, positions_BS, cache, attend) → (hidden_BSD, cache).
 
-  S new tokens of each row against a cache of any kind; `attend` reads and writes it, and by
-  default is `kv_cache.dense` for a KVCache.
+  It takes S new tokens of each row against a cache of any kind. `attend` reads and writes the
+  cache; its default, `kv_cache.dense`, is the one for a KVCache.
   """
 
   def __call__(self, params: Params, tokens_BS: Array, positions_BS: Array, cache: Any,
@@ -29,10 +29,10 @@ class Model(NamedTuple):
   """One forward function, for whole sequences and for new tokens against a cache.
 
   apply(params, tokens_BT, positions_BT, segments_BT) → hidden_BTD
-  extend: see `Extend`; `apply` is `extend` without a cache. Takes `unstacked` parameters too.
+  extend: see `Extend`; `apply` is `extend` without a cache. It takes `unstacked` parameters too.
   head(params) → f[D, V], so that logits_BTV = hidden_BTD @ head
   init_cache(num_rows, num_slots) → empty KVCache
-  ops: what the block computes with, for attends that have kernels.
+  ops: the operations that have kernels, which the block and some attends call.
   """
 
   config: ModelConfig
@@ -45,10 +45,10 @@ class Model(NamedTuple):
 
 
 def unstacked(params: Params, num_layers: int) -> Params:
-  """The same parameters, each layer's weights arrays of their own.
+  """Parameters whose layers are no longer stacked: each layer's weights are arrays of their own.
 
-  A scan over layers copies each layer's weights out of the stack before it reads them. Where
-  reading them is all that a step does, taking them apart once, before the loop, costs less.
+  A scan over layers copies each layer's weights out of the stack before it reads them. Where a step
+  does little more than read weights, taking the stack apart once, before the loop, costs less.
   """
   layer = lambda i: jax.tree.map(lambda x: x[i], params['layers'])
   return {**params, 'layers': tuple(map(layer, range(num_layers)))}

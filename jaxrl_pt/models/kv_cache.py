@@ -1,10 +1,10 @@
 """Key/value caches of `extend` and the attentions that read them.
 
-A cache is a pytree that is carried through the layers, each leaf with a leading layer
-axis: a step writes its new entries in place and copies nothing. Each kind of cache comes
-with an `Attend`, the one thing by which whole sequences, prefill, decode, branches, pages
-and sparse reading differ. Keys are stored after RoPE, heads before time, so that the keys
-of a head lie side by side.
+A cache is a pytree that is carried through the layers. Each leaf has a leading layer axis, so a
+step writes its new entries in place and copies nothing. Each kind of cache comes with an `Attend`,
+a function that writes new keys and values and returns the attention over what it may see: whole
+sequences, prefill, decode, branches, pages and sparse reading differ in it alone. Keys are stored
+after RoPE, heads before time, so that the keys of a head lie side by side.
 """
 
 from collections.abc import Callable
@@ -27,8 +27,10 @@ Attend = Callable[[Array, Array, Array, Any, Array], tuple[Array, Any]]
 
 @struct.dataclass
 class KVCache:
-  """One row of slots per sequence. Slot c of a row holds position c; what lies beyond the
-  row's length is garbage that no query's mask reaches."""
+  """Each sequence has one row of slots, and slot c holds position c.
+
+  Slots beyond a row's length hold garbage, which the mask of every query hides.
+  """
 
   k: Array  # f[L, B, K, C, E]
   v: Array  # f[L, B, K, C, E]
@@ -53,8 +55,10 @@ def sequences(ops: Ops, segments_BT: Array) -> Attend:
 
 
 def prompts(ops: Ops, num_rows: int, num_tokens: int) -> Attend:
-  """As `dense` where the cache is empty and the tokens start at position 0: the whole
-  sequences' faster attention, which also leaves keys and values in a KVCache."""
+  """Does what `dense` does, for tokens that start at position 0 of an empty KVCache.
+
+  It uses the faster attention of whole sequences and leaves keys and values in the cache.
+  """
   one_segment = jnp.ones((num_rows, num_tokens), jnp.int32)
 
   def attend(q: Array, k: Array, v: Array, cache: KVCache,
@@ -97,9 +101,10 @@ def write(cache_LBKCE: Array, new_BSKE: Array, positions_BS: Array, layer: Array
 
 @struct.dataclass
 class Branches:
-  """R branches of each of N documents: the documents' keys once, and each branch's own.
+  """The cache of R branches of each of N documents.
 
-  All branches are at the same step, so that a step's entries are one contiguous write.
+  It holds the keys and values of a document once, and those of each branch's own tokens. All
+  branches are at the same step, so that the entries of a step are one contiguous write.
   """
 
   prefix: KVCache  # f[L, N, K, T, E]
@@ -115,7 +120,7 @@ def branch(prefix: KVCache, num_branches: int, num_slots: int) -> Branches:
 
 
 def grow(cache: 'KVCache | Branches', num_slots: int) -> 'KVCache | Branches':
-  """The same rows, or the same branches, with room for `num_slots` tokens."""
+  """Enlarges a cache: the same rows or branches, with room for `num_slots` tokens."""
   def padded(x: Array) -> Array:
     return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, num_slots - x.shape[-2]), (0, 0)])
 
@@ -123,10 +128,10 @@ def grow(cache: 'KVCache | Branches', num_slots: int) -> 'KVCache | Branches':
 
 
 def joined(branches: Branches, prefix_len: Array) -> KVCache:
-  """The one branch of one document as a plain row: the positions it sees, then its own.
+  """Turns one branch of one document into a plain row: the positions it sees, then its own.
 
   Args:
-    branches: of one document with one branch.
+    branches: the cache of one document with one branch.
     prefix_len: i32[] positions of the document that the branch sees.
   """
   def join(prefix_L1KTE: Array, own_L1K1CE: Array) -> Array:
@@ -187,8 +192,10 @@ def tree(ops: Ops, prefix_len: int, prefix_lengths_NR: Array) -> Attend:
 
 
 def branches_of(prefix: KVCache, prefix_lengths_NR: Array) -> Attend:
-  """`tree` without its documents, whose keys and values are there: rows hold the R · S tokens
-  of a document's branches. Differentiable in the prefix, too."""
+  """Does what `tree` does for the branches alone, where the documents' keys and values are cached.
+
+  Rows hold the R · S tokens of a document's branches. It is differentiable in the prefix, too.
+  """
   def attend(q: Array, k: Array, v: Array, cache: Any, layer: Array) -> tuple[Array, Any]:
     out = _whole_branches(q, k, v, prefix.k[layer], prefix.v[layer], prefix_lengths_NR)
     return out, cache
@@ -198,7 +205,7 @@ def branches_of(prefix: KVCache, prefix_lengths_NR: Array) -> Attend:
 
 def _whole_branches(q: Array, k: Array, v: Array, k_NKTE: Array, v_NKTE: Array,
                     prefix_lengths_NR: Array) -> Array:
-  """f[N, R · S, H, E]: branches side by side, each over its document and itself."""
+  """Attention of branches that lie side by side, each over its document and itself."""
   own = (*prefix_lengths_NR.shape, -1)
   q_NRSHE, k_own, v_own = (x.reshape(*own, *x.shape[2:]) for x in (q, k, v))
   out = attn.blocked_branch_attention(

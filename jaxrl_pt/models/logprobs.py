@@ -16,7 +16,7 @@ Transform = Callable[[Array, Array], Array]
 
 @struct.dataclass
 class TokenScores:
-  """What the losses and the metrics need to know of each token."""
+  """Scores of each token, which losses and metrics read."""
 
   logp: Array  # f32[B, T] log-probability of the target
   entropy: Array  # f32[B, T] entropy of the distribution, nats
@@ -25,12 +25,13 @@ class TokenScores:
 
 
 def score(logits: Array, targets: Array) -> TokenScores:
-  """log softmax(logits)[target], entropy and argmax hit; logits f[..., V], targets i32[...]."""
+  """Scores of targets i32[...] under the softmax of logits f[..., V], computed in float32."""
   logits = logits.astype(jnp.float32)
   log_z = jax.nn.logsumexp(logits, -1)
   target_logit = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
   log_probabilities = logits - log_z[..., None]
-  # Not log Z − Σ p·logit: that difference of large numbers loses what a sure model has left.
+  # The form log Z − Σ p·logit is a difference of large numbers, in which the small entropy of a
+  # sure model is lost.
   probabilities = jnp.exp(log_probabilities)
   entropy = -(probabilities * log_probabilities).sum(-1)
   correct = (logits.argmax(-1) == targets).astype(jnp.float32)
@@ -41,16 +42,18 @@ def token_logprobs(hidden_BTD: Array, head_DV: Array, targets_BT: Array, chunk: 
                    transform: Transform = lambda logits, _: logits) -> TokenScores:
   """Scores of the targets under softmax(transform(hidden · head, targets)).
 
-  With `chunk` > 0 some time steps of all rows are taken at once, about `chunk` tokens and at
-  least one step, under a rematerialised scan: so many rows of float32 logits exist in either
-  direction; 0 takes all at once. The steps taken together lie T / chunk apart, so that rows
-  and time stay split over the devices as they are.
+  With `chunk` > 0 a rematerialised scan takes some time steps of all rows at once, about `chunk`
+  tokens and at least one step. Only so many rows of float32 logits then exist at a time, in either
+  direction. `chunk` = 0 takes all at once. The steps taken together lie equally far apart in time,
+  so that rows and time stay split over the devices as they are.
 
   Args:
     hidden_BTD: f[B, T, D].
-    head_DV: f[D, V] in hidden's type, or what hidden's type rounds to it. Its gradient is summed
-      in float32, within a piece and over the pieces.
+    head_DV: f[D, V] in hidden's type, or in a wider type that is rounded to it. Its gradient is
+      summed in float32, within a piece and over the pieces.
     targets_BT: i32[B, T].
+    chunk: tokens taken at once; 0 takes all.
+    transform: what is done to the logits first, such as a sampler's filters.
   """
   # The loop adds up the head's gradient in the type of the head that it sees.
   head32_DV = head_DV.astype(jnp.float32)

@@ -1,9 +1,9 @@
 """The paged key/value cache: sequences are lists of fixed-size pages of one pool.
 
-A page holds the keys and values of `page` consecutive tokens of one sequence; a page table
-says which. Sequences of one prompt share the pages of that prompt. Page 0 belongs to nobody:
-rows without a sequence write there, and nothing reads it. Storage is the model's own type, or
-int8 with one scale per token and head.
+A page holds the keys and values of `page` consecutive tokens of one sequence, and a page table says
+which page holds which tokens. Sequences of one prompt share the pages of that prompt. Page 0
+belongs to nobody: rows without a sequence write there, and nothing reads it. Pages are stored in
+the model's own type, or as int8 with one scale per token and head.
 """
 
 import functools
@@ -20,8 +20,8 @@ from jaxrl_pt.nn import attention as attn
 from jaxrl_pt.types import Array
 
 NOBODY = 0
-# Shares of a page table that have an attention of their own, so that short sequences never
-# pay for the longest that fits.
+# A step reads the smallest of these fractions (1/8, 1/4, …) of the page table that its sequences
+# need, so that short sequences do not pay for the longest that fits.
 READ_SHARES = (8, 4, 2, 1)
 
 
@@ -34,7 +34,7 @@ class PagedCache:
 
 
 def init(config: Model, num_pages: int, page_size: int, dtype: DTypeLike) -> PagedCache:
-  """An empty pool. dtype int8 quantises what is written."""
+  """An empty pool; with the dtype int8, keys and values are quantised as they are written."""
   shape = (config.num_layers, config.num_kv_heads, num_pages, 2, page_size, config.head_dim)
   scales = jnp.zeros(shape[:-1], jnp.float32) if jnp.dtype(dtype) == jnp.int8 else None
   return PagedCache(jnp.zeros(shape, dtype), scales)
@@ -44,9 +44,9 @@ def paged(table_BP: Array, positions_BS: Array, is_token_BS: Array | bool = True
   """Each new token is written to the page of its position and sees the positions up to it.
 
   Args:
-    table_BP: i32[B, P] page of each `page` tokens of each row; NOBODY where it has none.
+    table_BP: i32[B, P] the page of each `page` tokens of each row; NOBODY where a row has none.
     positions_BS: i32[B, S].
-    is_token_BS: bool[B, S], False for padding, which is written to nobody's page.
+    is_token_BS: bool[B, S], False for padding, which is written to page NOBODY.
   """
   def attend(q: Array, k: Array, v: Array, cache: PagedCache,
              layer: Array) -> tuple[Array, PagedCache]:
@@ -77,7 +77,7 @@ def _write(cache: PagedCache, layer: Array, pages_BS: Array, offsets_BS: Array,
 
 
 def quantise(x: Array) -> tuple[Array, Array]:
-  """int8 codes of f[..., E] and their scale f32[...]: x ≈ codes · scale, absmax per vector."""
+  """Quantises vectors f[..., E] by their absmax to int8 codes and a scale f32[...] for each."""
   x = x.astype(jnp.float32)
   scale = jnp.maximum(jnp.abs(x).max(-1), 1e-12) / 127
   return jnp.round(x / scale[..., None]).astype(jnp.int8), scale

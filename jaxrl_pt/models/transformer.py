@@ -39,14 +39,18 @@ PROJECTIONS: dict[str, Axes] = {
 
 def build(config: cfg.Model, compute: cfg.Compute = cfg.Compute(),
           constrain: Constrain = lambda x, axes: x, ops: Ops = Ops()) -> Model:
-  """The model of `config`, computed as `compute` says.
+  """Builds the model of `config`, computed as `compute` says.
 
-  constrain is applied at the model's named activations (embedding, queries, keys and
-  values, feed-forward, residual) with their logical axes; `parallel.rules` makes it. ops
-  computes what has kernels; `parallel.kernels` makes it for the chips of a mesh.
+  Args:
+    config: the model's shape and quantisation.
+    compute: dtype, rematerialisation and unrolling.
+    constrain: applied at the model's named activations (embedding, queries, keys and values,
+      feed-forward, residual) with their logical axes; `parallel.rules` makes it.
+    ops: computes the operations that have kernels; `parallel.kernels` makes it for the chips of a
+      mesh.
 
   Raises:
-    UserError: `Quant.hadamard` and a width that no Hadamard matrix here has.
+    UserError: `Quant.hadamard` is set, and a width has no Hadamard matrix here.
   """
   _check_rotations(config)
   dtype = jnp.dtype(compute.dtype)
@@ -143,8 +147,11 @@ def _make_block(config: cfg.Model, constrain: Constrain,
 
 
 def _specs(config: cfg.Model) -> Any:
-  """The tree of ParamSpec. Projections draw N(0, 1/fan_in); those that write into the
-  residual stream are scaled by 1/√(2L) so that its variance does not grow with depth."""
+  """The tree of ParamSpec.
+
+  Projections start from N(0, 1/fan_in). Those that write into the residual stream are scaled by
+  1/√(2L), so that its variance does not grow with depth.
+  """
   depth, width, ff = config.num_layers, config.d_model, config.d_ff
   queries = config.num_heads * config.head_dim
   keys = config.num_kv_heads * config.head_dim

@@ -1,9 +1,9 @@
-"""Grouped-query attention and the small algebra of its masks.
+"""Grouped-query attention and its masks.
 
-`attention` is the definition. `causal_attention` equals it under `packed_mask` and is
-what whole sequences go through: queries are taken in a few blocks, each against the keys
-up to its end, so that most of what the mask hides is never computed, and the backward
-pass recomputes the probabilities instead of keeping f32[B, H, T, T] of every layer.
+`attention` is the definition. `causal_attention` equals it under `packed_mask`, and whole
+sequences go through it. It takes queries in a few blocks, each against the keys up to the block's
+end, so that most of what the mask hides is never computed. Its backward pass recomputes the
+probabilities instead of keeping f32[B, H, T, T] of every layer.
 """
 
 import functools
@@ -20,19 +20,21 @@ _dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 def packed_mask(segments_BT: Array) -> Array:
-  """bool[B, T, T]: a query sees keys at or before it, in its own segment."""
+  """The mask of packed rows, bool[B, T, T]: a query sees its own segment up to its position."""
   length = segments_BT.shape[-1]
   causal = jnp.tril(jnp.ones((length, length), bool))
   return causal & (segments_BT[:, :, None] == segments_BT[:, None, :])
 
 
 def cache_mask(positions_BS: Array, num_slots: int) -> Array:
-  """bool[B, S, C]: slot index = position, so a query sees the slots up to its own position."""
+  """The mask of a cache whose slot c holds position c, bool[B, S, C]: slots up to the query's."""
   return jnp.arange(num_slots)[None, None, :] <= positions_BS[:, :, None]
 
 
 def attention(q: Array, k: Array, v: Array, mask: Array) -> Array:
-  """softmax(q kᵀ / √E + mask) v, with H / K query heads to each key/value head (2305.13245).
+  """Grouped-query attention softmax(q kᵀ / √E + mask) v (2305.13245).
+
+  H / K query heads share each key/value head.
 
   Args:
     q: f[B, S, H, E].
@@ -70,7 +72,7 @@ def head_major_attention(q: Array, k_BKCE: Array, v_BKCE: Array, mask: Array) ->
 
 def branch_attention(q_NRSHE: Array, k_prefix: Array, v_prefix: Array, prefix_lengths_NR: Array,
                      k_own: Array, v_own: Array, step: Array | int) -> Array:
-  """Attention of R branches of a document over its keys, shared, and over their own.
+  """Attention of R branches of a document over the document's shared keys and their own.
 
     out = softmax(q [K_doc[:t_r]; K_r[:i]]ᵀ / √E) [V_doc[:t_r]; V_r[:i]],  i = step + s + 1
 
@@ -110,21 +112,23 @@ def branch_attention(q_NRSHE: Array, k_prefix: Array, v_prefix: Array, prefix_le
   return out.reshape(q_NRSHE.shape)
 
 
-# Queries of a branch that a learner scores at once, so that the float32 scores of long
-# responses are never all there: R · H · 128 · (T + C) of a document.
+# A learner scores so many queries of a branch at once. The float32 scores that exist at a time are
+# then R · H · 128 · (T + C) a document, however long the responses are.
 BRANCH_BLOCK = 128
 
 
 def blocked_branch_attention(q_NRSHE: Array, k_prefix: Array, v_prefix: Array,
                              prefix_lengths_NR: Array, k_own: Array, v_own: Array) -> Array:
-  """`branch_attention` of whole branches (step 0), some queries at a time; the backward pass
-  computes their scores again."""
+  """`branch_attention` of whole branches (step 0), which takes some queries at a time.
+
+  The backward pass computes their scores again.
+  """
   num_new = q_NRSHE.shape[2]
   if num_new <= BRANCH_BLOCK:
     return branch_attention(q_NRSHE, k_prefix, v_prefix, prefix_lengths_NR, k_own, v_own, 0)
   pad = [(0, 0)] * 2 + [(0, -num_new % BRANCH_BLOCK)] + [(0, 0)] * 2
   q = jnp.pad(q_NRSHE, pad)
-  # The loop adds up the gradients of keys and values in the type in which it sees them.
+  # The loop adds up the gradients of keys and values in the type that they have here.
   keys_and_values = [x.astype(jnp.float32) for x in (k_prefix, v_prefix, k_own, v_own)]
   blocks = jnp.moveaxis(q.reshape(*q.shape[:2], -1, BRANCH_BLOCK, *q.shape[3:]), 2, 0)
 

@@ -13,18 +13,18 @@ from jaxrl_pt.types import Array
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def lookup(table_VD: Array, tokens: Array, dtype: DTypeLike,
            whole: Callable[[Array], Array] = lambda table: table) -> Array:
-  """Rows of the table, rounded to `dtype`; their gradients are summed in the table's own type.
+  """Looks rows of the table up, rounded to `dtype`; gradients are summed in the table's own type.
 
     forward   X_t = round(Table[token_t]),  backward  dTable_v = Σ_{t: token_t = v} dX_t
 
-  The derivative that JAX writes for a table that is cast first is summed in the type of the
-  cast. In bfloat16 a common token's sum stops growing: what is below 2⁻⁹ of it is lost.
+  If the table were cast first, JAX would sum its gradient in the type of the cast. In bfloat16 the
+  sum of a common token then stops growing: an addend below 2⁻⁹ of it is lost.
 
   Args:
     table_VD: f[V, D].
     tokens: i32[...] in [0, V).
-    dtype: of the result.
-    whole: lays the rounded table out for the look-up, and its gradient for the sum.
+    dtype: type of the result.
+    whole: lays the rounded table out for the look-up, and the gradient of the table for the sum.
 
   Returns:
     dtype[..., D].
@@ -52,6 +52,8 @@ def rope(positions: Array, head_dim: int, theta: float) -> tuple[Array, Array]:
 
   Args:
     positions: i32[B, T].
+    head_dim: E.
+    theta: base of the frequencies.
 
   Returns:
     f32[B, T, 1, E/2] each, ready to broadcast over heads.

@@ -19,7 +19,7 @@ def linear(x: Array, w: Array | q.TernaryWeight, quant: Quant, ops: Ops, axes: A
   Args:
     x: f[..., I].
     w: f[I, O] latent weights, or the packed weights of `quant.pack`.
-    quant: 'none' weights give the plain product in x's dtype.
+    quant: how both are quantised; weights 'none' give the plain product in x's dtype.
     ops: computes the quantised product.
     axes: logical names of w's dimensions.
 
@@ -37,11 +37,12 @@ def linear(x: Array, w: Array | q.TernaryWeight, quant: Quant, ops: Ops, axes: A
 
 def normed_linear(x: Array, gain: Array | None, epsilon: float, w: Array | q.TernaryWeight,
                   quant: Quant, ops: Ops, axes: Axes) -> Array:
-  """Y = RMSNorm(X) W at W_o and W_down, where `quant.hadamard` makes it H-BitLinear.
+  """Y = RMSNorm(X) W, as W_o and W_down compute it; `quant.hadamard` makes it H-BitLinear.
 
   Args:
-    gain: f32[I] of the norm; None leaves the norm out.
-    others: as `linear`'s.
+    x, w, quant, ops, axes: as in `linear`.
+    gain: f32[I] gain of the norm; None leaves the norm out.
+    epsilon: of the norm.
 
   Returns:
     f[..., O] in x's dtype.
@@ -57,17 +58,22 @@ def normed_linear(x: Array, gain: Array | None, epsilon: float, w: Array | q.Ter
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def matmul(x: Array, w: Array, dtype: DTypeLike | None = None) -> Array:
-  """x f[..., I] @ w f[I, O] in x's type → dtype[..., O], with dW = Xᵀ dY asked for in that form.
+  """The product x @ w, whose gradient is computed as dW = Xᵀ dY and summed in float32.
 
-  Without a dtype the result is of x's type.
+  dW has w's own type. If the caller cast the weight to x's type instead, dW would be rounded to
+  that type before it is added up over chips, micro-batches or pieces of a loss.
 
-  dW is summed in float32 and handed on in w's own type: a weight that is cast to x's type
-  outside would have it rounded to that type before it is added up over chips, micro-batches
-  or pieces of a loss.
+  JAX itself would write the derivative as (dYᵀ X)ᵀ. On a CPU XLA then computes the elementwise
+  operations before it in transposed order, at a small fraction of memory speed. The barrier in the
+  backward pass keeps XLA from fusing them into both products that read dY.
 
-  The derivative that JAX writes is (dYᵀ X)ᵀ; on a CPU XLA then computes the elementwise
-  operations before it in transposed order, at a small fraction of memory speed. The
-  barrier keeps it from fusing them into both products that read dY.
+  Args:
+    x: f[..., I].
+    w: f[I, O], cast to x's type.
+    dtype: type of the result; None takes x's.
+
+  Returns:
+    dtype[..., O].
   """
   return jnp.matmul(x, w.astype(x.dtype),
                     preferred_element_type=x.dtype if dtype is None else dtype)

@@ -9,11 +9,12 @@ EPSILON = 1e-5
 
 
 def rms_norm(x: Array, gain: Array, epsilon: float = EPSILON) -> Array:
-  """X / √(mean(X²) + ε) · gain over the last axis, computed in float32 (1910.07467).
+  """RMSNorm over the last axis, in float32: X / √(mean(X²) + ε) · gain (1910.07467).
 
   Args:
     x: f[..., D].
     gain: f32[D].
+    epsilon: ε.
 
   Returns:
     f[..., D] in x's dtype.

@@ -1,7 +1,7 @@
-"""The ops of a block that have kernels, as values that a model is built with.
+"""The operations of a block that have kernels, as values that a model is built with.
 
 The defaults here are the definitions, computed by XLA; `parallel.kernels` puts TPU kernels
-in their place. A model never asks which it was given.
+in their place. A model does not know which of the two it was given.
 """
 
 from collections.abc import Callable
@@ -31,12 +31,16 @@ Branches = Callable[[Array, Array, Array, Array, Array, Array, Array | int], Arr
 
 def product(x_codes: Array, x_scale: Array, w_codes: Array, w_scale: Array,
             kind: ActivationQuant, axes: Axes, dtype: DTypeLike) -> Array:
-  """Y = (codes_x · codes_w) · scale_x · scale_w.
+  """The quantised product Y = (codes_x · codes_w) · scale_x · scale_w.
 
   Args:
-    x_codes: [..., I] integers in any type; x_scale: f32[..., 1].
-    w_codes: [I, O] in {−1, 0, 1} in any type; w_scale: f32[1, 1].
-    kind: of the activations; axes: logical names of I and O. Both matter to kernels only.
+    x_codes: [..., I] integers in any type.
+    x_scale: f32[..., 1].
+    w_codes: [I, O] in {−1, 0, 1} in any type.
+    w_scale: f32[1, 1].
+    kind: how the activations were quantised; only kernels read it.
+    axes: logical names of I and O; only kernels read them.
+    dtype: type of the result.
 
   Returns:
     dtype[..., O]; sums of codes stay below 2²⁴, so float32 accumulates them exactly.
@@ -49,14 +53,17 @@ def product(x_codes: Array, x_scale: Array, w_codes: Array, w_scale: Array,
 
 def rotated(x: Array, gain: Array | None, epsilon: float,
             kind: ActivationQuant) -> tuple[Array, Array, Array]:
-  """H-BitLinear's input: RMSNorm (with a gain), Hadamard, quantisation per token.
+  """The input of H-BitLinear: an RMSNorm with its gain, the Hadamard rotation, the quantiser.
 
   Args:
-    x: f[..., I]; gain: f32[I], or None for no norm.
+    x: f[..., I].
+    gain: f32[I], or None for no norm.
+    epsilon: of the norm.
+    kind: how each token's row is quantised.
 
   Returns:
-    x_r f[..., I], through which the gradient flows; the codes f[..., I] of the rotated row, which
-    is not rounded to x's type before it is quantised, and their scale f32[..., 1].
+    x_r f[..., I], the rotated row, through which the gradient flows; its codes f[..., I]; their
+    scale f32[..., 1]. The codes are those of the row before it is rounded to x's type.
 
   Source: 2504.18415 section 2.
   """
@@ -66,7 +73,7 @@ def rotated(x: Array, gain: Array | None, epsilon: float,
 
 
 class Ops(NamedTuple):
-  """What a block computes with: see the types above."""
+  """The operations that a block computes with; the types above give their signatures."""
 
   product: Product = product
   rotated: Rotated = rotated

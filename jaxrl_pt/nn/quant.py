@@ -1,7 +1,7 @@
 """Ternary weights, 4- and 8-bit activations and the Hadamard rotation, as definitions.
 
 Statistics are clamped to at least 1e-5 and rounding is half-to-even: the papers
-leave both open (specs/bitnet_v2.md 1.2) and the authors' training tips do so.
+leave both open and the authors' training tips do so (docs/methods/bitnet.md).
 Codes are kept in the compute dtype: sums of code products stay below 2^24, so
 float32 accumulation of them is exact and independent of its order.
 """
@@ -49,7 +49,7 @@ def activations(x: Array, kind: ActivationQuant) -> tuple[Array, Array]:
 
   Args:
     x: f[..., D]; statistics are over D.
-    kind: which of the three; 'none' returns x with scale 1.
+    kind: which quantiser; 'none' returns x with scale 1.
 
   Returns:
     codes f[..., D] (integers in x's dtype) and scale f32[..., 1]; X ≈ scale · codes.
@@ -66,18 +66,18 @@ def activations(x: Array, kind: ActivationQuant) -> tuple[Array, Array]:
 
 @struct.dataclass
 class TernaryWeight:
-  """A packed weight: stands in a parameter tree where the latent matrix stood."""
+  """A packed weight, which takes the place of a latent matrix in a parameter tree."""
 
   codes: Array  # i2[..., I, O] in {−1, 0, 1}
   scale: Array  # f32[..., 1, 1]
 
 
 def pack(params: Params, is_packed: Callable[[tuple[Any, ...]], bool]) -> Params:
-  """The parameters with some matrices as TernaryWeight: 2 bits a weight, for inference.
+  """Packs some matrices of a parameter tree into TernaryWeight, 2 bits a weight, for inference.
 
   Args:
     params: any tree of f32[..., I, O] leaves, matrices stacked over layers included.
-    is_packed: whether the leaf at a path is a BitLinear's.
+    is_packed: says whether the leaf at a path is the weight of a BitLinear.
   """
   def leaf(path: tuple[Any, ...], w: Array) -> Any:
     if not is_packed(path):
@@ -97,16 +97,17 @@ def bit_matmul(x: Array, w: Array | TernaryWeight, x_codes: Array, x_scale: Arra
     backward  dX = dY · Q_w(W)ᵀ,  dW = Q_a(X)ᵀ · dY   (also where a code was clipped)
 
   Args:
-    x: f[..., I] activations. Not read: the gradient flows to it.
-    w: f[I, O] latent weights, quantised to ternary here; or packed ones, without gradient.
+    x: f[..., I] activations; their values are not read, and the gradient flows to them.
+    w: f[I, O] latent weights, which are quantised to ternary here, or packed weights, which get no
+      gradient.
     x_codes, x_scale: X as `activations` quantises it.
-    kind, axes: for `product`.
-    product: the integer product with its scales, `ops.Product`.
+    kind, axes: arguments that `product` takes.
+    product: computes the integer product with its scales, as `ops.Product` says.
 
   Returns:
     f[..., O] in x's dtype.
 
-  Source: 2504.18415 section 2 (STE), specs/bitnet_v2.md 1.4.
+  Source: 2504.18415 section 2 (STE).
   """
   if isinstance(w, TernaryWeight):
     latent, w_codes, w_scale = None, w.codes, w.scale

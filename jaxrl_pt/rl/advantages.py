@@ -1,13 +1,13 @@
 """Advantages: functions from a group's rewards to how much better each response was.
 
-All take f32[N, G] arrays and return f32[N, G]; those of each token are in `token_advantages`.
-Rows with `valid` 0 (not judged) take no part in a baseline and get advantage 0; so does the only
-valid row of a group, except under the batch's baseline. `TABLE`, at the end, says which config
-type stands for which function.
+Each function takes f32[N, G] arrays and returns f32[N, G]; advantages of single tokens are in
+`token_advantages`. A row with `valid` 0 was not judged: it takes no part in a baseline and gets
+advantage 0. The only valid row of a group gets 0 too, except under the whole batch's baseline. `TABLE`, at
+the end, says which config type stands for which function.
 
-Equal rewards give exactly 0, whatever their value: baselines are means of how far rewards lie
-from the largest, not of the rewards. The rounding of a mean of equal numbers would otherwise be
-divided by its own size where an advantage is normalised.
+Equal rewards give exactly 0, whatever their value, because a baseline is a mean of how far rewards
+lie below the largest, and not of the rewards themselves. The mean of equal numbers can be off by a
+rounding, which a normalised advantage would divide by its own size.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,8 @@ from jaxrl_pt.rl.entry import Entry
 from jaxrl_pt.types import Array
 
 EPSILON = 1e-6
-# Numbers that differ by less are one number computed in two ways: some units in the last place.
+# Rewards count as equal if they differ by less than this share of their size, which is four units
+# in the last place.
 SAME = 4 * float(np.finfo(np.float32).eps)
 
 
@@ -69,7 +70,7 @@ def mean_centred(reward: Array, valid: Array) -> Array:
 def leave_one_out(reward: Array, valid: Array) -> Array:
   """RLOO's advantage: A_i = r_i − Σ_{j≠i} r_j / (G − 1), which is G/(G − 1) · (r_i − mean(r)).
 
-  The second form is how RLP writes its own: G counts the valid rows of the group.
+  RLP writes its advantage in the second form. G counts the valid rows of the group.
 
   Args:
     reward: f32[N, G].
@@ -106,10 +107,10 @@ def length_weighted(reward: Array, lengths: Array, valid: Array) -> Array:
 
 
 def length_weighted_leave_one_out(reward: Array, lengths: Array, valid: Array) -> Array:
-  """A_i = r_i − Σ_{j≠i} |y_j| r_j / Σ_{j≠i} |y_j|: OPO's baseline without its own response.
+  """OPO without its own response in the baseline: A_i = r_i − Σ_{j≠i} |y_j| r_j / Σ_{j≠i} |y_j|.
 
-  A baseline that does not see its response leaves the gradient's expectation alone; OPO's
-  own shifts its direction a little when lengths differ.
+  A baseline that does not see its response leaves the expectation of the gradient alone. OPO's
+  baseline, which does, shifts the gradient's direction a little where lengths differ.
 
   Args:
     reward: f32[N, G].
@@ -132,10 +133,10 @@ def length_weighted_leave_one_out(reward: Array, lengths: Array, valid: Array) -
 
 
 def length_weighted_batch(reward: Array, lengths: Array, valid: Array) -> Array:
-  """A_i = r_i − Σ_j |y_j| r_j / Σ_j |y_j| over the valid rows of the whole batch.
+  """OPO over all valid rows of the batch: A_i = r_i − Σ_j |y_j| r_j / Σ_j |y_j|.
 
-  What OPO's code offers as a baseline of REINFORCE++: one number for all prompts, so that
-  groups of one will do.
+  OPO's code offers this baseline for REINFORCE++. It is one number for all prompts, so groups may
+  hold a single response.
 
   Args:
     reward: f32[N, G].
@@ -145,7 +146,7 @@ def length_weighted_batch(reward: Array, lengths: Array, valid: Array) -> Array:
   Returns:
     f32[N, G].
 
-  Source: 2505.23585, its code.
+  Source: the code of 2505.23585.
   """
   chex.assert_rank(reward, 2)
   chex.assert_equal_shape([reward, lengths, valid])
@@ -154,24 +155,28 @@ def length_weighted_batch(reward: Array, lengths: Array, valid: Array) -> Array:
 
 
 def below_largest(values: Array, counts: Array) -> Array:
-  """f[..., R]: values less the largest that counts in their last axis; 0 if equal to it.
+  """How far each value lies below the largest of its last axis, and 0 where it equals that one.
 
-  Equal up to 4 units in the last place: what a reward is made of may have been added up in
-  another order. 0 too where `counts` is 0, whatever is there.
+  Values are equal if they differ by at most 4 units in the last place, since the parts of two
+  rewards may have been added up in different orders. An entry with `counts` 0 takes no part and
+  gets 0, whatever it holds.
 
   Args:
     values, counts: f[..., R].
+
+  Returns:
+    f[..., R], at most 0.
   """
   there = counts > 0
   largest = jnp.where(there, values, -jnp.inf).max(-1, keepdims=True)
   difference = jnp.where(there, values - largest, 0.0)
   size = jnp.where(there, jnp.maximum(jnp.abs(values), jnp.abs(largest)), 0.0)
-  # Asked in this way, what is not a number stays so, and the step is not taken.
+  # A NaN fails this comparison and so stays a NaN, for which the learner skips the step.
   return jnp.where(jnp.abs(difference) <= SAME * size, 0.0, difference)
 
 
 def _centred(reward: Array, weights: Array, valid: Array) -> Array:
-  """f32[N, G]: r_i − Σ_j w_j r_j / Σ_j w_j of the valid rows, exactly 0 if rewards are equal."""
+  """r_i − Σ_j w_j r_j / Σ_j w_j of valid rows, f32[N, G]; exactly 0 where rewards are equal."""
   difference = below_largest(reward, valid)
   total = weights.sum(-1, keepdims=True)
   mean = (difference * weights).sum(-1, keepdims=True) / jnp.where(total > 0, total, 1.0)

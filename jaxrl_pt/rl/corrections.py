@@ -1,9 +1,10 @@
-"""Weights for responses that another policy drew than the one being trained.
+"""Weights for responses that were drawn by another policy than the one being trained.
 
-All compare the trainer's log-probabilities with the sampler's and return f32[N, G, S]
-constants of the gradient that multiply the terms of a loss: 1 where both agree, 0 where
-`mask` is 0. The ratio is ρ_t = π_train(y_t) / π_sampler(y_t), its logarithm (in a sequence's
-weight the sum) bounded as `ratios` says: no cap, however large, lets a weight overflow.
+Each function compares the trainer's log-probabilities with the sampler's and returns f32[N, G, S]
+weights that multiply the terms of a loss. They are constants of the gradient, 1 where trainer and
+sampler agree and 0 where `mask` is 0. The ratio is ρ_t = π_train(y_t) / π_sampler(y_t). Its
+logarithm, or the sum of logarithms in a sequence's weight, is bounded as `ratios` says, so that no
+cap, however large, lets a weight overflow.
 
 Source: verl's rollout correction; truncation as in IMPALA (1802.01561).
 """
@@ -22,11 +23,14 @@ from jaxrl_pt.types import Array
 
 
 def token_truncated(logp: Array, sampler_logp: Array, mask: Array, cap: float) -> Array:
-  """sg(min(ρ_t, cap)): a small variance for a bias, as later tokens are not weighed.
+  """Weighs each token by sg(min(ρ_t, cap)).
+
+  The variance is small, and the weight is biased, because it leaves out the ratios of the
+  response's other tokens.
 
   Args:
     logp, sampler_logp, mask: f32[N, G, S].
-    cap: largest weight, at least 1.
+    cap: the largest weight, at least 1.
 
   Returns:
     f32[N, G, S].
@@ -35,11 +39,11 @@ def token_truncated(logp: Array, sampler_logp: Array, mask: Array, cap: float) -
 
 
 def sequence_truncated(logp: Array, sampler_logp: Array, mask: Array, cap: float) -> Array:
-  """sg(min(Π_t ρ_t, cap)) on every token: unbiased but for the cap.
+  """Weighs every token of a response by sg(min(Π_t ρ_t, cap)), which is unbiased but for the cap.
 
   Args:
     logp, sampler_logp, mask: f32[N, G, S].
-    cap: largest weight, at least 1.
+    cap: the largest weight, at least 1.
 
   Returns:
     f32[N, G, S].
@@ -48,18 +52,18 @@ def sequence_truncated(logp: Array, sampler_logp: Array, mask: Array, cap: float
 
 
 def rejected(logp: Array, sampler_logp: Array, mask: Array, low: float, high: float) -> Array:
-  """1 on responses with low ≤ exp(mean_t log ρ_t) ≤ high, 0 on the others.
+  """Weighs responses with low ≤ exp(mean_t log ρ_t) ≤ high by 1 and all others by 0.
 
   Args:
     logp, sampler_logp, mask: f32[N, G, S].
-    low, high: of the geometric mean of the response's ratios.
+    low, high: bounds of the geometric mean of a response's ratios.
 
   Returns:
     f32[N, G, S] in {0, 1}.
   """
   log_ratio = _log_ratio(logp, sampler_logp, mask).sum(-1, keepdims=True)
   mean = log_ratio / jnp.maximum(mask.sum(-1, keepdims=True), 1.0)
-  # Near equality: round-off of equal log-probabilities must not reject at a bound of 1.
+  # The round-off of equal log-probabilities must not reject a response at a bound of 1.
   kept = (mean >= jnp.log(low) - 1e-6) & (mean <= jnp.log(high) + 1e-6)
   return kept * mask
 
@@ -69,7 +73,7 @@ def _truncated(log_ratio: Array, cap: float) -> Array:
 
 
 def _log_ratio(logp: Array, sampler_logp: Array, mask: Array) -> Array:
-  """f32[N, G, S]: log ρ_t, 0 where masked, whatever is there."""
+  """log ρ_t, f32[N, G, S]; 0 on masked tokens, whatever they hold."""
   chex.assert_rank(logp, 3)
   chex.assert_equal_shape([logp, sampler_logp, mask])
   return jax.lax.stop_gradient(jnp.where(mask > 0, logp - sampler_logp, 0.0))

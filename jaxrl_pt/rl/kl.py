@@ -1,10 +1,10 @@
-"""Estimators of KL(π ‖ π_ref) from tokens that π drew, one term a token.
+"""Estimators of KL(π ‖ π_ref), the reference policy's divergence, from tokens that π drew.
 
-As a penalty in the reward (a constant of the gradient) k1 is unbiased and so is k3, which
-scatters less near the reference. In the loss their *gradients* tell them apart, not their
-values: that of k1 is 0 in expectation, that of k2 is the gradient of KL(π ‖ π_ref), that of
-k3 the gradient of KL(π_ref ‖ π). All f32[N, G, S] → f32[N, G, S]. k3 alone has an exponential,
-whose exponent is bounded from above as `ratios` says.
+Each function takes log-probabilities f32[N, G, S] and returns one term a token, f32[N, G, S]. As a
+penalty in the reward, where they are constants of the gradient, k1 and k3 are unbiased, and k3
+scatters less where π is near π_ref. In the loss it is their *gradients* that count: the expected
+gradient of k1 is 0, that of k2 is the gradient of KL(π ‖ π_ref), and that of k3 is the gradient of
+KL(π_ref ‖ π). Only k3 has an exponential, whose exponent is bounded from above as `ratios` says.
 
 Source: J. Schulman, Approximating KL divergence, 2020.
 """
@@ -20,19 +20,22 @@ from jaxrl_pt.types import Array
 
 
 def k1(logp: Array, reference_logp: Array) -> Array:
-  """log π − log π_ref: unbiased, of either sign. Do not put it in a loss."""
+  """k1 = log π − log π_ref is unbiased and takes either sign. Do not put it in a loss."""
   chex.assert_equal_shape([logp, reference_logp])
   return logp - reference_logp
 
 
 def k2(logp: Array, reference_logp: Array) -> Array:
-  """(log π − log π_ref)² / 2: biased in value, right in gradient."""
+  """k2 = (log π − log π_ref)² / 2 is biased in value, and its gradient is that of the KL."""
   return jnp.square(k1(logp, reference_logp)) / 2
 
 
 def k3(logp: Array, reference_logp: Array) -> Array:
-  """e^u − u − 1 with u = min(log π_ref − log π, 20): never negative, unbiased below the bound
-  (GRPO 2402.03300). Below, e^u vanishes by itself and the gradient stays what it is."""
+  """k3 = e^u − u − 1 with u = min(log π_ref − log π, 20), GRPO's estimator (2402.03300).
+
+  It is never negative, and unbiased as long as u stays under the bound. A very negative u needs no
+  bound, because e^u then vanishes by itself.
+  """
   u = jnp.minimum(-k1(logp, reference_logp), ratios.LOG_BOUND)
   return jnp.expm1(u) - u
 

@@ -1,18 +1,17 @@
-"""Objectives and measures of a rollout, all to be minimised.
+"""Losses of reinforcement learning, which are to be minimised, and measures of a rollout batch.
 
-An objective with a ratio gives one term a token (`Surrogate`). How the terms become one
+A loss with a ratio gives one term a token (`Surrogate`). How the terms become one
 number is a function of its own (`Aggregate`), because it decides what a baseline minimises
-(specs/opo.md 2.4) and is half of what tells GRPO, Dr. GRPO and DAPO apart:
+(docs/methods/opo.md) and is half of what tells GRPO, Dr. GRPO and DAPO apart:
 
     surrogate = ppo_clip(logp, old_logp, advantage, low=0.2, high=0.28)
     loss = token_mean(surrogate.terms, mask)
     clip_fraction = Weighted.of(surrogate.clipped, mask)
 
 The ratio is ρ_t = π(y_t) / π_old(y_t). The old policy and the advantage are constants of the
-gradient. Where a policy makes one update a batch, ρ = 1, no clip is active and the gradients
-of all of them are that of `policy_gradient`. log ρ is bounded to ±20 (`ratios`), and a token
-beyond has no gradient. What a masked token holds does not matter as long
-as it is finite and so is what becomes of it: put its log-probabilities to 0.
+gradient. With one update a batch ρ is 1, no clip is active, and every surrogate has the gradient of
+`policy_gradient`. log ρ is bounded to ±20 (`ratios`), and a token beyond that has no gradient. A
+masked token may hold anything that stays finite in the arithmetic: set its log-probabilities to 0.
 """
 
 from collections.abc import Callable
@@ -32,31 +31,32 @@ Aggregate = Callable[[Array, Array], Array]
 
 
 def token_mean(values: Array, mask: Array) -> Array:
-  """Σ over tokens / number of tokens in the batch (DAPO 2503.14476, verl's default)."""
+  """The mean over all tokens of the batch that count (DAPO 2503.14476, verl's default)."""
   return (values * mask).sum() / jnp.maximum(mask.sum(), 1.0)
 
 
 def sequence_mean_token_mean(values: Array, mask: Array) -> Array:
-  """Mean over responses of the mean over their tokens (GRPO 2402.03300)."""
+  """The mean over responses of the mean over their tokens (GRPO 2402.03300)."""
   means = (values * mask).sum(-1) / jnp.maximum(mask.sum(-1), 1.0)
   num_responses = (mask.sum(-1) > 0).sum()
   return means.sum() / jnp.maximum(num_responses, 1)
 
 
 def sequence_mean_token_sum(values: Array, mask: Array) -> Array:
-  """Mean over responses of the sum over their tokens (OPO 2505.23585, RLOO 2402.14740).
+  """The mean over responses of the sum over their tokens (OPO 2505.23585, RLOO 2402.14740).
 
-  Over the responses that have a token that counts; `token_sum_over` counts all alike.
+  The mean is over the responses that have a token that counts; a divisor of `token_sum_over` can
+  count every response.
   """
   num_responses = (mask.sum(-1) > 0).sum()
   return (values * mask).sum() / jnp.maximum(num_responses, 1)
 
 
 def token_sum_over(divisor: float) -> Aggregate:
-  """Σ over tokens / a constant, so no response's length or validity reweights another.
+  """The sum over tokens / a constant, so that no response's length or validity reweights another.
 
-  The number of responses gives the mean sequence log-likelihood (OPO 2505.23585), the
-  token budget Dr. GRPO's normalisation (2503.20783).
+  The number of responses as the divisor gives the mean sequence log-likelihood (OPO 2505.23585);
+  that number times the token budget gives Dr. GRPO's normalisation (2503.20783).
   """
   return lambda values, mask: (values * mask).sum() / divisor
 
@@ -67,7 +67,7 @@ def token_sum_over(divisor: float) -> Aggregate:
 class Surrogate(NamedTuple):
   """An objective before aggregation."""
 
-  terms: Array  # f32[N, G, S] of the loss; garbage where masked
+  terms: Array  # f32[N, G, S] terms of the loss; masked tokens hold garbage
   clipped: Array  # f32[N, G, S] 1 where a clip has taken the token's gradient
   beyond: Array  # f32[N, G, S] 1 where the log ratio was bounded before its exponential
 
@@ -79,7 +79,7 @@ def policy_gradient(logp: Array, advantage: Array) -> Surrogate:
     logp: f32[N, G, S] under the policy being trained.
     advantage: f32[N, G, S]; a constant of the gradient.
 
-  Source: REINFORCE; one update per batch, where PPO's ratio is 1 and its clip inert.
+  Source: REINFORCE. PPO is the same with one update a batch, where its clip is inert.
   """
   chex.assert_rank(logp, 3)
   chex.assert_equal_shape([logp, advantage])
@@ -89,13 +89,13 @@ def policy_gradient(logp: Array, advantage: Array) -> Surrogate:
 
 def ppo_clip(logp: Array, old_logp: Array, advantage: Array, *, low: float, high: float
              ) -> Surrogate:
-  """−min(ρ_t A_t, clip(ρ_t, 1 − low, 1 + high) A_t).
+  """PPO's clipped surrogate: −min(ρ_t A_t, clip(ρ_t, 1 − low, 1 + high) A_t).
 
   Args:
     logp: f32[N, G, S] under the policy being trained.
     old_logp: f32[N, G, S] under the policy before the batch's first update.
     advantage: f32[N, G, S].
-    low, high: how far ρ may fall and rise. PPO and GRPO 0.2 and 0.2, DAPO 0.2 and 0.28.
+    low, high: how far ρ may fall and rise. PPO and GRPO have 0.2 and 0.2, DAPO 0.2 and 0.28.
 
   Source: 1707.06347, equation 7; unequal ranges 2503.14476.
   """
@@ -104,11 +104,11 @@ def ppo_clip(logp: Array, old_logp: Array, advantage: Array, *, low: float, high
 
 def dual_clip(logp: Array, old_logp: Array, advantage: Array, *, low: float, high: float,
               bound: float) -> Surrogate:
-  """`ppo_clip`, whose terms of a negative advantage are at most −bound · A_t.
+  """PPO's clip with a second one: terms of a negative advantage are at most −bound · A_t.
 
   Args:
     logp, old_logp, advantage, low, high: as in `ppo_clip`.
-    bound: > 1; verl takes 3 and has this on by default.
+    bound: a number above 1; verl takes 3 and has this clip on by default.
 
   Source: 1912.09729, equation 5.
   """
@@ -121,15 +121,17 @@ def dual_clip(logp: Array, old_logp: Array, advantage: Array, *, low: float, hig
 
 def gspo(logp: Array, old_logp: Array, advantage: Array, mask: Array, *, low: float,
          high: float) -> Surrogate:
-  """−min(s A_t, clip(s, 1 − low, 1 + high) A_t) with s = exp((1/|y|) Σ_t log ρ_t) on each token.
+  """GSPO's clip of the sequence's ratio: −min(s A_t, clip(s, 1 − low, 1 + high) A_t).
 
-  Its own aggregate is `sequence_mean_token_mean`, with which a response's equal terms count
-  as one.
+    s = exp((1/|y|) Σ_t log ρ_t), the same on each token of a response
+
+  The paper's aggregate is `sequence_mean_token_mean`, with which the equal terms of a response
+  count as one.
 
   Args:
     logp, old_logp, advantage: as in `ppo_clip`.
     mask: f32[N, G, S] 1 on tokens that count.
-    low, high: as in `ppo_clip`, but of a mean: the paper has 3e-4 and 4e-4.
+    low, high: as in `ppo_clip`, but they bound a mean: the paper has 3e-4 and 4e-4.
 
   Source: 2507.18071, equations 5 and 7.
   """
@@ -140,11 +142,11 @@ def gspo(logp: Array, old_logp: Array, advantage: Array, mask: Array, *, low: fl
 
 def cispo(logp: Array, old_logp: Array, advantage: Array, *, low: float, high: float
           ) -> Surrogate:
-  """−sg(clip(ρ_t, 1 − low, 1 + high)) A_t log π(y_t): every token keeps a gradient.
+  """CISPO: −sg(clip(ρ_t, 1 − low, 1 + high)) A_t log π(y_t), in which every token has a gradient.
 
   Args:
     logp, old_logp, advantage: as in `ppo_clip`.
-    low, high: of the weight. The paper bounds it from above alone: low = 1.
+    low, high: bounds of the weight. The paper bounds it from above alone: low = 1.
 
   Returns:
     `clipped` is 1 where the weight, not the gradient, was cut.
@@ -169,7 +171,7 @@ def _clipped(log_ratio: Array, advantage: Array, low: float, high: float) -> Sur
   advantage = jax.lax.stop_gradient(advantage)
   ratio = jnp.exp(ratios.bounded(log_ratio))
   plain, bounded = ratio * advantage, jnp.clip(ratio, 1 - low, 1 + high) * advantage
-  # Not `minimum`: it would halve the gradient of the tie that every on-policy token is.
+  # `minimum` would halve the gradient of a tie, and every on-policy token is one.
   clipped = bounded < plain
   return Surrogate(-jnp.where(clipped, bounded, plain), clipped.astype(jnp.float32),
                    ratios.beyond(log_ratio))
@@ -179,10 +181,10 @@ def _clipped(log_ratio: Array, advantage: Array, low: float, high: float) -> Sur
 
 
 def trainer_sampler_gap(logp: Array, sampler_logp: Array, mask: Array) -> Weighted:
-  """mean exp|log π_train − log π_sampler| over the masked tokens; 1 when they agree.
+  """The sampler–trainer mismatch: mean exp|log π_train − log π_sampler|, 1 when both agree.
 
-  The difference is bounded as `ratios` says, so that the mean is finite however far they are
-  apart.
+  The mean is over tokens with mask 1. The difference is bounded as `ratios` says, so that the mean
+  is finite however far the two are apart.
 
   Args:
     logp, sampler_logp, mask: f32[N, G, S].
@@ -201,21 +203,21 @@ def zero_advantage_groups(advantage: Array, valid: Array) -> Weighted:
   """
   chex.assert_rank(advantage, 2)
   chex.assert_equal_shape([advantage, valid])
-  # A baseline of equal rewards gives 0 exactly; what is smaller than this teaches nothing either.
+  # Equal rewards give exactly 0; an advantage below this bound teaches nothing either.
   silent = (jnp.abs(advantage) < 1e-6).all(-1)
   return Weighted.of(silent.astype(jnp.float32), valid.any(-1))
 
 
 def gradient_variance(advantage: Array, score_norms: Array, mask: Array) -> Weighted:
-  """E[Σ_t A_t² ‖z_t‖²] over responses: what the gradient of a sum of tokens scatters by.
+  """Measures how the gradient of a sum over tokens scatters: E[Σ_t A_t² ‖z_t‖²] over responses.
 
-  The second moment of the estimator with respect to the logits, whose scores z_t are
-  orthogonal over tokens: an upper bound of the variance, forward only, that ranks
-  baselines as the variance does since all share one mean.
+  This is the second moment of the estimator with respect to the logits, whose scores z_t are
+  orthogonal over tokens. It needs no backward pass, bounds the variance from above, and ranks
+  baselines as the variance does, because all of them share one mean.
 
   Args:
     advantage: f32[N, G, S].
-    score_norms: f32[N, G, S] `token_advantages.score_norm`, or ones for OPO's ‖z‖² ∝ |y|.
+    score_norms: f32[N, G, S] from `token_advantages.score_norm`, or ones for OPO's ‖z‖² ∝ |y|.
     mask: f32[N, G, S].
 
   Source: verl's variance proxy; 2505.23585.

@@ -4,9 +4,9 @@
 
 The baseline p̄_φ reads the same text without a thought. The reward is dense and needs no
 verifier: where no thought of a group leads to the right token, some still make it likelier.
-Its advantage is `advantages.leave_one_out` and its surrogate acts on thought tokens alone.
+The advantage is `advantages.leave_one_out`, and the surrogate acts on thought tokens alone.
 
-Source: RLP 2510.01265 (specs/rpt.md 1.6).
+Source: RLP 2510.01265 (docs/methods/rlp.md).
 """
 
 import chex
@@ -16,22 +16,22 @@ from jaxrl_pt.types import Array, Params
 
 
 def information_gain(logp: Array, baseline: Array) -> Array:
-  """f32[N, G]: r = log p_θ(x_t | x_<t, c) − log p̄_φ(x_t | x_<t), nats.
+  """RLP's reward in nats, f32[N, G]: r = log p_θ(x_t | x_<t, c) − log p̄_φ(x_t | x_<t).
 
   Args:
-    logp: f32[N, G] of the true token after each thought, under the policy.
-    baseline: f32[N] of the true token without one, under the average policy.
+    logp: f32[N, G] log-probability of the true token after each thought, under the policy.
+    baseline: f32[N] its log-probability without a thought, under the average policy.
   """
   chex.assert_rank([logp, baseline], [2, 1])
   return logp - baseline[:, None]
 
 
 def average(params: Params, policy: Params, decay: float) -> Params:
-  """φ ← τ φ + (1 − τ) θ.
+  """The average policy after an update of the policy: φ ← τ φ + (1 − τ) θ.
 
   Args:
-    params: φ.
-    policy: θ after its update.
+    params: φ, the average before.
+    policy: θ, the policy's parameters after its update.
     decay: τ; the paper has 0.999.
   """
   return optax.incremental_update(policy, params, 1 - decay)

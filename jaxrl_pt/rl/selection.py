@@ -7,7 +7,7 @@ from jaxrl_pt.types import Array
 
 
 def informative_groups(correct: Array, valid: Array) -> Array:
-  """DAPO's dynamic sampling keeps a group iff 0 < #correct < #responses, of its valid rows.
+  """DAPO's dynamic sampling keeps a group iff 0 < #correct < #responses among its valid rows.
 
   Args:
     correct: f32[N, G] in {0, 1}.

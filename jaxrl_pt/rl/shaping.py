@@ -1,7 +1,7 @@
 """What a response's length adds to its reward.
 
-A length reward that compares responses is a function of the whole batch. Short-RL's also
-remembers how accurate the policy has been: that state, f32[], goes in and comes out, and
+A length reward that compares responses is a function of the whole batch. Short-RL's reward also
+remembers how accurate the policy has been. That state, f32[], is an argument and a result, and
 belongs in the checkpoint. Lengths are in tokens, the stop token included.
 """
 
@@ -65,7 +65,7 @@ def kimi(lengths: Array, correct: Array, valid: Array) -> Array:
 
 def accuracy_gate(reference: Array, accuracy: Array, slack_accuracy: float, ema: float = 0.0
                   ) -> tuple[Array, Array]:
-  """1 iff acc ≥ acc_ref − τ_acc, where acc_ref has already seen this batch.
+  """Short-RL's gate: 1 iff acc ≥ acc_ref − τ_acc, where acc_ref has already seen this batch.
 
   acc_ref is the running maximum of the batches' accuracies if `ema` is 0, and else their
   exponential average acc_ref ← ema · acc_ref + (1 − ema) · acc. A maximum of noisy numbers
@@ -73,9 +73,9 @@ def accuracy_gate(reference: Array, accuracy: Array, slack_accuracy: float, ema:
 
   Args:
     reference: f32[] acc_ref after the batches before; 0 at the start, when the gate is open.
-    accuracy: f32[] of this batch.
+    accuracy: f32[] accuracy of this batch.
     slack_accuracy: τ_acc.
-    ema: 0, or the average's decay in (0, 1).
+    ema: 0 for the running maximum, or the decay of the average in (0, 1).
 
   Returns:
     f32[] in {0, 1}, and f32[] the new acc_ref.
@@ -91,10 +91,12 @@ def accuracy_gate(reference: Array, accuracy: Array, slack_accuracy: float, ema:
 
 
 def correct_and_short(lengths: Array, correct: Array, valid: Array, slack_tokens: int) -> Array:
-  """0 if wrong; 0.5 if ℓ_i ≤ ℓ_min + τ_ℓ; else λ_i = 0.5 − (ℓ_i − ℓ_min) / (ℓ_max − ℓ_min + 1e-5).
+  """What Short-RL pays a response for its length while the gate is open.
 
-  ℓ_min and ℓ_max are those of the group's correct responses. With τ_ℓ = 0 no response but
-  the shortest is spared.
+    0 if wrong; 0.5 if ℓ_i ≤ ℓ_min + τ_ℓ; else λ_i = 0.5 − (ℓ_i − ℓ_min) / (ℓ_max − ℓ_min + 1e-5)
+
+  ℓ_min and ℓ_max are the least and the greatest length of the group's correct responses. With
+  τ_ℓ = 0 only the shortest of them earn the full 0.5.
 
   Args:
     lengths: f32[N, G].
@@ -105,7 +107,7 @@ def correct_and_short(lengths: Array, correct: Array, valid: Array, slack_tokens
   Returns:
     f32[N, G] in [−0.5, 0.5].
 
-  Source: Short-RL's code (specs/short_rl.md 5.1).
+  Source: the code of Short-RL, 2505.12284 (docs/methods/short_rl.md).
   """
   chex.assert_rank(lengths, 2)
   chex.assert_equal_shape([lengths, correct, valid])
@@ -134,7 +136,7 @@ def short_rl(reference: Array, lengths: Array, correct: Array, valid: Array, *,
   Returns:
     f32[N, G] to add to the reward, f32[] whether the gate was open, f32[] the new state.
 
-  Source: Short-RL's code (specs/short_rl.md 5.1).
+  Source: the code of Short-RL, 2505.12284 (docs/methods/short_rl.md).
   Departs from it in keeping its maximum as state instead of a global that a restart loses.
   """
   bonus = correct_and_short(lengths, correct, valid, slack_tokens)

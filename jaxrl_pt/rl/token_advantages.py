@@ -1,9 +1,10 @@
 """Advantages of each token, from the rewards of each token.
 
-All take and return f32[N, G, S] arrays. Tokens with `mask` 0 (past the end of the
-response, not judged, or not the policy's own) take no part and get 0; a reward they hold
-is ignored. Nothing follows the last token that counts: its successor has value 0. `TABLE`, at the
-end, says which config type stands for which.
+Functions take and return f32[N, G, S] arrays unless they say otherwise. A token with `mask` 0 lies
+past the end of the response, was not judged, or is not the policy's own: it takes no part and gets
+0, and a reward on it is ignored. Nothing follows the last token that counts, so the value of its
+successor is 0. `TABLE`, at the end, says which config type stands for
+which function.
 """
 
 from typing import Any
@@ -22,7 +23,7 @@ EPSILON = 1e-8
 
 
 def terminal_rewards(reward: Array, mask: Array) -> Array:
-  """f32[N, G, S]: the response's reward on its last token that counts, 0 elsewhere.
+  """Puts a response's reward on its last token that counts and 0 elsewhere, f32[N, G, S].
 
   Args:
     reward: f32[N, G].
@@ -34,7 +35,7 @@ def terminal_rewards(reward: Array, mask: Array) -> Array:
 
 
 def reward_to_go(rewards: Array, mask: Array, gamma: float) -> Array:
-  """G_t = Σ_{s≥t} γ^{s−t} r_s, where s and t number the tokens that count.
+  """The reward to go: G_t = Σ_{s≥t} γ^{s−t} r_s, where s and t number the tokens that count.
 
   Args:
     rewards: f32[N, G, S] of each token.
@@ -48,7 +49,7 @@ def reward_to_go(rewards: Array, mask: Array, gamma: float) -> Array:
 
 
 def whiten(values: Array, mask: Array) -> Array:
-  """(v − mean(v)) / √(var(v) + 1e-8) over all tokens of the batch that count.
+  """Whitens over all tokens of the batch that count: (v − mean(v)) / √(var(v) + 1e-8).
 
   The variance is the unbiased one (divisor n − 1), as in verl; equal values become 0.
 
@@ -62,7 +63,7 @@ def whiten(values: Array, mask: Array) -> Array:
   chex.assert_rank(values, 3)
   chex.assert_equal_shape([values, mask])
   count = mask.sum()
-  # From the largest on, so that equal values give 0 and not a rounding by its own size.
+  # Taken from the largest value on, equal values give exactly 0, as in `advantages`.
   difference = advantages.below_largest(values.reshape(-1), mask.reshape(-1)).reshape(values.shape)
   centred = (difference - (difference * mask).sum() / jnp.maximum(count, 1)) * mask
   variance = jnp.square(centred).sum() / jnp.maximum(count - 1, 1)
@@ -73,7 +74,7 @@ def reinforce_plus_plus(rewards: Array, mask: Array, gamma: float) -> Array:
   """REINFORCE++: A_t = Σ_{s≥t} γ^{s−t} r_s, whitened over all tokens of the batch.
 
   Args:
-    rewards: f32[N, G, S] `terminal_rewards` less the penalty β · KL of each token.
+    rewards: f32[N, G, S] `terminal_rewards`, from which each token's penalty β · KL is taken.
     mask: f32[N, G, S] in {0, 1}.
     gamma: discount of each token.
 
@@ -86,7 +87,7 @@ def reinforce_plus_plus(rewards: Array, mask: Array, gamma: float) -> Array:
 
 
 def reinforce_plus_plus_baseline(reward: Array, mask: Array, valid: Array) -> Array:
-  """A_t = r − mean of the group, whitened over all tokens of the batch.
+  """REINFORCE++ with baseline: A_t = r − the group's mean, whitened over all tokens of the batch.
 
   Args:
     reward: f32[N, G].
@@ -96,7 +97,7 @@ def reinforce_plus_plus_baseline(reward: Array, mask: Array, valid: Array) -> Ar
   Returns:
     f32[N, G, S].
 
-  Source: 2501.03262, REINFORCE++ with baseline; undiscounted, as in verl.
+  Source: 2501.03262; undiscounted, as in verl.
   """
   chex.assert_rank([reward, mask], [2, 3])
   centred = advantages.mean_centred(reward, valid)
@@ -107,15 +108,15 @@ def generalised(rewards: Array, values: Array, mask: Array, gamma: float, lam: f
                 ) -> tuple[Array, Array]:
   """GAE: A_t = Σ_l (γλ)^l δ_{t+l} with δ_t = r_t + γ V_{t+1} − V_t.
 
-  Tokens that do not count are stepped over: t + 1 is the next one that does. Not whitened;
-  PPO as verl runs it calls `whiten` on the result.
+  Tokens that do not count are stepped over: t + 1 is the next one that does. The result is not
+  whitened; PPO as verl runs it calls `whiten` on it.
 
   Args:
     rewards: f32[N, G, S] of each token.
     values: f32[N, G, S] of the state before each token; constants of the gradient.
     mask: f32[N, G, S] in {0, 1}.
     gamma: discount of each token.
-    lam: 0 trusts the values, 1 the rewards.
+    lam: λ; 0 trusts the values, 1 the rewards.
 
   Returns:
     f32[N, G, S] advantages, and f32[N, G, S] returns A_t + V_t, the targets of the values.
@@ -143,7 +144,9 @@ def generalised(rewards: Array, values: Array, mask: Array, gamma: float, lam: f
 
 
 def optimal_token_baseline(rewards: Array, logp: Array, collision: Array, mask: Array) -> Array:
-  """A_t = G_t − Σ_i G_t W_t / Σ_i W_t, with W_t = Σ_{j≤t} (1 − 2 π_j + Σ_v π_v²).
+  """The optimal token baseline: A_t = G_t − Σ_i G_t W_t / Σ_i W_t.
+
+    W_t = Σ_{j≤t} (1 − 2 π_j + Σ_v π_v²)
 
   G_t is the undiscounted reward to go and i runs over the group's responses that have a
   token t. W_t is the squared norm of the score of tokens 1 … t with respect to the logits,
@@ -174,7 +177,7 @@ def optimal_token_baseline(rewards: Array, logp: Array, collision: Array, mask: 
 
 
 def score_norm(logp: Array, collision: Array) -> Array:
-  """‖∂ log π(y) / ∂ logits‖² = 1 − 2 π(y) + Σ_v π_v², of each token.
+  """The squared norm of a token's score: ‖∂ log π(y) / ∂ logits‖² = 1 − 2 π(y) + Σ_v π_v².
 
   Args:
     logp: f32[...] log π(y).

@@ -1,7 +1,7 @@
 """Learning-rate and weight-decay schedules, and the optimiser made of optax parts.
 
 All schedules are functions of the optimiser step, i32[] → f32[]. The two-stage
-schedule is BitNet's (specs/bitnet_v2.md 1.5): both numbers of "1.2e-3 → 8e-4" are
+schedule is BitNet's (docs/methods/bitnet.md): both numbers of "1.2e-3 → 8e-4" are
 peaks of full-length decays, and the run jumps from the first curve to the second.
 """
 
@@ -84,7 +84,7 @@ def _decay(shape: str, peak: float, end: float, steps: int) -> Schedule:
 def weight_decay(config: cfg.AdamW, num_steps: int) -> Schedule:
   """The weight decay: constant or rising along a cosine; 0 in TwoStage's second stage.
 
-  2504.12285 section 2.2 says that it follows a cosine "reaching a peak of 0.1" in stage
+  2504.12285 says that it follows a cosine "reaching a peak of 0.1" in stage
   one; read here as rising from 0 to the peak over that stage.
   """
   match config.schedule:

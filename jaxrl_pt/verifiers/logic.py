@@ -7,7 +7,7 @@ role beyond. Rewards:
     format  +1, or −1
     answer  +2 all roles right, −1.5 some wrong, −2 not parsed (always so where the format is bad)
 
-Source: Short-RL's logic experiments (specs/short_rl.md 5.1, 5.2).
+Source: the logic experiments of Short-RL, 2505.12284 (docs/methods/short_rl.md).
 """
 
 import re

@@ -107,7 +107,7 @@ def hadamard(x: jax.Array) -> jax.Array:
   Returns:
     f[..., D] in x's dtype, computed in float32.
 
-  Source: 2504.18415 section 2; Kronecker factors specs/bitnet_v2.md 1.3.
+  Source: 2504.18415 section 2; docs/methods/bitnet_v2.md on the Kronecker factors.
   Departs from the paper in covering widths that are not powers of two.
   """
   factors = hadamard_factors(x.shape[-1])

@@ -91,7 +91,7 @@ def test_bfloat16_is_rotated_in_float32():
   np.testing.assert_array_equal(y, quant.hadamard(x.astype(jnp.float32)).astype(jnp.bfloat16))
 
 
-# --- The mechanism of the paper (specs: BitNet v2, 1.8) -------------------------
+# --- The mechanism of the paper (docs/methods/bitnet_v2.md) ---------------------
 
 WIDTH, TOKENS = 4096, 64
 
@@ -105,7 +105,7 @@ def inputs(name):
     case 'outlier_channels':
       x = a.copy()
       x[:, random.choice(WIDTH, 8, replace=False)] *= 60
-    case 'silu_gated':  # the page's numbers are those of a gate of standard deviation 2
+    case 'silu_gated':  # of a gate of standard deviation 2
       x = 2 * a / (1 + np.exp(-2 * a)) * b
     case _:
       x = np.maximum(a, 0)**2 * b

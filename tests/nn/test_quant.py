@@ -195,7 +195,7 @@ def test_compiled_sums_of_codes_are_exact_integers(num_in):
 
 
 def test_largest_possible_sum_is_exact():
-  # 127 · 6912 = 877,824 < 2²⁴: every code 127, every weight 1 (specs: 2B4T 2.7 b).
+  # 127 · 6912 = 877,824 < 2²⁴: every code 127, every weight 1 (docs/methods/bitnet.md).
   y = bit_matmul(jnp.full((1, 6912), 3.0), jnp.full((6912, 1), 2.0), 'int8')
   exact = fractions.Fraction(3) * 2 * 6912
   assert float(y[0, 0]) == pytest.approx(float(exact), rel=1e-6)

@@ -132,7 +132,8 @@ def test_arguments_that_do_not_fit_are_one_sentence(change, message):
 
 
 def test_planar_bytes_of_a_released_checkpoint():
-  packed = jnp.array([[161, 24], [144, 10]], jnp.uint8)  # specs/bitnet_2b4t.md 2.3, out × in
+  # Rows are outputs; docs/methods/bitnet.md has the layout.
+  packed = jnp.array([[161, 24], [144, 10]], jnp.uint8)
   expected = [(0, -1), (-1, 1), (-1, 1), (-1, 1), (1, 0), (0, -1), (1, -1), (1, -1)]
   codes = packing.unpack_planar(packed.T, 8)
   np.testing.assert_array_equal(codes.astype(jnp.int8).T, expected)

@@ -76,7 +76,7 @@ def test_gate_of_the_average_by_hand():
 
 @pytest.mark.parametrize('num_prompts, low, high', [(8, 0.0, 0.1), (512, 0.8, 1.0)])
 def test_a_maximum_closes_the_gate_of_small_batches(num_prompts, low, high):
-  # specs/short_rl.md 5.4: accuracy rising from 0.10 to 0.85 over 1,687 steps of 8 samples.
+  # The accuracy rises from 0.10 to 0.85 over 1,687 steps of 8 samples (docs/methods/short_rl.md).
   random = np.random.default_rng(0)
   mean = np.linspace(0.10, 0.85, 1687)[:, None]
   prompt = random.beta(2 * mean, 2 * (1 - mean), (1687, num_prompts))

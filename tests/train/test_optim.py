@@ -56,8 +56,8 @@ def test_a_warm_up_that_runs_into_what_follows_is_refused(schedule, num_steps, m
 
 
 def test_two_stage_jumps_between_two_full_length_decays():
-  """specs/bitnet_v2.md 1.5: 1.5e-3 → 1e-3 over 100K steps with end 3e-5 and 375 warm-up
-  steps goes from 7.67e-4 just before step 50,000 to 5.16e-4 just after."""
+  """The schedule 1.5e-3 → 1e-3 over 100K steps, with end 3e-5 and 375 steps of warm-up, goes from
+  7.67e-4 just before step 50,000 to 5.16e-4 just after (docs/methods/bitnet.md)."""
   schedule = cfg.TwoStage(1.5e-3, 1e-3, end_rate=3e-5, warmup_steps=375)
   assert at(schedule, 100_000, 49_999) == pytest.approx(7.67e-4, rel=3e-3)
   assert at(schedule, 100_000, 50_000) == pytest.approx(5.16e-4, rel=3e-3)

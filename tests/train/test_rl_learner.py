@@ -147,7 +147,8 @@ def plain_policy_gradient() -> TrainState:
 @pytest.mark.parametrize('surrogate', [cfg.PPOClip(), cfg.CISPO(), cfg.GSPO()],
                          ids=lambda s: type(s).__name__)
 def test_with_one_update_a_batch_every_surrogate_is_the_policy_gradient(surrogate):
-  """specs/baselines.md; GSPO's ratio being the sequence's, only with a mean in each response."""
+  """GSPO's gradient agrees only with a mean in each response, because its ratio is that of the
+  whole sequence (docs/methods/grpo_and_relatives.md)."""
   other, metrics = learn(cfg.Algorithm(surrogate=surrogate, **PARTS))
   plain = plain_policy_gradient()
   assert metrics['clip_fraction'] == 0

@@ -41,7 +41,7 @@ def test_rewards_by_part(response, outcome, parts):
   judged = logic.judge(response, REFERENCE)
   assert judged.outcome is outcome
   assert (judged.parts['format'], judged.parts['answer']) == parts
-  assert judged.score == sum(parts)  # 3, −0.5, −1 or −3 (specs/short_rl.md 5.1)
+  assert judged.score == sum(parts)  # 3, −0.5, −1 or −3 (docs/methods/short_rl.md)
 
 
 def test_a_mebibyte_of_claims_is_read():
