@@ -2,8 +2,8 @@
 
 Each function takes f32[N, G] arrays and returns f32[N, G]; advantages of single tokens are in
 `token_advantages`. A row with `valid` 0 was not judged: it takes no part in a baseline and gets
-advantage 0. The only valid row of a group gets 0 too, except under the whole batch's baseline. `TABLE`, at
-the end, says which config type stands for which function.
+advantage 0. The only valid row of a group gets 0 too, except under the whole batch's baseline.
+`TABLE`, at the end, says which config type stands for which function.
 
 Equal rewards give exactly 0, whatever their value, because a baseline is a mean of how far rewards
 lie below the largest, and not of the rewards themselves. The mean of equal numbers can be off by a
