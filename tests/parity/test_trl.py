@@ -135,7 +135,6 @@ def test_rloo_on_policy_gradient_equals_trl():
   inputs = {'advantages': flat(advantage), 'completion_mask': flat(mask),
             'old_logps': flat(logp * mask).sum(-1)}
   _, their_gradient, _ = trl_loss(rloo_trainers.RLOOTrainer, logp, inputs)
-  gradient = jax.grad(lambda logp: obj.policy_gradient(
-      logp, jnp.broadcast_to(advantage[..., None], SHAPE), mask,
-      obj.sequence_mean_token_sum))(jnp.asarray(logp))
+  gradient = jax.grad(lambda logp: obj.sequence_mean_token_sum(obj.policy_gradient(
+      logp, jnp.broadcast_to(advantage[..., None], SHAPE)).terms, mask))(jnp.asarray(logp))
   np.testing.assert_allclose(gradient, their_gradient, rtol=1e-4, atol=1e-6)

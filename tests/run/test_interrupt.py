@@ -10,7 +10,7 @@ import time
 LOOP = """
 import sys, time
 from pathlib import Path
-from jaxrl_pt.train.interrupt import stop_on_signals
+from jaxrl_pt.run.interrupt import stop_on_signals
 with stop_on_signals() as stop:
   Path(sys.argv[1]).touch()
   for _ in range(1000):

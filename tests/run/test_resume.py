@@ -8,7 +8,7 @@ import pytest
 from jaxrl_pt import config as cfg
 from jaxrl_pt import gin_bindings
 from jaxrl_pt.errors import UserError
-from jaxrl_pt.train import resume
+from jaxrl_pt.run import resume
 
 RUN, TEXT = gin_bindings.load(['gin/run/pretrain_tiny.gin'], [])
 NOTHING: frozenset[str] = frozenset()

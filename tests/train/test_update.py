@@ -1,7 +1,8 @@
-"""The learner: methods against each other, slices against the whole, state that moves."""
+"""The update: methods against each other, slices against the whole, state that moves."""
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +12,12 @@ import pytest
 from jaxrl_pt import config as cfg
 from jaxrl_pt import params as P
 from jaxrl_pt.models import transformer
-from jaxrl_pt.models.logprobs import TokenScores
+from jaxrl_pt.rl import advantages
 from jaxrl_pt.sampling import decode
-from jaxrl_pt.train import algorithm, learner, optim, rl_step
+from jaxrl_pt.sampling.rollouts import make_sampler
+from jaxrl_pt.train import fused, optim, update
 from jaxrl_pt.train import state as states
-from jaxrl_pt.types import Prompts, Rollout, TrainState, Verdict
+from jaxrl_pt.types import Array, Prompts, RolloutBatch, TrainBatch, TrainState, Verdict
 
 CONFIG = cfg.Model(num_layers=1, d_model=16, d_ff=16, num_heads=2, num_kv_heads=1, head_dim=8,
                    vocab_size=11)
@@ -26,7 +28,22 @@ N, G, S = 4, 4, 3
 
 PROMPTS = Prompts(jnp.asarray([[3, 1, 4], [9, 2, 0], [6, 5, 3], [7, 0, 0]], jnp.int32),
                   jnp.asarray([3, 2, 3, 1], jnp.int32), jnp.arange(N, dtype=jnp.int32),
-                  jnp.zeros((N, 0), jnp.int32), jnp.zeros(N, jnp.int32), jnp.zeros(N))
+                  extras={'answer': jnp.zeros((N, 2), jnp.int32),
+                          'answer_lengths': jnp.arange(N, dtype=jnp.int32)})
+
+
+class Judged(NamedTuple):
+  """A judged batch: what `learn` takes beside the state, in its order."""
+
+  prompts: Prompts
+  rollouts: RolloutBatch
+  verdict: Verdict
+  reference_logp: Array  # f32[N, G, S]
+
+  @property
+  def mask(self) -> Array:
+    """f32[N, G, S]: 1 on tokens that are learned from."""
+    return self.rollouts.sampled * self.verdict.valid[..., None]
 
 
 def make_run(method: cfg.Algorithm, accumulation=1, **rollouts) -> cfg.Run:
@@ -43,38 +60,37 @@ def make_run(method: cfg.Algorithm, accumulation=1, **rollouts) -> cfg.Run:
 
 def make_state(run: cfg.Run) -> tuple[TrainState, object]:
   optimizer = optim.make_optimizer(run.optimizer, run.train.num_steps)
-  return TrainState(jnp.zeros((), jnp.int32), PARAMS, optimizer.init(PARAMS),
-                    states.new_method(run, PARAMS)), optimizer
+  kept = states.new_method(run.objective.rollouts, run.objective.algorithm, CONFIG.d_model)
+  return TrainState(jnp.zeros((), jnp.int32), PARAMS, optimizer.init(PARAMS), kept), optimizer
 
 
 @functools.cache
-def drawn() -> Rollout:
+def drawn() -> RolloutBatch:
   run = make_run(cfg.Algorithm())
-  sample = rl_step.make_sampler(MODEL, 1, run.objective.rollouts, stop_id=0)
+  sample = make_sampler(MODEL, 1, run.objective.rollouts, stop_id=0)
   return jax.jit(sample)(PARAMS, PROMPTS, jnp.int32(0), jnp.int32(0))
 
 
-def experience(reference_logp=None, correct=None) -> learner.Experience:
+def judged(reference_logp=None, correct=None) -> Judged:
   rng = np.random.default_rng(0)
   correct = jnp.asarray(rng.integers(0, 2, (N, G)) if correct is None else correct, jnp.float32)
   valid = jnp.ones((N, G)).at[1, 2].set(0)
   reference = jnp.zeros((N, G, S)) if reference_logp is None else reference_logp
-  return learner.Experience(PROMPTS, drawn(), Verdict(correct, valid, correct, {'a': correct}),
-                            reference)
+  return Judged(PROMPTS, drawn(), Verdict(correct, valid, correct, {'a': correct}), reference)
 
 
 def make_step(method: cfg.Algorithm, accumulation=1, **rollouts):
   """The compiled learner and the state that it begins with."""
   run = make_run(method, accumulation, **rollouts)
   state, optimizer = make_state(run)
-  return jax.jit(learner.make_learner(
-      MODEL, optimizer, run, run.objective.rollouts, method)), state
+  learn_from = update.make_learner(MODEL, optimizer, run, run.objective.rollouts, method)
+  return jax.jit(lambda state, batch: learn_from(state, *batch)), state
 
 
 def learn(method: cfg.Algorithm, batch=None, accumulation=1, steps=1, **rollouts):
   step, state = make_step(method, accumulation, **rollouts)
   for _ in range(steps):
-    state, metrics = step(state, experience() if batch is None else batch)
+    state, metrics = step(state, judged() if batch is None else batch)
   return state, {name: float(value.mean()) for name, value in metrics.items()}
 
 
@@ -93,13 +109,14 @@ def assert_same(one, other, rtol=1e-4):
 def test_going_on_from_the_samplers_forward_pass_is_the_same_step(method):
   run = make_run(method)
   state, optimizer = make_state(run)
-  learn = learner.make_learner(MODEL, optimizer, run, run.objective.rollouts, method)
+  learn = update.make_learner(MODEL, optimizer, run, run.objective.rollouts, method)
 
   def through(state, batch):
-    return learn(state, batch, rl_step.share(MODEL, state.params, PROMPTS, 1, method))
+    return learn(state, *batch, fused._share(MODEL, state.params, PROMPTS, 1, method))
 
-  batch = experience(drawn().logp - 0.1)
-  (got, got_metrics), (want, want_metrics) = (jax.jit(f)(state, batch) for f in (through, learn))
+  batch = judged(drawn().logp - 0.1)
+  (got, got_metrics), (want, want_metrics) = (
+      jax.jit(f)(state, batch) for f in (through, lambda state, batch: learn(state, *batch)))
   assert_same(got.opt_state[1].mu, want.opt_state[1].mu)
   assert all(np.abs(mu).max() > 0 for mu in jax.tree.leaves(want.opt_state[1].mu))
   assert got_metrics.keys() == want_metrics.keys()
@@ -111,7 +128,7 @@ def test_the_forward_pass_is_not_shared_where_the_learner_needs_another():
   several = cfg.Algorithm(surrogate=cfg.PPOClip(), epochs=2)
   with_head = cfg.Algorithm(advantage=cfg.GAE())
   for accumulation, method in ((2, cfg.Algorithm()), (1, several), (1, with_head)):
-    assert rl_step.share(MODEL, PARAMS, PROMPTS, accumulation, method) is None
+    assert fused._share(MODEL, PARAMS, PROMPTS, accumulation, method) is None
 
 
 # --- What is drawn ---------------------------------------------------------------
@@ -120,7 +137,7 @@ def test_the_forward_pass_is_not_shared_where_the_learner_needs_another():
 def test_a_prompt_that_stands_in_a_batch_again_draws_further_samples():
   """Not the same ones: two groups of equal responses would count one draw twice."""
   run = make_run(cfg.Algorithm())
-  sample = jax.jit(rl_step.make_sampler(MODEL, 1, run.objective.rollouts, stop_id=0))
+  sample = jax.jit(make_sampler(MODEL, 1, run.objective.rollouts, stop_id=0))
   again = lambda x: jnp.concatenate([x[:1], x[:2], x[:1]])
   repeated = dataclasses.replace(PROMPTS, tokens=again(PROMPTS.tokens),
                                  lengths=again(PROMPTS.lengths), ids=again(PROMPTS.ids))
@@ -163,6 +180,14 @@ def test_what_the_surrogates_do_after_the_first_update_differs():
   assert (results[0][0].params['embed'] != results[1][0].params['embed']).any()
 
 
+def train_batch(method: cfg.Algorithm, batch: Judged, reward=None) -> TrainBatch:
+  """What is fixed before the first update of a new state."""
+  run = make_run(method)
+  reward = batch.verdict.reward if reward is None else reward
+  return update._train_batch(MODEL, make_state(run)[0], *batch[:3], reward, batch.reference_logp,
+                             run, cfg.Sampler(), method)
+
+
 ADVANTAGES = (cfg.GRPO(), cfg.DrGRPO(), cfg.RLOO(), cfg.OPO(), cfg.OPOLeaveOneOut(),
               cfg.OPOBatch(), cfg.ReinforcePlusPlus(), cfg.ReinforcePlusPlusBaseline(),
               cfg.GAE(), cfg.OptimalTokenBaseline())
@@ -171,20 +196,14 @@ ADVANTAGES = (cfg.GRPO(), cfg.DrGRPO(), cfg.RLOO(), cfg.OPO(), cfg.OPOLeaveOneOu
 @pytest.mark.parametrize('advantage', ADVANTAGES, ids=lambda a: type(a).__name__)
 def test_every_advantage_prefers_what_was_rewarded(advantage):
   """Rows not judged take no part, and what is left sums to about nothing."""
-  method = cfg.Algorithm(advantage=advantage)
-  batch = experience()
-  mask = batch.rollout.mask * batch.verdict.valid[..., None]
-  scores = jax.jit(functools.partial(learner.response_scores, MODEL, sampler=cfg.Sampler()))(
-      PARAMS, PROMPTS, batch.rollout.tokens)
-  values, returns = algorithm.token_advantage(
-      method, batch.verdict.reward, batch.rollout, mask, batch.verdict.valid,
-      batch.reference_logp, scores, jnp.zeros_like(mask))
-  assert values.shape == (N, G, S)
-  counted = np.asarray(values * mask)
+  batch = judged()
+  found = train_batch(cfg.Algorithm(advantage=advantage), batch)
+  assert found.advantage.shape == (N, G, S)
+  counted = np.asarray(found.advantage * batch.mask)
   right, wrong = (counted[np.asarray(batch.verdict.correct * batch.verdict.valid == c)
                           & np.asarray(batch.verdict.valid > 0)] for c in (1, 0))
   assert right.sum() > 0 > wrong.sum()
-  assert (returns != 0).any() == isinstance(advantage, cfg.GAE)
+  assert (found.returns != 0).any() == isinstance(advantage, cfg.GAE)
 
 
 @pytest.mark.parametrize('advantage', ADVANTAGES, ids=lambda a: type(a).__name__)
@@ -192,21 +211,18 @@ def test_equal_rewards_of_any_value_are_exactly_no_advantage(advantage):
   """Not nearly; what is not judged may have earned anything. A new value head says 0."""
   if isinstance(advantage, cfg.GAE):
     advantage = cfg.GAE(lam=1.0)
-  method, batch = cfg.Algorithm(advantage=advantage), experience()
-  valid, rollout = batch.verdict.valid, batch.rollout
-  mask, zeros = rollout.mask * valid[..., None], jnp.zeros((N, G, S))
-  old = TokenScores(rollout.logp, zeros, zeros, zeros)
-  found = jax.jit(lambda value: algorithm.token_advantage(
-      method, jnp.where(valid > 0, value, 9.0), rollout, mask, valid, zeros, old, zeros)[0] * mask)
+  method, batch = cfg.Algorithm(advantage=advantage), judged()
+  found = jax.jit(lambda value: train_batch(
+      method, batch, jnp.where(batch.verdict.valid > 0, value, 9.0)).advantage * batch.mask)
   for value in (0.1, 0.7, -4.21, 1 / 3, 1e4 + 0.3):
     np.testing.assert_array_equal(found(jnp.float32(value)), 0)
 
 
 def test_equal_rewards_leave_the_policy_alone():
-  batch = experience()
+  batch = judged()
   reward = jnp.where(batch.verdict.valid > 0, -4.21, 9.0)
-  state, metrics = learn(cfg.Algorithm(advantage=cfg.GRPO()), dataclasses.replace(
-      batch, verdict=dataclasses.replace(batch.verdict, reward=reward)))
+  state, metrics = learn(cfg.Algorithm(advantage=cfg.GRPO()), batch._replace(
+      verdict=dataclasses.replace(batch.verdict, reward=reward)))
   assert metrics['zero_advantage_groups'] == 1 and metrics['grad_norm'] == 0
   jax.tree.map(np.testing.assert_array_equal, state.params, PARAMS)
 
@@ -220,9 +236,9 @@ def test_equal_rewards_leave_the_policy_alone():
 def test_an_impossible_token_costs_its_own_gradient_and_is_counted(method):
   """log ratios of ±100 on a token of two responses; infinite ratios made the batch NaN."""
   far = drawn().logp.at[0, 0, 0].add(100.0).at[1, 0, 0].add(-100.0)
-  batch = experience(reference_logp=far)
+  batch = judged(reference_logp=far)
   if method.kl == cfg.NoKL():
-    batch = dataclasses.replace(batch, rollout=dataclasses.replace(batch.rollout, logp=far))
+    batch = batch._replace(rollouts=dataclasses.replace(batch.rollouts, logp=far))
   state, metrics = learn(method, batch)
   assert metrics['nonfinite'] == 0 and np.isfinite(list(metrics.values())).all()
   assert metrics['bounded_ratios'] > 0
@@ -230,40 +246,36 @@ def test_an_impossible_token_costs_its_own_gradient_and_is_counted(method):
 
 
 def test_kl_in_the_reward_is_taken_from_it():
-  batch = experience()
-  far = dataclasses.replace(batch, reference_logp=jnp.where(
-      jnp.arange(G)[:, None] == 0, batch.rollout.logp - 2, batch.rollout.logp))
-  mask = batch.rollout.mask * batch.verdict.valid[..., None]
-  zero = jnp.zeros_like(batch.verdict.reward)
+  batch = judged()
+  batch = batch._replace(reference_logp=jnp.where(
+      jnp.arange(G)[:, None] == 0, batch.rollouts.logp - 2, batch.rollouts.logp))
   method = cfg.Algorithm(advantage=cfg.DrGRPO(), kl=cfg.KLInReward(0.5))
-  advantage, _ = algorithm.token_advantage(method, zero, batch.rollout, mask, batch.verdict.valid,
-                                           far.reference_logp, None, None)
+  advantage = train_batch(method, batch, jnp.zeros_like(batch.verdict.reward)).advantage
   # Sample 0 of each group pays 0.5 · 2 nats for each of its tokens, the others nothing.
   paid = np.zeros((N, G))
-  paid[:, 0] = -np.asarray(mask.sum(-1))[:, 0]
+  paid[:, 0] = -np.asarray(batch.mask.sum(-1))[:, 0]
   valid = np.asarray(batch.verdict.valid)
   want = (paid - (paid * valid).sum(1, keepdims=True) / valid.sum(1, keepdims=True)) * valid
   np.testing.assert_allclose(advantage[..., 0], want, atol=1e-6)
 
 
 def test_kl_in_the_loss_pulls_towards_the_reference():
-  batch = experience(correct=np.zeros((N, G)))  # No reward: KL alone moves the policy.
-  batch = dataclasses.replace(batch, reference_logp=batch.rollout.logp + 0.5)
+  batch = judged(correct=np.zeros((N, G)))  # No reward: KL alone moves the policy.
+  batch = batch._replace(reference_logp=batch.rollouts.logp + 0.5)
   method = cfg.Algorithm(kl=cfg.KLInLoss(1.0, 'k2'))
   state, metrics = learn(method, batch, steps=5)
   assert metrics['zero_advantage_groups'] == 1
-  scores = learner.response_scores(MODEL, state.params, PROMPTS, batch.rollout.tokens,
-                                   cfg.Sampler())
-  before, after = (float((jnp.square(batch.reference_logp - logp) * batch.rollout.mask).sum())
-                   for logp in (batch.rollout.logp, scores.logp))
+  scores = update.response_scores(MODEL, state.params, PROMPTS, batch.rollouts.tokens,
+                                  cfg.Sampler())
+  before, after = (float((jnp.square(batch.reference_logp - logp) * batch.rollouts.sampled).sum())
+                   for logp in (batch.rollouts.logp, scores.logp))
   assert after < 0.9 * before
 
 
 def test_entropy_bonus_raises_entropy():
-  batch = experience(correct=np.zeros((N, G)))
-  scores = learner.response_scores(MODEL, PARAMS, PROMPTS, drawn().tokens, cfg.Sampler())
-  mask = drawn().mask * batch.verdict.valid[..., None]
-  first = {'entropy': float((scores.entropy * mask).sum() / mask.sum())}
+  batch = judged(correct=np.zeros((N, G)))
+  scores = update.response_scores(MODEL, PARAMS, PROMPTS, drawn().tokens, cfg.Sampler())
+  first = {'entropy': float((scores.entropy * batch.mask).sum() / batch.mask.sum())}
   _, later = learn(cfg.Algorithm(entropy_coef=1.0), batch, steps=5)
   assert later['entropy'] > first['entropy'] + 0.01
 
@@ -276,11 +288,11 @@ def gradients(state):
 @pytest.mark.parametrize('part, coef', [('k2', 0.3), ('k3', 2.0), ('entropy', 0.3)])
 def test_coefficients_by_the_definition_of_their_term(part, coef):
   """Without a reward the gradient is coef · ∇ mean over tokens of KL, or of −entropy."""
-  batch = experience(reference_logp=drawn().logp + 0.4, correct=np.zeros((N, G)))
-  mask = batch.rollout.mask * batch.verdict.valid[..., None]
+  batch = judged(reference_logp=drawn().logp + 0.4, correct=np.zeros((N, G)))
+  mask = batch.mask
 
   def definition(params):
-    scores = learner.response_scores(MODEL, params, PROMPTS, batch.rollout.tokens, cfg.Sampler())
+    scores = update.response_scores(MODEL, params, PROMPTS, batch.rollouts.tokens, cfg.Sampler())
     u = jnp.where(mask > 0, batch.reference_logp - scores.logp, 0.0)
     term = {'k2': jnp.square(u) / 2, 'k3': jnp.exp(u) - 1 - u, 'entropy': -scores.entropy}[part]
     return coef * (term * mask).sum() / mask.sum()
@@ -295,12 +307,12 @@ def test_coefficients_by_the_definition_of_their_term(part, coef):
 
 def test_the_value_head_teaches_itself_and_not_the_policy():
   method = cfg.Algorithm(advantage=cfg.GAE())
-  zeros, mask = jnp.zeros((N, G, S)), drawn().mask
-  lesson = learner.Lesson(PROMPTS, drawn().tokens, mask, drawn().logp, zeros, zeros, zeros,
-                          zeros + 3, mask)
+  zeros, mask = jnp.zeros((N, G, S)), drawn().sampled
+  batch = TrainBatch(PROMPTS, drawn().tokens, mask, drawn().logp, zeros, zeros, zeros, zeros + 3,
+                     mask)
   head = {'weight': jnp.ones(CONFIG.d_model), 'bias': jnp.ones(())}
-  loss = learner.make_loss(MODEL, cfg.Sampler(), method)
-  policy, own = jax.jit(jax.grad(lambda t: loss(t, lesson)[0]))((PARAMS, head))
+  loss = update.make_loss(MODEL, cfg.Sampler(), method)
+  policy, own = jax.jit(jax.grad(lambda t: loss(t, batch)[0]))((PARAMS, head))
   for gradient in jax.tree.leaves(policy):
     np.testing.assert_array_equal(gradient, 0)
   assert all(np.abs(gradient).max() > 0 for gradient in jax.tree.leaves(own))
@@ -313,26 +325,26 @@ def test_the_trainers_log_probabilities_come_out_by_token(options, accumulation)
   method = cfg.Algorithm(surrogate=cfg.PPOClip(), **options)
   run = make_run(method, accumulation)
   state, optimizer = make_state(run)
-  batch = experience()
-  _, metrics = jax.jit(learner.make_learner(
-      MODEL, optimizer, run, run.objective.rollouts, method, by_token=True))(state, batch)
-  by_token = metrics[learner.BY_TOKEN]
-  scores = jax.jit(functools.partial(learner.response_scores, MODEL, sampler=cfg.Sampler()))(
-      PARAMS, PROMPTS, batch.rollout.tokens)
-  mask = np.array(batch.rollout.mask * batch.verdict.valid[..., None])
+  batch = judged()
+  _, metrics = jax.jit(update.make_learner(
+      MODEL, optimizer, run, run.objective.rollouts, method, by_token=True))(state, *batch)
+  by_token = metrics[update.BY_TOKEN]
+  scores = jax.jit(functools.partial(update.response_scores, MODEL, sampler=cfg.Sampler()))(
+      PARAMS, PROMPTS, batch.rollouts.tokens)
+  mask = np.array(batch.mask)
   mask[1::2] *= 'minibatches' not in options  # Documents 0 and 2 come first.
   np.testing.assert_array_equal(by_token.count, mask)
   np.testing.assert_allclose(by_token.sum * mask, scores.logp * mask, atol=1e-4)
-  power = np.exp(np.abs(by_token.sum - batch.rollout.logp)) * mask
+  power = np.exp(np.abs(by_token.sum - batch.rollouts.logp)) * mask
   np.testing.assert_allclose(metrics['gap'].mean(), power.sum() / mask.sum(), rtol=1e-4)
 
 
 def test_a_cap_of_one_lowers_and_a_stale_sampler_weighs():
   """A sampler that was twice as sure gets half the weight; one half as sure is capped."""
-  batch, found = experience(), []
+  batch, found = judged(), []
   for factor, want in ((np.log(2), 0.5), (-np.log(2), 1.0)):
-    stale = dataclasses.replace(batch, rollout=dataclasses.replace(
-        batch.rollout, logp=batch.rollout.logp + factor))
+    stale = batch._replace(rollouts=dataclasses.replace(
+        batch.rollouts, logp=batch.rollouts.logp + factor))
     state, metrics = learn(cfg.Algorithm(correction=cfg.TokenTIS(1.0)), stale,
                            mode=cfg.OneStepOff())
     found.append(gradients(state))
@@ -342,6 +354,55 @@ def test_a_cap_of_one_lowers_and_a_stale_sampler_weighs():
   for half, whole in zip(*map(jax.tree.leaves, found), strict=True):
     np.testing.assert_allclose(2 * half, whole, atol=1e-4 * np.abs(whole).max())
   assert np.abs(found[1]['embed']).max() > 0
+
+
+# --- Tokens that the policy did not draw --------------------------------------------
+
+
+def with_forced_tokens(logp: float) -> RolloutBatch:
+  """Responses whose first token was put there, with what stands in the place of its logp."""
+  return dataclasses.replace(drawn(), sampled=drawn().sampled.at[..., 0].set(0),
+                             logp=drawn().logp.at[..., 0].set(logp))
+
+
+def test_a_forced_token_is_of_the_response_and_not_learned_from():
+  """Its length counts; the gradient is that of the tokens after it, by definition."""
+  batch = judged()._replace(rollouts=with_forced_tokens(0.0))
+  method = cfg.Algorithm(advantage=cfg.OPO(), aggregation=cfg.TokenMean())
+  fixed = train_batch(method, batch)
+  mask = drawn().in_response.at[..., 0].set(0) * batch.verdict.valid[..., None]
+  np.testing.assert_array_equal(fixed.loss_mask, mask)
+  lengths = np.asarray(drawn().in_response.sum(-1))
+  np.testing.assert_array_equal(batch.rollouts.lengths(), lengths)
+  want = advantages.length_weighted(batch.verdict.reward, lengths, batch.verdict.valid)
+  np.testing.assert_allclose(fixed.advantage, np.broadcast_to(want[..., None], mask.shape))
+
+  def definition(params):
+    scores = update.response_scores(MODEL, params, PROMPTS, drawn().tokens, cfg.Sampler())
+    return -(want[..., None] * scores.logp * mask).sum() / mask.sum()
+
+  state, metrics = learn(method, batch)
+  valid = np.asarray(batch.verdict.valid)
+  assert metrics['response_length'] == pytest.approx((lengths * valid).sum() / valid.sum())
+  assert_same(gradients(state), jax.jit(jax.grad(definition))(PARAMS))
+
+
+@pytest.mark.parametrize('method', [
+    cfg.Algorithm(surrogate=cfg.PPOClip(), epochs=2),
+    cfg.Algorithm(surrogate=cfg.GSPO(), correction=cfg.SequenceTIS(), kl=cfg.KLInLoss(0.1)),
+    cfg.Algorithm(advantage=cfg.ReinforcePlusPlus(), kl=cfg.KLInReward(0.1), entropy_coef=0.1)],
+                         ids=['old policy', 'correction', 'kl in reward'])
+def test_nothing_reads_the_log_probabilities_of_a_forced_token(method):
+  """Neither the sampler's nor the reference policy's."""
+  found = []
+  for logp in (0.0, -50.0):
+    reference = (drawn().logp - 0.1).at[..., 0].set(logp / 2)
+    batch = judged(reference)._replace(rollouts=with_forced_tokens(logp))
+    found.append(learn(method, batch))
+  (one, some_metrics), (other, other_metrics) = found
+  jax.tree.map(np.testing.assert_array_equal, one, other)
+  assert some_metrics == other_metrics and some_metrics['gap'] < 1.001
+  assert (one.params['embed'] != PARAMS['embed']).any()
 
 
 # --- Slices and several updates -------------------------------------------------
@@ -367,7 +428,7 @@ def test_accumulation_is_exact(aggregation):
 def test_what_a_token_counts(aggregation, want):
   """Two responses of 2 and 3 tokens, and two without any."""
   mask = jnp.asarray([[[1, 1, 0], [1, 1, 1]], [[0, 0, 0], [0, 0, 0]]], jnp.float32)
-  got = algorithm.token_weights(aggregation, mask)
+  got = update.token_weights(aggregation, mask)
   np.testing.assert_allclose(got, np.asarray(want)[..., None] * mask
                              if np.ndim(want) else want * mask, rtol=1e-6)
 
@@ -381,11 +442,10 @@ def test_two_minibatches_twice_are_four_updates():
 
 def test_the_metrics_of_all_updates_are_added_up():
   method = cfg.Algorithm(surrogate=cfg.PPOClip(), minibatches=2, epochs=2)
-  (step, state), batch = make_step(method), experience()
+  (step, state), batch = make_step(method), judged()
   _, metrics = step(state, batch)
   # Every token of a valid response is learned from in both epochs.
-  num_tokens = (batch.rollout.mask * batch.verdict.valid[..., None]).sum()
-  assert metrics['entropy'].count == 2 * num_tokens
+  assert metrics['entropy'].count == 2 * batch.mask.sum()
 
 
 def test_a_correction_of_several_updates_compares_the_policy_before_them():
@@ -400,8 +460,8 @@ def test_a_correction_of_several_updates_compares_the_policy_before_them():
 def test_the_value_head_learns_the_reward():
   correct = np.ones((N, G))
   method = cfg.Algorithm(advantage=cfg.GAE(value_lr=0.1), aggregation=cfg.TokenMean())
-  _, first = learn(method, experience(correct=correct))
-  state, last = learn(method, experience(correct=correct), steps=30)
+  _, first = learn(method, judged(correct=correct))
+  state, last = learn(method, judged(correct=correct), steps=30)
   assert last['value_loss'] < 0.1 * first['value_loss']
   assert set(state.method.value.params) == {'weight', 'bias'}
 
@@ -409,7 +469,7 @@ def test_the_value_head_learns_the_reward():
 def test_short_rls_gate_is_state_and_closes_when_accuracy_falls():
   method = cfg.Algorithm(shaping=cfg.ShortRL(slack_tokens=0, slack_accuracy=0.1))
   step, state = make_step(method)
-  good, bad = (experience(correct=np.full((N, G), c)) for c in (1.0, 0.0))
+  good, bad = (judged(correct=np.full((N, G), c)) for c in (1.0, 0.0))
   state, metrics = step(state, good)
   assert float(metrics['gate_open'].mean()) == 1 and float(state.method.gate) == 1
   state, metrics = step(state, bad)
@@ -419,8 +479,8 @@ def test_short_rls_gate_is_state_and_closes_when_accuracy_falls():
 def test_a_step_that_is_not_finite_leaves_gate_and_head_alone():
   method = cfg.Algorithm(advantage=cfg.GAE(), shaping=cfg.ShortRL())
   step, state = make_step(method)
-  batch = experience()
-  broken = dataclasses.replace(batch, verdict=dataclasses.replace(
+  batch = judged()
+  broken = batch._replace(verdict=dataclasses.replace(
       batch.verdict, reward=batch.verdict.reward * jnp.nan))
   after, metrics = step(state, broken)
   assert float(metrics['nonfinite'].mean()) == 1
@@ -436,9 +496,11 @@ def test_parts_of_the_reward_are_logged_apart():
 def test_slices_keep_the_prompts_of_a_document_together():
   shared = dataclasses.replace(PROMPTS, tokens=PROMPTS.tokens[:2])
   rows = jnp.broadcast_to(jnp.arange(N, dtype=jnp.float32)[:, None, None], (N, G, S))
-  lesson = learner.Lesson(shared, rows.astype(jnp.int32), *[rows] * 7)
-  halves = learner._split(lesson, 2)
-  assert halves.mask[:, :, 0, 0].tolist() == [[0, 1], [2, 3]]
+  batch = TrainBatch(shared, rows.astype(jnp.int32), *[rows] * 7)
+  halves = update._split(batch, 2)
+  assert halves.loss_mask[:, :, 0, 0].tolist() == [[0, 1], [2, 3]]
+  assert halves.prompts.extras['answer_lengths'].tolist() == [[0, 1], [2, 3]]
   np.testing.assert_array_equal(halves.prompts.tokens, shared.tokens[:, None])
-  whole = dataclasses.replace(lesson, prompts=PROMPTS)
-  assert learner._split(whole, 2).mask[:, :, 0, 0].tolist() == [[0, 2], [1, 3]]
+  whole = update._split(dataclasses.replace(batch, prompts=PROMPTS), 2)
+  assert whole.loss_mask[:, :, 0, 0].tolist() == [[0, 2], [1, 3]]
+  assert whole.prompts.extras['answer_lengths'].tolist() == [[0, 2], [1, 3]]

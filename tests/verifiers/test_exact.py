@@ -14,7 +14,7 @@ from jaxrl_pt import config as cfg
 from jaxrl_pt.data import generated
 from jaxrl_pt.data import tokenizer as tokenizers
 from jaxrl_pt.token_bytes import token_table
-from jaxrl_pt.types import Prompts, Rollout
+from jaxrl_pt.types import Prompts, RolloutBatch
 from jaxrl_pt.verifiers import exact
 from jaxrl_pt.verifiers.judgement import Outcome
 
@@ -79,16 +79,38 @@ def test_device_equals_definition(data, marker):
                                                  for row in spelled], np.float32))
 
 
-def test_verifier_reads_the_answer_in_the_prompt():
+def _verify(rollouts, answer):
+  """The verdict on the responses to one prompt with this answer."""
   prompts = Prompts(jnp.ones((1, 2), jnp.int32), jnp.array([2]), jnp.array([0]),
-                    jnp.array([[*b'12', 0]]), jnp.array([2]), jnp.zeros(1))
+                    extras={'answer': jnp.array([[*answer, 0]]),
+                            'answer_lengths': jnp.array([len(answer)])})
+  return jax.jit(exact.device_verifier(TABLE, b'#', STOP))(prompts, rollouts)
+
+
+def test_verifier_reads_the_answer_in_the_prompt():
   tokens = jnp.array([[[1, 2, 3, STOP], [1, 2, 2, STOP], [2, 2, 3, STOP]]])
-  rollout = Rollout(tokens, jnp.ones(tokens.shape), jnp.zeros(tokens.shape), jnp.int32(0))
-  verdict = jax.jit(exact.device_verifier(TABLE, b'#', STOP))(prompts, rollout)
+  rollouts = RolloutBatch.of_one_turn(tokens, jnp.ones(tokens.shape), jnp.zeros(tokens.shape), 0)
+  verdict = _verify(rollouts, b'12')
   for array in (verdict.reward, verdict.correct, verdict.parts['answer']):
     np.testing.assert_array_equal(array, [[1, 0, 0]])
   np.testing.assert_array_equal(verdict.parts['parsed'], [[1, 1, 0]])
   np.testing.assert_array_equal(verdict.valid, [[1, 1, 1]])
+
+
+@pytest.mark.parametrize('forced', [2, SPELLED.index(b'12'), STOP])
+def test_a_forced_token_belongs_to_the_response(forced):
+  """A response of four tokens, the first of which the policy did not draw, and its stop."""
+  tokens = jnp.array([[[forced, 1, 3, STOP, 5]]])
+  in_response = jnp.array([[[1.0, 1, 1, 1, 0]]])
+  sampled = in_response.at[..., 0].set(0)
+  rollouts = RolloutBatch(tokens, in_response, sampled, jnp.zeros(tokens.shape),
+                          jnp.zeros_like(tokens), jnp.zeros_like(tokens))
+  assert rollouts.lengths().tolist() == [[4]]
+  verdict = _verify(rollouts, b'2')
+  assert verdict.reward.tolist() == verdict.parts['parsed'].tolist() == [[1]]
+  # Of the drawn tokens alone the last would not be the stop.
+  drawn = RolloutBatch.of_one_turn(tokens, sampled, rollouts.logp, 0)
+  assert _verify(drawn, b'2').reward.tolist() == [[0]]
 
 
 # --- Real tokenizers ----------------------------------------------------------------
@@ -109,9 +131,10 @@ def test_correct_demonstrations_are_correct_with_every_tokenizer(name):
     tokens[n, 0, :len(response)], mask[n, 0, :len(response)] = response, 1
     references[n, :len(answer)] = list(answer.encode())
   prompts = Prompts(jnp.ones((100, 1), jnp.int32), jnp.ones(100, jnp.int32), jnp.arange(100),
-                    references, np.array([len(a) for a in answers]), jnp.zeros(100))
+                    extras={'answer': references,
+                            'answer_lengths': np.array([len(a) for a in answers])})
   verify = jax.jit(exact.device_verifier(table, b'#', tokenizer.eos_id))
-  verdict = verify(prompts, Rollout(tokens, mask, jnp.zeros(mask.shape), jnp.int32(0)))
+  verdict = verify(prompts, RolloutBatch.of_one_turn(tokens, mask, jnp.zeros(mask.shape), 0))
   np.testing.assert_array_equal(verdict.reward[:, 0], np.arange(100) < 50)
   np.testing.assert_array_equal(verdict.parts['parsed'], 1)
   spelled = tokenizer.token_bytes()

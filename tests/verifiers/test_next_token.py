@@ -11,7 +11,7 @@ import pytest
 
 from jaxrl_pt import config as cfg
 from jaxrl_pt.token_bytes import TokenBytes, token_table
-from jaxrl_pt.types import Prompts, Rollout
+from jaxrl_pt.types import Prompts, RolloutBatch
 from jaxrl_pt.verifiers import next_token as v
 from jaxrl_pt.verifiers.base import verdict
 from jaxrl_pt.verifiers.judgement import Outcome, answer
@@ -227,8 +227,10 @@ def host_rewards(case, logp, reward):
 
 def _variant(reward):
   def judge(table, tokens, mask, logp, continuation, lengths):
-    prompts = Prompts(continuation, lengths, lengths, continuation, lengths, lengths)
-    verdict = v.device_verifier(table, reward, MARKER)(prompts, Rollout(tokens, mask, logp, 0))
+    prompts = Prompts(continuation, lengths, lengths, extras={
+        'continuation': continuation, 'continuation_lengths': lengths})
+    verdict = v.device_verifier(table, reward, MARKER)(
+        prompts, RolloutBatch.of_one_turn(tokens, mask, logp, 0))
     return verdict.reward, verdict.correct
   return jax.jit(judge)
 
@@ -271,3 +273,8 @@ def test_without_a_marker_the_whole_response_is_the_prediction():
       v.prediction_mask(jnp.array([[[1, 2, 3]]]), mask, v.NO_MARKER), mask)
   # A marker beyond the response's end is none.
   np.testing.assert_array_equal(v.prediction_mask(jnp.array([[[1, 2, 3]]]), mask, 3), 0 * mask)
+
+
+def test_a_reward_that_reads_the_policy_is_no_function_of_tokens():
+  with pytest.raises(TypeError, match='InformationGain .* environments.rlp'):
+    v.device_verifier(token_table([b'a'], 1), cfg.InformationGain())

@@ -15,7 +15,7 @@ import pytest
 from jaxrl_pt import config as cfg
 from jaxrl_pt.data.tokenizer import ByteTokenizer
 from jaxrl_pt.errors import UserError
-from jaxrl_pt.types import Rollout
+from jaxrl_pt.types import RolloutBatch
 from jaxrl_pt.verifiers import build, host, sandbox
 from jaxrl_pt.verifiers.judgement import Judgement, Outcome
 from jaxrl_pt.verifiers.pool import Pool
@@ -262,9 +262,10 @@ def test_rollouts_become_a_verdict_with_masked_rows_and_parts():
   for n, g in np.ndindex(2, 2):
     ids = [*texts[n][g].encode(), 256]  # with the token that ends a response
     tokens[n, g, :len(ids)], mask[n, g, :len(ids)] = ids, 1
-  rollout = Rollout(tokens, mask, mask, np.int32(0))
+  rollouts = RolloutBatch.of_one_turn(tokens, mask, mask, 0)
   with Pool(MISBEHAVING, LIMITS) as pool:
-    verdict = host.submit(pool, ByteTokenizer().decode, rollout, ['good', 'good']).result()
+    verifier = host.PoolVerifier(pool, ByteTokenizer().decode)
+    verdict = verifier.submit(None, rollouts, ['good', 'good']).result()
   np.testing.assert_array_equal(verdict.reward, [[1, 0], [0, 0]])
   np.testing.assert_array_equal(verdict.valid, [[1, 0], [1, 0]])
   np.testing.assert_array_equal(verdict.correct, [[1, 0], [0, 0]])
