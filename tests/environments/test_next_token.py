@@ -1,4 +1,4 @@
-"""RPT's task as a run opens it: which positions of which split train and measure the policy."""
+"""RPT's environment as a run opens it: positions of which split train and measure the policy."""
 
 import dataclasses
 
@@ -10,9 +10,10 @@ import pytest
 from jaxrl_pt import config as cfg
 from jaxrl_pt import params as P
 from jaxrl_pt.data import next_token
+from jaxrl_pt.environments import next_token as environments
+from jaxrl_pt.parallel import model as models
 from jaxrl_pt.parallel.mesh import make_mesh
-from jaxrl_pt.train import rpt
-from jaxrl_pt.train import session as sessions
+from jaxrl_pt.run import session as sessions
 
 MODEL = cfg.Model(num_layers=1, d_model=16, d_ff=16, num_heads=2, num_kv_heads=1, head_dim=8,
                   vocab_size=257, tied_head=False)
@@ -41,22 +42,22 @@ def session(tmp_path_factory) -> sessions.Session:
 
 def always_b(scale: float):
   """Parameters that predict b everywhere, with e^(16 · scale) to 1 against any other byte."""
-  model = sessions.build_model(MODEL, cfg.Compute(), make_mesh(cfg.Mesh()))
+  model = models.build(MODEL, cfg.Compute(), make_mesh(cfg.Mesh()))
   zeros = jax.tree.map(jnp.zeros_like, P.init(model.specs, jax.random.key(0)))
   ones = jax.tree_util.tree_map_with_path(
       lambda path, x: x + 1 if 'norm' in str(path[-1]) or 'embed' in str(path[-1]) else x, zeros)
   return model, {**ones, 'head': ones['head'].at[:, ord('b')].set(scale)}
 
 
-def open_task(session, tmp_path, model, params, **changed):
+def open_environment(session, tmp_path, model, params, **changed):
   method = dataclasses.replace(session.run.objective, **changed)
   session = dataclasses.replace(session, workdir=tmp_path)
-  task = rpt.make_task(session, method, model, params)
+  environment = environments.make_environment(session, method, model, params)
   tables = {}
   for split in ('train', 'validation'):
     with np.load(tmp_path / f'positions-{split}.npz') as arrays:
       tables[split] = next_token.Positions(arrays['example'], arrays['t'], arrays['entropy'])
-  return task, tables
+  return environment, tables
 
 
 def contexts(packed) -> list[tuple[int, ...]]:
@@ -77,8 +78,8 @@ def test_what_is_measured_is_the_validation_split_and_can_be_predicted(session, 
   """A policy that always says b is right at every position of the validation split, and at none
   of the training split. No position asks for the end of a text, which has no bytes."""
   model, params = always_b(0.05)
-  task, tables = open_task(session, tmp_path, model, params)
-  found = task.score(params)
+  environment, tables = open_environment(session, tmp_path, model, params)
+  found = environment.score(params)
   for split in ('easy', 'medium', 'hard'):  # The entropy is that of ln 16 nearly everywhere.
     assert found[f'validation/{split}_argmax'] == 1.0
     assert found[f'validation/{split}_count'] == len(set(contexts(session.data.validation)))
@@ -88,19 +89,19 @@ def test_what_is_measured_is_the_validation_split_and_can_be_predicted(session, 
     packed = getattr(session.data, split)
     targets = np.asarray(packed.batch(range(len(packed))).targets)
     assert set(targets[tables[split].example, tables[split].t]) == {ord(letter)}
-  prompts, _ = task.take(0)
-  assert (prompts.continuation[:, 0] == ord('a')).all()
+  prompts, _ = environment.take(0)
+  assert (prompts.extras['continuation'][:, 0] == ord('a')).all()
 
 
 def test_training_and_evaluation_have_their_own_thresholds(session, tmp_path):
   model = session.model(MODEL)
   params = P.init(model.specs, jax.random.key(3))
   params = {**params, 'head': params['head'] * 8}
-  _, every = open_task(session, tmp_path / 'every', model, params, min_entropy=0.0,
+  _, every = open_environment(session, tmp_path / 'every', model, params, min_entropy=0.0,
                        difficulty=(0.0, 1.0, 1.5))
   minimum = float(np.quantile(every['train'].entropy, 0.6))
   lowest = float(np.quantile(every['validation'].entropy, 0.2))
-  _, tables = open_task(session, tmp_path / 'some', model, params, min_entropy=minimum,
+  _, tables = open_environment(session, tmp_path / 'some', model, params, min_entropy=minimum,
                         difficulty=(lowest, 90.0, 91.0))
   for split, own, other in (('train', minimum, lowest), ('validation', lowest, minimum)):
     entropy = every[split].entropy

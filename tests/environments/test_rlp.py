@@ -10,11 +10,12 @@ import pytest
 
 from jaxrl_pt import config as cfg
 from jaxrl_pt import params as P
+from jaxrl_pt.environments import rlp as environment
 from jaxrl_pt.models import transformer
 from jaxrl_pt.rl import advantages, rlp
-from jaxrl_pt.train import optim, rlp_step
+from jaxrl_pt.train import fused, optim
 from jaxrl_pt.train import state as states
-from jaxrl_pt.types import Prompts, Rollout, TrainState
+from jaxrl_pt.types import Prompts, RolloutBatch, TrainState
 
 VOCAB, THINK, ANSWER = 11, 9, 10
 CONFIG = cfg.Model(num_layers=2, d_model=16, d_ff=32, num_heads=2, num_kv_heads=1, head_dim=8,
@@ -31,8 +32,8 @@ THETA, PHI = make_params(0), make_params(1)
 NO_KL = cfg.NoKL()
 CONTEXTS, TRUTH = [[3, 1, 4], [5, 2], [6, 5, 3, 8]], [7, 1, 2]
 PROMPTS = Prompts(jnp.array([[3, 1, 4, THINK, 0], [5, 2, THINK, 0, 0], [6, 5, 3, 8, THINK]]),
-                  jnp.array([4, 3, 5]), jnp.arange(3), jnp.array([[7], [1], [2]]),
-                  jnp.ones(3, jnp.int32), jnp.ones(3))
+                  jnp.array([4, 3, 5]), jnp.arange(3),
+                  extras={'continuation': jnp.array([[7], [1], [2]])})
 # Ended by the marker at once, after two tokens, and cut off at the budget of three.
 THOUGHTS = [[[ANSWER], [1, 2, ANSWER], [3, 4, 5]]] * 3
 
@@ -55,9 +56,10 @@ def test_reward_equals_its_definition_on_whole_sequences():
       with_thought = [*CONTEXTS[n], THINK, *words, ANSWER]
       expected[n, g] = (log_probability(THETA, with_thought, TRUTH[n])
                         - log_probability(PHI, CONTEXTS[n], TRUTH[n]))
-  rollout = Rollout(jnp.asarray(tokens), jnp.asarray(mask), jnp.zeros((3, 3, 3)), jnp.zeros(()))
-  got = jax.jit(lambda theta, phi: rlp_step.judge(
-      MODEL, theta, phi, PROMPTS, rollout, rlp_step.Markers(1, ANSWER)))(THETA, PHI)
+  thoughts = RolloutBatch.of_one_turn(jnp.asarray(tokens), jnp.asarray(mask),
+                                      jnp.zeros((3, 3, 3)), 0)
+  got = jax.jit(lambda theta, phi: environment.judge(
+      MODEL, theta, phi, PROMPTS, thoughts, environment.Markers(1, ANSWER)))(THETA, PHI)
   np.testing.assert_allclose(got.reward, expected, atol=1e-4)
   np.testing.assert_array_equal(got.correct, expected > 0)
   baseline = [log_probability(PHI, CONTEXTS[n], TRUTH[n]) for n in range(3)]
@@ -92,8 +94,10 @@ def compiled_step(kl=NO_KL):
       train=cfg.Train(num_steps=30, batch_size=4))
   optimizer = optim.make_optimizer(run.optimizer, 30)
   state = TrainState(jnp.zeros((), jnp.int32), THETA, optimizer.init(THETA),
-                     states.new_method(run, THETA))
-  return jax.jit(rlp_step.make_step(MODEL, optimizer, run, rlp_step.Markers(1, ANSWER))), state
+                     states.new_method(rollouts, algorithm, CONFIG.d_model, average=THETA))
+  verifier = environment.policy_verifier(
+      environment.Markers(1, ANSWER), run.objective.reward.decay)
+  return jax.jit(fused.make_fused_step(MODEL, optimizer, run, run.objective, verifier)), state
 
 
 def test_step_raises_the_gain_and_keeps_the_average():
@@ -106,7 +110,7 @@ def test_step_raises_the_gain_and_keeps_the_average():
     assert int(state.step) == i + 1
     # Nothing of a response lies beyond the marker that ends the thought.
     ended = np.cumsum(np.asarray(thoughts.tokens) == ANSWER, -1) - (thoughts.tokens == ANSWER)
-    np.testing.assert_array_equal(thoughts.mask, ended == 0)
+    np.testing.assert_array_equal(thoughts.in_response, ended == 0)
   want = jax.tree.map(lambda old, new: 0.999 * old + 0.001 * new, before.method.average,
                       state.params)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state.method.average,
@@ -140,9 +144,16 @@ def test_a_gain_that_is_not_finite_leaves_the_whole_state():
 
 
 def test_a_longer_budget_changes_nothing_for_thoughts_that_have_ended():
-  short, long = (jax.jit(lambda p, s=s: rlp_step.judge(
-      MODEL, p, PHI, PROMPTS, Rollout(
+  short, long = (jax.jit(lambda p, s=s: environment.judge(
+      MODEL, p, PHI, PROMPTS, RolloutBatch.of_one_turn(
           jnp.full((3, 1, s), 4).at[:, :, 1].set(ANSWER),
-          jnp.zeros((3, 1, s)).at[:, :, :2].set(1), jnp.zeros((3, 1, s)), jnp.zeros(())),
-      rlp_step.Markers(1, ANSWER)).reward)(THETA) for s in (2, 5))
+          jnp.zeros((3, 1, s)).at[:, :, :2].set(1), jnp.zeros((3, 1, s)), 0),
+      environment.Markers(1, ANSWER)).reward)(THETA) for s in (2, 5))
   np.testing.assert_allclose(short, long, atol=1e-5)
+
+
+def test_there_is_no_verdict_outside_the_step():
+  verifier = environment.policy_verifier(environment.Markers(1, ANSWER), 0.999)
+  assert verifier.stop_id == ANSWER
+  with pytest.raises(TypeError, match='no verdict outside its step'):
+    verifier.submit(PROMPTS, None, ())

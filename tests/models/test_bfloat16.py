@@ -32,8 +32,8 @@ from jaxrl_pt.nn.linear import linear, matmul
 from jaxrl_pt.nn.norm import rms_norm
 from jaxrl_pt.nn.ops import Ops
 from jaxrl_pt.sampling import branch, decode, engine, resa, resa_speculate
-from jaxrl_pt.train import learner, losses, step
-from jaxrl_pt.types import Batch, Prompts, TrainState
+from jaxrl_pt.train import losses, step, update
+from jaxrl_pt.types import Batch, Prompts, TrainBatch, TrainState
 
 LOW = jnp.bfloat16
 ROUNDED = 2.0**-8
@@ -229,18 +229,18 @@ def learner_gradient(compute, is_shared):
   tokens = zipf(DOCS, 16)
   prompts = branch.documents(tokens, jnp.full((DOCS, 1), 16), jnp.arange(DOCS)[:, None])
   shape = (DOCS, GROUP, RESPONSE)
-  lesson = learner.Lesson(
+  batch = TrainBatch(
       prompts, zipf(DOCS * GROUP, RESPONSE, seed=1).reshape(shape), jnp.ones(shape),
       *[jnp.full(shape, -3.0)] * 3, jnp.ones(shape), jnp.zeros(shape),
       jnp.full(shape, 1 / (DOCS * GROUP * RESPONSE)))
-  loss = learner.make_loss(model, cfg.Sampler(), cfg.Algorithm(), compute.loss_chunk)
+  loss = update.make_loss(model, cfg.Sampler(), cfg.Algorithm(), compute.loss_chunk)
 
   @jax.jit
   def gradient(params):
     if not is_shared:
-      return learner._accumulate(loss, (params, {}), lesson, 1)[1][0]
-    shared = learner.Shared(*jax.vjp(lambda p: decode.prefill(model, p, tokens), params))
-    return learner._through(loss, (params, {}), lesson, shared)[1][0]
+      return jax.grad(loss, has_aux=True)((params, {}), batch)[0][0]
+    shared = update.Shared(*jax.vjp(lambda p: decode.prefill(model, p, tokens), params))
+    return update._through(loss, (params, {}), batch, shared)[1][0]
 
   return gradient(params)
 
@@ -260,8 +260,7 @@ def test_the_learner(is_shared, monkeypatch):
 SILENT = {**parameters(CONFIG), 'head': 4 * parameters(CONFIG)['head'],
           'layers': jax.tree.map(jnp.zeros_like, parameters(CONFIG)['layers'])}
 MODEL = transformer.build(CONFIG, cfg.Compute('bfloat16'))
-PROMPTS = Prompts(zipf(2, 4), jnp.full(2, 4), jnp.arange(2), jnp.zeros((2, 0), jnp.int32),
-                  jnp.zeros(2, jnp.int32), jnp.zeros(2))
+PROMPTS = Prompts(zipf(2, 4), jnp.full(2, 4), jnp.arange(2))
 DRAWN = dict(num_samples=3, num_tokens=6)
 
 
@@ -300,7 +299,7 @@ def test_samplers_and_learner_take_float32_logits(draws):
   rollout = jax.jit(draws)(SILENT, jax.random.key(0))
   expected = of_tokens(rollout.tokens)
   np.testing.assert_allclose(rollout.logp, expected, atol=1e-4)
-  scores = jax.jit(lambda tokens: learner.response_scores(
+  scores = jax.jit(lambda tokens: update.response_scores(
       MODEL, SILENT, PROMPTS, tokens, cfg.Sampler(), 4))(rollout.tokens)
   np.testing.assert_allclose(scores.logp, expected, atol=1e-4)
 

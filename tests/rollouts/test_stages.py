@@ -11,11 +11,14 @@ import numpy as np
 import pytest
 
 from jaxrl_pt import config as cfg
+from jaxrl_pt.environments.base import Environment
 from jaxrl_pt.parallel.mesh import make_mesh
-from jaxrl_pt.train import learner, optim, programs, stages, tasks
-from jaxrl_pt.train import session as sessions
+from jaxrl_pt.rollouts import stages
+from jaxrl_pt.run import session as sessions
+from jaxrl_pt.train import optim, update
 from jaxrl_pt.train import state as states
 from jaxrl_pt.types import Prompts, Verdict
+from jaxrl_pt.verifiers.base import DeviceVerifier
 
 N, G, S = 4, 4, 2
 MODEL = cfg.Model(num_layers=1, d_model=16, d_ff=16, num_heads=2, num_kv_heads=1, head_dim=8,
@@ -37,14 +40,13 @@ def take(batch: int) -> tuple[Prompts, list[str]]:
   """Prompts of one token; prompt n of batch b has the id 10 b + n."""
   ids = 10 * batch + np.arange(N, dtype=np.int32)
   rows = np.ones((N, 1), np.int32)
-  return Prompts(rows, rows[:, 0], ids, rows[:, :0], 0 * ids, np.zeros(N, np.float32)), [
-      str(i) for i in ids]
+  return Prompts(rows, rows[:, 0], ids), [str(i) for i in ids]
 
 
-def even_prompts_teach(prompts, rollout) -> Verdict:
+def even_prompts_teach(prompts, rollouts) -> Verdict:
   """Of an even prompt the first sample is right, of an odd one all are wrong."""
   right = (prompts.ids[:, None] % 2 == 0) & (jnp.arange(G) == 0)
-  correct = jnp.broadcast_to(right, rollout.mask.shape[:2]).astype(jnp.float32)
+  correct = jnp.broadcast_to(right, rollouts.tokens.shape[:2]).astype(jnp.float32)
   return Verdict(correct, jnp.ones_like(correct), correct)
 
 
@@ -56,51 +58,55 @@ def make(selection, verify=even_prompts_teach):
   optimizer = optim.make_optimizer(session.run.optimizer, 9)
   model = session.model(MODEL)
   state = states.init_state(model, optimizer, session.mesh, 0)
-  state = state.replace(method=states.new_method(session.run, state.params))
-  task = tasks.Task(take, tasks.OnDevice(verify), lambda params: {}, '')
-  return stages.Stages(session, task, state.params, optimizer, rollouts, method.algorithm), state
+  state = state.replace(method=states.new_method(rollouts, method.algorithm, MODEL.d_model))
+  environment = Environment(take, DeviceVerifier(verify), lambda params: {}, '')
+  return stages.Stages(session, environment, state.params, optimizer, method), state
 
 
 def test_draws_again_until_every_group_teaches():
   several, state = make(cfg.DynamicSampling(max_rounds=3))
-  drawn, verdict, taken = several.collect(state.params, 5, 0)
+  (prompts, references, drawn, verdict), taken = several.collect(state.params, 5, 0)
   # Batches 5 and 6 have two even prompts each.
   assert taken == 2
-  assert np.asarray(drawn.prompts.ids).tolist() == [50, 52, 60, 62]
-  assert drawn.references == ('50', '52', '60', '62')
+  assert np.asarray(prompts.ids).tolist() == [50, 52, 60, 62]
+  assert references == ('50', '52', '60', '62')
   assert np.asarray(verdict.correct.sum(-1)).tolist() == [1, 1, 1, 1]
-  alone = several.draw(state.params, 6, 0)
-  np.testing.assert_array_equal(drawn.rollout.tokens[2:], alone.rollout.tokens[::2])
+  alone = several.draw(state.params, several.take(6)[0], 6, 0)
+  np.testing.assert_array_equal(drawn.tokens[2:], alone.tokens[::2])
 
 
 def test_after_the_last_round_uninformative_groups_fill_up():
   once, state = make(cfg.DynamicSampling(max_rounds=1))
-  drawn, verdict, taken = once.collect(state.params, 5, 0)
+  (prompts, references, _, verdict), taken = once.collect(state.params, 5, 0)
   assert taken == 1
-  assert np.asarray(drawn.prompts.ids).tolist() == [50, 52, 51, 53]
+  assert np.asarray(prompts.ids).tolist() == [50, 52, 51, 53]
+  assert references == ('50', '52', '51', '53')
   assert np.asarray(verdict.correct.sum(-1)).tolist() == [1, 1, 0, 0]
 
 
-def short_is_right(prompts, rollout) -> Verdict:
-  correct = (rollout.tokens[..., 0] % 2 == 0).astype(jnp.float32)
+def short_is_right(prompts, rollouts) -> Verdict:
+  correct = (rollouts.tokens[..., 0] % 2 == 0).astype(jnp.float32)
   return Verdict(correct, jnp.ones_like(correct), correct)
 
 
 def test_one_program_draws_judges_and_learns_as_the_stages_do():
   several, state = make(cfg.AllGroups(), short_is_right)
   copy = lambda: jax.tree.map(jnp.copy, state)  # Both donate.
-  fused, judged = several.step(copy(), 0, measure=True)
-  drawn = several.draw(state.params, 0, 0)
-  verdict = several.judge(several.submit(drawn))
-  staged, other = several.learn(copy(), drawn, verdict, measure=True)
-  np.testing.assert_array_equal(judged.drawn.rollout.tokens, drawn.rollout.tokens)
-  np.testing.assert_array_equal(judged.verdict.reward, verdict.reward)
+  assert several.fused
+  fused, in_one = several.step(copy(), 0, measure=True)
+  prompts, references = several.take(0)
+  drawn = several.draw(state.params, prompts, 0, 0)
+  verdict = several.settle(several.submit(prompts, drawn, references))
+  staged, apart = several.learn(copy(), prompts, references, drawn, verdict, measure=True)
+  np.testing.assert_array_equal(in_one.rollouts.tokens, drawn.tokens)
+  np.testing.assert_array_equal(in_one.verdict.reward, verdict.reward)
   assert 0 < float(verdict.reward.mean()) < 1
-  for name, value in judged.values.items():
-    np.testing.assert_allclose(value.mean(), other.values[name].mean(), rtol=1e-4, atol=1e-6)
+  assert in_one.metrics.keys() == apart.metrics.keys()
+  for name, value in in_one.metrics.items():
+    np.testing.assert_allclose(value.mean(), apart.metrics[name].mean(), rtol=1e-4, atol=1e-6)
   for a, b in zip(jax.tree.leaves(fused.params), jax.tree.leaves(staged.params), strict=True):
     np.testing.assert_allclose(a, b, atol=1e-5)
-  assert float(judged.values['kl'].mean()) < 1e-6  # It still is the start policy.
+  assert float(in_one.metrics['kl'].mean()) < 1e-6  # It still is the start policy.
 
 
 # --- The reference policy -----------------------------------------------------------
@@ -118,10 +124,10 @@ def make_apart(kl: cfg.KL):
   optimizer = optim.make_optimizer(session.run.optimizer, 9)
   model = session.model(MODEL)
   state, other = (states.init_state(model, optimizer, session.mesh, seed) for seed in (0, 1))
-  state = state.replace(method=states.new_method(session.run, state.params))
+  state = state.replace(method=states.new_method(rollouts, method.algorithm, MODEL.d_model))
   reference = {**other.params, 'embed': 30 * other.params['embed']}
-  task = tasks.Task(take, tasks.OnDevice(short_is_right), lambda params: {}, '')
-  found = stages.Stages(session, task, reference, optimizer, rollouts, method.algorithm)
+  environment = Environment(take, DeviceVerifier(short_is_right), lambda params: {}, '')
+  found = stages.Stages(session, environment, reference, optimizer, method)
   return found, state, reference, session, optimizer
 
 
@@ -142,36 +148,27 @@ def test_the_reference_of_a_step_is_the_start_policy_as_it_was_sampled(kl):
   is given the log-probabilities by their definition."""
   several, state, reference, session, optimizer = make_apart(kl)
   copy = lambda: jax.tree.map(jnp.copy, state)  # The steps donate.
-  drawn = several.draw(state.params, 0, 0)
-  verdict = several.judge(several.submit(drawn))
+  prompts, references = several.take(0)
+  drawn = several.draw(state.params, prompts, 0, 0)
+  verdict = several.settle(several.submit(prompts, drawn, references))
   method, model = session.run.objective, session.model(MODEL)
-  logp = plain_logp(model, reference, drawn.prompts, drawn.rollout.tokens)
-  learn = learner.make_learner(model, optimizer, session.run, method.rollouts, method.algorithm)
-  want, _ = jax.jit(learn)(copy(), learner.Experience(drawn.prompts, drawn.rollout, verdict, logp))
-  u, mask = np.asarray(logp - drawn.rollout.logp), np.asarray(drawn.rollout.mask)
+  logp = plain_logp(model, reference, prompts, drawn.tokens)
+  learn = update.make_learner(model, optimizer, session.run, method.rollouts, method.algorithm)
+  want, _ = jax.jit(learn)(copy(), prompts, drawn, verdict, logp)
+  u, mask = np.asarray(logp - drawn.logp), np.asarray(drawn.sampled)
   distance = ((np.exp(u) - 1 - u) * mask).sum() / mask.sum()
   swapped = ((np.exp(-u) - 1 + u) * mask).sum() / mask.sum()
   assert distance > 0.1 and abs(swapped - distance) > 0.1 * distance
   for measure in (False, True):
-    staged, judged = several.learn(copy(), drawn, verdict, measure)
+    staged, apart = several.learn(copy(), prompts, references, drawn, verdict, measure)
     fused, in_one = several.step(copy(), 0, measure)
-    np.testing.assert_array_equal(in_one.drawn.rollout.tokens, drawn.rollout.tokens)
-    np.testing.assert_allclose(judged.values['kl'].mean(), distance, rtol=1e-4)
-    assert ('kl' in in_one.values) == measure
+    np.testing.assert_array_equal(in_one.rollouts.tokens, drawn.tokens)
+    np.testing.assert_allclose(apart.metrics['kl'].mean(), distance, rtol=1e-4)
+    assert ('kl' in in_one.metrics) == measure
     if measure:
-      np.testing.assert_allclose(in_one.values['kl'].mean(), distance, rtol=1e-4)
+      np.testing.assert_allclose(in_one.metrics['kl'].mean(), distance, rtol=1e-4)
     for got in (staged, fused):
       for a, b in zip(jax.tree.leaves(got.opt_state[1].mu), jax.tree.leaves(want.opt_state[1].mu),
                       strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4 * np.abs(b).max())
   assert np.abs(want.opt_state[1].mu['embed']).max() > 0
-
-
-def test_preflight_has_the_programs_of_each_mode():
-  on_device = make_session(cfg.Rollouts(N, G, 1, S)).run
-  objective = dataclasses.replace(on_device.objective, verifier=cfg.MathVerifier())
-  on_host = dataclasses.replace(on_device, objective=objective)
-  names = [[p.name.split(':')[0] for p in programs.of_run(run, make_mesh(cfg.Mesh()))]
-           for run in (on_device, on_host)]
-  # On one device there is nothing to hand over.
-  assert names == [['RL step'], ['sampler', 'learner', 'start policy']]

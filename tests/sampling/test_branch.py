@@ -45,8 +45,7 @@ def independent(suffix):
   for row, (n, length) in zip(tokens, [(d, t) for d in range(2) for t in LENGTHS[d]]):
     row[:length] = DOCUMENTS[n, :length]
     row[length:length + len(suffix)] = suffix
-  return Prompts(jnp.asarray(tokens), jnp.asarray(lengths), jnp.asarray(IDS.ravel()),
-                 jnp.zeros((6, 0), jnp.int32), jnp.zeros(6, jnp.int32), jnp.zeros(6))
+  return Prompts(jnp.asarray(tokens), jnp.asarray(lengths), jnp.asarray(IDS.ravel()))
 
 
 @pytest.mark.parametrize('suffix', [(), (4,), (8, 1, 2)])
@@ -60,7 +59,8 @@ def test_equals_independent_prompts(suffix, sampler):
   apart = jax.jit(functools.partial(decode.generate, model, **asked))(
       params, independent(suffix), KEY)
   np.testing.assert_array_equal(together.tokens, apart.tokens)
-  np.testing.assert_array_equal(together.mask, apart.mask)
+  np.testing.assert_array_equal(together.in_response, apart.in_response)
+  np.testing.assert_array_equal(together.sampled, together.in_response)
   np.testing.assert_allclose(together.logp, apart.logp, atol=2e-5)
 
 
@@ -138,7 +138,6 @@ def test_a_document_is_prefilled_once():
   flops = lambda f, *args: jax.jit(f).lower(params, *args, KEY).compile().cost_analysis()['flops']
   shared = flops(functools.partial(decode.generate, model, **asked), branch.documents(
       document, lengths, lengths))
-  prompts = Prompts(jnp.zeros((16, 64), jnp.int32), lengths[0], lengths[0],
-                    jnp.zeros((16, 0), jnp.int32), lengths[0], lengths[0])
+  prompts = Prompts(jnp.zeros((16, 64), jnp.int32), lengths[0], lengths[0])
   apart = flops(functools.partial(decode.generate, model, **asked), prompts)
   assert apart > 10 * shared

@@ -33,8 +33,7 @@ def make_prompts(token_lists, ids=None, prompt_len=8, junk=0):
     row[:len(values)] = values
   lengths = np.array([len(v) for v in token_lists], np.int32)
   ids = np.arange(n, dtype=np.int32) if ids is None else np.asarray(ids, np.int32)
-  none = jnp.zeros((n, 0), jnp.int32), jnp.zeros(n, jnp.int32), jnp.zeros(n)
-  return Prompts(jnp.asarray(tokens), jnp.asarray(lengths), jnp.asarray(ids), *none)
+  return Prompts(jnp.asarray(tokens), jnp.asarray(lengths), jnp.asarray(ids))
 
 
 STOP = 12
@@ -95,10 +94,12 @@ def test_equals_a_whole_forward_per_token(sampler):
       lengths.add(count)
       np.testing.assert_array_equal(rollout.tokens[n, g, :count], tokens)
       np.testing.assert_allclose(rollout.logp[n, g, :count], logps, atol=2e-5)
-      np.testing.assert_array_equal(rollout.mask[n, g], np.arange(6) < count)
+      np.testing.assert_array_equal(rollout.in_response[n, g], np.arange(6) < count)
       np.testing.assert_array_equal(rollout.tokens[n, g, count:], STOP)
       np.testing.assert_array_equal(rollout.logp[n, g, count:], 0)
-  assert int(rollout.version) == 5
+  assert rollout.version.shape == (4, 3, 6) and (rollout.version == 5).all()
+  assert (rollout.turn == 0).all()
+  np.testing.assert_array_equal(rollout.sampled, rollout.in_response)
   if sampler == Sampler():
     assert len(lengths) > 1  # Some responses stopped and some did not: both were compared.
 
@@ -153,7 +154,7 @@ def test_the_loop_ends_when_every_row_has_stopped():
   rollout = jax.block_until_ready(run(PARAMS, make_prompts([TOKENS[0]]), KEY))
   jax.effects_barrier()
   assert len(calls) == 1  # The prefill alone.
-  np.testing.assert_array_equal(rollout.mask[0], [[1, 0, 0, 0, 0, 0]] * 2)
+  np.testing.assert_array_equal(rollout.in_response[0], [[1, 0, 0, 0, 0, 0]] * 2)
   assert int(rollout.tokens[0, 0, 0]) == first
 
 

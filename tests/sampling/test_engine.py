@@ -51,12 +51,11 @@ def expected(sampler, num_tokens=20, num_samples=3):
   for row, prompt in zip(tokens, PROMPTS):
     row[:len(prompt)] = prompt
   n = len(PROMPTS)
-  prompts = Prompts(jnp.asarray(tokens), jnp.array([len(p) for p in PROMPTS]), jnp.arange(n),
-                    jnp.zeros((n, 0), jnp.int32), jnp.zeros(n, jnp.int32), jnp.zeros(n))
+  prompts = Prompts(jnp.asarray(tokens), jnp.array([len(p) for p in PROMPTS]), jnp.arange(n))
   rollout = jax.jit(functools.partial(
       decode.generate, MODEL, sampler=sampler, num_samples=num_samples, num_tokens=num_tokens,
       stop_id=STOP))(PARAMS, prompts, jax.random.key(SEED))
-  tokens, mask, logp = (np.asarray(x) for x in (rollout.tokens, rollout.mask, rollout.logp))
+  tokens, mask, logp = (np.asarray(x) for x in (rollout.tokens, rollout.in_response, rollout.logp))
   return {(i, g): (tokens[i, g][mask[i, g] > 0], logp[i, g][mask[i, g] > 0])
           for i in range(n) for g in range(num_samples)}
 

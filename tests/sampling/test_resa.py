@@ -38,8 +38,7 @@ KEY = jax.random.key(7)
 
 def prompts(lengths=(11, 8, 3), ids=(4, 7, 9), width=11):
   tokens = jax.random.randint(jax.random.key(1), (3, 11), 0, 19)[:, :width]
-  none = jnp.zeros((3, 0), jnp.int32), jnp.zeros(3, jnp.int32), jnp.zeros(3)
-  return Prompts(tokens, jnp.array(lengths), jnp.array(ids), *none)
+  return Prompts(tokens, jnp.array(lengths), jnp.array(ids))
 
 
 prefill = jax.jit(functools.partial(resa.prefill, MODEL))
@@ -137,9 +136,11 @@ def dense_rollout():
 
 def assert_same(rollout, expected):
   np.testing.assert_array_equal(rollout.tokens, expected.tokens)
-  np.testing.assert_array_equal(rollout.mask, expected.mask)
+  np.testing.assert_array_equal(rollout.in_response, expected.in_response)
+  np.testing.assert_array_equal(rollout.sampled, expected.sampled)
   np.testing.assert_allclose(rollout.logp, expected.logp, atol=2e-5)
-  assert int(rollout.version) == int(expected.version)
+  np.testing.assert_array_equal(rollout.version, expected.version)
+  assert (rollout.version == 3).all()
 
 
 @functools.cache
@@ -151,7 +152,7 @@ def test_all_blocks_reproduce_dense_decoding():
   rollout = generator(ReSA(BLOCK, active=1.0, min_blocks=1, refresh=RefreshEvery(5)))(
       PARAMS, prompts(), KEY)
   assert_same(rollout, dense_rollout())
-  lengths = rollout.mask.sum(-1)
+  lengths = rollout.lengths()
   assert lengths.min() < 14 <= lengths.max()  # Some stopped and some did not.
 
 
@@ -183,7 +184,7 @@ def test_generation_equals_a_slow_loop_and_rows_do_not_matter():
         start = jnp.array([length + len(drawn) - window])
         cache = rectify(PARAMS, cache, jnp.array([drawn[-window:]]), start, jnp.array([window]))
     np.testing.assert_array_equal(rollout.tokens[n, g, :len(drawn)], drawn)
-    assert int(rollout.mask[n, g].sum()) == len(drawn)
+    assert int(rollout.lengths()[n, g]) == len(drawn)
 
 
 @pytest.mark.parametrize('sampler', [Sampler(0.0), Sampler(0.9, top_p=0.95)])
@@ -229,9 +230,7 @@ def stories():
 
 
 def story(model, params, settings, num_tokens, sampler, num_samples=1):
-  none = jnp.zeros((1, 0), jnp.int32), jnp.zeros(1, jnp.int32), jnp.zeros(1)
-  bos = Prompts(jnp.full((1, 1), llama2c.BOS), jnp.ones(1, jnp.int32), jnp.zeros(1, jnp.int32),
-                *none)
+  bos = Prompts(jnp.full((1, 1), llama2c.BOS), jnp.ones(1, jnp.int32), jnp.zeros(1, jnp.int32))
   return jax.jit(functools.partial(
       resa.generate, model, sampler=sampler, resa=settings, num_samples=num_samples,
       num_tokens=num_tokens))(params, bos, KEY)

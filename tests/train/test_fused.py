@@ -1,4 +1,4 @@
-"""The RPT step against plain forms, and that it learns."""
+"""The step as one program, on RPT: against plain forms, and that it learns."""
 
 import functools
 from typing import NamedTuple
@@ -6,7 +6,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from jaxrl_pt import config as cfg
@@ -14,9 +13,9 @@ from jaxrl_pt import params as P
 from jaxrl_pt.models import transformer
 from jaxrl_pt.sampling import policies
 from jaxrl_pt.token_bytes import token_table
-from jaxrl_pt.train import learner, optim, rl_step, rpt
+from jaxrl_pt.train import fused, optim, update
 from jaxrl_pt.train import state as states
-from jaxrl_pt.types import Array, Prompts, Rollout, TrainState
+from jaxrl_pt.types import Array, Prompts, RolloutBatch, TrainBatch, TrainState
 from jaxrl_pt.verifiers import next_token as verifier
 
 VOCAB = 13
@@ -31,19 +30,18 @@ VERIFY = verifier.device_verifier(TABLE)
 
 CONTEXTS = [[3, 1, 4, 1], [9, 2], [6, 5, 3, 5, 8], [11]]
 TRUTH = [[1, 2, 3, 4], [7, 7, 0], [12, 5, 6, 1], [4]]
-ENTROPY = [0.6, 1.2, 1.7, 0.5]
 
 
-def make_prompts(contexts=CONTEXTS, truth=TRUTH, width=4, prompt_len=6):
+def make_prompts(width=4, prompt_len=6):
   def pad(rows, length):
     return jnp.asarray([r + [0] * (length - len(r)) for r in rows], jnp.int32)
 
   def count(rows):
     return jnp.asarray([len(r) for r in rows], jnp.int32)
 
-  return Prompts(pad(contexts, prompt_len), count(contexts),
-                 jnp.arange(len(contexts), dtype=jnp.int32), pad(truth, width), count(truth),
-                 jnp.asarray(ENTROPY, jnp.float32))
+  return Prompts(pad(CONTEXTS, prompt_len), count(CONTEXTS),
+                 jnp.arange(len(CONTEXTS), dtype=jnp.int32), extras={
+                     'continuation': pad(TRUTH, width), 'continuation_lengths': count(TRUTH)})
 
 
 def make_run(method, learning_rate=0.01):
@@ -61,16 +59,16 @@ class Trajectory(NamedTuple):
   """Responses with an advantage for each token."""
 
   prompts: Prompts
-  rollout: Rollout
+  rollouts: RolloutBatch
   advantage: Array  # f32[N, G, S]
 
 
 def plain_loss(params, trajectory, sampler):
   """Every response as a sequence of its own through `apply`, token by token."""
-  prompts, rollout = trajectory.prompts, trajectory.rollout
-  n, g, s = rollout.tokens.shape
+  prompts, rollouts = trajectory.prompts, trajectory.rollouts
+  n, g, s = rollouts.tokens.shape
   contexts = np.asarray(prompts.tokens)
-  lengths, drawn = np.asarray(prompts.lengths), np.asarray(rollout.tokens)
+  lengths, drawn = np.asarray(prompts.lengths), np.asarray(rollouts.tokens)
   rows = np.zeros((n * g, contexts.shape[1] + s), np.int32)
   for i in range(n):
     for j in range(g):
@@ -80,9 +78,9 @@ def plain_loss(params, trajectory, sampler):
   hidden = MODEL.apply(params, jnp.asarray(rows), positions, jnp.ones_like(positions))
   index = np.repeat(lengths, g)[:, None] - 1 + np.arange(s)
   logits = jnp.take_along_axis(hidden, index[..., None], axis=1) @ MODEL.head(params)
-  filtered = policies.learner_logits(logits.reshape(n, g, s, -1), rollout.tokens, sampler)
-  logp = jnp.take_along_axis(jax.nn.log_softmax(filtered), rollout.tokens[..., None], -1)[..., 0]
-  return -(trajectory.advantage * logp * rollout.mask).sum() / (n * g), logp
+  filtered = policies.learner_logits(logits.reshape(n, g, s, -1), rollouts.tokens, sampler)
+  logp = jnp.take_along_axis(jax.nn.log_softmax(filtered), rollouts.tokens[..., None], -1)[..., 0]
+  return -(trajectory.advantage * logp * rollouts.sampled).sum() / (n * g), logp
 
 
 @pytest.mark.parametrize('num_tokens, sampler, chunk', [
@@ -91,25 +89,25 @@ def test_learner_equals_whole_sequences(num_tokens, sampler, chunk):
   rng = np.random.default_rng(0)
   shape = (4, 3, num_tokens)
   length = rng.integers(1, num_tokens + 1, shape[:2])
-  rollout = Rollout(jnp.asarray(rng.integers(0, VOCAB, shape), jnp.int32),
-                    jnp.asarray(np.arange(num_tokens) < length[..., None], jnp.float32),
-                    jnp.zeros(shape), jnp.zeros((), jnp.int32))
-  trajectory = Trajectory(make_prompts(), rollout, jnp.asarray(rng.normal(size=shape)))
-  weights = rollout.mask / (4 * 3)
-  lesson = learner.Lesson(
-      trajectory.prompts, rollout.tokens, rollout.mask, *[jnp.zeros(shape)] * 3,
+  rollouts = RolloutBatch.of_one_turn(
+      jnp.asarray(rng.integers(0, VOCAB, shape), jnp.int32),
+      jnp.asarray(np.arange(num_tokens) < length[..., None], jnp.float32), jnp.zeros(shape), 0)
+  trajectory = Trajectory(make_prompts(), rollouts, jnp.asarray(rng.normal(size=shape)))
+  weights = rollouts.sampled / (4 * 3)
+  batch = TrainBatch(
+      trajectory.prompts, rollouts.tokens, rollouts.sampled, *[jnp.zeros(shape)] * 3,
       trajectory.advantage, jnp.zeros(shape), weights)
-  loss = learner.make_loss(MODEL, sampler, cfg.Algorithm(), chunk)
+  loss = update.make_loss(MODEL, sampler, cfg.Algorithm(), chunk)
 
   def grouped(params):
-    scores = learner.response_scores(MODEL, params, trajectory.prompts, rollout.tokens, sampler)
-    return loss((params, {}), lesson)[0], scores.logp
+    scores = update.response_scores(MODEL, params, trajectory.prompts, rollouts.tokens, sampler)
+    return loss((params, {}), batch)[0], scores.logp
 
   plain = functools.partial(plain_loss, trajectory=trajectory, sampler=sampler)
   (got, got_logp), got_grad = jax.jit(jax.value_and_grad(grouped, has_aux=True))(PARAMS)
   (want, want_logp), want_grad = jax.jit(jax.value_and_grad(plain, has_aux=True))(PARAMS)
   np.testing.assert_allclose(got, want, rtol=1e-5)
-  np.testing.assert_allclose(got_logp * rollout.mask, want_logp * rollout.mask, atol=1e-4)
+  np.testing.assert_allclose(got_logp * rollouts.sampled, want_logp * rollouts.sampled, atol=1e-4)
   for a, b in zip(jax.tree.leaves(got_grad), jax.tree.leaves(want_grad), strict=True):
     assert np.abs(b).max() > 0
     np.testing.assert_allclose(a, b, atol=1e-4 * np.abs(b).max())
@@ -126,9 +124,9 @@ METHOD = cfg.RPT('unused', rollouts=cfg.Rollouts(
 def compiled_step():
   run = make_run(METHOD)
   optimizer = optim.make_optimizer(run.optimizer, run.train.num_steps)
-  step = jax.jit(rl_step.make_fused_step(MODEL, optimizer, run, VERIFY, stop_id=0))
-  return step, TrainState(jnp.zeros((), jnp.int32), PARAMS, optimizer.init(PARAMS),
-                          states.new_method(run, PARAMS))
+  step = jax.jit(fused.make_fused_step(MODEL, optimizer, run, METHOD, VERIFY, stop_id=0))
+  kept = states.new_method(METHOD.rollouts, METHOD.algorithm, CONFIG.d_model)
+  return step, TrainState(jnp.zeros((), jnp.int32), PARAMS, optimizer.init(PARAMS), kept)
 
 
 def test_reward_rises_and_sampler_and_trainer_agree():
@@ -164,42 +162,3 @@ def test_a_step_that_is_not_finite_changes_nothing():
   after, metrics, *_ = step(broken, PARAMS, make_prompts())
   assert float(metrics['nonfinite'].mean()) == 1
   jax.tree.map(np.testing.assert_array_equal, after, broken)
-
-
-def test_another_objective_is_refused():
-  with pytest.raises(TypeError, match='NextToken'):
-    rl_step.make_fused_step(MODEL, optax.sgd(0.1), make_run(cfg.NextToken()), VERIFY)
-
-
-# --- Evaluation -----------------------------------------------------------------
-
-
-def test_accuracy_by_difficulty():
-  method = cfg.RPT(start_from='unused', difficulty=(0.5, 1.0, 1.5))
-  lengths = jnp.asarray([len(c) for c in CONTEXTS])
-  prompts = make_prompts()
-  positions = jnp.broadcast_to(jnp.arange(6), (4, 6))
-  hidden = jax.jit(MODEL.apply)(PARAMS, prompts.tokens, positions, jnp.ones_like(positions))
-  logits = hidden[jnp.arange(4), lengths - 1] @ MODEL.head(PARAMS)
-  best, p = np.asarray(logits.argmax(-1)), np.asarray(jax.nn.softmax(logits))
-  # The truth is what the model believes at rows 0 and 2, and something else at 1 and 3.
-  truth = [[int(b) if n % 2 == 0 else int(b) % 3 + 1 + (int(b) < 4)] for n, b in enumerate(best)]
-  truth = [t if TOKEN_BYTES[t[0]] else [1] for t in truth]
-  prompts = make_prompts(truth=truth)
-  expected = [verifier.prefix_match(TOKEN_BYTES[b], [TOKEN_BYTES[t[0]]])
-              for b, t in zip(best, truth)]
-  samples = 4000
-  evaluate = jax.jit(functools.partial(
-      rpt.next_token_accuracy, MODEL, method=method, num_samples=samples))
-  got = evaluate(PARAMS, prompts, jax.random.key(3), TABLE)
-  chance = [p[n, t[0]] for n, t in enumerate(truth)]
-  for split, rows in (('easy', [0, 1, 2]), ('medium', [1, 2]), ('hard', [2])):  # 0.5 is not above
-    argmax, sampled = got[f'{split}_argmax'], got[f'{split}_sampled']
-    assert (float(argmax.sum), float(argmax.count)) == (sum(expected[r] for r in rows), len(rows))
-    assert sampled.count == samples * len(rows)
-    # Five standard errors of a mean of at least 4000 draws are below 0.04.
-    np.testing.assert_allclose(sampled.mean(), np.mean([chance[r] for r in rows]), atol=0.04)
-  without = prompts.replace(continuation_lengths=prompts.continuation_lengths.at[2].set(0))
-  uncounted = evaluate(PARAMS, without, jax.random.key(3), TABLE)
-  assert uncounted['hard_argmax'].count == 0
-  assert uncounted['easy_argmax'].count == 2

@@ -1,0 +1,86 @@
+"""From an objective to its job: each is known, and an unknown one is a mistake that says so."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import ClassVar, get_args
+
+import pytest
+
+from jaxrl_pt import config as cfg
+from jaxrl_pt.errors import UserError
+from jaxrl_pt.jobs import open as opening
+from jaxrl_pt.jobs import pretrain, rl, rpt
+from jaxrl_pt.parallel.mesh import make_mesh
+
+METHOD = cfg.RL('unused', cfg.Problems(cfg.Arithmetic(9)), cfg.AnswerMatch(),
+                rollouts=cfg.Rollouts(4, 4, 1, 2), algorithm=cfg.Algorithm(advantage=cfg.DrGRPO()))
+MESH = make_mesh(cfg.Mesh())
+
+
+def make_run(objective) -> cfg.Run:
+  return cfg.Run(
+      seed=1, model=cfg.Model(num_layers=1, d_model=16, d_ff=16, num_heads=2, num_kv_heads=1,
+                              head_dim=8, vocab_size=11), objective=objective,
+      data=cfg.Data(source=cfg.PythonStdlib(), tokenizer=cfg.Bytes(), seq_len=16),
+      optimizer=cfg.AdamW(schedule=cfg.ConstantRate(0.01)),
+      train=cfg.Train(9, 0 if isinstance(objective, cfg.RL) else 4))
+
+
+def test_every_objective_has_a_kind_of_its_own():
+  objectives = cfg.NextToken(), cfg.RPT('unused'), METHOD
+  assert [opening.kind(o) for o in objectives] == [pretrain.KIND, rpt.KIND, rl.KIND]
+  assert {type(o) for o in objectives} == set(get_args(cfg.Objective))
+
+
+@dataclass(frozen=True)
+class Distil:
+  """An objective that somebody has begun to write."""
+
+  start_from: str = 'a'
+  rollouts: ClassVar[None] = None
+  algorithm: ClassVar[None] = None
+  positions_per_document: ClassVar[int] = 1
+
+
+def test_an_objective_without_a_job_is_refused_by_name():
+  with pytest.raises(UserError, match=r"Run.objective = Distil\(start_from='a'\): there is no job "
+                                      r'for it; choose .*@cfg.NextToken\(\)'):
+    opening.kind(Distil())
+
+
+def test_nothing_of_a_run_begins_for_an_objective_without_a_job(tmp_path):
+  run = make_run(METHOD)
+  object.__setattr__(run, 'objective', Distil())  # `Run` refuses it too.
+  for opened in (lambda: opening.train(run, tmp_path / 'work', ''),
+                 lambda: opening.programs(run, MESH)):
+    with pytest.raises(UserError, match='Distil.* there is no job for it'):
+      opened()
+  assert not (tmp_path / 'work').exists()
+
+
+def test_preflight_has_the_programs_of_each_mode():
+  on_device = make_run(METHOD)
+  on_host = make_run(dataclasses.replace(METHOD, verifier=cfg.MathVerifier()))
+  names = [[p.name.split(':')[0] for p in opening.programs(run, MESH)]
+           for run in (on_device, on_host)]
+  # On one device no weights are synced.
+  assert names == [['RL step'], ['sampler', 'learner', 'reference policy']]
+
+
+def test_preflight_has_both_where_groups_are_drawn_again_later():
+  """A step is one program until groups are drawn again; from the first step on it never is."""
+  found = []
+  for first in (0, 3):
+    rollouts = dataclasses.replace(METHOD.rollouts, selection=cfg.DynamicSampling(from_step=first))
+    run = make_run(dataclasses.replace(METHOD, rollouts=rollouts))
+    found.append([p.name.split(':')[0] for p in opening.programs(run, MESH)])
+  stages = ['sampler', 'learner', 'reference policy']
+  assert found == [stages, ['RL step', *stages]]
+
+
+def test_preflight_has_a_program_for_each_kind_of_activations():
+  model = dataclasses.replace(make_run(cfg.NextToken()).model,
+                              quant=cfg.Quant('ternary', 'int8'))
+  for int4_from, count in ((1.0, 1), (0.5, 2)):
+    run = dataclasses.replace(make_run(cfg.NextToken(int4_from=int4_from)), model=model)
+    assert len(opening.programs(run, MESH)) == count
