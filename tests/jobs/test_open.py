@@ -17,10 +17,11 @@ METHOD = cfg.RL('unused', cfg.Problems(cfg.Arithmetic(9)), cfg.AnswerMatch(),
 MESH = make_mesh(cfg.Mesh())
 
 
-def make_run(objective) -> cfg.Run:
+def make_run(objective, quant: cfg.Quant = cfg.Quant()) -> cfg.Run:
+  model = cfg.Model(num_layers=1, d_model=16, d_ff=16, num_heads=2, num_kv_heads=1, head_dim=8,
+                    vocab_size=11, quant=quant)
   return cfg.Run(
-      seed=1, model=cfg.Model(num_layers=1, d_model=16, d_ff=16, num_heads=2, num_kv_heads=1,
-                              head_dim=8, vocab_size=11), objective=objective,
+      seed=1, model=model, objective=objective,
       data=cfg.Data(source=cfg.PythonStdlib(), tokenizer=cfg.Bytes(), seq_len=16),
       optimizer=cfg.AdamW(schedule=cfg.ConstantRate(0.01)),
       train=cfg.Train(9, 0 if isinstance(objective, cfg.RL) else 4))
@@ -79,8 +80,7 @@ def test_preflight_has_both_where_groups_are_drawn_again_later():
 
 
 def test_preflight_has_a_program_for_each_kind_of_activations():
-  model = dataclasses.replace(make_run(cfg.NextToken()).model,
-                              quant=cfg.Quant('ternary', 'int8'))
-  for int4_from, count in ((1.0, 1), (0.5, 2)):
-    run = dataclasses.replace(make_run(cfg.NextToken(int4_from=int4_from)), model=model)
-    assert len(opening.programs(run, MESH)) == count
+  for int4_from, activations in ((1.0, ['int8']), (0.5, ['int8', 'int4'])):
+    run = make_run(cfg.NextToken(int4_from=int4_from), cfg.Quant('ternary', 'int8'))
+    assert [p.name for p in opening.programs(run, MESH)] == [
+        f'pretraining step, {a} activations' for a in activations]
