@@ -11,11 +11,10 @@ from jaxrl_pt import config as cfg
 from jaxrl_pt.jobs.kind import Program
 from jaxrl_pt.parallel import model as models
 from jaxrl_pt.parallel import rules
-from jaxrl_pt.rollouts import programs
 from jaxrl_pt.rollouts.stages import is_fused, resamples
 from jaxrl_pt.sampling import weight_sync
 from jaxrl_pt.token_bytes import TokenBytes, token_table
-from jaxrl_pt.train import optim
+from jaxrl_pt.train import optim, programs
 from jaxrl_pt.train import state as states
 from jaxrl_pt.types import Array, Prompts, RolloutBatch, TrainState, Verdict
 from jaxrl_pt.verifiers.base import DeviceVerifier
