@@ -35,9 +35,9 @@ def of_step(run: cfg.Run, mesh: Mesh, method: cfg.RL | cfg.RPT, prompts: Prompts
     verifier: a DeviceVerifier or PolicyVerifier; None for one that reads text.
     new_method: makes of the parameters what `TrainState.method` holds at first.
   """
-  optimizer = optim.make_optimizer(run.optimizer, cfg.num_updates(run))
-  state = states.abstract_state(models.build(run.model, run.compute, mesh), optimizer, mesh,
-                                new_method)
+  model = models.build(run.model, run.compute, mesh)
+  optimizer = optim.make_optimizer(run.optimizer, cfg.num_updates(run), model.specs)
+  state = states.abstract_state(model, optimizer, mesh, new_method)
   found: list[Program] = []
   if is_fused(verifier, method.rollouts, mesh.size):
     inside = verifier.verify if isinstance(verifier, DeviceVerifier) else verifier
