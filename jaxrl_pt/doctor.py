@@ -197,7 +197,7 @@ def _batch(num_rows: int = 8, length: int = 64) -> Batch:
 def _train(device: jax.Device) -> _Trained:
   quant = cfg.Quant('ternary', 'int8', hadamard=True)
   model = transformer.build(dataclasses.replace(_MODEL, quant=quant))
-  optimizer = optim.make_optimizer(_OPTIMIZER, _NUM_STEPS)
+  optimizer = optim.make_optimizer(_OPTIMIZER, _NUM_STEPS, model.specs)
   mesh = make_mesh(cfg.Mesh(), [device])
   state = states.init_state(model, optimizer, mesh, seed=0)
   schedule = optim.learning_rate(_OPTIMIZER.schedule, _NUM_STEPS)

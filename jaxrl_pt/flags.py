@@ -238,6 +238,9 @@ def _add_resa(parser: argparse.ArgumentParser) -> None:
                       'reads; 1 is dense (default 0.1)')
   parser.add_argument('--resa_every', type=_at_least(1), metavar='TOKENS', help='between two '
                       'rectifications (default 32)')
+  parser.add_argument('--resa_drafts', type=_at_least(1), metavar='TOKENS',
+                      help='drafted by sparse attention before a dense pass checks them: the texts '
+                      'of dense decoding, in fewer dense steps')
 
 
 def _add_chat_format(parser: argparse.ArgumentParser) -> None:

@@ -22,6 +22,7 @@ from jaxrl_pt.errors import UserError
 from jaxrl_pt.run import interrupt, samples
 from jaxrl_pt.run.policy import Policy, load_policy
 from jaxrl_pt.sampling import resa as rectified
+from jaxrl_pt.sampling import resa_speculate
 from jaxrl_pt.sampling.engine import Engine
 from jaxrl_pt.serving import terminal
 from jaxrl_pt.serving.conversation import Template, read_template
@@ -109,13 +110,15 @@ def _sample_line(policy: Policy, line: str, engine: Engine, as_json: bool,
 
 
 def sample_resa(workdir: Path, prompts: list[str], *, step: int | None, as_json: bool,
-                resa: cfg.ReSA, sampler: cfg.Sampler, num_tokens: int, num_samples: int,
-                seed: int) -> None:
+                resa: cfg.ReSA, num_drafts: int, sampler: cfg.Sampler, num_tokens: int,
+                num_samples: int, seed: int) -> None:
   """`sample` with rectified sparse attention; prints once all is drawn.
 
   Args:
     workdir, prompts, step, as_json, sampler, num_tokens, num_samples, seed: as in `sample`.
     resa: with an active share of 1 the texts are those of `sample`.
+    num_drafts: tokens that sparse attention drafts before a dense forward pass checks them, which
+      makes the texts those of `sample` too; 0 keeps what sparse attention draws.
   """
   policy = load_policy(workdir, step)
   tokenizer = policy.session.data.tokenizer
@@ -129,13 +132,18 @@ def sample_resa(workdir: Path, prompts: list[str], *, step: int | None, as_json:
   mesh = policy.session.mesh
   # The kernels read one chip's pages; a mesh takes XLA's path.
   generation = generation_of(mesh.devices.flat[0]) if mesh.size == 1 else None
-  draw = jax.jit(functools.partial(
-      rectified.generate, policy.model,
-      sampler=drawable(sampler, tokenizer, policy.model.config.vocab_size), resa=resa,
+  settings: dict[str, Any] = dict(
+      sampler=drawable(sampler, tokenizer, policy.model.config.vocab_size),
       num_samples=num_samples, num_tokens=num_tokens, stop_id=tokenizer.eos_id,
-      generation=generation))
+      generation=generation)
+  if num_drafts:
+    draw: Any = functools.partial(resa_speculate.generate, policy.model, sparse=resa,
+                                  num_drafts=num_drafts, **settings)
+  else:
+    draw = functools.partial(rectified.generate, policy.model, resa=resa, **settings)
   start = time.perf_counter()
-  drawn = jax.device_get(draw(policy.params, batch, jax.random.key(seed)))
+  result = jax.device_get(jax.jit(draw)(policy.params, batch, jax.random.key(seed)))
+  drawn, speculation = result if num_drafts else (result, None)
   seconds = time.perf_counter() - start
   counts = drawn.in_response.sum(-1).astype(int)
   found = [
@@ -152,6 +160,10 @@ def sample_resa(workdir: Path, prompts: list[str], *, step: int | None, as_json:
           f'{s["logp"]:.2f} nats')
   print(f'=== {counts.sum()} tokens in {seconds:.2f} s: {counts.sum() / seconds:,.0f} tokens/s, '
         'compilation included')
+  if speculation is not None:
+    print(f'=== of {speculation.drafted} drafted tokens {speculation.agreed} were kept '
+          f'({speculation.agreed / max(speculation.drafted, 1):.0%}), in {speculation.rounds} '
+          'checks')
 
 
 # --- chat -----------------------------------------------------------------------------

@@ -109,7 +109,8 @@ def _sample(args: argparse.Namespace) -> int:
     if prompts is None or args.stop:
       raise UserError('--resa takes --prompt, --prompt_file or piped input, and no --stop.')
     frontends.sample_resa(
-        args.workdir, prompts, step=args.step, as_json=args.json, resa=resa, sampler=sampler,
+        args.workdir, prompts, step=args.step, as_json=args.json, resa=resa,
+        num_drafts=args.resa_drafts or 0, sampler=sampler,
         num_tokens=args.num_tokens, num_samples=args.num_samples, seed=args.seed)
     return 0
   frontends.sample(
@@ -130,9 +131,9 @@ def _resa(args: argparse.Namespace) -> cfg.ReSA | None:
            if value is not None}
   if args.resa:
     return cfg.ReSA(**given)
-  if given:
-    raise UserError('--resa_block, --resa_share and --resa_every do nothing without --resa: add '
-                    'it.')
+  if given or args.resa_drafts is not None:
+    raise UserError('--resa_block, --resa_share, --resa_every and --resa_drafts do nothing without '
+                    '--resa: add it.')
   return None
 
 

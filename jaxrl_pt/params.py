@@ -1,12 +1,13 @@
 """Parameters described before they exist.
 
-One tree of `ParamSpec` gives the parameter count, the initial values, the
-shardings and the targets of a restore; nothing else states a shape twice.
+One tree of `ParamSpec` gives the parameter count, the initial values, the shardings, the targets
+of a restore, which weights decay, which are quantised and what other formats call them; nothing
+else states a shape or a name twice.
 """
 
 from collections.abc import Callable
 import math
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +17,31 @@ from jaxrl_pt.types import Array, Params
 Init = Callable[[Array, tuple[int, ...], Any], Array]
 
 
+# A projection of a block (a BitLinear where weights are ternary), the table of embeddings, the head
+# that gives logits, or the gains of a norm.
+Role = Literal['projection', 'table', 'head', 'gain']
+
+
 class ParamSpec(NamedTuple):
-  """A parameter before it exists: shape, dtype, one logical axis name per dimension, init."""
+  """A parameter before it exists.
+
+  shape, dtype: of the array; axes: one logical axis name a dimension; init: its first values.
+  role: decides what is done with it: `is_decayed`, and quantisation and rounding for a sampler.
+  hugging_face: its name in such a model without '.weight', with {layer} where the array is stacked
+    over layers; empty if no such model has it, which an export then refuses.
+  """
 
   shape: tuple[int, ...]
   dtype: Any
   axes: tuple[str, ...]
   init: Init
+  role: Role
+  hugging_face: str = ''
+
+  @property
+  def is_decayed(self) -> bool:
+    """Whether weight decay acts on it: on products, not on the embeddings or gains of norms."""
+    return self.role in ('projection', 'head')
 
 
 def is_spec(x: Any) -> bool:

@@ -86,6 +86,7 @@ def test_help_imports_neither_jax_nor_numpy():
     (('sample', '--workdir', 'x', '--resa', '--resa_every', '0'), 'whole number of at least 1'),
     (('sample', '--workdir', 'x', '--resa', '--resa_every', '99999999999'), 'at most 2147483647'),
     (('sample', '--workdir', 'x', '--resa_share', '0.2'), 'without --resa: add it'),
+    (('sample', '--workdir', 'x', '--resa_drafts', '4'), 'without --resa: add it'),
     (('sample', '--workdir', 'x', '--resa', '--prompt', 'a', '--stop', 'b'), 'no --stop'),
     *(((command, '--workdir', bad, *more), f'--workdir: expected a path, not {bad!r}')
       for command, more in (

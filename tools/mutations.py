@@ -200,7 +200,7 @@ _SAMPLER = [
           'jnp.where(slots.row == IDLE, 0, slots.length)')),
     *_of('jaxrl_pt/sampling/weight_sync.py', 'tests/sampling/test_weight_sync.py',
          ('weight_sync_checks_nothing', 'check(checksum(leave(params)), sums)', 'check(sums, sums)'),
-         ('weight_sync_packs_nothing', 'return pack(params, is_bit_linear) if packed else params',
+         ('weight_sync_packs_nothing', 'return pack(params, _is_bit_linear(model)) if packed else params',
           'return params')),
 ]
 

@@ -12,9 +12,9 @@ from jaxrl_pt.environments.base import Environment, settled
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.parallel import rules
 from jaxrl_pt.parallel.hosts import on_host
-from jaxrl_pt.rollouts import programs
 from jaxrl_pt.run import session as sessions
 from jaxrl_pt.token_bytes import token_table
+from jaxrl_pt.train import programs
 from jaxrl_pt.types import Params, Prompts
 from jaxrl_pt.verifiers import exact, pool, trial
 from jaxrl_pt.verifiers.base import DeviceVerifier

@@ -17,20 +17,21 @@ import math
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxrl_pt import config as cfg
 from jaxrl_pt.errors import UserError
-from jaxrl_pt.interop.huggingface_config import MATRICES, linear_class, to_config, to_settings
+from jaxrl_pt.interop.huggingface_config import linear_class, to_config, to_settings
+from jaxrl_pt.models import transformer
 from jaxrl_pt.nn.quant import EPSILON, ternary
+from jaxrl_pt.params import ParamSpec, is_spec, map_specs
 from jaxrl_pt.types import Params
 
 Arrays = dict[str, np.ndarray]
 
 _EMBEDDING, _HEAD = 'model.embed_tokens.weight', 'lm_head'
-_NORMS = {'attn_norm': 'input_layernorm', 'ffn_norm': 'post_attention_layernorm'}
-_SUB_NORMS = {'attn_sub_norm': 'self_attn.attn_sub_norm', 'ffn_sub_norm': 'mlp.ffn_sub_norm'}
 
 
 # --- Packed ternary rows --------------------------------------------------------
@@ -138,38 +139,23 @@ def _floats(x: np.ndarray, name: str, folder: Path) -> np.ndarray:
 
 def _collect(config: cfg.Model, take: Callable[..., np.ndarray],
              matrix: Callable[..., np.ndarray]) -> Params:
-  sizes = _sizes(config)
-  norms = _NORMS | (_SUB_NORMS if config.sub_norm else {})
+  """The tree of parameters, each read by the name that its spec says."""
+  def read(spec: ParamSpec, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    match spec.role:
+      case 'projection':
+        return matrix(name, *shape)
+      case 'head':
+        return take(f'{name}.weight', *shape[::-1]).astype(np.float32).T
+      case 'table' | 'gain':
+        return take(f'{name}.weight', *shape).astype(np.float32)
 
-  def stack(read: Callable[[str], np.ndarray], name: str) -> Any:
-    return jnp.asarray(np.stack([read(f'model.layers.{i}.{name}')
-                                 for i in range(config.num_layers)]))
+  def leaf(spec: ParamSpec) -> Any:
+    if '{layer}' not in spec.hugging_face:
+      return jnp.asarray(read(spec, spec.hugging_face, spec.shape))
+    return jnp.asarray(np.stack([read(spec, spec.hugging_face.format(layer=i), spec.shape[1:])
+                                 for i in range(spec.shape[0])]))
 
-  def matrix_of(ours: str) -> Callable[[str], np.ndarray]:
-    return lambda name: matrix(name, *sizes[ours])
-
-  def gains_of(ours: str) -> Callable[[str], np.ndarray]:
-    return lambda name: take(f'{name}.weight', *sizes[ours]).astype(np.float32)
-
-  layers = {ours: stack(matrix_of(ours), theirs) for ours, theirs in MATRICES.items()}
-  layers |= {ours: stack(gains_of(ours), theirs) for ours, theirs in norms.items()}
-  embed = take(_EMBEDDING, config.vocab_size, config.d_model)
-  params = {'embed': jnp.asarray(embed.astype(np.float32)), 'layers': layers,
-            'final_norm': jnp.asarray(
-                take('model.norm.weight', config.d_model).astype(np.float32))}
-  if not config.tied_head:
-    head = take(f'{_HEAD}.weight', config.vocab_size, config.d_model)
-    params['head'] = jnp.asarray(head.astype(np.float32).T)
-  return params
-
-
-def _sizes(config: cfg.Model) -> dict[str, tuple[int, ...]]:
-  width, ff = config.d_model, config.d_ff
-  queries, keys = (n * config.head_dim for n in (config.num_heads, config.num_kv_heads))
-  return {'wq': (width, queries), 'wk': (width, keys), 'wv': (width, keys), 'wo': (queries, width),
-          'w_gate': (width, ff), 'w_up': (width, ff), 'w_down': (ff, width),
-          'attn_norm': (width,), 'ffn_norm': (width,), 'attn_sub_norm': (queries,),
-          'ffn_sub_norm': (ff,)}
+  return map_specs(leaf, transformer.build(config).specs)
 
 
 def _read_json(path: Path) -> Any:
@@ -230,23 +216,21 @@ def save_model(folder: str | Path, config: cfg.Model, params: Params, *,
   folder = Path(folder)
   settings = to_settings(config, packed, bos_id, eos_id)
   library = _safetensors()
-  arrays = {_EMBEDDING: np.asarray(params['embed']),
-            'model.norm.weight': np.asarray(params['final_norm'])}
-  if not config.tied_head:
-    arrays[f'{_HEAD}.weight'] = np.asarray(params['head']).T
-  norms = _NORMS | (_SUB_NORMS if config.sub_norm else {})
-  for i in range(config.num_layers):
-    for ours, theirs in norms.items():
-      arrays[f'model.layers.{i}.{theirs}.weight'] = np.asarray(params['layers'][ours][i])
-    for ours, theirs in MATRICES.items():
-      name = f'model.layers.{i}.{theirs}'
-      w = params['layers'][ours][i]
-      if packed:
-        codes, scale = ternary(w)
+  arrays: Arrays = {}
+  leaves = jax.tree_util.tree_leaves_with_path(transformer.build(config).specs, is_leaf=is_spec)
+  values = jax.tree.leaves(params)
+  for (path, spec), value in zip(leaves, values, strict=True):
+    _check_has_name(path, spec)
+    stacked = '{layer}' in spec.hugging_face
+    for i in range(spec.shape[0]) if stacked else (0,):
+      name, x = spec.hugging_face.format(layer=i), value[i] if stacked else value
+      if packed and spec.role == 'projection':
+        codes, scale = ternary(x)
         arrays[f'{name}.weight'] = pack(np.asarray(codes, np.int8).T)
         arrays[f'{name}.weight_scale'] = np.asarray(scale, np.float32).reshape(1)
       else:
-        arrays[f'{name}.weight'] = np.asarray(w).T
+        is_product = spec.role in ('projection', 'head')
+        arrays[f'{name}.weight'] = np.asarray(x).T if is_product else np.asarray(x)
   try:
     folder.mkdir(parents=True, exist_ok=True)
     library.save_file({n: np.ascontiguousarray(x) for n, x in arrays.items()},
@@ -254,3 +238,15 @@ def save_model(folder: str | Path, config: cfg.Model, params: Params, *,
     (folder / 'config.json').write_text(json.dumps(settings, indent=2) + '\n', encoding='utf-8')
   except OSError as e:
     raise UserError(f'{folder} cannot be written ({e}): choose another folder.') from e
+
+
+def _check_has_name(path: tuple[Any, ...], spec: ParamSpec) -> None:
+  """Refuses to leave a parameter out.
+
+  Raises:
+    UserError: no Hugging Face model has it.
+  """
+  if not spec.hugging_face:
+    name = jax.tree_util.keystr(path, simple=True, separator='/')
+    raise UserError(f'The parameter {name} has no place in a Hugging Face model: without it the '
+                    'exported model would compute something else.')

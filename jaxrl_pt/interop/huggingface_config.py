@@ -14,12 +14,9 @@ from jaxrl_pt.errors import UserError
 
 Settings = dict[str, Any]
 
-# Of a block, by our names.
-MATRICES = {
-    'wq': 'self_attn.q_proj', 'wk': 'self_attn.k_proj', 'wv': 'self_attn.v_proj',
-    'wo': 'self_attn.o_proj', 'w_gate': 'mlp.gate_proj', 'w_up': 'mlp.up_proj',
-    'w_down': 'mlp.down_proj',
-}
+# The matrices of a block.
+MATRICES = ('self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj', 'self_attn.o_proj',
+            'mlp.gate_proj', 'mlp.up_proj', 'mlp.down_proj')
 W1A8 = cfg.Quant('ternary', 'int8')
 _HEAD = 'lm_head'
 _CLASSES = {'llama': 'LlamaForCausalLM', 'bitnet': 'BitNetForCausalLM'}
@@ -177,7 +174,7 @@ def _check_skipped(skipped: Any, num_layers: Any, where: str) -> None:
     raise UserError(f'{where}: modules_to_not_convert is {skipped!r}, but it must be a list of '
                     'names of modules.')
   depth = min(num_layers, 9999) if isinstance(num_layers, int) else 0
-  names = [f'model.layers.{i}.{matrix}' for i in range(depth) for matrix in MATRICES.values()]
+  names = [f'model.layers.{i}.{matrix}' for i in range(depth) for matrix in MATRICES]
   for entry in skipped:
     module = next((name for name in names if entry in name), None)
     if module or not re.fullmatch(r'[\w.]+', entry):

@@ -37,9 +37,10 @@ class Pretraining:
     run = session.run
     self.session = session
     self.flops_per_token = metrics.flops_per_token(run.model, run.data.seq_len / 2)
-    self._optimizer = optim.make_optimizer(run.optimizer, cfg.num_updates(run))
     # Only the activations' quantiser changes over a run: every model has the same state.
-    self.abstract = states.abstract_state(session.model(run.model), self._optimizer, session.mesh)
+    model = session.model(run.model)
+    self._optimizer = optim.make_optimizer(run.optimizer, cfg.num_updates(run), model.specs)
+    self.abstract = states.abstract_state(model, self._optimizer, session.mesh)
     rows, tokens = session.owned()
     self._batches = loader.train_iterator(
         session.data.train, seed=run.seed, batch_size=run.train.batch_size, rows=rows,
@@ -119,12 +120,13 @@ def _model_flops(run: cfg.Run) -> float:
 
 def _programs(run: cfg.Run, mesh: Mesh) -> list[Program]:
   """The step; a run whose activations change on the way has one for each."""
-  optimizer = optim.make_optimizer(run.optimizer, cfg.num_updates(run))
-  state = states.abstract_state(models.build(run.model, run.compute, mesh), optimizer, mesh)
+  model = models.build(run.model, run.compute, mesh)
+  optimizer = optim.make_optimizer(run.optimizer, cfg.num_updates(run), model.specs)
+  state = states.abstract_state(model, optimizer, mesh)
   first, last = cfg.model_at(run, 0), cfg.model_at(run, run.train.num_steps - 1)
-  return [Program(f'pretraining step, {model.quant.activations} activations',
-                  train_step(run, mesh, model, optimizer), (state, _abstract_batch(run, mesh)))
-          for model in dict.fromkeys((first, last))]
+  return [Program(f'pretraining step, {config.quant.activations} activations',
+                  train_step(run, mesh, config, optimizer), (state, _abstract_batch(run, mesh)))
+          for config in dict.fromkeys((first, last))]
 
 
 def _abstract_batch(run: cfg.Run, mesh: Mesh) -> Batch:

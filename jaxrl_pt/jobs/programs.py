@@ -11,11 +11,10 @@ from jaxrl_pt import config as cfg
 from jaxrl_pt.jobs.kind import Program
 from jaxrl_pt.parallel import model as models
 from jaxrl_pt.parallel import rules
-from jaxrl_pt.rollouts import programs
 from jaxrl_pt.rollouts.stages import is_fused, resamples
 from jaxrl_pt.sampling import weight_sync
 from jaxrl_pt.token_bytes import TokenBytes, token_table
-from jaxrl_pt.train import optim
+from jaxrl_pt.train import optim, programs
 from jaxrl_pt.train import state as states
 from jaxrl_pt.types import Array, Prompts, RolloutBatch, TrainState, Verdict
 from jaxrl_pt.verifiers.base import DeviceVerifier
@@ -36,9 +35,9 @@ def of_step(run: cfg.Run, mesh: Mesh, method: cfg.RL | cfg.RPT, prompts: Prompts
     verifier: a DeviceVerifier or PolicyVerifier; None for one that reads text.
     new_method: makes of the parameters what `TrainState.method` holds at first.
   """
-  optimizer = optim.make_optimizer(run.optimizer, cfg.num_updates(run))
-  state = states.abstract_state(models.build(run.model, run.compute, mesh), optimizer, mesh,
-                                new_method)
+  model = models.build(run.model, run.compute, mesh)
+  optimizer = optim.make_optimizer(run.optimizer, cfg.num_updates(run), model.specs)
+  state = states.abstract_state(model, optimizer, mesh, new_method)
   found: list[Program] = []
   if is_fused(verifier, method.rollouts, mesh.size):
     inside = verifier.verify if isinstance(verifier, DeviceVerifier) else verifier

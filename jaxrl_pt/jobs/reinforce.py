@@ -64,10 +64,10 @@ class Reinforcement:
     run = session.run
     self.session, self._method, self._environment = session, method, environment
     self.flops_per_token = metrics.flops_per_token(run.model, method.rollouts.prompt_len / 2)
-    self._optimizer = optim.make_optimizer(run.optimizer, cfg.num_updates(run))
+    model = session.model(run.model)
+    self._optimizer = optim.make_optimizer(run.optimizer, cfg.num_updates(run), model.specs)
     self._new_method = new_method
-    self.abstract = states.abstract_state(session.model(run.model), self._optimizer, session.mesh,
-                                          new_method)
+    self.abstract = states.abstract_state(model, self._optimizer, session.mesh, new_method)
     self._start, self._digest, self._order = start, digest(start), order
     self.stages = Stages(session, environment, start, self._optimizer, method)
     self._batch = 0  # the number of the next one

@@ -157,34 +157,35 @@ def _specs(config: cfg.Model) -> Any:
   keys = config.num_kv_heads * config.head_dim
   residual = (2 * depth) ** -0.5
 
-  def matrix(name: str, rows: int, columns: int, gain: float = 1.0) -> ParamSpec:
+  def matrix(name: str, rows: int, columns: int, theirs: str, gain: float = 1.0) -> ParamSpec:
     return ParamSpec((depth, rows, columns), jnp.float32, ('layers', *PROJECTIONS[name]),
-                     normal(gain * rows**-0.5))
+                     normal(gain * rows**-0.5), 'projection', f'model.layers.{{layer}}.{theirs}')
 
-  def gains(size: int, axis: str) -> ParamSpec:
-    return ParamSpec((depth, size), jnp.float32, ('layers', axis), ones)
+  def gains(size: int, theirs: str) -> ParamSpec:
+    return ParamSpec((depth, size), jnp.float32, ('layers', 'norm'), ones, 'gain',
+                     f'model.layers.{{layer}}.{theirs}')
 
   layers = {
-      'attn_norm': gains(width, 'norm'),
-      'wq': matrix('wq', width, queries),
-      'wk': matrix('wk', width, keys),
-      'wv': matrix('wv', width, keys),
-      'wo': matrix('wo', queries, width, residual),
-      'ffn_norm': gains(width, 'norm'),
-      'w_gate': matrix('w_gate', width, ff),
-      'w_up': matrix('w_up', width, ff),
-      'w_down': matrix('w_down', ff, width, residual),
+      'attn_norm': gains(width, 'input_layernorm'),
+      'wq': matrix('wq', width, queries, 'self_attn.q_proj'),
+      'wk': matrix('wk', width, keys, 'self_attn.k_proj'),
+      'wv': matrix('wv', width, keys, 'self_attn.v_proj'),
+      'wo': matrix('wo', queries, width, 'self_attn.o_proj', residual),
+      'ffn_norm': gains(width, 'post_attention_layernorm'),
+      'w_gate': matrix('w_gate', width, ff, 'mlp.gate_proj'),
+      'w_up': matrix('w_up', width, ff, 'mlp.up_proj'),
+      'w_down': matrix('w_down', ff, width, 'mlp.down_proj', residual),
   }
   if config.sub_norm:
-    layers['attn_sub_norm'] = gains(queries, 'norm')
-    layers['ffn_sub_norm'] = gains(ff, 'norm')
+    layers['attn_sub_norm'] = gains(queries, 'self_attn.attn_sub_norm')
+    layers['ffn_sub_norm'] = gains(ff, 'mlp.ffn_sub_norm')
   specs = {
       'embed': ParamSpec((config.vocab_size, width), jnp.float32, ('vocab', 'embed'),
-                         normal(0.02)),
+                         normal(0.02), 'table', 'model.embed_tokens'),
       'layers': layers,
-      'final_norm': ParamSpec((width,), jnp.float32, ('norm',), ones),
+      'final_norm': ParamSpec((width,), jnp.float32, ('norm',), ones, 'gain', 'model.norm'),
   }
   if not config.tied_head:
     specs['head'] = ParamSpec((width, config.vocab_size), jnp.float32, ('embed', 'vocab'),
-                              normal(width**-0.5))
+                              normal(width**-0.5), 'head', 'lm_head')
   return specs

@@ -20,10 +20,9 @@ from jaxrl_pt.environments.base import Environment, settled
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.parallel.hosts import on_host
 from jaxrl_pt.rl import kl, selection
-from jaxrl_pt.rollouts import programs
 from jaxrl_pt.rollouts.unparsed import FirstBatches
 from jaxrl_pt.run import session as sessions
-from jaxrl_pt.train import fused
+from jaxrl_pt.train import fused, programs
 from jaxrl_pt.train.update import BY_TOKEN
 from jaxrl_pt.types import Array, Params, Prompts, RolloutBatch, TrainState, Verdict, Weighted
 from jaxrl_pt.verifiers.base import DeviceVerifier, PendingVerdict

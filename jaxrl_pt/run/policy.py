@@ -77,7 +77,8 @@ def restore(session: sessions.Session, step: int | None, part: str,
   # Of the optimizer only the tree of its state is read, which no schedule changes: a run whose
   # schedule would be refused today can still be opened.
   settings = dataclasses.replace(run.optimizer, schedule=cfg.ConstantRate(1.0))
-  optimizer = optim.make_optimizer(settings, run.train.num_steps)
-  abstract = states.abstract_state(session.model(run.model), optimizer, session.mesh, new_method)
+  model = session.model(run.model)
+  optimizer = optim.make_optimizer(settings, run.train.num_steps, model.specs)
+  abstract = states.abstract_state(model, optimizer, session.mesh, new_method)
   return checkpoint.restore(session.workdir / places.CHECKPOINTS,
                             getattr(abstract, part) if part else abstract, step, part=part)

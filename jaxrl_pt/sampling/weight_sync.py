@@ -17,7 +17,6 @@ from jax.typing import DTypeLike
 
 from jaxrl_pt.checksum import checksum
 from jaxrl_pt.models.base import Model
-from jaxrl_pt.models.transformer import PROJECTIONS
 from jaxrl_pt.nn.quant import TernaryWeight, pack
 from jaxrl_pt.parallel import rules
 from jaxrl_pt.params import is_spec
@@ -30,11 +29,6 @@ class Policy(NamedTuple):
   params: Params
   version: int  # optimiser step
   checksum: dict[str, int]  # of every leaf
-
-
-def is_bit_linear(path: tuple[Any, ...]) -> bool:
-  """Whether the leaf at a path of the parameter tree is a BitLinear's weight."""
-  return path[-1].key in PROJECTIONS
 
 
 def make_weight_sync(model: Model, mesh: Mesh, packed: bool, dtype: DTypeLike = jnp.float32
@@ -66,11 +60,18 @@ def make_weight_sync(model: Model, mesh: Mesh, packed: bool, dtype: DTypeLike = 
 def _as_read(model: Model, packed: bool, dtype: DTypeLike, params: Params) -> Params:
   """The parameters as the sampler reads them. Gains stay as they are, and so do the latent
   weights of a BitLinear that is not packed: its scale is their mean in float32."""
-  rounded = {'embed', 'head'} if model.config.quant.weights == 'ternary' else {
-      'embed', 'head', *PROJECTIONS}
-  params = jax.tree_util.tree_map_with_path(
-      lambda path, x: x.astype(dtype) if path[-1].key in rounded else x, params)
-  return pack(params, is_bit_linear) if packed else params
+  rounded = ('table', 'head') if model.config.quant.weights == 'ternary' else (
+      'table', 'head', 'projection')
+  params = jax.tree.map(lambda spec, x: x.astype(dtype) if spec.role in rounded else x,
+                        model.specs, params, is_leaf=is_spec)
+  return pack(params, _is_bit_linear(model)) if packed else params
+
+
+def _is_bit_linear(model: Model) -> Callable[[tuple[Any, ...]], bool]:
+  """Whether the leaf at a path of the parameter tree is a BitLinear's weight."""
+  leaves = jax.tree_util.tree_leaves_with_path(model.specs, is_leaf=is_spec)
+  found = {path for path, spec in leaves if spec.role == 'projection'}
+  return lambda path: path in found
 
 
 def make_move(model: Model, mesh: Mesh, packed: bool, dtype: DTypeLike = jnp.float32) -> Any:
@@ -116,6 +117,8 @@ def check(left: dict[str, int], arrived: dict[str, int]) -> None:
 def shardings(model: Model, mesh: Mesh, packed: bool) -> Any:
   """NamedSharding of every leaf in the sampler's layout."""
   whole = rules.param_shardings(model.specs, mesh, rules.SAMPLE)
+
+  is_bit_linear = _is_bit_linear(model)
 
   def leaf(path: tuple[Any, ...], sharding: NamedSharding) -> Any:
     if not packed or not is_bit_linear(path):

@@ -8,12 +8,12 @@ peaks of full-length decays, and the run jumps from the first curve to the secon
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import optax
 
 from jaxrl_pt import config as cfg
 from jaxrl_pt.errors import UserError
+from jaxrl_pt.params import map_specs
 from jaxrl_pt.types import Array
 
 Schedule = Callable[[Any], Any]
@@ -105,22 +105,21 @@ def weight_decay(config: cfg.AdamW, num_steps: int) -> Schedule:
   return schedule
 
 
-def is_decayed(path: tuple[Any, ...], leaf: Any) -> bool:
-  """Weight decay acts on projections: not on the embedding, nor on gains of norms."""
-  del leaf
-  name = path[-1].key
-  return name.startswith('w') or name == 'head'
+def make_optimizer(config: cfg.AdamW, num_steps: int, specs: Any) -> optax.GradientTransformation:
+  """Clip by global norm, Adam moments, decoupled decay, learning rate (1711.05101).
 
-
-def make_optimizer(config: cfg.AdamW, num_steps: int) -> optax.GradientTransformation:
-  """Clip by global norm, Adam moments, decoupled decay, learning rate (1711.05101)."""
+  Args:
+    config: the settings.
+    num_steps: optimiser steps of the whole run (`config.num_updates`).
+    specs: of the parameters, which say on what weight decay acts.
+  """
   clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
   return optax.chain(
       clip,
       optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
       optax.add_decayed_weights(
           weight_decay(config, num_steps),
-          mask=lambda params: jax.tree_util.tree_map_with_path(is_decayed, params)),
+          mask=map_specs(lambda spec: spec.is_decayed, specs)),
       optax.scale_by_learning_rate(learning_rate(config.schedule, num_steps)),
   )
 

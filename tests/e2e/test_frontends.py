@@ -56,6 +56,11 @@ def test_sparse_sampling_of_every_block_is_dense(pretrained: Job, capsys):
   assert [s['num_tokens'] for s in sparse] == [s['num_tokens'] for s in dense]
   assert main([*flags, '--resa', '--resa_block', '1', '--resa_share', '0.1']) == 0
   assert json.loads(capsys.readouterr().out) != sparse
+  # Whatever is drafted, what is kept is what dense decoding draws.
+  assert main([*flags, '--resa', '--resa_block', '1', '--resa_share', '0.1',
+               '--resa_drafts', '3']) == 0
+  drafted = json.loads(capsys.readouterr().out)
+  assert [s['text'] for s in drafted] == [s['text'] for s in dense]
 
 
 def test_chat_over_a_pipe(pretrained: Job):
