@@ -92,7 +92,7 @@ def compiled_step(kl=NO_KL):
       data=cfg.Data(source=cfg.PythonStdlib(), tokenizer=cfg.Bytes(), seq_len=16),
       optimizer=cfg.AdamW(schedule=cfg.ConstantRate(0.003), weight_decay=0.0),
       train=cfg.Train(num_steps=30, batch_size=4))
-  optimizer = optim.make_optimizer(run.optimizer, 30)
+  optimizer = optim.make_optimizer(run.optimizer, 30, MODEL.specs)
   state = TrainState(jnp.zeros((), jnp.int32), THETA, optimizer.init(THETA),
                      states.new_method(rollouts, algorithm, CONFIG.d_model, average=THETA))
   verifier = environment.policy_verifier(

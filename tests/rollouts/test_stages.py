@@ -55,8 +55,8 @@ def make(selection, verify=even_prompts_teach):
   rollouts = cfg.Rollouts(N, G, 1, S, selection=selection)
   session = make_session(rollouts)
   method = session.run.objective
-  optimizer = optim.make_optimizer(session.run.optimizer, 9)
   model = session.model(MODEL)
+  optimizer = optim.make_optimizer(session.run.optimizer, 9, model.specs)
   state = states.init_state(model, optimizer, session.mesh, 0)
   state = state.replace(method=states.new_method(rollouts, method.algorithm, MODEL.d_model))
   environment = Environment(take, DeviceVerifier(verify), lambda params: {}, '')
@@ -121,8 +121,8 @@ def make_apart(kl: cfg.KL):
   method = dataclasses.replace(session.run.objective,
                                algorithm=cfg.Algorithm(advantage=cfg.DrGRPO(), kl=kl))
   session = dataclasses.replace(session, run=dataclasses.replace(session.run, objective=method))
-  optimizer = optim.make_optimizer(session.run.optimizer, 9)
   model = session.model(MODEL)
+  optimizer = optim.make_optimizer(session.run.optimizer, 9, model.specs)
   state, other = (states.init_state(model, optimizer, session.mesh, seed) for seed in (0, 1))
   state = state.replace(method=states.new_method(rollouts, method.algorithm, MODEL.d_model))
   reference = {**other.params, 'embed': 30 * other.params['embed']}

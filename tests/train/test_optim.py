@@ -1,6 +1,7 @@
 """Schedules against their definitions, and the optimiser against a plain AdamW."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,9 @@ import numpy as np
 import pytest
 
 from jaxrl_pt import config as cfg
+from jaxrl_pt import params as P
 from jaxrl_pt.errors import UserError
+from jaxrl_pt.models import transformer
 from jaxrl_pt.train import optim
 
 
@@ -88,7 +91,9 @@ def test_optimizer_equals_adamw_written_out():
   params = {'embed': np.full((2, 2), 0.5), 'layers': {'wq': np.full((2, 2), 0.5),
                                                       'attn_norm': np.full(2, 0.5)}}
   params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
-  optimizer = optim.make_optimizer(config, 10)
+  spec = functools.partial(P.ParamSpec, (2, 2), jnp.float32, ('a', 'b'), P.ones)
+  specs = {'embed': spec('table'), 'layers': {'wq': spec('projection'), 'attn_norm': spec('gain')}}
+  optimizer = optim.make_optimizer(config, 10, specs)
   state = optimizer.init(params)
   expected = jax.tree.map(np.asarray, params)
   first = jax.tree.map(np.zeros_like, expected)
@@ -111,3 +116,24 @@ def test_optimizer_equals_adamw_written_out():
         expected, first, second, decayed)
   for ours, theirs in zip(jax.tree.leaves(params), jax.tree.leaves(expected), strict=True):
     np.testing.assert_allclose(ours, theirs, rtol=2e-5)
+
+
+@pytest.mark.parametrize('tied_head, sub_norm', [(False, True), (True, False)])
+def test_weight_decay_acts_on_projections_and_head_alone(tied_head, sub_norm):
+  """Neither the embeddings, whose head may be tied to them, nor the gains of norms decay."""
+  specs = transformer.build(cfg.Model(
+      num_layers=1, d_model=16, d_ff=16, num_heads=2, num_kv_heads=1, head_dim=8, vocab_size=11,
+      tied_head=tied_head, sub_norm=sub_norm)).specs
+  params = jax.tree.map(jnp.ones_like, P.init(specs, jax.random.key(0)))
+  config = cfg.AdamW(cfg.ConstantRate(0.5), weight_decay=0.1)
+  optimizer = optim.make_optimizer(config, 10, specs)
+  updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params),
+                                params)
+  decayed = set()
+  for path, update in jax.tree_util.tree_leaves_with_path(updates):
+    np.testing.assert_allclose(update, -0.05 if (update != 0).any() else 0.0)
+    if (update != 0).any():
+      decayed.add(path[-1].key)
+  names = {path[-1].key for path, _ in jax.tree_util.tree_leaves_with_path(params)}
+  assert decayed == {name for name in names if name.startswith('w') or name == 'head'}
+  assert len(decayed) >= 6 and 'embed' not in decayed and ('head' in decayed) != tied_head

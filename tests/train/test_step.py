@@ -31,7 +31,7 @@ def make_batch(seed: int = 0, rows: int = 8, length: int = 16) -> Batch:
 
 def make(accumulation: int):
   model = transformer.build(MODEL)
-  optimizer = optim.make_optimizer(OPTIMIZER, 100)
+  optimizer = optim.make_optimizer(OPTIMIZER, 100, model.specs)
   mesh = make_mesh(cfg.Mesh(), jax.devices()[:1])
   state = states.init_state(model, optimizer, mesh, 0)
   step = make_train_step(losses.next_token(model, 0), optimizer,

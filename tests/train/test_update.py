@@ -59,7 +59,7 @@ def make_run(method: cfg.Algorithm, accumulation=1, **rollouts) -> cfg.Run:
 
 
 def make_state(run: cfg.Run) -> tuple[TrainState, object]:
-  optimizer = optim.make_optimizer(run.optimizer, run.train.num_steps)
+  optimizer = optim.make_optimizer(run.optimizer, run.train.num_steps, MODEL.specs)
   kept = states.new_method(run.objective.rollouts, run.objective.algorithm, CONFIG.d_model)
   return TrainState(jnp.zeros((), jnp.int32), PARAMS, optimizer.init(PARAMS), kept), optimizer
 
