@@ -228,7 +228,7 @@ def device_verifier(table: TokenBytes, reward: cfg.NextTokenReward = cfg.PrefixM
     TypeError: InformationGain, which needs the policy and is computed in its step.
   """
   if isinstance(reward, cfg.InformationGain):
-    raise TypeError('InformationGain is not a function of tokens alone: see train.rlp_step')
+    raise TypeError('InformationGain is not a function of tokens alone: see environments.rlp')
 
   def verify(prompts: Prompts, rollouts: RolloutBatch) -> Verdict:
     mask = prediction_mask(rollouts.tokens, rollouts.in_response, marker)
