@@ -1,6 +1,6 @@
 """`jaxrl-pt preflight`: does a run fit a TPU slice, and what bounds its step?
 
-The very programs that the run's loop dispatches (`train.programs`) are compiled for a named
+The very programs that the run's loop dispatches (`jobs.open.programs`) are compiled for a named
 topology by the TPU compiler, in a process of its own. A program that does not fit is an
 answer: `search` then looks for the settings that do. Speeds are static predictions.
 """
