@@ -150,7 +150,7 @@ def sample_resa(workdir: Path, prompts: list[str], *, step: int | None, as_json:
       {'prompt': prompt, 'num_tokens': int(counts[n, g]),
        'text': tokenizer.decode([t for t in drawn.tokens[n, g, :counts[n, g]].tolist()
                                  if t != tokenizer.eos_id]),
-       'logp': float((drawn.logp[n, g] * drawn.in_response[n, g]).sum())}
+       'logp': float((drawn.logp[n, g] * drawn.sampled[n, g]).sum())}
       for n, prompt in enumerate(prompts) for g in range(num_samples)]
   if as_json:
     print(json.dumps(found, ensure_ascii=False, indent=2))

@@ -12,11 +12,11 @@ import pytest
 
 from jaxrl_pt import config as cfg
 from jaxrl_pt import gin_bindings
+from jaxrl_pt.jobs import open as jobs
 from jaxrl_pt.main import main
-from jaxrl_pt.parallel import memory
+from jaxrl_pt.parallel import memory, rules
 from jaxrl_pt.parallel.mesh import make_mesh
-from jaxrl_pt.train import pretrain, programs, rl
-from jaxrl_pt.train import session as sessions
+from jaxrl_pt.run import session as sessions
 from tests import random_config
 from tests.test_config import VALID
 
@@ -63,18 +63,17 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def opened(monkeypatch: pytest.MonkeyPatch) -> Opened:
-  """In place of the loops: all that a loop checks before it reads data or compiles."""
+  """In place of the job: all that a job checks before it reads data or compiles."""
   found = Opened()
 
   def open_run(run: cfg.Run, workdir: Path, text: str, allow: frozenset[str]) -> None:
     memory.check_fits(run)
-    sessions.rules.check_divides(run, make_mesh(run.mesh))
+    rules.check_divides(run, make_mesh(run.mesh))
     if isinstance(run.data.source, READS) or isinstance(run.data.tokenizer, READS):
       sessions.open_session(run, workdir, text, allow=allow)
     found.run = run
 
-  monkeypatch.setattr(pretrain, 'train', open_run)
-  monkeypatch.setattr(rl, 'train', open_run)
+  monkeypatch.setattr(jobs, 'train', open_run)
   return found
 
 
@@ -142,7 +141,7 @@ def test_the_programs_of_an_extreme_run_can_be_traced(name, data):
   base = cfg.Run(**{**VALID[cfg.Run], 'objective': objective, 'train': train})
   chosen = data.draw(st.lists(st.sampled_from(bindings), min_size=len(bindings) - 2, unique=True))
   run, _ = gin_bindings.resolve([], [gin_bindings.dump(base), *chosen])
-  for program in programs.of_run(run, make_mesh(run.mesh)):
+  for program in jobs.programs(run, make_mesh(run.mesh)):
     result = jax.eval_shape(program.run, *program.args)
     assert all(math.prod(x.shape) >= 0 for x in jax.tree.leaves(result))
 

@@ -208,7 +208,7 @@ class Dropped:
   def __del__(self): os.kill(os.getpid(), signal.SIGINT)
 class Finder:
   def find_spec(self, name, path=None, target=None):
-    if name == 'jaxrl_pt.train': Dropped()
+    if name == 'jaxrl_pt.run': Dropped()
 sys.meta_path.insert(0, Finder())
 from jaxrl_pt import main
 sys.exit(main.main(['eval', '--workdir', 'nowhere']))

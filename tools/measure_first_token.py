@@ -13,13 +13,13 @@ import numpy as np
 
 from jaxrl_pt.data import loader
 from jaxrl_pt.models import logprobs
-from jaxrl_pt.train import evaluate
+from jaxrl_pt.run.policy import load_policy
 
 ROWS = 16  # of a batch
 
 
 def main(workdir: Path) -> None:
-  policy = evaluate.load_policy(workdir)
+  policy = load_policy(workdir)
   data, model = policy.session.data, policy.model
   bos, size = data.tokenizer.bos_id, model.config.vocab_size
   firsts = lambda batch: (batch.positions == 0) & (batch.tokens == bos) & (batch.weights > 0)

@@ -80,9 +80,9 @@ def make_run(data: Path, cache: Path, trial: Trial):
 def train_one(data: Path, work: Path, trial: Trial) -> None:
   """Trains one run and writes what it reached to `trial.path(work)`."""
   from jaxrl_pt import metrics
-  from jaxrl_pt.train import pretrain
+  from jaxrl_pt.jobs import open as jobs
   workdir = trial.path(work).with_suffix('')
-  pretrain.train(make_run(data, work / 'data', trial), workdir, '')
+  jobs.train(make_run(data, work / 'data', trial), workdir, '')
   rows = metrics.read_rows(workdir / 'metrics.jsonl')
   curve = [[r['step'], r['loss']] for r in rows if r['step'] % 10 == 0 or r['step'] == 1]
   last = rows[-1]

@@ -91,9 +91,7 @@ def verify(targets, tokens, mask):
 
 def prompts_of(targets, ids):
   tokens = jnp.asarray(targets - TARGETS[0] + FIRST_TARGET, jnp.int32)[:, None]
-  none = jnp.zeros(len(tokens), jnp.int32)
-  return Prompts(tokens, none + 1, jnp.asarray(ids, jnp.int32), none[:, None], none,
-                 none.astype(jnp.float32))
+  return Prompts(tokens, jnp.ones(len(tokens), jnp.int32), jnp.asarray(ids, jnp.int32))
 
 
 # --- Learning ---------------------------------------------------------------------
@@ -120,7 +118,7 @@ def fit_start(model, scores, seeds, num_steps=300, num_rows=128):
   def step(learner, targets, tokens, mask):
     def loss(params):
       logp = scores(params, prompts_of(targets, jnp.arange(num_rows)), tokens).logp
-      return objectives.negative_log_likelihood(logp, mask, objectives.token_mean)
+      return -objectives.token_mean(logp, mask)
 
     updates, opt_state = optimizer.update(jax.grad(loss)(learner.params), learner.opt_state,
                                           learner.params)
@@ -152,15 +150,15 @@ def make_step(model, scores, baseline, num_updates, optimizer):
   @functools.partial(jax.vmap, in_axes=(0, 0, 0, None, 0))
   def step(learner, start, targets, ids, seed):
     prompts = prompts_of(targets, ids)
-    rollout = decode.generate(model, learner.params, prompts, jax.random.key(seed),
-                              sampler=cfg.Sampler(), num_samples=GROUP, num_tokens=NUM_TOKENS,
-                              stop_id=STOP)
-    mask = rollout.mask
-    reward = verify(targets, rollout.tokens, mask)
+    drawn = decode.generate(model, learner.params, prompts, jax.random.key(seed),
+                            sampler=cfg.Sampler(), num_samples=GROUP, num_tokens=NUM_TOKENS,
+                            stop_id=STOP)
+    mask = drawn.sampled
+    reward = verify(targets, drawn.tokens, mask)
     advantage = BASELINES[baseline](reward, mask.sum(-1), jnp.ones_like(reward))
-    before = scores(learner.params, prompts, rollout.tokens)
-    start_logp = scores(start, prompts, rollout.tokens).logp
-    batch = (prompts, rollout.tokens, mask, before.logp * mask,
+    before = scores(learner.params, prompts, drawn.tokens)
+    start_logp = scores(start, prompts, drawn.tokens).logp
+    batch = (prompts, drawn.tokens, mask, before.logp * mask,
              jnp.broadcast_to(advantage[..., None], mask.shape))
     parts = jax.tree.map(lambda x: x.reshape(num_updates, -1, *x.shape[1:]), batch)
     learner, _ = jax.lax.scan(update, learner, parts)

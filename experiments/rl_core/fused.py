@@ -25,10 +25,12 @@ import numpy as np
 
 from jaxrl_pt import config as cfg
 from jaxrl_pt import gin_bindings
+from jaxrl_pt.environments.next_token import continuation_len
+from jaxrl_pt.parallel import model as models
 from jaxrl_pt.parallel.mesh import make_mesh
+from jaxrl_pt.rollouts import programs
 from jaxrl_pt.token_bytes import token_table
-from jaxrl_pt.train import learner, optim, programs
-from jaxrl_pt.train import session as sessions
+from jaxrl_pt.train import optim
 from jaxrl_pt.train import state as states
 from jaxrl_pt.types import Prompts, Verdict
 from jaxrl_pt.verifiers import host, next_token, pool
@@ -41,12 +43,13 @@ def draw_prompts(method: cfg.RPT, vocab_size: int) -> Prompts:
   """Random contexts and truths."""
   rng = np.random.default_rng(0)
   shape = method.rollouts.num_prompts, method.rollouts.prompt_len
-  width = programs.continuation_len(method)
+  width = continuation_len(method)
   truth = rng.integers(0, vocab_size, (shape[0], width)).astype(np.int32)
   full = lambda value: np.full(shape[0], value, np.int32)
   return Prompts(rng.integers(0, vocab_size, shape).astype(np.int32), full(shape[1]),
-                 np.arange(shape[0], dtype=np.int32), truth, full(width),
-                 np.ones(shape[0], np.float32))
+                 np.arange(shape[0], dtype=np.int32),
+                 extras={'continuation': truth, 'continuation_lengths': full(width),
+                         'entropy': np.ones(shape[0], np.float32)})
 
 
 def measure(num_prompts: int, group_size: int, num_tokens: int, rounds: int) -> dict[str, Any]:
@@ -59,46 +62,45 @@ def measure(num_prompts: int, group_size: int, num_tokens: int, rounds: int) -> 
   # One byte a token, of two values, so that predictions are sometimes right.
   token_bytes = [bytes([97 + i % 2]) for i in range(vocab_size)]
   table = token_table(token_bytes, vocab_size)
-  model = sessions.build_model(run.model, run.compute, mesh)
+  model = models.build(run.model, run.compute, mesh)
   optimizer = optim.make_optimizer(run.optimizer, run.train.num_steps)
   state = states.init_state(model, optimizer, mesh, 0)
-  state = state.replace(method=states.new_method(run, state.params))
+  state = state.replace(method=states.new_method(
+      method.rollouts, method.algorithm, run.model.d_model))
   start = jax.tree.map(jnp.copy, state.params)
   prompts = draw_prompts(method, vocab_size)
-  truths = [[token_bytes[t] for t in row] for row in prompts.continuation]
+  truths = [[token_bytes[t] for t in row] for row in prompts.extras['continuation']]
   references = [json.dumps([b.hex() for b in row]) for row in truths]
   prompts = jax.tree.map(jnp.asarray, prompts)
   decode = lambda ids: b''.join(token_bytes[i] for i in ids).hex()
 
   verify = next_token.device_verifier(table)
-  one = programs.fused_step(run, mesh, optimizer, verify, 0)
+  one = programs.fused_step(run, mesh, method, optimizer, verify, 0)
   sample = programs.sampler(run, mesh, method.rollouts, 0)
   learn = programs.learner_step(run, mesh, optimizer, method.rollouts, method.algorithm)
 
   @functools.partial(jax.jit, donate_argnums=0)
   def each_computes(state, prompts):
-    rollout = sample(state.params, prompts, state.step, state.step)
-    verdict = verify(prompts, rollout)
-    experience = learner.Experience(prompts, rollout, verdict, jnp.zeros_like(rollout.logp))
-    return learn(state, experience)[0], verdict
+    rollouts = sample(state.params, prompts, state.step, state.step)
+    verdict = verify(prompts, rollouts)
+    return learn(state, prompts, rollouts, verdict, jnp.zeros_like(rollouts.logp))[0], verdict
 
-  def by_pool(rollout):
-    return host.submit(verifiers, decode, rollout, references).result()
+  def by_pool(rollouts):
+    return host.PoolVerifier(verifiers, decode).submit(prompts, rollouts, references).result()
 
-  def by_loop(rollout):
+  def by_loop(rollouts):
     reward = np.array([[next_token.prefix_match(bytes.fromhex(decode(t[m > 0].tolist())), truth)
                         for t, m in zip(tokens, mask, strict=True)]
-                       for tokens, mask, truth in zip(rollout.tokens, rollout.mask, truths,
-                                                      strict=True)], np.float32)
+                       for tokens, mask, truth in zip(rollouts.tokens, rollouts.in_response,
+                                                      truths, strict=True)], np.float32)
     return Verdict(reward, np.ones_like(reward), reward)
 
   def on_host(judge):
     def step(state):
-      rollout = sample(state.params, prompts, state.step, state.step)
-      fetched = jax.tree.map(np.asarray, rollout)
+      rollouts = sample(state.params, prompts, state.step, state.step)
+      fetched = jax.tree.map(np.asarray, rollouts)
       verdict = jax.tree.map(jnp.asarray, judge(fetched))
-      experience = learner.Experience(prompts, rollout, verdict, jnp.zeros_like(rollout.logp))
-      state, _ = learn(state, experience)
+      state, _ = learn(state, prompts, rollouts, verdict, jnp.zeros_like(rollouts.logp))
       return state, verdict
     return step
 

@@ -51,7 +51,8 @@ def jaxrl_pt() -> Step:
   from jaxrl_pt import params as P
   from jaxrl_pt.models import transformer
   from jaxrl_pt.parallel.mesh import make_mesh
-  from jaxrl_pt.train import learner, optim, rl_step, state
+  from jaxrl_pt.sampling.rollouts import make_sampler
+  from jaxrl_pt.train import optim, state, update
   from jaxrl_pt.types import Prompts, Verdict
 
   rollouts = cfg.Rollouts(num_prompts=PROMPTS, group_size=SAMPLES, prompt_len=PROMPT,
@@ -67,28 +68,26 @@ def jaxrl_pt() -> Step:
   model = transformer.build(run.model, run.compute)
   optimizer = optim.make_optimizer(run.optimizer, run.train.num_steps)
   mesh = make_mesh(run.mesh)
-  new_method = lambda params: state.new_method(run, params)
+  new_method = lambda params: state.new_method(rollouts, method, WIDTH)
   now = state.state_of(P.init(model.specs, jax.random.key(0)), optimizer,
                        state.abstract_state(model, optimizer, mesh, new_method), new_method)
-  sample = jax.jit(rl_step.make_sampler(model, run.seed, rollouts, VOCAB + 1))
-  learn = jax.jit(learner.make_learner(model, optimizer, run, rollouts, method),
-                  donate_argnums=0)
+  sample = jax.jit(make_sampler(model, run.seed, rollouts, VOCAB + 1))
+  learn = jax.jit(update.make_learner(model, optimizer, run, rollouts, method), donate_argnums=0)
   number = 0
 
   def step() -> dict[str, float]:
     nonlocal now, number
     times = [time.perf_counter()]
-    none = jnp.zeros((PROMPTS, 0), jnp.int32), jnp.zeros(PROMPTS, jnp.int32), jnp.zeros(PROMPTS)
     prompts = Prompts(jnp.asarray(prompt_ids(number)), jnp.full(PROMPTS, PROMPT),
-                      jnp.arange(PROMPTS), *none)
-    rollout = sample(now.params, prompts, jnp.int32(number), jnp.int32(number))
-    tokens = np.asarray(rollout.tokens)
-    assert np.asarray(rollout.mask).all()
+                      jnp.arange(PROMPTS))
+    drawn = sample(now.params, prompts, jnp.int32(number), jnp.int32(number))
+    tokens = np.asarray(drawn.tokens)
+    assert np.asarray(drawn.in_response).all()
     times.append(time.perf_counter())
     reward = jnp.asarray((tokens % 2 == 0).mean(-1), jnp.float32)
     verdict = Verdict(reward, jnp.ones_like(reward), jnp.zeros_like(reward), {})
     times.append(time.perf_counter())
-    now, _ = learn(now, learner.Experience(prompts, rollout, verdict, jnp.zeros_like(rollout.logp)))
+    now, _ = learn(now, prompts, drawn, verdict, jnp.zeros_like(drawn.logp))
     jax.block_until_ready(now)
     times.append(time.perf_counter())
     number += 1

@@ -4,10 +4,10 @@
 
 The policy writes 96 tokens after the beginning of a story. A verifiable reward of three parts,
 a third each: the word "happy" occurs; a length window holds (30 to 50 words); no run of three
-words occurs twice. OPO with k3 to the start policy in the loss, 8 prompts × 8 samples a step.
-Reported with each step: reward by part, KL; at start and end: samples of held-out beginnings,
-and how likely the start policy finds the text (nats a token), which says whether it is still a
-story. Results go to results/stories.json and .png.
+words occurs twice. OPO with k3 to the reference policy, from which it starts, in the loss, 8
+prompts × 8 samples a step. Reported with each step: reward by part, KL; at start and end: samples
+of held-out beginnings, and how likely the start policy finds the text (nats a token), which says
+whether it is still a story. Results go to results/stories.json and .png.
 """
 
 import argparse
@@ -28,8 +28,9 @@ from jaxrl_pt.data import splits
 from jaxrl_pt.interop import llama2c
 from jaxrl_pt.models import transformer
 from jaxrl_pt.parallel.mesh import make_mesh
-from jaxrl_pt.train import learner, optim, rl_step, state
-from jaxrl_pt.types import Prompts, Rollout, Verdict
+from jaxrl_pt.sampling.rollouts import make_sampler
+from jaxrl_pt.train import fused, optim, state, update
+from jaxrl_pt.types import Prompts, RolloutBatch, Verdict
 
 RESULT = Path(__file__).parent / 'results' / 'stories.json'
 NEW, PROMPTS, SAMPLES, WIDTH = 96, 8, 8, 24
@@ -54,13 +55,11 @@ def prompts_of(tokenizer: Any, starts: list[str], ids: list[int]) -> Prompts:
     encoded = tokenizer.encode(text)
     row[:len(encoded)] = encoded
     lengths.append(len(encoded))
-  n = len(starts)
-  return Prompts(jnp.asarray(tokens), jnp.array(lengths), jnp.array(ids),
-                 jnp.zeros((n, 0), jnp.int32), jnp.zeros(n, jnp.int32), jnp.zeros(n))
+  return Prompts(jnp.asarray(tokens), jnp.array(lengths), jnp.array(ids))
 
 
-def texts(tokenizer: Any, rollout: Rollout) -> list[list[str]]:
-  tokens, mask = np.asarray(rollout.tokens), np.asarray(rollout.mask)
+def texts(tokenizer: Any, drawn: RolloutBatch) -> list[list[str]]:
+  tokens, mask = np.asarray(drawn.tokens), np.asarray(drawn.in_response)
   cut = lambda t, m: [i for i in t[m > 0].tolist() if i != llama2c.BOS]
   return [[tokenizer.decode([llama2c.BOS, *cut(tokens[n, g], mask[n, g])])
            for g in range(tokens.shape[1])] for n in range(len(tokens))]
@@ -80,14 +79,14 @@ def train(data: Path, seed: int, num_steps: int) -> dict[str, Any]:
       train=cfg.Train(num_steps=num_steps, batch_size=PROMPTS))
   model = transformer.build(run.model, run.compute)
   optimizer, mesh = optim.make_optimizer(run.optimizer, num_steps), make_mesh(run.mesh)
-  new_method = lambda params: state.new_method(run, params)
+  new_method = lambda params: state.new_method(rollouts, method, run.model.d_model)
   now = state.state_of(start, optimizer, state.abstract_state(model, optimizer, mesh, new_method),
                        new_method)
   # BOS is what this model writes between stories: a story may end before its last token.
-  sample = jax.jit(rl_step.make_sampler(model, seed, rollouts, llama2c.BOS))
-  compare = jax.jit(functools.partial(rl_step.reference_logp, model, sampler=rollouts.sampler,
+  sample = jax.jit(make_sampler(model, seed, rollouts, llama2c.BOS))
+  compare = jax.jit(functools.partial(fused.reference_logp, model, sampler=rollouts.sampler,
                                       loss_chunk=0))
-  learn = jax.jit(learner.make_learner(model, optimizer, run, rollouts, method), donate_argnums=0)
+  learn = jax.jit(update.make_learner(model, optimizer, run, rollouts, method), donate_argnums=0)
   rng = np.random.default_rng(seed)
   splits.refuse_overlap(STARTS, HELD_OUT, 'beginnings')
   # Four distinct beginnings, each with two groups of its own noise.
@@ -95,12 +94,12 @@ def train(data: Path, seed: int, num_steps: int) -> dict[str, Any]:
   far = jnp.int32(2**31 - 1)  # The held-out beginnings meet the same noise every time.
 
   def examine(params: Any) -> dict[str, Any]:
-    rollout = sample(params, held_out, far, jnp.int32(0))
-    written = texts(tokenizer, rollout)
+    drawn = sample(params, held_out, far, jnp.int32(0))
+    written = texts(tokenizer, drawn)
     parts = np.array([[judge(f'{HELD_OUT[n % 4]}{t}') for t in group]
                       for n, group in enumerate(written)])
-    logp = compare(start, held_out, rollout)
-    mask = np.asarray(rollout.mask)
+    logp = compare(start, held_out, drawn)
+    mask = np.asarray(drawn.sampled)
     nll = -float((np.asarray(logp) * mask).sum() / mask.sum())
     return {'reward': float(parts.mean()), 'nats_a_token_under_start': nll,
             **{name: float(parts[..., i].mean()) for i, name in enumerate(PARTS)},
@@ -111,15 +110,15 @@ def train(data: Path, seed: int, num_steps: int) -> dict[str, Any]:
     chosen = rng.integers(0, len(STARTS), PROMPTS)
     prompts = prompts_of(tokenizer, [STARTS[i] for i in chosen],
                          [step * PROMPTS + i for i in range(PROMPTS)])
-    rollout = sample(now.params, prompts, jnp.int32(step), jnp.int32(step))
+    drawn = sample(now.params, prompts, jnp.int32(step), jnp.int32(step))
     parts = np.array([[judge(STARTS[i] + t) for t in group]
-                      for i, group in zip(chosen, texts(tokenizer, rollout), strict=True)])
+                      for i, group in zip(chosen, texts(tokenizer, drawn), strict=True)])
     reward = jnp.asarray(parts.mean(-1), jnp.float32)
     verdict = Verdict(reward, jnp.ones_like(reward), (reward == 1).astype(jnp.float32), {})
-    reference = compare(start, prompts, rollout)
-    now, values = learn(now, learner.Experience(prompts, rollout, verdict, reference))
-    mask = np.asarray(rollout.mask)
-    u = np.where(mask > 0, np.asarray(reference) - np.asarray(rollout.logp), 0.0)
+    reference = compare(start, prompts, drawn)
+    now, values = learn(now, prompts, drawn, verdict, reference)
+    mask = np.asarray(drawn.sampled)
+    u = np.where(mask > 0, np.asarray(reference) - np.asarray(drawn.logp), 0.0)
     rows.append({'reward': float(reward.mean()),
                  **{name: float(parts[..., i].mean()) for i, name in enumerate(PARTS)},
                  'kl': float(((np.exp(u) - u - 1) * mask).sum() / mask.sum()),
@@ -142,7 +141,7 @@ def draw(results: list[dict[str, Any]]) -> None:
   left.set(title=f'Reward and its parts, {len(results)} seeds', xlabel='step')
   left.legend()
   right.plot(np.mean([[r['kl'] for r in one['steps']] for one in results], 0))
-  right.set(title='KL to the start policy (k3)', xlabel='step', ylabel='nats a token')
+  right.set(title='KL to the reference policy (k3)', xlabel='step', ylabel='nats a token')
   figure.savefig(RESULT.with_suffix('.png'), dpi=120)
 
 

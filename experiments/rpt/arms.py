@@ -12,13 +12,14 @@ import numpy as np
 from jaxrl_pt import config as cfg
 from jaxrl_pt import params as P
 from jaxrl_pt.data import next_token, splits, templates
+from jaxrl_pt.environments.rlp import Markers, logp_after_thought, policy_verifier
 from jaxrl_pt.models import transformer
 from jaxrl_pt.models.base import Model
 from jaxrl_pt.sampling import decode
 from jaxrl_pt.token_bytes import TokenBytes, token_table
-from jaxrl_pt.train import losses, optim, rl_step, rlp_step, step
+from jaxrl_pt.train import fused, losses, optim, step
 from jaxrl_pt.train import state as states
-from jaxrl_pt.types import Batch, Params, Prompts, Rollout, TrainState, Verdict
+from jaxrl_pt.types import Batch, Params, Prompts, RolloutBatch, TrainState, Verdict
 from jaxrl_pt.verifiers import next_token as verifier
 
 
@@ -150,7 +151,7 @@ def _rpt_step(setting: Setting, rollouts: cfg.Rollouts, rate: float, num_steps: 
   optimizer = optim.make_optimizer(run.optimizer, num_steps)
   verify = verifier.device_verifier(setting.table, marker=setting.answer)
   return optimizer, run, jax.jit(
-      rl_step.make_fused_step(setting.model, optimizer, run, verify, setting.end))
+      fused.make_fused_step(setting.model, optimizer, run, run.objective, verify, setting.end))
 
 
 @functools.cache
@@ -160,8 +161,9 @@ def _rlp_step(setting: Setting, rollouts: cfg.Rollouts, rate: float, num_steps: 
   run = _run(setting, rollouts, rate, num_steps, algorithm, reward=cfg.InformationGain(),
              prediction=cfg.Reason())
   optimizer = optim.make_optimizer(run.optimizer, num_steps)
-  markers = rlp_step.Markers(1, setting.answer)
-  return optimizer, run, jax.jit(rlp_step.make_step(setting.model, optimizer, run, markers))
+  verify = policy_verifier(Markers(1, setting.answer), run.objective.reward.decay)
+  return optimizer, run, jax.jit(
+      fused.make_fused_step(setting.model, optimizer, run, run.objective, verify))
 
 
 def reinforce(setting: Setting, params: Params, take: Callable[[int], Prompts],
@@ -171,8 +173,9 @@ def reinforce(setting: Setting, params: Params, take: Callable[[int], Prompts],
   """RPT, or RLP, on the prompts of `take`; `measure` before the first and after marked steps."""
   make = _rlp_step if rlp else _rpt_step
   optimizer, run, train_step = make(setting, rollouts, rate, num_steps)
-  state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params),
-                     states.new_method(run, params))
+  method = states.new_method(rollouts, run.objective.algorithm, setting.config.d_model,
+                             params if rlp else ())
+  state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), method)
   rows, scores = [], [measure(params)]
   for i in range(num_steps):
     state, metrics, _, verdict = train_step(state, {}, take(i))
@@ -199,12 +202,12 @@ def _judge(setting: Setting, temperature: float, num_samples: int, reasoning: bo
   marker = setting.answer if reasoning else verifier.NO_MARKER
   verify = verifier.device_verifier(setting.table, marker=marker)
 
-  def judge(params: Params, prompts: Prompts) -> tuple[Verdict, Rollout]:
-    rollout = decode.generate(
+  def judge(params: Params, prompts: Prompts) -> tuple[Verdict, RolloutBatch]:
+    drawn = decode.generate(
         setting.model, params, prompts, jax.random.key(11),
         sampler=cfg.Sampler(temperature=temperature), num_samples=num_samples,
         num_tokens=setting.response if reasoning else 1, stop_id=setting.end)
-    return verify(prompts, rollout), rollout
+    return verify(prompts, drawn), drawn
 
   return jax.jit(judge)
 
@@ -226,7 +229,7 @@ def _thinker(setting: Setting, num_samples: int) -> Callable:
     thoughts = decode.generate(
         setting.model, params, prompts, jax.random.key(12), sampler=cfg.Sampler(),
         num_samples=num_samples, num_tokens=setting.response - 2, stop_id=setting.answer)
-    return rlp_step.logp_after_thought(setting.model, params, prompts, thoughts, setting.answer)
+    return logp_after_thought(setting.model, params, prompts, thoughts, setting.answer)
 
   return jax.jit(think)
 

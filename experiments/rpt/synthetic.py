@@ -90,8 +90,9 @@ class Data:
       if not shuffled:
         return prompts
       order = np.random.default_rng([self.seed, 5, i]).permutation(num_prompts)
-      return prompts.replace(continuation=prompts.continuation[order],
-                             continuation_lengths=prompts.continuation_lengths[order])
+      truths = {name: prompts.extras[name][order]
+                for name in ('continuation', 'continuation_lengths')}
+      return prompts.replace(extras={**prompts.extras, **truths})
     return take
 
   def score(self, config: cfg.Model, params: Params, docs: corpus.Documents, num_docs: int,

@@ -50,8 +50,7 @@ def main() -> None:
     """One prompt a position, padded to the longest of these."""
     width = lengths[rows].max()
     tokens = np.where(np.arange(width) < lengths[rows, None], document[:width], 0)
-    none = np.zeros((len(tokens), 0), np.int32), ids[rows], ids[rows]
-    return jax.tree.map(jnp.asarray, Prompts(tokens, lengths[rows], ids[rows], *none))
+    return jax.tree.map(jnp.asarray, Prompts(tokens, lengths[rows], ids[rows]))
 
   # Positions in order of length, so that batches of 16 are padded little.
   batches = [prompts(slice(i, i + 16)) for i in range(0, POSITIONS, 16)]

@@ -66,9 +66,8 @@ def jaxrl_pt(shape: Shape, rows: int) -> Run:
 
   model = transformer.build(cfg.Model(*shape))
   params = jax.jit(lambda key: P.init(model.specs, key))(jax.random.key(0))
-  none = jnp.zeros((rows, 0), jnp.int32), jnp.zeros(rows, jnp.int32), jnp.zeros(rows)
   prompts = Prompts(jnp.asarray(prompt_ids(shape, rows)), jnp.full(rows, PROMPT),
-                    jnp.arange(rows), *none)
+                    jnp.arange(rows))
   generate = jax.jit(functools.partial(decode.generate, model, sampler=cfg.Sampler(),
                                        num_samples=1, num_tokens=NEW))
   return lambda: generate(params, prompts, jax.random.key(0)).tokens.block_until_ready()

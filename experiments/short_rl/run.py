@@ -32,10 +32,10 @@ from jaxrl_pt.models import transformer
 from jaxrl_pt.rl import shaping
 from jaxrl_pt.sampling import decode
 from jaxrl_pt.token_bytes import token_table
-from jaxrl_pt.train import learner, losses, optim
+from jaxrl_pt.train import losses, optim, update
 from jaxrl_pt.train import state as states
 from jaxrl_pt.train.step import make_train_step
-from jaxrl_pt.types import Prompts, TrainState, Verdict
+from jaxrl_pt.types import TrainState, Verdict
 from jaxrl_pt.verifiers import exact
 
 matplotlib.use('Agg')
@@ -117,13 +117,13 @@ def fit_start(model, worked, num_steps, seed=0, num_rows=32):
   optimizer = optim.make_optimizer(settings, num_steps)
   params = P.init(model.specs, jax.random.key(seed))
   state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), {})
-  update = jax.jit(make_train_step(losses.next_token(model, 0), optimizer,
-                                   optim.learning_rate(settings.schedule, num_steps)),
-                   donate_argnums=0)
+  step = jax.jit(make_train_step(losses.next_token(model, 0), optimizer,
+                                 optim.learning_rate(settings.schedule, num_steps)),
+                 donate_argnums=0)
   random = np.random.default_rng(seed)
   for _ in range(num_steps):
     chosen = random.choice(len(rows), num_rows, replace=False)
-    state, metrics = update(state, pack.to_batch(rows[chosen], chosen))
+    state, metrics = step(state, pack.to_batch(rows[chosen], chosen))
   return state.params, float(metrics['loss'].mean())
 
 
@@ -141,29 +141,30 @@ def make_step(model, arm, num_prompts, num_steps, learning_rate):
                                  rollouts=rollouts, algorithm=algorithm),
                 optimizer=settings, train=cfg.Train(num_steps=num_steps))
   optimizer = optim.make_optimizer(settings, num_steps)
-  learn = learner.make_learner(model, optimizer, run, rollouts, algorithm)
+  learn = update.make_learner(model, optimizer, run, rollouts, algorithm)
   verify = exact.device_verifier(TABLE, generated.MARKER.encode(), STOP)
 
   def one(state, reference, prompts, key):
-    rollout = decode.generate(model, state.params, prompts, key, sampler=rollouts.sampler,
-                              num_samples=GROUP, num_tokens=RESPONSE_LEN, stop_id=STOP)
-    correct, lengths = verify(prompts, rollout).correct, rollout.mask.sum(-1)
-    drawn = jnp.where(rollout.mask > 0, rollout.tokens, -1)
-    parsed = (drawn == MARKER).any(-1) & (drawn == STOP).any(-1)
+    drawn = decode.generate(model, state.params, prompts, key, sampler=rollouts.sampler,
+                            num_samples=GROUP, num_tokens=RESPONSE_LEN, stop_id=STOP)
+    correct, lengths = verify(prompts, drawn).correct, drawn.lengths()
+    written = jnp.where(drawn.in_response > 0, drawn.tokens, -1)
+    parsed = (written == MARKER).any(-1) & (written == STOP).any(-1)
     reward = jnp.where(correct > 0, right, jnp.where(parsed, wrong, unparsed))
     bonus, is_open, reference = bonus_of(reference, lengths, correct)
     ones = jnp.ones_like(correct)
-    state, metrics = learn(state, learner.Experience(
-        prompts, rollout, Verdict(reward + bonus, ones, correct), jnp.zeros_like(rollout.logp)))
+    state, metrics = learn(state, prompts, drawn, Verdict(reward + bonus, ones, correct),
+                           jnp.zeros_like(drawn.logp))
     needed = prompts.lengths[:, None] - 3  # beginning, digits, colon: a step less than digits
-    too_few = (drawn == STEP).sum(-1) < needed
+    too_few = (written == STEP).sum(-1) < needed
     return state, reference, {
         'accuracy': correct.mean(), 'length': lengths.mean(), 'open': is_open,
         'too_few': too_few.mean(), 'gap': metrics['gap'].mean(),
         'entropy': metrics['entropy'].mean()}
 
-  start_state = lambda params: TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params),
-                                          states.new_method(run, params))
+  start_state = lambda params: TrainState(
+      jnp.zeros((), jnp.int32), params, optimizer.init(params),
+      states.new_method(rollouts, algorithm, MODEL.d_model))
   return start_state, jax.jit(jax.vmap(one))
 
 
@@ -175,10 +176,7 @@ def run_arm(model, start, arm, training, seeds, num_prompts, num_steps, learning
   for number in range(num_steps):
     drawn = [problems.step_prompts(training, num_prompts, seed, number)[0] for seed in seeds]
     keys = jnp.stack([jax.random.fold_in(jax.random.key(seed), number) for seed in seeds])
-    prompts = Prompts(*(np.stack(x) for x in zip(
-        *([getattr(p, f) for f in ('tokens', 'lengths', 'ids', 'continuation',
-                                   'continuation_lengths', 'entropy')] for p in drawn),
-        strict=True)))
+    prompts = jax.tree.map(lambda *x: np.stack(x), *drawn)
     state, reference, measured = advance(state, reference, prompts, keys)
     measures.append(measured)
   measures = {name: np.array([m[name] for m in measures]) for name in measures[0]}
@@ -196,13 +194,13 @@ def evaluate(model, params, held_out):
     return decode.generate(model, params, prompts, jax.random.key(99), sampler=cfg.Sampler(),
                            num_samples=1, num_tokens=RESPONSE_LEN, stop_id=STOP)
 
-  rollout = draw(params)
+  drawn = draw(params)
   verify = jax.vmap(exact.device_verifier(TABLE, generated.MARKER.encode(), STOP), (None, 0))
-  correct = np.asarray(verify(prompts, rollout).correct)[..., 0]
-  lengths = np.asarray(rollout.mask.sum(-1))[..., 0]
-  drawn = np.where(np.asarray(rollout.mask) > 0, rollout.tokens, -1)[:, :, 0]
+  correct = np.asarray(verify(prompts, drawn).correct)[..., 0]
+  lengths = np.asarray(drawn.in_response.sum(-1))[..., 0]
+  written = np.where(np.asarray(drawn.in_response) > 0, drawn.tokens, -1)[:, :, 0]
   needed = np.asarray(prompts.lengths) - 3
-  too_few = (drawn == STEP).sum(-1) < needed
+  too_few = (written == STEP).sum(-1) < needed
   found = {'accuracy': correct.mean(-1), 'length': lengths.mean(-1), 'too_few': too_few.mean(-1)}
   for n in np.unique(needed):
     rows = needed == n

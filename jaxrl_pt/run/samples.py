@@ -43,8 +43,8 @@ def sample(policy: Policy, prompts: list[str], *, sampler: cfg.Sampler, num_toke
     texts[key] += piece.text
     ends[key] = piece.response
   return [
-      {'prompt': prompts[n], 'text': texts[n, g], 'num_tokens': int(ends[n, g].mask.sum()),
-       'logp': float((ends[n, g].logp * ends[n, g].mask).sum())}
+      {'prompt': prompts[n], 'text': texts[n, g], 'num_tokens': len(ends[n, g].tokens),
+       'logp': float(ends[n, g].logp.sum())}
       for n in range(len(prompts)) for g in range(num_samples)]
 
 

@@ -65,7 +65,7 @@ class Response:
   sample: int
   tokens: np.ndarray  # i32[S]
   logp: np.ndarray  # f32[S] under the distribution drawn from; 0 where a token was forced
-  mask: np.ndarray  # f32[S] 1 where a token was drawn
+  sampled: np.ndarray  # f32[S] 1 where a token was drawn, 0 where it was forced
   finish: str  # '' while it runs, or 'stop', 'length', 'stop_string', 'cancelled'
   version: int  # of the policy that drew it
 
@@ -189,8 +189,8 @@ class Engine:
     if self._num_traces > 1:
       raise RuntimeError('the engine compiled again: its parameters changed their shapes')
     out = self._slots
-    head, count, finish, tokens, logp, mask = jax.device_get(
-        (out.head, out.count, out.finish, out.tokens, out.logp, out.mask))
+    head, count, finish, tokens, logp, sampled = jax.device_get(
+        (out.head, out.count, out.finish, out.tokens, out.logp, out.sampled))
     news = []
     for row, note in list(self._rows.items()):
       if note.serial >= head or (count[row] == note.seen and not finish[row]):
@@ -198,7 +198,7 @@ class Engine:
       note.seen, num = int(count[row]), int(count[row])
       news.append((note.handle, Response(
           note.id, note.sample, tokens[row, :num].copy(), logp[row, :num].copy(),
-          mask[row, :num].copy(), REASONS.get(int(finish[row]), ''), self.version)))
+          sampled[row, :num].copy(), REASONS.get(int(finish[row]), ''), self.version)))
       if finish[row]:
         del self._rows[row]
         self._free.append(row)

@@ -105,7 +105,7 @@ class Slots:
   head: Array  # i32[] requests ever admitted
   # Responses, a row each as in Requests.
   tokens: Array  # i32[Q, S]
-  mask: Array  # f32[Q, S] 1 where a token was drawn, 0 where it was forced
+  sampled: Array  # f32[Q, S] 1 where a token was drawn, 0 where it was forced
   logp: Array  # f32[Q, S] under the distribution drawn from
   count: Array  # i32[Q]
   finish: Array  # i32[Q]
@@ -221,7 +221,7 @@ def _admit(model: Model, shape: Shape, params: Params, queue: Queue, slots: Slot
       thought=at(slots.thought, jnp.where(requests.max_thought[row] < 0, -1, 0)),
       closing=at(slots.closing, -1), answered=at(slots.answered, 0),
       recent=at(slots.recent, -1), window=at(slots.window, 0), tokens=cleared(slots.tokens),
-      mask=cleared(slots.mask), logp=cleared(slots.logp), count=cleared(slots.count),
+      sampled=cleared(slots.sampled), logp=cleared(slots.logp), count=cleared(slots.count),
       finish=cleared(slots.finish))
 
 
@@ -331,7 +331,7 @@ def _record(slots: Slots, asked: Requests, row: Array, active: Array, token: Arr
   finish = jnp.where(asked.cancelled, CANCELLED, finish)
   return dataclasses.replace(
       slots, tokens=put(slots.tokens, token), logp=put(slots.logp, logp),
-      mask=put(slots.mask, drawn.astype(jnp.float32)),
+      sampled=put(slots.sampled, drawn.astype(jnp.float32)),
       count=slots.count.at[at[0]].add(1, mode='drop'),
       finish=slots.finish.at[jnp.where(active, row, last_row)].set(finish, mode='drop'),
       thought=thought, answered=answered, closing=closing, recent=recent, window=window,

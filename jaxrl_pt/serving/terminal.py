@@ -40,10 +40,9 @@ def show_samples(pieces: Iterable[Piece], prompts: Sequence[str], num_samples: i
     key = (piece.number, response.sample)
     texts[key] += piece.text
     if response.finish:
-      drawn = int(response.mask.sum())
-      num_tokens += drawn
-      ends[key] = (f'\n--- {drawn} tokens, log-probability '
-                   f'{float((response.logp * response.mask).sum()):.2f} nats\n')
+      num_tokens += len(response.tokens)
+      ends[key] = (f'\n--- {len(response.tokens)} tokens, log-probability '
+                   f'{float(response.logp.sum()):.2f} nats\n')
     while turn < len(order):
       out.write(clean(texts[order[turn]]))
       texts[order[turn]] = ''

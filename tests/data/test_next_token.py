@@ -94,11 +94,11 @@ def test_prompts_stay_inside_their_segment():
   np.testing.assert_array_equal(prompts.tokens, [[21, 22, 0], [33, 34, 35], [12, 13, 14],
                                                  [23, 24, 25]])
   np.testing.assert_array_equal(prompts.lengths, [2, 3, 3, 3])
-  np.testing.assert_array_equal(prompts.continuation, [
+  np.testing.assert_array_equal(prompts.extras['continuation'], [
       [23, 24, 25, EOT], [36, 37, 38, 39], [EOT, 0, 0, 0], [EOT, 0, 0, 0]])
-  np.testing.assert_array_equal(prompts.continuation_lengths, [4, 4, 1, 1])
+  np.testing.assert_array_equal(prompts.extras['continuation_lengths'], [4, 4, 1, 1])
   np.testing.assert_array_equal(prompts.ids, [75, 24, 73, 78])
-  np.testing.assert_array_equal(prompts.entropy, [1, 2, 3, 4])
+  np.testing.assert_array_equal(prompts.extras['entropy'], [1, 2, 3, 4])
   assert {str(x.dtype) for x in jax.tree.leaves(prompts)} == {'int32', 'float32'}
 
 
@@ -111,9 +111,9 @@ def test_prompts_equal_a_slow_definition_everywhere():
     start = 4 if example == 7 and t >= 4 else 0
     document = documents[example, start] + [EOT]
     cut = t - start + 1
-    length, count = prompts.lengths[r], prompts.continuation_lengths[r]
+    length, count = prompts.lengths[r], prompts.extras['continuation_lengths'][r]
     assert prompts.tokens[r, :length].tolist() == document[max(0, cut - 4):cut]
-    assert prompts.continuation[r, :count].tolist() == document[cut:cut + 3]
+    assert prompts.extras['continuation'][r, :count].tolist() == document[cut:cut + 3]
   assert len(set(prompts.ids.tolist())) == len(rows)
 
 
@@ -152,7 +152,7 @@ def test_padding_rows_have_no_continuation():
   prompts = nt.build_prompts(BOTH, select().take(np.arange(3)), prompt_len=3, num_continuation=2)
   padded = nt.pad_prompts(prompts, 5)
   assert padded.tokens.shape == (5, 3)
-  np.testing.assert_array_equal(padded.continuation_lengths, [2, 2, 2, 0, 0])
+  np.testing.assert_array_equal(padded.extras['continuation_lengths'], [2, 2, 2, 0, 0])
   np.testing.assert_array_equal(padded.lengths, [1, 2, 3, 1, 1])
 
 

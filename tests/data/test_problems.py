@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 import re
 
+import jax
 import numpy as np
 import pytest
 
@@ -122,12 +123,12 @@ def test_prompts_hold_tokens_answers_ids_and_references():
   for row, i in enumerate((3, 1)):
     assert decode(prompts.tokens[row, :prompts.lengths[row]]) == training[i].prompt
     assert not prompts.tokens[row, prompts.lengths[row]:].any()
-    answer = prompts.continuation[row, :prompts.continuation_lengths[row]]
+    answer = prompts.extras['answer'][row, :prompts.extras['answer_lengths'][row]]
     assert bytes(answer.tolist()).decode() == training[i].answer == references[row]
     assert prompts.tokens[row, 0] == ByteTokenizer().bos_id  # As documents begin in training.
   assert prompts.tokens.shape == (2, 12) and prompts.ids.tolist() == [3, 1]
-  assert {a.dtype.name for a in (prompts.tokens, prompts.lengths, prompts.ids,
-                                 prompts.continuation)} == {'int32'}
+  assert set(prompts.extras) == {'answer', 'answer_lengths'}
+  assert {a.dtype.name for a in jax.tree.leaves(prompts)} == {'int32'}
 
 
 def test_each_epoch_asks_everything_once_in_a_new_order():

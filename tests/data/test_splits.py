@@ -10,8 +10,9 @@ import pytest
 from jaxrl_pt import config as cfg
 from jaxrl_pt import gin_bindings
 from jaxrl_pt.data import loader, next_token, problems, splits
+from jaxrl_pt.environments import next_token as next_token_environment
+from jaxrl_pt.environments import problems as problems_environment
 from jaxrl_pt.errors import UserError
-from jaxrl_pt.train import held_out as held_out_check
 
 ROOT = Path(__file__).parents[2]
 SUMS = cfg.Arithmetic(size=3000, num_terms=2, num_digits=1, noise=0.5)  # of 100 sums
@@ -109,6 +110,14 @@ def test_held_out_positions_are_of_documents_that_training_never_saw(tmp_path):
 # --- A run and the policy that it starts from ---------------------------------------
 
 
+def _check(run: cfg.Run, start: cfg.Run) -> None:
+  """As the jobs of both objectives do."""
+  if isinstance(run.objective, cfg.RL):
+    problems_environment.check_held_out(run.objective.problems, start)
+  else:
+    next_token_environment.check_held_out(run.data, start.data, run.objective.start_from)
+
+
 def _run(data: cfg.Data, objective) -> cfg.Run:
   model = cfg.Model(num_layers=1, d_model=16, d_ff=16, num_heads=2, num_kv_heads=1, head_dim=8,
                     vocab_size=264)
@@ -133,20 +142,20 @@ def test_problems_that_the_start_policy_read_are_refused():
   with pytest.raises(UserError, match=r'distinct held-out prompts \(\d+%\) are trained on too, '
                                       r"such as '\d\+\d=': hold out as much there as here, by "
                                       r'Data.validation_fraction = Problems.held_out = 0.3'):
-    held_out_check.check(_rl(0.3), _start(0.1))
+    _check(_rl(0.3), _start(0.1))
   # Other problems of the same kind are problems all the same.
   with pytest.raises(UserError, match='distinct held-out prompts'):
-    held_out_check.check(_rl(0.3, dataclasses.replace(SUMS, seed=1)), _start(0.1))
-  held_out_check.check(_rl(0.3), _start(0.3))
-  held_out_check.check(_rl(0.2), _start(0.3))
+    _check(_rl(0.3, dataclasses.replace(SUMS, seed=1)), _start(0.1))
+  _check(_rl(0.3), _start(0.3))
+  _check(_rl(0.2), _start(0.3))
   # Sums of four terms are none of two.
-  held_out_check.check(_rl(0.3, dataclasses.replace(SUMS, size=50, num_terms=4)), _start(0.0))
+  _check(_rl(0.3, dataclasses.replace(SUMS, size=50, num_terms=4)), _start(0.0))
 
 
 def test_problems_of_an_earlier_reinforcement_are_refused():
   with pytest.raises(UserError, match='its Problems.held_out = Problems.held_out = 0.3'):
-    held_out_check.check(_rl(0.3), dataclasses.replace(_rl(0.1), data=_start(0.3).data))
-  held_out_check.check(_rl(0.3), dataclasses.replace(_rl(0.3), data=_start(0.3).data))
+    _check(_rl(0.3), dataclasses.replace(_rl(0.1), data=_start(0.3).data))
+  _check(_rl(0.3), dataclasses.replace(_rl(0.3), data=_start(0.3).data))
 
 
 def test_documents_that_the_start_policy_read_are_refused(tmp_path, capsys):
@@ -156,8 +165,7 @@ def test_documents_that_the_start_policy_read_are_refused(tmp_path, capsys):
   data = cfg.Data(cfg.TextFiles(str(tmp_path / 'text'), '^# '), cfg.Bytes(), 32,
                   validation_fraction=0.1)
   more = dataclasses.replace(data, validation_fraction=0.3)
-  check = lambda ours, theirs: held_out_check.check(_run(ours, method),
-                                                    _run(theirs, cfg.NextToken()))
+  check = lambda ours, theirs: _check(_run(ours, method), _run(theirs, cfg.NextToken()))
   check(data, data)
   check(data, more)
   check(dataclasses.replace(data, seq_len=64), data)
@@ -183,7 +191,7 @@ def test_shipped_runs_measure_what_their_start_policy_never_read(path, monkeypat
   if isinstance(run.objective, cfg.NextToken):
     return
   start, _ = gin_bindings.load([f'gin/run/{Path(run.objective.start_from).name}.gin'], [])
-  held_out_check.check(run, start)
+  _check(run, start)
   if isinstance(run.objective, cfg.RL) and not isinstance(run.objective.problems.source,
                                                           cfg.ReasoningGym):
     assert _counted(start.data, run.objective.problems).num_held_out > 150

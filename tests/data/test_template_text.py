@@ -112,9 +112,9 @@ def test_a_prompt_template():
 
 
 def test_a_marker_of_one_special_token():
-  from jaxrl_pt.train import rpt
-  frame = rpt.make_frame(config.Reason(think='<|endoftext|>', answer='#'), ByteTokenizer())
-  assert frame.template.after == (256,) and frame.marker == ord('#')
+  from jaxrl_pt.environments.next_token import prompt_template
+  template = prompt_template(config.Reason(think='<|endoftext|>', answer='#'), ByteTokenizer())
+  assert template.tokens.after == (256,) and template.marker == ord('#')
 
 
 def test_all_that_is_the_operators_is_one_span():

@@ -11,15 +11,15 @@ from jaxrl_pt.verifiers import next_token as verifier
 def prompts():
   tokens = np.array([[5, 6, 7, 0], [8, 9, 9, 9]], np.int32)
   lengths = np.array([3, 1], np.int32)
-  return Prompts(tokens, lengths, np.array([4, 5], np.int32), np.array([[1], [2]], np.int32),
-                 np.ones(2, np.int32), np.ones(2, np.float32))
+  return Prompts(tokens, lengths, np.array([4, 5], np.int32), extras={
+      'continuation': np.array([[1], [2]], np.int32)})
 
 
 def test_contexts_stand_between_before_and_after():
   framed = templates.apply(templates.TokenTemplate((1, 2), (3,)), prompts())
   np.testing.assert_array_equal(framed.tokens, [[1, 2, 5, 6, 7, 3, 0], [1, 2, 8, 3, 0, 0, 0]])
   np.testing.assert_array_equal(framed.lengths, [6, 4])
-  np.testing.assert_array_equal(framed.continuation, prompts().continuation)
+  np.testing.assert_array_equal(framed.extras['continuation'], prompts().extras['continuation'])
   np.testing.assert_array_equal(framed.ids, prompts().ids)
 
 
@@ -37,8 +37,7 @@ def test_every_variant_asks_for_a_box_and_keeps_the_context(variant):
   assert text.count(context) == 1
   assert '\\boxed{}' in text
   ids = np.array([tok.encode(context)], np.int32)
-  one = Prompts(ids, np.array([ids.shape[1]]), np.zeros(1, np.int32), np.zeros((1, 1), np.int32),
-                np.ones(1, np.int32), np.ones(1, np.float32))
+  one = Prompts(ids, np.array([ids.shape[1]]), np.zeros(1, np.int32))
   framed = templates.apply(templates.encode(template, tok, (256,), (256, 256)), one)
   got = framed.tokens[0, :framed.lengths[0]]
   assert got[0] == 256 and got[-2:].tolist() == [256, 256]

@@ -8,7 +8,7 @@ import signal
 import sys
 
 from jaxrl_pt import checkpoint, main
-from jaxrl_pt.train import stages
+from jaxrl_pt.rollouts import stages
 
 
 def arm(stage: str, when: str, call: int) -> None:

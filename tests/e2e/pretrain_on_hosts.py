@@ -14,9 +14,9 @@ import numpy as np
 
 from jaxrl_pt import gin_bindings
 from jaxrl_pt.data import loader
+from jaxrl_pt.jobs import open as jobs
 from jaxrl_pt.parallel import hosts
-from jaxrl_pt.train import pretrain
-from jaxrl_pt.train import session as sessions
+from jaxrl_pt.run import session as sessions
 
 BATCHES = 3
 
@@ -24,7 +24,7 @@ BATCHES = 3
 def main(gin_file: str, workdir: Path, mesh: str) -> None:
   sizes = zip(('data', 'fsdp', 'tensor', 'context'), mesh.split('x'), strict=True)
   run, text = gin_bindings.load([gin_file], [f'cfg.Mesh.{axis} = {n}' for axis, n in sizes])
-  pretrain.train(run, workdir, text)
+  jobs.train(run, workdir, text)
   session = sessions.open_session(run, workdir, text)
   rows, tokens = session.owned()
   batches = loader.train_iterator(session.data.train, seed=run.seed, rows=rows, tokens=tokens,

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from jaxrl_pt import checkpoint
+from jaxrl_pt.jobs.open import load_state
 from jaxrl_pt.main import main
-from jaxrl_pt.train.evaluate import load_state
 from tests.e2e.conftest import RL, RPT, Job
 
 

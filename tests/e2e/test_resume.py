@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxrl_pt import checkpoint, metrics
-from jaxrl_pt.train.evaluate import load_state
+from jaxrl_pt.jobs.open import load_state
 from tests.e2e.conftest import RPT, Job
 
 LAST = 60

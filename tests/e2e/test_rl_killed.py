@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 
 from jaxrl_pt import metrics
-from jaxrl_pt.train import replay
-from jaxrl_pt.train.evaluate import load_state
+from jaxrl_pt.jobs import replay
+from jaxrl_pt.jobs.open import load_state
 from tests.e2e.conftest import RL, RPT, Job
 
 LAST = 8
 # Stage, before or after it, and at which of its calls since the process started.
-ON_POLICY = [('draw', 'after', 3), ('judge', 'before', 3), ('learn', 'after', 2),
+ON_POLICY = [('draw', 'after', 3), ('settle', 'before', 3), ('learn', 'after', 2),
              ('save', 'after', 1)]
-ONE_STEP_OFF = [('judge', 'before', 3), ('learn', 'before', 3), ('save', 'before', 1)]
+ONE_STEP_OFF = [('settle', 'before', 3), ('learn', 'before', 3), ('save', 'before', 1)]
 OFF = ('cfg.Rollouts.mode = @cfg.OneStepOff()', 'cfg.RL.algorithm = @cfg.Algorithm()',
        'cfg.Algorithm.correction = @cfg.TokenTIS()',
        # A step that moves the policy far makes rollouts of the step before very stale.
@@ -59,7 +59,7 @@ def assert_drawn_again(workdir: Path, step: int) -> None:
 
 def test_rollouts_of_the_fused_program_are_those_of_the_stages(
     make_job: Callable[..., Job], pretrained: Job):
-  """RPT's one program against draw, judge and learn dispatched one by one."""
+  """RPT's one program against draw, submit, settle and learn dispatched one by one."""
   job = make_job(RPT, start_from=str(pretrained.workdir), bindings=(
       'cfg.Train.num_steps = 8', 'cfg.Checkpoint.every = 4', 'cfg.Rollouts.dump_every = 1',
       'cfg.Rollouts.num_prompts = 4', 'cfg.Rollouts.group_size = 4'))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxrl_pt import metrics
-from jaxrl_pt.train.evaluate import load_state
+from jaxrl_pt.jobs.open import load_state
 from tests.e2e.conftest import RL, Job, run_on_hosts
 
 SPLIT = ('cfg.Mesh.data = 1', 'cfg.Mesh.fsdp = 2', 'cfg.Train.num_steps = 4',

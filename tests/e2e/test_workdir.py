@@ -12,7 +12,7 @@ import pytest
 from jaxrl_pt import checkpoint
 from jaxrl_pt import config as cfg
 from jaxrl_pt.main import main
-from jaxrl_pt.train import evaluate
+from jaxrl_pt.run.policy import load_policy
 from tests.e2e.conftest import RL, Job
 from tests.e2e.test_bad_input import complaint, copy_of, settings, train_argv
 
@@ -90,7 +90,7 @@ def test_a_checkpoint_with_names_of_an_earlier_version_opens(
     return step, {**extras, 'config': text}
 
   monkeypatch.setattr(checkpoint, 'read_extras', earlier)
-  schedule = evaluate.load_policy(pretrained.workdir).session.run.optimizer.schedule
+  schedule = load_policy(pretrained.workdir).session.run.optimizer.schedule
   assert schedule == cfg.Cosine(0.01)
 
 

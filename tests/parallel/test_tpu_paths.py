@@ -155,7 +155,7 @@ def kernels_of(jaxpr):
 
 
 @pytest.mark.slow
-def test_handed_over_packed_weights_run_through_the_kernels():
+def test_synced_packed_weights_run_through_the_kernels():
   plain, fast = (model_of(o, BITNET) for o in (ops.Ops(), KERNELS))
   params = jax.jit(lambda key: P.init(plain.specs, key))(jax.random.key(0))
   policy = weight_sync.make_weight_sync(plain, MESH, packed=True)(params, 3)

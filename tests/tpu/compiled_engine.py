@@ -12,11 +12,11 @@ import jax.numpy as jnp
 
 from jaxrl_pt import config as cfg
 from jaxrl_pt import params as P
+from jaxrl_pt.parallel import model as models
 from jaxrl_pt.sampling import slots
 from jaxrl_pt.sampling.policies import RowSamplers
 from jaxrl_pt.token_bytes import TokenBytes
 from jaxrl_pt.tpu import hlo
-from jaxrl_pt.train import session as sessions
 from tests.tpu.one_chip import one_chip
 
 VOCAB = 512
@@ -28,8 +28,8 @@ SHAPE = slots.Shape(slots=8, page_size=16, num_pages=8192, queue=16, prompt_len=
 def main(topology: str, dtype: str) -> None:
   mesh, place = one_chip(topology)
   ints = lambda *dims: place(jax.ShapeDtypeStruct(dims, jnp.int32))
-  model = sessions.build_model(cfg.Model(2, 256, 512, 2, 2, 128, VOCAB),
-                               cfg.Compute(dtype='bfloat16'), mesh)
+  model = models.build(cfg.Model(2, 256, 512, 2, 2, 128, VOCAB), cfg.Compute(dtype='bfloat16'),
+                       mesh)
   spelled = place(TokenBytes(jax.ShapeDtypeStruct((VOCAB, 4), jnp.uint8), ints(VOCAB)))
   vocabulary = lambda spelled: slots.Vocabulary((5, 6), spelled, jnp.ones(VOCAB, bool))
   state = place(jax.eval_shape(lambda: slots.init(

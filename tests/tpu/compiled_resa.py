@@ -13,9 +13,9 @@ import jax.numpy as jnp
 
 from jaxrl_pt import config as cfg
 from jaxrl_pt import params as P
+from jaxrl_pt.parallel import model as models
 from jaxrl_pt.sampling import resa
 from jaxrl_pt.tpu import chips, hlo
-from jaxrl_pt.train import session as sessions
 from jaxrl_pt.types import Prompts
 from tests.tpu.one_chip import one_chip
 
@@ -26,9 +26,8 @@ def main(topology: str) -> None:
   mesh, place = one_chip(topology)
   ints = lambda *dims: place(jax.ShapeDtypeStruct(dims, jnp.int32))
   config = cfg.Model(2, 512, 1024, 4, 2, 128, 512)
-  model = sessions.build_model(config, cfg.Compute(dtype='bfloat16'), mesh)
-  prompts = Prompts(ints(ROWS, LENGTH), ints(ROWS), ints(ROWS), ints(ROWS, 0), ints(ROWS),
-                    ints(ROWS))
+  model = models.build(config, cfg.Compute(dtype='bfloat16'), mesh)
+  prompts = Prompts(ints(ROWS, LENGTH), ints(ROWS), ints(ROWS))
   draw = functools.partial(
       resa.generate, model, sampler=cfg.Sampler(), resa=cfg.ReSA(block=BLOCK), num_samples=1,
       num_tokens=NEW, generation=chips.generation_of_topology(topology))

@@ -21,8 +21,7 @@ def test_every_turn_of_the_decode_loop_counts(num_samples):
   model = transformer.build(cfg.Model(2, 32, 64, 2, 1, 16, 96))
   params, num_prompts, prompt_len, num_tokens = P.abstract(model.specs), 2, 8, 300
   ints = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
-  prompts = Prompts(ints((num_prompts, prompt_len)), ints((num_prompts,)), ints((num_prompts,)),
-                    ints((num_prompts, 0)), ints((num_prompts,)), ints((num_prompts,)))
+  prompts = Prompts(ints((num_prompts, prompt_len)), ints((num_prompts,)), ints((num_prompts,)))
   trace = jax.jit(functools.partial(
       decode.generate, model, sampler=cfg.Sampler(), num_samples=num_samples,
       num_tokens=num_tokens)).trace(params, prompts, jax.eval_shape(lambda: jax.random.key(0)))
