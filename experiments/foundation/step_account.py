@@ -41,7 +41,8 @@ def programs(shape: Shape) -> dict[str, Callable[[], Any]]:
                                    ops=Ops(attention=lambda q, k, v, segments: q + _mean(k, v)))
   params, batch = P.init(model.specs, jax.random.key(0)), batch_of(shape)
   optimizer = optim.make_optimizer(
-      cfg.AdamW(cfg.ConstantRate(LEARNING_RATE), B1, B2, weight_decay=DECAY, clip_norm=CLIP), 1000)
+      cfg.AdamW(cfg.ConstantRate(LEARNING_RATE), B1, B2, weight_decay=DECAY, clip_norm=CLIP), 1000,
+      model.specs)
   loss, loss_no_attention = (losses.next_token(m, 0) for m in (model, no_attention))
 
   def loss_no_head(params: Any, batch: Any) -> Any:

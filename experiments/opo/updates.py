@@ -108,7 +108,8 @@ def make_scores(model):
 
 def fit_start(model, scores, seeds, num_steps=300, num_rows=128):
   """The start policies, stacked: each fitted to sums of its own."""
-  optimizer = optim.make_optimizer(cfg.AdamW(cfg.ConstantRate(learning_rate=3e-3)), num_steps)
+  optimizer = optim.make_optimizer(cfg.AdamW(cfg.ConstantRate(learning_rate=3e-3)), num_steps,
+                                   model.specs)
   params = jax.vmap(lambda seed: P.init(model.specs, jax.random.key(seed)))(seeds)
   random = np.random.default_rng(0)
   corpora = [draw_sums(random, 4096) for _ in seeds]
@@ -288,7 +289,8 @@ def main():
         continue
       num_batches = times * args.batches
       schedule = cfg.ConstantRate(learning_rate=args.learning_rate * share)
-      optimizer = optim.make_optimizer(cfg.AdamW(schedule, weight_decay=0.0), num_batches)
+      optimizer = optim.make_optimizer(cfg.AdamW(schedule, weight_decay=0.0), num_batches,
+                                       model.specs)
       step = make_step(model, scores, name, num_updates, optimizer)
       curves = run_arm(step, start, optimizer, seeds, num_batches)
       runs[f'{name}, {title}'] = [{key: np.round(values[:, i], 4).tolist()

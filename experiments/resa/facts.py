@@ -126,7 +126,7 @@ def train(texts: list[bytes]) -> tuple[dict, list[list[float]]]:
   model = transformer.build(MODEL)
   num_steps = sum(steps for *_, steps in STAGES)
   optimizer_config = cfg.AdamW(cfg.Cosine(2e-3, warmup_steps=20), weight_decay=0.01)
-  optimizer = optim.make_optimizer(optimizer_config, num_steps)
+  optimizer = optim.make_optimizer(optimizer_config, num_steps, model.specs)
   step = jax.jit(make_train_step(
       losses.next_token(model, 0), optimizer,
       optim.learning_rate(optimizer_config.schedule, num_steps)), donate_argnums=0)

@@ -63,7 +63,7 @@ def measure(num_prompts: int, group_size: int, num_tokens: int, rounds: int) -> 
   token_bytes = [bytes([97 + i % 2]) for i in range(vocab_size)]
   table = token_table(token_bytes, vocab_size)
   model = models.build(run.model, run.compute, mesh)
-  optimizer = optim.make_optimizer(run.optimizer, run.train.num_steps)
+  optimizer = optim.make_optimizer(run.optimizer, run.train.num_steps, model.specs)
   state = states.init_state(model, optimizer, mesh, 0)
   state = state.replace(method=states.new_method(
       method.rollouts, method.algorithm, run.model.d_model))

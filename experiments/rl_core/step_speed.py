@@ -66,7 +66,7 @@ def jaxrl_pt() -> Step:
       optimizer=cfg.AdamW(cfg.ConstantRate(RATE), weight_decay=0.0),
       train=cfg.Train(num_steps=1000, batch_size=PROMPTS), compute=cfg.Compute(unroll=0))
   model = transformer.build(run.model, run.compute)
-  optimizer = optim.make_optimizer(run.optimizer, run.train.num_steps)
+  optimizer = optim.make_optimizer(run.optimizer, run.train.num_steps, model.specs)
   mesh = make_mesh(run.mesh)
   new_method = lambda params: state.new_method(rollouts, method, WIDTH)
   now = state.state_of(P.init(model.specs, jax.random.key(0)), optimizer,

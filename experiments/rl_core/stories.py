@@ -78,7 +78,8 @@ def train(data: Path, seed: int, num_steps: int) -> dict[str, Any]:
       optimizer=cfg.AdamW(cfg.ConstantRate(3e-4), weight_decay=0.0),
       train=cfg.Train(num_steps=num_steps, batch_size=PROMPTS))
   model = transformer.build(run.model, run.compute)
-  optimizer, mesh = optim.make_optimizer(run.optimizer, num_steps), make_mesh(run.mesh)
+  optimizer = optim.make_optimizer(run.optimizer, num_steps, model.specs)
+  mesh = make_mesh(run.mesh)
   new_method = lambda params: state.new_method(rollouts, method, run.model.d_model)
   now = state.state_of(start, optimizer, state.abstract_state(model, optimizer, mesh, new_method),
                        new_method)

@@ -108,7 +108,7 @@ def rollout_flops(setting: Setting, rollouts: cfg.Rollouts) -> float:
 @functools.cache
 def _supervised_step(config: cfg.Model, peak: float, num_steps: int) -> tuple:
   adam = cfg.AdamW(cfg.Cosine(peak, peak / 20, min(20, num_steps)), weight_decay=0.01)
-  optimizer = optim.make_optimizer(adam, num_steps)
+  optimizer = optim.make_optimizer(adam, num_steps, build(config).specs)
   rate = optim.learning_rate(adam.schedule, num_steps)
   return optimizer, jax.jit(step.make_train_step(losses.next_token(build(config), 0), optimizer,
                                                    rate))
@@ -148,7 +148,7 @@ def _run(setting: Setting, rollouts: cfg.Rollouts, rate: float, num_steps: int,
 @functools.cache
 def _rpt_step(setting: Setting, rollouts: cfg.Rollouts, rate: float, num_steps: int) -> tuple:
   run = _run(setting, rollouts, rate, num_steps, cfg.Algorithm())
-  optimizer = optim.make_optimizer(run.optimizer, num_steps)
+  optimizer = optim.make_optimizer(run.optimizer, num_steps, setting.model.specs)
   verify = verifier.device_verifier(setting.table, marker=setting.answer)
   return optimizer, run, jax.jit(
       fused.make_fused_step(setting.model, optimizer, run, run.objective, verify, setting.end))
@@ -160,7 +160,7 @@ def _rlp_step(setting: Setting, rollouts: cfg.Rollouts, rate: float, num_steps: 
                             aggregation=cfg.SequenceMeanTokenSum())
   run = _run(setting, rollouts, rate, num_steps, algorithm, reward=cfg.InformationGain(),
              prediction=cfg.Reason())
-  optimizer = optim.make_optimizer(run.optimizer, num_steps)
+  optimizer = optim.make_optimizer(run.optimizer, num_steps, setting.model.specs)
   verify = policy_verifier(Markers(1, setting.answer), run.objective.reward.decay)
   return optimizer, run, jax.jit(
       fused.make_fused_step(setting.model, optimizer, run, run.objective, verify))

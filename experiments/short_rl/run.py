@@ -114,7 +114,7 @@ def fit_start(model, worked, num_steps, seed=0, num_rows=32):
   documents = (np.array(TOKENIZER.encode(p.prompt + p.demonstration), np.int32) for p in worked)
   rows = np.stack(list(pack.pack(documents, pack.Ends(TOKENIZER.bos_id, STOP), 128)))
   settings = cfg.AdamW(cfg.Cosine(peak_rate=4e-3, warmup_steps=20, end_rate=1e-4))
-  optimizer = optim.make_optimizer(settings, num_steps)
+  optimizer = optim.make_optimizer(settings, num_steps, model.specs)
   params = P.init(model.specs, jax.random.key(seed))
   state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), {})
   step = jax.jit(make_train_step(losses.next_token(model, 0), optimizer,
@@ -140,7 +140,7 @@ def make_step(model, arm, num_prompts, num_steps, learning_rate):
                 objective=cfg.RL('start', cfg.Problems(SOURCE), cfg.AnswerMatch(),
                                  rollouts=rollouts, algorithm=algorithm),
                 optimizer=settings, train=cfg.Train(num_steps=num_steps))
-  optimizer = optim.make_optimizer(settings, num_steps)
+  optimizer = optim.make_optimizer(settings, num_steps, model.specs)
   learn = update.make_learner(model, optimizer, run, rollouts, algorithm)
   verify = exact.device_verifier(TABLE, generated.MARKER.encode(), STOP)
 
