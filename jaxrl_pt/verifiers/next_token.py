@@ -28,10 +28,8 @@ import jax.numpy as jnp
 from jaxrl_pt import config as cfg
 from jaxrl_pt.token_bytes import TokenBytes
 from jaxrl_pt.types import Array, Prompts, RolloutBatch, Verdict
-from jaxrl_pt.verifiers.base import Outcome, Verify
+from jaxrl_pt.verifiers.base import Verify
 
-THINK_END = '</think>'
-BOX = '\\boxed{'
 NO_MARKER = -1
 
 
@@ -82,35 +80,6 @@ def prediction_tokens(response: Sequence[int], marker: int) -> list[int]:
   """The tokens after the last answer marker; none without a marker."""
   places = [i for i, token in enumerate(response) if token == marker]
   return list(response[places[-1] + 1:]) if places else []
-
-
-def extract_prediction(response: str) -> str | None:
-  r"""Text of the last balanced `\boxed{…}` after the last `</think>`, unstripped, or None.
-
-  Linear in the length of the response, however many boxes and braces it opens.
-  """
-  _, found, answer = response.rpartition(THINK_END)
-  if not found:
-    return None
-  opened: list[int] = []
-  last = None  # (begin, end) of the balanced box that opens last
-  for place, character in enumerate(answer):
-    if character == '{':
-      opened.append(place)
-    elif character == '}' and opened:
-      begin = opened.pop() + 1
-      if answer.endswith(BOX, 0, begin) and (last is None or begin > last[0]):
-        last = begin, place
-  return None if last is None else answer[last[0]:last[1]]
-
-
-def judge_text(response: str, continuation_tokens: Sequence[bytes]) -> Outcome:
-  """The host verifier of a response that reasons in text before it predicts."""
-  prediction = extract_prediction(response)
-  if prediction is None:
-    return Outcome.UNPARSED
-  correct = prefix_match(prediction.encode(), continuation_tokens) == 1
-  return Outcome.CORRECT if correct else Outcome.WRONG
 
 
 # --- On the device --------------------------------------------------------------

@@ -6,7 +6,7 @@ import pytest
 import tokenizers as hf
 
 from jaxrl_pt import config
-from jaxrl_pt.data import problems, template_text, templates
+from jaxrl_pt.data import problems, template_text
 from jaxrl_pt.data.generated import Problem
 from jaxrl_pt.data.template_text import Span, around, encode
 from jaxrl_pt.data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer
@@ -103,12 +103,6 @@ def test_problems_in_a_template(tmp_path):
     assert bytes(ids[1:-1]).decode() == problem.prompt[len('<|endoftext|>'):-len('<|endoftext|>')]
   plain = problems.encode([Problem(0, '<|endoftext|>', '1', 'here')], ByteTokenizer(), 64)
   assert plain.tokens[0, :14].tolist() == [256, *b'<|endoftext|>']  # The beginning, then text.
-
-
-def test_a_prompt_template():
-  template = templates.Template('<|endoftext|>Go on: ', '<|endoftext|>')
-  framed = templates.encode(template, ByteTokenizer())
-  assert framed.before == (256, *b'Go on: ') and framed.after == (256,)
 
 
 def test_a_marker_of_one_special_token():

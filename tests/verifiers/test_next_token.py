@@ -1,6 +1,5 @@
 """RPT's reward: the definition by cases, the device version equal to it."""
 
-import time
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -40,50 +39,6 @@ def test_definition(prediction, truth, reward):
   assert v.prefix_match(prediction, truth) == reward
 
 
-def test_boxed_text():
-  extract = v.extract_prediction
-  assert extract('so</think>\\boxed{ the}') == ' the'
-  assert extract('\\boxed{a}</think> \\boxed{b} or \\boxed{c }') == 'c '
-  assert extract('</think>\\boxed{f{x}{y}}!') == 'f{x}{y}'
-  assert extract('</think>\\boxed{a} then \\boxed{b') == 'a'
-  assert extract('</think>\\boxed{}') == ''
-  assert extract('</think>\\boxed{\n}') == '\n'
-  assert extract('\\boxed{a}</think> nothing') is None
-  assert extract('\\boxed{a}') is None
-  assert extract('</think>\\boxed{a') is None
-
-
-def slow_extract(response):
-  """Every box, from each `{` counted to its `}`; the last that closes."""
-  _, found, answer = response.rpartition(v.THINK_END)
-  boxes = []
-  for start in range(len(answer) if found else 0):
-    if answer.startswith(v.BOX, start):
-      begin, depth = start + len(v.BOX), 1
-      for end in range(begin, len(answer)):
-        depth += {'{': 1, '}': -1}.get(answer[end], 0)
-        if depth == 0:
-          boxes.append(answer[begin:end])
-          break
-  return boxes[-1] if boxes else None
-
-
-@settings(max_examples=200, deadline=None, derandomize=True)
-@given(st.lists(st.sampled_from([v.BOX, v.THINK_END, '{', '}', 'a', ' ', '\\boxed', 'é']),
-                max_size=12))
-def test_boxed_text_equals_its_slow_definition(pieces):
-  assert v.extract_prediction(''.join(pieces)) == slow_extract(''.join(pieces))
-
-
-def test_hostile_responses_are_read_in_linear_time():
-  started = time.perf_counter()
-  many = v.THINK_END + v.BOX * 150_000  # 1 MB of boxes that never close
-  assert v.extract_prediction(many) is None
-  assert v.extract_prediction(many + 'x' + '}' * 150_000) == 'x'
-  assert v.extract_prediction(v.THINK_END + '}' * 1_000_000 + '\\boxed{y}') == 'y'
-  assert time.perf_counter() - started < 10  # quadratic time would be hours
-
-
 @pytest.mark.parametrize('prediction, truth, reward', [
     ([b' cat'], [b' cat', b' sat'], 1),
     ([b' cat', b' mat'], [b' cat', b' sat'], 1),  # what follows does not matter
@@ -117,9 +72,6 @@ def test_definition_of_what_follows_the_marker():
 
 
 def test_host_outcomes():
-  assert v.judge_text('</think>\\boxed{ a}', [b' a']) is Outcome.CORRECT
-  assert v.judge_text('</think>\\boxed{a}', [b' a']) is Outcome.WRONG
-  assert v.judge_text(' a', [b' a']) is Outcome.UNPARSED
   outcomes = [[Outcome.CORRECT, Outcome.WRONG], [Outcome.TIMEOUT, Outcome.CRASH],
               [Outcome.UNPARSED, Outcome.CORRECT]]
   judged = verdict([[answer(outcome) for outcome in group] for group in outcomes])
