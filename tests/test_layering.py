@@ -138,6 +138,14 @@ def test_layers_form_no_cycle():
       reach(other, (layer,))
 
 
+def test_only_open_asks_which_objective_a_run_has():
+  """A new objective is a config type and a file in jobs/, which open.py names."""
+  askers = {_name(path) for path in FILES if PACKAGE / 'config' not in path.parents
+            for node in ast.walk(_tree(path))
+            if isinstance(node, ast.Match) and ast.unparse(node.subject).endswith('objective')}
+  assert askers == {'jaxrl_pt/jobs/open.py'}
+
+
 def test_nothing_imports_main():
   assert [_name(p) for p in FILES if 'jaxrl_pt.main' in set(_imports(p))] == []
 

@@ -227,4 +227,6 @@ class RL:
     checks.integer(self, 'eval_problems', 1)
 
 
-Objective = NextToken | RPT | RL
+# Those that draw responses and learn from their rewards.
+Reinforced = RPT | RL
+Objective = NextToken | Reinforced

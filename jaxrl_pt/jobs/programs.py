@@ -24,7 +24,7 @@ _LONGEST_TOKEN = 16
 STOP_ID = 0
 
 
-def of_step(run: cfg.Run, mesh: Mesh, method: cfg.RL | cfg.RPT, prompts: Prompts, verifier: Any,
+def of_step(run: cfg.Run, mesh: Mesh, method: cfg.Reinforced, prompts: Prompts, verifier: Any,
             new_method: Any) -> list[Program]:
   """One program where the step is fused, else those of its stages; both if groups are drawn
   again from a later step on.
@@ -51,7 +51,7 @@ def of_step(run: cfg.Run, mesh: Mesh, method: cfg.RL | cfg.RPT, prompts: Prompts
   return [*found, *_stages(run, mesh, method, prompts, state, optimizer)]
 
 
-def _stages(run: cfg.Run, mesh: Mesh, method: cfg.RL | cfg.RPT, prompts: Prompts,
+def _stages(run: cfg.Run, mesh: Mesh, method: cfg.Reinforced, prompts: Prompts,
             state: TrainState, optimizer: optax.GradientTransformation) -> list[Program]:
   rollouts, algorithm = method.rollouts, method.algorithm
   shape = rollouts.num_prompts, rollouts.group_size, rollouts.response_tokens

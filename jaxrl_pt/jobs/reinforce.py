@@ -48,7 +48,7 @@ class Reinforcement:
   measured_first = True
   agrees_at_once = True
 
-  def __init__(self, session: sessions.Session, method: cfg.RL | cfg.RPT, start: Params,
+  def __init__(self, session: sessions.Session, method: cfg.Reinforced, start: Params,
                environment: Environment, order: dict[str, int],
                new_method: Callable[[Params], Any]) -> None:
     """Compiles nothing yet.

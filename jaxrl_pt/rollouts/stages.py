@@ -61,7 +61,7 @@ class Stages:
   """The compiled programs of one run and the clock of their stages. Final."""
 
   def __init__(self, session: sessions.Session, environment: Environment, start: Params,
-               optimizer: optax.GradientTransformation, method: cfg.RL | cfg.RPT) -> None:
+               optimizer: optax.GradientTransformation, method: cfg.Reinforced) -> None:
     """Compiles nothing yet.
 
     Args:

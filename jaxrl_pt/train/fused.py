@@ -70,7 +70,7 @@ def reads_reference(algorithm: cfg.Algorithm) -> bool:
 
 
 def make_fused_step(model: Model, optimizer: optax.GradientTransformation, run: cfg.Run,
-                    method: cfg.RL | cfg.RPT, verifier: Verify | PolicyVerifier,
+                    method: cfg.Reinforced, verifier: Verify | PolicyVerifier,
                     stop_id: int = decode.NO_STOP, *, by_token: bool = False) -> FusedStep:
   """step(state, reference policy, prompts) → (state, metrics, rollouts, verdict).
 

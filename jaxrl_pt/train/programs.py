@@ -17,7 +17,7 @@ from jaxrl_pt.types import Params
 from jaxrl_pt.verifiers.base import Verify
 
 
-def fused_step(run: cfg.Run, mesh: Mesh, method: cfg.RL | cfg.RPT,
+def fused_step(run: cfg.Run, mesh: Mesh, method: cfg.Reinforced,
                optimizer: optax.GradientTransformation, verifier: Verify | fused.PolicyVerifier,
                stop_id: int) -> Any:
   """The jitted step(state, reference policy, prompts): sampler, verifier and update in one."""
