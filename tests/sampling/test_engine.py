@@ -65,7 +65,7 @@ def assert_equal(responses, wanted, atol=1e-5):
     tokens, logp = wanted[response.id, response.sample]
     np.testing.assert_array_equal(response.tokens, tokens)
     np.testing.assert_allclose(response.logp, logp, atol=atol)
-    assert (response.mask == 1).all()
+    assert (response.sampled == 1).all()
     assert response.finish == ('stop' if tokens[-1] == STOP else 'length')
 
 
@@ -158,7 +158,7 @@ def test_forced_tokens_are_not_drawn():
   forced = (2, 7, 1)
   for response in flat(make().run(requests(Sampler(0.0), forced=forced, num_samples=1))):
     assert response.tokens[:3].tolist() == list(forced)
-    assert response.mask[:3].tolist() == [0, 0, 0] and (response.mask[3:] == 1).all()
+    assert response.sampled[:3].tolist() == [0, 0, 0] and (response.sampled[3:] == 1).all()
     assert (response.logp[:3] == 0).all()
     prompt = PROMPTS[response.id] + forced
     again = Request(prompt[-8:], response.id, 5, 1, Sampler(0.0), (STOP,))
@@ -173,11 +173,11 @@ def test_thought_and_answer_budgets(max_thought):
   one = make(THINK_END)
   asked = requests(Sampler(1.5), 24, max_thought=max_thought, max_answer=3)
   for response in flat(one.run([dataclasses.replace(r, stop=()) for r in asked])):
-    tokens, mask = response.tokens.tolist(), response.mask.tolist()
+    tokens, sampled = response.tokens.tolist(), response.sampled.tolist()
     ends = [i for i in range(1, len(tokens)) if tuple(tokens[i - 1:i + 1]) == THINK_END]
     assert ends and ends[0] <= max_thought + 1
-    if mask[ends[0]] == 0:  # Forced: exactly when the budget was used up.
-      assert mask[:ends[0] + 1] == [1] * max_thought + [0, 0]
+    if sampled[ends[0]] == 0:  # Forced: exactly when the budget was used up.
+      assert sampled[:ends[0] + 1] == [1] * max_thought + [0, 0]
     assert len(tokens) == ends[0] + 1 + 3 and response.finish == 'length'
 
 
