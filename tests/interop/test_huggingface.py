@@ -318,6 +318,23 @@ def test_what_no_class_computes_is_not_exported(tmp_path, config, packed):
     hf.save_model(tmp_path, config, {}, packed=packed)
 
 
+def test_a_parameter_without_a_name_there_is_not_left_out(tmp_path, monkeypatch):
+  """As gains of queries and keys would be: a model without them is another one."""
+  build = transformer.build
+
+  def with_one_more(config):
+    model = build(config)
+    gains = P.ParamSpec((config.num_layers, config.head_dim), jnp.float32, ('layers', 'norm'),
+                        P.ones, 'gain')
+    return model._replace(specs={**model.specs,
+                                 'layers': {**model.specs['layers'], 'q_norm': gains}})
+
+  monkeypatch.setattr(transformer, 'build', with_one_more)
+  with pytest.raises(UserError, match='layers/q_norm has no place in a Hugging Face model'):
+    hf.save_model(tmp_path / 'model', LLAMA, draw(LLAMA))
+  assert not (tmp_path / 'model').exists()
+
+
 def test_missing_package_names_the_extra(tmp_path, monkeypatch):
   hf.save_model(tmp_path, LLAMA, draw(LLAMA))
   monkeypatch.setitem(sys.modules, 'safetensors.numpy', None)

@@ -251,3 +251,13 @@ def test_init_is_addressed_by_place_and_seed():
   abstract = P.abstract(model.specs)
   assert jax.tree.map(lambda x: (x.shape, x.dtype), params) == jax.tree.map(
       lambda x: (x.shape, x.dtype), abstract)
+
+
+def test_what_decays_are_products():
+  """Weight decay is left off embeddings and gains of norms (2504.12285 has it so)."""
+  config = dataclasses.replace(presets.tiny(64), tied_head=False)
+  leaves = jax.tree_util.tree_leaves_with_path(transformer.build(config).specs, is_leaf=P.is_spec)
+  decayed = {path[-1].key for path, spec in leaves if spec.is_decayed}
+  assert decayed == {'wq', 'wk', 'wv', 'wo', 'w_gate', 'w_up', 'w_down', 'head'}
+  assert {path[-1].key for path, _ in leaves} - decayed == {
+      'embed', 'final_norm', 'attn_norm', 'ffn_norm', 'attn_sub_norm', 'ffn_sub_norm'}
