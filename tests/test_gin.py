@@ -9,7 +9,6 @@ import gin
 from jaxrl_pt import config as cfg
 from jaxrl_pt import gin_bindings
 from jaxrl_pt.errors import UserError
-from jaxrl_pt.models import presets
 from tests.golden import regenerate
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,29 +41,6 @@ def test_at_most_three_layers_of_include(path):
     included = [line.split("'")[1] for line in lines if line.startswith('include ')]
     return 1 + max((depth(ROOT / name) for name in included), default=0)
   assert depth(path) <= 3
-
-
-@pytest.mark.parametrize(
-    'name', sorted(path.stem for path in (ROOT / 'gin' / 'model').glob('*.gin')))
-def test_model_files_equal_presets(name):
-  presets_by_name = {
-      'tiny': presets.tiny, 'small': presets.small, 'medium': presets.medium,
-      'deepseek_7b': presets.deepseek_7b, 'qwen2_5_7b': presets.qwen2_5_7b,
-      'qwen2_5_14b': presets.qwen2_5_14b,
-      'bitnet_2b4t': presets.bitnet_2b4t, 'bitnet_v2_400m': presets.bitnet_v2_400m,
-      'bitnet_v2_1_3b': presets.bitnet_v2_1_3b, 'bitnet_v2_3b': presets.bitnet_v2_3b,
-      'bitnet_v2_7b': presets.bitnet_v2_7b}
-  model = f'cfg.Run.model = @cfg.Model()\ninclude {str(ROOT / f"gin/model/{name}.gin")!r}'
-  run, _ = gin_bindings.load([TINY], (_plain_quant(), model))
-  assert run.model == presets_by_name[name]()
-
-
-def _plain_quant() -> str:
-  """Undoes the run file's own quantisation, so that a model file starts from the defaults."""
-  return '\n'.join([
-      "cfg.Quant.weights = 'none'", "cfg.Quant.activations = 'none'",
-      'cfg.Quant.hadamard = False', 'cfg.NextToken.int4_from = 1.0', "cfg.Model.sub_norm = False",
-      "cfg.Model.activation = 'swiglu'"])
 
 
 @pytest.mark.parametrize('name', ['v5e_16', 'v5e_256', 'v6e_2x256', 'v5p_8', 'v5p_512'])

@@ -1,6 +1,7 @@
 """The metrics file has no gap and no repeat, whatever killed the run that wrote it."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import math
@@ -17,8 +18,9 @@ from rich.console import Console as RichConsole
 from jaxrl_pt import config as cfg
 from jaxrl_pt import metrics, params
 from jaxrl_pt.errors import Unwritable, UserError
-from jaxrl_pt.models import presets, transformer
+from jaxrl_pt.models import transformer
 from jaxrl_pt.types import Weighted
+from tests.shapes import STORIES260K, shape
 
 
 def write(workdir: Path, first: int, last: int, resume: int | None = None, **options) -> None:
@@ -296,8 +298,8 @@ def test_a_terminal_gets_a_bar_with_the_time_left():
 # --- FLOPs ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('model', [presets.tiny(), presets.stories260k(),
-                                   presets.bitnet_v2_400m(), presets.bitnet_2b4t()])
+@pytest.mark.parametrize('model', [shape('tiny'), STORIES260K, shape('bitnet_v2_400m'),
+                                   shape('bitnet_2b4t')])
 def test_matmul_parameters_are_the_model_s_matrices(model):
   specs = transformer.build(model).specs
   flat = jax.tree_util.tree_flatten_with_path(specs, is_leaf=params.is_spec)[0]
@@ -309,7 +311,7 @@ def test_matmul_parameters_are_the_model_s_matrices(model):
 
 def test_flops_equal_the_compiler_s_count_of_the_forward_pass():
   """XLA counts every dot of the full (not causal) square of attention: C = T."""
-  model = presets.tiny(vocab_size=512)
+  model = dataclasses.replace(shape('tiny'), vocab_size=512)
   T = 64
   built = transformer.build(model, cfg.Compute(unroll=0))
   weights = params.abstract(built.specs)

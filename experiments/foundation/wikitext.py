@@ -41,6 +41,14 @@ def arms() -> dict:
   }
 
 
+def small(quant=None):
+  """The shape of gin/model/small.gin, about 2.6M parameters."""
+  from jaxrl_pt import config as cfg
+  return cfg.Model(num_layers=6, d_model=192, d_ff=512, num_heads=6, num_kv_heads=2, head_dim=32,
+                   vocab_size=VOCAB, activation='relu2', sub_norm=True,
+                   quant=quant or cfg.Quant())
+
+
 class Trial(NamedTuple):
   """One training run; `eval_batches` 0 is the whole validation text."""
 
@@ -59,13 +67,12 @@ class Trial(NamedTuple):
 def make_run(data: Path, cache: Path, trial: Trial):
   """The run of a trial."""
   from jaxrl_pt import config as cfg
-  from jaxrl_pt.models import presets
   document = r'^ = [^=].* = $'
   steps = trial.num_steps
   schedule = cfg.TwoStage(trial.rate, trial.rate * 2 / 3, warmup_steps=max(1, steps // 20))
   return cfg.Run(
       seed=trial.seed,
-      model=presets.small(VOCAB, arms()[trial.arm]),
+      model=small(arms()[trial.arm]),
       data=cfg.Data(cfg.TextFiles(str(data / 'train.txt.gz'), document), cfg.TrainedBPE(VOCAB),
                     LENGTH, validation_glob=str(data / 'valid.txt'),
                     cache_dir=str(cache)),
@@ -182,12 +189,12 @@ def main() -> None:
              for seed in args.seeds for arm, tried in tuning.items()]
   summary = summarise(results)
   from jaxrl_pt import params
-  from jaxrl_pt.models import presets, transformer
+  from jaxrl_pt.models import transformer
   optimizer = make_run(Path('data'), Path('cache'),
                        Trial('full precision', 0, FIRST_RATES[0], args.steps)).optimizer
   (RESULTS / 'wikitext.json').write_text(json.dumps({
       'command': f'python experiments/foundation/wikitext.py --data DIR --steps {args.steps}',
-      'parameters': params.count(transformer.build(presets.small(VOCAB)).specs),
+      'parameters': params.count(transformer.build(small()).specs),
       'training_tokens': args.steps * BATCH * LENGTH,
       'optimizer of the first tuning run': dataclasses.asdict(optimizer), 'batch': BATCH,
       'length': LENGTH, 'vocabulary': VOCAB, 'summary': summary,

@@ -9,8 +9,9 @@ import pytest
 
 from jaxrl_pt import config as cfg
 from jaxrl_pt import params as P
-from jaxrl_pt.models import presets, transformer
+from jaxrl_pt.models import transformer
 from jaxrl_pt.nn import quant as quantisers
+from tests.shapes import ROOT, STORIES260K, shape
 
 BASE = cfg.Model(num_layers=2, d_model=32, d_ff=64, num_heads=4, num_kv_heads=2, head_dim=8,
                  vocab_size=40)
@@ -197,7 +198,7 @@ def test_bfloat16_is_near_float32(quant):
 
 @pytest.mark.parametrize('num_layers', [2, 8])
 def test_initial_residual_stream_does_not_grow_with_depth(num_layers):
-  config = dataclasses.replace(presets.tiny(64), num_layers=num_layers)
+  config = dataclasses.replace(shape('tiny'), vocab_size=64, num_layers=num_layers)
   model = transformer.build(config)
   params = init(model.specs)
   logits = jax.jit(model.apply)(params, *plain_inputs(draw_tokens(1, 16))) @ model.head(params)
@@ -214,7 +215,7 @@ def count_group(specs, group):
 
 
 def test_bitnet_2b4t_counts():
-  specs = transformer.build(presets.bitnet_2b4t()).specs
+  specs = transformer.build(shape('bitnet_2b4t')).specs
   assert count_group(specs, lambda n: n == 'embed') == 328_335_360
   assert count_group(specs, lambda n: n.startswith('w')) == 2_084_044_800
   assert count_group(specs, lambda n: n.endswith('norm')) == 440_320
@@ -229,16 +230,21 @@ def counted_by_hand(c):
           + c.d_model)
 
 
-@pytest.mark.parametrize('config, count', [
-    (presets.tiny(), 920_704), (presets.small(), None), (presets.medium(), None),
-    (presets.stories260k(), 260_032), (presets.bitnet_v2_400m(), None),
-    (presets.bitnet_v2_1_3b(), None), (presets.bitnet_v2_3b(), None),
-    (presets.bitnet_v2_7b(), None),
-], ids=lambda x: '' if x is None or isinstance(x, int) else f'{x.num_layers}x{x.d_model}')
-def test_preset_counts(config, count):
-  actual = P.count(transformer.build(config).specs)
-  assert count is None or actual == count
-  assert actual == counted_by_hand(config)
+COUNTS = {
+    'tiny': 920_704, 'small': 2_562_624, 'medium': 14_173_568, 'deepseek_7b': 6_910_365_696,
+    'qwen2_5_7b': 7_615_487_488, 'qwen2_5_14b': 14_769_689_600, 'bitnet_2b4t': 2_412_820_480,
+    'bitnet_v2_400m': 468_362_240, 'bitnet_v2_1_3b': 1_339_291_648,
+    'bitnet_v2_3b': 3_618_000_896, 'bitnet_v2_7b': 6_705_287_168}
+
+
+@pytest.mark.parametrize('name', [path.stem for path in (ROOT / 'gin/model').glob('*.gin')])
+def test_counts_of_the_shipped_shapes(name):
+  actual = P.count(transformer.build(shape(name)).specs)
+  assert actual == COUNTS[name] == counted_by_hand(shape(name))
+
+
+def test_counts_of_a_known_model():
+  assert P.count(transformer.build(STORIES260K).specs) == 260_032
 
 
 def test_init_is_addressed_by_place_and_seed():
@@ -255,7 +261,7 @@ def test_init_is_addressed_by_place_and_seed():
 
 def test_what_decays_are_products():
   """Weight decay is left off embeddings and gains of norms (2504.12285 has it so)."""
-  config = dataclasses.replace(presets.tiny(64), tied_head=False)
+  config = dataclasses.replace(shape('tiny'), tied_head=False)
   leaves = jax.tree_util.tree_leaves_with_path(transformer.build(config).specs, is_leaf=P.is_spec)
   decayed = {path[-1].key for path, spec in leaves if spec.is_decayed}
   assert decayed == {'wq', 'wk', 'wv', 'wo', 'w_gate', 'w_up', 'w_down', 'head'}
