@@ -27,7 +27,6 @@ def test_a_dropped_terminal_stops_the_run_without_an_error(tmp_path: Path):
   found = tmp_path / 'number'
   pid, terminal = pty.fork()
   if pid == 0:
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # The tests may run under nohup.
     os.execv(sys.executable, [sys.executable, '-c', LOOP, str(found)])
   try:
     deadline = time.monotonic() + 100
