@@ -36,6 +36,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.write_line(f'Left out: {", ".join(left_out)}.')
 
 
-# A job that a shell starts in the background ignores Ctrl-C, and so would the processes that
-# tests start and then interrupt.
+# A job that a shell starts in the background ignores Ctrl-C, and one under nohup a dropped
+# terminal; so would the processes that tests start and then interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)

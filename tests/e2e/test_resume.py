@@ -27,7 +27,7 @@ def assert_same_run(one: Job, other: Job) -> None:
   assert [r['step'] for r in rows if r['step'] > 0] == list(range(1, LAST + 1))
 
 
-@pytest.mark.parametrize('trial', range(2))
+@pytest.mark.parametrize('trial', [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_pretraining_killed_at_a_random_step_is_bit_identical(
     make_job: Callable[..., Job], pretrained: Job, trial: int):
   step = random.SystemRandom().randint(1, LAST - 5)
@@ -81,7 +81,8 @@ def test_rlp_killed_at_a_random_step_is_bit_identical(
   assert max(jax.tree.leaves(apart)) > 0  # The average lags behind.
 
 
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize('number', [
+    signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)])
 def test_a_signal_writes_a_checkpoint_and_says_that_the_run_is_not_finished(
     make_job: Callable[..., Job], pretrained: Job, number: signal.Signals):
   job = make_job()

@@ -70,8 +70,9 @@ def test_rollouts_of_the_fused_program_are_those_of_the_stages(
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize('bindings, deaths', [((), ON_POLICY), (OFF, ONE_STEP_OFF)],
-                         ids=['on_policy', 'one_step_off'])
+@pytest.mark.parametrize('bindings, deaths', [
+    pytest.param((), ON_POLICY, id='on_policy', marks=pytest.mark.slow),
+    pytest.param(OFF, ONE_STEP_OFF, id='one_step_off')])
 def test_killed_in_each_stage_is_bit_identical(
     make_job: Callable[..., Job], pretrained: Job, bindings, deaths):
   whole = make_job(RL, start_from=str(pretrained.workdir),

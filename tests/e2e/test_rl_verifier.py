@@ -39,6 +39,7 @@ def undisturbed(make_job: Callable[..., Job], pretrained: Job) -> Job:
   return job
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
 def test_a_signal_to_every_process_of_a_run_loses_and_changes_nothing(
     make_job: Callable[..., Job], pretrained: Job, undisturbed: Job):

@@ -167,7 +167,7 @@ def loss_and_grad(compute, quant='int8'):
   return jax.jit(jax.value_and_grad(loss))(params)
 
 
-@pytest.mark.parametrize('quant', ['plain', 'int8'])
+@pytest.mark.parametrize('quant', [pytest.param('plain', marks=pytest.mark.slow), 'int8'])
 @pytest.mark.parametrize('compute', [cfg.Compute(remat='block'), cfg.Compute(unroll=0),
                                      cfg.Compute(unroll=2, remat='block')])
 def test_remat_and_unrolling_change_nothing(compute, quant):

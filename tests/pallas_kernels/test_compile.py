@@ -11,7 +11,9 @@ from jaxrl_pt.tpu import kernels
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec('libtpu') is None,
                                 reason='libtpu is not installed: make libtpu')
-TOPOLOGIES = ('v4:2x2x1', 'v5e:2x2', 'v5p:2x2x1', 'v6e:2x2', 'tpu7x:2x2x1')
+# Two minutes of compilation each.
+TOPOLOGIES = [pytest.param(name, marks=pytest.mark.slow)
+              for name in ('v4:2x2x1', 'v5p:2x2x1', 'v6e:2x2', 'tpu7x:2x2x1')] + ['v5e:2x2']
 VMEM_BYTES = {'v4': 16 << 20, 'v5e': 128 << 20, 'v5p': 64 << 20, 'v6e': 128 << 20,
               'tpu7x': 64 << 20}
 

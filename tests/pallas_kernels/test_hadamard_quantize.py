@@ -97,7 +97,8 @@ def test_codes_in_the_plain_interpreter(M, D, kind, has_gain, dtype, target, see
   check(rows(seed, M, D, dtype), gain, kind, target, testing.PLAIN)
 
 
-@pytest.mark.parametrize('target', TARGETS)
+@pytest.mark.parametrize('target', [
+    TARGETS[0], *(pytest.param(t, marks=pytest.mark.slow) for t in TARGETS[1:])])
 def test_the_widest_factors(target):
   check(rows(0, 2, 6912, jnp.bfloat16), jnp.ones(6912), 'int4', target, testing.PLAIN)
 

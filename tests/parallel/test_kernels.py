@@ -19,7 +19,8 @@ LOSS, GRADIENT = 3e-4, {'int8': 1e-2, 'int4': 3e-2}
 
 @pytest.mark.parametrize('quant, mesh', [
     ('int8', '1x4x2x1'),  # fsdp and tensor: gathered codes, contractions split over chips
-    ('int4', '2x2x1x2')])  # the sequence is split: attention falls back to XLA
+    # The sequence is split: attention falls back to XLA.
+    pytest.param('int4', '2x2x1x2', marks=pytest.mark.slow)])
 def test_kernels_change_nothing(quant, mesh):
   environment = {**os.environ, 'XLA_FLAGS': xla_flags.with_devices(8), 'JAX_PLATFORMS': 'cpu'}
   script = Path(__file__).with_name('kernel_ops.py')

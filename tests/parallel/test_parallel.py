@@ -42,7 +42,8 @@ def run_child(name):
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize('name, loss_rtol, norm_rtol', [
-    ('plain', PLAIN, PLAIN), ('w158a8', QUANTISED_LOSS, QUANTISED_NORM)])
+    pytest.param('plain', PLAIN, PLAIN, marks=pytest.mark.slow),
+    ('w158a8', QUANTISED_LOSS, QUANTISED_NORM)])
 def test_every_axis_combination_equals_one_device(name, loss_rtol, norm_rtol):
   result = run_child(name)
   assert result['devices'] == 8

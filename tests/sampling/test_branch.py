@@ -48,9 +48,12 @@ def independent(suffix):
   return Prompts(jnp.asarray(tokens), jnp.asarray(lengths), jnp.asarray(IDS.ravel()))
 
 
-@pytest.mark.parametrize('suffix', [(), (4,), (8, 1, 2)])
-@pytest.mark.parametrize('sampler', [Sampler(), Sampler(0.0), Sampler(0.8, top_p=0.9)],
-                         ids=['plain', 'greedy', 'filtered'])
+@pytest.mark.parametrize('suffix, sampler', [
+    pytest.param(suffix, sampler, id=f'{name}-{len(suffix)}',
+                 marks=() if len(suffix) == 3 or name == 'plain' else pytest.mark.slow)
+    for suffix in ((), (4,), (8, 1, 2))
+    for name, sampler in (('plain', Sampler()), ('greedy', Sampler(0.0)),
+                          ('filtered', Sampler(0.8, top_p=0.9)))])
 def test_equals_independent_prompts(suffix, sampler):
   model, params = make()
   asked = dict(sampler=sampler, num_samples=3, num_tokens=7, stop_id=STOP)
@@ -99,8 +102,9 @@ def one_by_one(model, params, own):
   return jnp.stack([jnp.stack([of(n, r) for r in range(3)]) for n in range(2)])
 
 
-@pytest.mark.parametrize('scored', [packed, in_two])
-@pytest.mark.parametrize('num_own', [1, 4])
+@pytest.mark.parametrize('num_own, scored', [
+    (1, packed), (4, in_two), pytest.param(1, in_two, marks=pytest.mark.slow),
+    pytest.param(4, packed, marks=pytest.mark.slow)])
 def test_branches_equal_whole_sequences_in_value_and_gradient(num_own, scored):
   model, params = make()
   own = jax.random.randint(jax.random.key(1), (2, 3, num_own), 0, VOCAB)

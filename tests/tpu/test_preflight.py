@@ -36,7 +36,9 @@ def test_a_tiny_run_fits_with_its_kernels(capsys):
 
 
 @needs_libtpu
-@pytest.mark.parametrize('topology', ['v4:2x2x1', 'v5p:2x2x1', 'tpu7x:2x2x1'])
+@pytest.mark.parametrize('topology', [
+    pytest.param('v4:2x2x1', marks=pytest.mark.slow),
+    pytest.param('v5p:2x2x1', marks=pytest.mark.slow), 'tpu7x:2x2x1'])
 def test_other_generations_compile_too(topology, capsys):
   code = main.main(['preflight', '--gin_file', 'gin/run/pretrain_tiny.gin', '--topology', topology,
                     '--json', *SCANNED, '--gin_bindings', 'cfg.NextToken.int4_from = 1.0'])

@@ -129,6 +129,7 @@ HASHED = ('isomorphic_strings', 'knight_swap', 'polynomial_multiplication', 'ran
           'word_ladder')
 
 
+@pytest.mark.slow
 def test_the_problem_that_was_asked_is_judged_whatever_strings_hash_to():
   items = [(p.demonstration, p.answer) for task in HASHED for p in problems.load(
       cfg.Problems(cfg.ReasoningGym(task, 6, seed=1), held_out=0.0))[0]]
