@@ -64,7 +64,7 @@ _PLOTS = (
           {'accuracy': 'training', 'validation/accuracy': 'validation'}, 'percent'),
     _Plot('entropy', 'Entropy of the policy', 'nats per token', {'entropy': 'training'}),
     _Plot('gap', 'Trainer–sampler gap', 'mean exp |Δ log p|', {'gap': 'training'}),
-    _Plot('kl', 'Distance to the start policy', 'KL, nats per token', {'kl': 'training'}),
+    _Plot('kl', 'Distance to the reference policy', 'KL, nats per token', {'kl': 'training'}),
     _Plot('response_length', 'Length of responses', 'tokens',
           {'response_length': 'training', 'validation/response_length': 'validation'}),
     _Plot('gate_open', 'Length gate open', 'steps', {'gate_open': 'training'}, 'percent'),

@@ -244,7 +244,7 @@ KLEstimator = Literal['k1', 'k2', 'k3']
 
 @dataclass(frozen=True)
 class NoKL:
-  """The distance to the start policy is measured, not punished."""
+  """The distance to the reference policy is measured, not punished."""
 
 
 @dataclass(frozen=True)

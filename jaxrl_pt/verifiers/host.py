@@ -11,15 +11,15 @@ from jaxrl_pt.verifiers.judgement import UNJUDGED, Outcome
 
 
 @dataclass(frozen=True)
-class PendingJudgements:
+class PendingPoolVerdict:
   """Responses that the pool is judging."""
 
-  judgements: pool.Ticket
+  judgements: pool.PendingJudgements
   group_size: int
   parts: tuple[str, ...]
 
   def result(self) -> Verdict:
-    """Waits for the verdict, f32[N, G] arrays; see `pool.Ticket.result`."""
+    """Waits for the verdict, f32[N, G] arrays; see `pool.PendingJudgements.result`."""
     judged, size = self.judgements.result(), self.group_size
     groups = [judged[i:i + size] for i in range(0, len(judged), size)]
     return base.verdict(groups, self.parts)
@@ -45,10 +45,10 @@ class PoolVerifier:
   decode: Callable[[Sequence[int]], str]
 
   def submit(self, prompts: Prompts, rollouts: RolloutBatch, references: Sequence[str]
-             ) -> PendingJudgements:
+             ) -> PendingPoolVerdict:
     """Hands over the text of every response, as on the host, and returns at once."""
     del prompts
     tokens, mask = np.asarray(rollouts.tokens), np.asarray(rollouts.in_response) > 0
     items = [(self.decode(tokens[n, g][mask[n, g]].tolist()), reference)
              for n, reference in enumerate(references) for g in range(tokens.shape[1])]
-    return PendingJudgements(self.pool.submit(items), tokens.shape[1], self.pool.parts)
+    return PendingPoolVerdict(self.pool.submit(items), tokens.shape[1], self.pool.parts)

@@ -1,9 +1,9 @@
 """Host verifiers in killable child processes, while the device goes on.
 
     with Pool(settings, limits) as pool:
-      ticket = pool.submit([(response, reference), …])  # returns at once
+      pending = pool.submit([(response, reference), …])  # returns at once
       …                                                 # generate the next batch
-      judgements = ticket.result()                      # in order
+      judgements = pending.result()                      # in order
 
 A response whose verifier loops, crashes, eats memory or sends nonsense costs its process, which
 is replaced; the others go on, and its own outcome is TIMEOUT or CRASH. An answer whose process
@@ -43,7 +43,7 @@ _MARK = 'JAXRL_PT_VERIFIER'
 
 
 @dataclass(frozen=True)
-class Ticket:
+class PendingJudgements:
   """Responses handed to the pool."""
 
   futures: Sequence[Future[Judgement]]
@@ -199,14 +199,14 @@ class Pool:
     """Names of the parts of every judgement."""
     return build.part_names(self._verifier)
 
-  def submit(self, items: Sequence[tuple[str, str]]) -> Ticket:
+  def submit(self, items: Sequence[tuple[str, str]]) -> PendingJudgements:
     """Hands over (response, reference) pairs and returns at once."""
     if self._closing.is_set():
       raise RuntimeError('the verifier pool is closed')
     jobs = [_Job(response, reference, Future()) for response, reference in items]
     for job in jobs:
       self._jobs.put(job)
-    return Ticket([job.future for job in jobs])
+    return PendingJudgements([job.future for job in jobs])
 
   def _work(self) -> None:
     # Blocked here and so, until it ignores them, in the child: signals that stop a run go to

@@ -80,10 +80,10 @@ def test_one_mebibyte_and_text_that_is_not_unicode_arrive_whole(pool):
 
 def test_submit_returns_before_anything_is_judged(pool):
   start = time.monotonic()
-  ticket = pool.submit([('sleep 0.5', '')] * 2)
-  assert time.monotonic() - start < 0.4 and not ticket.done()
-  assert [j.outcome for j in ticket.result()] == [Outcome.WRONG] * 2
-  assert ticket.done()
+  pending = pool.submit([('sleep 0.5', '')] * 2)
+  assert time.monotonic() - start < 0.4 and not pending.done()
+  assert [j.outcome for j in pending.result()] == [Outcome.WRONG] * 2
+  assert pending.done()
 
 
 def test_a_child_killed_from_outside_costs_at_most_its_own_item(pool):
@@ -104,24 +104,24 @@ def _below(pool) -> list[int]:
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_signals_that_stop_a_run_disturb_no_answer(pool, number):
   """A service manager sends them to every process; only the trainer's are its own."""
-  ticket = pool.submit([('sleep 0.5', ''), ('sleep 0.5', ''), ('good', 'good')])
+  pending = pool.submit([('sleep 0.5', ''), ('sleep 0.5', ''), ('good', 'good')])
   before = _below(pool)
   for pid in before:
     os.kill(pid, number)
-  assert [j.outcome for j in ticket.result()] == [Outcome.WRONG] * 2 + [Outcome.CORRECT]
+  assert [j.outcome for j in pending.result()] == [Outcome.WRONG] * 2 + [Outcome.CORRECT]
   assert _below(pool) == before
 
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
 @pytest.mark.parametrize('which', [0, 1], ids=['supervisors', 'workers'])
 def test_an_answer_whose_process_is_killed_from_outside_is_judged_again(pool, which):
-  ticket = pool.submit([('sleep 0.7', 'x'), ('good', 'good')] * 3)
+  pending = pool.submit([('sleep 0.7', 'x'), ('good', 'good')] * 3)
   for _ in range(2):
     time.sleep(0.3)
     for pid in _below(pool)[which::2]:
       with contextlib.suppress(ProcessLookupError):  # a worker dies with its supervisor
         os.kill(pid, signal.SIGKILL)
-  assert [j.outcome for j in ticket.result()] == [Outcome.WRONG, Outcome.CORRECT] * 3
+  assert [j.outcome for j in pending.result()] == [Outcome.WRONG, Outcome.CORRECT] * 3
 
 
 def test_a_killed_answer_is_judged_a_bounded_number_of_times(pool, tmp_path):
@@ -168,13 +168,13 @@ def test_a_composite_runs_each_part_in_its_own_bounds():
 def test_closing_is_immediate_and_cancels():
   pool = Pool(MISBEHAVING, cfg.VerifierPool(num_workers=1, cpu_seconds=60, wall_seconds=60))
   pid = int(pool.submit([('pid', '')]).result()[0].score)
-  ticket = pool.submit([('sleep 1000', ''), ('good', 'good')])
+  pending = pool.submit([('sleep 1000', ''), ('good', 'good')])
   time.sleep(0.2)
   start = time.monotonic()
   pool.close()
   assert time.monotonic() - start < 5 and not _exists(pid)
   with pytest.raises(CancelledError):
-    ticket.result()
+    pending.result()
   with pytest.raises(RuntimeError, match='closed'):
     pool.submit([('good', 'good')])
   pool.close()
