@@ -37,7 +37,7 @@ RPT = ('cfg.Run.objective = @cfg.RPT()', 'cfg.RPT.rollouts = @cfg.Rollouts()',
        'cfg.RPT.algorithm = @cfg.Algorithm()', 'cfg.Rollouts.group_size = 16',
        'cfg.Rollouts.num_prompts = 32', 'cfg.RPT.difficulty = (0.5, 1.0, 1.5)',
        'cfg.Rollouts.prompt_len = 32', 'response_tokens = 1', 'cfg.RPT.scored_examples = 256',
-       'cfg.RPT.eval_positions = 512')
+       'cfg.RPT.eval_positions = 512', 'cfg.Train.batch_size = 32')
 
 
 def train(gin_file: str, workdir: Path, bindings: tuple[str, ...]) -> list[dict]:
