@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
@@ -49,9 +49,8 @@ VALID: dict[type, dict[str, Any]] = {
     cfg.AdamW: {'schedule': cfg.ConstantRate(1e-3)},
     cfg.NextToken: {},
     **{kind: {} for kind in (
-        cfg.GRPO, cfg.DrGRPO, cfg.RLOO, cfg.OPO, cfg.OPOLeaveOneOut, cfg.OPOBatch,
-        cfg.ReinforcePlusPlus, cfg.ReinforcePlusPlusBaseline, cfg.GAE, cfg.OptimalTokenBaseline,
-        cfg.PolicyGradient, cfg.PPOClip, cfg.DualClip, cfg.GSPO, cfg.CISPO, cfg.TokenMean,
+        *get_args(cfg.Advantage), cfg.PolicyGradient, cfg.PPOClip, cfg.DualClip, cfg.GSPO,
+        cfg.CISPO, cfg.TokenMean,
         cfg.SequenceMeanTokenSum, cfg.SequenceMeanTokenMean, cfg.NoCorrection, cfg.TokenTIS,
         cfg.SequenceTIS, cfg.Rejection, cfg.NoKL, cfg.NoShaping, cfg.ShortRL, cfg.Kimi,
         cfg.Algorithm, cfg.OnPolicy, cfg.OneStepOff, cfg.AllGroups, cfg.DynamicSampling,

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxrl_pt import config as cfg
 from jaxrl_pt.rl import advantages as adv
+from jaxrl_pt.rl import token_advantages as of_tokens
 
 ONES = jnp.ones((1, 4))
 
@@ -190,3 +192,25 @@ def test_invalid_rows_take_no_part():
   other = jnp.where(valid > 0, reward, 99.0)
   np.testing.assert_array_equal(adv.group_normalised(other, valid),
                                 adv.group_normalised(reward, valid))
+
+
+# --- By config type ---------------------------------------------------------------
+
+# The advantage of each config type, written out: of a response (f32[N, G]) or of its tokens. The
+# tests of the table (test_tables.py) go through it.
+PLAIN = {
+    cfg.GRPO(): lambda s: adv.group_normalised(s.reward, s.valid),
+    cfg.DrGRPO(): lambda s: adv.mean_centred(s.reward, s.valid),
+    cfg.RLOO(): lambda s: adv.leave_one_out(s.reward, s.valid),
+    cfg.OPO(): lambda s: adv.length_weighted(s.reward, s.lengths, s.valid),
+    cfg.OPOLeaveOneOut(): lambda s: adv.length_weighted_leave_one_out(
+        s.reward, s.lengths, s.valid),
+    cfg.OPOBatch(): lambda s: adv.length_weighted_batch(s.reward, s.lengths, s.valid),
+    cfg.ReinforcePlusPlus(0.9): lambda s: of_tokens.reinforce_plus_plus(
+        s.token_rewards, s.mask, 0.9),
+    cfg.ReinforcePlusPlusBaseline(): lambda s: of_tokens.reinforce_plus_plus_baseline(
+        s.reward, s.mask, s.valid),
+    cfg.GAE(0.9, 0.8): lambda s: of_tokens.whiten(of_tokens.generalised(
+        s.token_rewards, s.values, s.mask, 0.9, 0.8)[0], s.mask),
+    cfg.OptimalTokenBaseline(): lambda s: of_tokens.optimal_token_baseline(
+        s.token_rewards, s.logp, s.collision, s.mask)}

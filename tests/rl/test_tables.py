@@ -10,6 +10,7 @@ import pytest
 from jaxrl_pt import config as cfg
 from jaxrl_pt.rl import advantages, corrections, objectives, shaping, tables, token_advantages
 from jaxrl_pt.types import Verdict
+from tests.rl.test_advantages import PLAIN
 
 METHODS = Path(__file__).parents[2] / 'gin/method'
 KINDS = {'advantage': (cfg.Advantage, tables.ADVANTAGES),
@@ -77,26 +78,7 @@ def scored(seed: int) -> advantages.Scored:
       -np.abs(real(N, G, S)), np.square(real(N, G, S)), real(N, G, S))
 
 
-# The advantage of each config type, written out: of a response (f32[N, G]) or of its tokens.
-PLAIN = {
-    cfg.GRPO(): lambda s: advantages.group_normalised(s.reward, s.valid),
-    cfg.DrGRPO(): lambda s: advantages.mean_centred(s.reward, s.valid),
-    cfg.RLOO(): lambda s: advantages.leave_one_out(s.reward, s.valid),
-    cfg.OPO(): lambda s: advantages.length_weighted(s.reward, s.lengths, s.valid),
-    cfg.OPOLeaveOneOut(): lambda s: advantages.length_weighted_leave_one_out(
-        s.reward, s.lengths, s.valid),
-    cfg.OPOBatch(): lambda s: advantages.length_weighted_batch(s.reward, s.lengths, s.valid),
-    cfg.ReinforcePlusPlus(0.9): lambda s: token_advantages.reinforce_plus_plus(
-        s.token_rewards, s.mask, 0.9),
-    cfg.ReinforcePlusPlusBaseline(): lambda s: token_advantages.reinforce_plus_plus_baseline(
-        s.reward, s.mask, s.valid),
-    cfg.GAE(0.9, 0.8): lambda s: token_advantages.whiten(token_advantages.generalised(
-        s.token_rewards, s.values, s.mask, 0.9, 0.8)[0], s.mask),
-    cfg.OptimalTokenBaseline(): lambda s: token_advantages.optimal_token_baseline(
-        s.token_rewards, s.logp, s.collision, s.mask)}
-
-
-def test_every_advantage_is_written_out_here():
+def test_every_advantage_is_written_out():
   assert {type(config) for config in PLAIN} == set(tables.ADVANTAGES)
 
 
