@@ -7,8 +7,10 @@ call is the largest of issue cycles, MXU cycles and HBM cycles: a static predict
 
 from collections.abc import Iterator
 import functools
+import importlib
 import json
 from pathlib import Path
+import pkgutil
 import re
 import shutil
 import sys
@@ -18,9 +20,12 @@ from typing import Any
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.tpu import child, chips, schedule
 from jaxrl_pt.tpu.child import Row
+import pallas_kernels
 from pallas_kernels import tuning
 
-KERNELS = ('ternary_matmul', 'hadamard_quantize', 'sparse_decode', 'branch_decode')
+# Every folder of pallas_kernels is a kernel.
+KERNELS = tuple(module.name for module in pkgutil.iter_modules(pallas_kernels.__path__)
+                if module.ispkg)
 
 
 def arg_specs(kernel: str) -> Any:
@@ -29,20 +34,9 @@ def arg_specs(kernel: str) -> Any:
   Raises:
     UserError: no such kernel.
   """
-  match kernel:
-    case 'ternary_matmul':
-      from pallas_kernels.ternary_matmul import arg_specs as ternary_matmul
-      return ternary_matmul
-    case 'hadamard_quantize':
-      from pallas_kernels.hadamard_quantize import arg_specs as hadamard_quantize
-      return hadamard_quantize
-    case 'sparse_decode':
-      from pallas_kernels.sparse_decode import arg_specs as sparse_decode
-      return sparse_decode
-    case 'branch_decode':
-      from pallas_kernels.branch_decode import arg_specs as branch_decode
-      return branch_decode
-  raise UserError(f'There is no kernel {kernel!r}: there are {", ".join(KERNELS)}.')
+  if kernel not in KERNELS:
+    raise UserError(f'There is no kernel {kernel!r}: there are {", ".join(KERNELS)}.')
+  return importlib.import_module(f'pallas_kernels.{kernel}.arg_specs')
 
 
 # --- The parent -------------------------------------------------------------------
