@@ -360,9 +360,12 @@ def test_a_cap_of_one_lowers_and_a_stale_sampler_weighs():
 
 
 def with_forced_tokens(logp: float) -> RolloutBatch:
-  """Responses whose first token was put there, with what stands in the place of its logp."""
-  return dataclasses.replace(drawn(), sampled=drawn().sampled.at[..., 0].set(0),
-                             logp=drawn().logp.at[..., 0].set(logp))
+  """Responses of unequal lengths whose first token was put there, with what stands in the place
+  of its logp; that is all that one of each group has."""
+  in_response = drawn().in_response * (jnp.arange(S) < jnp.asarray([3, 2, 1, 3])[:, None])
+  sampled = in_response.at[..., 0].set(0)
+  return dataclasses.replace(drawn(), in_response=in_response, sampled=sampled,
+                             logp=(drawn().logp * sampled).at[..., 0].set(logp))
 
 
 def test_a_forced_token_is_of_the_response_and_not_learned_from():
@@ -370,12 +373,15 @@ def test_a_forced_token_is_of_the_response_and_not_learned_from():
   batch = judged()._replace(rollouts=with_forced_tokens(0.0))
   method = cfg.Algorithm(advantage=cfg.OPO(), aggregation=cfg.TokenMean())
   fixed = train_batch(method, batch)
-  mask = drawn().in_response.at[..., 0].set(0) * batch.verdict.valid[..., None]
+  in_response = batch.rollouts.in_response
+  mask = in_response.at[..., 0].set(0) * batch.verdict.valid[..., None]
   np.testing.assert_array_equal(fixed.loss_mask, mask)
-  lengths = np.asarray(drawn().in_response.sum(-1))
+  lengths = np.asarray(in_response.sum(-1))
   np.testing.assert_array_equal(batch.rollouts.lengths(), lengths)
   want = advantages.length_weighted(batch.verdict.reward, lengths, batch.verdict.valid)
   np.testing.assert_allclose(fixed.advantage, np.broadcast_to(want[..., None], mask.shape))
+  without = advantages.length_weighted(batch.verdict.reward, mask.sum(-1), batch.verdict.valid)
+  assert np.abs(want - without).max() > 0.01  # Its length is in OPO's baseline.
 
   def definition(params):
     scores = update.response_scores(MODEL, params, PROMPTS, drawn().tokens, cfg.Sampler())
