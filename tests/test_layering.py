@@ -2,6 +2,7 @@
 
 import ast
 from collections.abc import Iterator
+import importlib.util
 from pathlib import Path
 import sys
 
@@ -144,6 +145,21 @@ def test_only_open_asks_which_objective_a_run_has():
             for node in ast.walk(_tree(path))
             if isinstance(node, ast.Match) and ast.unparse(node.subject).endswith('objective')}
   assert askers == {'jaxrl_pt/jobs/open.py'}
+
+
+SCRIPTS = sorted([*(ROOT / 'experiments').rglob('*.py'), *(ROOT / 'tools').rglob('*.py')])
+
+
+@pytest.mark.parametrize('path', SCRIPTS, ids=_name)
+def test_what_a_script_imports_of_the_package_is_there(path):
+  """Scripts run seldom, and a name that moved would be missed when somebody needs it."""
+  for node in ast.walk(_tree(path)):
+    if isinstance(node, ast.ImportFrom) and node.module and (
+        node.module.split('.')[0] in ('jaxrl_pt', 'pallas_kernels')):
+      module = importlib.import_module(node.module)
+      for alias in node.names:
+        assert hasattr(module, alias.name) or importlib.util.find_spec(
+            f'{node.module}.{alias.name}'), f'{_name(path)}:{node.lineno}'
 
 
 def test_nothing_imports_main():

@@ -28,12 +28,12 @@ from jaxrl_pt import gin_bindings
 from jaxrl_pt.environments.next_token import continuation_len
 from jaxrl_pt.parallel import model as models
 from jaxrl_pt.parallel.mesh import make_mesh
-from jaxrl_pt.rollouts import programs
 from jaxrl_pt.token_bytes import token_table
-from jaxrl_pt.train import optim
+from jaxrl_pt.train import optim, programs
 from jaxrl_pt.train import state as states
 from jaxrl_pt.types import Prompts, Verdict
 from jaxrl_pt.verifiers import host, next_token, pool
+from jaxrl_pt.verifiers.base import DeviceVerifier
 
 RESULT = Path(__file__).parent / 'results' / 'fused.json'
 SHAPES = (32, 16, 1), (32, 16, 4), (16, 8, 4), (8, 4, 4)  # prompts, samples, tokens
@@ -75,7 +75,7 @@ def measure(num_prompts: int, group_size: int, num_tokens: int, rounds: int) -> 
   decode = lambda ids: b''.join(token_bytes[i] for i in ids).hex()
 
   verify = next_token.device_verifier(table)
-  one = programs.fused_step(run, mesh, method, optimizer, verify, 0)
+  one = programs.fused_step(run, mesh, method, optimizer, DeviceVerifier(verify), 0)
   sample = programs.sampler(run, mesh, method.rollouts, 0)
   learn = programs.learner_step(run, mesh, optimizer, method.rollouts, method.algorithm)
 
