@@ -11,12 +11,14 @@ from typing import Any
 
 from jaxrl_pt import config as cfg
 from jaxrl_pt.errors import UserError
+from jaxrl_pt.models import transformer
 
 Settings = dict[str, Any]
 
-# The matrices of a block.
-MATRICES = ('self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj', 'self_attn.o_proj',
-            'mlp.gate_proj', 'mlp.up_proj', 'mlp.down_proj')
+# A block's matrices have the same names in every model.
+_BLOCK = transformer.build(cfg.Model(num_layers=1, d_model=2, d_ff=2, num_heads=1, num_kv_heads=1,
+                                     head_dim=2, vocab_size=1)).specs['layers']
+_MATRICES = tuple(spec.hugging_face for spec in _BLOCK.values() if spec.role == 'projection')
 W1A8 = cfg.Quant('ternary', 'int8')
 _HEAD = 'lm_head'
 _CLASSES = {'llama': 'LlamaForCausalLM', 'bitnet': 'BitNetForCausalLM'}
@@ -174,7 +176,7 @@ def _check_skipped(skipped: Any, num_layers: Any, where: str) -> None:
     raise UserError(f'{where}: modules_to_not_convert is {skipped!r}, but it must be a list of '
                     'names of modules.')
   depth = min(num_layers, 9999) if isinstance(num_layers, int) else 0
-  names = [f'model.layers.{i}.{matrix}' for i in range(depth) for matrix in MATRICES]
+  names = [matrix.format(layer=i) for i in range(depth) for matrix in _MATRICES]
   for entry in skipped:
     module = next((name for name in names if entry in name), None)
     if module or not re.fullmatch(r'[\w.]+', entry):

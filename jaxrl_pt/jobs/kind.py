@@ -5,7 +5,8 @@ import contextlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jax.sharding import Mesh
+import jax
+from jax.sharding import Mesh, NamedSharding
 
 from jaxrl_pt import config as cfg
 from jaxrl_pt.run.job import Job
@@ -25,6 +26,11 @@ class Program(NamedTuple):
   args: tuple[Any, ...]
   share: float = 1.0
   beside: Any = ()
+
+
+def abstract(shape: tuple[int, ...], dtype: Any, sharding: NamedSharding) -> Any:
+  """An array that is not there, standing in a container where one will be."""
+  return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
 
 class Kind(NamedTuple):

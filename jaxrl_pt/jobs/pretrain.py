@@ -8,13 +8,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 import optax
 
 from jaxrl_pt import config as cfg
 from jaxrl_pt import metrics
 from jaxrl_pt.data import loader
-from jaxrl_pt.jobs.kind import Kind, Program
+from jaxrl_pt.jobs.kind import Kind, Program, abstract
 from jaxrl_pt.parallel import memory, rules
 from jaxrl_pt.parallel import model as models
 from jaxrl_pt.run import session as sessions
@@ -132,13 +132,9 @@ def _programs(run: cfg.Run, mesh: Mesh) -> list[Program]:
 def _abstract_batch(run: cfg.Run, mesh: Mesh) -> Batch:
   shardings: Any = rules.batch_sharding(mesh)
   rows, length = run.train.batch_size, run.data.seq_len
-
-  def array(shape: tuple[int, ...], dtype: Any, sharding: NamedSharding) -> Any:
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-
-  ints = array((rows, length), jnp.int32, shardings.tokens)
-  return Batch(ints, ints, ints, ints, array((rows, length), jnp.float32, shardings.weights),
-               array((rows,), jnp.int32, shardings.ids))
+  ints = abstract((rows, length), jnp.int32, shardings.tokens)
+  return Batch(ints, ints, ints, ints, abstract((rows, length), jnp.float32, shardings.weights),
+               abstract((rows,), jnp.int32, shardings.ids))
 
 
 def _keeps_nothing(run: cfg.Run, params: Any) -> Any:

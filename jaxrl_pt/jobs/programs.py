@@ -2,13 +2,12 @@
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 import optax
 
 from jaxrl_pt import config as cfg
-from jaxrl_pt.jobs.kind import Program
+from jaxrl_pt.jobs.kind import Program, abstract
 from jaxrl_pt.parallel import model as models
 from jaxrl_pt.parallel import rules
 from jaxrl_pt.rollouts.stages import is_fused, resamples
@@ -17,7 +16,6 @@ from jaxrl_pt.token_bytes import TokenBytes, token_table
 from jaxrl_pt.train import optim, programs
 from jaxrl_pt.train import state as states
 from jaxrl_pt.types import Array, Prompts, RolloutBatch, TrainState, Verdict
-from jaxrl_pt.verifiers.base import DeviceVerifier
 
 # Without a tokenizer at hand: bytes of the longest token, and the token that ends a text.
 _LONGEST_TOKEN = 16
@@ -40,8 +38,7 @@ def of_step(run: cfg.Run, mesh: Mesh, method: cfg.Reinforced, prompts: Prompts, 
   state = states.abstract_state(model, optimizer, mesh, new_method)
   found: list[Program] = []
   if is_fused(verifier, method.rollouts, mesh.size):
-    inside = verifier.verify if isinstance(verifier, DeviceVerifier) else verifier
-    step = programs.fused_step(run, mesh, method, optimizer, inside, STOP_ID)
+    step = programs.fused_step(run, mesh, method, optimizer, verifier, STOP_ID)
     found = [Program(f'{type(method).__name__} step: sampler, verifier and update', step,
                      (state, state.params, prompts))]
     if not resamples(method.rollouts, run.train.num_steps):
@@ -85,11 +82,6 @@ def _stages(run: cfg.Run, mesh: Mesh, method: cfg.Reinforced, prompts: Prompts,
 def longest_tokens(model: cfg.Model) -> TokenBytes:
   """A vocabulary of tokens as long as the longest of any tokenizer."""
   return token_table([bytes(_LONGEST_TOKEN)] * model.vocab_size, model.vocab_size)
-
-
-def abstract(shape: tuple[int, ...], dtype: Any, sharding: NamedSharding) -> Any:
-  """An array that is not there."""
-  return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
 
 def abstract_prompts(rollouts: cfg.Rollouts, mesh: Mesh, extras: dict[str, tuple[Any, ...]],

@@ -49,8 +49,7 @@ class Reinforcement:
   agrees_at_once = True
 
   def __init__(self, session: sessions.Session, method: cfg.Reinforced, start: Params,
-               environment: Environment, order: dict[str, int],
-               new_method: Callable[[Params], Any]) -> None:
+               environment: Environment, new_method: Callable[[Params], Any]) -> None:
     """Compiles nothing yet.
 
     Args:
@@ -58,7 +57,6 @@ class Reinforcement:
       method: its objective.
       start: parameters of the start policy, which is also the reference of the KL.
       environment: prompts, verifier and held-out measure.
-      order: settings that, with the prompts, decide which prompts a batch's number stands for.
       new_method: makes of the parameters what `TrainState.method` holds at first.
     """
     run = session.run
@@ -68,7 +66,11 @@ class Reinforcement:
     self._optimizer = optim.make_optimizer(run.optimizer, cfg.num_updates(run), model.specs)
     self._new_method = new_method
     self.abstract = states.abstract_state(model, self._optimizer, session.mesh, new_method)
-    self._start, self._digest, self._order = start, digest(start), order
+    self._start, self._digest = start, digest(start)
+    # Settings that, with the prompts, decide which prompts a batch's number stands for.
+    self._order = {
+        'Run.seed': run.seed, 'Rollouts.num_prompts': method.rollouts.num_prompts,
+        f'{type(method).__name__}.positions_per_document': method.positions_per_document}
     self.stages = Stages(session, environment, start, self._optimizer, method)
     self._batch = 0  # the number of the next one
     self._ahead: RolloutBatch | None = None  # its responses, if they are drawn already

@@ -43,11 +43,9 @@ def _open(run: cfg.Run, workdir: Path, resolved_text: str, allow: frozenset[str]
 def _reopen(session: sessions.Session, start: Params) -> Iterator[reinforce.Reinforcement]:
   """The job, the processes of its verifier running as long as the context lasts."""
   method = _method(session.run)
-  order = {'Run.seed': session.run.seed, 'Rollouts.num_prompts': method.rollouts.num_prompts}
   with problems.open_environment(session, method) as environment:
-    yield reinforce.Reinforcement(
-        session, method, start, environment, order,
-        lambda params: reinforce.new_method(session.run, params))
+    yield reinforce.Reinforcement(session, method, start, environment,
+                                  lambda params: reinforce.new_method(session.run, params))
 
 
 def _programs(run: cfg.Run, mesh: Mesh) -> list[Program]:

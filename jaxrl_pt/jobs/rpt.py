@@ -45,11 +45,9 @@ def _open(run: cfg.Run, workdir: Path, resolved_text: str, allow: frozenset[str]
 def _reopen(session: sessions.Session, start: Params) -> Iterator[reinforce.Reinforcement]:
   """The job, once the proxy has chosen positions."""
   method = _method(session.run)
-  order = {'Run.seed': session.run.seed, 'Rollouts.num_prompts': method.rollouts.num_prompts,
-           'RPT.positions_per_document': method.positions_per_document}
   environment = next_token.make_environment(session, method, session.model(session.run.model),
                                             start)
-  yield reinforce.Reinforcement(session, method, start, environment, order,
+  yield reinforce.Reinforcement(session, method, start, environment,
                                 lambda params: _new_method(session.run, params))
 
 

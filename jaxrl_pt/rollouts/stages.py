@@ -77,11 +77,10 @@ class Stages:
     self._sync_weights = programs.weight_sync(run, mesh)
     self._learn = programs.learner_step(run, mesh, optimizer, method.rollouts, method.algorithm)
     self._reference = programs.reference(run, mesh, method.rollouts)
-    verifier = environment.verifier
+    verifier: Any = environment.verifier
     self.fused = is_fused(verifier, method.rollouts, mesh.size)
     if self.fused:
-      inside: Any = verifier.verify if isinstance(verifier, DeviceVerifier) else verifier
-      self._fused_step = programs.fused_step(run, mesh, method, optimizer, inside, stop_id)
+      self._fused_step = programs.fused_step(run, mesh, method, optimizer, verifier, stop_id)
     self.seconds: dict[str, float] = {}
     self._parsed: float | None = None  # of the batch that the host judged last
     self._beginning = FirstBatches()

@@ -16,7 +16,8 @@ class Dispatched(NamedTuple):
   ids: of its examples on all hosts.
   num_tokens: that it works on, of all hosts.
   check: may stop the run for the step's metrics.
-  finish: times and speeds of its stages, which may wait for it; None where there are none.
+  finish: does what is left once the step is recorded as under way, which may wait for it (keeping
+    its rollouts, measuring its stages), and gives times and speeds; None where nothing is left.
   """
 
   state: TrainState

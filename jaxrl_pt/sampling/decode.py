@@ -84,7 +84,7 @@ def generate(model: Model, params: Params, prompts: Prompts, key: Array, *, samp
       equal numbers draw equal responses.
 
   Returns:
-    RolloutBatch; beyond a response's end tokens are `stop_id`, mask and logp 0.
+    RolloutBatch; beyond a response's end tokens are `stop_id`, its masks and logp 0.
   """
   num_prompts, num_docs = prompts.lengths.shape[0], prompts.tokens.shape[0]
   lengths_DP = prompts.lengths.reshape(num_docs, -1)

@@ -14,15 +14,16 @@ from jaxrl_pt.sampling import weight_sync as syncing
 from jaxrl_pt.sampling.rollouts import make_sampler
 from jaxrl_pt.train import fused, update
 from jaxrl_pt.types import Params
-from jaxrl_pt.verifiers.base import Verify
+from jaxrl_pt.verifiers.base import DeviceVerifier
 
 
 def fused_step(run: cfg.Run, mesh: Mesh, method: cfg.Reinforced,
-               optimizer: optax.GradientTransformation, verifier: Verify | fused.PolicyVerifier,
-               stop_id: int) -> Any:
+               optimizer: optax.GradientTransformation,
+               verifier: DeviceVerifier | fused.PolicyVerifier, stop_id: int) -> Any:
   """The jitted step(state, reference policy, prompts): sampler, verifier and update in one."""
   model = models.build(run.model, run.compute, mesh)
-  return jax.jit(fused.make_fused_step(model, optimizer, run, method, verifier, stop_id,
+  inside = verifier.verify if isinstance(verifier, DeviceVerifier) else verifier
+  return jax.jit(fused.make_fused_step(model, optimizer, run, method, inside, stop_id,
                                        by_token=method.rollouts.is_gated), donate_argnums=0)
 
 
