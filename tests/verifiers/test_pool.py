@@ -208,7 +208,7 @@ def test_settings_travel_whole(settings):
 def _exists(pid: int) -> bool:
   try:
     state = Path(f'/proc/{pid}/stat').read_text(encoding='utf-8').rsplit(')', 1)[1].split()[0]
-  except FileNotFoundError:
+  except (FileNotFoundError, ProcessLookupError):  # before it was opened, or before it was read
     return False
   return state != 'Z'
 
