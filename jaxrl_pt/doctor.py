@@ -221,7 +221,7 @@ def _check_cache(trained: _Trained) -> tuple[bool, str]:
   batch, params = _batch(num_rows=2, length=16), trained.state.params
 
   @jax.jit
-  def gap(params: Params, batch: Batch) -> Array:
+  def mismatch(params: Params, batch: Batch) -> Array:
     whole = model.apply(params, batch.tokens, batch.positions, batch.segments)
     tokens, positions = batch.tokens, batch.positions
     prefill, cache = model.extend(params, tokens[:, :12], positions[:, :12],
@@ -230,7 +230,7 @@ def _check_cache(trained: _Trained) -> tuple[bool, str]:
     return jnp.abs(jnp.concatenate([prefill, decode], 1) - whole).max()
 
   with jax.default_matmul_precision('highest'):
-    value = float(gap(params, batch))
+    value = float(mismatch(params, batch))
   return value < 1e-3, f'decoding differs from the whole forward by at most {value:.1e}'
 
 

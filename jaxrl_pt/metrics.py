@@ -221,7 +221,7 @@ _SHOWN = (
     ('loss', 'loss {:.4f}'),
     ('reward', 'reward {:.3f}'),
     ('accuracy', 'accuracy {:.3f}'),
-    ('gap', 'gap {:.4f}'),
+    ('mismatch', 'mismatch {:.4f}'),
     ('staleness', 'staleness {:.4f}'),
     ('kl', 'KL {:.4f}'),
     ('validation/loss', 'validation {:.4f}'),

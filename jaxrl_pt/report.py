@@ -63,7 +63,7 @@ _PLOTS = (
     _Plot('accuracy', 'Accuracy', 'correct predictions',
           {'accuracy': 'training', 'validation/accuracy': 'validation'}, 'percent'),
     _Plot('entropy', 'Entropy of the policy', 'nats per token', {'entropy': 'training'}),
-    _Plot('gap', 'Trainer–sampler gap', 'mean exp |Δ log p|', {'gap': 'training'}),
+    _Plot('mismatch', 'Sampler–trainer mismatch', 'mean exp |Δ log p|', {'mismatch': 'training'}),
     _Plot('kl', 'Distance to the reference policy', 'KL, nats per token', {'kl': 'training'}),
     _Plot('response_length', 'Length of responses', 'tokens',
           {'response_length': 'training', 'validation/response_length': 'validation'}),
@@ -236,7 +236,7 @@ _SUMMARY = (
     ('validation/accuracy', 'validation next-token accuracy', '{:.2%}'),
     ('reward', 'reward', '{:.4f}'),
     ('entropy', 'entropy, nats per token', '{:.4f}'),
-    ('gap', 'trainer–sampler gap', '{:.5f}'),
+    ('mismatch', 'sampler–trainer mismatch', '{:.5f}'),
 )
 
 

@@ -38,7 +38,7 @@ class Prompts:
 
   `extras` holds by name what one environment alone needs, each array with a row for every prompt:
   RPT has 'continuation' (i32[N, W] the true next tokens), 'continuation_lengths' (i32[N]) and
-  'entropy' (f32[N] of the proxy at the predicted position, nats); problems that are judged on the
+  'entropy' (f32[N] of the proxy at the predicted position, nats); problems that are verified on the
   device have 'answer' (i32[N, W] bytes) and 'answer_lengths' (i32[N]).
   """
 
@@ -85,7 +85,7 @@ class RolloutBatch:
 
 @struct.dataclass
 class Verdict:
-  """One verifier's judgement. `valid` 0 masks the row (timeout, crash)."""
+  """One verifier's verdict. `valid` 0 masks the row (timeout, crash)."""
 
   reward: Array  # f32[N, G]
   valid: Array  # f32[N, G]

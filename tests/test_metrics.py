@@ -269,7 +269,7 @@ def test_host_values_keep_nan():
 
 # --- Console --------------------------------------------------------------------------------
 
-ROW = {'step': 12, 'loss': 3.21412, 'gap': 1.0002, 'grad_norm': 9.0, 'time/goodput': 0.981,
+ROW = {'step': 12, 'loss': 3.21412, 'mismatch': 1.0002, 'grad_norm': 9.0, 'time/goodput': 0.981,
        'time/tokens_per_second': 9120.4}
 
 
@@ -278,7 +278,7 @@ def test_one_plain_line_a_step(tmp_path, capsys):
   assert capsys.readouterr().out.splitlines() == [
       'step  1/10  loss 1.0000', 'step  2/10  loss 0.5000', 'step  3/10  loss 0.3333']
   assert metrics.describe(ROW, 600) == (
-      'step  12/600  loss 3.2141  gap 1.0002  9,120 tokens/s  goodput 98%')
+      'step  12/600  loss 3.2141  mismatch 1.0002  9,120 tokens/s  goodput 98%')
   write(tmp_path, 4, 10, log_every=4)
   assert [line[:10] for line in capsys.readouterr().out.splitlines()] == [
       'step  4/10', 'step  8/10', 'step 10/10']

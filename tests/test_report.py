@@ -21,7 +21,7 @@ def make_run(workdir: Path, steps: int, rl: bool = False) -> None:
     for step in range(1, steps + 1):
       values = {'loss': 3 + 4 / step, 'learning_rate': 1e-3, 'grad_norm': 1.0}
       if rl:
-        values |= {'reward': step / steps, 'gap': 1.0001, 'entropy': 2.0}
+        values |= {'reward': step / steps, 'mismatch': 1.0001, 'entropy': 2.0}
       if step % 5 == 0:
         values |= {'validation/loss': 3.1 + 4 / step, 'validation/bits_per_byte': 1 + 1 / step}
       if step == 3:

@@ -1,4 +1,4 @@
-"""How the maths verifier judges real answers: `python tools/measure_answers.py DATA`.
+"""How the maths verifier verifies real answers: `python tools/measure_answers.py DATA`.
 
 DATA holds math-gsm8k, math-svamp and math-olymmath. Every response is built from data alone:
 
@@ -13,7 +13,7 @@ from pathlib import Path
 import sys
 
 from jaxrl_pt.verifiers import math
-from jaxrl_pt.verifiers.judgement import Outcome
+from jaxrl_pt.verifiers.response_verdict import Outcome
 
 _SOLUTIONS = ('6b_finetuning', '6b_verification', '175b_finetuning', '175b_verification')
 _RIGHT = ('{}', '**{}**', '${}$', '{}.', '{},', 'x = {}', '= {}', '{} dollars')
@@ -22,21 +22,21 @@ _WRONG = ('{}1', '-1 + {}', '{} 5', '5 {}', 'not {}', r'\neq {}', '{} or 5', '3.
 
 
 def _labels(folder: Path) -> str:
-  judge = math.verifier('last_number', True)
+  verify = math.verifier('last_number', True)
   agree = total = 0
   with gzip.open(folder / 'example_model_solutions.jsonl.gz', 'rt', encoding='utf-8') as rows:
     for row in map(json.loads, rows):
       reference = row['ground_truth'].rpartition('A:')[2]
       for model in _SOLUTIONS:
-        outcome = judge(row[model]['solution'], reference).outcome
+        outcome = verify(row[model]['solution'], reference).outcome
         agree += (outcome is Outcome.CORRECT) == row[model]['is_correct']
         total += 1
   return f'labels agreed with: {agree} of {total}'
 
 
 def _paid(answers: list[str], forms: tuple[str, ...]) -> str:
-  judge = math.verifier('boxed', True)
-  paid = sum(judge(r'so \boxed{' + form.format(answer) + '}', answer).outcome is Outcome.CORRECT
+  verify = math.verifier('boxed', True)
+  paid = sum(verify(r'so \boxed{' + form.format(answer) + '}', answer).outcome is Outcome.CORRECT
              for answer in answers for form in forms)
   return f'{paid} of {len(answers) * len(forms)} paid'
 

@@ -94,7 +94,7 @@ _LEARNER = [
          ('value_head_trains_the_trunk', '_values(head, jax.lax.stop_gradient(hidden))',
           '_values(head, hidden)')),
     *_of('jaxrl_pt/train/update.py', _COEFFICIENTS,
-         ('unjudged_rows_train', 'mask = drawn.sampled * verdict.valid[..., None]',
+         ('unverified_rows_train', 'mask = drawn.sampled * verdict.valid[..., None]',
           'mask = drawn.sampled')),
     *_of('jaxrl_pt/train/update.py',
          f'{_LEARNER_TESTS}::test_a_forced_token_is_of_the_response_and_not_learned_from',
@@ -281,7 +281,7 @@ _VERIFIERS = [
     *_of('jaxrl_pt/verifiers/build.py', 'tests/verifiers/test_pool.py',
          ('composite_without_weights', "': weight * value", "': value")),
     *_of('jaxrl_pt/verifiers/base.py', 'tests/verifiers/test_pool.py',
-         ('unjudged_counts', 'j.outcome not in ', 'True or j.outcome not in ')),
+         ('unverified_counts', 'j.outcome not in ', 'True or j.outcome not in ')),
 ]
 
 _KERNELS = _of(

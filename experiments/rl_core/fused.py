@@ -5,7 +5,7 @@
 The shapes are those of gin/run/rpt_tiny.gin (32 prompts × 16 samples of one token), the same with
 predictions of four tokens, and a quarter and a sixteenth of that batch; the weights are new, since
 a step costs the same.
-The host's path draws, fetches the tokens, judges their bytes with the definition of the reward
+The host's path draws, fetches the tokens, verifies their bytes with the definition of the reward
 and learns: once with the verifier pool, once by a plain Python loop, which has no protection from
 a verifier that hangs. Of the one program there is also the form in which sampler and learner each
 compute the prompts. Rounds alternate, and every round checks that the rewards are equal.
@@ -95,11 +95,11 @@ def measure(num_prompts: int, group_size: int, num_tokens: int, rounds: int) -> 
                                                       truths, strict=True)], np.float32)
     return Verdict(reward, np.ones_like(reward), reward)
 
-  def on_host(judge):
+  def on_host(verify):
     def step(state):
       rollouts = sample(state.params, prompts, state.step, state.step)
       fetched = jax.tree.map(np.asarray, rollouts)
-      verdict = jax.tree.map(jnp.asarray, judge(fetched))
+      verdict = jax.tree.map(jnp.asarray, verify(fetched))
       state, _ = learn(state, prompts, rollouts, verdict, jnp.zeros_like(rollouts.logp))
       return state, verdict
     return step
@@ -111,7 +111,7 @@ def measure(num_prompts: int, group_size: int, num_tokens: int, rounds: int) -> 
   ways = {'one program': fused,
           'one program, prompts computed twice': lambda state: each_computes(state, prompts),
           'host, pool': on_host(by_pool), 'host, plain loop': on_host(by_loop)}
-  settings = cfg.PythonVerifier('experiments.rl_core.prefix:judge')
+  settings = cfg.PythonVerifier('experiments.rl_core.prefix:verify')
   with pool.Pool(settings, cfg.VerifierPool()) as verifiers:
     seconds = {name: [] for name in ways}
     for i in range(rounds + 2):

@@ -2,11 +2,11 @@
 
 import json
 
-from jaxrl_pt.verifiers.judgement import Judgement, Outcome, answer
 from jaxrl_pt.verifiers.next_token import prefix_match
+from jaxrl_pt.verifiers.response_verdict import Outcome, ResponseVerdict, answer
 
 
-def judge(response: str, reference: str) -> Judgement:
+def verify(response: str, reference: str) -> ResponseVerdict:
   """1 if the predicted bytes begin the true ones and end where one of their tokens ends."""
   truth = [bytes.fromhex(token) for token in json.loads(reference)]
   right = prefix_match(bytes.fromhex(response), truth) == 1

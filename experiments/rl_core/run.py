@@ -3,7 +3,7 @@
     python experiments/rl_core/run.py [--only PART] [--steps 120] [--workdir runs/rl_core]
 
 seeds: OPO on sums. gym: OPO on reasoning-gym's chain_sum. low_bit: the same OPO and RPT runs in
-float32, W1.58A8 and W1.58A4. gaps: every gin/run/*_tiny.gin for ten steps, and its largest
+float32, W1.58A8 and W1.58A4. mismatch: every gin/run/*_tiny.gin for ten steps, and its largest
 distance between trainer and sampler.
 
 Every run is a `jaxrl-pt train` of a shipped gin file in a process of its own. Finished runs are
@@ -84,17 +84,17 @@ def gym(root: Path, seed: int, steps: int) -> list[dict]:
       f'cfg.Train.num_steps = {steps}', f'cfg.Train.eval_every = {steps}'))
 
 
-def gap(root: Path, gin_file: Path) -> dict[str, float]:
-  """The largest gap in ten steps of a shipped run, from the policy that it names."""
+def mismatch(root: Path, gin_file: Path) -> dict[str, float]:
+  """The largest mismatch in ten steps of a shipped run, from the policy that it names."""
   run, _ = gin_bindings.load([str(gin_file)], [])
   start = Path(run.objective.start_from).name  # runs/NAME is what gin/run/NAME.gin leaves
   train(f'gin/run/{start}.gin', root / start, ())
   objective = type(run.objective).__name__
-  rows = train(str(gin_file), root / f'gap-{gin_file.stem}', (
+  rows = train(str(gin_file), root / f'mismatch-{gin_file.stem}', (
       f'cfg.{objective}.start_from = {str(root / start)!r}', 'cfg.Train.num_steps = 10',
       'cfg.Train.log_every = 1', 'cfg.Train.eval_every = 10'))
   worst = lambda key: max((row[key] for row in rows if key in row), default=None)
-  return {'gap': worst('gap'), 'staleness': worst('staleness')}
+  return {'mismatch': worst('mismatch'), 'staleness': worst('staleness')}
 
 
 def check_apart(start_file: str, gin_file: str, bindings: tuple[str, ...] = ()) -> None:
@@ -125,7 +125,7 @@ def curve(rows: list[dict], key: str, window: int = 10) -> np.ndarray:
 
 
 def summary(rows: list[dict]) -> dict[str, float]:
-  """First and last ten steps, the gap's worst step, seconds of all steps."""
+  """First and last ten steps, the mismatch's worst step, seconds of all steps."""
   trained = [row for row in rows if row['step'] > 0]
   reward = [row['reward'] for row in trained]
   kl = [row['kl'] for row in trained if 'kl' in row]
@@ -133,7 +133,7 @@ def summary(rows: list[dict]) -> dict[str, float]:
               for row in rows for key in row if key.startswith('validation/')}
   return {'reward_first_10': float(np.mean(reward[:10])),
           'reward_last_10': float(np.mean(reward[-10:])),
-          'largest_gap': max(row['gap'] for row in trained),
+          'largest_mismatch': max(row['mismatch'] for row in trained),
           'kl_last': kl[-1] if kl else float('nan'), 'entropy_last': trained[-1]['entropy'],
           'seconds': sum(row['time/seconds'] for row in trained),
           **{f'{name}_before': values[0] for name, values in held_out.items()},
@@ -170,7 +170,7 @@ def three_seeds(results: Path, name: str, title: str, runs: dict[int, list[dict]
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('--only', choices=('seeds', 'gym', 'low_bit', 'gaps'))
+  parser.add_argument('--only', choices=('seeds', 'gym', 'low_bit', 'mismatch'))
   parser.add_argument('--steps', type=int, default=120)
   parser.add_argument('--workdir', type=Path, default=Path('runs/rl_core'))
   args = parser.parse_args()
@@ -199,11 +199,11 @@ def main() -> None:
            {name: [curve(r, 'reward') for r in runs] for name, runs in runs_of.items()},
            f'{method.upper()} in three precisions, three seeds')
     (results / 'low_bit.json').write_text(json.dumps(found, indent=1) + '\n')
-  if args.only in (None, 'gaps'):
+  if args.only in (None, 'mismatch'):
     files = sorted(Path('gin/run').glob('*_tiny.gin'))
-    found = {path.stem: gap(args.workdir, path) for path in files
+    found = {path.stem: mismatch(args.workdir, path) for path in files
              if not path.stem.startswith(('pretrain', 'warmstart'))}
-    (results / 'gaps.json').write_text(json.dumps(found, indent=1) + '\n')
+    (results / 'mismatch.json').write_text(json.dumps(found, indent=1) + '\n')
     print(json.dumps(found, indent=1))
 
 

@@ -41,7 +41,7 @@ HELD_OUT = ('One sunny day', 'Tim had a', 'Mia saw a', 'A small boy')
 PARTS = ('word', 'length', 'no_repetition')
 
 
-def judge(text: str) -> tuple[float, float, float]:
+def verify(text: str) -> tuple[float, float, float]:
   """The reward's parts, 0 or 1 each; any text has an answer."""
   words = re.findall(r"[a-z']+", text.lower())
   triples = list(zip(words, words[1:], words[2:], strict=False))
@@ -97,7 +97,7 @@ def train(data: Path, seed: int, num_steps: int) -> dict[str, Any]:
   def examine(params: Any) -> dict[str, Any]:
     drawn = sample(params, held_out, far, jnp.int32(0))
     written = texts(tokenizer, drawn)
-    parts = np.array([[judge(f'{HELD_OUT[n % 4]}{t}') for t in group]
+    parts = np.array([[verify(f'{HELD_OUT[n % 4]}{t}') for t in group]
                       for n, group in enumerate(written)])
     logp = compare(start, held_out, drawn)
     mask = np.asarray(drawn.sampled)
@@ -112,7 +112,7 @@ def train(data: Path, seed: int, num_steps: int) -> dict[str, Any]:
     prompts = prompts_of(tokenizer, [STARTS[i] for i in chosen],
                          [step * PROMPTS + i for i in range(PROMPTS)])
     drawn = sample(now.params, prompts, jnp.int32(step), jnp.int32(step))
-    parts = np.array([[judge(STARTS[i] + t) for t in group]
+    parts = np.array([[verify(STARTS[i] + t) for t in group]
                       for i, group in zip(chosen, texts(tokenizer, drawn), strict=True)])
     reward = jnp.asarray(parts.mean(-1), jnp.float32)
     verdict = Verdict(reward, jnp.ones_like(reward), (reward == 1).astype(jnp.float32), {})
@@ -123,7 +123,8 @@ def train(data: Path, seed: int, num_steps: int) -> dict[str, Any]:
     rows.append({'reward': float(reward.mean()),
                  **{name: float(parts[..., i].mean()) for i, name in enumerate(PARTS)},
                  'kl': float(((np.exp(u) - u - 1) * mask).sum() / mask.sum()),
-                 'entropy': float(values['entropy'].mean()), 'gap': float(values['gap'].mean())})
+                 'entropy': float(values['entropy'].mean()),
+                 'mismatch': float(values['mismatch'].mean())})
     if (step + 1) % 10 == 0:
       print(f'seed {seed} step {step + 1}: ' + '  '.join(
           f'{k} {np.mean([r[k] for r in rows[-10:]]):.3f}' for k in rows[0]), flush=True)

@@ -181,7 +181,7 @@ def reinforce(setting: Setting, params: Params, take: Callable[[int], Prompts],
     state, metrics, _, verdict = train_step(state, {}, take(i))
     reward = np.asarray(verdict.reward)
     rows.append({**{k: float(metrics[k].mean()) for k in (
-        'reward', 'response_length', 'zero_advantage_groups', 'entropy', 'gap')},
+        'reward', 'response_length', 'zero_advantage_groups', 'entropy', 'mismatch')},
         'advantage_variance': float(reward.var(-1, ddof=1).mean()),
         'all_wrong': float((np.asarray(verdict.correct).sum(-1) == 0).mean())})
     if i + 1 in marked:
@@ -198,18 +198,18 @@ def reasoning_prompts(setting: Setting, contexts: Prompts) -> Prompts:
 
 
 @functools.cache
-def _judge(setting: Setting, temperature: float, num_samples: int, reasoning: bool) -> Callable:
+def _verify(setting: Setting, temperature: float, num_samples: int, reasoning: bool) -> Callable:
   marker = setting.answer if reasoning else verifier.NO_MARKER
   verify = verifier.device_verifier(setting.table, marker=marker)
 
-  def judge(params: Params, prompts: Prompts) -> tuple[Verdict, RolloutBatch]:
+  def draw_and_verify(params: Params, prompts: Prompts) -> tuple[Verdict, RolloutBatch]:
     drawn = decode.generate(
         setting.model, params, prompts, jax.random.key(11),
         sampler=cfg.Sampler(temperature=temperature), num_samples=num_samples,
         num_tokens=setting.response if reasoning else 1, stop_id=setting.end)
     return verify(prompts, drawn), drawn
 
-  return jax.jit(judge)
+  return jax.jit(draw_and_verify)
 
 
 def correct(setting: Setting, params: Params, contexts: Prompts, *, reasoning: bool,
@@ -219,8 +219,8 @@ def correct(setting: Setting, params: Params, contexts: Prompts, *, reasoning: b
   With `reasoning`, think, answer, predict; else the next token itself.
   """
   prompts = reasoning_prompts(setting, contexts) if reasoning else contexts
-  judge = _judge(setting, temperature, num_samples, reasoning)
-  return np.asarray(judge(params, prompts)[0].correct).mean(-1)
+  verify = _verify(setting, temperature, num_samples, reasoning)
+  return np.asarray(verify(params, prompts)[0].correct).mean(-1)
 
 
 @functools.cache

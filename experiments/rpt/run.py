@@ -102,7 +102,7 @@ def summarise_synthetic(seeds: list[dict]) -> dict[str, Any]:
                            'difference': interval(filtered - all_positions)}
   return {'accuracy': table, 'lift': lift, 'informative_groups': informative,
           'filter_keeps': interval([s['filter_keeps'] for s in seeds]),
-          'largest_gap': max(r['gap'] for s in seeds for rows in s['rows'].values()
+          'largest_mismatch': max(r['mismatch'] for s in seeds for rows in s['rows'].values()
                              for r in rows),
           'rlp': summarise_rlp(seeds), 'scaling': scaling(seeds)}
 

@@ -159,7 +159,7 @@ def make_step(model, arm, num_prompts, num_steps, learning_rate):
     too_few = (written == STEP).sum(-1) < needed
     return state, reference, {
         'accuracy': correct.mean(), 'length': lengths.mean(), 'open': is_open,
-        'too_few': too_few.mean(), 'gap': metrics['gap'].mean(),
+        'too_few': too_few.mean(), 'mismatch': metrics['mismatch'].mean(),
         'entropy': metrics['entropy'].mean()}
 
   start_state = lambda params: TrainState(
@@ -241,7 +241,7 @@ def summarise(runs, evals, num_steps):
         'hardest_accuracy': interval(evals[arm]['accuracy/4']),
         'hardest_too_few_steps': interval(evals[arm]['too_few/4']),
         'gate_open': interval(m['open'].mean(0)),
-        'gap_max': round(float(m['gap'].max()), 5)}
+        'mismatch_max': round(float(m['mismatch'].max()), 5)}
   return table
 
 

@@ -1,4 +1,4 @@
-"""What reinforcement learning makes of judged responses: advantage, surrogate, and the rest."""
+"""What reinforcement learning makes of verified responses: advantage, surrogate, and the rest."""
 
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, get_args

@@ -5,7 +5,7 @@ from typing import get_args
 
 from jaxrl_pt.config import checks
 
-# Prompts with a reference answer, for a verifier to judge. Generated ones are a function of
+# Prompts with a reference answer, for a verifier to verify. Generated ones are a function of
 # (seed, index) alone, and all of them are held in memory.
 MOST_PROBLEMS = 10_000_000
 

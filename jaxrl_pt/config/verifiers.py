@@ -1,4 +1,4 @@
-"""Who judges responses."""
+"""Who verifies responses."""
 
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -104,7 +104,7 @@ class LengthVerifier:
 
 @dataclass(frozen=True)
 class PythonVerifier:
-  """A function of your own, (response, reference) → verifiers.judgement.Judgement.
+  """A function of your own, (response, reference) → verifiers.response_verdict.ResponseVerdict.
 
   target: 'module:function', importable where the run starts; parts: names of its parts.
   min_score, max_score: the range that each part lies in; what lies outside is a crash.
@@ -153,7 +153,7 @@ Verifier = AnswerMatch | HostVerifier
 
 @dataclass(frozen=True)
 class VerifierPool:
-  """Child processes that judge text, and what one response may cost before they are killed.
+  """Child processes that verify text, and what one response may cost before they are killed.
 
   cpu_seconds does not depend on how busy the machine is; wall_seconds also ends one that waits.
   """

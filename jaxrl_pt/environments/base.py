@@ -14,7 +14,7 @@ from jaxrl_pt.verifiers.base import PendingVerdict, Verifier
 
 @dataclass(frozen=True)
 class Environment:
-  """Prompts, who judges the responses, and how the policy is measured.
+  """Prompts, who verifies the responses, and how the policy is measured.
 
   take: (prompts as numpy, references) of batch b = 0, 1, …; a function of b alone.
   verifier: of the responses.
@@ -32,12 +32,12 @@ def settled(pending: PendingVerdict) -> Verdict:
   """Waits for the verdict that all hosts share; numpy.
 
   Raises:
-    UserError: nothing was judged, so there is nothing to learn from.
+    UserError: nothing was verified, so there is nothing to learn from.
   """
   # What timed out on one host may not have on another.
   verdict = jax.tree.map(np.asarray, agreed(pending.result()))
   if not verdict.valid.any():
-    raise UserError(f'The verifier judged none of {verdict.valid.size} responses: '
+    raise UserError(f'The verifier gave no verdict on any of {verdict.valid.size} responses: '
                     f'{pending.last_words()}. This step is not learned from: mend the verifier or '
                     'its limits (VerifierPool), then run the same command to go on from the last '
                     'checkpoint.')

@@ -57,14 +57,14 @@ def make_environment(session: sessions.Session, method: cfg.RPT, model: Model, s
   template = prompt_template(method.prediction, tokenizer)
   table = _table(session, template)
   take = _taker(session, method, positions, template)
-  judge: DeviceVerifier | PolicyVerifier
+  of_responses: DeviceVerifier | PolicyVerifier
   if isinstance(method.reward, cfg.InformationGain):
     markers = Markers(template.num_after, template.marker)
-    judge = policy_verifier(markers, method.reward.decay)
+    of_responses = policy_verifier(markers, method.reward.decay)
   else:
-    judge = DeviceVerifier(verifier.device_verifier(table, method.reward, template.marker))
+    of_responses = DeviceVerifier(verifier.device_verifier(table, method.reward, template.marker))
   return Environment(
-      take, judge,
+      take, of_responses,
       _make_scorer(session, method, model, table, tokenizer.eos_id, template, held_out),
       _digest(positions))
 

@@ -1,4 +1,4 @@
-"""Problems with verifiable answers: judged on the device by tokens, on the host by text."""
+"""Problems with verifiable answers: verified on the device by tokens, on the host by text."""
 
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
@@ -30,7 +30,7 @@ def open_environment(session: sessions.Session, method: cfg.RL) -> Iterator[Envi
 
   Raises:
     UserError: unreadable problems, prompts too long, a verifier whose extra is missing or that
-      does not judge these problems.
+      does not verify these problems.
   """
   tokenizer, rollouts = session.data.tokenizer, method.rollouts
   training, held_out = problems.load(method.problems)

@@ -37,8 +37,9 @@ class Markers:
   answer: int
 
 
-def judge(model: Model, params: Params, average: Params, prompts: Prompts, thoughts: RolloutBatch,
-          markers: Markers, prefilled: decode.Prefilled | None = None) -> Verdict:
+def thought_verdict(model: Model, params: Params, average: Params, prompts: Prompts,
+                    thoughts: RolloutBatch, markers: Markers,
+                    prefilled: decode.Prefilled | None = None) -> Verdict:
   """The information gain of each thought as its reward, nats; correct where it is above 0.
 
   Args:
@@ -70,7 +71,7 @@ def logp_after_thought(model: Model, params: Params, prompts: Prompts, thoughts:
   """f32[N, G]: log p_θ of the true token after the thought and exactly one answer marker.
 
   Its exponential is the chance of a right prediction where a thought that did not end in time
-  is ended for the policy. Arguments as in `judge`.
+  is ended for the policy. Arguments as in `thought_verdict`.
   """
   place = jnp.arange(thoughts.tokens.shape[-1])
   ended = ((thoughts.tokens == answer) & (thoughts.in_response > 0)).any(-1)
@@ -94,7 +95,8 @@ def policy_verifier(markers: Markers, decay: float) -> PolicyVerifier:
   """
   def verify(model: Model, state: TrainState, prefilled: decode.Prefilled | None,
              prompts: Prompts, thoughts: RolloutBatch) -> Verdict:
-    return judge(model, state.params, state.method.average, prompts, thoughts, markers, prefilled)
+    return thought_verdict(model, state.params, state.method.average, prompts, thoughts, markers,
+                           prefilled)
 
   def after(state: TrainState, new: TrainState) -> TrainState:
     average = rlp.average(state.method.average, new.params, decay)

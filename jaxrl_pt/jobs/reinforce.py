@@ -150,9 +150,9 @@ class Reinforcement:
       self._batch += 1
       return stages.step(state, batch, measure)
     if again:
-      judged, taken = stages.collect(state.params, batch, step)
+      verified, taken = stages.collect(state.params, batch, step)
       self._batch += taken
-      state, done = stages.learn(state, *judged, measure)
+      state, done = stages.learn(state, *verified, measure)
       return state, done._replace(metrics={**done.metrics, 'rounds': Weighted.single(taken)})
 
     prompts, references = stages.take(batch)

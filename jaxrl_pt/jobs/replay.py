@@ -66,7 +66,7 @@ def learner(workdir: Path, step: int | None = None) -> list[dict[str, float]]:
 
 
 def sampler(workdir: Path, step: int | None = None) -> dict[str, Any]:
-  """Draws and judges the batch after a checkpoint.
+  """Draws and verifies the batch after a checkpoint.
 
   Returns:
     The groups as text, the mean reward, and (where the run has kept that step's rollouts)
@@ -96,7 +96,7 @@ def sampler(workdir: Path, step: int | None = None) -> dict[str, Any]:
 def text(found: list[dict[str, float]] | dict[str, Any]) -> str:
   """What either half found, to be read by people."""
   if isinstance(found, list):
-    names = ('loss', 'recorded_loss', 'reward', 'grad_norm', 'gap', 'clip_fraction')
+    names = ('loss', 'recorded_loss', 'reward', 'grad_norm', 'mismatch', 'clip_fraction')
     return '\n'.join(f'step {row["step"]:g}  ' + '  '.join(
         f'{name} {row[name]:.6g}' for name in names if name in row) for row in found)
   lines = [f'{group["prompt"]!r} → {response["text"]!r}  reward {response["reward"]:g}'

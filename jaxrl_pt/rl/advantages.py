@@ -1,7 +1,7 @@
 """Advantages: functions from a group's rewards to how much better each response was.
 
 Each function takes f32[N, G] arrays and returns f32[N, G]; advantages of single tokens are in
-`token_advantages`. A row with `valid` 0 was not judged: it takes no part in a baseline and gets
+`token_advantages`. A row with `valid` 0 was not verified: it takes no part in a baseline and gets
 advantage 0. The only valid row of a group gets 0 too, except under the whole batch's baseline.
 `TABLE`, at the end, says which config type stands for which function.
 

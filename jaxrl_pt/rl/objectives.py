@@ -180,7 +180,7 @@ def _clipped(log_ratio: Array, advantage: Array, low: float, high: float) -> Sur
 # --- Measures ---------------------------------------------------------------------
 
 
-def trainer_sampler_gap(logp: Array, sampler_logp: Array, mask: Array) -> Weighted:
+def sampler_trainer_mismatch(logp: Array, sampler_logp: Array, mask: Array) -> Weighted:
   """The sampler–trainer mismatch: mean exp|log π_train − log π_sampler|, 1 when both agree.
 
   The mean is over tokens with mask 1. The difference is bounded as `ratios` says, so that the mean

@@ -1,9 +1,9 @@
 """Advantages of each token, from the rewards of each token.
 
 Functions take and return f32[N, G, S] arrays unless they say otherwise. A token with `mask` 0 lies
-past the end of the response, was not judged, or is not the policy's own: it takes no part and gets
-0, and a reward on it is ignored. Nothing follows the last token that counts, so the value of its
-successor is 0. `TABLE`, at the end, says which config type stands for which function.
+past the end of the response, was not verified, or is not the policy's own: it takes no part and
+gets 0, and a reward on it is ignored. Nothing follows the last token that counts, so the value of
+its successor is 0. `TABLE`, at the end, says which config type stands for which function.
 """
 
 from typing import Any

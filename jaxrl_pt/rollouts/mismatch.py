@@ -34,15 +34,15 @@ def gate(session: Session, rollouts: cfg.Rollouts, step: int, done: Step) -> Che
       written to WORKDIR/mismatch/STEP.json.
   """
   def check(values: dict[str, float], good: int | None) -> None:
-    if not rollouts.is_gated or values['gap'] <= rollouts.mismatch_gate:
+    if not rollouts.is_gated or values['mismatch'] <= rollouts.mismatch_gate:
       return
     path = session.workdir / FOLDER / f'{step}.json'
-    page = {'step': step, 'mismatch': values['gap'], 'gate': rollouts.mismatch_gate,
+    page = {'step': step, 'mismatch': values['mismatch'], 'gate': rollouts.mismatch_gate,
             'responses': worst(done, session.data.tokenizer)}
     where = _write(path, page)
     last = 'is none' if good is None else f'is step {good}'
     raise UserError(
-        f'Sampler and trainer disagree at step {step}: their mismatch is {values["gap"]:.6g}, '
+        f'Sampler and trainer disagree at step {step}: their mismatch is {values["mismatch"]:.6g}, '
         f'above Rollouts.mismatch_gate = {rollouts.mismatch_gate:g}; {where}, and the last good '
         f'checkpoint {last}: find what only one of them does (filters, dtype, kernels), or raise '
         'the gate (0 switches it off).')

@@ -39,14 +39,14 @@ def dump(directory: Path, step: int, batch: int, done: Step, tokenizer: Tokenize
 
 
 def as_text(trees: dict[str, Any], references: Any, tokenizer: Tokenizer) -> list[dict[str, Any]]:
-  """Each group's prompt, reference and judged responses."""
+  """Each group's prompt, reference and verified responses."""
   prompts, drawn, verdict = trees['prompts'], trees['rollouts'], trees['verdict']
   groups, per_document = [], len(prompts.lengths) // len(prompts.tokens)
   for n, length in enumerate(prompts.lengths):
     document = prompts.tokens[n // per_document]
     responses = [
         {'text': tokenizer.decode(tokens[mask > 0].tolist()), 'reward': float(reward),
-         'correct': bool(correct), 'judged': bool(valid)}
+         'correct': bool(correct), 'verified': bool(valid)}
         for tokens, mask, reward, correct, valid in zip(
             drawn.tokens[n], drawn.in_response[n], verdict.reward[n], verdict.correct[n],
             verdict.valid[n], strict=True)]

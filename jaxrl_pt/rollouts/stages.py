@@ -82,7 +82,7 @@ class Stages:
     if self.fused:
       self._fused_step = programs.fused_step(run, mesh, method, optimizer, verifier, stop_id)
     self.seconds: dict[str, float] = {}
-    self._parsed: float | None = None  # of the batch that the host judged last
+    self._parsed: float | None = None  # of the batch that the host verified last
     self._beginning = FirstBatches()
 
   def clock(self, stage: str, since: float) -> None:
@@ -110,7 +110,7 @@ class Stages:
     """Hands responses to the verifier, waiting for them if it is on the host."""
     verifier = self._environment.verifier
     if isinstance(verifier, fused.PolicyVerifier):
-      raise UserError('RPT.reward = @cfg.InformationGain() is judged inside its step, which has '
+      raise UserError('RPT.reward = @cfg.InformationGain() is verified inside its step, which has '
                       'no halves to run alone.')
     if not isinstance(verifier, DeviceVerifier):
       started = time.perf_counter()
@@ -122,7 +122,7 @@ class Stages:
     """Waits for the verdict of a verifier on the host.
 
     Raises:
-      UserError: nothing was judged.
+      UserError: nothing was verified.
     """
     started = time.perf_counter()
     if isinstance(self._environment.verifier, DeviceVerifier):
@@ -141,7 +141,7 @@ class Stages:
 
   def collect(self, params: Params, batch: int, version: int
               ) -> tuple[tuple[Prompts, Sequence[str], RolloutBatch, Verdict], int]:
-    """Draws and judges until every group has right and wrong responses (DAPO 2503.14476).
+    """Draws and verifies until every group has right and wrong responses (DAPO 2503.14476).
 
     Returns:
       The groups that have, filled up with others after the last round; and the number of batches
@@ -156,8 +156,8 @@ class Stages:
       drawn = self.draw(params, prompts, batch + taken - 1, version)
       verdict = self.settle(self.submit(prompts, drawn, references))
       rows = on_host((prompts, drawn, verdict))
-      judged = rows[2]
-      informative = np.asarray(selection.informative_groups(judged.correct, judged.valid)) > 0
+      verified = rows[2]
+      informative = np.asarray(selection.informative_groups(verified.correct, verified.valid)) > 0
       for n, keep in enumerate(informative):
         row = jax.tree.map(lambda x, n=n: x[n], rows), references[n:n + 1]
         (good if keep else rest).append(row)

@@ -81,7 +81,7 @@ def make_fused_step(model: Model, optimizer: optax.GradientTransformation, run: 
     model, optimizer: of the state.
     run: its seed, compute, schedule and accumulation are read.
     method: the run's objective, on-policy.
-    verifier: judges on the device.
+    verifier: verifies on the device.
     stop_id: the token that ends a response, where the verifier does not name its own.
     by_token: as in `update.make_learner`.
   """

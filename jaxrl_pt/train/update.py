@@ -1,4 +1,4 @@
-"""The update: judged rollouts → advantages → one or several optimiser steps, as a pure function.
+"""The update: verified rollouts → advantages → one or several optimiser steps, as a pure function.
 
     (prompts, RolloutBatch, Verdict, reference log-probabilities) → TrainBatch → loss → gradient
 
@@ -115,8 +115,8 @@ def make_learner(model: Model, optimizer: optax.GradientTransformation, run: cfg
     new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
     # Of the first update: the later ones move away from the sampler on purpose. A policy that
     # is a step older than the trainer's is stale, which is no fault of the arithmetic.
-    name = 'gap' if rollouts.mode == cfg.OnPolicy() else 'staleness'
-    return new, {**values, name: first.pop('gap'), **first,
+    name = 'mismatch' if rollouts.mode == cfg.OnPolicy() else 'staleness'
+    return new, {**values, name: first.pop('mismatch'), **first,
                  'learning_rate': Weighted.single(schedule(state.step * method.updates)),
                  **_rollout_metrics(drawn, verdict, reward), 'zero_advantage_groups': silent,
                  **shaping_metrics}
@@ -157,7 +157,7 @@ def _rollout_metrics(drawn: RolloutBatch, verdict: Verdict, reward: Array) -> Me
       'reward': Weighted.of(verdict.reward, verdict.valid),
       'shaped_reward': Weighted.of(reward, verdict.valid),
       'accuracy': Weighted.of(verdict.correct, verdict.valid),
-      'judged': Weighted.of(verdict.valid, jnp.ones_like(verdict.valid)),
+      'verified': Weighted.of(verdict.valid, jnp.ones_like(verdict.valid)),
       'response_length': Weighted.of(drawn.lengths(), verdict.valid),
       **{f'reward/{name}': Weighted.of(part, verdict.valid)
          for name, part in verdict.parts.items()},
@@ -176,7 +176,7 @@ def _updates(update: Callable[..., tuple[TrainState, Metrics]], state: TrainStat
              batch: TrainBatch, method: cfg.Algorithm, shared: Shared | None
              ) -> tuple[TrainState, Metrics, Metrics]:
   """All updates of a batch, their metrics added up, and the first one's distance to the sampler."""
-  names = ('gap', BY_TOKEN) if batch.num_rows else ('gap',)
+  names = ('mismatch', BY_TOKEN) if batch.num_rows else ('mismatch',)
   if method.updates == 1:
     state, values = update(state, batch, shared)
     return state, values, {name: values.pop(name) for name in names}
@@ -276,7 +276,7 @@ def make_loss(model: Model, sampler: cfg.Sampler, method: cfg.Algorithm, loss_ch
       measured['value_loss'] = Weighted.of(error, mask)
     return total, {
         **measured,
-        'gap': objectives.trainer_sampler_gap(logp, batch.sampler_logp, mask),
+        'mismatch': objectives.sampler_trainer_mismatch(logp, batch.sampler_logp, mask),
         'entropy': Weighted.of(scores.entropy, mask),
         'correction': Weighted.of(correction, mask),
         'clip_fraction': Weighted.of(surrogate.clipped, mask),

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrl_pt.types import Array, Prompts, RolloutBatch, Verdict
-from jaxrl_pt.verifiers.judgement import UNJUDGED, Judgement, Outcome
+from jaxrl_pt.verifiers.response_verdict import UNVERIFIED, Outcome, ResponseVerdict
 
 
 class PendingVerdict(Protocol):
@@ -25,15 +25,15 @@ class PendingVerdict(Protocol):
     """Waits for the verdict, f32[N, G] arrays."""
 
   def parsed(self) -> float | None:
-    """The share of the judged responses that state an answer; None where the verdict's own part
+    """The share of the verified responses that state an answer; None where the verdict's own part
     'parsed' says it."""
 
   def last_words(self) -> str:
-    """Why responses were not judged, once there is a result."""
+    """Why responses were not verified, once there is a result."""
 
 
 class Verifier(Protocol):
-  """Judges responses."""
+  """Verifies responses."""
 
   def submit(self, prompts: Prompts, rollouts: RolloutBatch, references: Sequence[str]
              ) -> PendingVerdict:
@@ -60,8 +60,8 @@ class Ready:
     """See `PendingVerdict.parsed`."""
 
   def last_words(self) -> str:
-    """A function of arrays judges everything."""
-    return 'every response is judged on the device'
+    """A function of arrays verifies everything."""
+    return 'every response is verified on the device'
 
 
 # A verdict by arrays alone, which may be traced into the step that learns from it.
@@ -81,24 +81,25 @@ class DeviceVerifier:
     return Ready(self._compiled(prompts, rollouts))
 
 
-def verdict(groups: Sequence[Sequence[Judgement]], parts: Sequence[str] = ('answer',)) -> Verdict:
-  """The arrays of N groups of G judgements; what was not judged is masked, not dropped.
+def verdict(groups: Sequence[Sequence[ResponseVerdict]], parts: Sequence[str] = ('answer',)
+            ) -> Verdict:
+  """The arrays of N groups of G verdicts; what was not verified is masked, not dropped.
 
   Args:
     groups: N groups of G.
-    parts: names of the parts to log apart; a judgement without one counts 0 there.
+    parts: names of the parts to log apart; a verdict without one counts 0 there.
 
   Returns:
     Verdict of f32[N, G] arrays: reward is the score, correct is 1 where the outcome is CORRECT.
   """
-  def table(of: Callable[[Judgement], float]) -> Array:
+  def table(of: Callable[[ResponseVerdict], float]) -> Array:
     return jnp.asarray(np.array([[of(j) for j in group] for group in groups], np.float32))
 
   return Verdict(
-      table(lambda j: j.score), table(lambda j: j.outcome not in UNJUDGED),
+      table(lambda j: j.score), table(lambda j: j.outcome not in UNVERIFIED),
       table(lambda j: j.outcome is Outcome.CORRECT),
       {name: table(functools.partial(_part, name)) for name in parts})
 
 
-def _part(name: str, judgement: Judgement) -> float:
-  return judgement.parts.get(name, 0.0)
+def _part(name: str, verdict: ResponseVerdict) -> float:
+  return verdict.parts.get(name, 0.0)

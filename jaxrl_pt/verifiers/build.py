@@ -10,14 +10,14 @@ from jaxrl_pt import config as cfg
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.verifiers import gym, logic, text
 from jaxrl_pt.verifiers import math as mathematics
-from jaxrl_pt.verifiers.judgement import UNJUDGED, HostVerifier, Judgement, Outcome
+from jaxrl_pt.verifiers.response_verdict import UNVERIFIED, HostVerifier, Outcome, ResponseVerdict
 
 MAX_DETAIL = 2000  # characters of a reason
 _KINDS: Mapping[str, type] = {kind.__name__: kind for kind in get_args(cfg.HostVerifier)}
 
 
 def host_verifier(settings: cfg.HostVerifier) -> HostVerifier:
-  """The function (response, reference) → Judgement that `settings` name.
+  """The function (response, reference) → ResponseVerdict that `settings` name.
 
   Raises:
     UserError: an extra is missing, or a PythonVerifier's function cannot be imported.
@@ -26,26 +26,26 @@ def host_verifier(settings: cfg.HostVerifier) -> HostVerifier:
     case cfg.MathVerifier(answer=form, symbolic=symbolic):
       return mathematics.verifier(form, symbolic)
     case cfg.LogicVerifier():
-      return logic.judge
+      return logic.verify
     case cfg.GymVerifier(answer=form, partial_credit=partial_credit):
       return gym.verifier(form, partial_credit)
     case cfg.WordVerifier(min_words=low, max_words=high, ngram=ngram):
-      return functools.partial(text.judge_words, min_words=low, max_words=high, ngram=ngram)
+      return functools.partial(text.verify_words, min_words=low, max_words=high, ngram=ngram)
     case cfg.FormatVerifier(tags=tags):
-      return lambda response, _: text.judge_format(response, tags)
+      return lambda response, _: text.verify_format(response, tags)
     case cfg.LengthVerifier(min_chars=low, max_chars=high):
-      return lambda response, _: text.judge_length(response, low, high)
+      return lambda response, _: text.verify_length(response, low, high)
     case cfg.PythonVerifier(target=target):
       return _imported(target)
     case cfg.Composite():
       return composite(settings)
 
 
-# --- What a judgement may hold ------------------------------------------------------
+# --- What a verdict may hold ------------------------------------------------------
 
 
 def part_ranges(settings: cfg.HostVerifier) -> dict[str, tuple[float, float]]:
-  """The parts that a verifier's judgements have, and the range that each lies in."""
+  """The parts that a verifier's verdicts have, and the range that each lies in."""
   match settings:
     case cfg.LogicVerifier():
       return {'format': (-1.0, 1.0), 'answer': (-2.0, 2.0)}
@@ -73,22 +73,24 @@ def _scaled(weight: float, ends: tuple[float, float]) -> tuple[float, float]:
 
 
 def part_names(settings: cfg.HostVerifier) -> tuple[str, ...]:
-  """Names of the parts that a verifier's judgements have."""
+  """Names of the parts that a verifier's verdicts have."""
   return tuple(part_ranges(settings))
 
 
-def checked(judgement: Judgement, settings: cfg.HostVerifier) -> Judgement:
-  """A judgement with other parts than it should have, or one out of its range, is a crash."""
-  if judgement.outcome in UNJUDGED:
-    return Judgement(judgement.outcome, detail=judgement.detail)
-  ranges, parts = part_ranges(settings), judgement.parts
+def checked(verdict: ResponseVerdict, settings: cfg.HostVerifier) -> ResponseVerdict:
+  """A verdict with other parts than it should have, or one out of its range, is a crash."""
+  if verdict.outcome in UNVERIFIED:
+    return ResponseVerdict(verdict.outcome, detail=verdict.detail)
+  ranges, parts = part_ranges(settings), verdict.parts
   if set(parts) != set(ranges):
-    return Judgement(Outcome.CRASH, detail=f'parts {list(parts)} where {list(ranges)} are declared')
+    return ResponseVerdict(Outcome.CRASH,
+                           detail=f'parts {list(parts)} where {list(ranges)} are declared')
   for name, (low, high) in ranges.items():
     if not low <= parts[name] <= high:  # NaN is in no range
-      return Judgement(Outcome.CRASH, detail=f'the part {name!r} is {parts[name]!r}, outside the '
-                                             f'range from {low:g} to {high:g} that is declared')
-  return judgement
+      return ResponseVerdict(
+          Outcome.CRASH, detail=f'the part {name!r} is {parts[name]!r}, outside the '
+                                f'range from {low:g} to {high:g} that is declared')
+  return verdict
 
 
 # --- Several verifiers as one -------------------------------------------------------
@@ -99,22 +101,22 @@ def parts_of(settings: cfg.HostVerifier) -> tuple[cfg.HostVerifier, ...]:
   return settings.verifiers if isinstance(settings, cfg.Composite) else (settings,)
 
 
-def combined(settings: cfg.HostVerifier, judged: Sequence[Judgement]) -> Judgement:
-  """The judgement that `settings` make of those of its `parts_of`.
+def combined(settings: cfg.HostVerifier, verdicts: Sequence[ResponseVerdict]) -> ResponseVerdict:
+  """The verdict that `settings` make of those of its `parts_of`.
 
   Of a Composite: score = Σ weight · score of each verifier, the outcome is the first one's. A
   part is named `verifier/part`, so that all are logged apart. If one says nothing of the
   response, the whole does not.
   """
   if not isinstance(settings, cfg.Composite):
-    return judged[0]
-  for judgement in judged:
-    if judgement.outcome in UNJUDGED:
-      return judgement
+    return verdicts[0]
+  for verdict in verdicts:
+    if verdict.outcome in UNVERIFIED:
+      return verdict
   parts = {f'{type(part).__name__}/{name}': weight * value
-           for part, weight, j in zip(settings.verifiers, settings.weights, judged, strict=True)
+           for part, weight, j in zip(settings.verifiers, settings.weights, verdicts, strict=True)
            for name, value in j.parts.items()}
-  return Judgement(judged[0].outcome, parts)
+  return ResponseVerdict(verdicts[0].outcome, parts)
 
 
 def composite(settings: cfg.Composite) -> HostVerifier:
@@ -143,7 +145,7 @@ def is_tight(part: cfg.HostVerifier) -> bool:
 
 
 def evaluates(settings: cfg.HostVerifier, reference: str) -> bool:
-  """Whether judging evaluates the response as an expression, after which the process is spent."""
+  """Whether verifying evaluates the response as an expression, after which the process is spent."""
   return any(isinstance(part, cfg.GymVerifier) and gym.evaluates(reference)
              for part in parts_of(settings))
 
@@ -179,18 +181,18 @@ def from_json(data: dict[str, Any]) -> cfg.HostVerifier:
   return settings
 
 
-def encoded(judgement: Judgement) -> dict[str, Any]:
-  """A judgement as JSON."""
-  return {'outcome': judgement.outcome.value,
-          'parts': {name: float(value) for name, value in judgement.parts.items()},
-          'detail': judgement.detail[:MAX_DETAIL]}
+def encoded(verdict: ResponseVerdict) -> dict[str, Any]:
+  """A verdict as JSON."""
+  return {'outcome': verdict.outcome.value,
+          'parts': {name: float(value) for name, value in verdict.parts.items()},
+          'detail': verdict.detail[:MAX_DETAIL]}
 
 
-def decoded(data: Any, settings: cfg.HostVerifier) -> Judgement:
+def decoded(data: Any, settings: cfg.HostVerifier) -> ResponseVerdict:
   """Undoes `encoded`, believing nothing: a score out of its range is a crash.
 
   Raises:
-    ValueError: it is no judgement.
+    ValueError: it is no verdict.
   """
   if not isinstance(data, dict) or set(data) != {'outcome', 'parts', 'detail'}:
     raise ValueError('a message that is not a verdict')
@@ -199,4 +201,4 @@ def decoded(data: Any, settings: cfg.HostVerifier) -> Judgement:
   if not is_text or not isinstance(parts, dict) or not all(
       type(value) is float for value in parts.values()):
     raise ValueError('a message that is not a verdict')
-  return checked(Judgement(Outcome(outcome), parts, detail[:MAX_DETAIL]), settings)
+  return checked(ResponseVerdict(Outcome(outcome), parts, detail[:MAX_DETAIL]), settings)

@@ -1,4 +1,4 @@
-"""The supervisor of a judging process: `python -m jaxrl_pt.verifiers.child FD`.
+"""The supervisor of a verifying process: `python -m jaxrl_pt.verifiers.child FD`.
 
     trainer ── socket ── supervisor ── pipes ── worker (`worker.py`), which runs the verifier
 
@@ -26,15 +26,15 @@ from jaxrl_pt import config as cfg
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.verifiers import build, sandbox, worker
 from jaxrl_pt.verifiers.channel import (
-    MAX_REQUEST,
-    MAX_RESULT,
-    Closed,
-    Deadline,
-    Malformed,
-    receive,
-    send,
+  MAX_REQUEST,
+  MAX_RESULT,
+  Closed,
+  Deadline,
+  Malformed,
+  receive,
+  send,
 )
-from jaxrl_pt.verifiers.judgement import Judgement, Outcome
+from jaxrl_pt.verifiers.response_verdict import Outcome, ResponseVerdict
 
 START_SECONDS = 120.0  # a busy machine may take long to import a verifier's libraries
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -45,7 +45,7 @@ _FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, s
 
 
 class _LostError(Exception):
-  """The worker was killed from outside or did not start: its answer may be judged again."""
+  """The worker was killed from outside or did not start: its answer may be verified again."""
 
 
 class _OrphanedError(Exception):
@@ -112,15 +112,15 @@ class _Worker:
     if os.getppid() != self._trainer:
       raise _OrphanedError
 
-  # --- Judging --------------------------------------------------------------------------
+  # --- Verifying --------------------------------------------------------------------------
 
   @property
   def alive(self) -> bool:
-    """Whether it can judge another response."""
+    """Whether it can verify another response."""
     return self._reap(os.WNOHANG) is None
 
-  def judge(self, request: dict[str, Any], deadline: Deadline) -> list[Judgement]:
-    """The judgement of each of its parts, or what became of the worker, which then is dead.
+  def verify(self, request: dict[str, Any], deadline: Deadline) -> list[ResponseVerdict]:
+    """The verdict of each of its parts, or what became of the worker, which then is dead.
 
     Raises:
       _LostError: it was killed from outside.
@@ -130,10 +130,10 @@ class _Worker:
     try:
       send(self._requests, {**request, 'nonce': nonce}, deadline, self)
       found = receive(self._results, deadline, MAX_RESULT, self)
-      judged = found.get('judged')
-      if found.get('nonce') != nonce or not isinstance(judged, list):
+      verdicts = found.get('verdicts')
+      if found.get('nonce') != nonce or not isinstance(verdicts, list):
         raise Malformed('a message that is not a verdict')
-      return [build.decoded(data, part) for data, part in zip(judged, self._parts, strict=True)]
+      return [build.decoded(data, part) for data, part in zip(verdicts, self._parts, strict=True)]
     except TimeoutError:
       self.end(0.0)
       return self._all(Outcome.TIMEOUT, f'{self._limits.wall_seconds:g} s went by')
@@ -143,7 +143,7 @@ class _Worker:
     except Closed:
       return self._explained(self.end(1.0))
 
-  def _explained(self, code: int | None) -> list[Judgement]:
+  def _explained(self, code: int | None) -> list[ResponseVerdict]:
     """What the end of the worker, None if it had to be killed, says of the answer in hand."""
     if code == -signal.SIGPROF:
       return self._all(Outcome.TIMEOUT, f'{self._limits.cpu_seconds:g} s of processor time used')
@@ -156,8 +156,8 @@ class _Worker:
       raise _LostError(detail)
     return self._all(Outcome.CRASH, detail)
 
-  def _all(self, outcome: Outcome, detail: str) -> list[Judgement]:
-    return [Judgement(outcome, detail=detail)] * len(self._parts)
+  def _all(self, outcome: Outcome, detail: str) -> list[ResponseVerdict]:
+    return [ResponseVerdict(outcome, detail=detail)] * len(self._parts)
 
   def _last_words(self) -> str:
     return self._words.decode(errors='replace').strip()
@@ -236,14 +236,14 @@ class _Supervisor:
       self._workers.append(_Worker([self._parts[i] for i in places], self._limits, self._channel,
                                    self._trainer))
 
-  def judge(self, request: dict[str, Any]) -> Judgement:
+  def verify(self, request: dict[str, Any]) -> ResponseVerdict:
     """One answer under one deadline; raises what `_Worker` does."""
     self.ready()
     deadline = Deadline(self._limits.wall_seconds)
-    judged: dict[int, Judgement] = {}
+    verdicts: dict[int, ResponseVerdict] = {}
     for each, places in zip(self._workers, self._kinds, strict=True):
-      judged |= dict(zip(places, each.judge(request, deadline), strict=True))
-    return build.combined(self._settings, [judged[i] for i in range(len(self._parts))])
+      verdicts |= dict(zip(places, each.verify(request, deadline), strict=True))
+    return build.combined(self._settings, [verdicts[i] for i in range(len(self._parts))])
 
   def end(self) -> None:
     """Ends the workers and all that they started."""
@@ -261,7 +261,7 @@ class _Supervisor:
     while True:
       request = receive(fd, Deadline(None), MAX_REQUEST, _Trainer(self._trainer))
       try:
-        answer = build.encoded(self.judge(request))
+        answer = build.encoded(self.verify(request))
       except (_LostError, UserError) as error:
         answer = {'lost': str(error)}
       send(fd, answer, Deadline(None), _Trainer(self._trainer))

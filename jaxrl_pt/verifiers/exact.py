@@ -22,12 +22,12 @@ import numpy as np
 from jaxrl_pt.token_bytes import TokenBytes
 from jaxrl_pt.types import Array, Prompts, RolloutBatch, Verdict
 from jaxrl_pt.verifiers.base import Verify
-from jaxrl_pt.verifiers.judgement import Outcome
+from jaxrl_pt.verifiers.response_verdict import Outcome
 
 # --- The definition -------------------------------------------------------------
 
 
-def judge_tokens(response: Sequence[int], answer: bytes, marker: bytes, stop_id: int,
+def verify_tokens(response: Sequence[int], answer: bytes, marker: bytes, stop_id: int,
                  token_bytes: Sequence[bytes]) -> Outcome:
   """The definition. `response` holds the tokens drawn, the stop included if it was."""
   tokens = list(response)
@@ -44,7 +44,7 @@ def judge_tokens(response: Sequence[int], answer: bytes, marker: bytes, stop_id:
 
 def answer_match(table: TokenBytes, tokens: Array, mask: Array, answers: Array,
                  answer_lengths: Array, marker: bytes, stop_id: int) -> Array:
-  """`judge_tokens` of whole batches: 1 where it is CORRECT.
+  """`verify_tokens` of whole batches: 1 where it is CORRECT.
 
   Args:
     table: bytes of the vocabulary.

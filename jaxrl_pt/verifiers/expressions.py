@@ -125,7 +125,7 @@ def _closing(answer: str, opening: int) -> int:
 
 
 def refused(task: str, scorer: Callable[..., Any]) -> str | None:
-  """Why answers to this task are not judged, or None: its scorer evaluates what nobody checks."""
+  """Why answers to this task are not verified, or None: its scorer evaluates what nobody checks."""
   if evaluates(task) or task in _OWN_TEXT:
     return None
   found = evaluating(scorer)

@@ -1,11 +1,11 @@
-"""reasoning-gym's tasks: the scorer of the task judges the answer of the response.
+"""reasoning-gym's tasks: the scorer of the task verifies the answer of the response.
 
 The reference names a problem as JSON {"task", "seed", "size", "settings", "index", "entry"}.
 `entry` is the problem itself, as `gym_questions` made it: some tasks make another one of the same
 index where strings hash otherwise. A reference without it is made again.
 
 Some scorers evaluate the answer. They see only answers that `expressions` finds harmless; others
-are UNPARSED. Judge in the pool even so, never in the trainer.
+are UNPARSED. Verify in the pool even so, never in the trainer.
 """
 
 import functools
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from jaxrl_pt.config import GymAnswer
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.verifiers import expressions
-from jaxrl_pt.verifiers.judgement import HostVerifier, Judgement, Outcome
+from jaxrl_pt.verifiers.response_verdict import HostVerifier, Outcome, ResponseVerdict
 
 # The library scores from 0 to 1, some tasks in floating point. No lower: a long answer with a
 # character too many gets its share of characters, which is nearly 1.
@@ -23,7 +23,7 @@ RIGHT = 1.0 - 1e-6
 
 
 class _Task(NamedTuple):
-  """A task's scorer with its settings; refusal: why it judges nothing, if so."""
+  """A task's scorer with its settings; refusal: why it verifies nothing, if so."""
 
   data: Any
   refusal: str | None
@@ -86,24 +86,24 @@ def verifier(form: GymAnswer, partial_credit: bool) -> HostVerifier:
   except ImportError as error:
     raise UserError("GymVerifier needs the extra `gym`: pip install 'jaxrl_pt[gym]'.") from error
 
-  def judge(response: str, reference: str) -> Judgement:
+  def verify(response: str, reference: str) -> ResponseVerdict:
     found = extract(response, form)
     if found is None:
-      return Judgement(Outcome.UNPARSED, parts(0.0, partial_credit))
+      return ResponseVerdict(Outcome.UNPARSED, parts(0.0, partial_credit))
     place = json.loads(reference)
     data, refusal = _task(place['task'], place['seed'], place['size'],
                           tuple(map(tuple, place['settings'])))
     if refusal:
-      return Judgement(Outcome.CRASH, detail=refusal)
+      return ResponseVerdict(Outcome.CRASH, detail=refusal)
     entry = restored(place['entry']) if 'entry' in place else data[place['index']]
     if not expressions.is_admissible(place['task'], found, entry['answer']):
-      return Judgement(Outcome.UNPARSED, parts(0.0, partial_credit), 'not an expression')
+      return ResponseVerdict(Outcome.UNPARSED, parts(0.0, partial_credit), 'not an expression')
     try:
       score = float(data.score_answer(answer=found, entry=entry))
     except Exception as error:  # scorers read well-formed answers: this one could not be read
-      return Judgement(Outcome.UNPARSED, parts(0.0, partial_credit),
+      return ResponseVerdict(Outcome.UNPARSED, parts(0.0, partial_credit),
                        f'{type(error).__name__}: {error}')
     outcome = Outcome.CORRECT if score >= RIGHT else Outcome.WRONG
-    return Judgement(outcome, parts(score, partial_credit))
+    return ResponseVerdict(outcome, parts(score, partial_credit))
 
-  return judge
+  return verify

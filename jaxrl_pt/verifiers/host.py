@@ -1,4 +1,4 @@
-"""Between the loop, which has tokens, and the pool, which judges text."""
+"""Between the loop, which has tokens, and the pool, which verifies text."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -7,36 +7,36 @@ import numpy as np
 
 from jaxrl_pt.types import Prompts, RolloutBatch, Verdict
 from jaxrl_pt.verifiers import base, pool, trial
-from jaxrl_pt.verifiers.judgement import UNJUDGED, Outcome
+from jaxrl_pt.verifiers.response_verdict import UNVERIFIED, Outcome
 
 
 @dataclass(frozen=True)
 class PendingPoolVerdict:
-  """Responses that the pool is judging."""
+  """Responses that the pool is verifying."""
 
-  judgements: pool.PendingJudgements
+  verdicts: pool.PendingVerdicts
   group_size: int
   parts: tuple[str, ...]
 
   def result(self) -> Verdict:
-    """Waits for the verdict, f32[N, G] arrays; see `pool.PendingJudgements.result`."""
-    judged, size = self.judgements.result(), self.group_size
-    groups = [judged[i:i + size] for i in range(0, len(judged), size)]
+    """Waits for the verdict, f32[N, G] arrays; see `pool.PendingVerdicts.result`."""
+    verdicts, size = self.verdicts.result(), self.group_size
+    groups = [verdicts[i:i + size] for i in range(0, len(verdicts), size)]
     return base.verdict(groups, self.parts)
 
   def parsed(self) -> float:
-    """The share of the judged responses in which an answer was found; 1 where none was judged."""
-    outcomes = [j.outcome for j in self.judgements.result() if j.outcome not in UNJUDGED]
+    """The share of the verified responses that hold an answer; 1 where none was verified."""
+    outcomes = [j.outcome for j in self.verdicts.result() if j.outcome not in UNVERIFIED]
     return 1.0 - outcomes.count(Outcome.UNPARSED) / max(len(outcomes), 1)
 
   def last_words(self) -> str:
-    """Why responses were not judged, once there is a result."""
-    return trial.last_words(self.judgements.result())
+    """Why responses were not verified, once there is a result."""
+    return trial.last_words(self.verdicts.result())
 
 
 @dataclass(frozen=True)
 class PoolVerifier:
-  """Judges the text of each response in the processes of a pool.
+  """Verifies the text of each response in the processes of a pool.
 
   decode: ids → text; special tokens, such as the one that ends a response, are empty in it.
   """

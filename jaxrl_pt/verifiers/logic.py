@@ -1,4 +1,4 @@
-r"""Knights and Knaves: judges the roles that a response states.
+r"""Knights and Knaves: verifies the roles that a response states.
 
 The response must hold one `<think>…</think>` and then one `<answer>…</answer>`. The answer must
 say `NAME is a knight` or `NAME is a knave` once of every name of the reference, and name no
@@ -12,7 +12,7 @@ Source: the logic experiments of Short-RL, 2505.12284 (docs/methods/short_rl.md)
 
 import re
 
-from jaxrl_pt.verifiers.judgement import Judgement, Outcome
+from jaxrl_pt.verifiers.response_verdict import Outcome, ResponseVerdict
 from jaxrl_pt.verifiers.text import between_tags
 
 TAGS = ('think', 'answer')
@@ -29,7 +29,7 @@ def roles(text: str) -> dict[str, str] | None:
   return found if found and is_exact else None
 
 
-def judge(response: str, reference: str) -> Judgement:
+def verify(response: str, reference: str) -> ResponseVerdict:
   """The rewards of the module's docstring.
 
   Args:
@@ -38,10 +38,10 @@ def judge(response: str, reference: str) -> Judgement:
   """
   contents = between_tags(response, TAGS)
   if contents is None:
-    return Judgement(Outcome.UNPARSED, {'format': -1.0, 'answer': -2.0})
+    return ResponseVerdict(Outcome.UNPARSED, {'format': -1.0, 'answer': -2.0})
   truth, found = roles(reference), roles(contents[1])
   if found is None or truth is None or found.keys() != truth.keys():
-    return Judgement(Outcome.UNPARSED, {'format': 1.0, 'answer': -2.0})
+    return ResponseVerdict(Outcome.UNPARSED, {'format': 1.0, 'answer': -2.0})
   if found != truth:
-    return Judgement(Outcome.WRONG, {'format': 1.0, 'answer': -1.5})
-  return Judgement(Outcome.CORRECT, {'format': 1.0, 'answer': 2.0})
+    return ResponseVerdict(Outcome.WRONG, {'format': 1.0, 'answer': -1.5})
+  return ResponseVerdict(Outcome.CORRECT, {'format': 1.0, 'answer': 2.0})

@@ -1,6 +1,6 @@
 r"""Mathematical answers: where a response states one, and whether it equals the reference.
 
-Where the answer stands is the format's to say, and a response that has several is judged by
+Where the answer stands is the format's to say, and a response that has several is verified by
 the last one:
 
     boxed        content of the balanced \boxed{…} that opens last and is not blank; \boxed 5 too
@@ -31,7 +31,7 @@ from jaxrl_pt.config import AnswerFormat
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.verifiers import answer_equal, answer_number, answer_parse, answer_proof, answer_text
 from jaxrl_pt.verifiers.answer_tokens import NotUnderstood, TooLarge
-from jaxrl_pt.verifiers.judgement import HostVerifier, Judgement, Outcome, answer
+from jaxrl_pt.verifiers.response_verdict import HostVerifier, Outcome, ResponseVerdict, answer
 
 MAX_ANSWER = 1000
 # Braces and boxes in one pass; an escaped brace is text.
@@ -153,10 +153,10 @@ def verifier(form: AnswerFormat, symbolic: bool) -> HostVerifier:
                       ) from error
   prove = answer_proof.is_proved if symbolic else None
 
-  def judge(response: str, reference: str) -> Judgement:
+  def verify(response: str, reference: str) -> ResponseVerdict:
     stated = extract(response, form)
     if stated is None:
       return answer(Outcome.UNPARSED)
     return answer(_outcome(stated, reference_answer(reference), prove))
 
-  return judge
+  return verify

@@ -3,11 +3,11 @@
     with Pool(settings, limits) as pool:
       pending = pool.submit([(response, reference), …])  # returns at once
       …                                                 # generate the next batch
-      judgements = pending.result()                      # in order
+      verdicts = pending.result()                      # in order
 
 A response whose verifier loops, crashes, eats memory or sends nonsense costs its process, which
 is replaced; the others go on, and its own outcome is TIMEOUT or CRASH. An answer whose process
-was killed from outside is judged again. Each worker is a thread that owns one supervisor
+was killed from outside is verified again. Each worker is a thread that owns one supervisor
 (`child.py`) and believes nothing that comes back from it beyond what the verifier declares.
 No process outlives the pool, nor its process, however that ends.
 """
@@ -33,7 +33,7 @@ from jaxrl_pt.errors import UserError
 from jaxrl_pt.verifiers import build, sandbox
 from jaxrl_pt.verifiers.channel import MAX_RESULT, Closed, Deadline, Malformed, receive, send
 from jaxrl_pt.verifiers.child import START_SECONDS, STOP_SIGNALS
-from jaxrl_pt.verifiers.judgement import Judgement, Outcome
+from jaxrl_pt.verifiers.response_verdict import Outcome, ResponseVerdict
 
 _ATTEMPTS = 3  # at an answer whose process is killed from outside, or cannot be started
 _END_SECONDS = 5.0  # a supervisor ends its worker's whole tree in less
@@ -43,17 +43,17 @@ _MARK = 'JAXRL_PT_VERIFIER'
 
 
 @dataclass(frozen=True)
-class PendingJudgements:
+class PendingVerdicts:
   """Responses handed to the pool."""
 
-  futures: Sequence[Future[Judgement]]
+  futures: Sequence[Future[ResponseVerdict]]
 
   def done(self) -> bool:
     """Whether `result` would return at once."""
     return all(future.done() for future in self.futures)
 
-  def result(self) -> list[Judgement]:
-    """Waits for the judgements, in the order in which the responses were submitted.
+  def result(self) -> list[ResponseVerdict]:
+    """Waits for the verdicts, in the order in which the responses were submitted.
 
     Raises:
       CancelledError: the pool was closed before.
@@ -65,11 +65,11 @@ class PendingJudgements:
 class _Job:
   response: str
   reference: str
-  future: Future[Judgement]
+  future: Future[ResponseVerdict]
 
 
 class _LostError(Exception):
-  """The process that judged an answer was killed from outside, or did not start."""
+  """The process that verified an answer was killed from outside, or did not start."""
 
 
 class _Child:
@@ -117,8 +117,8 @@ class _Child:
       raise _LostError('a verifier process did not start or was killed'
                        + (f': {words}' if words else '')) from error
 
-  def judge(self, response: str, reference: str) -> Judgement:
-    """Its judgement.
+  def verify(self, response: str, reference: str) -> ResponseVerdict:
+    """Its verdict.
 
     Raises:
       _LostError: it was killed from outside.
@@ -136,11 +136,11 @@ class _Child:
 
   @property
   def alive(self) -> bool:
-    """Whether it can judge another response."""
+    """Whether it can verify another response."""
     return not self._has_ended and self._process.poll() is None
 
   def interrupt(self) -> None:
-    """From another thread: it ends itself and all below it, and `judge` returns at once."""
+    """From another thread: it ends itself and all below it, and `verify` returns at once."""
     try:
       self._channel.shutdown(socket.SHUT_RDWR)
     except OSError:  # it is dead already, or closed
@@ -170,7 +170,7 @@ class _Child:
 
 
 class Pool:
-  """Child processes that judge responses; see the module's docstring."""
+  """Child processes that verify responses; see the module's docstring."""
 
   def __init__(self, verifier: cfg.HostVerifier, limits: cfg.VerifierPool) -> None:
     """Starts `limits.num_workers` children and waits until they are ready.
@@ -196,17 +196,17 @@ class Pool:
 
   @property
   def parts(self) -> tuple[str, ...]:
-    """Names of the parts of every judgement."""
+    """Names of the parts of every verdict."""
     return build.part_names(self._verifier)
 
-  def submit(self, items: Sequence[tuple[str, str]]) -> PendingJudgements:
+  def submit(self, items: Sequence[tuple[str, str]]) -> PendingVerdicts:
     """Hands over (response, reference) pairs and returns at once."""
     if self._closing.is_set():
       raise RuntimeError('the verifier pool is closed')
     jobs = [_Job(response, reference, Future()) for response, reference in items]
     for job in jobs:
       self._jobs.put(job)
-    return PendingJudgements([job.future for job in jobs])
+    return PendingVerdicts([job.future for job in jobs])
 
   def _work(self) -> None:
     # Blocked here and so, until it ignores them, in the child: signals that stop a run go to
@@ -223,7 +223,7 @@ class Pool:
       if not job.future.set_running_or_notify_cancel():
         continue
       try:
-        job.future.set_result(self._judged(me, job))
+        job.future.set_result(self._verified(me, job))
       except BaseException as error:  # whoever waits for the result must hear of it
         job.future.set_exception(error)
     self._children[me].end()
@@ -237,8 +237,8 @@ class Pool:
         last = error
     raise RuntimeError(str(last)) from last
 
-  def _judged(self, me: int, job: _Job) -> Judgement:
-    """The judgement of one answer, begun again where its process is killed from outside.
+  def _verified(self, me: int, job: _Job) -> ResponseVerdict:
+    """The verdict of one answer, begun again where its process is killed from outside.
 
     Raises:
       CancelledError: the pool is closed.
@@ -250,15 +250,15 @@ class Pool:
         if not child.alive:
           child.end()
           child = self._children[me] = _Child(self._verifier, self._limits)
-        return child.judge(job.response, job.reference)
+        return child.verify(job.response, job.reference)
       except (_LostError, UserError) as error:  # settings that were right once
         last = error
       if self._closing.is_set():
         raise CancelledError
-    return Judgement(Outcome.CRASH, detail=f'{_ATTEMPTS} times over: {last}')
+    return ResponseVerdict(Outcome.CRASH, detail=f'{_ATTEMPTS} times over: {last}')
 
   def close(self) -> None:
-    """Ends all children at once; what is not yet judged is cancelled. May be called twice."""
+    """Ends all children at once; what is not yet verified is cancelled. May be called twice."""
     self._closing.set()
     try:
       while True:

@@ -1,4 +1,4 @@
-"""What a process that judges may still do: bounds that the kernel keeps, without any library.
+"""What a process that verifies may still do: bounds that the kernel keeps, without any library.
 
 `enter_tight` is for verifiers that ship with the package, whose libraries read hostile text:
 the process may compute, read files and write its result. It may start no process or thread, open

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 import re
 import unicodedata
 
-from jaxrl_pt.verifiers.judgement import Judgement, Outcome
+from jaxrl_pt.verifiers.response_verdict import Outcome, ResponseVerdict
 
 _WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
 # Scripts without spaces between words: Han with its extensions, kana, Thai, Lao, Khmer, Burmese.
@@ -31,20 +31,21 @@ def between_tags(text: str, tags: Sequence[str]) -> list[str] | None:
   return contents
 
 
-def judge_format(response: str, tags: Sequence[str]) -> Judgement:
+def verify_format(response: str, tags: Sequence[str]) -> ResponseVerdict:
   """1 where each pair of `tags` stands in the response once and in order, else 0."""
   is_right = between_tags(response, tags) is not None
-  return Judgement(Outcome.CORRECT if is_right else Outcome.WRONG, {'format': float(is_right)})
+  return ResponseVerdict(Outcome.CORRECT if is_right else Outcome.WRONG,
+                         {'format': float(is_right)})
 
 
-def judge_length(response: str, min_chars: int, max_chars: int) -> Judgement:
+def verify_length(response: str, min_chars: int, max_chars: int) -> ResponseVerdict:
   """clip((max_chars − length) / (max_chars − min_chars), 0, 1), length in characters."""
   value = min(1.0, max(0.0, (max_chars - len(response)) / (max_chars - min_chars)))
-  return Judgement(Outcome.CORRECT if value > 0 else Outcome.WRONG, {'length': value})
+  return ResponseVerdict(Outcome.CORRECT if value > 0 else Outcome.WRONG, {'length': value})
 
 
-def judge_words(response: str, reference: str, min_words: int, max_words: int,
-                ngram: int) -> Judgement:
+def verify_words(response: str, reference: str, min_words: int, max_words: int,
+                 ngram: int) -> ResponseVerdict:
   """A third of the reward each for saying `reference`, the length and no repetition.
 
   reference: a word or several, said as they stand there, whatever they are made of: `well-known`,
@@ -59,14 +60,14 @@ def judge_words(response: str, reference: str, min_words: int, max_words: int,
   """
   words = [w.lower() for w in _WORD.findall(response)]
   if not words:
-    return Judgement(Outcome.UNPARSED, {'word': 0.0, 'length': 0.0, 'novelty': 0.0})
+    return ResponseVerdict(Outcome.UNPARSED, {'word': 0.0, 'length': 0.0, 'novelty': 0.0})
   said = float(says(response, reference))
   grams = [tuple(words[i:i + ngram]) for i in range(len(words) - ngram + 1)]
   novelty = len(set(grams)) / len(grams) if grams else 0.0
   values = {'word': said, 'length': _window(len(words), min_words, max_words), 'novelty': novelty}
   is_right = min(values.values()) == 1.0
-  return Judgement(Outcome.CORRECT if is_right else Outcome.WRONG,
-                   {name: value / 3 for name, value in values.items()})
+  return ResponseVerdict(Outcome.CORRECT if is_right else Outcome.WRONG,
+                         {name: value / 3 for name, value in values.items()})
 
 
 def says(response: str, reference: str) -> bool:

@@ -14,7 +14,7 @@ from jaxrl_pt import config as cfg
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.verifiers import gym, pool
 from jaxrl_pt.verifiers import math as mathematics
-from jaxrl_pt.verifiers.judgement import UNJUDGED, Judgement, Outcome
+from jaxrl_pt.verifiers.response_verdict import UNVERIFIED, Outcome, ResponseVerdict
 
 NUM_TRIED = 16
 
@@ -36,7 +36,8 @@ class Tried:
 def tried(settings: cfg.HostVerifier, reference: str, demonstration: str, place: str) -> Tried:
   """What to try on a problem: the reference in the verifier's own form.
 
-  A function of the user's own has a form that only the demonstration knows: it only must judge.
+  A function of the user's own has a form that only the demonstration knows: of it no more is asked
+  than a verdict.
   """
   first = settings.verifiers[0] if isinstance(settings, cfg.Composite) else settings
   found = _stated(first, reference)
@@ -77,7 +78,7 @@ def _gym_answer(reference: str) -> str | None:
 
 
 def check(verifiers: pool.Pool, settings: cfg.HostVerifier, items: Sequence[Tried]) -> None:
-  """Judges `items` and says what it finds.
+  """Verifies `items` and says what it finds.
 
   Args:
     verifiers: the pool of `settings`.
@@ -85,15 +86,15 @@ def check(verifiers: pool.Pool, settings: cfg.HostVerifier, items: Sequence[Trie
     items: at least one.
 
   Raises:
-    UserError: the verifier judges none of them, or finds no right one correct.
+    UserError: the verifier gives a verdict on none of them, or finds no right one correct.
   """
   name = type(settings).__name__
-  judged = verifiers.submit([(item.response, item.reference) for item in items]).result()
-  if all(judgement.outcome in UNJUDGED for judgement in judged):
-    raise UserError(f'{name} judged none of the {len(items)} answers that it was tried on before '
-                    f'the first step: {last_words(judged)}.')
-  missed = [item for item, judgement in zip(items, judged, strict=True)
-            if item.is_right and judgement.outcome is not Outcome.CORRECT]
+  verdicts = verifiers.submit([(item.response, item.reference) for item in items]).result()
+  if all(verdict.outcome in UNVERIFIED for verdict in verdicts):
+    raise UserError(f'{name} gave no verdict on any of the {len(items)} answers that it was tried '
+                    f'on before the first step: {last_words(verdicts)}.')
+  missed = [item for item, verdict in zip(items, verdicts, strict=True)
+            if item.is_right and verdict.outcome is not Outcome.CORRECT]
   if not missed:
     return
   first = missed[0]
@@ -106,9 +107,9 @@ def check(verifiers: pool.Pool, settings: cfg.HostVerifier, items: Sequence[Trie
         f'in its own form: {example}. They cannot be earned.', file=sys.stderr, flush=True)
 
 
-def last_words(judged: Sequence[Judgement]) -> str:
-  """The most frequent reason why answers were not judged."""
-  reasons = [j.detail or j.outcome.value for j in judged if j.outcome in UNJUDGED]
+def last_words(verdicts: Sequence[ResponseVerdict]) -> str:
+  """The most frequent reason why answers were not verified."""
+  reasons = [j.detail or j.outcome.value for j in verdicts if j.outcome in UNVERIFIED]
   return max(reasons, key=reasons.count).rstrip('.') if reasons else 'it did not say why'
 
 

@@ -1,4 +1,4 @@
-"""The process that judges: forked by the pool's supervisor, bounded, and trusted with nothing.
+"""The process that verifies: forked by the pool's supervisor, bounded, and trusted with nothing.
 
 It reads requests from one pipe and writes verdicts to another, each with the number that came
 with its request, so that bytes written there by anything else are not a verdict. It has no other
@@ -16,14 +16,14 @@ from jaxrl_pt import config as cfg
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.verifiers import build, sandbox
 from jaxrl_pt.verifiers.channel import MAX_REQUEST, Closed, Deadline, receive, send
-from jaxrl_pt.verifiers.judgement import HostVerifier, Judgement, Outcome
+from jaxrl_pt.verifiers.response_verdict import HostVerifier, Outcome, ResponseVerdict
 
 _REQUESTS, _RESULTS = 3, 4  # descriptors
 
 
 def run(parts: Sequence[cfg.HostVerifier], limits: cfg.VerifierPool, parent: int, requests: int,
         results: int, errors: int) -> NoReturn:
-  """Judges until the requests end. Called in a fresh fork, never returns.
+  """Verifies until the requests end. Called in a fresh fork, never returns.
 
   Args:
     parts: verifiers, all of one kind of sandbox.
@@ -48,9 +48,9 @@ def run(parts: Sequence[cfg.HostVerifier], limits: cfg.VerifierPool, parent: int
   try:
     while True:
       request = receive(_REQUESTS, Deadline(None), MAX_REQUEST)
-      judged = [_judge(verify, part, request, limits.cpu_seconds)
+      verdicts = [_verify(verify, part, request, limits.cpu_seconds)
                 for verify, part in zip(verifiers, parts, strict=True)]
-      send(_RESULTS, {'nonce': request['nonce'], 'judged': list(map(build.encoded, judged))},
+      send(_RESULTS, {'nonce': request['nonce'], 'verdicts': list(map(build.encoded, verdicts))},
            Deadline(None))
   except Closed:
     os._exit(0)
@@ -69,20 +69,21 @@ def _keep_only(requests: int, results: int, errors: int) -> None:
   os.closerange(_RESULTS + 1, os.sysconf('SC_OPEN_MAX'))
 
 
-def _judge(verify: HostVerifier, part: cfg.HostVerifier, request: dict[str, Any],
-           cpu_seconds: float) -> Judgement:
-  random.seed(0)  # a verifier that draws draws the same, whatever was judged before
+def _verify(verify: HostVerifier, part: cfg.HostVerifier, request: dict[str, Any],
+           cpu_seconds: float) -> ResponseVerdict:
+  random.seed(0)  # a verifier that draws draws the same, whatever was verified before
   try:
     signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
-    judgement = verify(request['response'], request['reference'])
-    if not isinstance(judgement, Judgement):
-      return Judgement(Outcome.CRASH, detail=f'the verifier returned {type(judgement).__name__}, '
-                                             'not a Judgement')
-    return build.checked(judgement, part)
+    verdict = verify(request['response'], request['reference'])
+    if not isinstance(verdict, ResponseVerdict):
+      return ResponseVerdict(
+          Outcome.CRASH, detail=f'the verifier returned {type(verdict).__name__}, '
+                                'not a ResponseVerdict')
+    return build.checked(verdict, part)
   except Exception as error:  # whatever a verifier raises is an outcome
     where = traceback.extract_tb(error.__traceback__)[-1]
     detail = (f'{type(error).__name__}: {error} '
               f'({os.path.basename(where.filename)}:{where.lineno})')
-    return Judgement(Outcome.CRASH, detail=detail)
+    return ResponseVerdict(Outcome.CRASH, detail=detail)
   finally:
     signal.setitimer(signal.ITIMER_PROF, 0)

@@ -90,7 +90,7 @@ def test_references_from_public_reports(tmp_path):
     found = math.verifier('boxed', False)(row['input']['response'], problem.answer)
     assert found.outcome.value == row['expected'] == 'correct', row
   for case in words:
-    assert text.judge_words(case['response'], case['reference'], 1, 10, 2).parts['word'] == 1 / 3
+    assert text.verify_words(case['response'], case['reference'], 1, 10, 2).parts['word'] == 1 / 3
 
 
 @pytest.mark.parametrize('written, message', [

@@ -6,10 +6,10 @@ import sys
 import jax
 
 from jaxrl_pt import main
-from jaxrl_pt.verifiers.judgement import Judgement, Outcome, answer
+from jaxrl_pt.verifiers.response_verdict import Outcome, ResponseVerdict, answer
 
 
-def judge(response: str, reference: str) -> Judgement:
+def verify(response: str, reference: str) -> ResponseVerdict:
   """What the response deserves on host 0, and the opposite on host 1."""
   del reference
   right = len(response) % 2 == int(os.environ.get('HOST', '0'))

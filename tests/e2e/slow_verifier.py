@@ -4,17 +4,17 @@ import os
 from pathlib import Path
 import time
 
-from jaxrl_pt.verifiers.judgement import Judgement, Outcome, answer
+from jaxrl_pt.verifiers.response_verdict import Outcome, ResponseVerdict, answer
 
 
-def judge(response: str, reference: str) -> Judgement:
+def verify(response: str, reference: str) -> ResponseVerdict:
   """Pays for a digit, after 20 ms in which the process may be killed."""
   del reference
   time.sleep(0.02)
   return answer(Outcome.CORRECT if any(map(str.isdigit, response)) else Outcome.WRONG)
 
 
-def breaking(response: str, reference: str) -> Judgement:
+def breaking(response: str, reference: str) -> ResponseVerdict:
   """Fails once the run has a checkpoint of step 4."""
   if (Path(os.environ['TEST_WORKDIR']) / 'checkpoints' / '4').exists():
     raise ConnectionError('the licence server is gone')

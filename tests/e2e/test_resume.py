@@ -113,7 +113,7 @@ def test_rpt_rewards_rise_and_the_sampler_agrees_with_the_trainer(reinforced: Jo
   rows = reinforced.rows()
   assert 'validation/easy_sampled' in rows[0] and rows[0]['step'] == 0
   assert rows[-1]['validation/easy_sampled'] > rows[0]['validation/easy_sampled']
-  assert max(r['gap'] for r in rows[1:]) <= 1.01
+  assert max(r['mismatch'] for r in rows[1:]) <= 1.01
 
 
 def test_the_pretrained_model_has_learned(pretrained: Job):
@@ -128,7 +128,7 @@ def test_rpt_at_several_positions_of_a_document(make_job: Callable[..., Job], pr
       'cfg.Rollouts.dump_every = 3'))
   done = job.run()
   assert done.returncode == 0, done.stderr
-  assert max(r['gap'] for r in job.rows()[1:]) <= 1.01
+  assert max(r['mismatch'] for r in job.rows()[1:]) <= 1.01
   page = json.loads((job.workdir / 'rollouts' / '3.json').read_text())
   groups = page['groups'] if isinstance(page, dict) else page
   first = [g['prompt'] for g in groups[:4]]

@@ -96,5 +96,5 @@ def test_killed_in_each_stage_is_bit_identical(
   assert_replayed(whole.workdir, 4)
   if not bindings:
     assert_drawn_again(whole.workdir, 4)
-  gap = 'staleness' if bindings else 'gap'
-  assert all(1 <= r[gap] < (2 if bindings else 1.01) for r in rows[1][1:])
+  name = 'staleness' if bindings else 'mismatch'
+  assert all(1 <= r[name] < (2 if bindings else 1.01) for r in rows[1][1:])

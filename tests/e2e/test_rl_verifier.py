@@ -16,7 +16,7 @@ from jaxrl_pt import metrics
 from jaxrl_pt.verifiers import sandbox
 from tests.e2e.conftest import RL, Job
 
-NUM_PROCESSES = 2  # of one worker of the pool: a supervisor and who judges
+NUM_PROCESSES = 2  # of one worker of the pool: a supervisor and who verifies
 pytestmark = pytest.mark.timeout(900)
 JUDGED = RL.replace('cfg.RL.verifier = @cfg.LengthVerifier()',
                     'cfg.RL.verifier = @cfg.PythonVerifier()').replace(
@@ -34,7 +34,7 @@ def _rows(job: Job) -> list[dict[str, float]]:
 
 @pytest.fixture(scope='module')
 def undisturbed(make_job: Callable[..., Job], pretrained: Job) -> Job:
-  job = make_job(_text('judge'), start_from=str(pretrained.workdir))
+  job = make_job(_text('verify'), start_from=str(pretrained.workdir))
   assert job.run().returncode == 0
   return job
 
@@ -44,7 +44,7 @@ def undisturbed(make_job: Callable[..., Job], pretrained: Job) -> Job:
 def test_a_signal_to_every_process_of_a_run_loses_and_changes_nothing(
     make_job: Callable[..., Job], pretrained: Job, undisturbed: Job):
   """As systemd, scancel and Kubernetes send it: the children must outlive the step in hand."""
-  job = make_job(_text('judge'), start_from=str(pretrained.workdir))
+  job = make_job(_text('verify'), start_from=str(pretrained.workdir))
   with _started(job) as process:
     while job.last_step() < 3:
       assert process.poll() is None
@@ -60,7 +60,7 @@ def test_a_signal_to_every_process_of_a_run_loses_and_changes_nothing(
 def test_children_that_are_killed_change_nothing(make_job: Callable[..., Job], pretrained: Job,
                                                  undisturbed: Job):
   """SIGKILL to some of them, and what a service manager sends to all of them."""
-  job = make_job(_text('judge'), start_from=str(pretrained.workdir))
+  job = make_job(_text('verify'), start_from=str(pretrained.workdir))
   rng, num_kills = random.Random(0), 0
   with _started(job) as process:
     while process.poll() is None:
@@ -99,16 +99,16 @@ def test_a_verifier_that_breaks_stops_the_run_with_its_last_words(
                                               'TEST_WORKDIR': str(job.workdir)})
   done = job.run()
   assert done.returncode == 2 and 'Traceback' not in done.stderr
-  assert 'The verifier judged none of ' in done.stderr
+  assert 'The verifier gave no verdict on any of ' in done.stderr
   assert 'ConnectionError: the licence server is gone' in done.stderr
   assert (job.workdir / 'checkpoints' / '4').exists() and job.last_step() >= 4
 
 
-def test_a_verifier_that_judges_nothing_stops_the_run_before_the_first_step(
+def test_a_verifier_that_verifies_nothing_stops_the_run_before_the_first_step(
     make_job: Callable[..., Job], pretrained: Job):
-  job = make_job(_text('judge').replace('tests.e2e.slow_verifier:judge', 'os:system'),
+  job = make_job(_text('verify').replace('tests.e2e.slow_verifier:verify', 'os:system'),
                  start_from=str(pretrained.workdir))
   done = job.run()
   assert done.returncode == 2 and 'Traceback' not in done.stderr
-  assert 'PythonVerifier judged none of the 16 answers' in done.stderr
+  assert 'PythonVerifier gave no verdict on any of the 16 answers' in done.stderr
   assert not (job.workdir / metrics.FILE).exists()

@@ -13,7 +13,7 @@ from tests.e2e.conftest import RL, Job, run_on_hosts
 
 SPLIT = ('cfg.Mesh.data = 1', 'cfg.Mesh.fsdp = 2', 'cfg.Train.num_steps = 4',
          'cfg.RL.verifier = @cfg.PythonVerifier()',
-         "cfg.PythonVerifier.target = 'tests.e2e.one_of_two_hosts:judge'")
+         "cfg.PythonVerifier.target = 'tests.e2e.one_of_two_hosts:verify'")
 # Groups drawn again from the second step on: rows travel from the devices to all hosts and back.
 DRAWN_AGAIN = ('cfg.Rollouts.selection = @cfg.DynamicSampling()',
                'cfg.DynamicSampling.from_step = 1')

@@ -8,7 +8,7 @@ from jaxrl_pt.errors import UserError
 from jaxrl_pt.types import Verdict
 
 
-def test_a_step_in_which_nothing_was_judged_stops_the_run():
+def test_a_step_in_which_nothing_was_verified_stops_the_run():
   class Pending:
     valid = np.zeros((2, 2), np.float32)
 
@@ -21,8 +21,8 @@ def test_a_step_in_which_nothing_was_judged_stops_the_run():
     def last_words(self) -> str:
       return 'ImportError: no module named horse'
 
-  with pytest.raises(UserError, match='judged none of 4 responses: ImportError: no module named '
-                                      'horse. This step is not learned from'):
+  with pytest.raises(UserError, match='gave no verdict on any of 4 responses: ImportError: no '
+                                      'module named horse. This step is not learned from'):
     settled(Pending())
   pending = Pending()
   pending.valid = np.array([[0, 0], [0, 1]], np.float32)

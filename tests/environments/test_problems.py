@@ -80,7 +80,7 @@ def test_an_answer_that_no_response_could_give_is_refused(tmp_path):
     opened('13', JsonTokenizer(backend.to_str(), '?', ''))
 
 
-def test_a_verifier_of_text_judges_on_the_host():
+def test_a_verifier_of_text_verifies_on_the_host():
   method = dataclasses.replace(METHOD, verifier=cfg.LengthVerifier(1, 3),
                                pool=cfg.VerifierPool(num_workers=1))
   with problems.open_environment(make_session(method), method) as environment:
@@ -95,7 +95,7 @@ def test_a_verifier_of_text_judges_on_the_host():
 
 @pytest.mark.parametrize('verifier, expected', [
     (cfg.LogicVerifier(), 'LogicVerifier finds none of 16 reference answers right'),
-    (cfg.PythonVerifier('os:system'), 'PythonVerifier judged none of the 16 answers')])
+    (cfg.PythonVerifier('os:system'), 'PythonVerifier gave no verdict on any of the 16 answers')])
 def test_a_verifier_that_fits_no_problem_is_refused_before_the_first_step(verifier, expected):
   method = dataclasses.replace(METHOD, verifier=verifier, pool=cfg.VerifierPool(num_workers=1))
   with pytest.raises(UserError, match=expected):

@@ -58,7 +58,7 @@ def test_reward_equals_its_definition_on_whole_sequences():
                         - log_probability(PHI, CONTEXTS[n], TRUTH[n]))
   thoughts = RolloutBatch.of_one_turn(jnp.asarray(tokens), jnp.asarray(mask),
                                       jnp.zeros((3, 3, 3)), 0)
-  got = jax.jit(lambda theta, phi: environment.judge(
+  got = jax.jit(lambda theta, phi: environment.thought_verdict(
       MODEL, theta, phi, PROMPTS, thoughts, environment.Markers(1, ANSWER)))(THETA, PHI)
   np.testing.assert_allclose(got.reward, expected, atol=1e-4)
   np.testing.assert_array_equal(got.correct, expected > 0)
@@ -115,7 +115,7 @@ def test_step_raises_the_gain_and_keeps_the_average():
                       state.params)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state.method.average,
                want)
-  assert metrics['gap'].mean() < 1.001
+  assert metrics['mismatch'].mean() < 1.001
   np.testing.assert_allclose(
       metrics['reward'].mean(),
       metrics['reward/logp'].mean() - metrics['reward/baseline'].mean(), atol=1e-4)
@@ -144,7 +144,7 @@ def test_a_gain_that_is_not_finite_leaves_the_whole_state():
 
 
 def test_a_longer_budget_changes_nothing_for_thoughts_that_have_ended():
-  short, long = (jax.jit(lambda p, s=s: environment.judge(
+  short, long = (jax.jit(lambda p, s=s: environment.thought_verdict(
       MODEL, p, PHI, PROMPTS, RolloutBatch.of_one_turn(
           jnp.full((3, 1, s), 4).at[:, :, 1].set(ANSWER),
           jnp.zeros((3, 1, s)).at[:, :, :2].set(1), jnp.zeros((3, 1, s)), 0),

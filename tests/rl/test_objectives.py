@@ -188,10 +188,10 @@ def test_no_gradient_reaches_the_old_policy_or_the_advantage():
 
 def test_gap():
   sampler = LOGP + jnp.array([[[jnp.log(2.0), -jnp.log(3.0)], [0.0, -jnp.inf]]])
-  gap = obj.trainer_sampler_gap(LOGP, sampler, MASK)
-  np.testing.assert_allclose(gap.mean(), (2 + 3 + 1) / 3, rtol=1e-6)
-  np.testing.assert_allclose(obj.trainer_sampler_gap(LOGP, LOGP, MASK).mean(), 1)
-  assert np.isfinite(obj.trainer_sampler_gap(LOGP - 1e30, LOGP, MASK).mean())
+  mismatch = obj.sampler_trainer_mismatch(LOGP, sampler, MASK)
+  np.testing.assert_allclose(mismatch.mean(), (2 + 3 + 1) / 3, rtol=1e-6)
+  np.testing.assert_allclose(obj.sampler_trainer_mismatch(LOGP, LOGP, MASK).mean(), 1)
+  assert np.isfinite(obj.sampler_trainer_mismatch(LOGP - 1e30, LOGP, MASK).mean())
 
 
 def test_zero_advantage_groups():

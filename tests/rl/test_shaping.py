@@ -97,7 +97,7 @@ def test_short_rl_adds_nothing_behind_a_closed_gate_and_keeps_its_state():
   bonus, is_open, state = hook(state, lengths, right.at[0, 0].set(0), ONES)
   np.testing.assert_array_equal(bonus, 0)
   assert (float(is_open), float(state)) == (0, 0.75)
-  # Accuracy counts valid rows: one wrong row not judged, 2 of 3 are right, under 0.75 − 0.05.
+  # Accuracy counts valid rows: one wrong row not verified, 2 of 3 are right, under 0.75 − 0.05.
   valid = ONES.at[0, 3].set(0)
   _, is_open, after = hook(state, lengths, right.at[0, 0].set(0), valid)
   assert (float(is_open), float(after)) == (0, 0.75)
@@ -105,7 +105,7 @@ def test_short_rl_adds_nothing_behind_a_closed_gate_and_keeps_its_state():
   assert (float(is_open), float(after)) == (1, 1)
 
 
-def test_a_batch_that_nobody_judged_leaves_the_gate_alone():
+def test_a_batch_that_nobody_verified_leaves_the_gate_alone():
   for ema in (0.0, 0.9):
     bonus, is_open, state = shaping.short_rl(
         jnp.float32(0.5), jnp.array([[10.0, 30, 50, 5]]), ONES, 0 * ONES, slack_tokens=5,

@@ -66,7 +66,7 @@ N, G, S = 3, 4, 6
 
 
 def scored(seed: int) -> advantages.Scored:
-  """A random batch, one row of which was not judged; some tokens are not learned from."""
+  """A random batch, one row of which was not verified; some tokens are not learned from."""
   random = np.random.default_rng(seed)
   there = np.arange(S) < random.integers(1, S + 1, (N, G, 1))
   valid = np.ones((N, G), np.float32)

@@ -89,7 +89,7 @@ def short_is_right(prompts, rollouts) -> Verdict:
   return Verdict(correct, jnp.ones_like(correct), correct)
 
 
-def test_one_program_draws_judges_and_learns_as_the_stages_do():
+def test_one_program_draws_verifies_and_learns_as_the_stages_do():
   several, state = make(cfg.AllGroups(), short_is_right)
   copy = lambda: jax.tree.map(jnp.copy, state)  # Both donate.
   assert several.fused

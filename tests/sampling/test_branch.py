@@ -129,8 +129,8 @@ def test_the_sampler_agrees_with_the_tree_forward(activations):
   hidden = branch.response_hidden(model, params, branches((4, 9)), rollout.tokens)
   logp = jnp.take_along_axis(jax.nn.log_softmax(hidden @ model.head(params)),
                              rollout.tokens[..., None], -1)[..., 0]
-  gap = jnp.exp(jnp.abs(logp - rollout.logp)).mean()
-  assert float(gap) <= 1.01
+  mismatch = jnp.exp(jnp.abs(logp - rollout.logp)).mean()
+  assert float(mismatch) <= 1.01
 
 
 def test_a_document_is_prefilled_once():

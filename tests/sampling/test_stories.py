@@ -102,9 +102,9 @@ def test_log_probabilities_equal_the_trainers(key, kv):
       model.head(params), tokens[:, 1:]).logp[0, len(prompt) - 1:])
   for response in drawn:
     logp = apply(jnp.array([[*prompt, *response.tokens.tolist()]]))
-    gap = np.exp(np.abs(np.asarray(logp) - response.logp)).mean()
+    mismatch = np.exp(np.abs(np.asarray(logp) - response.logp)).mean()
     # int8 keys of 8 channels: the rounding itself is worth 3 % here.
-    assert gap <= (1.05 if kv == 'int8' else 1 + 1e-5)
+    assert mismatch <= (1.05 if kv == 'int8' else 1 + 1e-5)
 
 
 def test_generate_equals_the_documented_text(key):

@@ -136,7 +136,7 @@ def test_reward_rises_and_sampler_and_trainer_agree():
     state, metrics, *_ = step(state, PARAMS, make_prompts())
     assert int(state.step) == i + 1
     rewards.append(float(metrics['reward'].mean()))
-    assert 1 <= float(metrics['gap'].mean()) < 1.001
+    assert 1 <= float(metrics['mismatch'].mean()) < 1.001
     assert float(metrics['nonfinite'].mean()) == 0
     assert float(metrics['grad_norm'].mean()) >= 0
   assert np.mean(rewards[-5:]) > np.mean(rewards[:5]) + 0.3

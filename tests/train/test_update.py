@@ -32,8 +32,8 @@ PROMPTS = Prompts(jnp.asarray([[3, 1, 4], [9, 2, 0], [6, 5, 3], [7, 0, 0]], jnp.
                           'answer_lengths': jnp.arange(N, dtype=jnp.int32)})
 
 
-class Judged(NamedTuple):
-  """A judged batch: what `learn` takes beside the state, in its order."""
+class Verified(NamedTuple):
+  """A verified batch: what `learn` takes beside the state, in its order."""
 
   prompts: Prompts
   rollouts: RolloutBatch
@@ -71,12 +71,12 @@ def drawn() -> RolloutBatch:
   return jax.jit(sample)(PARAMS, PROMPTS, jnp.int32(0), jnp.int32(0))
 
 
-def judged(reference_logp=None, correct=None) -> Judged:
+def verified(reference_logp=None, correct=None) -> Verified:
   rng = np.random.default_rng(0)
   correct = jnp.asarray(rng.integers(0, 2, (N, G)) if correct is None else correct, jnp.float32)
   valid = jnp.ones((N, G)).at[1, 2].set(0)
   reference = jnp.zeros((N, G, S)) if reference_logp is None else reference_logp
-  return Judged(PROMPTS, drawn(), Verdict(correct, valid, correct, {'a': correct}), reference)
+  return Verified(PROMPTS, drawn(), Verdict(correct, valid, correct, {'a': correct}), reference)
 
 
 def make_step(method: cfg.Algorithm, accumulation=1, **rollouts):
@@ -90,7 +90,7 @@ def make_step(method: cfg.Algorithm, accumulation=1, **rollouts):
 def learn(method: cfg.Algorithm, batch=None, accumulation=1, steps=1, **rollouts):
   step, state = make_step(method, accumulation, **rollouts)
   for _ in range(steps):
-    state, metrics = step(state, judged() if batch is None else batch)
+    state, metrics = step(state, verified() if batch is None else batch)
   return state, {name: float(value.mean()) for name, value in metrics.items()}
 
 
@@ -114,7 +114,7 @@ def test_going_on_from_the_samplers_forward_pass_is_the_same_step(method):
   def through(state, batch):
     return learn(state, *batch, fused._share(MODEL, state.params, PROMPTS, 1, method))
 
-  batch = judged(drawn().logp - 0.1)
+  batch = verified(drawn().logp - 0.1)
   (got, got_metrics), (want, want_metrics) = (
       jax.jit(f)(state, batch) for f in (through, lambda state, batch: learn(state, *batch)))
   assert_same(got.opt_state[1].mu, want.opt_state[1].mu)
@@ -180,7 +180,7 @@ def test_what_the_surrogates_do_after_the_first_update_differs():
   assert (results[0][0].params['embed'] != results[1][0].params['embed']).any()
 
 
-def train_batch(method: cfg.Algorithm, batch: Judged, reward=None) -> TrainBatch:
+def train_batch(method: cfg.Algorithm, batch: Verified, reward=None) -> TrainBatch:
   """What is fixed before the first update of a new state."""
   run = make_run(method)
   reward = batch.verdict.reward if reward is None else reward
@@ -195,8 +195,8 @@ ADVANTAGES = (cfg.GRPO(), cfg.DrGRPO(), cfg.RLOO(), cfg.OPO(), cfg.OPOLeaveOneOu
 
 @pytest.mark.parametrize('advantage', ADVANTAGES, ids=lambda a: type(a).__name__)
 def test_every_advantage_prefers_what_was_rewarded(advantage):
-  """Rows not judged take no part, and what is left sums to about nothing."""
-  batch = judged()
+  """Rows not verified take no part, and what is left sums to about nothing."""
+  batch = verified()
   found = train_batch(cfg.Algorithm(advantage=advantage), batch)
   assert found.advantage.shape == (N, G, S)
   counted = np.asarray(found.advantage * batch.mask)
@@ -208,10 +208,10 @@ def test_every_advantage_prefers_what_was_rewarded(advantage):
 
 @pytest.mark.parametrize('advantage', ADVANTAGES, ids=lambda a: type(a).__name__)
 def test_equal_rewards_of_any_value_are_exactly_no_advantage(advantage):
-  """Not nearly; what is not judged may have earned anything. A new value head says 0."""
+  """Not nearly; what is not verified may have earned anything. A new value head says 0."""
   if isinstance(advantage, cfg.GAE):
     advantage = cfg.GAE(lam=1.0)
-  method, batch = cfg.Algorithm(advantage=advantage), judged()
+  method, batch = cfg.Algorithm(advantage=advantage), verified()
   found = jax.jit(lambda value: train_batch(
       method, batch, jnp.where(batch.verdict.valid > 0, value, 9.0)).advantage * batch.mask)
   for value in (0.1, 0.7, -4.21, 1 / 3, 1e4 + 0.3):
@@ -219,7 +219,7 @@ def test_equal_rewards_of_any_value_are_exactly_no_advantage(advantage):
 
 
 def test_equal_rewards_leave_the_policy_alone():
-  batch = judged()
+  batch = verified()
   reward = jnp.where(batch.verdict.valid > 0, -4.21, 9.0)
   state, metrics = learn(cfg.Algorithm(advantage=cfg.GRPO()), batch._replace(
       verdict=dataclasses.replace(batch.verdict, reward=reward)))
@@ -236,7 +236,7 @@ def test_equal_rewards_leave_the_policy_alone():
 def test_an_impossible_token_costs_its_own_gradient_and_is_counted(method):
   """log ratios of ±100 on a token of two responses; infinite ratios made the batch NaN."""
   far = drawn().logp.at[0, 0, 0].add(100.0).at[1, 0, 0].add(-100.0)
-  batch = judged(reference_logp=far)
+  batch = verified(reference_logp=far)
   if method.kl == cfg.NoKL():
     batch = batch._replace(rollouts=dataclasses.replace(batch.rollouts, logp=far))
   state, metrics = learn(method, batch)
@@ -246,7 +246,7 @@ def test_an_impossible_token_costs_its_own_gradient_and_is_counted(method):
 
 
 def test_kl_in_the_reward_is_taken_from_it():
-  batch = judged()
+  batch = verified()
   batch = batch._replace(reference_logp=jnp.where(
       jnp.arange(G)[:, None] == 0, batch.rollouts.logp - 2, batch.rollouts.logp))
   method = cfg.Algorithm(advantage=cfg.DrGRPO(), kl=cfg.KLInReward(0.5))
@@ -260,7 +260,7 @@ def test_kl_in_the_reward_is_taken_from_it():
 
 
 def test_kl_in_the_loss_pulls_towards_the_reference():
-  batch = judged(correct=np.zeros((N, G)))  # No reward: KL alone moves the policy.
+  batch = verified(correct=np.zeros((N, G)))  # No reward: KL alone moves the policy.
   batch = batch._replace(reference_logp=batch.rollouts.logp + 0.5)
   method = cfg.Algorithm(kl=cfg.KLInLoss(1.0, 'k2'))
   state, metrics = learn(method, batch, steps=5)
@@ -273,7 +273,7 @@ def test_kl_in_the_loss_pulls_towards_the_reference():
 
 
 def test_entropy_bonus_raises_entropy():
-  batch = judged(correct=np.zeros((N, G)))
+  batch = verified(correct=np.zeros((N, G)))
   scores = update.response_scores(MODEL, PARAMS, PROMPTS, drawn().tokens, cfg.Sampler())
   first = {'entropy': float((scores.entropy * batch.mask).sum() / batch.mask.sum())}
   _, later = learn(cfg.Algorithm(entropy_coef=1.0), batch, steps=5)
@@ -288,7 +288,7 @@ def gradients(state):
 @pytest.mark.parametrize('part, coef', [('k2', 0.3), ('k3', 2.0), ('entropy', 0.3)])
 def test_coefficients_by_the_definition_of_their_term(part, coef):
   """Without a reward the gradient is coef · ∇ mean over tokens of KL, or of −entropy."""
-  batch = judged(reference_logp=drawn().logp + 0.4, correct=np.zeros((N, G)))
+  batch = verified(reference_logp=drawn().logp + 0.4, correct=np.zeros((N, G)))
   mask = batch.mask
 
   def definition(params):
@@ -325,7 +325,7 @@ def test_the_trainers_log_probabilities_come_out_by_token(options, accumulation)
   method = cfg.Algorithm(surrogate=cfg.PPOClip(), **options)
   run = make_run(method, accumulation)
   state, optimizer = make_state(run)
-  batch = judged()
+  batch = verified()
   _, metrics = jax.jit(update.make_learner(
       MODEL, optimizer, run, run.objective.rollouts, method, by_token=True))(state, *batch)
   by_token = metrics[update.BY_TOKEN]
@@ -336,12 +336,12 @@ def test_the_trainers_log_probabilities_come_out_by_token(options, accumulation)
   np.testing.assert_array_equal(by_token.count, mask)
   np.testing.assert_allclose(by_token.sum * mask, scores.logp * mask, atol=1e-4)
   power = np.exp(np.abs(by_token.sum - batch.rollouts.logp)) * mask
-  np.testing.assert_allclose(metrics['gap'].mean(), power.sum() / mask.sum(), rtol=1e-4)
+  np.testing.assert_allclose(metrics['mismatch'].mean(), power.sum() / mask.sum(), rtol=1e-4)
 
 
 def test_a_cap_of_one_lowers_and_a_stale_sampler_weighs():
   """A sampler that was twice as sure gets half the weight; one half as sure is capped."""
-  batch, found = judged(), []
+  batch, found = verified(), []
   for factor, want in ((np.log(2), 0.5), (-np.log(2), 1.0)):
     stale = batch._replace(rollouts=dataclasses.replace(
         batch.rollouts, logp=batch.rollouts.logp + factor))
@@ -350,7 +350,7 @@ def test_a_cap_of_one_lowers_and_a_stale_sampler_weighs():
     found.append(gradients(state))
     np.testing.assert_allclose(metrics['correction'], want, rtol=1e-3)
     np.testing.assert_allclose(metrics['staleness'], 2.0, rtol=1e-3)
-    assert 'gap' not in metrics
+    assert 'mismatch' not in metrics
   for half, whole in zip(*map(jax.tree.leaves, found), strict=True):
     np.testing.assert_allclose(2 * half, whole, atol=1e-4 * np.abs(whole).max())
   assert np.abs(found[1]['embed']).max() > 0
@@ -370,7 +370,7 @@ def with_forced_tokens(logp: float) -> RolloutBatch:
 
 def test_a_forced_token_is_of_the_response_and_not_learned_from():
   """Its length counts; the gradient is that of the tokens after it, by definition."""
-  batch = judged()._replace(rollouts=with_forced_tokens(0.0))
+  batch = verified()._replace(rollouts=with_forced_tokens(0.0))
   method = cfg.Algorithm(advantage=cfg.OPO(), aggregation=cfg.TokenMean())
   fixed = train_batch(method, batch)
   in_response = batch.rollouts.in_response
@@ -403,11 +403,11 @@ def test_nothing_reads_the_log_probabilities_of_a_forced_token(method):
   found = []
   for logp in (0.0, -50.0):
     reference = (drawn().logp - 0.1).at[..., 0].set(logp / 2)
-    batch = judged(reference)._replace(rollouts=with_forced_tokens(logp))
+    batch = verified(reference)._replace(rollouts=with_forced_tokens(logp))
     found.append(learn(method, batch))
   (one, some_metrics), (other, other_metrics) = found
   jax.tree.map(np.testing.assert_array_equal, one, other)
-  assert some_metrics == other_metrics and some_metrics['gap'] < 1.001
+  assert some_metrics == other_metrics and some_metrics['mismatch'] < 1.001
   assert (one.params['embed'] != PARAMS['embed']).any()
 
 
@@ -443,12 +443,12 @@ def test_two_minibatches_twice_are_four_updates():
   ppo = functools.partial(cfg.Algorithm, surrogate=cfg.PPOClip(), advantage=cfg.RLOO())
   state, metrics = learn(ppo(minibatches=2, epochs=2))
   assert int(state.step) == 1 and int(state.opt_state[1].count) == 4
-  assert 1 <= metrics['gap'] < 1.001  # Of the first update.
+  assert 1 <= metrics['mismatch'] < 1.001  # Of the first update.
 
 
 def test_the_metrics_of_all_updates_are_added_up():
   method = cfg.Algorithm(surrogate=cfg.PPOClip(), minibatches=2, epochs=2)
-  (step, state), batch = make_step(method), judged()
+  (step, state), batch = make_step(method), verified()
   _, metrics = step(state, batch)
   # Every token of a valid response is learned from in both epochs.
   assert metrics['entropy'].count == 2 * batch.mask.sum()
@@ -466,8 +466,8 @@ def test_a_correction_of_several_updates_compares_the_policy_before_them():
 def test_the_value_head_learns_the_reward():
   correct = np.ones((N, G))
   method = cfg.Algorithm(advantage=cfg.GAE(value_lr=0.1), aggregation=cfg.TokenMean())
-  _, first = learn(method, judged(correct=correct))
-  state, last = learn(method, judged(correct=correct), steps=30)
+  _, first = learn(method, verified(correct=correct))
+  state, last = learn(method, verified(correct=correct), steps=30)
   assert last['value_loss'] < 0.1 * first['value_loss']
   assert set(state.method.value.params) == {'weight', 'bias'}
 
@@ -475,7 +475,7 @@ def test_the_value_head_learns_the_reward():
 def test_short_rls_gate_is_state_and_closes_when_accuracy_falls():
   method = cfg.Algorithm(shaping=cfg.ShortRL(slack_tokens=0, slack_accuracy=0.1))
   step, state = make_step(method)
-  good, bad = (judged(correct=np.full((N, G), c)) for c in (1.0, 0.0))
+  good, bad = (verified(correct=np.full((N, G), c)) for c in (1.0, 0.0))
   state, metrics = step(state, good)
   assert float(metrics['gate_open'].mean()) == 1 and float(state.method.gate) == 1
   state, metrics = step(state, bad)
@@ -485,7 +485,7 @@ def test_short_rls_gate_is_state_and_closes_when_accuracy_falls():
 def test_a_step_that_is_not_finite_leaves_gate_and_head_alone():
   method = cfg.Algorithm(advantage=cfg.GAE(), shaping=cfg.ShortRL())
   step, state = make_step(method)
-  batch = judged()
+  batch = verified()
   broken = batch._replace(verdict=dataclasses.replace(
       batch.verdict, reward=batch.verdict.reward * jnp.nan))
   after, metrics = step(state, broken)
@@ -496,7 +496,7 @@ def test_a_step_that_is_not_finite_leaves_gate_and_head_alone():
 def test_parts_of_the_reward_are_logged_apart():
   _, metrics = learn(cfg.Algorithm())
   assert metrics['reward/a'] == metrics['reward'] == metrics['accuracy']
-  assert metrics['judged'] == 15 / 16
+  assert metrics['verified'] == 15 / 16
 
 
 def test_slices_keep_the_prompts_of_a_document_together():

@@ -1,9 +1,9 @@
 """A verifier as nobody should write one: it evaluates the response in its own process."""
 
-from jaxrl_pt.verifiers.judgement import Judgement, Outcome, answer
+from jaxrl_pt.verifiers.response_verdict import Outcome, ResponseVerdict, answer
 
 
-def judge(response: str, reference: str) -> Judgement:
+def verify(response: str, reference: str) -> ResponseVerdict:
   try:
     value = eval(response)
   except Exception:

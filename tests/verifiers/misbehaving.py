@@ -7,10 +7,10 @@ import subprocess
 import sys
 import time
 
-from jaxrl_pt.verifiers.judgement import Judgement, Outcome, answer
+from jaxrl_pt.verifiers.response_verdict import Outcome, ResponseVerdict, answer
 
 
-def judge(response: str, reference: str) -> Judgement:
+def verify(response: str, reference: str) -> ResponseVerdict:
   action, _, argument = response.partition(' ')
   match action:
     case 'spin':
@@ -35,27 +35,27 @@ def judge(response: str, reference: str) -> Judgement:
     case 'raise':
       raise ValueError('broken')
     case 'recurse':
-      judge(response, reference)
+      verify(response, reference)
     case 'memory':
       bytearray(8 << 30)
     case 'nan':
-      return Judgement(Outcome.CORRECT, {'answer': float('nan')})
+      return ResponseVerdict(Outcome.CORRECT, {'answer': float('nan')})
     case 'infinite':
-      return Judgement(Outcome.CORRECT, {'answer': float('inf')})
+      return ResponseVerdict(Outcome.CORRECT, {'answer': float('inf')})
     case 'part':
-      return Judgement(Outcome.CORRECT, {'other': 1.0})
+      return ResponseVerdict(Outcome.CORRECT, {'other': 1.0})
     case 'print':
       print('x' * 1_000_000)
       sys.stderr.write('y' * 1_000_000)
     case 'jax':
       return answer(Outcome.WRONG if 'jax' in sys.modules else Outcome.CORRECT)
     case 'pid':
-      return Judgement(Outcome.CORRECT, {'answer': float(os.getpid())})
+      return ResponseVerdict(Outcome.CORRECT, {'answer': float(os.getpid())})
     case 'grandchild':
       process = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(1000)'])
       with open(argument, 'w', encoding='utf-8') as f:
         f.write(f'{os.getpid()} {process.pid}')
       time.sleep(1000)
     case 'hash':
-      return Judgement(Outcome.CORRECT, {'answer': float(hash('text') % 1_000_000)})
+      return ResponseVerdict(Outcome.CORRECT, {'answer': float(hash('text') % 1_000_000)})
   return answer(Outcome.CORRECT if response == reference else Outcome.WRONG)

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from jaxrl_pt.verifiers.judgement import Judgement
+from jaxrl_pt.verifiers.response_verdict import ResponseVerdict
 from tests.verifiers import misbehaving
 
 _path = Path(os.environ['TEST_FAILING_STARTS'])
@@ -13,5 +13,5 @@ if _left:
   raise OSError('no luck this time')
 
 
-def judge(response: str, reference: str) -> Judgement:
-  return misbehaving.judge(response, reference)
+def verify(response: str, reference: str) -> ResponseVerdict:
+  return misbehaving.verify(response, reference)

@@ -16,7 +16,7 @@ from jaxrl_pt.data import tokenizer as tokenizers
 from jaxrl_pt.token_bytes import token_table
 from jaxrl_pt.types import Prompts, RolloutBatch
 from jaxrl_pt.verifiers import exact
-from jaxrl_pt.verifiers.judgement import Outcome
+from jaxrl_pt.verifiers.response_verdict import Outcome
 
 N, G, S, W = 3, 4, 7, 3
 STOP = 0
@@ -32,21 +32,21 @@ def _device(marker: bytes):
   return jax.jit(functools.partial(exact.answer_match, TABLE, marker=marker, stop_id=STOP))
 
 
-def _judge(tokens, answer, marker=b'#'):
-  return exact.judge_tokens(tokens, answer, marker, STOP, SPELLED)
+def _verify(tokens, answer, marker=b'#'):
+  return exact.verify_tokens(tokens, answer, marker, STOP, SPELLED)
 
 
 def test_definition_by_hand():
-  assert _judge([2, 3, 1, 2, 3, STOP], b'12') is Outcome.CORRECT
-  assert _judge([2, 3, 4, 3, STOP], b'12') is Outcome.CORRECT  # '#1' is one token
-  assert _judge([1, 2, 5, 7, STOP], b'12') is Outcome.CORRECT  # '2#' is one token
-  assert _judge([1, 2, 1, 3, STOP], b'2') is Outcome.CORRECT  # the last marker
-  assert _judge([1, 2, 3, STOP], b'1') is Outcome.WRONG
-  assert _judge([1, 2, STOP], b'12') is Outcome.WRONG
-  assert _judge([1, STOP], b'1') is Outcome.WRONG
-  assert _judge([1, 2], b'1') is Outcome.UNPARSED  # did not end
-  assert _judge([2, STOP], b'1') is Outcome.UNPARSED
-  assert _judge([], b'1') is Outcome.UNPARSED
+  assert _verify([2, 3, 1, 2, 3, STOP], b'12') is Outcome.CORRECT
+  assert _verify([2, 3, 4, 3, STOP], b'12') is Outcome.CORRECT  # '#1' is one token
+  assert _verify([1, 2, 5, 7, STOP], b'12') is Outcome.CORRECT  # '2#' is one token
+  assert _verify([1, 2, 1, 3, STOP], b'2') is Outcome.CORRECT  # the last marker
+  assert _verify([1, 2, 3, STOP], b'1') is Outcome.WRONG
+  assert _verify([1, 2, STOP], b'12') is Outcome.WRONG
+  assert _verify([1, STOP], b'1') is Outcome.WRONG
+  assert _verify([1, 2], b'1') is Outcome.UNPARSED  # did not end
+  assert _verify([2, STOP], b'1') is Outcome.UNPARSED
+  assert _verify([], b'1') is Outcome.UNPARSED
 
 
 @settings(max_examples=80, deadline=None, derandomize=True)
@@ -66,11 +66,11 @@ def test_device_equals_definition(data, marker):
       tokens[n, g, lengths[n, g] - len(tail):lengths[n, g]] = tail
   mask = (np.arange(S) < lengths[..., None]).astype(np.float32)
   found = _device(marker)(tokens, mask, answers, answer_lengths)
-  judged = [[exact.judge_tokens(tokens[n, g, :lengths[n, g]].tolist(),
+  verified = [[exact.verify_tokens(tokens[n, g, :lengths[n, g]].tolist(),
                                 bytes(answers[n, :answer_lengths[n]].tolist()), marker, STOP,
                                 SPELLED) for g in range(G)] for n in range(N)]
   np.testing.assert_array_equal(found, np.array([[j is Outcome.CORRECT for j in row]
-                                                 for row in judged], np.float32))
+                                                 for row in verified], np.float32))
   there = exact.has_marker(exact.marker_reader(TABLE, marker), jnp.asarray(tokens),
                            jnp.asarray(mask))
   spelled = [[b''.join(SPELLED[t] for t in tokens[n, g, :lengths[n, g]]) for g in range(G)]
@@ -138,7 +138,7 @@ def test_correct_demonstrations_are_correct_with_every_tokenizer(name):
   np.testing.assert_array_equal(verdict.reward[:, 0], np.arange(100) < 50)
   np.testing.assert_array_equal(verdict.parts['parsed'], 1)
   spelled = tokenizer.token_bytes()
-  expected = [exact.judge_tokens(r, a.encode(), b'#', tokenizer.eos_id, spelled)
+  expected = [exact.verify_tokens(r, a.encode(), b'#', tokenizer.eos_id, spelled)
               is Outcome.CORRECT for r, a in zip(responses, answers, strict=True)]
   assert expected == [True] * 50 + [False] * 50
 

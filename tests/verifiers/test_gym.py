@@ -1,4 +1,4 @@
-"""Every task of reasoning-gym by its name: deterministic, and judged by its own scorer."""
+"""Every task of reasoning-gym by its name: deterministic, and verified by its own scorer."""
 
 import json
 import os
@@ -11,8 +11,8 @@ from jaxrl_pt import config as cfg
 from jaxrl_pt.data import gym_questions, problems, sources
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.verifiers import build, gym
-from jaxrl_pt.verifiers.judgement import Judgement, Outcome
 from jaxrl_pt.verifiers.pool import Pool
+from jaxrl_pt.verifiers.response_verdict import Outcome, ResponseVerdict
 
 reasoning_gym = pytest.importorskip('reasoning_gym')
 from reasoning_gym.factory import DATASETS  # noqa: E402 only where the extra is there
@@ -52,15 +52,15 @@ def test_there_are_the_tasks_that_the_library_promises():
   assert len(TASKS) > 100 and NO_ANSWER | ACCEPTS_ANYTHING < set(TASKS)
 
 
-def test_every_task_makes_and_judges_a_problem(made):
+def test_every_task_makes_and_verifies_a_problem(made):
   items = []
   for task, (_, solution) in made.items():
     items += [(f'<think>…</think><answer>{solution}</answer>', _reference(task)),
               ('<answer>zzz</answer>', _reference(task)), (solution, _reference(task))]
   with Pool(cfg.GymVerifier(), cfg.VerifierPool(num_workers=2, cpu_seconds=30)) as pool:
-    judged = pool.submit(items).result()
+    verified = pool.submit(items).result()
   for i, task in enumerate(TASKS):
-    right, wrong, untagged = judged[3 * i:3 * i + 3]
+    right, wrong, untagged = verified[3 * i:3 * i + 3]
     assert untagged.outcome is Outcome.UNPARSED, task
     if task not in NO_ANSWER:
       assert right.outcome is Outcome.CORRECT, (task, right)
@@ -71,7 +71,7 @@ def test_every_task_makes_and_judges_a_problem(made):
 
 def test_every_task_pays_nothing_for_an_answer_that_holds_the_right_one(made):
   """Most scorers pay len(right) / len(stated) there; the tasks below take such text as right."""
-  def judged(partial_credit: bool, stated: str) -> list[Judgement]:
+  def verified(partial_credit: bool, stated: str) -> list[ResponseVerdict]:
     items = [(f'<answer>{stated.format(solution)}</answer>', _reference(task))
              for task, (_, solution) in made.items()]
     settings = cfg.GymVerifier(partial_credit=partial_credit)
@@ -79,7 +79,7 @@ def test_every_task_pays_nothing_for_an_answer_that_holds_the_right_one(made):
       return pool.submit(items).result()
 
   credited = 0
-  for plain, paid in zip(judged(False, 'zzz {} zzz'), judged(True, 'zzz {} zzz'), strict=True):
+  for plain, paid in zip(verified(False, 'zzz {} zzz'), verified(True, 'zzz {} zzz'), strict=True):
     assert plain.outcome is paid.outcome and set(plain.parts) == {'answer'}
     assert plain.score == paid.parts['answer'] and (plain.score > 0) == (
         plain.outcome is Outcome.CORRECT)
@@ -93,9 +93,9 @@ def test_partial_credit_is_paid_only_on_request_and_apart(task, size, index):
   place = _reference(task, size, index)
   right = reasoning_gym.create_dataset(task, seed=1, size=size)[index]['answer']
   for partial_credit in (False, True):
-    judge = gym.verifier('text', partial_credit)
-    assert judge(right, place).score == 1.0
-    longer = judge(f'{right}0', place)
+    verify = gym.verifier('text', partial_credit)
+    assert verify(right, place).score == 1.0
+    longer = verify(f'{right}0', place)
     assert longer.outcome is Outcome.WRONG and longer.parts['answer'] == 0.0
     assert longer.score == (len(right) / (len(right) + 1) if partial_credit else 0.0)
   assert build.part_names(cfg.GymVerifier(partial_credit=True)) == ('answer', 'partial')
@@ -120,9 +120,9 @@ def test_problems_depend_on_seed_and_index_alone(made):
 _JUDGE = """
 import json, sys
 from jaxrl_pt.verifiers import gym
-judge = gym.verifier('text', False)
+verify = gym.verifier('text', False)
 for response, reference in json.load(sys.stdin):
-  print(judge(response, reference).outcome.value)
+  print(verify(response, reference).outcome.value)
 """
 # They follow the order of sets, and so the hashes of strings.
 HASHED = ('isomorphic_strings', 'knight_swap', 'polynomial_multiplication', 'ransom_note',
@@ -130,7 +130,7 @@ HASHED = ('isomorphic_strings', 'knight_swap', 'polynomial_multiplication', 'ran
 
 
 @pytest.mark.slow
-def test_the_problem_that_was_asked_is_judged_whatever_strings_hash_to():
+def test_the_problem_that_was_asked_is_verified_whatever_strings_hash_to():
   items = [(p.demonstration, p.answer) for task in HASHED for p in problems.load(
       cfg.Problems(cfg.ReasoningGym(task, 6, seed=1), held_out=0.0))[0]]
   for seed in ('1', '2'):
@@ -165,9 +165,9 @@ def test_settings_reach_the_task_its_demonstrations_and_its_scorer():
     first, sign, second = problem.prompt.split(': ')[1].removesuffix(' =').split()
     right = int(first) + int(second) * (1 if sign == '+' else -1)
     assert max(int(first), int(second)) < 10 and problem.demonstration == str(right)
-  judge = gym.verifier('text', False)
-  assert judge(found[7].demonstration, found[7].answer).outcome is Outcome.CORRECT
-  assert judge('77', found[7].answer).outcome is Outcome.WRONG
+  verify = gym.verifier('text', False)
+  assert verify(found[7].demonstration, found[7].answer).outcome is Outcome.CORRECT
+  assert verify('77', found[7].answer).outcome is Outcome.WRONG
   texts = list(sources.documents(cfg.Demonstrations(source)))
   assert texts == [p.prompt + p.demonstration for p in found]
 

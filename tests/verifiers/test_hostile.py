@@ -12,8 +12,8 @@ import pytest
 
 from jaxrl_pt import config as cfg
 from jaxrl_pt.verifiers import build, expressions, sandbox
-from jaxrl_pt.verifiers.judgement import Outcome
 from jaxrl_pt.verifiers.pool import Pool
+from jaxrl_pt.verifiers.response_verdict import Outcome
 
 ROOT = Path(__file__).resolve().parents[2]
 # Whether this kernel filters system calls, on a machine whose numbers we know.
@@ -21,7 +21,7 @@ FILTERS = sys.platform == 'linux' and platform.machine() in sandbox.MACHINES and
     'Seccomp:' in Path('/proc/self/status').read_text(encoding='utf-8'))
 FILTERED = pytest.mark.skipif(not FILTERS, reason='this kernel filters no system calls')
 LINUX = pytest.mark.skipif(sys.platform != 'linux', reason='bounds that only Linux keeps')
-EVALUATING = cfg.PythonVerifier('tests.verifiers.evaluating:judge')
+EVALUATING = cfg.PythonVerifier('tests.verifiers.evaluating:verify')
 
 # What each tries stands in the text; MARK is a file that must never come to be.
 CODE = [
@@ -149,8 +149,8 @@ def test_hostile_answers_earn_nothing_and_leave_nothing(tmp_path):
            for i, text in enumerate(CODE) for task in TASKS[i % 4::4]]
   assert len(items) >= 100
   with Pool(cfg.GymVerifier('text', True), cfg.VerifierPool(num_workers=2)) as pool:
-    judged = pool.submit(items).result()
-  for item, found in zip(items, judged, strict=True):
+    verified = pool.submit(items).result()
+  for item, found in zip(items, verified, strict=True):
     assert found.outcome in (Outcome.UNPARSED, Outcome.WRONG), (item, found)
     assert found.score <= 0.05, (item, found)
   assert not mark.exists()
@@ -163,9 +163,9 @@ def test_hostile_mathematics_earns_nothing_and_leaves_nothing(tmp_path):
   dressed = [r'\boxed{%s}', r'\boxed{\text{%s}}', r'\boxed{1 + %s}']
   items = [(dressed[i % 3] % text, '42') for i, text in enumerate(texts)]
   with Pool(cfg.MathVerifier('boxed', True), cfg.VerifierPool(num_workers=2)) as pool:
-    judged = pool.submit([*items, (r'\boxed{42}', '42')]).result()
-  assert judged.pop().outcome is Outcome.CORRECT
-  for item, found in zip(items, judged, strict=True):
+    verified = pool.submit([*items, (r'\boxed{42}', '42')]).result()
+  assert verified.pop().outcome is Outcome.CORRECT
+  for item, found in zip(items, verified, strict=True):
     assert found.outcome is not Outcome.CORRECT and found.score == 0, (item, found)
   assert not mark.exists()
 
@@ -235,7 +235,7 @@ def test_built_in_verifiers_run_in_the_tight_process(settings):
 
 # --- What a process that evaluates the response may say -------------------------------
 
-_FORGED = json.dumps({'nonce': '', 'judged': [
+_FORGED = json.dumps({'nonce': '', 'verified': [
     {'outcome': 'correct', 'parts': {'answer': 1.0}, 'detail': ''}]})
 _ALL_FDS = 'range(0, 64)'
 _WRITE = ("[__import__('contextlib').suppress(OSError).__enter__() or "
@@ -283,8 +283,8 @@ def test_nothing_that_an_answer_writes_or_does_is_a_verdict():
   limits = cfg.VerifierPool(num_workers=2, cpu_seconds=1, wall_seconds=3)
   items = [pair for text in SAYS.values() for pair in ((text, 'x'), ("'x'", 'x'))]
   with Pool(EVALUATING, limits) as pool:
-    judged = pool.submit(items).result()
-  for name, hostile, good in zip(SAYS, judged[::2], judged[1::2], strict=True):
+    verified = pool.submit(items).result()
+  for name, hostile, good in zip(SAYS, verified[::2], verified[1::2], strict=True):
     assert hostile.score == 0 and hostile.outcome is not Outcome.CORRECT, (name, hostile)
     assert good.outcome is Outcome.CORRECT, (name, good)
 
@@ -340,7 +340,7 @@ RIGHT = {'outcome': 'correct', 'parts': {'answer': 1.0}, 'detail': ''}
     {'outcome': 'right'}, {'outcome': 1}, {'outcome': None}, {'parts': None}, {'parts': [1.0]},
     {'parts': {'answer': '1'}}, {'parts': {'answer': 1}}, {'parts': {'answer': True}},
     {'parts': {'answer': None}}, {'detail': 3}, {'other': 1}])
-def test_what_is_no_judgement_is_not_decoded(change):
+def test_what_is_no_verdict_is_not_decoded(change):
   assert build.decoded(RIGHT, cfg.GymVerifier()).score == 1
   with pytest.raises(ValueError):
     build.decoded({**RIGHT, **change}, cfg.GymVerifier())

@@ -9,7 +9,7 @@ import pytest
 from jaxrl_pt import config as cfg
 from jaxrl_pt.data import knights
 from jaxrl_pt.verifiers import logic
-from jaxrl_pt.verifiers.judgement import Outcome
+from jaxrl_pt.verifiers.response_verdict import Outcome
 
 REFERENCE = 'Alice is a knight, Bob is a knave'
 
@@ -38,15 +38,15 @@ def _response(answer: str, think: str = 'hm') -> str:
     (_response(REFERENCE, '</think><think>'), Outcome.UNPARSED, (-1, -2)),
 ])
 def test_rewards_by_part(response, outcome, parts):
-  judged = logic.judge(response, REFERENCE)
-  assert judged.outcome is outcome
-  assert (judged.parts['format'], judged.parts['answer']) == parts
-  assert judged.score == sum(parts)  # 3, −0.5, −1 or −3 (docs/methods/short_rl.md)
+  verified = logic.verify(response, REFERENCE)
+  assert verified.outcome is outcome
+  assert (verified.parts['format'], verified.parts['answer']) == parts
+  assert verified.score == sum(parts)  # 3, −0.5, −1 or −3 (docs/methods/short_rl.md)
 
 
 def test_a_mebibyte_of_claims_is_read():
   for answer in ('Alice is a knight ' * 58_000, 'knave' * 200_000, '<answer>' * 100_000):
-    assert logic.judge(_response(answer), REFERENCE).outcome is Outcome.UNPARSED
+    assert logic.verify(_response(answer), REFERENCE).outcome is Outcome.UNPARSED
 
 
 # --- The generator ------------------------------------------------------------------
@@ -85,7 +85,7 @@ def test_every_puzzle_has_the_reference_as_its_only_solution_by_the_meaning_of_i
         solved.append(roles)
     reference = {n: r == 'knight' for n, r in re.findall(r'(\w+) is a (\w+)', puzzle.answer)}
     assert solved == [reference]
-    assert logic.judge(_response(puzzle.answer), puzzle.answer).score == 3
+    assert logic.verify(_response(puzzle.answer), puzzle.answer).score == 3
   assert kinds == {'and only', 'if ', ' or ', ' and '}
 
 

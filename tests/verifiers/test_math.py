@@ -10,8 +10,8 @@ import pytest
 
 from jaxrl_pt import config as cfg
 from jaxrl_pt.verifiers import math as m
-from jaxrl_pt.verifiers.judgement import Outcome
 from jaxrl_pt.verifiers.pool import Pool
+from jaxrl_pt.verifiers.response_verdict import Outcome
 
 GSM8K = Path(__file__).resolve().parents[2] / '../shared/data/math-gsm8k'
 CORRECT, WRONG, UNPARSED = Outcome.CORRECT, Outcome.WRONG, Outcome.UNPARSED
@@ -147,10 +147,10 @@ def test_scores_with_sympy_on_time():
   cases = [*_CASES, *_MEBIBYTE, *symbolic]
   start = time.monotonic()
   with Pool(cfg.MathVerifier(), cfg.VerifierPool(num_workers=2, cpu_seconds=20)) as pool:
-    judged = pool.submit([case[:2] for case in cases]).result()
-  for (response, reference, outcome), judgement in zip(cases, judged, strict=True):
-    assert judgement.outcome is outcome, (response[:60], reference, judgement)
-    assert judgement.score == (outcome is CORRECT)
+    verified = pool.submit([case[:2] for case in cases]).result()
+  for (response, reference, outcome), verdict in zip(cases, verified, strict=True):
+    assert verdict.outcome is outcome, (response[:60], reference, verdict)
+    assert verdict.score == (outcome is CORRECT)
   assert time.monotonic() - start < 120
 
 
@@ -160,13 +160,13 @@ def test_scores_with_sympy_on_time():
 @pytest.mark.skipif(not GSM8K.is_dir(), reason='../shared/data/math-gsm8k is not here')
 def test_agrees_with_the_labels_of_gsm8k_solutions():
   """5,276 solutions labelled right or wrong; their answer is the number at the end."""
-  judge = m.verifier('last_number', False)
+  verify = m.verifier('last_number', False)
   agree = total = 0
   with gzip.open(GSM8K / 'example_model_solutions.jsonl.gz', 'rt', encoding='utf-8') as rows:
     for row in map(json.loads, rows):
       reference = row['ground_truth'].rpartition('A:')[2]
       for model in ('6b_finetuning', '6b_verification', '175b_finetuning', '175b_verification'):
-        outcome = judge(row[model]['solution'], reference).outcome
+        outcome = verify(row[model]['solution'], reference).outcome
         agree += (outcome is CORRECT) == row[model]['is_correct']
         total += 1
   assert (agree, total) == (5276, 5276)

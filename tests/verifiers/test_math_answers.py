@@ -12,7 +12,7 @@ import time
 import pytest
 
 from jaxrl_pt.verifiers import math as m
-from jaxrl_pt.verifiers.judgement import Outcome
+from jaxrl_pt.verifiers.response_verdict import Outcome
 from tests.verifiers import math_cases
 
 DATA = Path(__file__).resolve().parents[2] / '../shared/data'
@@ -21,7 +21,7 @@ SYMBOLIC = importlib.util.find_spec('sympy') is not None
 needs_sympy = pytest.mark.skipif(not SYMBOLIC, reason='sympy is not here: make verifiers')
 
 
-def _judged(form, symbolic, response, reference):
+def _verified(form, symbolic, response, reference):
   return m.verifier(form, symbolic)(response, reference).outcome
 
 
@@ -29,7 +29,7 @@ def _judged(form, symbolic, response, reference):
 @pytest.mark.parametrize('kind', math_cases.ALL)
 def test_boxed_answers_of_each_kind(kind):
   for stated, reference, is_right in math_cases.ALL[kind]:
-    outcome = _judged('boxed', True, rf'so \boxed{{{stated}}}', reference)
+    outcome = _verified('boxed', True, rf'so \boxed{{{stated}}}', reference)
     assert (outcome is Outcome.CORRECT) == is_right, (stated, reference, outcome)
 
 
@@ -40,7 +40,7 @@ def test_boxed_answers_of_each_kind(kind):
 def test_whole_responses(form, rows):
   for response, reference, is_right in rows:
     for symbolic in (False, True):
-      outcome = _judged(form, symbolic, response, reference)
+      outcome = _verified(form, symbolic, response, reference)
       assert (outcome is Outcome.CORRECT) == is_right, (response, reference, outcome)
 
 
@@ -53,7 +53,7 @@ def test_cases_from_public_reports():
     if not isinstance(case, dict) or not str(case.get('verifier')).startswith('math.'):
       continue
     form, symbolic = case['verifier'].removeprefix("math.verifier('").removesuffix(')').split("', ")
-    found = _judged(form, symbolic == 'True', case['response'], case['reference'])
+    found = _verified(form, symbolic == 'True', case['response'], case['reference'])
     assert found.value == row['expected'], (case, found)
     count += 1
   assert count > 30
@@ -62,16 +62,16 @@ def test_cases_from_public_reports():
 def test_without_symbolic_nothing_is_worked_out():
   for stated, reference in (('2^{10}', '1024'), ('5!', '120'), ('2+3', '5'), (r'\sqrt{4}', '2'),
                             ('x + 1', '1 + x'), ('2+3=5', '5')):
-    assert _judged('boxed', False, rf'\boxed{{{stated}}}', reference) is Outcome.WRONG
+    assert _verified('boxed', False, rf'\boxed{{{stated}}}', reference) is Outcome.WRONG
   for stated, reference in (('1 1/2', '1.5'), ('x = 5', '5'), ('2, 1', '1, 2'), ('50%', '50'),
                             ('5 cm', '5'), ('-1/2', '-0.5'), ('Yes', 'yes'), ('(1, 2)', '(1,2)')):
-    assert _judged('boxed', False, rf'\boxed{{{stated}}}', reference) is Outcome.CORRECT
+    assert _verified('boxed', False, rf'\boxed{{{stated}}}', reference) is Outcome.CORRECT
 
 
 def test_what_is_not_understood_is_unparsed_and_what_is_too_large_is_wrong():
   for stated in ('7 mod 10', '7?', r'1, \ldots', '3 + ', r'\foo{7}', 'about 7', '\\frac{7}{'):
-    assert _judged('boxed', False, rf'#### \boxed{{{stated}', '7') is Outcome.UNPARSED
-    assert _judged('gsm8k', False, f'#### {stated}', '7') is Outcome.UNPARSED
+    assert _verified('boxed', False, rf'#### \boxed{{{stated}', '7') is Outcome.UNPARSED
+    assert _verified('gsm8k', False, f'#### {stated}', '7') is Outcome.UNPARSED
   for stated in ('9^{9^{9^9}}', '2^{99999999}', '99999!', '((9!)!)!', '(' * 400 + '7' + ')' * 400,
                  '1e99999', '+'.join(['(a+b+c)^{16}'] * 70), r'\sqrt{1+' * 60 + '7' + '}' * 60):
     assert m._outcome(stated, '7', lambda a, b: True) is Outcome.WRONG
@@ -91,7 +91,7 @@ def test_answers_that_sympy_has_to_prove_are_built_from_our_tree_alone(monkeypat
   for place, name in ((sympy, 'sympify'), (sympy_parser, 'parse_expr'), (builtins, 'eval')):
     monkeypatch.setattr(place, name, refused)
   for stated, reference, is_right in [*math_cases.WHOLE, *math_cases.FORMS[:30]]:
-    outcome = _judged('boxed', True, rf'\boxed{{{stated}}}', reference)
+    outcome = _verified('boxed', True, rf'\boxed{{{stated}}}', reference)
     assert (outcome is Outcome.CORRECT) == is_right, (stated, reference)
 
 
@@ -139,7 +139,7 @@ def test_every_answer_of_olymmath_is_understood_in_any_dressing_and_is_no_other(
     for stated in (a, a.replace(r'\frac', r'\dfrac'), f'$ {a} $', f'**{a}**', f'{a}。',
                    a.replace('-', '−').replace(r'\pi', 'π'),
                    a.replace(r'\left', '').replace(r'\right', '')):
-      assert _judged('boxed', True, rf'答案是 \boxed{{{stated}}}', a) is Outcome.CORRECT, stated
+      assert _verified('boxed', True, rf'答案是 \boxed{{{stated}}}', a) is Outcome.CORRECT, stated
   # The nearest texts: 20 neighbours of each in the order of their characters.
   pairs = [(a, b) for i, a in enumerate(answers) for b in (*answers[max(0, i - 10):i],
                                                            *answers[i + 1:i + 11])]
@@ -157,9 +157,9 @@ def test_every_answer_of_svamp_is_understood_and_its_neighbours_are_not_right():
     right = row['Answer']
     for form, frame in (('boxed', r'\boxed{{{}}}'), ('gsm8k', '#### {}'),
                         ('last_number', 'so it is {}, as said.')):
-      judge = m.verifier(form, False)
+      verify = m.verifier(form, False)
       for text, is_right in ((f'{right:.0f}', True), (f'{right:.2f}', True), (f'**{right}**', True),
                              (f'{right + 1:.0f}', False), (f'{right:.0f}5', False),
                              (f'-{right:.0f}', right == 0), (f'1/{right:.0f}', right == 1)):
-        outcome = judge(frame.format(text), str(right)).outcome
+        outcome = verify(frame.format(text), str(right)).outcome
         assert (outcome is Outcome.CORRECT) == is_right, (form, text, right)

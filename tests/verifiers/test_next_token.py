@@ -13,7 +13,7 @@ from jaxrl_pt.token_bytes import TokenBytes, token_table
 from jaxrl_pt.types import Prompts, RolloutBatch
 from jaxrl_pt.verifiers import next_token as v
 from jaxrl_pt.verifiers.base import verdict
-from jaxrl_pt.verifiers.judgement import Outcome, answer
+from jaxrl_pt.verifiers.response_verdict import Outcome, answer
 
 EURO = '€'.encode()  # Three bytes.
 
@@ -74,9 +74,9 @@ def test_definition_of_what_follows_the_marker():
 def test_host_outcomes():
   outcomes = [[Outcome.CORRECT, Outcome.WRONG], [Outcome.TIMEOUT, Outcome.CRASH],
               [Outcome.UNPARSED, Outcome.CORRECT]]
-  judged = verdict([[answer(outcome) for outcome in group] for group in outcomes])
-  np.testing.assert_array_equal(judged.reward, [[1, 0], [0, 0], [0, 1]])
-  np.testing.assert_array_equal(judged.valid, [[1, 1], [0, 0], [1, 1]])
+  verified = verdict([[answer(outcome) for outcome in group] for group in outcomes])
+  np.testing.assert_array_equal(verified.reward, [[1, 0], [0, 0], [0, 1]])
+  np.testing.assert_array_equal(verified.valid, [[1, 1], [0, 0], [1, 1]])
 
 
 def test_table_refuses_too_many_tokens_and_fills_up_the_vocabulary():
@@ -178,13 +178,13 @@ def host_rewards(case, logp, reward):
 
 
 def _variant(reward):
-  def judge(table, tokens, mask, logp, continuation, lengths):
+  def verify(table, tokens, mask, logp, continuation, lengths):
     prompts = Prompts(continuation, lengths, lengths, extras={
         'continuation': continuation, 'continuation_lengths': lengths})
     verdict = v.device_verifier(table, reward, MARKER)(
         prompts, RolloutBatch.of_one_turn(tokens, mask, logp, 0))
     return verdict.reward, verdict.correct
-  return jax.jit(judge)
+  return jax.jit(verify)
 
 
 _VARIANTS = {r: _variant(r) for r in (cfg.PrefixMatch(), cfg.FirstTokenMatch(), cfg.DenseMatch(),

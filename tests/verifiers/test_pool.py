@@ -17,11 +17,11 @@ from jaxrl_pt.data.tokenizer import ByteTokenizer
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.types import RolloutBatch
 from jaxrl_pt.verifiers import build, host, sandbox
-from jaxrl_pt.verifiers.judgement import Judgement, Outcome
 from jaxrl_pt.verifiers.pool import Pool
+from jaxrl_pt.verifiers.response_verdict import Outcome, ResponseVerdict
 
 ROOT = Path(__file__).resolve().parents[2]
-MISBEHAVING = cfg.PythonVerifier('tests.verifiers.misbehaving:judge')
+MISBEHAVING = cfg.PythonVerifier('tests.verifiers.misbehaving:verify')
 LIMITS = cfg.VerifierPool(num_workers=2, cpu_seconds=0.5, wall_seconds=3.0)
 
 
@@ -37,8 +37,8 @@ def _outcomes(pool, *responses):
 
 def test_results_in_order_whatever_becomes_of_others(pool):
   start = time.monotonic()
-  judged = _outcomes(pool, 'good', 'spin', 'bad', 'exit', 'good', 'backtrack', 'good')
-  assert judged == [Outcome.CORRECT, Outcome.TIMEOUT, Outcome.WRONG, Outcome.CRASH,
+  verified = _outcomes(pool, 'good', 'spin', 'bad', 'exit', 'good', 'backtrack', 'good')
+  assert verified == [Outcome.CORRECT, Outcome.TIMEOUT, Outcome.WRONG, Outcome.CRASH,
                     Outcome.CORRECT, Outcome.TIMEOUT, Outcome.CORRECT]
   assert time.monotonic() - start < 60  # two timeouts of half a second and three new children
 
@@ -52,10 +52,10 @@ def test_one_that_waits_is_ended_by_the_wall_clock():
 
 def test_failures_are_crashes_and_say_why(pool):
   names = ['abort', 'raise', 'recurse', 'memory', 'nan', 'infinite', 'part']
-  judged = pool.submit([(name, 'good') for name in names]).result()
-  assert [j.outcome for j in judged] == [Outcome.CRASH] * len(names)
-  assert all(not j.parts and j.score == 0 for j in judged)
-  details = dict(zip(names, (j.detail for j in judged), strict=True))
+  verified = pool.submit([(name, 'good') for name in names]).result()
+  assert [j.outcome for j in verified] == [Outcome.CRASH] * len(names)
+  assert all(not j.parts and j.score == 0 for j in verified)
+  details = dict(zip(names, (j.detail for j in verified), strict=True))
   assert f'code {-signal.SIGABRT}' in details['abort']
   assert details['raise'].startswith('ValueError: broken (misbehaving.py:')
   assert 'RecursionError' in details['recurse'] and 'MemoryError' in details['memory']
@@ -78,7 +78,7 @@ def test_one_mebibyte_and_text_that_is_not_unicode_arrive_whole(pool):
     assert pool.submit([(text, text)]).result()[0].outcome is Outcome.CORRECT
 
 
-def test_submit_returns_before_anything_is_judged(pool):
+def test_submit_returns_before_anything_is_verified(pool):
   start = time.monotonic()
   pending = pool.submit([('sleep 0.5', '')] * 2)
   assert time.monotonic() - start < 0.4 and not pending.done()
@@ -114,7 +114,7 @@ def test_signals_that_stop_a_run_disturb_no_answer(pool, number):
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
 @pytest.mark.parametrize('which', [0, 1], ids=['supervisors', 'workers'])
-def test_an_answer_whose_process_is_killed_from_outside_is_judged_again(pool, which):
+def test_an_answer_whose_process_is_killed_from_outside_is_verified_again(pool, which):
   pending = pool.submit([('sleep 0.7', 'x'), ('good', 'good')] * 3)
   for _ in range(2):
     time.sleep(0.3)
@@ -124,11 +124,11 @@ def test_an_answer_whose_process_is_killed_from_outside_is_judged_again(pool, wh
   assert [j.outcome for j in pending.result()] == [Outcome.WRONG, Outcome.CORRECT] * 3
 
 
-def test_a_killed_answer_is_judged_a_bounded_number_of_times(pool, tmp_path):
+def test_a_killed_answer_is_verified_a_bounded_number_of_times(pool, tmp_path):
   path = tmp_path / 'tries'
-  judged, = pool.submit([(f'kill_itself {path}', '')]).result()
-  assert judged.outcome is Outcome.CRASH and path.read_text(encoding='utf-8') == 'xxx'
-  assert judged.detail == f'3 times over: the verifier process ended with code {-signal.SIGKILL}'
+  verified, = pool.submit([(f'kill_itself {path}', '')]).result()
+  assert verified.outcome is Outcome.CRASH and path.read_text(encoding='utf-8') == 'xxx'
+  assert verified.detail == f'3 times over: the verifier process ended with code {-signal.SIGKILL}'
   assert _outcomes(pool, 'good') == [Outcome.CORRECT]
 
 
@@ -136,20 +136,20 @@ def test_a_killed_answer_is_judged_a_bounded_number_of_times(pool, tmp_path):
 def test_a_replacement_that_fails_is_tried_again(tmp_path, monkeypatch, failures, outcome):
   path = tmp_path / 'fails'
   monkeypatch.setenv('TEST_FAILING_STARTS', str(path))
-  settings = cfg.PythonVerifier('tests.verifiers.starts:judge')
+  settings = cfg.PythonVerifier('tests.verifiers.starts:verify')
   with Pool(settings, cfg.VerifierPool(num_workers=1, wall_seconds=5)) as pool:
     path.write_text('x' * failures, encoding='utf-8')
-    crashed, judged = pool.submit([('exit', 'good'), ('good', 'good')]).result()
-    assert crashed.outcome is Outcome.CRASH and judged.outcome is outcome
+    crashed, verified = pool.submit([('exit', 'good'), ('good', 'good')]).result()
+    assert crashed.outcome is Outcome.CRASH and verified.outcome is outcome
     if outcome is Outcome.CRASH:
-      assert 'did not start' in judged.detail and 'no luck this time' in judged.detail
+      assert 'did not start' in verified.detail and 'no luck this time' in verified.detail
 
 
-def test_what_is_no_judgement_is_a_crash_that_says_so():
+def test_what_is_no_verdict_is_a_crash_that_says_so():
   with Pool(cfg.PythonVerifier('os.path:join'), LIMITS) as pool:
-    judged, = pool.submit([('a', 'b')]).result()
-  assert judged.outcome is Outcome.CRASH and judged.detail == (
-      'the verifier returned str, not a Judgement')
+    verified, = pool.submit([('a', 'b')]).result()
+  assert verified.outcome is Outcome.CRASH and verified.detail == (
+      'the verifier returned str, not a ResponseVerdict')
 
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
@@ -183,7 +183,7 @@ def test_closing_is_immediate_and_cancels():
 # --- Starting ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('target', ['no_such_module:judge', 'math:no_such_function'])
+@pytest.mark.parametrize('target', ['no_such_module:verify', 'math:no_such_function'])
 def test_a_function_that_cannot_be_imported_is_the_users_mistake(target):
   with pytest.raises(UserError, match=f"target = '{target}' cannot be imported"):
     Pool(cfg.PythonVerifier(target), LIMITS)
@@ -191,7 +191,7 @@ def test_a_function_that_cannot_be_imported_is_the_users_mistake(target):
 
 def test_a_module_that_kills_the_child_is_named_in_the_error():
   with pytest.raises(RuntimeError, match='did not start'):
-    Pool(cfg.PythonVerifier('tests.verifiers.dies:judge'), LIMITS)
+    Pool(cfg.PythonVerifier('tests.verifiers.dies:verify'), LIMITS)
 
 
 @pytest.mark.parametrize('settings', [
@@ -217,7 +217,7 @@ _PARENT = '''
 import sys, time
 from jaxrl_pt import config as cfg
 from jaxrl_pt.verifiers.pool import Pool
-pool = Pool(cfg.PythonVerifier('tests.verifiers.misbehaving:judge'),
+pool = Pool(cfg.PythonVerifier('tests.verifiers.misbehaving:verify'),
             cfg.VerifierPool(num_workers=2, cpu_seconds=500, wall_seconds=500))
 pids = [int(j.score) for j in pool.submit([('pid', '')] * 40).result()]
 pool.submit([(sys.argv[1], ''), ('good', '')])
@@ -274,13 +274,13 @@ def test_rollouts_become_a_verdict_with_masked_rows_and_parts():
 
 def test_composite_weighs_and_names_each_part():
   settings = cfg.Composite((cfg.LogicVerifier(), cfg.LengthVerifier(10, 20)), (2.0, -1.0))
-  judged = build.combined(settings, [
-      Judgement(Outcome.WRONG, {'format': 1.0, 'answer': -1.5}),
-      Judgement(Outcome.CORRECT, {'length': 0.5})])
-  assert judged == Judgement(Outcome.WRONG, {
+  verified = build.combined(settings, [
+      ResponseVerdict(Outcome.WRONG, {'format': 1.0, 'answer': -1.5}),
+      ResponseVerdict(Outcome.CORRECT, {'length': 0.5})])
+  assert verified == ResponseVerdict(Outcome.WRONG, {
       'LogicVerifier/format': 2.0, 'LogicVerifier/answer': -3.0, 'LengthVerifier/length': -0.5})
-  assert judged.score == -1.5
+  assert verified.score == -1.5
   settings = cfg.Composite((cfg.LogicVerifier(), cfg.LengthVerifier(10, 20)), (1.0, 2.0))
-  judged = build.host_verifier(settings)('x' * 15, 'Ann is a knight')
-  assert tuple(judged.parts) == build.part_names(settings)
-  assert judged.outcome is Outcome.UNPARSED and judged.score == -3 + 2 * 0.5
+  verified = build.host_verifier(settings)('x' * 15, 'Ann is a knight')
+  assert tuple(verified.parts) == build.part_names(settings)
+  assert verified.outcome is Outcome.UNPARSED and verified.score == -3 + 2 * 0.5

@@ -3,7 +3,7 @@
 import pytest
 
 from jaxrl_pt.verifiers import text as t
-from jaxrl_pt.verifiers.judgement import Outcome
+from jaxrl_pt.verifiers.response_verdict import Outcome
 
 
 @pytest.mark.parametrize('text, found', [
@@ -15,17 +15,17 @@ from jaxrl_pt.verifiers.judgement import Outcome
 ])
 def test_between_tags(text, found):
   assert t.between_tags(text, ('a', 'b')) == found
-  assert t.judge_format(text, ('a', 'b')).parts == {'format': float(found is not None)}
+  assert t.verify_format(text, ('a', 'b')).parts == {'format': float(found is not None)}
 
 
 def test_length_falls_linearly():
-  scores = [t.judge_length('x' * n, 10, 20).score for n in (0, 10, 11, 15, 19, 20, 1 << 20)]
+  scores = [t.verify_length('x' * n, 10, 20).score for n in (0, 10, 11, 15, 19, 20, 1 << 20)]
   assert scores == [1, 1, 0.9, 0.5, 0.1, 0, 0]
 
 
 def _words(response, ngram=2):
-  judged = t.judge_words(response, 'Cat', 4, 6, ngram)
-  return judged.outcome, [round(3 * v, 6) for v in judged.parts.values()]
+  verified = t.verify_words(response, 'Cat', 4, 6, ngram)
+  return verified.outcome, [round(3 * v, 6) for v in verified.parts.values()]
 
 
 @pytest.mark.parametrize('reference, response, is_said', [
@@ -44,8 +44,8 @@ def _words(response, ngram=2):
     ('', 'a', False)])
 def test_any_reference_can_be_said_and_a_part_of_a_word_is_not(reference, response, is_said):
   assert t.says(response, reference) == is_said
-  judged = t.judge_words(response, reference, 1, 10, 2)
-  assert judged.parts['word'] == (1 / 3 if is_said else 0)
+  verified = t.verify_words(response, reference, 1, 10, 2)
+  assert verified.parts['word'] == (1 / 3 if is_said else 0)
 
 
 def test_words_by_hand():

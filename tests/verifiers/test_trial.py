@@ -8,8 +8,8 @@ from jaxrl_pt import config as cfg
 from jaxrl_pt.data import problems
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.verifiers import build, trial
-from jaxrl_pt.verifiers.judgement import Judgement, Outcome
 from jaxrl_pt.verifiers.pool import Pool
+from jaxrl_pt.verifiers.response_verdict import Outcome, ResponseVerdict
 
 ROLES = 'Alice is a knight, Bob is a knave'
 LIMITS = cfg.VerifierPool(num_workers=1, wall_seconds=5)
@@ -25,8 +25,8 @@ LIMITS = cfg.VerifierPool(num_workers=1, wall_seconds=5)
     (cfg.Composite((cfg.LogicVerifier(), cfg.LengthVerifier(3, 9)), (1.0, 2.0)), ROLES)])
 def test_what_is_tried_is_right(settings, reference):
   item = trial.tried(settings, reference, 'a demonstration', 'row 1')
-  judged = build.host_verifier(settings)(item.response, reference)
-  assert item.is_right and judged.outcome is Outcome.CORRECT, (item, judged)
+  verified = build.host_verifier(settings)(item.response, reference)
+  assert item.is_right and verified.outcome is Outcome.CORRECT, (item, verified)
 
 
 def test_reasoning_gyms_own_answers_are_right():
@@ -34,9 +34,9 @@ def test_reasoning_gyms_own_answers_are_right():
   ours, = problems.load(cfg.Problems(cfg.ReasoningGym('chain_sum', 1), held_out=0.0))[0]
   for settings in (cfg.GymVerifier('tags'), cfg.GymVerifier('text')):
     item = trial.tried(settings, ours.answer, ours.demonstration, ours.place)
-    judged = build.host_verifier(settings)(item.response, ours.answer)
-    assert item.is_right and judged.outcome is Outcome.CORRECT
-  # Where the library has no answer of its own, the verifier must judge whatever it is given.
+    verified = build.host_verifier(settings)(item.response, ours.answer)
+    assert item.is_right and verified.outcome is Outcome.CORRECT
+  # Where the library has no answer of its own, the verifier must verify whatever it is given.
   place = json.loads(ours.answer)
   without = json.dumps({**place, 'entry': {**place['entry'], 'answer': None}})
   del place['entry']
@@ -58,9 +58,9 @@ def test_a_verifier_of_other_problems_is_refused():
     _check(cfg.LogicVerifier(), '42', '7')
 
 
-def test_a_verifier_that_judges_nothing_is_refused_with_its_last_words():
-  with pytest.raises(UserError, match='PythonVerifier judged none of the 2 answers that it was '
-                                      'tried on before the first step: TypeError: '):
+def test_a_verifier_that_verifies_nothing_is_refused_with_its_last_words():
+  with pytest.raises(UserError, match='PythonVerifier gave no verdict on any of the 2 answers that '
+                                      'it was tried on before the first step: TypeError: '):
     _check(cfg.PythonVerifier('os:system'), '42', '7')
 
 
@@ -73,5 +73,5 @@ def test_references_that_cannot_be_earned_are_named(capfd):
 
 
 def test_the_commonest_reason_is_the_last_word():
-  crash = [Judgement(Outcome.CRASH, detail=d) for d in ('a', 'b', 'b')]
-  assert trial.last_words([Judgement(Outcome.CORRECT, {'answer': 1.0}), *crash]) == 'b'
+  crash = [ResponseVerdict(Outcome.CRASH, detail=d) for d in ('a', 'b', 'b')]
+  assert trial.last_words([ResponseVerdict(Outcome.CORRECT, {'answer': 1.0}), *crash]) == 'b'

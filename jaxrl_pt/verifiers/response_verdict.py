@@ -15,14 +15,14 @@ class Outcome(enum.Enum):
   CRASH = 'crash'  # the verifier failed: says nothing about the response
 
 
-UNJUDGED = (Outcome.TIMEOUT, Outcome.CRASH)
+UNVERIFIED = (Outcome.TIMEOUT, Outcome.CRASH)
 
 
 @dataclass(frozen=True)
-class Judgement:
+class ResponseVerdict:
   """An outcome and what each part of the reward is; `score` is their sum.
 
-  parts: such as {'format': 1.0, 'answer': -1.5}; empty where nothing was judged.
+  parts: such as {'format': 1.0, 'answer': -1.5}; empty where nothing was verified.
   detail: why a verifier timed out or crashed, for the log.
   """
 
@@ -36,11 +36,11 @@ class Judgement:
     return sum(self.parts.values())
 
 
-# (response, reference) → judgement. It may loop, crash or eat memory: it runs in a process
+# (response, reference) → verdict. It may loop, crash or eat memory: it runs in a process
 # that may be killed.
-HostVerifier = Callable[[str, str], Judgement]
+HostVerifier = Callable[[str, str], ResponseVerdict]
 
 
-def answer(outcome: Outcome) -> Judgement:
-  """The judgement whose only part is the answer: 1 for a correct one, else 0."""
-  return Judgement(outcome, {'answer': float(outcome is Outcome.CORRECT)})
+def answer(outcome: Outcome) -> ResponseVerdict:
+  """The verdict whose only part is the answer: 1 for a correct one, else 0."""
+  return ResponseVerdict(outcome, {'answer': float(outcome is Outcome.CORRECT)})
