@@ -1,6 +1,7 @@
 """From a run's objective to its job: the only place that asks which objective it is."""
 
 from pathlib import Path
+from typing import get_args
 
 from jax.sharding import Mesh
 
@@ -29,8 +30,9 @@ def kind(objective: cfg.Objective) -> Kind:
     case cfg.RL():
       return rl.KIND
     case _:
-      raise UserError(f'Run.objective = {objective!r}: there is no job for it; choose '
-                      '@cfg.NextToken(), @cfg.RPT() or @cfg.RL().')
+      known = ', '.join(f'@cfg.{known.__name__}()' for known in get_args(cfg.Objective))
+      raise UserError(f'Run.objective = {objective!r}: there is no job for it; choose one of '
+                      f'{known}.')
 
 
 def train(run: cfg.Run, workdir: Path, resolved_text: str,

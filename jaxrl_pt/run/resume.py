@@ -44,10 +44,13 @@ BY_CONTENT = frozenset((
     'HuggingFaceTokenizer.path', 'HuggingFaceTokenizer.end_of_text',
     'HuggingFaceTokenizer.begin_of_text', 'SentencePiece.path', 'SentencePiece.has_begin',
     'JsonlProblems.glob', 'RPT.start_from', 'RPT.proxy_from', 'RL.start_from'))
-# No state of one value goes on with another: it has other arrays, or another order of examples.
-FIXED_MODEL = frozenset((
-    'Model.num_layers', 'Model.d_model', 'Model.d_ff', 'Model.num_heads', 'Model.num_kv_heads',
-    'Model.head_dim', 'Model.vocab_size', 'Model.sub_norm', 'Model.tied_head'))
+# Settings of the model that leave the arrays of its state as they are. All others decide which
+# arrays there are, so that no state of one value goes on with another.
+SAME_ARRAYS = frozenset((
+    'Model.rope_theta', 'Model.activation', 'Model.norm_epsilon', 'Model.quant'))
+FIXED_MODEL = frozenset(f'Model.{field.name}' for field in dataclasses.fields(cfg.Model)
+                        ) - SAME_ARRAYS
+# These decide the order of the examples too.
 FIXED = FIXED_MODEL | {'Run.seed', 'Train.batch_size', 'Rollouts.num_prompts',
                        'RPT.positions_per_document'}
 

@@ -8,6 +8,8 @@ import pytest
 from jaxrl_pt import config as cfg
 from jaxrl_pt import gin_bindings
 from jaxrl_pt.errors import UserError
+from jaxrl_pt.models.transformer import build
+from jaxrl_pt.params import map_specs
 from jaxrl_pt.run import resume
 
 RUN, TEXT = gin_bindings.load(['gin/run/pretrain_tiny.gin'], [])
@@ -26,11 +28,24 @@ def refused(found: list[resume.Difference], allowed: frozenset[str] = NOTHING) -
 
 
 def test_the_table_names_settings_that_exist_and_each_once():
-  tables = resume.FREE, resume.BY_CONTENT, resume.FIXED
+  tables = resume.FREE, resume.BY_CONTENT, resume.FIXED, resume.SAME_ARRAYS
   assert sum(map(len, tables)) == len(frozenset().union(*tables))
   for name in frozenset().union(*tables):
     owner, field = name.split('.')
     assert field in {f.name for f in dataclasses.fields(getattr(cfg, owner))}, name
+
+
+def test_the_settings_of_a_model_that_leave_its_arrays_are_those_that_do():
+  other = {'activation': 'relu2', 'quant': cfg.Quant(), 'sub_norm': False, 'tied_head': False}
+  model = RUN.model
+  arrays = lambda config: map_specs(lambda spec: (spec.shape, spec.dtype), build(config).specs)
+  for field in dataclasses.fields(cfg.Model):
+    old = getattr(model, field.name)
+    new = other[field.name] if field.name in other else 2 * old
+    if old == new:
+      new = {'relu2': 'swiglu', False: True}[new]
+    stays = arrays(dataclasses.replace(model, **{field.name: new})) == arrays(model)
+    assert stays == (f'Model.{field.name}' in resume.SAME_ARRAYS), field.name
 
 
 def test_equal_settings_do_not_differ():
