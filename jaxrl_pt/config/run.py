@@ -125,7 +125,8 @@ def _check_read(run: Run) -> None:
     unread += [
         ('Train.eval_batches', run.train.eval_batches, Train(1).eval_batches,
          'evaluation takes all that the objective holds out'),
-        ('Data.num_workers', run.data.num_workers, 0, 'a step draws responses instead of reading batches of text')]
+        ('Data.num_workers', run.data.num_workers, 0,
+         'a step draws responses instead of reading batches of text')]
   for name, value, default, reason in unread:
     if value != default:
       raise UserError(f'{name} = {value!r} is not read by {objective}, because {reason}: leave it '
