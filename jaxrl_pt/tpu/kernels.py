@@ -58,9 +58,10 @@ def report(topology: str, kernels: list[str], only: str, keep: Path | None) -> I
     yield from _child_rows(topology, kernels, only, dump, str(keep.absolute()) if keep else '')
 
 
-def rows_of_compiles(topology: str, only: str) -> Iterator[Row]:
-  """Whether each case compiles, without its schedule: name, error, vmem_bytes."""
-  yield from _child_rows(topology, [], only, '', '')
+def rows_of_compiles(topology: str, kernels: list[str], only: str) -> Iterator[Row]:
+  """Whether each case compiles, without its schedule: name, error, vmem_bytes. No name of a
+  kernel stands for all of them."""
+  yield from _child_rows(topology, kernels, only, '', '')
 
 
 def _child_rows(topology: str, kernels: list[str], only: str, dump: str,

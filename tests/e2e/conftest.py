@@ -168,7 +168,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
   """One compilation cache for all children of the session, and cheap compilation."""
   cache = tmp_path_factory.mktemp('compilation_cache')
   return {**os.environ, 'JAX_COMPILATION_CACHE_DIR': str(cache), 'JAX_PLATFORMS': 'cpu',
-          'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.5',
+          'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
           'XLA_FLAGS': QUICK}
 
 

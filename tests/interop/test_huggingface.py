@@ -1,6 +1,7 @@
 """Hugging Face folders: the packed layout, what a scale means, round trips, a real file."""
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 import sys
@@ -28,6 +29,7 @@ BITNET = dataclasses.replace(LLAMA, activation='relu2', sub_norm=True, tied_head
                              rope_theta=500_000.0, quant=cfg.Quant('ternary', 'int8'))
 
 
+@functools.cache
 def draw(config):
   specs = transformer.build(config).specs
   params = jax.jit(lambda key: P.init(specs, key))(jax.random.key(0))

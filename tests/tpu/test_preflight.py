@@ -38,7 +38,8 @@ def test_a_tiny_run_fits_with_its_kernels(capsys):
 @needs_libtpu
 @pytest.mark.parametrize('topology', [
     pytest.param('v4:2x2x1', marks=pytest.mark.slow),
-    pytest.param('v5p:2x2x1', marks=pytest.mark.slow), 'tpu7x:2x2x1'])
+    pytest.param('v5p:2x2x1', marks=pytest.mark.slow),
+    pytest.param('tpu7x:2x2x1', marks=pytest.mark.slow)])
 def test_other_generations_compile_too(topology, capsys):
   code = main.main(['preflight', '--gin_file', 'gin/run/pretrain_tiny.gin', '--topology', topology,
                     '--json', *SCANNED, '--gin_bindings', 'cfg.NextToken.int4_from = 1.0'])
