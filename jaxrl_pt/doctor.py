@@ -40,7 +40,7 @@ OPTIONAL = (
      "pip install 'jaxrl_pt[sentencepiece]'"),
     ('safetensors', 'safetensors', 'Hugging Face weights', "pip install 'jaxrl_pt[hf]'"),
     ('starlette', 'starlette', 'the HTTP server', "pip install 'jaxrl_pt[serve]'"),
-    ('math-verify', 'math_verify', 'symbolic answers', "pip install 'jaxrl_pt[math]'"),
+    ('sympy', 'sympy', 'symbolic answers', "pip install 'jaxrl_pt[math]'"),
     ('reasoning-gym', 'reasoning_gym', "reasoning-gym's tasks", "pip install 'jaxrl_pt[gym]'"),
     ('torch', 'torch', 'parity tests', 'make parity'),
     ('transformers', 'transformers', 'parity tests', 'make parity'),

@@ -148,7 +148,7 @@ def verifier(form: AnswerFormat, symbolic: bool) -> HostVerifier:
     try:
       import sympy  # noqa: F401 optional: only symbolic answers need it
     except ImportError as error:
-      raise UserError("MathVerifier.symbolic needs sympy (pip install 'sympy>=1.12'): install it, "
+      raise UserError("MathVerifier.symbolic needs sympy (pip install 'jaxrl_pt[math]'): install it, "
                       'or set MathVerifier.symbolic to False for numbers and plain text.'
                       ) from error
   prove = answer_proof.is_proved if symbolic else None
