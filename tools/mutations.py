@@ -241,8 +241,8 @@ _CHECKPOINT = _of(
     'jaxrl_pt/checkpoint.py', 'tests/test_checkpoint.py',
     ('damaged_arrays_load', "if value != content['leaves'][path]['checksum']:", 'if False:'),
     ('damaged_records_load', 'if _crc(content) != crc:', 'if False:'),
-    ('oldest_first', 'return found[::-1]', 'return found'),
-    ('other_shapes_load', 'if there != here:', 'if False:'))
+    ('oldest_first', 'return finished[::-1]', 'return finished'),
+    ('other_shapes_load', 'if in_checkpoint != in_run:', 'if False:'))
 
 _GYM = 'tests/verifiers/test_gym.py::test_a_long_answer_with_a_character_too_many_is_not_right'
 _VERIFIERS = [
