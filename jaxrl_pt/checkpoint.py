@@ -5,9 +5,9 @@
                         CRC-32 of these
 
 A checkpoint is written under a temporary name and renamed when it is whole, so a process killed
-while saving leaves a directory that is never read. Two things detect bytes that change later: the
-file format, and a checksum of every leaf, taken on the device before saving and again after
-restoring. Nothing is unpickled.
+while saving leaves a directory that is never read. The file format detects bytes that change later,
+and so does a checksum of every leaf, taken on the device before saving and after restoring. Nothing
+is unpickled.
 """
 
 from collections.abc import Iterator, Mapping
@@ -103,8 +103,7 @@ def _check_model(saved: Mapping[str, Any], expected: Any, part: str, where: str)
     if in_checkpoint != in_run:
       raise UserError(
           f'{where} belongs to another model: {path} is {in_checkpoint} in the checkpoint and '
-          f'{in_run} in this run; use the settings it was trained with, or another work '
-          'directory.')
+          f'{in_run} in this run; use the settings it was trained with, or another work directory.')
 
 
 # --- Reading --------------------------------------------------------------------------
@@ -147,10 +146,8 @@ def restore(directory: pathlib.Path, abstract: Any, step: int | None = None, *,
   Args:
     directory: the directory of the checkpoints.
     abstract: tree of `jax.ShapeDtypeStruct` with shardings, which need not be the saved ones.
-    step: the checkpoint's step. None takes the newest; a corrupt checkpoint is then named on
-      stderr, and the one before it is tried.
-    part: the name of a top-level field, such as 'params', to restore alone; `abstract` is then
-      that field's tree.
+    step: the checkpoint's step; None takes the newest that is not corrupt.
+    part: the name of a top-level field to restore alone ('params'); `abstract` is then its tree.
 
   Raises:
     UserError: no checkpoint, none that can be read, or one of another model.
@@ -218,11 +215,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _not_orbax(record: logging.LogRecord) -> bool:
-  """A log filter that drops Orbax's records.
-
-  Orbax logs a traceback in each thread that an error passes through; the caller gets the error
-  once, raised.
-  """
+  """A log filter for Orbax's tracebacks from each thread of an error, which is raised anyway."""
   return 'orbax' not in record.pathname
 
 
@@ -236,8 +229,7 @@ class Checkpointer:
   def __init__(self, directory: pathlib.Path, config: cfg.Checkpoint):
     """Makes `directory` if it is absent, and removes what killed saves left there.
 
-    Only the run that writes checkpoints may open its directory so; readers use the function
-    `restore`.
+    Only the run that writes checkpoints may do so; readers use the function `restore`.
 
     Raises:
       UserError: the directory cannot be made or written to.
@@ -359,9 +351,9 @@ class Checkpointer:
     finished = self.steps()
     if self._done is not None and self._done not in finished:
       return f'the last good checkpoint in {self._directory} was step {self._done}'
-    last = (f'the last good checkpoint is step {finished[-1]}' if finished
-            else 'there is no checkpoint')
-    return f'{last} in {self._directory}'
+    if not finished:
+      return f'there is no checkpoint in {self._directory}'
+    return f'the last good checkpoint is step {finished[-1]} in {self._directory}'
 
   @contextlib.contextmanager
   def _explaining(self, step: int) -> Iterator[None]:

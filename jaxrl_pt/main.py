@@ -1,7 +1,8 @@
 """The command line: parses flags, calls the command's function and reports mistakes.
 
-Heavy modules are imported where they are called, so that `--help` and a mistyped flag answer at
-once.
+Only this module and a verifier's sandbox set JAX's options, the environment and the exit code of
+the process. Heavy modules are imported where they are called, so that `--help` and a mistyped flag
+answer at once.
 """
 
 import argparse
