@@ -1,13 +1,13 @@
-"""Checkpoints: one sharded tree and one JSON page a step, written while training goes on.
+"""Checkpoints: a sharded tree of arrays and a JSON record, written while training goes on.
 
     DIR/<step>/state    the arrays (Orbax, OCDBT), whatever their shardings
-    DIR/<step>/record   JSON: dtype, shape and checksum of every leaf, the caller's
-                        extras, and a CRC-32 of all that
+    DIR/<step>/record   JSON: dtype, shape and checksum of every leaf, the caller's extras, and a
+                        CRC-32 of these
 
-A step is written under a temporary name and renamed when it is whole, so a process
-killed while saving leaves a directory that is never read. Bytes that change later
-are found twice over: by the file format, and by a checksum of every leaf taken on
-the device before saving and again after restoring. Nothing is unpickled.
+A checkpoint is written under a temporary name and renamed when it is whole, so a process killed
+while saving leaves a directory that is never read. The file format detects bytes that change later,
+and so does a checksum of every leaf, taken on the device before saving and after restoring. Nothing
+is unpickled.
 """
 
 from collections.abc import Iterator, Mapping
@@ -36,17 +36,17 @@ from jaxrl_pt.files import FULL, reason_of
 _TEMPORARY = '.orbax-checkpoint-tmp'
 # Orbax takes other spellings of a number ("²", "007") for steps too, or stumbles over them.
 _STEP = re.compile('0|[1-9][0-9]*')
-# Failures of this machine, which say nothing about the bytes on disk.
+# Errors of this machine, which say nothing about the bytes on disk.
 _MACHINE = (MemoryError, jax.errors.JaxRuntimeError)
 
 
 class Restored(NamedTuple):
-  """What a restore found; `skipped` says which newer checkpoints it could not use and why."""
+  """A restored checkpoint."""
 
   state: Any
-  extras: dict[str, Any]
+  extras: dict[str, Any]  # the JSON values saved with the state
   step: int
-  skipped: tuple[str, ...]
+  skipped: tuple[str, ...]  # newer checkpoints that were corrupt, with the reason of each
 
 
 # --- The record ---------------------------------------------------------------------
@@ -85,32 +85,32 @@ def _read_record(directory: pathlib.Path, step: int) -> dict[str, Any]:
       raise _Corrupt(f'its record cannot be read ({_first_line(error)})') from error
   if _crc(content) != crc:
     raise _Corrupt('its record fails its CRC')
-  own = content.get('step', step)  # absent in checkpoints of earlier versions
-  if own != step:
-    raise UserError(f'{directory / str(step)} holds the checkpoint of step {own}: it '
+  recorded = content.get('step', step)  # Checkpoints of earlier versions do not record it.
+  if recorded != step:
+    raise UserError(f'{directory / str(step)} holds the checkpoint of step {recorded}: it '
                     'was renamed or copied; rename it back, or delete it.')
   return content
 
 
 def _check_model(saved: Mapping[str, Any], expected: Any, part: str, where: str) -> None:
-  """Compares dtypes and shapes; the first difference is the user's mistake, not corruption."""
+  """Refuses leaves of other dtypes or shapes, which are the user's mistake and not corruption."""
   prefix = f'{part}/' if part else ''
   wanted = {prefix + path: _describe(leaf) for path, leaf in paths(expected).items()}
   saved = {path: leaf for path, leaf in saved.items() if path.startswith(prefix)}
   for path in [*wanted, *saved]:
-    there = _spell(saved[path]) if path in saved else 'absent'
-    here = _spell(wanted[path]) if path in wanted else 'absent'
-    if there != here:
+    in_checkpoint = _spell(saved[path]) if path in saved else 'absent'
+    in_run = _spell(wanted[path]) if path in wanted else 'absent'
+    if in_checkpoint != in_run:
       raise UserError(
-          f'{where} belongs to another model: {path} is {there} in the checkpoint and {here} in '
-          'this run; use the settings it was trained with, or another work directory.')
+          f'{where} belongs to another model: {path} is {in_checkpoint} in the checkpoint and '
+          f'{in_run} in this run; use the settings it was trained with, or another work directory.')
 
 
 # --- Reading --------------------------------------------------------------------------
 
 
 def steps(directory: pathlib.Path) -> list[int]:
-  """Steps of the finished checkpoints in `directory`, rising; [] where there is none."""
+  """The steps of the finished checkpoints in `directory`, rising; [] if there is none."""
   try:
     return sorted(int(p.name) for p in directory.iterdir()
                   if _STEP.fullmatch(p.name) and p.is_dir())
@@ -139,15 +139,15 @@ def _restore_step(directory: pathlib.Path, step: int, abstract: Any, part: str) 
 
 def restore(directory: pathlib.Path, abstract: Any, step: int | None = None, *,
             part: str = '') -> Restored:
-  """Restores the newest usable checkpoint (or exactly `step`) onto any mesh.
+  """Restores the newest usable checkpoint, or exactly that of `step`, onto any mesh.
 
-  Writes nothing, so it also serves work directories that are read-only.
+  This writes nothing, so the directory may be read-only.
 
   Args:
-    directory: where the checkpoints lie.
+    directory: the directory of the checkpoints.
     abstract: tree of `jax.ShapeDtypeStruct` with shardings, which need not be the saved ones.
-    step: None takes the newest; a corrupt one is named on stderr and skipped for the one before.
-    part: name of the one top-level field to restore ('params'); `abstract` is then its tree.
+    step: the checkpoint's step; None takes the newest that is not corrupt.
+    part: the name of a top-level field to restore alone ('params'); `abstract` is then its tree.
 
   Raises:
     UserError: no checkpoint, none that can be read, or one of another model.
@@ -156,15 +156,15 @@ def restore(directory: pathlib.Path, abstract: Any, step: int | None = None, *,
   skipped: list[str] = []
   for candidate in _candidates(directory, step):
     try:
-      found = _restore_step(directory, candidate, abstract, part)
-      return found._replace(skipped=tuple(skipped))
+      restored = _restore_step(directory, candidate, abstract, part)
+      return restored._replace(skipped=tuple(skipped))
     except _Corrupt as error:
       skipped.append(_skip(directory, candidate, error))
   raise UserError(_none_left(directory, skipped))
 
 
 def read_extras(directory: pathlib.Path, step: int | None = None) -> tuple[int, dict[str, Any]]:
-  """(step, extras) of the newest readable checkpoint, or of `step`; no array is touched.
+  """(step, extras) of the newest readable checkpoint, or of that of `step`; reads no array.
 
   Raises:
     UserError: no checkpoint, or none whose record can be read.
@@ -180,19 +180,21 @@ def read_extras(directory: pathlib.Path, step: int | None = None) -> tuple[int, 
 
 
 def _candidates(directory: pathlib.Path, step: int | None) -> list[int]:
-  found = steps(directory)
-  if not found:
+  """The steps of the checkpoints to try, one after the other: all, falling, or only `step`."""
+  finished = steps(directory)
+  if not finished:
     raise UserError(f'no checkpoint in {directory}: give the work directory of a run that has '
                     'saved one.')
   if step is None:
-    return found[::-1]
-  if step not in found:
+    return finished[::-1]
+  if step not in finished:
     raise UserError(f'no checkpoint of step {step} in {directory}: choose one of '
-                    f'{", ".join(map(str, found))}.')
+                    f'{", ".join(map(str, finished))}.')
   return [step]
 
 
 def _skip(directory: pathlib.Path, step: int, error: _Corrupt) -> str:
+  """Warns that a corrupt checkpoint is skipped; returns the reason."""
   text = f'checkpoint {directory / str(step)} is corrupt: {error}'
   if jax.process_index() == 0:
     print(f'warning: {text}; skipped', file=sys.stderr, flush=True)
@@ -213,20 +215,21 @@ def _first_line(error: BaseException) -> str:
 
 
 def _not_orbax(record: logging.LogRecord) -> bool:
-  """Orbax logs a traceback from each thread an error passes; the caller gets it once, raised."""
+  """A log filter for Orbax's tracebacks from each thread of an error, which is raised anyway."""
   return 'orbax' not in record.pathname
 
 
 class Checkpointer:
-  """Asynchronous saves of one run: the last `keep`, and for good every `keep_every` steps.
+  """Saves a run's checkpoints asynchronously. Final.
 
-  Final. A context manager: leaving it waits for the last save.
+  The last `Checkpoint.keep` checkpoints are kept, and for good those of every `keep_every` steps.
+  Leaving it as a context manager waits for the last save.
   """
 
   def __init__(self, directory: pathlib.Path, config: cfg.Checkpoint):
-    """Opens (and makes) `directory` and removes what killed saves left there.
+    """Makes `directory` if it is absent, and removes what killed saves left there.
 
-    Only the run that writes to the directory opens it so; others use `restore`.
+    Only the run that writes checkpoints may do so; readers use the function `restore`.
 
     Raises:
       UserError: the directory cannot be made or written to.
@@ -237,8 +240,8 @@ class Checkpointer:
     _remove_temporaries(self._directory)
     logging.getLogger('absl').addFilter(_not_orbax)
     self._pending: int | None = None  # step of the save under way
-    self._done: int | None = None  # newest step saved or restored here
-    self._corrupt: set[int] = set()
+    self._done: int | None = None  # newest step that this object has saved or restored
+    self._corrupt: set[int] = set()  # steps of corrupt checkpoints, which the next save deletes
     self._manager = self._open()
 
   def _open(self) -> ocp.CheckpointManager:
@@ -249,7 +252,7 @@ class Checkpointer:
         self._directory,
         options=ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy(keep),
-            # Threads that wait for a directory which cannot be made wait for five minutes.
+            # If a directory cannot be made, Orbax's threads would wait for it for five minutes.
             async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
             lightweight_initialize=True))
 
@@ -262,29 +265,31 @@ class Checkpointer:
     if kind is None:
       self.close()
       return
-    with contextlib.suppress(Exception):  # the first error is the one to tell
+    with contextlib.suppress(Exception):  # The error that is raised already matters more.
       self.close()
-    # A file of the run beside its checkpoints: only here is it known what there is to resume.
+    # Another file of the run cannot be written. Only here is it known what can be resumed from.
     if isinstance(error, Unwritable):
       raise UserError(f'{error.problem}; {self._last_good()}: mend that and run the same command '
                       'again to go on from there.') from error
 
   def save(self, step: int, state: Any, extras: Mapping[str, Any]) -> None:
-    """Starts to save `state` and returns once it has left the devices.
+    """Starts to save `state`, and returns once the arrays have been copied off the devices.
 
     Args:
-      step: optimiser steps taken; a step already saved or restored here is left as it is.
+      step: steps taken by the training loop. If this object has just saved or restored a
+        checkpoint of that step, nothing is done.
       state: tree of arrays; every process gives its shards of the same tree.
-      extras: JSON values that belong to it (loader state, resolved config, versions, …).
+      extras: JSON values to keep with the state (loader state, settings, versions, …).
 
     Raises:
-      UserError: no space for this or the previous save, or a later step already exists.
+      UserError: this or the previous save failed, or there is a checkpoint of this or a later
+        step already.
     """
     self.wait()
     if step == self._done:
       return
-    for bad in sorted(self._corrupt):  # else they would count among the last `keep`
-      self._manager.delete(bad)
+    for corrupt in sorted(self._corrupt):  # They would count among the last `keep`.
+      self._manager.delete(corrupt)
     self._corrupt.clear()
     latest = self.latest_step()
     if latest is not None and latest >= step:
@@ -292,7 +297,7 @@ class Checkpointer:
                       f'{step} cannot be added: resume from it, or use another work directory.')
     record = _make_record(step, state, extras)
     with self._explaining(step):
-      # Orbax would make the directory again, with this one checkpoint in it.
+      # Orbax would make the directory again, with nothing in it but this checkpoint.
       if not self._directory.is_dir():
         raise FileNotFoundError(errno.ENOENT, 'the directory was deleted or renamed')
       self._pending = step
@@ -303,7 +308,7 @@ class Checkpointer:
     """Blocks until the save under way is on disk.
 
     Raises:
-      UserError: there was no space for it.
+      UserError: the save failed.
     """
     if self._pending is None:
       return
@@ -321,36 +326,38 @@ class Checkpointer:
       logging.getLogger('absl').removeFilter(_not_orbax)
 
   def latest_step(self) -> int | None:
-    """The newest finished checkpoint's step."""
+    """The step of the newest finished checkpoint, or None."""
     return max(self.steps(), default=None)
 
   def steps(self) -> list[int]:
-    """Steps of the finished checkpoints, rising."""
+    """The steps of the finished checkpoints, rising."""
     return steps(self._directory)
 
   def restore(self, abstract_state: Any, step: int | None = None) -> Restored:
-    """As the function `restore`; later saves first remove the checkpoints it found corrupt."""
+    """As the function `restore`; the next save deletes the checkpoints that were found corrupt."""
     self.wait()
-    found = restore(self._directory, abstract_state, step)
-    self._done = found.step
+    restored = restore(self._directory, abstract_state, step)
+    self._done = restored.step
     if step is None:
-      self._corrupt = {s for s in self.steps() if s > found.step}
-    return found
+      self._corrupt = {s for s in self.steps() if s > restored.step}
+    return restored
 
   def read_extras(self) -> dict[str, Any]:
     """The extras of the newest readable checkpoint."""
     return read_extras(self._directory)[1]
 
   def _last_good(self) -> str:
-    """The newest finished checkpoint in words, also where its directory is no longer there."""
-    found = self.steps()
-    if self._done is not None and self._done not in found:
+    """The newest finished checkpoint in words, even if its directory has been deleted."""
+    finished = self.steps()
+    if self._done is not None and self._done not in finished:
       return f'the last good checkpoint in {self._directory} was step {self._done}'
-    last = f'the last good checkpoint is step {found[-1]}' if found else 'there is no checkpoint'
-    return f'{last} in {self._directory}'
+    if not finished:
+      return f'there is no checkpoint in {self._directory}'
+    return f'the last good checkpoint is step {finished[-1]} in {self._directory}'
 
   @contextlib.contextmanager
   def _explaining(self, step: int) -> Iterator[None]:
+    """Turns an error of the disk while step `step` is saved into a UserError."""
     try:
       yield
     except Exception as error:
@@ -359,7 +366,7 @@ class Checkpointer:
       gone = not self._directory.is_dir()
       if reason is None and not gone:
         raise
-      # A manager whose save failed keeps the error: go on with a new one.
+      # A manager keeps the error of a failed save, so a new one takes its place.
       with contextlib.suppress(Exception):
         self._manager.close()
       if not gone:

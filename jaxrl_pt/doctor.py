@@ -30,7 +30,7 @@ from jaxrl_pt.types import Array, Batch, Params, TrainState
 
 CORE = ('jaxrl_pt', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'tensorstore',
         'array-record', 'gin-config', 'numpy', 'tokenizers')
-# Distribution, module, what it is for, how it is added.
+# Each optional package: its distribution, its module, its purpose, and how to install it.
 OPTIONAL = (
     ('libtpu', 'libtpu', 'Cloud TPU', "pip install 'jaxrl_pt[tpu]'"),
     ('jax-cuda13-plugin', 'jax_cuda13_plugin', 'NVIDIA GPU', "pip install 'jaxrl_pt[cuda]'"),
@@ -52,15 +52,15 @@ _NUM_STEPS = 8
 
 
 def examine(directory: Path, device: jax.Device | None = None) -> dict[str, Any]:
-  """Everything `doctor` says, as JSON values.
+  """Everything that `doctor` tells, as JSON values.
 
   Args:
-    directory: its disk is examined.
-    device: where the self-check runs; None takes the first local one.
+    directory: the directory whose disk is examined.
+    device: the device on which the self-check runs; None takes the first local one.
 
   Returns:
-    versions, platform, devices, memory, disk, optional, checks; `ok` is whether every
-    check passed.
+    platform, versions, devices, memory_bytes, disk, optional, checks; `ok` is whether every check
+    passed.
   """
   checks = [*self_check(device), _check_writable(directory)]
   return {
@@ -79,7 +79,7 @@ def examine(directory: Path, device: jax.Device | None = None) -> dict[str, Any]
 
 
 def text(found: dict[str, Any]) -> str:
-  """The result of `examine` for a person to read."""
+  """The result of `examine` as text for people."""
   machine, disk = found['platform'], found['disk']
   lines = [f'Python {machine["python"]} on {machine["system"]}, {machine["cpus"]} CPUs',
            f'memory   {_gib(found["memory_bytes"])}',
@@ -116,7 +116,7 @@ def _present(module: str) -> bool:
 
 
 def _describe_device(device: jax.Device) -> dict[str, Any]:
-  stats = device.memory_stats() or {}  # None on a CPU.
+  stats = device.memory_stats() or {}  # A CPU gives None.
   return {'id': device.id, 'platform': device.platform, 'kind': device.device_kind,
           'memory_bytes': stats.get('bytes_limit')}
 
@@ -129,6 +129,7 @@ def _memory_bytes() -> int | None:
 
 
 def _disk(directory: Path) -> dict[str, Any]:
+  """The disk of a directory, or of the nearest one above it that exists."""
   existing = directory.absolute()
   while not existing.exists():
     existing = existing.parent
@@ -166,7 +167,7 @@ class _Trained:
 
 
 def self_check(device: jax.Device | None = None) -> list[dict[str, Any]]:
-  """Trains, decodes and saves a tiny model on one device; an exception is a failure too."""
+  """Trains, decodes and saves a tiny model on one device; an exception fails its check."""
   device = device or jax.local_devices()[0]
   trained = functools.cache(lambda: _train(device))
   checks: dict[str, Callable[[_Trained], tuple[bool, str]]] = {
@@ -177,7 +178,7 @@ def self_check(device: jax.Device | None = None) -> list[dict[str, Any]]:
       started = time.perf_counter()
       try:
         ok, detail = check(trained())
-      except Exception as e:  # Whatever is broken on this machine is the finding.
+      except Exception as e:  # Whatever is broken on this machine is what the check reports.
         ok, detail = False, f'{type(e).__name__}: {(str(e).splitlines() or [""])[0]}'
       results.append({'name': name, 'ok': ok, 'detail': detail,
                       'seconds': time.perf_counter() - started})
@@ -185,7 +186,7 @@ def self_check(device: jax.Device | None = None) -> list[dict[str, Any]]:
 
 
 def _batch(num_rows: int = 8, length: int = 64) -> Batch:
-  """Rows of this module's own documentation, as bytes."""
+  """A batch of rows whose text is this module's docstring, as bytes."""
   data = np.frombuffer((__doc__ or '').encode() * 64, np.uint8).astype(np.int32)
   rows = np.lib.stride_tricks.sliding_window_view(data, length + 1)[::7][:num_rows]
   ones = np.ones((num_rows, length), np.int32)
@@ -216,7 +217,8 @@ def _check_training(trained: _Trained) -> tuple[bool, str]:
 
 
 def _check_cache(trained: _Trained) -> tuple[bool, str]:
-  # In full precision: rounding to integers would turn the last bit's noise into steps.
+  # The model is not quantised here: rounding to integers would turn noise in the last bit into
+  # whole steps.
   model = transformer.build(_MODEL)
   batch, params = _batch(num_rows=2, length=16), trained.state.params
 

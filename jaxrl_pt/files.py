@@ -1,4 +1,4 @@
-"""Writing files of a run: whole or not at all, under locks, with one sentence where it fails."""
+"""Writes a run's files, whole or not at all, and locks them."""
 
 from collections.abc import Iterator, Mapping
 import contextlib
@@ -16,11 +16,12 @@ import numpy as np
 from jaxrl_pt.errors import Unwritable
 
 _TEMPORARY = '.tmp'
-# What the operating system says of a disk, a quota or a size limit that is used up.
+# The operating system's words for a disk, a quota or a size limit that is used up.
 FULL = tuple(os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
-# Libraries report its errors as text: "[OS error 28: ENOSPC No space left on device]".
+# Libraries report the operating system's errors as text, such as
+# "[OS error 28: ENOSPC No space left on device]".
 _OS_ERROR = re.compile('|'.join((r'\bE[A-Z]{3,}\b', *FULL)))
-# What `flock` answers on a file system that has no locks.
+# The errors of `flock` on a file system that has no locks.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
@@ -29,7 +30,7 @@ def writing(path: Path | str) -> Iterator[None]:
   """Turns an operating-system error into one sentence that names `path`.
 
   Raises:
-    Unwritable: for any OSError inside but a closed pipe, which is no mistake of a disk.
+    Unwritable: for any OSError inside except that of a closed pipe, which is not the disk's.
   """
   try:
     yield
@@ -40,10 +41,12 @@ def writing(path: Path | str) -> Iterator[None]:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-  """Replaces `path` by the content, synced, in one rename; makes its directory if absent.
+  """Replaces the file `path` by one rename, once its content is on disk.
+
+  Its directory is made if it is absent.
 
   Raises:
-    Unwritable: it cannot be written; the file is then as it was.
+    Unwritable: the file cannot be written; it is then as it was.
   """
   temporary = path.with_name(f'.{path.name}.{secrets.token_hex(6)}{_TEMPORARY}')
   with writing(path):
@@ -61,7 +64,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-  """`write_bytes` of text as UTF-8."""
+  """Writes text as UTF-8, as `write_bytes` does."""
   write_bytes(path, text.encode())
 
 
@@ -73,7 +76,7 @@ def npz_bytes(arrays: Mapping[str, Any]) -> bytes:
 
 
 def remove_temporaries(directory: Path) -> None:
-  """Removes what a killed `write_bytes` left in `directory`; its owner alone may call this."""
+  """Removes what a killed `write_bytes` left; only the run that holds the lock may call this."""
   for path in directory.glob(f'.*{_TEMPORARY}'):
     path.unlink(missing_ok=True)
 
@@ -82,32 +85,32 @@ def sync(path: Path) -> None:
   """Blocks until a directory's entries are on disk."""
   descriptor = os.open(path, os.O_RDONLY)
   try:
-    with contextlib.suppress(OSError):  # some network file systems cannot, and need not
+    with contextlib.suppress(OSError):  # Some network file systems cannot, and need not.
       os.fsync(descriptor)
   finally:
     os.close(descriptor)
 
 
 def write_all(descriptor: int, data: bytes) -> None:
-  """os.write until all is written: a disk that fills up takes a part first."""
+  """Calls os.write until all is written, since a disk that fills up takes a part first."""
   while data:
     data = data[os.write(descriptor, data):]
 
 
 def reason_of(error: BaseException | None) -> str | None:
-  """What the operating system said behind `error` or its causes; None if it said nothing."""
+  """The operating system's words for `error` or one of its causes; None if it was not at fault."""
   seen: set[int] = set()
   while error is not None and id(error) not in seen:
     seen.add(id(error))
     if isinstance(error, OSError) and error.errno is not None:
       return os.strerror(error.errno)
-    if 'NOT_FOUND' in str(error):  # the file format misses what it has just written
+    if 'NOT_FOUND' in str(error):  # TensorStore misses a file that it has just written.
       return os.strerror(errno.ENOENT)
-    for found in _OS_ERROR.finditer(str(error)):
-      if found[0] in FULL:
-        return found[0]
-      if found[0] in vars(errno):
-        return os.strerror(getattr(errno, found[0]))
+    for match in _OS_ERROR.finditer(str(error)):
+      if match[0] in FULL:
+        return match[0]
+      if match[0] in vars(errno):
+        return os.strerror(getattr(errno, match[0]))
     error = error.__cause__ or error.__context__
   return None
 
@@ -116,25 +119,25 @@ def reason_of(error: BaseException | None) -> str | None:
 
 
 class HeldError(Exception):
-  """Another process holds the lock; the message is what it wrote about itself."""
+  """Another process holds the lock; the message is the note that this process left in it."""
 
 
 @contextlib.contextmanager
 def locked(path: Path, note: str = '') -> Iterator[bool]:
-  """Holds an exclusive lock on the file `path`, which its holder's death releases as well.
+  """Holds an exclusive lock on the file `path`; the death of the process releases it too.
 
-  The lock is `flock`'s. Linux passes it on to NFS, so that it also holds between hosts where the
-  server has locks; a file system without any cannot keep two processes apart.
+  The lock is `flock`'s. Linux passes it on to NFS, so that it also holds between hosts if the
+  server has locks. A file system without locks cannot keep two processes apart.
 
   Args:
-    path: a file that is made if absent and stays; its name in the directory is the lock's.
-    note: written into it for whom the lock keeps out.
+    path: the lock's file, which is made if absent and stays.
+    note: text that is written into the file, for other processes to show.
 
   Yields:
     Whether there is a lock: False on a file system that has none.
 
   Raises:
-    HeldError: another process has it.
+    HeldError: another process holds the lock.
     OSError: the file cannot be made.
   """
   descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -149,7 +152,7 @@ def locked(path: Path, note: str = '') -> Iterator[bool]:
         raise
       supported = False
     if not path.exists() or not os.path.samestat(os.fstat(descriptor), os.stat(path)):
-      raise HeldError('it was removed just now')  # its last holder has cleared it away
+      raise HeldError('it was removed just now')  # Its last holder has deleted the file.
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, note.encode(), 0)
     yield supported

@@ -1,4 +1,4 @@
-"""The flags of every command; light, so that `--help` answers at once."""
+"""The flags of every command. This module imports little, so that `--help` answers at once."""
 
 import argparse
 from collections.abc import Callable
@@ -12,13 +12,14 @@ _RUN = 'gin/run/pretrain_tiny.gin'
 
 
 class _Parser(argparse.ArgumentParser):
-  """Answers a wrong flag with one sentence, like every other mistake."""
+  """A parser that tells a wrong flag in one sentence, like every other mistake."""
 
   def error(self, message: str) -> NoReturn:
     raise UserError(f'{message[:1].upper()}{message[1:].rstrip(".")}: see {self.prog} --help.')
 
 
 def _at_least(low: int, high: int = 2**31 - 1) -> Any:
+  """The type of a flag that takes a whole number from `low` to `high`."""
   def whole_number(text: str) -> int:
     try:
       value = int(text)
@@ -32,12 +33,12 @@ def _at_least(low: int, high: int = 2**31 - 1) -> Any:
   return whole_number
 
 
-# JAX makes a key of 32 bits of a seed: one beyond them would repeat a smaller one.
+# JAX makes a key of a seed's lower 32 bits, so a larger seed would repeat a smaller one.
 _SEED = _at_least(0, 2**32 - 1)
 
 
 def _text(text: str) -> str:
-  """What was typed in the terminal's encoding, if that is a text."""
+  """The type of a flag that takes text, which must be possible to write as UTF-8."""
   try:
     text.encode()
   except UnicodeEncodeError as e:
@@ -46,13 +47,14 @@ def _text(text: str) -> str:
 
 
 def _path(text: str) -> Path:
-  """Not the empty text, which would mean the current directory."""
+  """The type of a flag that takes a path: not the empty text, which Path takes for '.'."""
   if not text or '\0' in text:
     raise argparse.ArgumentTypeError(f'expected a path, not {text!r}')
   return Path(text)
 
 
 def _glob(text: str) -> str:
+  """The type of a flag that takes a glob."""
   _path(text)
   return text
 
@@ -221,8 +223,8 @@ def _add_frontends(add: Callable[[str, str, str], argparse.ArgumentParser]) -> N
                        help=f'{about} (default %(default)s)')
   serve.add_argument('--kv', choices=('model', 'int8'), default='model',
                      help='how keys and values are kept (default %(default)s)')
-  serve.add_argument('--seed', type=_SEED, default=0, help="of the noise, with a request's "
-                     'own seed (default %(default)s)')
+  serve.add_argument('--seed', type=_SEED, default=0, help='seed of the noise, together '
+                     "with a request's own seed (default %(default)s)")
   serve.add_argument('--access_log', action='store_true',
                      help='write one line a request to standard error')
   _add_chat_format(serve)
@@ -231,16 +233,16 @@ def _add_frontends(add: Callable[[str, str, str], argparse.ArgumentParser]) -> N
 def _add_resa(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--resa', action='store_true', help='rectified sparse decoding, e.g. --resa '
                       '--resa_share 0.1 --resa_every 32: a step reads a part of the cache')
-  # Without defaults, to see which were given.
+  # These flags have no defaults, so that one sees which of them were given.
   parser.add_argument('--resa_block', type=_at_least(1), metavar='TOKENS',
-                      help='of a block (default 16)')
-  parser.add_argument('--resa_share', type=float, metavar='SHARE', help='of the blocks that a step '
-                      'reads; 1 is dense (default 0.1)')
-  parser.add_argument('--resa_every', type=_at_least(1), metavar='TOKENS', help='between two '
-                      'rectifications (default 32)')
+                      help='tokens of a block (default 16)')
+  parser.add_argument('--resa_share', type=float, metavar='SHARE', help='share of the blocks that '
+                      'a step reads; 1 is dense (default 0.1)')
+  parser.add_argument('--resa_every', type=_at_least(1), metavar='TOKENS', help='tokens between '
+                      'two rectifications (default 32)')
   parser.add_argument('--resa_drafts', type=_at_least(1), metavar='TOKENS',
-                      help='drafted by sparse attention before a dense pass checks them: the texts '
-                      'of dense decoding, in fewer dense steps')
+                      help='tokens that sparse attention drafts before a dense pass checks them: '
+                      'the texts of dense decoding, in fewer dense steps')
 
 
 def _add_chat_format(parser: argparse.ArgumentParser) -> None:

@@ -33,17 +33,17 @@ from jaxrl_pt.types import Prompts
 from pallas_kernels.dispatch import generation_of
 
 TOKEN_VARIABLE = 'JAXRL_PT_TOKEN'
-_SHUTDOWN_SECONDS = 30  # for the answers under way
+_SHUTDOWN_SECONDS = 30  # time for the answers under way to end
 
 
 # --- sample ---------------------------------------------------------------------------
 
 
 def read_prompts(path: Path) -> list[str]:
-  """The prompts of a file: its lines, or of a .jsonl file each line's "prompt".
+  """The prompts in a file: its lines, or the "prompt" of each line if it is a .jsonl file.
 
   Raises:
-    UserError: no such file, not UTF-8, a line without a prompt, no prompt at all.
+    UserError: the file cannot be read, is not UTF-8, has a line without a prompt, or has no prompt.
   """
   try:
     lines = path.read_bytes().decode('utf-8-sig').splitlines()
@@ -72,12 +72,12 @@ def sample(workdir: Path, prompts: list[str] | None, *, step: int | None, as_jso
   """Prints continuations as they are drawn, or all of them as JSON.
 
   Args:
-    workdir: of a trained model.
-    prompts: None asks for them on the terminal, one after the other.
-    step: which checkpoint.
-    as_json: print one JSON list at the end.
-    prompt_len: most tokens of a prompt typed at the terminal.
-    settings: as `samples.stream_samples` takes them.
+    workdir: the work directory of a trained model.
+    prompts: the prompts; None asks for them on the terminal, one after the other.
+    step: the checkpoint's step; None takes the newest good one.
+    as_json: whether to print one JSON list at the end.
+    prompt_len: most tokens of a prompt that is typed at the terminal.
+    settings: the keyword arguments of `samples.stream_samples`.
   """
   policy, num_samples = load_policy(workdir, step), settings['num_samples']
   if prompts is not None and as_json:
@@ -95,6 +95,7 @@ def sample(workdir: Path, prompts: list[str] | None, *, step: int | None, as_jso
 
 def _sample_line(policy: Policy, line: str, engine: Engine, as_json: bool,
                  settings: dict[str, Any]) -> None:
+  """Answers a prompt typed at the terminal; a mistake in it is printed."""
   try:
     line.encode()
     if as_json:
@@ -112,13 +113,14 @@ def _sample_line(policy: Policy, line: str, engine: Engine, as_json: bool,
 def sample_resa(workdir: Path, prompts: list[str], *, step: int | None, as_json: bool,
                 resa: cfg.ReSA, num_drafts: int, sampler: cfg.Sampler, num_tokens: int,
                 num_samples: int, seed: int) -> None:
-  """`sample` with rectified sparse attention; prints once all is drawn.
+  """`sample` with rectified sparse attention, which prints once all continuations are drawn.
 
   Args:
     workdir, prompts, step, as_json, sampler, num_tokens, num_samples, seed: as in `sample`.
-    resa: with an active share of 1 the texts are those of `sample`.
-    num_drafts: tokens that sparse attention drafts before a dense forward pass checks them, which
-      makes the texts those of `sample` too; 0 keeps what sparse attention draws.
+    resa: the settings of sparse attention; with an active share of 1 the texts are those of
+      `sample`.
+    num_drafts: the number of tokens that sparse attention drafts before a dense forward pass checks
+      them, which makes the texts those of `sample` too; 0 keeps what sparse attention draws.
   """
   policy = load_policy(workdir, step)
   tokenizer = policy.session.data.tokenizer
@@ -130,7 +132,7 @@ def sample_resa(workdir: Path, prompts: list[str], *, step: int | None, as_json:
   batch = Prompts(jnp.asarray(tokens), jnp.asarray(lengths),
                   jnp.arange(len(rows), dtype=jnp.int32))
   mesh = policy.session.mesh
-  # The kernels read one chip's pages; a mesh takes XLA's path.
+  # The kernels read the pages of one chip; a mesh of several takes XLA's path.
   generation = generation_of(mesh.devices.flat[0]) if mesh.size == 1 else None
   settings: dict[str, Any] = dict(
       sampler=drawable(sampler, tokenizer, policy.model.config.vocab_size),
@@ -143,19 +145,19 @@ def sample_resa(workdir: Path, prompts: list[str], *, step: int | None, as_json:
     draw = functools.partial(rectified.generate, policy.model, resa=resa, **settings)
   start = time.perf_counter()
   result = jax.device_get(jax.jit(draw)(policy.params, batch, jax.random.key(seed)))
-  drawn, speculation = result if num_drafts else (result, None)
+  rollouts, speculation = result if num_drafts else (result, None)
   seconds = time.perf_counter() - start
-  counts = drawn.in_response.sum(-1).astype(int)
-  found = [
+  counts = rollouts.in_response.sum(-1).astype(int)
+  continuations = [
       {'prompt': prompt, 'num_tokens': int(counts[n, g]),
-       'text': tokenizer.decode([t for t in drawn.tokens[n, g, :counts[n, g]].tolist()
+       'text': tokenizer.decode([t for t in rollouts.tokens[n, g, :counts[n, g]].tolist()
                                  if t != tokenizer.eos_id]),
-       'logp': float((drawn.logp[n, g] * drawn.sampled[n, g]).sum())}
+       'logp': float((rollouts.logp[n, g] * rollouts.sampled[n, g]).sum())}
       for n, prompt in enumerate(prompts) for g in range(num_samples)]
   if as_json:
-    print(json.dumps(found, ensure_ascii=False, indent=2))
+    print(json.dumps(continuations, ensure_ascii=False, indent=2))
     return
-  for s in found:
+  for s in continuations:
     print(f'{s["prompt"]}{s["text"]}\n--- {s["num_tokens"]} tokens, log-probability '
           f'{s["logp"]:.2f} nats')
   print(f'=== {counts.sum()} tokens in {seconds:.2f} s: {counts.sum() / seconds:,.0f} tokens/s, '
@@ -171,16 +173,16 @@ def sample_resa(workdir: Path, prompts: list[str], *, step: int | None, as_json:
 
 def chat(workdir: Path, *, step: int | None, prompt_len: int, template: Path | None,
          markers: Iterable[str], seed: int, **settings: Any) -> None:
-  """Talks at the terminal.
+  """Holds a conversation at the terminal.
 
   Args:
-    workdir: of a trained model.
-    step: which checkpoint.
+    workdir: the work directory of a trained model.
+    step: the checkpoint's step; None takes the newest good one.
     prompt_len: most tokens of a conversation that the model sees.
     template: a JSON file; None takes plain text.
-    markers: what starts and what ends thinking.
-    seed: equal seeds and equal lines get equal answers.
-    settings: as `terminal.Chat` takes them.
+    markers: the two texts that start and end thinking.
+    seed: the seed of the noise; equal seeds and equal lines get equal answers.
+    settings: the keyword arguments of `terminal.Chat`.
   """
   layout, enclosing = _template(template), Markers(*markers)
   policy = load_policy(workdir, step)
@@ -213,19 +215,20 @@ def _name(workdir: Path) -> str:
 def serve(workdir: Path, *, step: int | None, host: str, port: int, token_file: Path | None,
           engine: cfg.Engine, max_samples: int, template: Path | None, markers: Iterable[str],
           seed: int, access_log: bool) -> None:
-  """Serves a model until SIGTERM or Ctrl-C, then ends what is under way.
+  """Serves a model over HTTP until SIGTERM or Ctrl-C, and then ends the answers under way.
 
   Args:
-    workdir: of a trained model; its last name is the model's.
-    step: which checkpoint.
-    host, port: where to listen; port 0 takes a free one.
-    token_file: holds what clients must send; None looks at the environment.
-    engine: sizes.
+    workdir: the work directory of a trained model; its last component is the model's name.
+    step: the checkpoint's step; None takes the newest good one.
+    host, port: the address to listen at; port 0 takes a free one.
+    token_file: a file with the token that clients must send; None takes the environment variable
+      `TOKEN_VARIABLE`, if it is set.
+    engine: the engine's sizes.
     max_samples: most responses to one prompt.
-    template: a JSON file for chat completions; None takes plain text.
-    markers: what starts and what ends thinking.
-    seed: of the noise, with each request's own.
-    access_log: write one line a request to standard error.
+    template: a JSON file with the chat format; None takes plain text.
+    markers: the two texts that start and end thinking.
+    seed: the seed of the noise, together with each request's own seed.
+    access_log: whether to write one line a request to standard error.
 
   Raises:
     UserError: the address cannot be listened at, or is open to others without a token.
@@ -262,6 +265,7 @@ def serve(workdir: Path, *, step: int | None, host: str, port: int, token_file: 
 
 
 def _read_token(path: Path | None) -> str | None:
+  """The token that clients must send; None if neither file nor environment has one."""
   if path is None:
     token, where = os.environ.get(TOKEN_VARIABLE), TOKEN_VARIABLE
     if token is None:

@@ -1,7 +1,8 @@
-"""The command line: parse, set up the process, call one function, report mistakes.
+"""The command line: parses flags, calls the command's function and reports mistakes.
 
-Only this module touches the state of the process. Heavy modules are imported where they
-are called, so that `--help` and a mistyped flag answer at once.
+Only this module and a verifier's sandbox set JAX's options, the environment and the exit code of
+the process. Heavy modules are imported where they are called, so that `--help` and a mistyped flag
+answer at once.
 """
 
 import argparse
@@ -26,10 +27,10 @@ _INTERRUPTED = '\njaxrl-pt: interrupted.\n'
 
 @contextlib.contextmanager
 def _importing() -> Iterator[None]:
-  """Ctrl-C ends the process at once: nothing has begun that could be lost.
+  """Lets Ctrl-C end the process at once while modules are imported, when nothing can be lost.
 
-  Python drops an exception that a signal raises inside one of its own callbacks, of which
-  importing runs thousands, and the command would go on as if nobody had asked it to stop.
+  Python drops an exception that a signal raises inside one of its own callbacks, of which an import
+  runs thousands, so that the command would go on as if nobody had asked it to stop.
   """
   in_main = threading.current_thread() is threading.main_thread()
   if not in_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
@@ -76,10 +77,10 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _join_hosts() -> None:
-  """Makes this process one of a cluster's.
+  """Joins this process with those of the cluster's other hosts.
 
   Raises:
-    UserError: there is none, or it cannot be joined.
+    UserError: there is no cluster, or it cannot be joined.
   """
   with _importing():
     import jax
@@ -125,6 +126,7 @@ def _sampler(args: argparse.Namespace) -> cfg.Sampler:
 
 
 def _resa(args: argparse.Namespace) -> cfg.ReSA | None:
+  """The settings of rectified sparse attention, None without --resa."""
   every = None if args.resa_every is None else cfg.RefreshEvery(args.resa_every)
   given: dict[str, Any] = {name: value for name, value in (
       ('block', args.resa_block), ('active', args.resa_share), ('refresh', every))
@@ -259,22 +261,22 @@ _COMMANDS = {'quickstart': _quickstart, 'train': _train, 'sample': _sample, 'cha
 
 
 def _hide_closed_loops(unraisable: 'sys.UnraisableHookArgs') -> None:
-  """An unraisablehook that drops what TensorStore's threads say after a failed save.
+  """An unraisablehook that drops the errors of TensorStore's threads after a failed save.
 
-  They report to the event loop that Orbax has closed by then; the failure itself has
-  already been raised, and its one sentence would drown in theirs.
+  The threads report to an event loop that Orbax has closed by then. The failure itself has been
+  raised already, and its one sentence would drown in theirs.
   """
   if str(unraisable.exc_value) != 'Event loop is closed':
     sys.__unraisablehook__(unraisable)
 
 
 def _not_of_saves(record: logging.LogRecord) -> bool:
-  """Of a save whose directory went away asyncio tells once more, with a traceback."""
+  """A log filter that drops asyncio's traceback of a failed save, which has been raised already."""
   return 'orbax' not in record.getMessage()
 
 
 def _drop_unwritable_output() -> None:
-  """What a full disk did not take of standard output would fail once more when Python exits."""
+  """Drops output that a full disk does not take, which would fail again when Python exits."""
   try:
     sys.stdout.flush()
   except OSError:
@@ -284,9 +286,13 @@ def _drop_unwritable_output() -> None:
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs one command.
 
+  Args:
+    argv: the arguments after the program's name; None takes the process's own.
+
   Returns:
-    0 for success, 2 for a user's mistake, 75 for a run that a signal has stopped after it saved,
-    130 for an interruption.
+    The exit code: 0 for success, 1 if `doctor`, `preflight` or `kernels` found a failure, 2 for a
+    user's mistake, 75 for a run that a signal stopped after it saved a checkpoint, 130 for an
+    interruption, 141 for a closed pipe.
   """
   arguments = list(sys.argv[1:] if argv is None else argv)
   if '--debug' not in arguments:

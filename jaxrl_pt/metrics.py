@@ -1,8 +1,8 @@
-"""Metrics: one JSON row a step, one console line a step, TensorBoard, and model FLOP/s.
+"""Metrics: one JSON row a step, lines on the console, TensorBoard, and model FLOP/s.
 
-`metrics.jsonl` is the record. All keys but those under `time/` are functions of the
-run's settings and the step, so two runs can be compared row by row. JSON has no NaN:
-non-finite numbers are written as "NaN", "Infinity" and "-Infinity" and read back as floats.
+All keys of a row in `metrics.jsonl` but those under `time/` are functions of the run's settings and
+the step, so two runs can be compared row by row. JSON has no NaN: non-finite numbers are written as
+"NaN", "Infinity" and "-Infinity" and read back as floats.
 """
 
 from collections.abc import Mapping
@@ -24,13 +24,13 @@ from jaxrl_pt.events import EventFile
 from jaxrl_pt.types import Weighted
 
 FILE = 'metrics.jsonl'
-TIME = 'time/'
+TIME = 'time/'  # what the keys of times and speeds begin with
 
 Row = dict[str, float]
 
 
 def host_values(values: Mapping[str, Weighted]) -> dict[str, float]:
-  """{name: sum / count} on the host, fetched in one transfer; 0 where nothing was counted."""
+  """{name: sum / count} on the host, fetched in one transfer; 0 if nothing was counted."""
   fetched = jax.device_get({name: (v.sum, v.count) for name, v in values.items()})
   return {name: float(total) / max(float(count), 1e-9) for name, (total, count) in fetched.items()}
 
@@ -60,10 +60,10 @@ def _parse(line: str) -> Row:
 
 
 def read_rows(path: Path) -> list[Row]:
-  """Rows of a metrics file; a last line torn by a kill is left out.
+  """The rows of a metrics file; a last line without a newline, which a kill tore, is left out.
 
   Raises:
-    UserError: the file cannot be read, or another line is not a row.
+    UserError: the file cannot be read, or a line is not a row.
   """
   try:
     lines = path.read_bytes().split(b'\n')
@@ -71,7 +71,7 @@ def read_rows(path: Path) -> list[Row]:
     raise UserError(f'cannot read {path} ({error.strerror}): give the work directory of a '
                     'run.') from error
   rows = []
-  for number, line in enumerate(lines[:-1], 1):  # what follows the last newline is torn or empty
+  for number, line in enumerate(lines[:-1], 1):  # The last line is torn or empty.
     try:
       rows.append(_parse(line.decode()))
     except (ValueError, RecursionError, OverflowError) as error:
@@ -81,14 +81,20 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def _whole(path: Path, rows: list[Row], resume_step: int, incomplete: bool) -> list[Row]:
-  """The rows up to `resume_step`, each step's exactly once and in order.
+  """The rows of the steps up to `resume_step`, once each and in order.
+
+  Args:
+    path: the metrics file, for messages.
+    rows: the file's rows.
+    resume_step: the last step whose row is kept.
+    incomplete: whether rows may be missing or repeated.
 
   Raises:
-    UserError: some are missing, repeated or out of order, and `incomplete` does not allow it.
+    UserError: rows are missing, repeated or out of order, and `incomplete` is False.
   """
   kept = [row for row in rows if row['step'] <= resume_step]
   steps = [int(row['step']) for row in kept]
-  # Row 0 is the measure before the first step, which pretraining does not take.
+  # Row 0 is the evaluation before the first step, which pretraining does not make.
   expected = list(range(0 if 0 in steps else 1, resume_step + 1))
   if steps == expected:
     return kept
@@ -107,27 +113,29 @@ def _whole(path: Path, rows: list[Row], resume_step: int, incomplete: bool) -> l
 class Writer:
   """Writes each step's row to `metrics.jsonl`, TensorBoard and the console. Final.
 
-  Only process 0 writes. A context manager; leaving it closes the files.
+  Only process 0 writes. Leaving it as a context manager closes the files.
   """
 
   def __init__(self, workdir: Path, *, resume_step: int, num_steps: int, tensorboard: bool,
                log_every: int = 1, incomplete: bool = False):
-    """Opens the file and drops the rows a killed run wrote after `resume_step`.
+    """Opens the file and drops the rows that a killed run wrote after `resume_step`.
 
     Args:
       workdir: receives metrics.jsonl and, if asked for, tensorboard/.
-      resume_step: step of the checkpoint resumed from; 0 starts a new file.
-      num_steps: last step of the run, for the progress bar.
+      resume_step: the step of the checkpoint resumed from. 0 drops all rows but that of step 0, and
+        −1 drops that too.
+      num_steps: the last step of the run, for the progress bar.
       tensorboard: whether to write TensorBoard events too.
       log_every: steps per console line; every step has its row in any case.
       incomplete: whether rows of steps up to `resume_step` may be missing or repeated.
 
     Raises:
-      UserError: the file cannot be written, it is not a metrics file, or it does not hold the
-        row of each step up to `resume_step` once.
+      UserError: the file is not a metrics file, or does not hold the row of each step up to
+        `resume_step` once.
+      Unwritable: the file cannot be written.
     """
     self._path = workdir / FILE
-    self._file: int | None = None  # descriptor; without a buffer, closing cannot fail
+    self._file: int | None = None  # a descriptor, since closing a file without buffer cannot fail
     self._events: EventFile | None = None
     self._console: Console | None = None
     self._log_every, self._num_steps = log_every, num_steps
@@ -135,7 +143,7 @@ class Writer:
       return
     rows = read_rows(self._path) if self._path.exists() else []
     rows = _whole(self._path, rows, resume_step, incomplete)
-    # One rename, so that a kill here loses nothing.
+    # The file is replaced by one rename, so that a kill here loses nothing.
     files.write_text(self._path, ''.join(map(_dump, rows)))
     with files.writing(self._path):
       self._file = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
@@ -151,7 +159,12 @@ class Writer:
     self.close()
 
   def write(self, step: int, values: Mapping[str, float], timing: Mapping[str, float]) -> None:
-    """Writes the row of `step`; `timing` is what differs from run to run.
+    """Writes the row of a step.
+
+    Args:
+      step: the step's number, from 1; 0 is the evaluation before the first step.
+      values: metrics that depend on nothing but the settings and the step.
+      timing: times and speeds, whose keys get `TIME` in front.
 
     Raises:
       Unwritable: the row cannot be written (disk full), or the file is no longer in its place.
@@ -168,39 +181,40 @@ class Writer:
       self._console.step(row, shown=step % self._log_every == 0 or step == self._num_steps)
 
   def sync(self) -> None:
-    """Blocks until all rows are on disk, as they must be before the checkpoint after them.
+    """Blocks until all rows are on disk, as they must be before a checkpoint is saved.
 
     Raises:
-      Unwritable: the disk does not take them.
+      Unwritable: the disk does not take the rows.
     """
     if self._file is not None:
       with files.writing(self._path):
         os.fsync(self._file)
 
   def _check_place(self) -> None:
-    """Sees that what is written is still what stands under the file's name.
+    """Checks that the open file is still the one under its name.
 
-    Where the name is gone but its directory is not, the rows are put back: the open descriptor
-    still has them.
+    If the name is gone but the work directory is not, the rows are put back from the open
+    descriptor.
 
     Raises:
       Unwritable: the file or its directory was deleted, renamed or replaced.
     """
     assert self._file is not None
-    ours = os.fstat(self._file)
+    open_file = os.fstat(self._file)
     try:
-      there = os.stat(self._path)
+      named_file = os.stat(self._path)
     except OSError as error:
-      # A save under way may have made the directory again.
+      # The save of a checkpoint may have made the deleted directory again.
       parent = self._path.parent
       if not parent.is_dir() or not os.path.samestat(os.stat(parent), self._directory):
         raise Unwritable(f'cannot write {self._path} (the work directory {parent} was deleted '
                          'or renamed)') from error
-      files.write_text(self._path, os.pread(self._file, ours.st_size, 0).decode())
+      files.write_text(self._path, os.pread(self._file, open_file.st_size, 0).decode())
       raise Unwritable(f'cannot go on writing {self._path} (it was deleted or renamed while the '
                        'run was writing it; its rows have been put back)') from error
-    # Some network file systems number a file anew: only with another size it is another one.
-    if not os.path.samestat(ours, there) and ours.st_size != there.st_size:
+    # Some network file systems give a file a new number, so it must have another size too.
+    if (not os.path.samestat(open_file, named_file)
+        and open_file.st_size != named_file.st_size):
       raise Unwritable(f'cannot go on writing {self._path} (another file has taken its place)')
 
   def close(self) -> None:
@@ -216,7 +230,7 @@ class Writer:
 
 # --- Console --------------------------------------------------------------------------
 
-# Shown when present, in this order. Timing keys stand here as they do in the row.
+# Keys of a row with the formats in which the console shows them, in this order.
 _SHOWN = (
     ('loss', 'loss {:.4f}'),
     ('reward', 'reward {:.3f}'),
@@ -241,7 +255,7 @@ def describe(row: Row, num_steps: int) -> str:
 
 
 class Console:
-  """One line a step, under a progress bar with the time left where stdout is a terminal. Final."""
+  """Prints lines for rows, above a progress bar if stdout is a terminal. Final."""
 
   def __init__(self, start: int, num_steps: int, rich_console: RichConsole | None = None):
     self._num_steps = num_steps
@@ -290,12 +304,12 @@ _PEAK = {
 
 
 def peak_flops(device_kind: str) -> float | None:
-  """bf16 FLOP/s of one device of this kind, None where it is not known."""
+  """The peak bf16 FLOP/s of one device of a kind, None if it is not known."""
   return _PEAK.get(device_kind)
 
 
 def matmul_parameters(model: cfg.Model) -> int:
-  """Weights that every token is multiplied with: the blocks' matrices and the head."""
+  """The number of weights that multiply every token: the blocks' matrices and the head."""
   heads = model.num_heads + model.num_kv_heads
   block = 2 * model.d_model * heads * model.head_dim + 3 * model.d_model * model.d_ff
   return model.num_layers * block + model.d_model * model.vocab_size
@@ -304,18 +318,18 @@ def matmul_parameters(model: cfg.Model) -> int:
 def flops_per_token(model: cfg.Model, context: float, *, backward: bool = True) -> float:
   """Model FLOPs of one token: forward 2·N + 4·L·H·E·C, with the backward pass 3 times that.
 
-  N counts `matmul_parameters`; recomputation and quantisation are not model FLOPs.
+  N is `matmul_parameters`. Recomputation and quantisation are not model FLOPs.
 
   Args:
-    model: its shape.
-    context: C, mean number of keys a query attends to: (T + 1) / 2 in causal rows of T.
-    backward: whether gradients are taken too.
+    model: the model's sizes.
+    context: C, the mean number of keys that a query attends to: (T + 1) / 2 in causal rows of T.
+    backward: whether to count the backward pass too.
   """
   attention = 4 * model.num_layers * model.num_heads * model.head_dim * context
   return (3 if backward else 1) * (2 * matmul_parameters(model) + attention)
 
 
 def mfu(flops_per_second: float, devices: list[jax.Device]) -> float | None:
-  """Share of the devices' bf16 peak, None where the peak is not known."""
+  """Model FLOP/s utilisation: the share of the devices' bf16 peak, None if that is not known."""
   peak = peak_flops(devices[0].device_kind)
   return None if peak is None else flops_per_second / (peak * len(devices))

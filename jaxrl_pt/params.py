@@ -1,8 +1,8 @@
 """Parameters described before they exist.
 
-One tree of `ParamSpec` gives the parameter count, the initial values, the shardings, the targets
-of a restore, which weights decay, which are quantised and what other formats call them; nothing
-else states a shape or a name twice.
+A model has one tree of `ParamSpec`. From it follow the number of parameters, their initial values,
+their shardings, the target of a restore, which weights decay, which are quantised and what they are
+called in Hugging Face's format. No shape and no name is stated a second time.
 """
 
 from collections.abc import Callable
@@ -14,8 +14,7 @@ import jax.numpy as jnp
 
 from jaxrl_pt.types import Array, Params
 
-Init = Callable[[Array, tuple[int, ...], Any], Array]
-
+Init = Callable[[Array, tuple[int, ...], Any], Array]  # (key, shape, dtype) → array
 
 # A projection of a block (a BitLinear where weights are ternary), the table of embeddings, the head
 # that gives logits, or the gains of a norm.
@@ -25,10 +24,13 @@ Role = Literal['projection', 'table', 'head', 'gain']
 class ParamSpec(NamedTuple):
   """A parameter before it exists.
 
-  shape, dtype: of the array; axes: one logical axis name a dimension; init: its first values.
-  role: decides what is done with it: `is_decayed`, and quantisation and rounding for a sampler.
-  hugging_face: its name in such a model without '.weight', with {layer} where the array is stacked
-    over layers; empty if no such model has it, which an export then refuses.
+  shape, dtype: the array's shape and dtype.
+  axes: the name of a logical axis for each dimension.
+  init: draws the initial values.
+  role: decides whether the parameter decays, is quantised, and is rounded in a weight sync.
+  hugging_face: the parameter's name in a Hugging Face model, without '.weight' and with {layer} if
+    the array is stacked over layers. It is empty if no such model has the parameter, and an export
+    is then refused.
   """
 
   shape: tuple[int, ...]
@@ -40,21 +42,22 @@ class ParamSpec(NamedTuple):
 
   @property
   def is_decayed(self) -> bool:
-    """Whether weight decay acts on it: on products, not on the embeddings or gains of norms."""
+    """Whether weight decay acts on it: on matrices that multiply, not on embeddings or gains."""
     return self.role in ('projection', 'head')
 
 
 def is_spec(x: Any) -> bool:
+  """Whether `x` is a ParamSpec, which `jax.tree` must not take apart."""
   return isinstance(x, ParamSpec)
 
 
 def normal(stddev: float) -> Init:
-  """Gaussian of the given standard deviation."""
+  """Draws from a Gaussian of the given standard deviation."""
   return lambda key, shape, dtype: stddev * jax.random.normal(key, shape, dtype)
 
 
 def ones(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
-  """All ones (gains of norms)."""
+  """All ones, for the gains of norms."""
   del key
   return jnp.ones(shape, dtype)
 
@@ -65,9 +68,9 @@ def map_specs(fn: Callable[[ParamSpec], Any], specs: Any) -> Any:
 
 
 def init(specs: Any, key: Array) -> Params:
-  """Draws every parameter from its own key, folded from its path's place in the tree.
+  """Draws every parameter from a key of its own: `key` folded with the leaf's number in the tree.
 
-  Call it under `jit` with `out_shardings` so that no device ever holds the whole.
+  Call it under `jit` with `out_shardings`, so that no device ever holds all parameters.
   """
   leaves, treedef = jax.tree.flatten(specs, is_leaf=is_spec)
   values = [s.init(jax.random.fold_in(key, i), s.shape, s.dtype) for i, s in enumerate(leaves)]
@@ -75,10 +78,10 @@ def init(specs: Any, key: Array) -> Params:
 
 
 def abstract(specs: Any) -> Any:
-  """The tree as `jax.ShapeDtypeStruct`, for `eval_shape`-style uses."""
+  """The tree of parameters as `jax.ShapeDtypeStruct`."""
   return map_specs(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype), specs)
 
 
 def count(specs: Any) -> int:
-  """Number of parameters."""
+  """The number of parameters."""
   return sum(math.prod(s.shape) for s in jax.tree.leaves(specs, is_leaf=is_spec))

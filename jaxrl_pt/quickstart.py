@@ -1,9 +1,9 @@
-"""The first five minutes: the main job on real text, offline, and what it proves.
+"""The quickstart: pretraining, a resume after a kill, and RPT on real text, in minutes and offline.
 
-Pretrains a tiny ternary model (W1.58A8 → A4) in a child process, kills that process with
-SIGKILL on purpose, resumes it, and compares the state bit for bit with an uninterrupted
-run; then reinforces the model with RPT and writes one report. Every number it prints is
-measured in the run that prints it.
+It pretrains a tiny ternary model (W1.58A8 → A4) in a child process, kills that process with SIGKILL
+on purpose, resumes the run, and compares its state bit for bit with that of an uninterrupted run.
+Then it reinforces the model with RPT and writes one report. Every number that it prints is measured
+in the run that prints it.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,10 +27,10 @@ from jaxrl_pt.errors import UserError
 
 PRETRAIN_GIN = 'gin/run/pretrain_tiny.gin'
 RPT_GIN = 'gin/run/rpt_tiny.gin'
-# The run is killed a little after the first checkpoint and compared at the second.
+# The run is killed a little after its first checkpoint, and compared at its second.
 COMPARED_CHECKPOINTS = 2
 USER_MISTAKE = 2  # the exit code of a command that has said in one line what is wrong
-PARAGRAPH = r'(?<=\n\n)(?=\S)'  # where one starts
+PARAGRAPH = r'(?<=\n\n)(?=\S)'  # matches where a paragraph starts
 DIFFICULTIES = ('easy', 'medium', 'hard')
 
 
@@ -47,20 +47,20 @@ class _Child:
                '--workdir', str(self.workdir)]
     for binding in self.bindings:
       command += ['--gin_bindings', binding]
-    # Compiled programs are shared between the children: the second start is quick.
+    # The children share compiled programs, so that the second start is quick.
     cache = str(self.workdir.parent / 'compilation_cache')
     environment = {**os.environ, 'JAX_COMPILATION_CACHE_DIR': cache,
                    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '1',
-                   # A CPU step allocates and frees large blocks: spare it the page faults.
+                   # A step on a CPU allocates and frees large blocks; huge pages spare page faults.
                    'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1'}
     return subprocess.Popen(command, env=environment)
 
   def run(self) -> None:
-    """Runs to the end.
+    """Runs the command to its end.
 
     Raises:
-      SystemExit: the child failed because of a mistake of the user, which it has said.
-      UserError: it failed otherwise.
+      SystemExit: the command failed because of a user's mistake, which it has told.
+      UserError: the command failed otherwise.
     """
     with _ended(self.start) as process:
       code = process.wait()
@@ -68,16 +68,17 @@ class _Child:
       self._failed(code)
 
   def _failed(self, code: int) -> NoReturn:
+    """Raises what `run` raises for an exit code."""
     if code == USER_MISTAKE:
       raise SystemExit(code)
     raise UserError(f'The run in {self.workdir} stopped with exit code {code}; its message '
                     'stands above.')
 
   def run_until(self, reached: Callable[[], bool], with_signal: signal.Signals) -> None:
-    """Runs until `reached()`, then sends the signal and waits for the end.
+    """Runs the command until `reached()`, then sends it a signal and waits for its end.
 
     Raises:
-      SystemExit, UserError: as `run`; UserError also if the child ended by itself before.
+      SystemExit, UserError: as `run`, if the command ended before the signal.
     """
     with _ended(self.start) as process:
       while not reached():
@@ -96,7 +97,7 @@ class _Child:
 
 @contextlib.contextmanager
 def _held_signals() -> Iterator[None]:
-  """Signals that would unwind this process do so at the end of the block."""
+  """Defers signals that would unwind this process to the end of the context."""
   noted: list[int] = []
   numbers = [s for s in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
              if threading.current_thread() is threading.main_thread()
@@ -113,10 +114,11 @@ def _held_signals() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _ended(start: Callable[[], subprocess.Popen[bytes]]) -> Iterator[subprocess.Popen[bytes]]:
-  """Never leaves a child behind, whatever interrupts the parent."""
+  """Starts a child process and ends it with the context, whatever interrupts this process."""
   process = None
   try:
-    with _held_signals():  # Between its birth and our knowing of it, a child would be lost.
+    # A signal between the child's start and the assignment would leave the child behind.
+    with _held_signals():
       process = start()
     yield process
   finally:
@@ -149,11 +151,12 @@ def _signals_end() -> Iterator[None]:
 
 
 def run(workdir: Path, data_glob: str | None) -> None:
-  """Runs the whole tour in `workdir`, whose earlier contents of the tour are replaced.
+  """Runs the whole quickstart in `workdir`, and replaces what an earlier quickstart left there.
 
   Args:
-    workdir: receives pretrain/, uninterrupted/, rpt/ and report.html.
-    data_glob: text files to learn instead of the standard library's own text.
+    workdir: receives data/, compilation_cache/, pretrain/, uninterrupted/, rpt/, plots/,
+      quickstart.json and report.html.
+    data_glob: text files to learn; None takes the text of Python's standard library.
   """
   with _signals_end():
     _run(workdir, data_glob)
@@ -167,7 +170,7 @@ def _run(workdir: Path, data_glob: str | None) -> None:
   pretrain = _Child(PRETRAIN_GIN, data, workdir / 'pretrain')
   config, _ = gin_bindings.load([PRETRAIN_GIN], list(data))
   rpt_bindings = (*data, f"cfg.RPT.start_from = '{workdir / 'pretrain'}'")
-  gin_bindings.load([RPT_GIN], list(rpt_bindings))  # A mistake shows before the long work.
+  gin_bindings.load([RPT_GIN], list(rpt_bindings))  # A mistake here shows before the long work.
 
   _say(f'1. Pretraining a ternary transformer ({_describe(config)}); it will be killed once')
   every = config.checkpoint.every
@@ -179,10 +182,10 @@ def _run(workdir: Path, data_glob: str | None) -> None:
 
   compared = COMPARED_CHECKPOINTS * every
   _say(f'2. Is the resumed run bit-identical? An uninterrupted run to step {compared}')
-  reference = _Child(PRETRAIN_GIN, data, workdir / 'uninterrupted')
-  reference.run_until(lambda: reference.last_step() > compared, signal.SIGTERM)
-  verdict = _compare(pretrain.workdir, reference.workdir, compared, killed_at)
-  print(verdict)
+  uninterrupted = _Child(PRETRAIN_GIN, data, workdir / 'uninterrupted')
+  uninterrupted.run_until(lambda: uninterrupted.last_step() > compared, signal.SIGTERM)
+  comparison = _compare(pretrain.workdir, uninterrupted.workdir, compared, killed_at)
+  print(comparison)
 
   _say('3. Reinforcement pre-training (RPT) on positions the model is unsure of')
   rpt = _Child(RPT_GIN, rpt_bindings, workdir / 'rpt')
@@ -196,7 +199,7 @@ def _run(workdir: Path, data_glob: str | None) -> None:
   print(_as_text(table))
   print(summary)
   seconds = time.perf_counter() - started
-  _write_report(workdir, verdict, samples, table, summary, seconds)
+  _write_report(workdir, comparison, samples, table, summary, seconds)
   print(f'\nDone in {seconds:.0f} s. Look at {workdir / "report.html"}')
 
 
@@ -204,7 +207,7 @@ def _data_bindings(data_glob: str | None) -> tuple[str, ...]:
   if data_glob is None:
     return ()
   absolute = str(Path(data_glob).expanduser().absolute())
-  # Paragraphs as documents, so that even a single file has some to hold out.
+  # Each paragraph is a document, so that even a single file has documents to hold out.
   return ('cfg.Data.source = @cfg.TextFiles()', f'cfg.TextFiles.glob = {absolute!r}',
           f'cfg.TextFiles.document_start = {PARAGRAPH!r}',
           'cfg.Data.validation_fraction = 0.05')
@@ -226,10 +229,13 @@ def _say(title: str) -> None:
 
 
 def _compare(resumed: Path, uninterrupted: Path, step: int, killed_at: int) -> str:
-  """Compares every leaf of both checkpoints and every metrics row up to `step`.
+  """Compares all arrays of both runs' checkpoints of a step, and all metrics rows up to it.
+
+  Returns:
+    The result in words.
 
   Raises:
-    RuntimeError: they differ; that would be a defect of this program.
+    RuntimeError: the runs differ, which would be a defect of this program.
   """
   import jax
   import numpy as np
@@ -258,7 +264,7 @@ def accuracy_table(rows: list[dict]) -> tuple[list[list[str]], str]:
     rows: metrics rows; the first and the last with `validation/` keys are compared.
 
   Returns:
-    rows of text (the first is the header) and one honest sentence or two.
+    The table, whose first row is the header, and a sentence or two on what it means.
   """
   evaluated = [r for r in rows if 'validation/easy_sampled' in r]
   before, after = evaluated[0], evaluated[-1]
@@ -277,7 +283,7 @@ def accuracy_table(rows: list[dict]) -> tuple[list[list[str]], str]:
 
 
 def _summary(sampled: dict[str, float], argmax: dict[str, float]) -> str:
-  """What the changes, in points by split, mean. A fall is called a fall, however small."""
+  """What changes of the accuracy mean, given in points by split. Any fall is called a fall."""
   if min(sampled.values()) <= 0:
     return ('RPT did not raise the sampled accuracy of every split in this run, and '
             f'{_moved(argmax)}: train it longer (cfg.Train.num_steps).')
@@ -288,7 +294,7 @@ def _summary(sampled: dict[str, float], argmax: dict[str, float]) -> str:
 
 
 def _moved(argmax: dict[str, float]) -> str:
-  """The change of the argmax in words: which splits became worse, which better, by how much."""
+  """The changes of the argmax in words: on which splits it became worse or better, by how much."""
   parts = []
   for word, sign in (('worse', -1), ('better', 1)):
     changes = {split: sign * change for split, change in argmax.items()
@@ -314,16 +320,16 @@ def _samples(workdir: Path) -> list[dict]:
                         num_samples=1, seed=0)
 
 
-def _write_report(workdir: Path, verdict: str, samples: list[dict], table: list[list[str]],
+def _write_report(workdir: Path, comparison: str, samples: list[dict], table: list[list[str]],
                   summary: str, seconds: float) -> None:
   sections = [
       report.Section('Next-token accuracy on held-out text', rows=table, text=summary),
-      report.Section('Killed and resumed', text=verdict),
+      report.Section('Killed and resumed', text=comparison),
       report.Section('Samples after RPT', rows=[
           ['prompt', 'continuation'], *([s['prompt'], s['text']] for s in samples)]),
       report.Section('Time', text=f'{seconds:.0f} s in all.'),
   ]
   (workdir / 'quickstart.json').write_text(json.dumps(
-      {'verdict': verdict, 'table': table, 'summary': summary, 'seconds': seconds}, indent=2))
+      {'verdict': comparison, 'table': table, 'summary': summary, 'seconds': seconds}, indent=2))
   report.write_report(workdir, stages={'pretraining': workdir / 'pretrain',
                                        'RPT': workdir / 'rpt'}, sections=sections)

@@ -1,4 +1,4 @@
-"""Plots (PNG) and one self-contained page of a run's metrics: `plots/` and `report.html`."""
+"""A run's report: plots of its metrics in `plots/` and a self-contained page, `report.html`."""
 
 import base64
 from collections.abc import Mapping, Sequence
@@ -23,9 +23,10 @@ Rows = Sequence[metrics.Row]
 
 @dataclass(frozen=True)
 class Section:
-  """A part of the page: paragraphs of plain text (split at blank lines), then a table.
+  """A part of the page: paragraphs of plain text, then a table. All text is escaped.
 
-  rows: the first is the header. All text is escaped; line breaks in cells are kept.
+  rows: the table's rows, of which the first is the header; line breaks in cells are kept.
+  text: paragraphs, which blank lines separate.
   """
 
   title: str
@@ -38,12 +39,12 @@ class Section:
 
 @dataclass(frozen=True)
 class _Plot:
-  """One figure: {metrics key: legend}, drawn if any of the keys has values."""
+  """One figure, which is drawn if any of its metrics has values."""
 
   name: str
   title: str
   unit: str
-  series: Mapping[str, str]
+  series: Mapping[str, str]  # {metric's key: legend}
   ticks: Literal['plain', 'percent', 'thousands', 'power'] = 'plain'
 
 
@@ -79,12 +80,13 @@ _PLOTS = (
 )
 
 _COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7')
-_SMOOTH_FROM = 60  # points; fewer are shown as they are
+_SMOOTH_FROM = 60  # a curve with fewer points is not smoothed
 
 
 def _points(rows: Rows, key: str) -> tuple[list[int], list[float]]:
-  found = [(int(r['step']), float(r[key])) for r in rows if key in r and math.isfinite(r[key])]
-  return [step for step, _ in found], [value for _, value in found]
+  """Steps and values of a metric, without those that are not finite."""
+  points = [(int(r['step']), float(r[key])) for r in rows if key in r and math.isfinite(r[key])]
+  return [step for step, _ in points], [value for _, value in points]
 
 
 def _smooth(values: list[float], width: int) -> list[float]:
@@ -118,7 +120,7 @@ def _draw(axes: Axes, plot: _Plot, rows: Rows) -> None:
   if plot.ticks in ('thousands', 'power'):
     axes.set_ylim(bottom=0)
   labels = axes.get_legend_handles_labels()[1]
-  if len(labels) > 1 or 'median' in labels[0]:  # beside the title, where no curve runs
+  if len(labels) > 1 or 'median' in labels[0]:  # The legend stands above the axes, clear of curves.
     axes.legend(frameon=False, fontsize=9, ncols=len(labels), loc='lower right',
                 bbox_to_anchor=(1, 1), borderaxespad=0, columnspacing=1.2, handlelength=1.4)
 
@@ -148,18 +150,20 @@ def _figure(plot: _Plot, rows: Rows) -> Figure:
 
 
 def _is_rl(rows: Rows) -> bool:
+  """Whether the rows are those of a run of reinforcement learning."""
   return any('reward' in row for row in rows)
 
 
 def write_plots(rows: Rows, directory: Path, prefix: str = '') -> list[Path]:
-  """Draws every plot the rows have values for.
+  """Draws every plot for whose metrics the rows have values.
 
   Args:
-    rows: as `metrics.read_rows` gives them; non-finite values are left out.
+    rows: the rows from `metrics.read_rows`; non-finite values are left out.
     directory: receives `<prefix><name>.png`; made if absent.
+    prefix: what the files' names begin with.
 
   Returns:
-    The files written, in the order of the page.
+    The paths of the plots, in the order of the page.
   """
   directory.mkdir(parents=True, exist_ok=True)
   paths = []
@@ -209,8 +213,8 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
     cells = (f'<{tag}{" class=number" if numeric[i] else ""}>{html.escape(cell)}</{tag}>'
              for i, cell in enumerate(row))
     return f'<tr>{"".join(cells)}</tr>'
-  head, rest = line(rows[0], 'th'), ''.join(line(r, 'td') for r in body)
-  return f'<div class=wide><table><thead>{head}</thead><tbody>{rest}</tbody></table></div>'
+  header, lines = line(rows[0], 'th'), ''.join(line(r, 'td') for r in body)
+  return f'<div class=wide><table><thead>{header}</thead><tbody>{lines}</tbody></table></div>'
 
 
 def _paragraphs(text: str) -> str:
@@ -228,7 +232,7 @@ def _section(title: str, body: str) -> str:
   return f'<section><h2>{html.escape(title)}</h2>{body}</section>'
 
 
-# Key, label and format of the summary; each shows its first and last value.
+# Keys, labels and formats of the metrics in the summary, which shows their first and last values.
 _SUMMARY = (
     ('loss', 'training loss, nats per token', '{:.4f}'),
     ('validation/loss', 'validation loss, nats per token', '{:.4f}'),
@@ -241,11 +245,11 @@ _SUMMARY = (
 
 
 def summary_rows(rows: Rows) -> list[list[str]]:
-  """Header and one row per metric: its first and its last value."""
+  """The summary's table: a header, and for each metric its first and its last value."""
   table = [['', 'first', 'last']]
   for key, label, form in _SUMMARY:
     _, values = _points(rows, key)
-    if values and not (key == 'loss' and _is_rl(rows)):  # a surrogate's size says nothing
+    if values and not (key == 'loss' and _is_rl(rows)):  # A surrogate's size says nothing.
       table.append([label, *(form.format(v).replace('%', ' %') for v in (values[0], values[-1]))])
   return table
 
@@ -265,6 +269,7 @@ def _pace(rows: Rows) -> str:
 
 
 def _stage(title: str, directory: Path, workdir: Path, prefix: str) -> str:
+  """The page's section on the run in `directory`, whose plots go to `workdir`."""
   rows = metrics.read_rows(directory / metrics.FILE)
   images = write_plots(rows, workdir / 'plots', prefix)
   body = _paragraphs(_pace(rows)) + (_table(summary_rows(rows)) if len(rows) > 0 else '')
@@ -281,21 +286,22 @@ def write_report(workdir: Path, *, stages: Mapping[str, Path] | None = None,
   """Writes `plots/*.png` and `report.html`, which needs no other file and no network.
 
   Args:
-    workdir: receives them.
-    stages: {title: work directory of a run}; None takes `workdir` itself as the one run.
-    sections: tables and texts of the caller, which stand above the curves.
+    workdir: receives the plots and the page.
+    stages: {title: work directory of a run}; None takes the run in `workdir`.
+    sections: tables and texts of the caller, which stand above the plots.
 
   Returns:
     The page's path.
 
   Raises:
-    UserError: a run has no readable metrics, or the page cannot be written.
+    UserError: a run has no readable metrics.
+    Unwritable: the plots or the page cannot be written.
   """
-  alone = stages is None
+  single = stages is None
   runs = {'Training': workdir} if stages is None else stages
   try:
     parts = [_section(s.title, _paragraphs(s.text) + _table(s.rows)) for s in sections]
-    parts += [_stage(title, directory, workdir, '' if alone else _slug(title) + '_')
+    parts += [_stage(title, directory, workdir, '' if single else _slug(title) + '_')
               for title, directory in runs.items()]
     title = html.escape(f'{workdir.resolve().name}: report')
     page = workdir / 'report.html'

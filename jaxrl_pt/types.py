@@ -1,10 +1,10 @@
-"""What flows between the stages, as frozen pytrees.
+"""The arrays that flow between the stages of a step, as frozen pytrees.
 
-    Batch → update → state                                        pretraining
-    Prompts → RolloutBatch → Verdict → TrainBatch → update → state   reinforcement
+    Batch → update → TrainState                                           pretraining
+    Prompts → RolloutBatch → Verdict → TrainBatch → update → TrainState   reinforcement learning
 
 Axes: B rows, D documents, N prompts, G samples per prompt, T prompt or sequence tokens,
-M suffix tokens, S response tokens.
+M suffix tokens, S response tokens, W tokens or bytes of a continuation or answer.
 """
 
 from typing import Any
@@ -22,35 +22,36 @@ class Batch:
   """Packed training examples. Segment 0 is padding; positions restart in each segment."""
 
   tokens: Array  # i32[B, T] inputs
-  targets: Array  # i32[B, T] tokens[t + 1] inside the segment
-  positions: Array  # i32[B, T]
+  targets: Array  # i32[B, T] the next token, tokens[t + 1], where that is in the same segment
+  positions: Array  # i32[B, T] each token's number in its segment, from 0
   segments: Array  # i32[B, T] 1, 2, … in each row; 0 = padding
-  weights: Array  # f32[B, T] 1 where the target counts, else 0
-  ids: Array  # i32[B] which example of the data set each row is
+  weights: Array  # f32[B, T] 1 on targets that the loss counts, else 0
+  ids: Array  # i32[B] the number of each row's example in the data set
 
 
 @struct.dataclass
 class Prompts:
-  """What responses are drawn to. Right-padded.
+  """The prompts to which responses are drawn, as right-padded documents.
 
   Several prompts may share a document: D divides N, and prompt n is the first lengths[n] tokens
   of document n // (N / D), followed by the document's suffix.
 
-  `extras` holds by name what one environment alone needs, each array with a row for every prompt:
-  RPT has 'continuation' (i32[N, W] the true next tokens), 'continuation_lengths' (i32[N]) and
-  'entropy' (f32[N] of the proxy at the predicted position, nats); problems that are verified on the
-  device have 'answer' (i32[N, W] bytes) and 'answer_lengths' (i32[N]).
+  `extras` holds, by name, arrays that a single environment needs, with one row for every prompt.
+  RPT has 'continuation' (i32[N, W], the true next tokens), 'continuation_lengths' (i32[N]) and
+  'entropy' (f32[N], the entropy of the proxy's prediction at the prompt's position, nats). Problems
+  that are verified on the device have the reference answer in 'answer' (i32[N, W], bytes) and
+  'answer_lengths' (i32[N]).
   """
 
   tokens: Array  # i32[D, T]
   lengths: Array  # i32[N] tokens of the document that belong to a prompt, 1 ≤ length ≤ T
-  ids: Array  # i32[N] addresses the randomness; equal ids name one prompt
-  suffix: Any = ()  # i32[D, M] what follows each prompt's part of a document, or () for nothing
+  ids: Array  # i32[N] names of the prompts, by which the sampler's noise is addressed
+  suffix: Any = ()  # i32[D, M] tokens that follow each prompt's part of a document; () for none
   extras: dict[str, Array] = struct.field(default_factory=dict)
 
   @property
   def num_suffix(self) -> int:
-    """M."""
+    """M, the number of tokens in a suffix."""
     return 0 if isinstance(self.suffix, tuple) else self.suffix.shape[1]
 
 
@@ -59,74 +60,82 @@ class RolloutBatch:
   """Responses with what the sampler knew when it drew them.
 
   A token may belong to a response without having been drawn: a forced tag, a tool's result, an
-  observation. The length of a response counts `in_response`; a loss is taken over `sampled`,
-  where alone there is a log-probability.
+  observation. The length of a response counts `in_response`. A loss is taken over `sampled`,
+  because only tokens that were drawn have a log-probability.
   """
 
   tokens: Array  # i32[N, G, S]
   in_response: Array  # f32[N, G, S] 1 on tokens of the response, the one that ends it included
-  sampled: Array  # f32[N, G, S] 1 on those of them that the policy drew
-  logp: Array  # f32[N, G, S] under the distribution drawn from, nats; 0 where nothing was drawn
-  version: Array  # i32[N, G, S] optimiser step of the parameters at hand when the token came
-  turn: Array  # i32[N, G, S] number of the call of the policy, from 0
-  mode: Any = ()  # i32[N, G] number of the thinking mode, or () in a run without modes
+  sampled: Array  # f32[N, G, S] 1 on tokens of the response that the policy drew
+  logp: Array  # f32[N, G, S] log-probability under the behaviour policy, nats; 0 if not sampled
+  version: Array  # i32[N, G, S] steps that the parameters had taken when they drew the token
+  turn: Array  # i32[N, G, S] number of the turn, that is of the call of the policy, from 0
+  mode: Any = ()  # i32[N, G] number of the response's mode, or () in a run without modes
 
   @classmethod
   def of_one_turn(cls, tokens: Array, in_response: Array, logp: Array, version: Array | int
                   ) -> 'RolloutBatch':
-    """Responses of which every token was drawn, in one call of one version of the policy."""
+    """Responses whose tokens were all drawn in one turn by one version of the policy.
+
+    Args:
+      tokens: i32[N, G, S].
+      in_response: f32[N, G, S].
+      logp: f32[N, G, S], nats.
+      version: i32[], or an array that broadcasts to [N, G, S].
+    """
     version = jnp.broadcast_to(jnp.asarray(version, jnp.int32), tokens.shape)
     return cls(tokens, in_response, in_response, logp, version, jnp.zeros_like(tokens))
 
   def lengths(self) -> Array:
-    """f32[N, G]: tokens of each response."""
+    """f32[N, G]: the number of tokens of each response."""
     return self.in_response.sum(-1)
 
 
 @struct.dataclass
 class Verdict:
-  """One verifier's verdict. `valid` 0 masks the row (timeout, crash)."""
+  """What a verifier says of a batch of responses."""
 
   reward: Array  # f32[N, G]
-  valid: Array  # f32[N, G]
-  correct: Array  # f32[N, G] 1 where the answer is right, whatever it earns
-  parts: dict[str, Array] = struct.field(default_factory=dict)  # f32[N, G] each; logged apart
+  valid: Array  # f32[N, G] 1 on responses that were verified, 0 on others (timeout, crash)
+  correct: Array  # f32[N, G] 1 where the answer is right, whatever its reward
+  # Parts of the reward by name, f32[N, G] each, which are logged as reward/NAME.
+  parts: dict[str, Array] = struct.field(default_factory=dict)
 
 
 @struct.dataclass
 class TrainBatch:
-  """What an update reads of responses. All but the policy's own forward pass over them: every
-  array is a constant of the gradient.
+  """What an update reads of the responses, besides the policy's own forward pass over them.
 
-  old_logp is read only where a batch gets more than one update or a correction; reference_logp
-  only where there is a KL term; returns only where there is a value head.
+  Every array is a constant of the gradient. old_logp is read only when a batch gets more than one
+  update, reference_logp only if the algorithm has a KL, and returns only if there is a value head.
   """
 
-  prompts: Prompts  # what stands before each response
+  prompts: Prompts
   tokens: Array  # i32[N, G, S]
-  loss_mask: Array  # f32[N, G, S] 1 where a token is learned from: sampled, of a valid row
-  sampler_logp: Array  # f32[N, G, S] of the behaviour policy, as it drew
-  old_logp: Array  # f32[N, G, S] of the policy before the first update
-  reference_logp: Array  # f32[N, G, S] of the reference policy
+  loss_mask: Array  # f32[N, G, S] 1 on tokens that are learned from: sampled, of a valid response
+  sampler_logp: Array  # f32[N, G, S] log-probability under the behaviour policy
+  old_logp: Array  # f32[N, G, S] log-probability under the policy before the first update
+  reference_logp: Array  # f32[N, G, S] log-probability under the reference policy
   advantage: Array  # f32[N, G, S]
   returns: Array  # f32[N, G, S] targets of the value head
-  weights: Array  # f32[N, G, S] of the aggregation: the loss is Σ weights · terms
-  # i32[N] each row's place in the whole batch, where the trainer's log-probabilities of every
-  # token are to be among the metrics, else (); and how many rows the whole batch has.
+  weights: Array  # f32[N, G, S] weights of the aggregation: the loss is Σ weights · terms
+  # i32[N], each row's place in the whole batch, if the trainer's log-probability of every token is
+  # to be among the metrics, else ().
   rows: Any = ()
+  # The number of rows of the whole batch if `rows` is given, else 0.
   num_rows: int = struct.field(pytree_node=False, default=0)
 
 
 @struct.dataclass
 class Weighted:
-  """A metric as sum and count, divided once and globally."""
+  """A metric as a sum and a count, divided once all parts of a batch have been added up."""
 
   sum: Array  # f32[]
   count: Array  # f32[]
 
   @classmethod
   def of(cls, values: Array, mask: Array) -> 'Weighted':
-    """Sum of `values` where `mask` is 1, and how many those are."""
+    """The sum of `values` where `mask` is 1, and the number of such values."""
     mask = mask.astype(jnp.float32)
     return cls((values * mask).sum(dtype=jnp.float32), mask.sum(dtype=jnp.float32))
 
@@ -142,9 +151,9 @@ class Weighted:
 
 @struct.dataclass
 class TrainState:
-  """The whole of training, as one checkpointed tree."""
+  """The state of training: the tree that a checkpoint keeps."""
 
-  step: Array  # i32[] steps of the loop taken; each is one optimiser step unless RL makes more
+  step: Array  # i32[] steps taken by the loop; in RL one may hold several optimiser steps
   params: Params
   opt_state: Any
-  method: Any  # state of the method, such as a gate or a value head: {} where it has none
+  method: Any  # what a method keeps besides (`train.state.MethodState`), or {}

@@ -85,7 +85,7 @@ def test_stages_and_sections(tmp_path):
   assert parsed.text.index('Table') < parsed.text.index('Pre-training') < parsed.text.index('RPT')
   assert '<p>First.</p><p>Second.</p>' in page.read_text()
   assert '<td>easy</td><td class=number>41.2 %</td>' in page.read_text()
-  assert {'pre_training_loss.png', 'rpt_reward.png', 'rpt_gap.png', 'rpt_entropy.png'} <= {
+  assert {'pre_training_loss.png', 'rpt_reward.png', 'rpt_mismatch.png', 'rpt_entropy.png'} <= {
       p.name for p in (tmp_path / 'plots').iterdir()}
 
 

@@ -1,4 +1,4 @@
-"""What a policy is reinforced on: prompts by number, their verifier, and a held-out measure."""
+"""An environment: batches of prompts by number, a verifier, and a measure on held-out prompts."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,12 +14,13 @@ from jaxrl_pt.verifiers.base import PendingVerdict, Verifier
 
 @dataclass(frozen=True)
 class Environment:
-  """Prompts, who verifies the responses, and how the policy is measured.
+  """What a policy is reinforced on.
 
-  take: (prompts as numpy, references) of batch b = 0, 1, …; a function of b alone.
-  verifier: of the responses.
-  score: metrics of the parameters on held-out prompts.
-  digest: names the prompts by their content; a run goes on with the same ones only.
+  take: b → (prompts as numpy arrays, reference answers) of batch b = 0, 1, …, which depend on b
+    alone.
+  verifier: verifies the responses to these prompts.
+  score: parameters → metrics of the policy on held-out prompts.
+  digest: a hash of the prompts' content. A run resumes only with the same prompts.
   """
 
   take: Callable[[int], tuple[Prompts, Sequence[str]]]
@@ -29,12 +30,12 @@ class Environment:
 
 
 def settled(pending: PendingVerdict) -> Verdict:
-  """Waits for the verdict that all hosts share; numpy.
+  """Waits for a verdict, as numpy arrays that are the same on all hosts.
 
   Raises:
-    UserError: nothing was verified, so there is nothing to learn from.
+    UserError: no response was verified, so there is nothing to learn from.
   """
-  # What timed out on one host may not have on another.
+  # A response whose verification timed out on one host may have been verified on another.
   verdict = jax.tree.map(np.asarray, agreed(pending.result()))
   if not verdict.valid.any():
     raise UserError(f'The verifier gave no verdict on any of {verdict.valid.size} responses: '

@@ -1,9 +1,9 @@
-"""RPT's prompts: positions that the start policy is unsure of, as prompts with their truth.
+"""RPT's environment: prompts that ask for the next tokens at positions of a corpus.
 
-A frozen proxy, the pretrained policy or another checkpoint, scores positions by the entropy of
-its prediction; those it is unsure of become prompts. The response is the prediction, or a
-thought that ends with one. The same held-out positions are scored before the first step, on
-the way, and after the last, under the same decoding (2506.08007).
+A frozen proxy (the policy that the run starts from, or another checkpoint) scores positions by the
+entropy of its prediction, and positions of high entropy become prompts. The response is the
+prediction, or a thought that ends with one. Held-out accuracy is measured on the same positions
+with the same decoding before, during and after training (2506.08007).
 """
 
 from collections.abc import Callable, Iterator
@@ -36,20 +36,27 @@ from jaxrl_pt.types import Array, Batch, Params, Prompts, Weighted
 from jaxrl_pt.verifiers import next_token as verifier
 from jaxrl_pt.verifiers.base import DeviceVerifier
 
-# Folded into the run's key in place of a step: evaluation draws the same noise every time.
+# Folded into the run's key in place of a batch's number, so that every evaluation draws the same
+# noise, which no training batch draws.
 EVALUATION_STREAM = 2**31 - 1
-EVALUATION_SAMPLES = 8
+EVALUATION_SAMPLES = 8  # sampled responses to each held-out prompt
 
 
-def make_environment(session: sessions.Session, method: cfg.RPT, model: Model, start: Params
-                     ) -> Environment:
-  """Chooses the positions under the proxy; prompts, verifier and held-out accuracy.
+def make_environment(session: sessions.Session, method: cfg.RPT, model: Model,
+                     reference_params: Params) -> Environment:
+  """Chooses positions under the proxy and makes them an environment.
+
+  Args:
+    session: the run's session.
+    method: the run's objective.
+    model: the policy's model.
+    reference_params: the reference policy's parameters, which are the proxy's if the run names no
+      other.
 
   Raises:
-    UserError: no position is left, a proxy with another tokenizer, a marker that is not one
-      token.
+    UserError: no position is left, the proxy has another tokenizer, or a marker is not one token.
   """
-  proxy, proxy_params = _proxy(session, method, model, start)
+  proxy, proxy_params = _proxy(session, method, model, reference_params)
   entropy = jax.jit(functools.partial(next_token.position_entropy, proxy))
   positions = _choose_positions(session, method, entropy, proxy_params, 'train')
   held_out = _choose_positions(session, method, entropy, proxy_params, 'validation')
@@ -57,36 +64,37 @@ def make_environment(session: sessions.Session, method: cfg.RPT, model: Model, s
   template = prompt_template(method.prediction, tokenizer)
   table = _table(session, template)
   take = _taker(session, method, positions, template)
-  of_responses: DeviceVerifier | PolicyVerifier
+  response_verifier: DeviceVerifier | PolicyVerifier
   if isinstance(method.reward, cfg.InformationGain):
     markers = Markers(template.num_after, template.marker)
-    of_responses = policy_verifier(markers, method.reward.decay)
+    response_verifier = policy_verifier(markers, method.reward.decay)
   else:
-    of_responses = DeviceVerifier(verifier.device_verifier(table, method.reward, template.marker))
+    response_verifier = DeviceVerifier(
+        verifier.device_verifier(table, method.reward, template.marker))
   return Environment(
-      take, of_responses,
+      take, response_verifier,
       _make_scorer(session, method, model, table, tokenizer.eos_id, template, held_out),
       _digest(positions))
 
 
 @dataclass(frozen=True)
 class PromptTemplate:
-  """What stands after a context, and the token after which a response predicts."""
+  """The tokens that stand after a context, and the token after which a response predicts."""
 
   tokens: templates.TokenTemplate = templates.TokenTemplate()
-  marker: int = verifier.NO_MARKER
+  marker: int = verifier.NO_MARKER  # the answer marker, or NO_MARKER if all of it is prediction
 
   @property
   def num_after(self) -> int:
-    """Tokens of a prompt that are not its context's."""
+    """The number of a prompt's tokens that stand after its context."""
     return len(self.tokens.after)
 
 
 def prompt_template(prediction: cfg.Prediction, tokenizer: Tokenizer) -> PromptTemplate:
-  """The template of a kind of prediction in a tokenizer's tokens.
+  """The prompt template of a kind of prediction, in a tokenizer's tokens.
 
   Raises:
-    UserError: a marker that is not one token.
+    UserError: a marker is not one token.
   """
   match prediction:
     case cfg.Direct():
@@ -94,21 +102,21 @@ def prompt_template(prediction: cfg.Prediction, tokenizer: Tokenizer) -> PromptT
     case cfg.Reason(think=think, answer=answer):
       ids = []
       for name, text in (('think', think), ('answer', answer)):
-        found = template_text.encode(tokenizer, template_text.template(text))
-        if len(found) != 1:
-          raise UserError(f'Reason.{name} = {text!r} is {len(found)} tokens: choose a text that '
+        tokens = template_text.encode(tokenizer, template_text.template(text))
+        if len(tokens) != 1:
+          raise UserError(f'Reason.{name} = {text!r} is {len(tokens)} tokens: choose a text that '
                           'is one and that the corpus does not use.')
-        ids += found
+        ids += tokens
       return PromptTemplate(templates.TokenTemplate(after=(ids[0],)), ids[1])
 
 
 def continuation_len(method: cfg.RPT) -> int:
-  """Tokens of truth that a prompt carries along."""
+  """The number of true next tokens that a prompt carries for the verifier."""
   return 4 * method.rollouts.response_tokens
 
 
 def _table(session: sessions.Session, template: PromptTemplate) -> TokenBytes:
-  """Bytes of the vocabulary; markers spell nothing in a prediction."""
+  """The bytes of the vocabulary's tokens, where markers have none: they spell no prediction."""
   spelled = list(session.data.tokenizer.token_bytes())
   for marker in (*template.tokens.after, template.marker):
     if marker != verifier.NO_MARKER:
@@ -117,10 +125,10 @@ def _table(session: sessions.Session, template: PromptTemplate) -> TokenBytes:
 
 
 def _proxy(session: sessions.Session, method: cfg.RPT, model: Model,
-           start: Params) -> tuple[Model, Params]:
-  """The policy that says which positions are worth a prompt."""
+           reference_params: Params) -> tuple[Model, Params]:
+  """The proxy, whose entropy chooses positions: that of `proxy_from`, or the reference policy."""
   if not method.proxy_from:
-    return model, start
+    return model, reference_params
   proxy = policy.load_policy(places.policy(method.proxy_from, session.workdir, 'proxy_from'),
                              mesh=session.run.mesh)
   if proxy.session.data.tokenizer.fingerprint != session.data.tokenizer.fingerprint:
@@ -130,6 +138,7 @@ def _proxy(session: sessions.Session, method: cfg.RPT, model: Model,
 
 
 def _digest(positions: next_token.Positions) -> str:
+  """A hash of the positions, without their entropies."""
   return hashlib.sha256(positions.example.tobytes() + positions.t.tobytes()).hexdigest()
 
 
@@ -139,10 +148,16 @@ def _digest(positions: next_token.Positions) -> str:
 def _choose_positions(
     session: sessions.Session, method: cfg.RPT, entropy: Callable[[Params, Batch], Array],
     params: Params, split: str) -> next_token.Positions:
-  """Positions of a split whose entropy under the proxy is at least the minimum.
+  """The positions of a split whose entropy under the proxy is at least the minimum.
 
-  Of the split, `scored_examples` examples spread evenly over it are scored; of the
-  validation split's positions, `eval_positions` are taken by a fixed permutation.
+  At most `RPT.scored_examples` examples are scored, spread evenly over the split. Of the validation
+  split's positions a fixed permutation chooses `RPT.eval_positions`.
+
+  Args:
+    session, method: the run's session and objective.
+    entropy: (parameters, batch) → f32[B, T], the entropy at each position, nats.
+    params: the proxy's parameters.
+    split: 'train' or 'validation'.
 
   Raises:
     UserError: no position is left.
@@ -177,7 +192,7 @@ def _choose_positions(
 
 
 def _spread(packed: loader.Packed, batch_size: int, num_examples: int) -> list[Batch]:
-  """Full batches of at most `num_examples` examples at even distances."""
+  """Batches of at most `num_examples` examples at even distances; padding fills the last batch."""
   count = min(num_examples, len(packed))
   ids = np.unique(np.linspace(0, len(packed) - 1, count).astype(np.int64))
   ids = np.concatenate([ids, np.full(-len(ids) % batch_size, -1)])
@@ -187,10 +202,10 @@ def _spread(packed: loader.Packed, batch_size: int, num_examples: int) -> list[B
 
 def _taker(session: sessions.Session, method: cfg.RPT, positions: next_token.Positions,
            template: PromptTemplate) -> Callable[[int], tuple[Prompts, tuple[str, ...]]]:
-  """take(batch) → the prompts of a batch, whose references they carry themselves.
+  """take(batch) → (prompts, ()): the prompts carry their reference answers themselves.
 
   Raises:
-    UserError: no document has as many positions as are to share one.
+    UserError: no document has `RPT.positions_per_document` positions.
   """
   packed, seed, num_prompts = session.data.train, session.run.seed, method.rollouts.num_prompts
   per_document = method.positions_per_document
@@ -211,8 +226,8 @@ def _taker(session: sessions.Session, method: cfg.RPT, positions: next_token.Pos
   def take_documents(batch: int) -> tuple[Prompts, tuple[str, ...]]:
     rows = next_token.step_documents(documents, num_prompts // per_document, per_document, seed,
                                      batch)
-    plain = _prompts(packed, positions.take(rows), method, PromptTemplate())
-    shared = next_token.share_documents(plain, per_document)
+    contexts = _prompts(packed, positions.take(rows), method, PromptTemplate())
+    shared = next_token.share_documents(contexts, per_document)
     after = np.broadcast_to(np.array(template.tokens.after, np.int32),
                             (len(shared.tokens), template.num_after))
     return (dataclasses.replace(shared, suffix=after) if template.num_after else shared), ()
@@ -222,8 +237,11 @@ def _taker(session: sessions.Session, method: cfg.RPT, positions: next_token.Pos
 
 def _prompts(packed: loader.Packed, rows: next_token.Positions, method: cfg.RPT,
              template: PromptTemplate) -> Prompts:
-  """Prompts of these positions in their template. The truth is four times as many tokens as the
-  response may have; a right prediction that it spells in still more tokens counts as wrong."""
+  """The prompts of some positions, in the prompt template.
+
+  Their continuation has `continuation_len` true tokens. A right prediction whose bytes take still
+  more true tokens counts as wrong.
+  """
   examples = packed.batch(np.unique(rows.example))
   contexts = next_token.build_prompts(
       examples, rows, prompt_len=method.rollouts.prompt_len - template.num_after,
@@ -237,16 +255,19 @@ def _prompts(packed: loader.Packed, rows: next_token.Positions, method: cfg.RPT,
 def _make_scorer(session: sessions.Session, method: cfg.RPT, model: Model,
                  table: TokenBytes, stop_id: int, template: PromptTemplate,
                  held_out: next_token.Positions) -> Callable[[Params], dict[str, float]]:
-  """score(params) → validation/{easy,medium,hard}_{sampled,argmax,count}, and _direct where the
-  policy reasons."""
+  """score(params) → validation/{easy,medium,hard}_{sampled,argmax,count} on held-out positions.
+
+  If the policy reasons before it predicts, there is validation/{easy,medium,hard}_direct too.
+  """
   key = jax.random.fold_in(jax.random.key(session.run.seed), EVALUATION_STREAM)
   accuracy = jax.jit(lambda params, prompts: next_token_accuracy(
       model, params, prompts, key, table, method=method, num_samples=EVALUATION_SAMPLES,
       stop_id=stop_id, template=template))
   rows = _prompts(session.data.validation, held_out, method, template)
-  distinct = next_token.distinct_rows(rows)  # A context that text repeats is measured once.
+  # A context that the text repeats is measured once.
+  distinct = next_token.distinct_rows(rows)
   rows = jax.tree.map(lambda x: x[distinct], rows)
-  # No more rows at once than there are: those beyond would be drawn for nothing.
+  # A batch has no more rows than there are prompts, since responses to padding count for nothing.
   size = min(4 * method.rollouts.num_prompts, rules.whole_rows(session.mesh, len(distinct)))
   total = -(-len(distinct) // size) * size
   rows = next_token.pad_prompts(rows, total)
@@ -274,17 +295,23 @@ def next_token_accuracy(model: Model, params: Params, prompts: Prompts, key: Arr
                         ) -> dict[str, Weighted]:
   """Prefix-match accuracy by difficulty, sampled as in training and by the argmax.
 
-  The splits are nested as the paper writes them: entropy above each of
-  `method.difficulty`. To be called under `jit`; sum the results over batches.
+  The splits are nested, as in the paper: a position is in each split whose threshold in
+  `method.difficulty` its entropy exceeds. Call it under `jit`, and add up the results of batches.
 
   Args:
-    prompts: rows without a continuation (`pad_prompts`) are not counted.
+    model, params: the policy.
+    prompts: held-out prompts. Rows without a continuation, which are padding, are not counted.
+    key: the key of the sampler's noise.
+    table: the bytes of the vocabulary's tokens.
+    method: the run's objective.
     num_samples: responses per prompt when sampling; the argmax draws one.
-    template: of the prompts; where it asks for a thought, 'argmax' thinks too, and 'direct' is the
-      likeliest next token of the context itself, as of a model that only predicts.
+    stop_id: the token that ends a response.
+    template: the prompts' template. If it asks for a thought, 'argmax' thinks too, and 'direct' is
+      the likeliest next token of the context alone, as of a model that only predicts.
 
   Returns:
-    {easy,medium,hard}_{sampled,argmax,direct}; the count of an argmax entry is that of positions.
+    {easy,medium,hard}_{sampled,argmax,direct}. The count of an argmax entry is the number of
+    positions.
   """
   greedy = cfg.Sampler(temperature=0.0, banned=method.rollouts.sampler.banned)
   thinks = prompts, template.marker, method.rollouts.response_tokens
@@ -296,9 +323,9 @@ def next_token_accuracy(model: Model, params: Params, prompts: Prompts, key: Arr
     modes['direct'] = greedy, 1, contexts, verifier.NO_MARKER, 1
   results = {}
   for name, (sampler, samples, asked, marker, num_tokens) in modes.items():
-    drawn = decode.generate(model, params, asked, key, sampler=sampler, num_samples=samples,
-                            num_tokens=num_tokens, stop_id=stop_id)
-    correct = verifier.device_verifier(table, marker=marker)(asked, drawn).correct
+    rollouts = decode.generate(model, params, asked, key, sampler=sampler, num_samples=samples,
+                               num_tokens=num_tokens, stop_id=stop_id)
+    correct = verifier.device_verifier(table, marker=marker)(asked, rollouts).correct
     for split, threshold in zip(('easy', 'medium', 'hard'), method.difficulty, strict=True):
       counted = (prompts.extras['entropy'] > threshold) & (
           prompts.extras['continuation_lengths'] > 0)
@@ -311,30 +338,34 @@ def next_token_accuracy(model: Model, params: Params, prompts: Prompts, key: Arr
 
 
 def check_held_out(ours: cfg.Data, theirs: cfg.Data, start_from: str) -> None:
-  """Refuses to measure a run on documents that the policy that it starts from was trained on.
+  """Refuses held-out documents on which the policy that the run starts from was trained.
 
   Args:
     ours: the run's corpus.
-    theirs: that of its start policy.
+    theirs: the corpus of the policy that the run starts from.
     start_from: where that policy is, for messages.
 
   Raises:
-    UserError: they share documents. It says how many of how many.
+    UserError: some held-out documents were trained on; it says how many of how many.
   """
   if _split_of(ours) == _split_of(theirs):
     return
   if isinstance(ours.source, cfg.Seqio) or isinstance(theirs.source, cfg.Seqio):
-    return  # Their documents are ids of one vocabulary or another, not texts.
-  splits.refuse_overlap(_read(theirs, start_from), loader.split_keys(ours, held_out=True),
+    return  # seqio's documents are ids of a vocabulary, which cannot be compared with texts.
+  splits.refuse_overlap(_trained_on(theirs, start_from), loader.split_keys(ours, held_out=True),
                         'documents', f'split Data as the policy in {start_from} did.')
 
 
 def _split_of(data: cfg.Data) -> tuple[object, ...]:
-  """The settings that decide which documents are on which side."""
+  """The settings that decide which documents are held out."""
   return data.source, data.validation_fraction, data.validation_glob
 
 
-def _read(data: cfg.Data, start_from: str) -> Iterator[str]:
+def _trained_on(data: cfg.Data, start_from: str) -> Iterator[str]:
+  """The keys of the documents that the policy in `start_from` was trained on.
+
+  If its corpus cannot be read, this prints a note and gives no keys.
+  """
   try:
     yield from loader.split_keys(data, held_out=False)
   except UserError as error:

@@ -1,4 +1,7 @@
-"""Problems with verifiable answers: verified on the device by tokens, on the host by text."""
+"""The environment of problems with verifiable answers.
+
+A verifier works on the device, comparing bytes, or on the host in processes that read text.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
@@ -20,61 +23,67 @@ from jaxrl_pt.verifiers import exact, pool, trial
 from jaxrl_pt.verifiers.base import DeviceVerifier
 from jaxrl_pt.verifiers.host import PoolVerifier
 
-# In place of a batch's number: evaluation draws the same noise every time.
+# Stands in place of a batch's number, so that every evaluation draws the same noise, which no
+# training batch draws.
 EVALUATION_STREAM = 2**31 - 1
 
 
 @contextlib.contextmanager
 def open_environment(session: sessions.Session, method: cfg.RL) -> Iterator[Environment]:
-  """The problems of `method` and their verifier, whose processes run inside the context.
+  """The problems of `method` and their verifier, whose processes run as long as the context lasts.
+
+  Args:
+    session: the run's session.
+    method: the run's objective.
 
   Raises:
-    UserError: unreadable problems, prompts too long, a verifier whose extra is missing or that
-      does not verify these problems.
+    UserError: the problems cannot be read, a prompt is too long, or the verifier lacks an
+      installed extra or does not verify these problems.
   """
   tokenizer, rollouts = session.data.tokenizer, method.rollouts
   training, held_out = problems.load(method.problems)
   on_device = isinstance(method.verifier, cfg.AnswerMatch)
   template = method.problems.template
-  trained_on = problems.encode(training, tokenizer, rollouts.prompt_len, on_device, template)
+  training_set = problems.encode(training, tokenizer, rollouts.prompt_len, on_device, template)
 
   def take(batch: int) -> tuple[Prompts, Sequence[str]]:
-    return problems.step_prompts(trained_on, rollouts.num_prompts, session.run.seed, batch)
+    return problems.step_prompts(training_set, rollouts.num_prompts, session.run.seed, batch)
 
   with _open_verifier(method, tokenizer, session.run.model.vocab_size,
                       [*training, *held_out]) as verifier:
     score: Callable[[Params], dict[str, float]] = lambda params: {}
     if held_out:
-      measured = problems.encode(held_out[:method.eval_problems], tokenizer, rollouts.prompt_len,
-                                 on_device, template)
-      score = _make_scorer(session, rollouts, verifier, measured)
-    yield Environment(take, verifier, score, trained_on.digest)
+      held_out_set = problems.encode(held_out[:method.eval_problems], tokenizer,
+                                     rollouts.prompt_len, on_device, template)
+      score = _make_scorer(session, rollouts, verifier, held_out_set)
+    yield Environment(take, verifier, score, training_set.digest)
 
 
 @contextlib.contextmanager
 def _open_verifier(method: cfg.RL, tokenizer: Tokenizer, vocab_size: int,
-                   asked: Sequence[problems.Problem]) -> Iterator[DeviceVerifier | PoolVerifier]:
-  """The verifier of `method`, tried on some of the problems that are asked."""
+                   all_problems: Sequence[problems.Problem]
+                   ) -> Iterator[DeviceVerifier | PoolVerifier]:
+  """The verifier of `method`, after it has been tried on some of the problems."""
   match method.verifier:
     case cfg.AnswerMatch(marker=marker):
-      for problem in asked:
+      for problem in all_problems:
         _check_answer(tokenizer, marker, problem.answer, problem.place)
       table = token_table(tokenizer.token_bytes(), vocab_size)
       yield DeviceVerifier(exact.device_verifier(table, marker.encode(), tokenizer.eos_id))
     case verifier:
       with pool.Pool(verifier, method.pool) as verifiers:
-        chosen = asked[::max(1, len(asked) // trial.NUM_TRIED)][:trial.NUM_TRIED]
+        stride = max(1, len(all_problems) // trial.NUM_TRIED)
+        chosen = all_problems[::stride][:trial.NUM_TRIED]
         trial.check(verifiers, verifier, [
             trial.tried(verifier, p.answer, p.demonstration, p.place) for p in chosen])
         yield PoolVerifier(verifiers, tokenizer.decode)
 
 
 def _check_answer(tokenizer: Tokenizer, marker: str, answer: str, place: str) -> None:
-  """Refuses an answer that no response could give.
+  """Refuses a reference answer that no response could give.
 
   Raises:
-    UserError: the tokenizer cannot spell the answer or the marker, or the answer has the marker
-      in it.
+    UserError: the tokenizer cannot spell the answer or the marker, or the answer holds the marker.
   """
   for name, text in (('AnswerMatch.marker', marker), (f'The answer of {place}', answer)):
     spelled = tokenizer.decode(tokenizer.encode(text))
@@ -86,21 +95,20 @@ def _check_answer(tokenizer: Tokenizer, marker: str, answer: str, place: str) ->
                     'an answer begins: choose another AnswerMatch.marker.')
 
 
-def _make_scorer(session: sessions.Session, rollouts: cfg.Rollouts,
+def _make_scorer(session: sessions.Session, rollout_config: cfg.Rollouts,
                  verifier: DeviceVerifier | PoolVerifier, held_out: problems.ProblemSet
                  ) -> Callable[[Params], dict[str, float]]:
-  """score(params) → validation/{accuracy,reward,response_length}, sampled and by the argmax.
+  """score(params) → validation/{accuracy,reward,response_length} and the same with _argmax.
 
-  Each problem is answered once as in training and once greedily.
+  The policy answers each problem once with training's sampler, and once greedily for _argmax.
   """
   run, mesh, stop_id = session.run, session.mesh, session.data.tokenizer.eos_id
-  greedy = cfg.Sampler(temperature=0.0, banned=rollouts.sampler.banned)
-  once = {'': rollouts.sampler, '_argmax': greedy}
-  samplers = {suffix: programs.sampler(run, mesh, _once(rollouts, sampler), stop_id)
-              for suffix, sampler in once.items()}
+  greedy = cfg.Sampler(temperature=0.0, banned=rollout_config.sampler.banned)
+  samplers = {suffix: programs.sampler(run, mesh, _one_sample(rollout_config, sampler), stop_id)
+              for suffix, sampler in (('', rollout_config.sampler), ('_argmax', greedy))}
   sync_weights = programs.weight_sync(run, mesh)
-  # No more rows at once than there are problems: those beyond would be drawn for nothing.
-  size = min(rollouts.num_prompts, rules.whole_rows(mesh, len(held_out)))
+  # A batch has no more rows than there are problems, since responses to padding count for nothing.
+  size = min(rollout_config.num_prompts, rules.whole_rows(mesh, len(held_out)))
   batches = []
   for start in range(0, len(held_out), size):
     rows = np.arange(start, start + size)
@@ -113,14 +121,14 @@ def _make_scorer(session: sessions.Session, rollouts: cfg.Rollouts,
     for suffix, sample in samplers.items():
       rows = []
       for prompts, references, counted in batches:
-        drawn = sample(params, prompts, np.int32(EVALUATION_STREAM), np.int32(0))
-        here = on_host(drawn)
+        rollouts = sample(params, prompts, np.int32(EVALUATION_STREAM), np.int32(0))
+        fetched = on_host(rollouts)
         if isinstance(verifier, DeviceVerifier):
-          verdict = on_host(verifier.submit(prompts, drawn, references).result())
+          verdict = on_host(verifier.submit(prompts, rollouts, references).result())
         else:
-          verdict = settled(verifier.submit(prompts, here, references))
+          verdict = settled(verifier.submit(prompts, fetched, references))
         rows.append(np.stack([verdict.reward[:, 0], verdict.correct[:, 0],
-                              here.in_response[:, 0].sum(-1), verdict.valid[:, 0] * counted]))
+                              fetched.in_response[:, 0].sum(-1), verdict.valid[:, 0] * counted]))
       reward, correct, length, counts = np.concatenate(rows, 1)
       for name, values in (('reward', reward), ('accuracy', correct),
                            ('response_length', length)):
@@ -131,8 +139,8 @@ def _make_scorer(session: sessions.Session, rollouts: cfg.Rollouts,
   return score
 
 
-def _once(rollouts: cfg.Rollouts, sampler: cfg.Sampler) -> cfg.Rollouts:
-  """The same lengths, one response a prompt."""
+def _one_sample(rollouts: cfg.Rollouts, sampler: cfg.Sampler) -> cfg.Rollouts:
+  """The settings to draw one response to each prompt, of the same lengths."""
   return cfg.Rollouts(rollouts.num_prompts, 1, rollouts.prompt_len, rollouts.response_tokens,
                       sampler)
 
@@ -141,18 +149,18 @@ def _once(rollouts: cfg.Rollouts, sampler: cfg.Sampler) -> cfg.Rollouts:
 
 
 def check_held_out(asked: cfg.Problems, start: cfg.Run) -> None:
-  """Refuses to measure a run on prompts that the policy that it starts from was trained on.
+  """Refuses held-out prompts on which the policy that the run starts from was trained.
 
-  Demonstrations and the problems of an earlier reinforcement can be compared; free text that
-  quotes a problem is not found. Both sides are held out by a hash of the prompt: one that holds
-  out more is no danger.
+  Only demonstrations and the problems of an earlier run of RL are compared; free text that quotes
+  a problem is not found. A hash of the prompt decides in both runs what is held out, so a start
+  policy whose run held out as large a share or a larger one has read no held-out prompt.
 
   Args:
-    asked: the problems of the run.
-    start: the settings in the work directory of its start policy.
+    asked: the run's problems.
+    start: the settings of the run that trained the start policy.
 
   Raises:
-    UserError: they share prompts. It says how many of how many.
+    UserError: some held-out prompts were trained on; it says how many of how many.
   """
   advice = ('hold out as much there as here, by {} = Problems.held_out = '
             f'{asked.held_out:g}, and train the start policy again.')

@@ -3,13 +3,14 @@
     thoughts → r(c) = log p_θ(x_t | x_<t, c) − log p̄_φ(x_t | x_<t) → A = G/(G−1) · (r − mean r)
     → clipped surrogate on the thoughts → φ ← τ φ + (1 − τ) θ
 
-The corpus is the judge, and the policy reads it: the verdict is made inside the step. What a step
-keeps besides the policy is the average φ, in `TrainState.method`. The prompts end with a think
-marker; a thought ends with the answer marker, whose choice is part of it, or is cut off at the
-token budget, after which the marker is put there for it.
+The corpus decides the reward, and the policy reads the corpus, so the verdict is computed inside
+the step. What a step keeps besides the policy's parameters θ is their average φ, in
+`TrainState.method`. The prompts end with a think marker. A thought ends with the answer marker,
+which the policy draws as a part of the thought, or is cut off at `Rollouts.response_tokens`; the
+answer marker is then put after it.
 
-Source: RLP 2510.01265. Departs from the paper in that the baseline may read
-a template's text before the context too.
+Source: RLP 2510.01265. Departs from the paper in that the baseline reads a prompt template's text
+before the context too, if there is any.
 """
 
 import dataclasses
@@ -27,10 +28,10 @@ from jaxrl_pt.types import Array, Params, Prompts, RolloutBatch, TrainState, Ver
 
 @dataclass(frozen=True)
 class Markers:
-  """What the template appends to a context, and the token that ends a thought.
+  """The markers of RLP's prompt template.
 
-  num_after: tokens at the end of each prompt that the baseline does not read.
-  answer: the token between thought and prediction.
+  num_after: the number of tokens after the context of each prompt, which the baseline skips.
+  answer: the answer marker, a token between thought and prediction.
   """
 
   num_after: int
@@ -40,19 +41,21 @@ class Markers:
 def thought_verdict(model: Model, params: Params, average: Params, prompts: Prompts,
                     thoughts: RolloutBatch, markers: Markers,
                     prefilled: decode.Prefilled | None = None) -> Verdict:
-  """The information gain of each thought as its reward, nats; correct where it is above 0.
+  """The verdict whose reward is each thought's information gain, in nats.
 
   Args:
-    params: θ, which drew the thoughts.
-    average: φ.
-    prompts: contexts with the template's tokens; of the continuation the first token is read.
-    thoughts: a response is a thought with the answer marker that ended it, if one did.
-    markers: of the template.
-    prefilled: the prompts' documents, where they have gone through θ already.
+    model: the policy's model.
+    params: θ, the parameters that drew the thoughts.
+    average: φ, the average policy's parameters.
+    prompts: contexts with the prompt template's tokens. The first token of 'continuation' is the
+      true next token.
+    thoughts: responses, each a thought with the answer marker that ended it, if one did.
+    markers: the markers of the prompt template.
+    prefilled: the forward pass of θ over the prompts' documents, if that has been computed.
 
   Returns:
-    Its parts are the two log-probabilities of the true token, 'logp' after the thought and
-    'baseline' without one.
+    A verdict that is correct where the gain is above 0. Its parts are two log-probabilities of the
+    true next token, f32[N, G]: 'logp' after the thought and 'baseline' without it.
   """
   truth_N = prompts.extras['continuation'][:, 0]
   logp = logp_after_thought(model, params, prompts, thoughts, markers.answer, prefilled)
@@ -70,27 +73,32 @@ def logp_after_thought(model: Model, params: Params, prompts: Prompts, thoughts:
                        answer: int, prefilled: decode.Prefilled | None = None) -> Array:
   """f32[N, G]: log p_θ of the true token after the thought and exactly one answer marker.
 
-  Its exponential is the chance of a right prediction where a thought that did not end in time
-  is ended for the policy. Arguments as in `thought_verdict`.
+  Its exponential is the chance of a right prediction, if a thought that did not end in time has the
+  marker put after it.
+
+  Args:
+    answer: the answer marker.
+    model, params, prompts, thoughts, prefilled: as in `thought_verdict`.
   """
   place = jnp.arange(thoughts.tokens.shape[-1])
   ended = ((thoughts.tokens == answer) & (thoughts.in_response > 0)).any(-1)
-  length_NG = thoughts.in_response.sum(-1).astype(jnp.int32) - ended  # without its marker
+  length_NG = thoughts.in_response.sum(-1).astype(jnp.int32) - ended  # without the marker
   within = place < length_NG[..., None]
-  # Everything from the marker on is the marker; two slots more, for it and for the truth.
-  own_NGS = jnp.where(within, thoughts.tokens, answer)
-  own_NGS = jnp.pad(own_NGS, ((0, 0), (0, 0), (0, 2)), constant_values=answer)
-  hidden = branch.response_hidden(model, params, prompts, own_NGS, prefilled)
+  # The marker fills every place after the thought. Two more places hold the marker of a thought of
+  # full length, and the true token, whose place matters and whose value is not read.
+  tokens_NGS = jnp.where(within, thoughts.tokens, answer)
+  tokens_NGS = jnp.pad(tokens_NGS, ((0, 0), (0, 0), (0, 2)), constant_values=answer)
+  hidden = branch.response_hidden(model, params, prompts, tokens_NGS, prefilled)
   before_truth = jnp.take_along_axis(hidden, (length_NG + 1)[..., None, None], 2)[:, :, 0]
   truth_NG = jnp.broadcast_to(prompts.extras['continuation'][:, :1], length_NG.shape)
   return token_logprobs(before_truth, model.head(params), truth_NG).logp
 
 
 def policy_verifier(markers: Markers, decay: float) -> PolicyVerifier:
-  """RLP's verdict inside the step, which ends with φ ← τ φ + (1 − τ) θ.
+  """RLP's verifier for the fused step, after whose update it sets φ ← τ φ + (1 − τ) θ.
 
   Args:
-    markers: of the template.
+    markers: the markers of the prompt template.
     decay: τ.
   """
   def verify(model: Model, state: TrainState, prefilled: decode.Prefilled | None,

@@ -1,4 +1,4 @@
-"""What a file in jobs/ says of its objective, without and with opening a run."""
+"""What each objective's file in jobs/ provides: a job, and what is known without opening a run."""
 
 from collections.abc import Callable
 import contextlib
@@ -15,36 +15,37 @@ from jaxrl_pt.types import Params
 
 
 class Program(NamedTuple):
-  """A jitted function and the abstract arguments that the loop would call it with.
+  """A jitted function, and the abstract arguments with which a run would call it.
 
-  share: of the step's model FLOPs that are its own.
-  beside: abstract arrays that the loop keeps on the devices while it runs.
+  share: the program's share of the step's model FLOPs.
+  beside: abstract arrays that the run keeps on the devices while the program runs.
   """
 
   name: str
-  run: Any  # of jax.jit
+  run: Any  # the function from jax.jit
   args: tuple[Any, ...]
   share: float = 1.0
   beside: Any = ()
 
 
 def abstract(shape: tuple[int, ...], dtype: Any, sharding: NamedSharding) -> Any:
-  """An array that is not there, standing in a container where one will be."""
+  """A `jax.ShapeDtypeStruct` with a sharding, typed Any so that it can stand for an array."""
   return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
 
 class Kind(NamedTuple):
-  """An objective's side of a run.
+  """What the rest of the code knows of an objective.
 
-  open: (run, work directory, resolved text, settings that may differ) → the job, as long as the
-    context lasts.
-  programs: the steps that the run's loop would dispatch, each with its abstract arguments, so
-    that they can be compiled for devices that are not there and without data.
-  num_tokens: that a step works on.
-  model_flops: of a step.
+  open: (run, work directory, settings as gin text, settings that may differ from the checkpoint's)
+    → a context with the job.
+  programs: (run, mesh) → the programs that the run would dispatch, which can thus be compiled
+    without data and for devices that are not there.
+  num_tokens: run → the number of tokens that a step works on.
+  model_flops: run → the model FLOPs of a step.
   new_method: (run, parameters) → what `TrainState.method` holds before the first step.
-  reopen: (session of a checkpoint, start policy) → its `reinforce.Reinforcement`, for a replay;
-    None where nothing is drawn.
+  reopen: (session of a checkpoint, reference policy's parameters) → a context with the
+    `reinforce.Reinforcement` of that session, for a replay; None if the objective draws no
+    rollouts.
   """
 
   open: Callable[[cfg.Run, Path, str, frozenset[str]], contextlib.AbstractContextManager[Job]]

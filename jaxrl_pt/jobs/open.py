@@ -1,4 +1,4 @@
-"""From a run's objective to its job: the only place that asks which objective it is."""
+"""From a run to its job. No other module asks which objective a run has."""
 
 from pathlib import Path
 from typing import get_args
@@ -17,10 +17,10 @@ from jaxrl_pt.types import TrainState
 
 
 def kind(objective: cfg.Objective) -> Kind:
-  """What is known of an objective.
+  """The job, programs and sizes of an objective.
 
   Raises:
-    UserError: no job is known for it.
+    UserError: there is no job for the objective.
   """
   match objective:
     case cfg.NextToken():
@@ -37,30 +37,33 @@ def kind(objective: cfg.Objective) -> Kind:
 
 def train(run: cfg.Run, workdir: Path, resolved_text: str,
           allow: frozenset[str] = frozenset()) -> None:
-  """Takes `run` to its last step in `workdir`, resuming what is there.
+  """Takes `run` to its last step, resuming from the newest checkpoint in `workdir` if it has one.
 
   Args:
     run: the settings.
-    workdir: receives config.gin, data/, checkpoints/, metrics.jsonl, plots, report.html and, as
-      asked for, rollouts/.
-    resolved_text: the run as gin text, saved with it.
-    allow: settings that may differ from those of the checkpoint resumed from (`run.resume`).
+    workdir: receives config.gin, tokenizer/, data/, checkpoints/, metrics.jsonl, plots/,
+      report.html and, if `Rollouts.dump_every` asks for it, rollouts/.
+    resolved_text: the settings as gin text, which is saved with the run.
+    allow: names of settings that may differ from the checkpoint's (`run.resume`).
 
   Raises:
     UserError: a mistake in settings or files, a full disk, a non-finite loss, another run in
       `workdir`.
-    Preempted: a signal came before the last step; what has been learned is saved.
+    Preempted: a signal came before the last step; a checkpoint has been saved.
   """
   with kind(run.objective).open(run, workdir, resolved_text, allow) as job:
     loop.run(job)
 
 
 def load_run(workdir: Path, step: int | None = None) -> tuple[Session, Restored]:
-  """A run as a checkpoint has it: its surroundings, whole state and extras.
+  """The session of a checkpoint's run, and the checkpoint with its whole state.
 
   Args:
-    workdir: written by `train`.
-    step: which checkpoint; None takes the newest good one.
+    workdir: a directory written by `train`.
+    step: the checkpoint's step; None takes the newest good one.
+
+  Raises:
+    UserError: no such directory, no checkpoint, another tokenizer.
   """
   session = policy.open_run(workdir, step, cfg.Mesh())
   new_method = kind(session.run.objective).new_method
@@ -69,16 +72,19 @@ def load_run(workdir: Path, step: int | None = None) -> tuple[Session, Restored]
 
 
 def load_state(workdir: Path, step: int | None = None) -> TrainState:
-  """The whole training state of a checkpoint, e.g. to compare two runs."""
+  """The whole training state of a checkpoint, for example to compare two runs.
+
+  Arguments and errors as in `load_run`.
+  """
   state: TrainState = load_run(workdir, step)[1].state
   return state
 
 
 def programs(run: cfg.Run, mesh: Mesh) -> list[Program]:
-  """The steps that the run's loop would dispatch, each with its abstract arguments.
+  """The programs that the run would dispatch, each with its abstract arguments.
 
   Raises:
-    UserError: a mesh axis divides no size of the run.
+    UserError: a mesh axis does not divide the size that is split over it.
   """
   rules.check_divides(run, mesh)
   return kind(run.objective).programs(run, mesh)

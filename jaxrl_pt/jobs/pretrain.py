@@ -34,10 +34,11 @@ class Pretraining:
   agrees_at_once = False
 
   def __init__(self, session: sessions.Session) -> None:
+    """Opens the loader; compiles nothing yet."""
     run = session.run
     self.session = session
     self.flops_per_token = metrics.flops_per_token(run.model, run.data.seq_len / 2)
-    # Only the activations' quantiser changes over a run: every model has the same state.
+    # Only the activations' quantiser may change over a run, so every step's model has this state.
     model = session.model(run.model)
     self._optimizer = optim.make_optimizer(run.optimizer, cfg.num_updates(run), model.specs)
     self.abstract = states.abstract_state(model, self._optimizer, session.mesh)
@@ -53,27 +54,27 @@ class Pretraining:
     self._batches.close()
 
   def start(self) -> TrainState:
-    """A new state."""
+    """A new state with random parameters."""
     run = self.session.run
     return states.init_state(self.session.model(run.model), self._optimizer, self.session.mesh,
                              run.seed)
 
   def check(self, position: dict[str, Any]) -> None:
-    """The loader knows its own."""
+    """Checks nothing: the loader refuses a position of other data in `resume`."""
 
   def resume(self, state: TrainState, position: dict[str, Any]) -> None:
-    """Sets the loader to where it was."""
+    """Sets the loader to the checkpoint's position."""
     del state
     self._batches.set_state(position)
 
   def step(self, state: TrainState, step: int) -> Dispatched:
-    """Dispatches a step on the next batch."""
+    """Dispatches a step on the loader's next batch."""
     batch = self.session.put(next(self._batches))
     state, values = self._compiled(cfg.model_at(self.session.run, step))(state, batch)
     return Dispatched(state, values, batch.ids, values['loss'].count)
 
   def evaluate(self, state: TrainState, step: int) -> dict[str, float]:
-    """validation/{loss, accuracy, bits_per_byte} of the model of the step just taken."""
+    """validation/{loss,accuracy,bits_per_byte}, with the activations of the step just taken."""
     run, data = self.session.run, self.session.data
     if len(data.validation) == 0:
       return {}
@@ -82,7 +83,7 @@ class Pretraining:
     return {f'validation/{name}': value for name, value in results.items()}
 
   def saved(self, state: TrainState, step: int) -> tuple[TrainState, dict[str, Any]]:
-    """The state as it is, and the loader's place."""
+    """The state as it is, and the loader's position."""
     del step
     return state, self._batches.get_state()
 
@@ -119,7 +120,7 @@ def _model_flops(run: cfg.Run) -> float:
 
 
 def _programs(run: cfg.Run, mesh: Mesh) -> list[Program]:
-  """The step; a run whose activations change on the way has one for each."""
+  """The step; if the activations' quantiser changes over the run, one step for each quantiser."""
   model = models.build(run.model, run.compute, mesh)
   optimizer = optim.make_optimizer(run.optimizer, cfg.num_updates(run), model.specs)
   state = states.abstract_state(model, optimizer, mesh)

@@ -1,4 +1,4 @@
-"""The programs of a step of reinforcement learning, with abstract arguments: for preflight."""
+"""The programs of a step of reinforcement learning with abstract arguments, for preflight."""
 
 from typing import Any
 
@@ -17,82 +17,85 @@ from jaxrl_pt.train import optim, programs
 from jaxrl_pt.train import state as states
 from jaxrl_pt.types import Array, Prompts, RolloutBatch, TrainState, Verdict
 
-# Without a tokenizer at hand: bytes of the longest token, and the token that ends a text.
-_LONGEST_TOKEN = 16
-STOP_ID = 0
+# Preflight has no tokenizer, so these stand in for one.
+_LONGEST_TOKEN = 16  # bytes of the longest token
+STOP_ID = 0  # the token that ends a text
 
 
 def of_step(run: cfg.Run, mesh: Mesh, method: cfg.Reinforced, prompts: Prompts, verifier: Any,
             new_method: Any) -> list[Program]:
-  """One program where the step is fused, else those of its stages; both if groups are drawn
-  again from a later step on.
+  """The fused step if the run's step is one program, else the programs of its stages.
+
+  A run whose dynamic sampling begins at a later step has both.
 
   Args:
-    run, mesh, method: of the run and its objective.
-    prompts: abstract.
-    verifier: a DeviceVerifier or PolicyVerifier; None for one that reads text.
-    new_method: makes of the parameters what `TrainState.method` holds at first.
+    run, mesh, method: the run, its mesh and its objective.
+    prompts: abstract prompts, from `abstract_prompts`.
+    verifier: a DeviceVerifier or PolicyVerifier; None stands for a verifier that reads text.
+    new_method: parameters → what `TrainState.method` holds before the first step.
   """
   model = models.build(run.model, run.compute, mesh)
   optimizer = optim.make_optimizer(run.optimizer, cfg.num_updates(run), model.specs)
   state = states.abstract_state(model, optimizer, mesh, new_method)
-  found: list[Program] = []
+  fused: list[Program] = []
   if is_fused(verifier, method.rollouts, mesh.size):
     step = programs.fused_step(run, mesh, method, optimizer, verifier, STOP_ID)
-    found = [Program(f'{type(method).__name__} step: sampler, verifier and update', step,
+    fused = [Program(f'{type(method).__name__} step: sampler, verifier and update', step,
                      (state, state.params, prompts))]
     if not resamples(method.rollouts, run.train.num_steps):
-      return found
+      return fused
     if resamples(method.rollouts, 0):
-      found = []
-  return [*found, *_stages(run, mesh, method, prompts, state, optimizer)]
+      fused = []
+  return [*fused, *_stages(run, mesh, method, prompts, state, optimizer)]
 
 
 def _stages(run: cfg.Run, mesh: Mesh, method: cfg.Reinforced, prompts: Prompts,
             state: TrainState, optimizer: optax.GradientTransformation) -> list[Program]:
+  """The programs of the stages; arguments as in `of_step`, and the abstract state."""
   rollouts, algorithm = method.rollouts, method.algorithm
   shape = rollouts.num_prompts, rollouts.group_size, rollouts.response_tokens
   rows, everywhere = rules.row_sharding(mesh), rules.replicated(mesh)
-  reals, numbers = abstract(shape, jnp.float32, rows), abstract(shape, jnp.int32, rows)
+  reals, ints = abstract(shape, jnp.float32, rows), abstract(shape, jnp.int32, rows)
   number, group = abstract((), jnp.int32, everywhere), abstract(shape[:2], jnp.float32, rows)
-  drawn = RolloutBatch(numbers, reals, reals, reals, numbers, numbers)
-  start, moments = state.params, (state.opt_state, state.method)
-  found = [Program('learner: advantages and updates',
-                   programs.learner_step(run, mesh, optimizer, rollouts, algorithm),
-                   (state, prompts, drawn, Verdict(group, group, group), reals), 3 / 4,
-                   beside=start),
-           Program('reference policy: log-probabilities for KL',
-                   programs.reference(run, mesh, rollouts), (start, prompts, drawn), 1 / 4,
-                   beside=state)]
-  synced, beside = state.params, [start, moments]
+  drawn = RolloutBatch(ints, reals, reals, reals, ints, ints)
+  # The reference policy's parameters have the shapes and shardings of the policy's.
+  reference_params, moments = state.params, (state.opt_state, state.method)
+  others = [Program('learner: advantages and updates',
+                    programs.learner_step(run, mesh, optimizer, rollouts, algorithm),
+                    (state, prompts, drawn, Verdict(group, group, group), reals), 3 / 4,
+                    beside=reference_params),
+            Program('reference policy: log-probabilities for KL',
+                    programs.reference_logp(run, mesh, rollouts.sampler),
+                    (reference_params, prompts, drawn), 1 / 4, beside=state)]
+  synced, beside = state.params, [reference_params, moments]
   if mesh.size > 1:
     model = models.build(run.model, run.compute, mesh)
     packed = run.model.quant.weights == 'ternary'
-    found.append(Program('weight sync: parameters to the sampler',
-                         weight_sync.make_move(model, mesh, packed, run.compute.dtype),
-                         (state.params,), 0.0, beside=beside))
-    beside = [start, state]
+    others.append(Program('weight sync: parameters to the sampler',
+                          weight_sync.make_move(model, mesh, packed, run.compute.dtype),
+                          (state.params,), 0.0, beside=beside))
+    beside = [reference_params, state]
     synced = weight_sync.abstract(model, mesh, packed, run.compute.dtype)
   sample = programs.sampler(run, mesh, rollouts, STOP_ID)
   return [Program('sampler: prefill and decode', sample, (synced, prompts, number, number), 1 / 4,
                   beside=beside),
-          *found]
+          *others]
 
 
 def longest_tokens(model: cfg.Model) -> TokenBytes:
-  """A vocabulary of tokens as long as the longest of any tokenizer."""
+  """The bytes of a vocabulary whose tokens are all as long as the longest of any tokenizer."""
   return token_table([bytes(_LONGEST_TOKEN)] * model.vocab_size, model.vocab_size)
 
 
 def abstract_prompts(rollouts: cfg.Rollouts, mesh: Mesh, extras: dict[str, tuple[Any, ...]],
                      per_document: int = 1) -> Prompts:
-  """Prompts that are not there.
+  """Prompts whose arrays are `jax.ShapeDtypeStruct`.
 
   Args:
-    rollouts: their number and length.
-    mesh: of the run.
-    extras: for each name the shape of one prompt's array, and its dtype.
-    per_document: prompts that share a document.
+    rollouts: the settings with the number and length of prompts.
+    mesh: the run's mesh.
+    extras: {name: (shape, dtype) of one prompt's array} of `Prompts.extras`.
+    per_document: the number of prompts that share a document.
   """
   rows, n = rules.row_sharding(mesh), rollouts.num_prompts
   each = abstract((n,), jnp.int32, rows)

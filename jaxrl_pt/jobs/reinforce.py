@@ -1,16 +1,16 @@
-"""What RL and RPT share: take prompts → generate → verify → advantage → update.
+"""The job that RL and RPT share: take prompts → generate → verify → advantage → update.
 
-Where the verifier is a function of arrays and there is one device, the four last are one program
-(`train.fused`). On a mesh they are dispatched one by one, with a weight sync to the sampler's
-layout between them. Where the verifier reads text, it works in processes of its own
-(`rollouts.stages`):
+If the verifier is a function of arrays and there is one device, all but the first are one program
+(`train.fused`). On a mesh they are dispatched one by one, after a weight sync to the sampler's
+layout (`rollouts.stages`). A verifier that reads text works in processes of its own:
 
-- on-policy, each batch is drawn by the parameters that it updates, so generation waits for the
-  update, the update for the verdict, and only logging and evaluation run beside them;
-- one step off-policy, the next batch is drawn while this one is verified, by parameters that
-  are one step old when it is learned from, which the correction pays for.
+- on-policy, each batch is drawn by the parameters that it updates, so that generation waits for
+  the update and the update for the verdict;
+- one step off-policy, the next batch is drawn while this batch is verified. Its parameters are one
+  step old when it is learned from, for which the correction makes up.
 
-Killed at any point and started again, a run repeats what it would have done, bit for bit.
+A run that is killed at any point and started again goes on as if it had not been killed, bit for
+bit.
 """
 
 from collections.abc import Callable
@@ -38,7 +38,7 @@ from jaxrl_pt.train import optim
 from jaxrl_pt.train import state as states
 from jaxrl_pt.types import Params, RolloutBatch, TrainState, Weighted
 
-# What a checkpoint keeps of rollouts that were drawn ahead.
+# The form in which a checkpoint keeps rollouts that were drawn ahead.
 _PENDING = 'RolloutBatch'
 
 
@@ -48,16 +48,16 @@ class Reinforcement:
   measured_first = True
   agrees_at_once = True
 
-  def __init__(self, session: sessions.Session, method: cfg.Reinforced, start: Params,
+  def __init__(self, session: sessions.Session, method: cfg.Reinforced, reference_params: Params,
                environment: Environment, new_method: Callable[[Params], Any]) -> None:
     """Compiles nothing yet.
 
     Args:
-      session: of the run.
-      method: its objective.
-      start: parameters of the start policy, which is also the reference of the KL.
+      session: the run's session.
+      method: the run's objective.
+      reference_params: the reference policy's parameters, from which the run also starts.
       environment: prompts, verifier and held-out measure.
-      new_method: makes of the parameters what `TrainState.method` holds at first.
+      new_method: parameters → what `TrainState.method` holds before the first step.
     """
     run = session.run
     self.session, self._method, self._environment = session, method, environment
@@ -66,30 +66,37 @@ class Reinforcement:
     self._optimizer = optim.make_optimizer(run.optimizer, cfg.num_updates(run), model.specs)
     self._new_method = new_method
     self.abstract = states.abstract_state(model, self._optimizer, session.mesh, new_method)
-    self._start, self._digest = start, digest(start)
-    # Settings that, with the prompts, decide which prompts a batch's number stands for.
+    self._reference_params, self._digest = reference_params, digest(reference_params)
+    # These settings and the environment's digest decide which prompts a batch's number stands for.
     self._order = {
         'Run.seed': run.seed, 'Rollouts.num_prompts': method.rollouts.num_prompts,
         f'{type(method).__name__}.positions_per_document': method.positions_per_document}
-    self.stages = Stages(session, environment, start, self._optimizer, method)
-    self._batch = 0  # the number of the next one
-    self._ahead: RolloutBatch | None = None  # its responses, if they are drawn already
+    self.stages = Stages(session, environment, reference_params, self._optimizer, method)
+    self._batch = 0  # number of the next batch
+    self._ahead: RolloutBatch | None = None  # rollouts of the next batch if they were drawn ahead
 
   def start(self) -> TrainState:
-    """The start policy, about to take its first step."""
-    return states.state_of(self._start, self._optimizer, self.abstract, self._new_method)
+    """A state at step 0 with a copy of the reference policy's parameters."""
+    return states.state_of(self._reference_params, self._optimizer, self.abstract,
+                           self._new_method)
 
   # --- Resume -----------------------------------------------------------------------
 
   def check(self, position: dict[str, Any]) -> None:
-    """Refuses to go on with other prompts than the checkpoint's batch numbers stand for, or from
-    another policy.
+    """Refuses a checkpoint of a run with other prompts or another reference policy.
 
-    With another seed every epoch has another order, and with other sizes of a step another place
-    in it: going on would leave some prompts out and ask others twice.
+    A batch's number must stand for the same prompts as before. With another seed every epoch has
+    another order, and with another number of prompts a step another place in that order, so that
+    some prompts would be left out and others asked twice.
+
+    Args:
+      position: what `saved` gave with the checkpoint's state.
+
+    Raises:
+      UserError: names what differs.
     """
     for name, value in self._order.items():
-      # Checkpoints from before these were recorded have none of them.
+      # Checkpoints of earlier versions lack these settings.
       if position.get(name, value) != value:
         raise UserError(f'The checkpoint was made with {name} = {position[name]!r}, this run has '
                         f'{value!r}, which would ask some prompts twice and others not at all: '
@@ -106,14 +113,14 @@ class Reinforcement:
                       'new --workdir.')
 
   def resume(self, state: TrainState, position: dict[str, Any]) -> None:
-    """Goes to the checkpoint's batch, with the rollouts that it had drawn ahead."""
+    """Goes to the checkpoint's next batch, and takes over rollouts that had been drawn ahead."""
     self._batch = position['batches']
     if self._draws_ahead:
-      # A copy: the state's own arrays are donated to the step that learns from them.
+      # A copy, because the next step donates the state with its own pending rollouts.
       self._ahead = jax.tree.map(jnp.copy, state.method.pending)
 
   def saved(self, state: TrainState, step: int) -> tuple[TrainState, dict[str, Any]]:
-    """The state with what has been drawn ahead, and its place among the prompts."""
+    """The state with the rollouts drawn ahead, and what `check` and `resume` need."""
     if self._ahead is not None:
       state = dataclasses.replace(
           state, method=dataclasses.replace(state.method, pending=self._ahead))
@@ -127,49 +134,50 @@ class Reinforcement:
   # --- One step ---------------------------------------------------------------------
 
   def step(self, state: TrainState, step: int) -> Dispatched:
-    """Dispatches a step, and keeps its rollouts where they are asked for."""
+    """Dispatches step `step`; its `finish` writes the rollouts if `dump_every` asks for them."""
     batch, rollouts = self._batch, self._method.rollouts
-    state, done = self._stepped(state, step)
+    state, done = self._dispatch(state, step)
 
     def finish() -> dict[str, float]:
-      found = self.stages.finish(state, done)
+      measured = self.stages.finish(state, done)
       if rollouts.dump_every and (step + 1) % rollouts.dump_every == 0:
         record.dump(self.session.workdir / record.FOLDER, step + 1, batch, done,
                     self.session.data.tokenizer)
-      return found
+      return measured
 
     return Dispatched(state, done.metrics, done.prompts.ids, num_tokens(self.session.run),
                       mismatch.gate(self.session, rollouts, step + 1, done), finish)
 
-  def _stepped(self, state: TrainState, step: int) -> tuple[TrainState, Step]:
-    """Prompts → responses → verdict → advantage → update, as far as dispatched."""
+  def _dispatch(self, state: TrainState, step: int) -> tuple[TrainState, Step]:
+    """Takes the next batch through all stages; the update may still be running on return."""
     stages, batch = self.stages, self._batch
     measure = (step + 1) % self.session.run.train.log_every == 0
-    again = resamples(self._method.rollouts, step)
-    if stages.fused and not again:
+    samples_dynamically = resamples(self._method.rollouts, step)
+    if stages.fused and not samples_dynamically:
       self._batch += 1
       return stages.step(state, batch, measure)
-    if again:
-      verified, taken = stages.collect(state.params, batch, step)
-      self._batch += taken
+    if samples_dynamically:
+      verified, num_batches = stages.collect(state.params, batch, step)
+      self._batch += num_batches
       state, done = stages.learn(state, *verified, measure)
-      return state, done._replace(metrics={**done.metrics, 'rounds': Weighted.single(taken)})
+      return state, done._replace(
+          metrics={**done.metrics, 'rounds': Weighted.single(num_batches)})
 
     prompts, references = stages.take(batch)
-    drawn, self._ahead = self._ahead, None
-    if drawn is None:
-      drawn = stages.draw(state.params, prompts, batch, step)
-    pending = stages.submit(prompts, drawn, references)
-    if self._draws_ahead:  # While the verifier works.
+    rollouts, self._ahead = self._ahead, None
+    if rollouts is None:
+      rollouts = stages.draw(state.params, prompts, batch, step)
+    pending = stages.submit(prompts, rollouts, references)
+    if self._draws_ahead:  # The verifier works on this batch while the next is drawn.
       self._ahead = stages.draw(state.params, stages.take(batch + 1)[0], batch + 1, step)
     verdict = stages.settle(pending)
     if self._ahead is not None:
       stages.wait(self._ahead)
     self._batch += 1
-    return stages.learn(state, prompts, references, drawn, verdict, measure)
+    return stages.learn(state, prompts, references, rollouts, verdict, measure)
 
   def evaluate(self, state: TrainState, step: int) -> dict[str, float]:
-    """What the environment measures on what it holds out."""
+    """The environment's metrics on its held-out prompts."""
     del step
     return self._environment.score(state.params)
 
@@ -178,7 +186,17 @@ class Reinforcement:
 
 
 def start_policy(run: cfg.Run, start_from: str, workdir: Path) -> policy.Policy:
-  """The policy to begin with, once the run is known to fit the devices, and it to fit the run."""
+  """Loads the policy that a run starts from, which is also its reference policy.
+
+  Args:
+    run: the run's settings.
+    start_from: the setting that names the policy's work directory.
+    workdir: the run's own work directory.
+
+  Raises:
+    UserError: the run does not fit the devices, its warm-up and decay overlap, or the policy has
+      another model than the run.
+  """
   memory.check_fits(run)
   start = policy.load_policy(places.policy(start_from, workdir, 'start_from'), mesh=run.mesh)
   optim.check_schedule(run.optimizer.schedule, cfg.num_updates(run))
@@ -191,7 +209,7 @@ def start_policy(run: cfg.Run, start_from: str, workdir: Path) -> policy.Policy:
 
 
 def digest(params: Params) -> str:
-  """Names a policy by its content."""
+  """A hash of a policy's parameters."""
   return hashlib.sha256(json.dumps(checksum(params), sort_keys=True).encode()).hexdigest()
 
 
@@ -199,14 +217,14 @@ def digest(params: Params) -> str:
 
 
 def num_tokens(run: cfg.Run) -> int:
-  """Tokens a step works on: each prompt once, and each response."""
+  """Tokens that a step works on: each prompt once, and each response."""
   r = run.objective.rollouts
   assert r is not None
   return r.num_prompts * (r.prompt_len + r.group_size * r.response_tokens)
 
 
 def model_flops(run: cfg.Run) -> float:
-  """Model FLOPs of a step: the sampler goes forward over the tokens that the update trains on."""
+  """Model FLOPs of a step: forward in the sampler, forward and backward in the update."""
   r = run.objective.rollouts
   assert r is not None
   return 4 * num_tokens(run) * metrics.flops_per_token(run.model, r.prompt_len / 2,
@@ -214,7 +232,7 @@ def model_flops(run: cfg.Run) -> float:
 
 
 def new_method(run: cfg.Run, params: Params) -> Any:
-  """What a method keeps that has no average policy."""
+  """`TrainState.method` before the first step, for methods without an average policy."""
   del params
   objective = run.objective
   assert objective.rollouts is not None and objective.algorithm is not None

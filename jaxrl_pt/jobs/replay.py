@@ -1,8 +1,8 @@
-"""The two halves of a step run apart from each other, for debugging.
+"""The two halves of a step, sampler and learner, each run without the other for debugging.
 
-`learner` learns from kept rollouts without drawing any; `sampler` draws the next batch of a
-checkpoint without learning. Where a kept step is the very next one, both must repeat what the
-run did, so that a difference says which half it is in.
+`learner` learns from rollouts that a run has kept; `sampler` draws the batch that follows a
+checkpoint. On-policy and without dynamic sampling, both must repeat what the run did in the step
+after the checkpoint, so that a difference shows which half is wrong.
 """
 
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ from jaxrl_pt.types import TrainState
 @contextlib.contextmanager
 def _opened(workdir: Path, step: int | None
             ) -> Iterator[tuple[Stages, TrainState, int, sessions.Session]]:
-  """Stages and state of a checkpoint, the number of its next batch, and its session."""
+  """A checkpoint's stages, its state, the number of its next batch, and its session."""
   session, restored = opening.load_run(workdir, step)
   run = session.run
   reopen = opening.kind(run.objective).reopen
@@ -37,16 +37,20 @@ def _opened(workdir: Path, step: int | None
     raise UserError(f'{workdir} holds a run of {type(run.objective).__name__}, which draws '
                     'nothing: give the --workdir of a run of reinforcement learning.')
   path = places.policies(run, workdir)['start_from']
-  start = policies.load_policy(workdir / path)
-  with reopen(session, start.params) as job:
+  reference_policy = policies.load_policy(workdir / path)
+  with reopen(session, reference_policy.params) as job:
     yield job.stages, restored.state, restored.extras['loader']['batches'], session
 
 
 def learner(workdir: Path, step: int | None = None) -> list[dict[str, float]]:
   """Learns from the kept rollouts of the steps after a checkpoint, as long as there are some.
 
+  Args:
+    workdir: the run's work directory.
+    step: the checkpoint's step; None takes the newest good one.
+
   Returns:
-    One row of metrics a step, with `recorded_loss` as the run itself had it.
+    One row of metrics for each step; its `recorded_loss` is the loss that the run itself had.
 
   Raises:
     UserError: no checkpoint, or no rollouts of the step after it.
@@ -56,8 +60,8 @@ def learner(workdir: Path, step: int | None = None) -> list[dict[str, float]]:
   with _opened(workdir, step) as (stages, state, _, session):
     path = workdir / record.FOLDER / f'{int(state.step) + 1}.npz'
     while path.is_file() or not rows:
-      prompts, drawn, verdict = session.put_rows(record.load(path))
-      state, done = stages.learn(state, prompts, (), drawn, verdict, measure=True)
+      prompts, rollouts, verdict = session.put_rows(record.load(path))
+      state, done = stages.learn(state, prompts, (), rollouts, verdict, measure=True)
       now = int(state.step)
       rows.append({'step': now, **metrics.host_values(done.metrics),
                    'recorded_loss': recorded.get(now, {}).get('loss', float('nan'))})
@@ -66,20 +70,24 @@ def learner(workdir: Path, step: int | None = None) -> list[dict[str, float]]:
 
 
 def sampler(workdir: Path, step: int | None = None) -> dict[str, Any]:
-  """Draws and verifies the batch after a checkpoint.
+  """Draws and verifies the batch that follows a checkpoint.
+
+  Args:
+    workdir: the run's work directory.
+    step: the checkpoint's step; None takes the newest good one.
 
   Returns:
-    The groups as text, the mean reward, and (where the run has kept that step's rollouts)
-    `same_tokens` and `largest_difference` of log-probabilities, nats.
+    The groups as text and their mean reward. If the run has kept that step's rollouts, also
+    `same_tokens`, and `largest_difference` of log-probabilities in nats.
 
   Raises:
-    UserError: no checkpoint.
+    UserError: no checkpoint, no valid response, or a verifier that works only inside its step.
   """
   with _opened(workdir, step) as (stages, state, batch, session):
     prompts, references = stages.take(batch)
-    drawn = stages.draw(state.params, prompts, batch, int(state.step))
-    verdict = stages.settle(stages.submit(prompts, drawn, references))
-    trees = on_host({'prompts': prompts, 'rollouts': drawn, 'verdict': verdict})
+    rollouts = stages.draw(state.params, prompts, batch, int(state.step))
+    verdict = stages.settle(stages.submit(prompts, rollouts, references))
+    trees = on_host({'prompts': prompts, 'rollouts': rollouts, 'verdict': verdict})
     found = {'step': int(state.step), 'batch': batch,
              'reward': float((trees['verdict'].reward * trees['verdict'].valid).sum()
                              / max(trees['verdict'].valid.sum(), 1)),
@@ -87,14 +95,14 @@ def sampler(workdir: Path, step: int | None = None) -> dict[str, Any]:
     path = workdir / record.FOLDER / f'{int(state.step) + 1}.npz'
     if path.is_file():
       _, kept, _ = record.load(path)
-      here = trees['rollouts']
-      found['same_tokens'] = bool((here.tokens == kept.tokens).all())
-      found['largest_difference'] = float(np.abs(here.logp - kept.logp).max())
+      drawn = trees['rollouts']
+      found['same_tokens'] = bool((drawn.tokens == kept.tokens).all())
+      found['largest_difference'] = float(np.abs(drawn.logp - kept.logp).max())
     return found
 
 
 def text(found: list[dict[str, float]] | dict[str, Any]) -> str:
-  """What either half found, to be read by people."""
+  """The result of `learner` or of `sampler` as text for people."""
   if isinstance(found, list):
     names = ('loss', 'recorded_loss', 'reward', 'grad_norm', 'mismatch', 'clip_fraction')
     return '\n'.join(f'step {row["step"]:g}  ' + '  '.join(

@@ -17,7 +17,7 @@ from jaxrl_pt.types import Params
 from jaxrl_pt.verifiers import exact
 from jaxrl_pt.verifiers.base import DeviceVerifier
 
-_ANSWER_BYTES = 16  # of the longest answer, where no problems are at hand
+_ANSWER_BYTES = 16  # bytes of the longest answer, for preflight, which has no problems
 
 
 def _method(run: cfg.Run) -> cfg.RL:
@@ -32,7 +32,7 @@ def _open(run: cfg.Run, workdir: Path, resolved_text: str, allow: frozenset[str]
   start = reinforce.start_policy(run, method.start_from, workdir)
   problems.check_held_out(method.problems, start.session.run)
   with claimed(workdir):
-    # Problems are asked in the start policy's own tokens.
+    # The problems are encoded by the start policy's own tokenizer.
     session = sessions.open_session(run, workdir, resolved_text, data=start.session.data,
                                     allow=allow, data_dir=start.session.workdir / 'data')
     with _reopen(session, start.params) as job:
@@ -40,11 +40,12 @@ def _open(run: cfg.Run, workdir: Path, resolved_text: str, allow: frozenset[str]
 
 
 @contextlib.contextmanager
-def _reopen(session: sessions.Session, start: Params) -> Iterator[reinforce.Reinforcement]:
-  """The job, the processes of its verifier running as long as the context lasts."""
+def _reopen(session: sessions.Session, reference_params: Params
+            ) -> Iterator[reinforce.Reinforcement]:
+  """The job; its verifier's processes run as long as the context lasts."""
   method = _method(session.run)
   with problems.open_environment(session, method) as environment:
-    yield reinforce.Reinforcement(session, method, start, environment,
+    yield reinforce.Reinforcement(session, method, reference_params, environment,
                                   lambda params: reinforce.new_method(session.run, params))
 
 

@@ -1,4 +1,4 @@
-"""Reinforcement Pre-Training, and RLP: the next tokens of a corpus as prompts."""
+"""Reinforcement Pre-Training and RLP, whose prompts ask for the next tokens of a corpus."""
 
 from collections.abc import Iterator
 import contextlib
@@ -42,12 +42,13 @@ def _open(run: cfg.Run, workdir: Path, resolved_text: str, allow: frozenset[str]
 
 
 @contextlib.contextmanager
-def _reopen(session: sessions.Session, start: Params) -> Iterator[reinforce.Reinforcement]:
-  """The job, once the proxy has chosen positions."""
+def _reopen(session: sessions.Session, reference_params: Params
+            ) -> Iterator[reinforce.Reinforcement]:
+  """The job, for which the proxy first chooses positions."""
   method = _method(session.run)
   environment = next_token.make_environment(session, method, session.model(session.run.model),
-                                            start)
-  yield reinforce.Reinforcement(session, method, start, environment,
+                                            reference_params)
+  yield reinforce.Reinforcement(session, method, reference_params, environment,
                                 lambda params: _new_method(session.run, params))
 
 

@@ -1,8 +1,8 @@
-"""The gate on the sampler–trainer mismatch: a run whose two halves disagree does not go on.
+"""The gate on the sampler–trainer mismatch, which stops a run whose two halves disagree.
 
-The sampler draws and the trainer learns by one policy, computed in two ways. Where they differ by
-more than rounding (a filter that only one of them has, a kernel, a dtype, weights that arrived
-damaged), every gradient is that of another policy, and nothing else in the metrics says so.
+Sampler and trainer compute one policy in two ways. If they differ by more than rounding (in a
+filter, a kernel or a dtype, or because weights arrived damaged), every gradient is that of another
+policy, and no other metric shows it.
 """
 
 import json
@@ -21,26 +21,30 @@ from jaxrl_pt.rollouts.stages import Step
 from jaxrl_pt.run.recorder import Check
 from jaxrl_pt.run.session import Session
 
-FOLDER = 'mismatch'
-WORST = 16
+FOLDER = 'mismatch'  # in the work directory
+WORST = 16  # responses that are written
 
 
 def gate(session: Session, rollouts: cfg.Rollouts, step: int, done: Step) -> Check:
-  """check(metrics of the step on the host, last good checkpoint): raises where the gate stops
-  the run.
+  """check(metrics of the step on the host, step of the last good checkpoint or None) → None.
 
-  Raises (the check):
-    UserError: the mismatch is above `Rollouts.mismatch_gate`; the worst responses have been
-      written to WORKDIR/mismatch/STEP.json.
+  The check raises UserError if the mismatch is above `Rollouts.mismatch_gate`, and first writes
+  the worst responses to WORKDIR/mismatch/STEP.json.
+
+  Args:
+    session: the run's session.
+    rollouts: the settings with the gate.
+    step: the step's number, from 1.
+    done: the step.
   """
-  def check(values: dict[str, float], good: int | None) -> None:
+  def check(values: dict[str, float], last_good: int | None) -> None:
     if not rollouts.is_gated or values['mismatch'] <= rollouts.mismatch_gate:
       return
     path = session.workdir / FOLDER / f'{step}.json'
-    page = {'step': step, 'mismatch': values['mismatch'], 'gate': rollouts.mismatch_gate,
-            'responses': worst(done, session.data.tokenizer)}
-    where = _write(path, page)
-    last = 'is none' if good is None else f'is step {good}'
+    content = {'step': step, 'mismatch': values['mismatch'], 'gate': rollouts.mismatch_gate,
+               'responses': worst(done, session.data.tokenizer)}
+    where = _write(path, content)
+    last = 'is none' if last_good is None else f'is step {last_good}'
     raise UserError(
         f'Sampler and trainer disagree at step {step}: their mismatch is {values["mismatch"]:.6g}, '
         f'above Rollouts.mismatch_gate = {rollouts.mismatch_gate:g}; {where}, and the last good '
@@ -51,40 +55,47 @@ def gate(session: Session, rollouts: cfg.Rollouts, step: int, done: Step) -> Che
 
 
 def worst(done: Step, tokenizer: Tokenizer) -> list[dict[str, Any]]:
-  """The responses of the largest mismatch, falling, each with both log-probabilities of its tokens.
+  """The responses with the largest mismatch, falling, with the log-probabilities of their tokens.
 
-  Of several updates of a batch, those of the first are looked at: the later ones move away from
-  the sampler on purpose.
+  If the batch got several updates, only responses of the first are compared, because later updates
+  move away from the sampler on purpose.
+
+  Args:
+    done: a step whose `by_token` is not None.
+    tokenizer: the run's tokenizer.
+
+  Returns:
+    At most `WORST` JSON objects, each with the log-probabilities under sampler and trainer, nats.
   """
   assert done.by_token is not None
-  prompts, drawn, trainer = on_host((done.prompts, done.rollouts, done.by_token))
-  seen = trainer.count > 0
-  difference = np.where(seen, trainer.sum - drawn.logp, 0.0)
-  power = np.exp(np.minimum(np.abs(difference), ratios.LOG_BOUND)) * seen
-  mean_NG = power.sum(-1) / np.maximum(seen.sum(-1), 1)
+  prompts, rollouts, trainer = on_host((done.prompts, done.rollouts, done.by_token))
+  compared = trainer.count > 0
+  difference = np.where(compared, trainer.sum - rollouts.logp, 0.0)
+  ratio = np.exp(np.minimum(np.abs(difference), ratios.LOG_BOUND)) * compared
+  mean_NG = ratio.sum(-1) / np.maximum(compared.sum(-1), 1)
   per_document = len(prompts.lengths) // len(prompts.tokens)
   rows = []
-  for place in np.argsort(-mean_NG, axis=None, kind='stable')[:WORST]:
-    n, g = (int(x) for x in np.unravel_index(place, mean_NG.shape))
-    counted = seen[n, g]
-    if not counted.any():
+  for index in np.argsort(-mean_NG, axis=None, kind='stable')[:WORST]:
+    n, g = (int(x) for x in np.unravel_index(index, mean_NG.shape))
+    mask = compared[n, g]
+    if not mask.any():
       continue
-    tokens = drawn.tokens[n, g][counted].tolist()
+    tokens = rollouts.tokens[n, g][mask].tolist()
     prompt = prompts.tokens[n // per_document][:prompts.lengths[n]].tolist()
     rows.append({
         'mismatch': float(mean_NG[n, g]), 'prompt_id': int(prompts.ids[n]), 'row': n, 'sample': g,
         'prompt': tokenizer.decode(prompt), 'response': tokenizer.decode(tokens), 'tokens': tokens,
-        'sampler_logp': drawn.logp[n, g][counted].tolist(),
-        'trainer_logp': trainer.sum[n, g][counted].tolist()})
+        'sampler_logp': rollouts.logp[n, g][mask].tolist(),
+        'trainer_logp': trainer.sum[n, g][mask].tolist()})
   return rows
 
 
-def _write(path: Path, page: dict[str, Any]) -> str:
-  """Says where the page is; process 0 writes it."""
+def _write(path: Path, content: dict[str, Any]) -> str:
+  """Writes the worst responses to `path` in process 0; says in every process where they are."""
   try:
     if jax.process_index() == 0:
       path.parent.mkdir(parents=True, exist_ok=True)
-      path.write_text(json.dumps(page, ensure_ascii=False, indent=1), encoding='utf-8')
+      path.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding='utf-8')
   except OSError as error:
     return f'its worst responses could not be written to {path} ({error.strerror})'
   return f'its worst responses are in {path}'

@@ -1,4 +1,4 @@
-"""Rollouts on disk: arrays for programs and text for people. Nothing is pickled.
+"""Rollouts on disk, as arrays for programs and as text for people. Nothing is pickled.
 
     WORKDIR/rollouts/<step>.npz    arrays of prompts, rollouts and verdict
     WORKDIR/rollouts/<step>.json   the same as text
@@ -23,10 +23,17 @@ FOLDER = 'rollouts'
 
 
 def dump(directory: Path, step: int, batch: int, done: Step, tokenizer: Tokenizer) -> None:
-  """Writes the batch of `step`, arrays and text; process 0 does.
+  """Writes the rollouts of a step from process 0.
+
+  Args:
+    directory: the folder of rollouts in the work directory.
+    step: the step's number, from 1.
+    batch: the number of the step's batch of prompts.
+    done: the step.
+    tokenizer: the run's tokenizer.
 
   Raises:
-    Unwritable: the disk does not take them.
+    Unwritable: the disk does not take the files.
   """
   trees = on_host({'prompts': done.prompts, 'rollouts': done.rollouts, 'verdict': done.verdict})
   if jax.process_index() != 0:
@@ -39,8 +46,14 @@ def dump(directory: Path, step: int, batch: int, done: Step, tokenizer: Tokenize
 
 
 def as_text(trees: dict[str, Any], references: Any, tokenizer: Tokenizer) -> list[dict[str, Any]]:
-  """Each group's prompt, reference and verified responses."""
-  prompts, drawn, verdict = trees['prompts'], trees['rollouts'], trees['verdict']
+  """The groups of a batch as JSON objects with prompt, reference answer and responses.
+
+  Args:
+    trees: Prompts, RolloutBatch and Verdict of numpy arrays by 'prompts', 'rollouts', 'verdict'.
+    references: N reference answers as text, or () where the prompts carry them.
+    tokenizer: the run's tokenizer.
+  """
+  prompts, rollouts, verdict = trees['prompts'], trees['rollouts'], trees['verdict']
   groups, per_document = [], len(prompts.lengths) // len(prompts.tokens)
   for n, length in enumerate(prompts.lengths):
     document = prompts.tokens[n // per_document]
@@ -48,7 +61,7 @@ def as_text(trees: dict[str, Any], references: Any, tokenizer: Tokenizer) -> lis
         {'text': tokenizer.decode(tokens[mask > 0].tolist()), 'reward': float(reward),
          'correct': bool(correct), 'verified': bool(valid)}
         for tokens, mask, reward, correct, valid in zip(
-            drawn.tokens[n], drawn.in_response[n], verdict.reward[n], verdict.correct[n],
+            rollouts.tokens[n], rollouts.in_response[n], verdict.reward[n], verdict.correct[n],
             verdict.valid[n], strict=True)]
     groups.append({'prompt': tokenizer.decode(document[:length].tolist()),
                    'reference': references[n] if references else None, 'responses': responses})
@@ -56,7 +69,7 @@ def as_text(trees: dict[str, Any], references: Any, tokenizer: Tokenizer) -> lis
 
 
 def load(path: Path) -> tuple[Prompts, RolloutBatch, Verdict]:
-  """What `dump` has written, as numpy arrays.
+  """The numpy arrays of a .npz file that `dump` has written.
 
   Raises:
     UserError: the file is missing or damaged.
@@ -74,10 +87,10 @@ def load(path: Path) -> tuple[Prompts, RolloutBatch, Verdict]:
 
 
 def _below(values: dict[str, Any], folder: str) -> dict[str, Any]:
-  """The arrays whose names begin with `folder`, without it."""
+  """The arrays whose names begin with `folder`, under their names without it."""
   return {name.removeprefix(folder): x for name, x in values.items() if name.startswith(folder)}
 
 
 def _flat(values: dict[str, Any]) -> dict[str, Any]:
-  """The arrays that are in no folder."""
+  """The arrays whose names have no folder."""
   return {name: x for name, x in values.items() if '/' not in name}

@@ -1,8 +1,8 @@
-"""The stages of a step, dispatched one by one: draw, submit, settle, compare, learn.
+"""The stages of a step of reinforcement learning: take, draw, submit, settle, learn.
 
-For verifiers on the host, for policies that draw a step ahead, and for sampling again until
-groups teach something. The device works on what has been dispatched while the host waits for
-verdicts; `seconds` says where the time of a step went.
+They are dispatched one by one where a step cannot be one program: for verifiers on the host, on a
+mesh, for a sampler that draws a step ahead, and for dynamic sampling. The device works on what has
+been dispatched while the host waits for a verdict; `seconds` says where the time of a step went.
 """
 
 from collections.abc import Sequence
@@ -29,21 +29,26 @@ from jaxrl_pt.verifiers.base import DeviceVerifier, PendingVerdict
 
 
 class Step(NamedTuple):
-  """What a step has drawn, what became of it, and what the update measured."""
+  """A step's prompts, rollouts and verdict, and the metrics of its update."""
 
   prompts: Prompts
-  references: Sequence[str]
+  references: Sequence[str]  # reference answers as text, or () where the prompts carry them
   rollouts: RolloutBatch
   verdict: Verdict
   metrics: dict[str, Weighted]
-  by_token: Weighted | None  # `update.BY_TOKEN`, where a mismatch can stop the run
+  by_token: Weighted | None  # metric `update.BY_TOKEN` if a mismatch can stop the run, else None
 
 
 def is_fused(verifier: Any, rollouts: cfg.Rollouts, num_devices: int) -> bool:
-  """Whether a step is one program: the one rule for the loop and for preflight.
+  """Whether a step is one program. The run and preflight both ask here.
 
-  A verifier that reads the policy can be had in no other way. On a mesh the sampler has a layout
-  of its own, which one program would not let it have.
+  A verifier that reads the policy works in no other way. On a mesh the sampler lays out the
+  parameters in a way of its own, which one program would not allow.
+
+  Args:
+    verifier: the environment's verifier.
+    rollouts: how rollouts are drawn.
+    num_devices: the number of the mesh's devices.
   """
   if isinstance(verifier, fused.PolicyVerifier):
     return True
@@ -52,7 +57,7 @@ def is_fused(verifier: Any, rollouts: cfg.Rollouts, num_devices: int) -> bool:
 
 
 def resamples(rollouts: cfg.Rollouts, step: int) -> bool:
-  """Whether groups of a step are drawn again until they teach something."""
+  """Whether step `step` uses dynamic sampling."""
   return isinstance(rollouts.selection, cfg.DynamicSampling) and (
       step >= rollouts.selection.from_step)
 
@@ -60,54 +65,66 @@ def resamples(rollouts: cfg.Rollouts, step: int) -> bool:
 class Stages:
   """The compiled programs of one run and the clock of their stages. Final."""
 
-  def __init__(self, session: sessions.Session, environment: Environment, start: Params,
+  def __init__(self, session: sessions.Session, environment: Environment, reference_params: Params,
                optimizer: optax.GradientTransformation, method: cfg.Reinforced) -> None:
     """Compiles nothing yet.
 
     Args:
-      session, environment: of the run.
-      start: the reference policy's parameters.
-      optimizer: of the state.
+      session, environment: the run's session and environment.
+      reference_params: the reference policy's parameters.
+      optimizer: the optimizer whose state is in `state.opt_state`.
       method: the run's objective.
     """
     run, mesh, stop_id = session.run, session.mesh, session.data.tokenizer.eos_id
-    self._session, self._environment, self._start = session, environment, start
-    self._method, self._rollouts = method, method.rollouts
+    self._session, self._environment, self._method = session, environment, method
+    self._reference_params = reference_params
     self._sample = programs.sampler(run, mesh, method.rollouts, stop_id)
     self._sync_weights = programs.weight_sync(run, mesh)
     self._learn = programs.learner_step(run, mesh, optimizer, method.rollouts, method.algorithm)
-    self._reference = programs.reference(run, mesh, method.rollouts)
+    self._reference_logp = programs.reference_logp(run, mesh, method.rollouts.sampler)
     verifier: Any = environment.verifier
     self.fused = is_fused(verifier, method.rollouts, mesh.size)
     if self.fused:
       self._fused_step = programs.fused_step(run, mesh, method, optimizer, verifier, stop_id)
     self.seconds: dict[str, float] = {}
-    self._parsed: float | None = None  # of the batch that the host verified last
-    self._beginning = FirstBatches()
+    # The share of parsed responses in the batch that the host verified last.
+    self._parsed_share: float | None = None
+    self._first_batches = FirstBatches()
 
   def clock(self, stage: str, since: float) -> None:
-    """Adds the time since `since` to a stage's of this step."""
+    """Adds the time since `since` to the seconds of a stage in this step."""
     self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - since
 
   # --- Take and generate ----------------------------------------------------------
 
   def take(self, batch: int) -> tuple[Prompts, Sequence[str]]:
-    """Prompts of batch `batch` on the devices, and their references."""
+    """The prompts of batch `batch` on the devices, and their reference answers."""
     prompts, references = self._environment.take(batch)
     return self._session.put_rows(prompts), references
 
   def draw(self, params: Params, prompts: Prompts, batch: int, version: int) -> RolloutBatch:
-    """Dispatches the generation of responses to the prompts of batch `batch`."""
+    """Dispatches weight sync and sampler: responses to the prompts of batch `batch`.
+
+    Args:
+      params: the policy's parameters.
+      prompts: from `take`.
+      batch: the batch's number, which addresses the sampler's noise.
+      version: the number of steps that `params` have taken.
+    """
     synced = self._sync_weights(params, version)
-    drawn: RolloutBatch = self._sample(synced, prompts, jnp.asarray(batch, jnp.int32),
-                                       jnp.asarray(version, jnp.int32))
-    return drawn
+    rollouts: RolloutBatch = self._sample(synced, prompts, jnp.asarray(batch, jnp.int32),
+                                          jnp.asarray(version, jnp.int32))
+    return rollouts
 
   # --- Verify -----------------------------------------------------------------------
 
   def submit(self, prompts: Prompts, rollouts: RolloutBatch, references: Sequence[str]
              ) -> PendingVerdict:
-    """Hands responses to the verifier, waiting for them if it is on the host."""
+    """Hands responses to the verifier; waits for the responses if the verifier is on the host.
+
+    Raises:
+      UserError: the verifier reads the policy, and so works only inside the fused step.
+    """
     verifier = self._environment.verifier
     if isinstance(verifier, fused.PolicyVerifier):
       raise UserError('RPT.reward = @cfg.InformationGain() is verified inside its step, which has '
@@ -119,55 +136,62 @@ class Stages:
     return verifier.submit(prompts, rollouts, references)
 
   def settle(self, pending: PendingVerdict) -> Verdict:
-    """Waits for the verdict of a verifier on the host.
+    """The verdict on the devices, for which this waits if the verifier is on the host.
 
     Raises:
-      UserError: nothing was verified.
+      UserError: no response was verified.
     """
     started = time.perf_counter()
     if isinstance(self._environment.verifier, DeviceVerifier):
       verdict = pending.result()
     else:
       verdict = self._session.put_rows(settled(pending))
-      self._parsed = pending.parsed()
+      self._parsed_share = pending.parsed()
     self.clock('verify', started)
     return verdict
 
   def wait(self, rollouts: RolloutBatch) -> None:
-    """Waits for responses that were being drawn beside the verifier."""
+    """Waits for responses that were drawn while the verifier worked."""
     started = time.perf_counter()
     jax.block_until_ready(rollouts)
     self.clock('generate', started)
 
   def collect(self, params: Params, batch: int, version: int
               ) -> tuple[tuple[Prompts, Sequence[str], RolloutBatch, Verdict], int]:
-    """Draws and verifies until every group has right and wrong responses (DAPO 2503.14476).
+    """Dynamic sampling (DAPO 2503.14476): draws batches until enough groups are informative.
+
+    A group is informative if it has right and wrong responses. Enough are `Rollouts.num_prompts`.
+
+    Args:
+      params: the policy's parameters.
+      batch: the number of the first batch to draw.
+      version: the number of steps that `params` have taken.
 
     Returns:
-      The groups that have, filled up with others after the last round; and the number of batches
-      taken.
+      (prompts, reference answers, rollouts, verdict) of the informative groups, filled up with
+      other groups if the last round left too few; and the number of batches drawn.
     """
-    assert isinstance(self._rollouts.selection, cfg.DynamicSampling)
-    good: list[Any] = []
-    rest: list[Any] = []
-    most = self._rollouts.selection.max_rounds
-    for taken in range(1, most + 1):
-      prompts, references = self.take(batch + taken - 1)
-      drawn = self.draw(params, prompts, batch + taken - 1, version)
-      verdict = self.settle(self.submit(prompts, drawn, references))
-      rows = on_host((prompts, drawn, verdict))
+    num_prompts, sampling = self._method.rollouts.num_prompts, self._method.rollouts.selection
+    assert isinstance(sampling, cfg.DynamicSampling)
+    informative: list[Any] = []
+    others: list[Any] = []
+    for num_batches in range(1, sampling.max_rounds + 1):
+      prompts, references = self.take(batch + num_batches - 1)
+      rollouts = self.draw(params, prompts, batch + num_batches - 1, version)
+      verdict = self.settle(self.submit(prompts, rollouts, references))
+      rows = on_host((prompts, rollouts, verdict))
       verified = rows[2]
-      informative = np.asarray(selection.informative_groups(verified.correct, verified.valid)) > 0
-      for n, keep in enumerate(informative):
-        row = jax.tree.map(lambda x, n=n: x[n], rows), references[n:n + 1]
-        (good if keep else rest).append(row)
-      if len(good) >= self._rollouts.num_prompts:
+      keep = np.asarray(selection.informative_groups(verified.correct, verified.valid)) > 0
+      for n, is_informative in enumerate(keep):
+        group = jax.tree.map(lambda x, n=n: x[n], rows), references[n:n + 1]
+        (informative if is_informative else others).append(group)
+      if len(informative) >= num_prompts:
         break
-    chosen = [*good, *rest][:self._rollouts.num_prompts]
-    prompts, drawn, verdict = self._session.put_rows(
-        jax.tree.map(lambda *x: np.stack(x), *(row for row, _ in chosen)))
-    references = tuple(r for _, one in chosen for r in one)
-    return (prompts, references, drawn, verdict), taken
+    chosen = [*informative, *others][:num_prompts]
+    prompts, rollouts, verdict = self._session.put_rows(
+        jax.tree.map(lambda *x: np.stack(x), *(group for group, _ in chosen)))
+    references = tuple(answer for _, answers in chosen for answer in answers)
+    return (prompts, references, rollouts, verdict), num_batches
 
   # --- Advantage and update ---------------------------------------------------------
 
@@ -176,61 +200,80 @@ class Stages:
     """Dispatches advantages and updates; the state is donated.
 
     Args:
-      measure: whether the distance to the reference policy is to be measured even if the
-        algorithm does not read it.
+      state: the state before the update.
+      prompts, references, rollouts, verdict: the verified batch.
+      measure: whether to measure the KL from the reference policy even if the algorithm does not
+        read it.
     """
-    reference = jnp.zeros_like(rollouts.logp)
+    reference_logp = jnp.zeros_like(rollouts.logp)
     reads = fused.reads_reference(self._method.algorithm)
     if measure or reads:
-      reference = self._reference(self._start, prompts, rollouts)
-    state, values = self._learn(state, prompts, rollouts, verdict, reference)
+      reference_logp = self._reference_logp(self._reference_params, prompts, rollouts)
+    state, values = self._learn(state, prompts, rollouts, verdict, reference_logp)
     if measure or reads:
-      values = {**values, 'kl': _kl(rollouts, reference)}
+      values = {**values, 'kl': _kl(rollouts, reference_logp)}
     by_token = values.pop(BY_TOKEN, None)
     return state, Step(prompts, references, rollouts, verdict, values, by_token)
 
   # --- All in one -------------------------------------------------------------------
 
   def step(self, state: TrainState, batch: int, measure: bool) -> tuple[TrainState, Step]:
-    """Dispatches the one program of a verifier on the device; the state is donated."""
+    """Dispatches the fused step on batch `batch`; the state is donated.
+
+    Args:
+      state: the state before the step.
+      batch: the batch's number.
+      measure: whether to measure the KL from the reference policy.
+    """
     prompts, references = self.take(batch)
-    state, values, rollouts, verdict = self._fused_step(state, self._start, prompts)
+    state, values, rollouts, verdict = self._fused_step(state, self._reference_params, prompts)
     if measure:
-      reference = self._reference(self._start, prompts, rollouts)
-      values = {**values, 'kl': _kl(rollouts, reference)}
+      reference_logp = self._reference_logp(self._reference_params, prompts, rollouts)
+      values = {**values, 'kl': _kl(rollouts, reference_logp)}
     by_token = values.pop(BY_TOKEN, None)
     return state, Step(prompts, references, rollouts, verdict, values, by_token)
 
-  def _check_beginning(self, done: Step) -> None:
-    """Says where the first batches state hardly an answer. Waits for these steps."""
-    if self._beginning.is_over:
+  def _check_first_batches(self, done: Step) -> None:
+    """Warns if the responses of the first batches hardly state an answer; waits for these steps."""
+    if self._first_batches.is_over:
       return
-    found = done.metrics.get('reward/parsed')  # of a verifier on the device
-    share = self._parsed if found is None else float(found.mean())
-    line = None if share is None else self._beginning.note(share)
+    parsed = done.metrics.get('reward/parsed')  # A verifier on the device has it among its parts.
+    share = self._parsed_share if parsed is None else float(parsed.mean())
+    line = None if share is None else self._first_batches.note(share)
     if line is not None and jax.process_index() == 0:
       print(line, file=sys.stderr, flush=True)
 
   def finish(self, state: TrainState, done: Step) -> dict[str, float]:
-    """Seconds and speeds of the stages of the step just dispatched, which is waited for.
+    """Waits for the step just dispatched and measures its stages.
 
-    Nothing where the verifier is on the device: the next step may be dispatched at once.
+    With a verifier on the device this neither waits nor measures, so that the next step can be
+    dispatched at once.
+
+    Args:
+      state: the state after the step.
+      done: the step.
+
+    Returns:
+      Metrics of the stages, in seconds and tokens per second.
     """
-    self._check_beginning(done)
+    self._check_first_batches(done)
     if isinstance(self._environment.verifier, DeviceVerifier | fused.PolicyVerifier):
       return {}
     started = time.perf_counter()
     jax.block_until_ready(state.step)
     self.clock('update', started)
     seconds, self.seconds = self.seconds, {}
-    responses = float(np.sum(on_host(done.rollouts.in_response)))
-    tokens = responses + float(np.sum(on_host(done.prompts.lengths)))
-    speeds = {'generate_tokens_per_second': responses / max(seconds.get('generate', 0.0), 1e-9),
+    response_tokens = float(np.sum(on_host(done.rollouts.in_response)))
+    tokens = response_tokens + float(np.sum(on_host(done.prompts.lengths)))
+    generating = max(seconds.get('generate', 0.0), 1e-9)
+    speeds = {'generate_tokens_per_second': response_tokens / generating,
               'update_tokens_per_second': tokens / max(seconds['update'], 1e-9)}
     return {**{f'{name}_seconds': value for name, value in seconds.items()}, **speeds}
 
 
 @jax.jit
-def _kl(rollouts: RolloutBatch, reference: Array) -> Weighted:
-  u = jnp.where(rollouts.sampled > 0, reference, 0.0)
-  return Weighted.of(kl.k3(rollouts.logp, u), rollouts.sampled)
+def _kl(rollouts: RolloutBatch, reference_logp: Array) -> Weighted:
+  """The KL of the behaviour policy from the reference policy: the mean of k3 over drawn tokens."""
+  # Where nothing was drawn the reference policy's log-probabilities are garbage.
+  on_sampled = jnp.where(rollouts.sampled > 0, reference_logp, 0.0)
+  return Weighted.of(kl.k3(rollouts.logp, on_sampled), rollouts.sampled)

@@ -1,8 +1,12 @@
-"""A word of warning where a run's first responses state hardly an answer."""
+"""A warning for a run whose first responses hardly state an answer."""
 
 
 class FirstBatches:
-  """Says in one line that the first batches of a run state hardly an answer. Final."""
+  """Watches the share of parsed responses in a run's first batches. Final.
+
+  NUM: the number of batches that count.
+  FEWEST: the warning is given if no batch has a larger share of parsed responses.
+  """
 
   NUM, FEWEST = 3, 0.1
 
@@ -11,14 +15,15 @@ class FirstBatches:
 
   @property
   def is_over(self) -> bool:
-    """Whether no further batch counts."""
+    """Whether all batches that count have been noted."""
     return len(self._shares) >= self.NUM
 
   def note(self, share: float) -> str | None:
-    """Takes the share of parsed responses of the next batch.
+    """Notes the share of parsed responses in the next batch.
 
     Returns:
-      The line, after the last of these batches and where there is something to say.
+      The warning in one line if this was the last batch that counts and there is reason to warn,
+      else None.
     """
     self._shares.append(share)
     if len(self._shares) != self.NUM or max(self._shares) > self.FEWEST:

@@ -1,4 +1,4 @@
-"""The loss of a policy on packed text: during training, and from a work directory."""
+"""The loss of a policy on packed text, during training and from a work directory."""
 
 import functools
 import math
@@ -19,15 +19,27 @@ from jaxrl_pt.types import Params, Weighted
 
 def evaluate_packed(session: sessions.Session, model: cfg.Model, params: Params,
                     packed: loader.Packed, limit: int) -> dict[str, float]:
-  """Loss in nats per target, bits per byte of text, accuracy of the argmax.
+  """Loss in nats per target, bits per byte of text, and accuracy of the argmax.
 
-  bits per byte = loss / ln 2 · targets / bytes, with targets and UTF-8 bytes counted over
-  the whole split; exact when `limit` is 0, which takes all batches.
+    bits per byte = loss / ln 2 · targets / bytes
+
+  Targets and UTF-8 bytes are those of the whole split, so bits per byte are exact only if `limit`
+  is 0.
+
+  Args:
+    session: the run's session.
+    model: the model's settings, whose activations may differ from `run.model`'s.
+    params: the policy's parameters.
+    packed: the split.
+    limit: the number of batches to take; 0 takes all.
+
+  Returns:
+    'loss', 'bits_per_byte' and 'accuracy'.
   """
   run = session.run
   evaluate = _compiled_evaluation(session, model)
   totals: dict[str, Weighted] = {}
-  rows = run.train.batch_size
+  rows = run.train.batch_size  # RL leaves it at 0.
   if not rows and run.objective.rollouts is not None:
     rows = run.objective.rollouts.num_prompts
   for batch in loader.eval_batches(packed, rows, limit):
@@ -48,11 +60,15 @@ def _compiled_evaluation(session: sessions.Session, model: cfg.Model) -> Any:
 
 def evaluate_workdir(workdir: Path, *, step: int | None = None,
                      data: cfg.Data | None = None) -> dict[str, Any]:
-  """The `eval` command: the whole validation split under a checkpoint.
+  """The `eval` command: evaluates a checkpoint's policy on a whole validation split.
 
   Args:
-    workdir, step: as `load_policy` takes them.
-    data: another data set to evaluate on; None opens the run's own.
+    workdir: a work directory written by `train`.
+    step: the checkpoint's step; None takes the newest good one.
+    data: a data set to evaluate on; None takes the run's own.
+
+  Raises:
+    UserError: no checkpoint, data of another tokenizer, or an empty validation split.
   """
   trained = policy.load_policy(workdir, step)
   opened = trained.session.data

@@ -1,7 +1,7 @@
-"""Stopping politely: a signal finishes the step in hand, saves and ends the run.
+"""Stopping on a signal: the run finishes its step, saves a checkpoint and ends.
 
-SIGTERM comes from who takes the machine back, SIGINT from Ctrl-C, SIGHUP from a connection that
-breaks. One host's signal stops all of them, after the same step.
+SIGTERM comes when the machine is taken back, SIGINT from Ctrl-C, SIGHUP when a connection breaks. A
+signal to one host stops all hosts after the same step.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,33 +21,34 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class StopRequest:
-  """Set by a signal, asked for by the loop once a step. Final."""
+  """Whether a signal has asked the run to stop, which the loop looks up once a step. Final."""
 
   def __init__(self) -> None:
-    self.number = 0  # of this host's last signal; 0 is none
-    self._asked: jax.Array | None = None
+    self.number = 0  # the number of this host's last signal, or 0
+    self._highest: jax.Array | None = None  # the highest number on any host, as of the last call
 
   def agreed(self, *, wait: bool) -> bool:
-    """Whether the run is to stop after this step: the same answer on all hosts.
+    """Whether the run is to stop after this step; all hosts get the same answer.
 
-    All must ask after each step. Several hosts answer from a maximum over their signals that is
-    taken on the devices, behind the step just dispatched.
+    All hosts must call this after each step. Several hosts agree by a maximum over their signals'
+    numbers, which the devices compute after the step just dispatched.
 
     Args:
-      wait: for that maximum, hence for the step. Without, the answer is that of the step
-        before, which is there already: the devices never wait, and a signal takes a step more.
+      wait: whether to wait for that maximum, and hence for the step. If not, the answer is that of
+        the step before, which is known already, so that the devices never wait for the host and the
+        run stops one step later.
     """
     if jax.process_count() == 1:
       return self.number > 0
-    before, self._asked = self._asked, hosts.highest(self.number)
-    answer = self._asked if wait else before
+    before, self._highest = self._highest, hosts.highest(self.number)
+    answer = self._highest if wait else before
     if answer is None or int(answer) == 0:
       return False
     self.number = int(answer)
     return True
 
   def stop(self, step: int) -> None:
-    """Ends the run, whose checkpoint of `step` is on disk.
+    """Ends the run once its checkpoint of step `step` is on disk.
 
     Raises:
       Preempted: always.
@@ -58,9 +59,10 @@ class StopRequest:
 
 @contextlib.contextmanager
 def stop_on_signals(signals: Sequence[signal.Signals] = SIGNALS) -> Iterator[StopRequest]:
-  """Turns these signals into a StopRequest; a second SIGINT interrupts at once.
+  """Makes signals set a StopRequest as long as the context lasts.
 
-  A run that was started to outlive its terminal (nohup) goes on ignoring SIGHUP.
+  A SIGINT after a first signal raises KeyboardInterrupt at once. A run that ignores SIGHUP,
+  as `nohup` starts it, goes on ignoring it.
   """
   request = StopRequest()
   if threading.current_thread() is not threading.main_thread():
@@ -85,9 +87,9 @@ def stop_on_signals(signals: Sequence[signal.Signals] = SIGNALS) -> Iterator[Sto
 
 
 def _leave_terminal() -> None:
-  """Sends to nowhere what would be written to a terminal that is gone, where it is an error."""
+  """Redirects output from a terminal that is gone, where writing fails, to /dev/null."""
   for number in (1, 2):
-    with contextlib.suppress(OSError):  # It may have been closed.
+    with contextlib.suppress(OSError):  # The descriptor may have been closed.
       if stat.S_ISCHR(os.fstat(number).st_mode) and not os.isatty(number):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, number)

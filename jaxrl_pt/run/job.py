@@ -1,4 +1,4 @@
-"""What the loop asks of a run, whatever its objective."""
+"""The interface between the training loop and the objectives."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
@@ -9,15 +9,15 @@ from jaxrl_pt.types import Array, TrainState, Weighted
 
 
 class Dispatched(NamedTuple):
-  """A step that is under way.
+  """A step that is under way on the devices.
 
-  state: after it.
-  metrics: on the devices.
-  ids: of its examples on all hosts.
-  num_tokens: that it works on, of all hosts.
-  check: may stop the run for the step's metrics.
-  finish: does what is left once the step is recorded as under way, which may wait for it (keeping
-    its rollouts, measuring its stages), and gives times and speeds; None where nothing is left.
+  state: the state after the step.
+  metrics: the step's metrics, on the devices.
+  ids: i32[B] or i32[N], the ids of the step's examples or prompts, of all hosts.
+  num_tokens: the number of tokens that the step works on, of all hosts.
+  check: is called with the step's metrics and may stop the run; None checks nothing.
+  finish: does what is left to do after the step has been dispatched, such as writing its rollouts,
+    and returns times and speeds of its stages. It may wait for the step. None does nothing.
   """
 
   state: TrainState
@@ -29,13 +29,13 @@ class Dispatched(NamedTuple):
 
 
 class Job(Protocol):
-  """A run that has been opened: its state, its steps and its place among the data.
+  """A run that has been opened, with its position in the data.
 
-  session: files, devices, data.
-  abstract: of the state, with shardings.
-  flops_per_token: of the model, forward and backward.
-  measured_first: whether the policy is evaluated before the first step, as row 0.
-  agrees_at_once: whether hosts wait for the step when they agree on stopping.
+  session: the run's files, devices and data.
+  abstract: the state as ShapeDtypeStructs with shardings.
+  flops_per_token: the model FLOPs of a token, forward and backward.
+  measured_first: whether the policy is evaluated before the first step, as row 0 of the metrics.
+  agrees_at_once: whether hosts wait for the step to agree on stopping after it.
   """
 
   session: Session
@@ -48,20 +48,23 @@ class Job(Protocol):
     """The state before the first step."""
 
   def check(self, position: dict[str, Any]) -> None:
-    """Refuses a checkpoint of other data, before its arrays are read.
+    """Refuses a checkpoint that was made with other data, before its arrays are read.
+
+    Args:
+      position: what `saved` returned beside the checkpoint's state.
 
     Raises:
       UserError: the data are not those that the checkpoint was made with.
     """
 
   def resume(self, state: TrainState, position: dict[str, Any]) -> None:
-    """Goes to where a checkpoint stands among the data."""
+    """Goes to a checkpoint's position in the data."""
 
   def step(self, state: TrainState, step: int) -> Dispatched:
-    """Dispatches step `step`, from 0; the state is donated."""
+    """Dispatches step `step`, counted from 0; the state is donated."""
 
   def evaluate(self, state: TrainState, step: int) -> dict[str, float]:
     """Held-out metrics of the state after `step` steps."""
 
   def saved(self, state: TrainState, step: int) -> tuple[TrainState, dict[str, Any]]:
-    """The state as a checkpoint keeps it, and where it stands among the data."""
+    """The state as a checkpoint of step `step` keeps it, and the position in the data as JSON."""

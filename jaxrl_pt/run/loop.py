@@ -1,7 +1,7 @@
-"""The one loop of every run: step → record → evaluate → save → stop.
+"""The loop of every run: step → record → evaluate → save → stop.
 
-Resumes by itself: run the same command again and it goes on from the newest good checkpoint, bit
-for bit as if it had never stopped.
+The loop resumes by itself. When the same command is run again, the run goes on from its newest good
+checkpoint, bit for bit as if it had never stopped.
 """
 
 import jax
@@ -19,7 +19,7 @@ def run(job: Job) -> None:
 
   Raises:
     UserError: a checkpoint of another run, a full disk, a non-finite loss.
-    Preempted: a signal came before the last step; what has been learned is saved.
+    Preempted: a signal came before the last step; a checkpoint has been saved.
   """
   session = job.session
   train, workdir = session.run.train, session.workdir

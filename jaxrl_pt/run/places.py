@@ -1,4 +1,4 @@
-"""Where a run's files are, from whatever directory it is looked at and wherever it was moved."""
+"""Where a run's files are, in whatever directory a command runs and wherever the run was moved."""
 
 import dataclasses
 import os
@@ -21,22 +21,22 @@ _PATHS: dict[type, tuple[str, ...]] = {
 
 
 def absolute(value: Any) -> Any:
-  """The settings with every path made absolute, so that they mean the same from anywhere.
+  """The settings with every path made absolute, so that they mean the same in any directory.
 
   Args:
-    value: a run or a part of it.
+    value: a `cfg.Run`, or the value of one of its fields.
   """
   if not dataclasses.is_dataclass(value) or isinstance(value, type):
     return value
   changes = {f.name: absolute(getattr(value, f.name)) for f in dataclasses.fields(value)}
   for name in _PATHS.get(type(value), ()):
-    if changes[name]:  # empty stands for none
+    if changes[name]:  # An empty text stands for no path.
       changes[name] = os.path.join(os.getcwd(), os.path.expanduser(changes[name]))
   return dataclasses.replace(value, **changes)
 
 
 def policies(run: cfg.Run, workdir: Path) -> dict[str, str]:
-  """{'start_from': path from `workdir`, …} of the policies that a run reads."""
+  """{'start_from': path relative to `workdir`, …}: where the policies are that a run reads."""
   given = {name: getattr(run.objective, name) for name in run.objective.policy_fields}
   return {name: os.path.relpath(policy(text, workdir, name), workdir)
           for name, text in given.items() if text}
@@ -45,11 +45,13 @@ def policies(run: cfg.Run, workdir: Path) -> dict[str, str]:
 def policy(given: str, workdir: Path, name: str) -> Path:
   """The work directory of a policy that the run in `workdir` reads.
 
+  If the path in the settings leads nowhere, the relative path in the run's newest checkpoint is
+  taken, which still holds when both directories were moved together.
+
   Args:
     given: the path in the settings.
-    workdir: of the run that reads it; where it has a checkpoint, that knows the way from there to
-      the policy, which holds when both were moved together.
-    name: of the setting.
+    workdir: the work directory of the run that reads the policy.
+    name: the setting's name, such as 'start_from'.
   """
   path = Path(given).expanduser()
   if not (path / CONFIG).is_file() and checkpoint.steps(workdir / CHECKPOINTS):

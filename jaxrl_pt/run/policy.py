@@ -1,4 +1,4 @@
-"""What a run has left, loaded for use: its policy, or its whole state."""
+"""Loads from a work directory a run's policy, or its whole state."""
 
 from collections.abc import Callable
 import dataclasses
@@ -25,19 +25,19 @@ class Policy:
   session: sessions.Session
   model: Model
   params: Params
-  step: int
+  step: int  # the checkpoint's step
 
 
 def load_policy(workdir: Path, step: int | None = None, mesh: cfg.Mesh = cfg.Mesh()) -> Policy:
   """Restores the policy of a work directory onto the devices at hand.
 
-  Weights, tokenizer and settings in the directory are all it takes; the run's data are opened
-  when they are asked for.
+  Parameters, tokenizer and settings in the directory suffice. The run's data are opened only when
+  they are asked for.
 
   Args:
-    workdir: written by `train`.
-    step: which checkpoint; None takes the newest good one.
-    mesh: how to lay it over the devices, whatever mesh trained it.
+    workdir: a work directory written by `train`.
+    step: the checkpoint's step; None takes the newest good one.
+    mesh: the mesh to use, which need not be the mesh that the policy was trained on.
 
   Raises:
     UserError: no such directory, no checkpoint, another tokenizer.
@@ -49,9 +49,10 @@ def load_policy(workdir: Path, step: int | None = None, mesh: cfg.Mesh = cfg.Mes
 
 
 def open_run(workdir: Path, step: int | None, mesh: cfg.Mesh) -> sessions.Session:
-  """What a checkpoint's run was in, with the settings that its weights were made with.
+  """The session of a checkpoint's run, with the settings that the checkpoint was made with.
 
-  Those of later steps may be others. Arguments as in `load_policy`.
+  The work directory's config.gin may hold other settings, which later steps were made with.
+  Arguments and errors as in `load_policy`.
   """
   if not (workdir / places.CONFIG).is_file():
     raise UserError(f'{workdir} holds no config.gin: give the --workdir of a finished or '
@@ -65,17 +66,18 @@ def open_run(workdir: Path, step: int | None, mesh: cfg.Mesh) -> sessions.Sessio
 
 def restore(session: sessions.Session, step: int | None, part: str,
             new_method: Callable[[Params], Any] = states.no_method) -> Restored:
-  """A checkpoint's state, or one part of it.
+  """Restores a checkpoint's state, or one field of it.
 
   Args:
-    session: from `open_run`.
-    step: which checkpoint; None takes the newest good one.
-    part: a field of TrainState; empty for all of it.
-    new_method: makes what `TrainState.method` holds; read only with the whole state.
+    session: the session from `open_run`.
+    step: the checkpoint's step; None takes the newest good one.
+    part: the name of a field of TrainState; empty restores the whole state.
+    new_method: parameters → what `TrainState.method` holds before the first step, which describes
+      the arrays to restore. It matters only for the whole state.
   """
   run = session.run
-  # Of the optimizer only the tree of its state is read, which no schedule changes: a run whose
-  # schedule would be refused today can still be opened.
+  # Only the tree of the optimizer's state is read here, and the schedule does not change that tree.
+  # A run whose schedule this version would refuse can thus still be opened.
   settings = dataclasses.replace(run.optimizer, schedule=cfg.ConstantRate(1.0))
   model = session.model(run.model)
   optimizer = optim.make_optimizer(settings, run.train.num_steps, model.specs)

@@ -1,10 +1,13 @@
-"""What may differ between a run so far and the run that goes on from its checkpoint.
+"""Which settings may differ between a checkpoint and the run that resumes from it.
 
-A checkpoint knows the settings and the surroundings it was made with. Every difference is
-printed by its dotted name. Whether the run goes on is decided by one table: what only carries
-out, watches or keeps the run may change freely; what names data by a place is checked by the
-data's content instead; some settings a state cannot outlive; and all others change the numbers
-of the steps to come, so that they need leave by name (`--allow_changes Cosine.peak_rate`).
+A checkpoint holds the settings and the surroundings that it was made with, and a resume prints
+every difference by its dotted name. Settings are of four kinds:
+
+- `FREE` settings say how a run is carried out, watched and kept, and may change.
+- `BY_CONTENT` settings say where data lie; the content of the data is compared instead.
+- `FIXED` settings cannot change, because no state of one value goes on with another.
+- All other settings change the numbers of later steps, and may change only if the user allows it by
+  name (`--allow_changes Cosine.peak_rate`).
 """
 
 import ast
@@ -22,7 +25,8 @@ from jaxrl_pt import config as cfg
 from jaxrl_pt import metrics
 from jaxrl_pt.errors import UserError
 
-# Change how a run is carried out, watched and kept: its numbers stay the same up to rounding.
+# Settings that say how a run is carried out, watched and kept. Its numbers stay the same up to
+# rounding.
 FREE = frozenset((
     'Train.num_steps',  # later steps follow the schedule of the new length
     'Train.accumulation', 'Train.log_every', 'Train.eval_every', 'Train.eval_batches',
@@ -33,8 +37,8 @@ FREE = frozenset((
     'Data.cache_dir', 'Data.num_workers',
     'RL.eval_problems', 'RPT.eval_positions', 'RPT.difficulty',
     'Rollouts.dump_every', 'Rollouts.mismatch_gate', 'VerifierPool.num_workers'))
-# Say where data lie or how examples are made of them. The examples themselves are compared by
-# their digest, the tokenizer by its fingerprint, the start policy by its weights.
+# Settings that say where data lie or how examples are made of them. The examples themselves are
+# compared by their digest, the tokenizer by its fingerprint, the start policy by its parameters.
 BY_CONTENT = frozenset((
     'Data.source', 'Data.tokenizer', 'Data.seq_len', 'Data.validation_fraction',
     'Data.validation_glob', 'Data.long_documents', 'PythonStdlib.max_bytes', 'TextFiles.glob',
@@ -50,19 +54,19 @@ SAME_ARRAYS = frozenset((
     'Model.rope_theta', 'Model.activation', 'Model.norm_epsilon', 'Model.quant'))
 FIXED_MODEL = frozenset(f'Model.{field.name}' for field in dataclasses.fields(cfg.Model)
                         ) - SAME_ARRAYS
-# These decide the order of the examples too.
+# Settings that no run can change: the state would have other arrays, or the examples another order.
 FIXED = FIXED_MODEL | {'Run.seed', 'Train.batch_size', 'Rollouts.num_prompts',
                        'RPT.positions_per_document'}
 
-ANY = '*'  # leave for every setting that needs one
+ANY = '*'  # in place of a name: every setting that may differ only with leave
 
 
 class Difference(NamedTuple):
-  """A setting by its dotted name, as gin text before and now; '(unset)' where it was not."""
+  """A setting whose value in the checkpoint differs from this run's."""
 
-  name: str
-  before: str
-  now: str
+  name: str  # dotted
+  before: str  # as gin text, or '(unset)' if the checkpoint has no such setting
+  now: str  # as gin text
 
   def __str__(self) -> str:
     return f'{self.name} {self.before} → {self.now}'
@@ -72,12 +76,13 @@ class Difference(NamedTuple):
 
 
 def _bindings(text: str) -> dict[str, str]:
-  """{'Cosine.peak_rate': '0.01', …} of a resolved text, which has one setting a line."""
+  """{'Cosine.peak_rate': '0.01', …} of settings as gin text with one setting a line."""
   lines = (line.partition(' = ') for line in text.splitlines())
   return {name.replace('cfg.', ''): value for name, equals, value in lines if equals}
 
 
 def _owner(name: str) -> str:
+  """The type whose field a dotted name is: 'Cosine' of 'Cosine.peak_rate'."""
   return name.rpartition('.')[0]
 
 
@@ -85,26 +90,30 @@ def _value(text: str) -> Any:
   try:
     return ast.literal_eval(text)
   except (ValueError, SyntaxError):
-    return text  # a reference such as @cfg.Cosine()
+    return text  # gin's reference to a type, such as @cfg.Cosine()
 
 
 def _default(name: str) -> Any:
-  """The default of a setting; the class itself, which equals nothing, where it has none."""
+  """The default of a setting; if it has none, the class Difference, which equals no value."""
   owner, _, field = name.rpartition('.')
   kind = vars(cfg).get(owner.rpartition('/')[2])
   if kind is None or not dataclasses.is_dataclass(kind):
     return Difference
-  found = {f.name: f for f in dataclasses.fields(kind)}[field]
-  if found.default_factory is not dataclasses.MISSING:
-    return f'@cfg.{type(found.default_factory()).__name__}()'
-  return Difference if found.default is dataclasses.MISSING else found.default
+  spec = {f.name: f for f in dataclasses.fields(kind)}[field]
+  if spec.default_factory is not dataclasses.MISSING:
+    return f'@cfg.{type(spec.default_factory()).__name__}()'
+  return Difference if spec.default is dataclasses.MISSING else spec.default
 
 
 def differences(before: str, now: str) -> list[Difference]:
-  """The settings in which two resolved texts differ.
+  """The settings in which two gin texts differ.
 
-  Of two types chosen for one field only the choice is named, not the fields of either. A
-  setting that an earlier version did not have yet differs only if it is not at its default.
+  If a field holds another type than before, only that field is named, and not the fields of either
+  type. A setting that an earlier version did not have differs only if it is not at its default.
+
+  Args:
+    before: the checkpoint's settings.
+    now: this run's settings.
   """
   old, new = _bindings(before), _bindings(now)
   owners = {_owner(name) for name in old}
@@ -119,10 +128,13 @@ def differences(before: str, now: str) -> list[Difference]:
 
 
 def check_allowed(names: Iterable[str]) -> frozenset[str]:
-  """The names that `--allow_changes` gives leave for; none of them means all.
+  """The settings that `--allow_changes` lets differ.
+
+  Args:
+    names: the flag's values; none of them stands for all settings.
 
   Raises:
-    UserError: a name that no setting has, or one that cannot change within a run.
+    UserError: there is no such setting, or it cannot change within a run.
   """
   allowed = frozenset(names) or frozenset((ANY,))
   for name in sorted(allowed - {ANY, metrics.FILE}):
@@ -140,44 +152,45 @@ def check_allowed(names: Iterable[str]) -> frozenset[str]:
 
 
 def may_differ(name: str, allowed: frozenset[str]) -> bool:
-  """Whether there is leave for `name`."""
+  """Whether `allowed` lets the setting `name` differ."""
   return not allowed.isdisjoint((name, ANY))
 
 
-def check_settings(found: Iterable[Difference], allowed: frozenset[str], where: str) -> None:
+def check_settings(changes: Iterable[Difference], allowed: frozenset[str], where: str) -> None:
   """Refuses a resume whose numbers would be those of another run.
 
   Args:
-    found: what differs.
-    allowed: names that may; ANY stands for all.
-    where: the checkpoint in words.
+    changes: the settings that differ.
+    allowed: names of settings that may differ; ANY stands for all.
+    where: the checkpoint in words, for messages.
 
   Raises:
-    UserError: names every setting in the way, with both values.
+    UserError: names every setting that must not differ, with both values.
   """
-  found = list(found)
-  model = [d for d in found if d.name in FIXED_MODEL]
-  fixed = model or [d for d in found if d.name in FIXED]
+  changes = list(changes)
+  model = [d for d in changes if d.name in FIXED_MODEL]
+  fixed = model or [d for d in changes if d.name in FIXED]
   if fixed:
     what = 'another model' if model else 'another run'
     differing = ', '.join(f'{d.name} is {d.before} in the checkpoint and {d.now} in this run'
                           for d in fixed)
     raise UserError(f'{where} belongs to {what}: {differing}; use the settings it was trained '
                     'with, or another work directory.')
-  asked = [d for d in found if d.name not in FREE | BY_CONTENT
-           and not may_differ(d.name, allowed)]
-  if asked:
+  refused = [d for d in changes if d.name not in FREE | BY_CONTENT
+             and not may_differ(d.name, allowed)]
+  if refused:
+    settings = ', '.join(map(str, refused))
     raise UserError(
-        f'{where} was made with other settings ({", ".join(map(str, asked))}), and going on would '
+        f'{where} was made with other settings ({settings}), and going on would '
         'change the numbers: use those it was trained with, choose another work directory, or add '
-        f'--allow_changes {" ".join(d.name for d in asked)}.')
+        f'--allow_changes {" ".join(d.name for d in refused)}.')
 
 
 # --- Surroundings ---------------------------------------------------------------
 
 
 def environment(devices: list[jax.Device]) -> dict[str, Any]:
-  """All that a step's last bits depend on beside the settings: what else would give others."""
+  """The surroundings of a run: all that a step's last bits depend on besides the settings."""
   return {
       'device': devices[0].device_kind,
       'devices': len(devices),
@@ -192,7 +205,7 @@ def environment(devices: list[jax.Device]) -> dict[str, Any]:
 
 
 def _cpu() -> dict[str, Any]:
-  """XLA's CPU splits sums among its threads and compiles for the processor's own vectors."""
+  """Threads and processor, since XLA splits sums among threads and compiles for the processor."""
   threads = os.environ.get('NPROC') or str(len(os.sched_getaffinity(0)))
   return {'CPU threads': int(threads) if threads.isdigit() else threads, 'CPU': _processor()}
 
@@ -208,7 +221,7 @@ def _processor() -> str:
 
 def describe_environment(before: Mapping[str, Any], now: Mapping[str, Any], step: int
                          ) -> str | None:
-  """One sentence on what differs from the surroundings of the checkpoint, if anything does."""
+  """One sentence on what differs from the surroundings of the checkpoint; None if nothing does."""
   changed = [f'{name} {before[name]!r}, now {now.get(name)!r}'
              for name in before if before[name] != now.get(name)]
   if not changed:

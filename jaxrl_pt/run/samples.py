@@ -1,4 +1,4 @@
-"""Texts drawn from a policy by the engine."""
+"""Texts that the engine draws from a policy."""
 
 import collections
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from jaxrl_pt.serving import stream
 
 def make_engine(policy: Policy, config: cfg.Engine, *, seed: int,
                 think_end: tuple[int, ...] = ()) -> Engine:
-  """The engine of a policy; arguments as `Engine` takes them."""
+  """An engine that draws from a policy; arguments as `Engine` takes them."""
   tokenizer = policy.session.data.tokenizer
   return Engine(policy.model, policy.params, config, seed=seed, think_end=think_end,
                 token_bytes=tokenizer.token_bytes(), unused_ids=tokenizer.unused_ids,
@@ -31,9 +31,11 @@ def sample_workdir(workdir: Path, prompts: list[str], *, sampler: cfg.Sampler, n
 def sample(policy: Policy, prompts: list[str], *, sampler: cfg.Sampler, num_tokens: int,
            num_samples: int, seed: int, stop: tuple[str, ...] = (),
            engine: Engine | None = None) -> list[dict[str, Any]]:
-  """One dict per prompt and sample: prompt, text, num_tokens, logp (sum, nats).
+  """Continuations of each prompt; arguments as in `stream_samples`.
 
-  Arguments as in `stream_samples`.
+  Returns:
+    A dict for each prompt and sample: prompt, text, num_tokens, and logp, which is the sum of the
+    tokens' log-probabilities in nats.
   """
   texts: dict[tuple[int, int], str] = collections.defaultdict(str)
   ends: dict[tuple[int, int], Response] = {}
@@ -51,16 +53,19 @@ def sample(policy: Policy, prompts: list[str], *, sampler: cfg.Sampler, num_toke
 def stream_samples(policy: Policy, prompts: list[str], *, sampler: cfg.Sampler, num_tokens: int,
                    num_samples: int, seed: int, stop: tuple[str, ...] = (),
                    engine: Engine | None = None) -> Iterator[stream.Piece]:
-  """Continuations of each prompt, as they are drawn.
+  """Yields pieces of the continuations of each prompt as they are drawn.
 
-  Each begins as documents do in training; an empty one is that beginning alone.
+  Each prompt is preceded by what documents begin with in training. An empty prompt is that alone.
 
   Args:
-    policy: whose.
-    prompts: their numbers address the randomness.
-    sampler, num_tokens, num_samples, stop: of every request.
-    seed: equal seeds draw equal samples.
-    engine: one that is large enough; None makes one of just the size (and its own seed).
+    policy: the policy that draws.
+    prompts: texts; a prompt's place in the list addresses the noise of its samples.
+    sampler: temperature and filters.
+    num_tokens: most tokens of a sample.
+    num_samples: samples of each prompt.
+    seed: the seed of the noise if `engine` is None; equal seeds draw equal samples.
+    stop: texts that end a sample.
+    engine: an engine that is large enough, with a seed of its own; None makes one.
   """
   tokenizer = policy.session.data.tokenizer
   requests = [

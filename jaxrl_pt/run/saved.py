@@ -1,4 +1,4 @@
-"""What a run leaves in its work directory beside metrics, and how it goes on from there."""
+"""Checkpoints, settings and tokenizer in a work directory: how they are saved and resumed from."""
 
 from collections.abc import Iterator, Mapping
 import contextlib
@@ -24,7 +24,12 @@ from jaxrl_pt.types import TrainState
 
 
 def checkpoint_extras(session: Session, loader_state: Mapping[str, Any]) -> dict[str, Any]:
-  """The JSON half of a checkpoint: all that is needed to go on, or to sample elsewhere."""
+  """The JSON half of a checkpoint: all that is needed to resume, or to sample elsewhere.
+
+  Args:
+    session: the run's session.
+    loader_state: the job's position in the data.
+  """
   data = session.data.directory.absolute()
   return {
       'loader': dict(loader_state),
@@ -41,7 +46,7 @@ def checkpoint_extras(session: Session, loader_state: Mapping[str, Any]) -> dict
 
 
 def check_objective(session: Session, extras: Mapping[str, Any]) -> None:
-  """Refuses to go on with RPT where pretraining stopped, or the other way round.
+  """Refuses to resume a run of one objective as a run of another.
 
   Raises:
     UserError: the checkpoint is of another objective.
@@ -54,9 +59,9 @@ def check_objective(session: Session, extras: Mapping[str, Any]) -> None:
 
 def restore_or_init(job: Job, checkpointer: Checkpointer
                     ) -> tuple[TrainState, dict[str, Any] | None]:
-  """The newest good checkpoint's state and place among the data, or a new state and None.
+  """The newest good checkpoint's state and position in the data, or a new state and None.
 
-  Prints what differs from the settings and surroundings of the checkpoint.
+  Prints which settings and surroundings differ from those of the checkpoint.
 
   Raises:
     UserError: the checkpoint is not of this run; the work directory stays as it was.
@@ -64,7 +69,7 @@ def restore_or_init(job: Job, checkpointer: Checkpointer
   session = job.session
   if checkpointer.latest_step() is None:
     return job.start(), None
-  # Before the arrays: another objective's or model's state is another tree.
+  # This comes before the arrays are read: another objective's or model's state is another tree.
   step, extras = checkpoint.read_extras(session.workdir / CHECKPOINTS)
   _check(job, step, extras)
   restored = checkpointer.restore(job.abstract)
@@ -79,17 +84,19 @@ def restore_or_init(job: Job, checkpointer: Checkpointer
 
 
 def _check(job: Job, step: int, extras: Mapping[str, Any]) -> None:
+  """Refuses a checkpoint of another objective, of other settings or of other data."""
   session = job.session
   check_objective(session, extras)
-  found = resume.differences(current_names(extras['config']), session.resolved_text)
-  resume.check_settings(found, session.allow, f'checkpoint {step} in {session.workdir}')
+  changes = resume.differences(current_names(extras['config']), session.resolved_text)
+  resume.check_settings(changes, session.allow, f'checkpoint {step} in {session.workdir}')
   job.check(extras['loader'])
 
 
 def _differences(session: Session, restored: Restored) -> Iterator[str]:
-  found = resume.differences(current_names(restored.extras['config']), session.resolved_text)
-  if found:
-    yield 'Settings that differ from here on: ' + ', '.join(map(str, found))
+  """Lines that say how settings and surroundings differ from the checkpoint's."""
+  changes = resume.differences(current_names(restored.extras['config']), session.resolved_text)
+  if changes:
+    yield 'Settings that differ from here on: ' + ', '.join(map(str, changes))
   here = resume.environment(list(session.mesh.devices.flat))
   sentence = resume.describe_environment(restored.extras.get('environment', {}), here,
                                          restored.step)
@@ -98,12 +105,14 @@ def _differences(session: Session, restored: Restored) -> Iterator[str]:
 
 
 def record(session: Session, step: int) -> None:
-  """Writes the run's tokenizer and settings into its work directory, once nothing can refuse it.
+  """Writes the run's tokenizer and settings into its work directory.
 
-  Settings that differ from those until now are kept beside them, as config_until_step_N.gin.
+  This comes after all checks, so that a refused run changes nothing. If the settings differ from
+  those of the run so far, the latter are kept as config_until_step_N.gin.
 
   Args:
-    step: that the run goes on from.
+    session: the run's session.
+    step: the step from which the run goes on.
 
   Raises:
     Unwritable: the directory cannot be written.
@@ -121,8 +130,8 @@ def record(session: Session, step: int) -> None:
 
 
 def _record_tokenizer(tokenizer: tokenizers.Tokenizer, directory: Path) -> None:
-  """Keeps the tokenizer beside the weights: with them it is all that using the model takes."""
-  with contextlib.suppress(UserError):  # none yet, or not whole
+  """Writes the tokenizer into the work directory, where the model is used without its data."""
+  with contextlib.suppress(UserError):  # There is no tokenizer yet, or it is not whole.
     if tokenizers.load(directory).fingerprint == tokenizer.fingerprint:
       return
   temporary = directory.with_name(f'.{directory.name}')

@@ -1,4 +1,4 @@
-"""What a run opens before its first step, and keeps open until the last."""
+"""The session: the mesh and the data, which a run opens before its first step."""
 
 from collections.abc import Mapping
 import dataclasses
@@ -28,22 +28,22 @@ from jaxrl_pt.types import Batch
 
 @dataclass(frozen=True)
 class Session:
-  """The run's fixed surroundings: files, devices, data."""
+  """The settings, files, devices and data of a run, which stay the same from step to step."""
 
   run: cfg.Run
   workdir: Path
-  resolved_text: str
+  resolved_text: str  # the settings as gin text
   mesh: Mesh
   data: loader.Prepared
-  # Settings that may differ from those of the checkpoint resumed from, by their dotted names.
+  # Dotted names of settings that may differ from those of the checkpoint resumed from.
   allow: frozenset[str] = frozenset()
 
   def model(self, config: cfg.Model) -> Model:
-    """The model on this session's mesh."""
+    """A model on this session's mesh."""
     return models.build(config, self.run.compute, self.mesh)
 
   def put(self, batch: Batch) -> Batch:
-    """This host's part of a batch, whose rows and tokens are `owned`, → the global batch."""
+    """Makes the global batch of this host's part, whose rows and tokens are `owned`."""
     shape = self.run.train.batch_size, self.run.data.seq_len
     return jax.tree.map(lambda x, sharding: hosts.from_part(x, shape[:x.ndim], sharding), batch,
                         rules.batch_sharding(self.mesh))
@@ -55,11 +55,11 @@ class Session:
     return hosts.owned(rows, shape)
 
   def put_global(self, batch: Batch) -> Batch:
-    """The same whole batch on every host → one global, sharded batch."""
+    """Makes the global, sharded batch of a whole batch that is the same on every host."""
     return jax.tree.map(hosts.from_whole, batch, rules.batch_sharding(self.mesh))
 
   def put_rows(self, tree: Any) -> Any:
-    """Any tree of whole [N, …] arrays → global arrays with N split like a batch's rows."""
+    """Makes global arrays of a tree of whole [N, …] arrays; N is split like a batch's rows."""
     sharding = rules.row_sharding(self.mesh)
     return jax.tree.map(lambda x: hosts.from_whole(x, sharding), tree)
 
@@ -70,13 +70,14 @@ def open_session(run: cfg.Run, workdir: Path, resolved_text: str, *,
   """Opens the mesh and the data, checking that they and the model fit together.
 
   Args:
-    data: what is opened already; None prepares the run's own.
-    data_dir: where it is then kept if `Data.cache_dir` is empty; None means the work
-      directory's own `data`.
-    allow: as in `Session`.
+    run, workdir, resolved_text, allow: the fields of `Session`.
+    data: data that are already open; None prepares the run's own.
+    data_dir: where prepared data are kept if `Data.cache_dir` is empty; None takes `data` in the
+      work directory.
 
   Raises:
-    UserError: a mesh that does not divide, a vocabulary too small, unreadable data.
+    UserError: the mesh does not divide a size, the model's vocabulary is too small, the data cannot
+      be read, or every token is banned.
   """
   mesh = make_mesh(run.mesh)
   rules.check_divides(run, mesh)
@@ -90,37 +91,37 @@ def open_session(run: cfg.Run, workdir: Path, resolved_text: str, *,
 
 
 def _prepare(data: cfg.Data, workdir: Path, directory: Path) -> loader.Prepared:
-  """The run's prepared data; without its texts those that its checkpoint was trained on."""
+  """The run's prepared data; if its texts are gone, the prepared data of its checkpoint."""
   try:
     return loader.prepare(data, directory)
   except MissingFileError:
     if checkpoint.steps(workdir / CHECKPOINTS):
       _, extras = checkpoint.read_extras(workdir / CHECKPOINTS)
-      found = _prepared_before(data, workdir, extras)
-      if found is not None:
+      prepared = _prepared_before(data, workdir, extras)
+      if prepared is not None:
         print(f'note: the texts are not there; the examples prepared from them in '
-              f'{found.directory} are.', flush=True)
-        return found
+              f'{prepared.directory} are.', flush=True)
+        return prepared
     raise
 
 
 def _prepared_before(data: cfg.Data, workdir: Path, extras: Mapping[str, Any]
                      ) -> loader.Prepared | None:
-  """The prepared data of a checkpoint if they are where they were, or moved with its directory."""
-  where = extras.get('data', {})
-  for directory in (workdir / where['relative'], Path(where['absolute'])) if where else ():
+  """The prepared data of a checkpoint if they are where they were or moved with `workdir`."""
+  paths = extras.get('data', {})
+  for directory in (workdir / paths['relative'], Path(paths['absolute'])) if paths else ():
     if loader.is_prepared(directory, data):
       return loader.open_prepared(directory)
   return None
 
 
 def policy_data(run: cfg.Run, workdir: Path, extras: Mapping[str, Any]) -> loader.Prepared:
-  """The tokenizer of a trained policy, and its data if they are asked for and still there.
+  """The tokenizer of a trained policy, with its data, which are opened when they are asked for.
 
   Args:
-    run: of the policy.
-    workdir: where its weights lie.
-    extras: of its checkpoint.
+    run: the settings of the policy's run.
+    workdir: the work directory of that run.
+    extras: the extras of the policy's checkpoint.
 
   Raises:
     UserError: the tokenizer is damaged, or not the one that the checkpoint was trained with.
@@ -130,13 +131,14 @@ def policy_data(run: cfg.Run, workdir: Path, extras: Mapping[str, Any]) -> loade
   @functools.cache
   def data() -> loader.Prepared:
     base = workdir / 'data'
-    for name in run.objective.policy_fields[:1]:  # Its data are those of the policy it began with.
+    # A run that starts from a policy keeps its data in that policy's work directory.
+    for name in run.objective.policy_fields[:1]:
       base = places.policy(getattr(run.objective, name), workdir, name) / 'data'
-    found = _prepared_before(run.data, workdir, extras) or loader.prepare(run.data, base)
-    check_tokenizer(found, extras['tokenizer'], workdir)
-    return found
+    prepared = _prepared_before(run.data, workdir, extras) or loader.prepare(run.data, base)
+    check_tokenizer(prepared, extras['tokenizer'], workdir)
+    return prepared
 
-  if not directory.is_dir():  # as earlier versions left it, with the data alone
+  if not directory.is_dir():  # Earlier versions kept the tokenizer only with the data.
     return data()
   tokenizer = tokenizers.load(directory)
   opened = loader.Prepared(tokenizer, directory, lambda: (data().train, data().validation))
@@ -145,7 +147,7 @@ def policy_data(run: cfg.Run, workdir: Path, extras: Mapping[str, Any]) -> loade
 
 
 def _drawing_tokens(run: cfg.Run, data: loader.Prepared) -> cfg.Run:
-  """The run whose rollouts never hold an id that no token has.
+  """The settings with a sampler that never draws an id without a token.
 
   Raises:
     UserError: every token is banned.
@@ -165,9 +167,9 @@ def check_tokenizer(data: loader.Prepared, saved: str, workdir: Path) -> None:
   """Refuses another tokenizer than the checkpoint was trained with.
 
   Args:
-    data: whose tokenizer it is.
-    saved: the fingerprint in the checkpoint.
-    workdir: of the checkpoint.
+    data: the data with the tokenizer.
+    saved: the tokenizer's fingerprint in the checkpoint.
+    workdir: the work directory of the checkpoint.
 
   Raises:
     UserError: the fingerprints differ.

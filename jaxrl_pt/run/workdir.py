@@ -1,4 +1,4 @@
-"""A work directory belongs to one run at a time: claimed before it is read, recorded at last."""
+"""The lock that lets only one run at a time use a work directory."""
 
 from collections.abc import Iterator
 import contextlib
@@ -20,13 +20,13 @@ LOCK = '.lock'
 
 @contextlib.contextmanager
 def claimed(workdir: Path) -> Iterator[None]:
-  """Makes the work directory and keeps every other run out of it as long as the block lasts.
+  """Makes the work directory and keeps every other run out of it as long as the context lasts.
 
-  The first host of a run takes the lock for all of them. Its death, however it comes, gives the
-  lock back; nothing has to be removed by hand.
+  The first host of a run takes the lock for all its hosts. The lock ends with that host's process,
+  however the process ends, so nothing has to be removed by hand.
 
   Raises:
-    UserError: it cannot be written, or another run is using it.
+    UserError: the directory cannot be written, or another run is using it.
   """
   with contextlib.ExitStack() as stack:
     problem: UserError | None = None
@@ -60,7 +60,10 @@ def _locked(workdir: Path) -> Iterator[None]:
 
 
 def _agree(problem: UserError | None) -> None:
-  """Raises on every host what the first one found; the others would wait for it for ever."""
+  """Raises on every host if the first host could not take the lock.
+
+  Otherwise the other hosts would wait for ever for the first.
+  """
   if jax.process_count() > 1:
     failed = multihost_utils.broadcast_one_to_all(np.int32(problem is not None))
     if int(failed) and problem is None:

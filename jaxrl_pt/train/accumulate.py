@@ -1,4 +1,4 @@
-"""The gradient of a sum over rows, computed in slices of the rows that add up."""
+"""Gradient accumulation: the gradient of a sum over rows, added up over slices of the rows."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -12,14 +12,16 @@ Tree = TypeVar('Tree')
 
 
 def split(batch: Tree, parts: int, groups: int | None = None) -> Tree:
-  """[N, …] → [parts, N / parts, …] of every array.
+  """Splits the rows of every array into slices: [N, …] → [parts, N / parts, …].
 
-  Part m has groups m, m + parts, … of rows: every device keeps its own.
+  Slice m takes the groups of rows m, m + parts, m + 2 · parts, …, so that each slice has rows of
+  every device and no row moves to another device.
 
   Args:
-    batch: arrays of N rows or, of what a group shares, one row a group.
-    parts: how many slices.
-    groups: rows that must stay together are N / groups neighbours; None keeps none together.
+    batch: tree of arrays with N rows each, or with one row for each group of rows.
+    parts: the number of slices.
+    groups: the number of groups; the N / groups neighbouring rows of a group stay in one slice.
+      None makes every row a group.
   """
   def each(x: Array) -> Array:
     num = x.shape[0] if groups is None else groups
@@ -32,20 +34,24 @@ def split(batch: Tree, parts: int, groups: int | None = None) -> Tree:
 
 def gradient(value_and_grad: Callable[[Any, Any], Any], params: Any, batch: Any, num_micro: int,
              split: Callable[[Any, int], Any] = split) -> Any:
-  """`value_and_grad(params, batch)`, of a function that is a sum over rows, in micro-batches.
+  """Computes `value_and_grad(params, batch)` one micro-batch after the other.
 
   Args:
-    value_and_grad: (params, batch) → a tree of values, metrics and gradients, all sums over rows.
-    params: what the gradient is taken by.
-    batch: arrays with a row for each example.
-    num_micro: micro-batches, one after the other; their results are added up.
-    split: how rows become micro-batches.
+    value_and_grad: (params, batch) → a tree of values, metrics and gradients, each a sum over the
+      rows of the batch, so that the results of micro-batches add up to the result of the whole.
+    params: the parameters that the gradient is taken with respect to.
+    batch: tree of arrays with a row for each example.
+    num_micro: the number of micro-batches.
+    split: (batch, num_micro) → the batch with a leading axis of micro-batches.
+
+  Returns:
+    What `value_and_grad` returns for the whole batch.
   """
   if num_micro == 1:
     return value_and_grad(params, batch)
   slices = split(batch, num_micro)
-  one = jax.tree.map(lambda x: x[0], slices)
+  first = jax.tree.map(lambda x: x[0], slices)
   zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype),
-                       jax.eval_shape(value_and_grad, params, one))
+                       jax.eval_shape(value_and_grad, params, first))
   add = lambda total, part: (jax.tree.map(jnp.add, total, value_and_grad(params, part)), None)
   return jax.lax.scan(add, zeros, slices)[0]

@@ -1,12 +1,12 @@
 """A whole step as one program: generate → verify → advantage → update, all on the device.
 
-For verifiers that are functions of arrays. There is no trip to the host, the update goes on from
-the sampler's forward pass over the prompts where the method lets it (`update.shares`), and the
-rewards are those of the same stages dispatched one by one (`rollouts.stages`).
+The verifier must be a function of arrays. Nothing travels to the host, the update goes on from the
+sampler's forward pass over the prompts where the algorithm lets it (`update.shares`), and the
+rewards equal those of the same stages dispatched one by one (`rollouts.stages`).
 
-Departs from RPT's paper (2506.08007) in what it leaves open: the loss is the sum over response
-tokens divided by the number of responses, and exactly one update is made per batch, where PPO's
-ratio is 1 and its clip inert.
+RPT's paper (2506.08007) leaves two things open, which the defaults of `cfg.Algorithm` settle: the
+loss is the sum over response tokens divided by the number of responses, and each batch gets exactly
+one update, in which PPO's ratio is 1 and its clip does nothing.
 """
 
 from collections.abc import Callable
@@ -41,11 +41,12 @@ FusedStep = Callable[[TrainState, Params, Prompts],
 
 @dataclass(frozen=True)
 class PolicyVerifier:
-  """A verdict that reads the policy itself, and so can be had inside its step alone.
+  """A verifier that reads the policy itself, and so works only inside the fused step.
 
-  verify: (model, state, the prompts' documents where they have gone through the policy already,
-    prompts, rollouts) → Verdict.
-  after: (state before, state after the update) → the latter with what the verifier keeps.
+  verify: (model, state, prefilled, prompts, rollouts) → Verdict, where `prefilled` is the policy's
+    forward pass over the prompts' documents, or None if it was not kept.
+  after: (state before the update, state after it) → the state after it, with `state.method`
+    brought up to date.
   stop_id: the token that ends a response.
   """
 
@@ -54,13 +55,14 @@ class PolicyVerifier:
   stop_id: int
 
   def submit(self, prompts: Any, rollouts: Any, references: Any) -> Any:
-    """Raises TypeError: there is no verdict outside the step."""
+    """Raises TypeError, since the policy cannot be read outside the step."""
     raise TypeError('a PolicyVerifier has no verdict outside its step')
 
 
-def reference_logp(model: Model, params: Params, prompts: Prompts, rollouts: RolloutBatch,
-                   sampler: cfg.Sampler, loss_chunk: int) -> Array:
-  """f32[N, G, S]: what another policy, sampled in the same way, thinks of the tokens."""
+def response_logp(model: Model, params: Params, prompts: Prompts, rollouts: RolloutBatch,
+                  sampler: cfg.Sampler, loss_chunk: int) -> Array:
+  """f32[N, G, S]: log-probabilities of drawn tokens under the policy of `params`, such as the
+  reference policy, after the sampler's temperature and filters."""
   return update.response_scores(model, params, prompts, rollouts.tokens, sampler, loss_chunk).logp
 
 
@@ -72,25 +74,28 @@ def reads_reference(algorithm: cfg.Algorithm) -> bool:
 def make_fused_step(model: Model, optimizer: optax.GradientTransformation, run: cfg.Run,
                     method: cfg.Reinforced, verifier: Verify | PolicyVerifier,
                     stop_id: int = decode.NO_STOP, *, by_token: bool = False) -> FusedStep:
-  """step(state, reference policy, prompts) → (state, metrics, rollouts, verdict).
+  """step(state, reference policy's parameters, prompts) → (state, metrics, rollouts, verdict).
 
-  To be jitted with the state donated. A loss or gradient that is not finite leaves the state as
-  it was, its step included, and sets metrics['nonfinite'].
+  The step is to be jitted with the state donated. A loss or gradient that is not finite leaves the
+  state as it was, its step included, and sets metrics['nonfinite'].
 
   Args:
-    model, optimizer: of the state.
-    run: its seed, compute, schedule and accumulation are read.
-    method: the run's objective, on-policy.
-    verifier: verifies on the device.
-    stop_id: the token that ends a response, where the verifier does not name its own.
-    by_token: as in `update.make_learner`.
+    model: the policy's model.
+    optimizer: the optimizer whose state is in `state.opt_state`.
+    run: the settings, of which seed, compute, schedule and accumulation are read.
+    method: the run's objective, which must be on-policy.
+    verifier: a verifier that works on the device.
+    stop_id: the token that ends a response; a PolicyVerifier names its own instead.
+    by_token: whether `update.BY_TOKEN` is among the metrics.
   """
-  own = verifier if isinstance(verifier, PolicyVerifier) else None
-  sample = make_sampler(model, run.seed, method.rollouts, own.stop_id if own else stop_id)
+  policy_verifier = verifier if isinstance(verifier, PolicyVerifier) else None
+  if policy_verifier:
+    stop_id = policy_verifier.stop_id
+  sample = make_sampler(model, run.seed, method.rollouts, stop_id)
   learn = update.make_learner(model, optimizer, run, method.rollouts, method.algorithm,
                               by_token=by_token)
 
-  def step(state: TrainState, start: Params, prompts: Prompts
+  def step(state: TrainState, reference_params: Params, prompts: Prompts
            ) -> tuple[TrainState, Metrics, RolloutBatch, Verdict]:
     shared = _share(model, state.params, prompts, run.train.accumulation, method.algorithm)
     prefilled = None if shared is None else shared.prefilled
@@ -99,14 +104,14 @@ def make_fused_step(model: Model, optimizer: optax.GradientTransformation, run: 
       verdict = verifier.verify(model, state, prefilled, prompts, rollouts)
     else:
       verdict = verifier(prompts, rollouts)
-    reference = jnp.zeros_like(rollouts.logp)
+    reference_logp = jnp.zeros_like(rollouts.logp)
     if reads_reference(method.algorithm):
-      reference = reference_logp(model, start, prompts, rollouts, method.rollouts.sampler,
-                                 run.compute.loss_chunk)
-    new, metrics = learn(state, prompts, rollouts, verdict, reference, shared)
-    if own:
+      reference_logp = response_logp(model, reference_params, prompts, rollouts,
+                                     method.rollouts.sampler, run.compute.loss_chunk)
+    new, metrics = learn(state, prompts, rollouts, verdict, reference_logp, shared)
+    if policy_verifier:
       finite = metrics['nonfinite'].sum == 0
-      kept = own.after(state, new).method
+      kept = policy_verifier.after(state, new).method
       new = dataclasses.replace(new, method=jax.tree.map(
           lambda a, b: jnp.where(finite, a, b), kept, new.method))
     return new, metrics, rollouts, verdict
@@ -116,7 +121,8 @@ def make_fused_step(model: Model, optimizer: optax.GradientTransformation, run: 
 
 def _share(model: Model, params: Params, prompts: Prompts, accumulation: int,
            algorithm: cfg.Algorithm) -> update.Shared | None:
-  """The forward pass over the prompts that sampler and update share, if the method lets them."""
+  """The forward pass over the prompts that sampler and update share; None if the algorithm does
+  not let them."""
   if not update.shares(accumulation, algorithm):
     return None
   return update.Shared(*jax.vjp(lambda p: decode.prefill(model, p, prompts.tokens), params))

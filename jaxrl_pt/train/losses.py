@@ -1,4 +1,4 @@
-"""Losses: functions of (params, batch) that return sums with their counts."""
+"""The loss of next-token prediction, and the metrics that evaluation takes from it."""
 
 from collections.abc import Callable
 
@@ -6,15 +6,19 @@ from jaxrl_pt.models.base import Model
 from jaxrl_pt.models.logprobs import token_logprobs
 from jaxrl_pt.types import Array, Batch, Params, Weighted
 
-# loss(params, batch) → sum over the batch's tokens, in nats
+# loss(params, batch) → f32[], the sum over the batch's targets, in nats.
 SumLoss = Callable[[Params, Batch], Array]
 
 
 def next_token(model: Model, loss_chunk: int) -> SumLoss:
-  """Σ −log p(target) over the targets that count, in nats.
+  """loss(params, batch) = Σ −log p(target) over the targets of weight 1, in nats.
 
   The caller divides by the number of targets of the *whole* step, so that gradient
   accumulation and sharding normalise exactly like one big batch.
+
+  Args:
+    model: the policy.
+    loss_chunk: tokens whose logits exist at a time (`logprobs.token_logprobs`); 0 takes all.
   """
   def loss(params: Params, batch: Batch) -> Array:
     hidden_BTD = model.apply(params, batch.tokens, batch.positions, batch.segments)
@@ -25,7 +29,10 @@ def next_token(model: Model, loss_chunk: int) -> SumLoss:
 
 
 def evaluation(model: Model, loss_chunk: int) -> Callable[[Params, Batch], dict[str, Weighted]]:
-  """Metrics of one batch: 'loss' in nats per target and 'accuracy' of the argmax."""
+  """evaluate(params, batch) → 'loss' in nats per target, and 'accuracy' of the argmax.
+
+  Arguments as in `next_token`.
+  """
   def evaluate(params: Params, batch: Batch) -> dict[str, Weighted]:
     hidden_BTD = model.apply(params, batch.tokens, batch.positions, batch.segments)
     scores = token_logprobs(hidden_BTD, model.head(params), batch.targets, loss_chunk)

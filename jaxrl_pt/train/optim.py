@@ -1,8 +1,8 @@
 """Learning-rate and weight-decay schedules, and the optimiser made of optax parts.
 
 All schedules are functions of the optimiser step, i32[] → f32[]. The two-stage
-schedule is BitNet's (docs/methods/bitnet.md): both numbers of "1.2e-3 → 8e-4" are
-peaks of full-length decays, and the run jumps from the first curve to the second.
+schedule is BitNet's (docs/methods/bitnet.md): both numbers of its "1.2e-3 → 8e-4" are
+peaks of decays over the whole run, and the learning rate jumps from the first decay to the second.
 """
 
 from collections.abc import Callable
@@ -20,13 +20,17 @@ Schedule = Callable[[Any], Any]
 
 
 def check_schedule(schedule: cfg.Schedule, num_steps: int) -> None:
-  """Refuses a warm-up that is not over when what follows it begins.
+  """Refuses a schedule whose warm-up is not over when its next phase begins.
 
-  The rate would jump from the one to the other: a warm-up of 900 steps and a decay over the last
-  200 of 1,000 would lose half the peak in ten steps.
+  The learning rate would jump from the warm-up into the decay: with a warm-up of 900 steps and a
+  decay over the last 200 of 1,000 steps it would lose half of its peak in ten steps.
+
+  Args:
+    schedule: the schedule's settings.
+    num_steps: optimiser steps of the whole run.
 
   Raises:
-    UserError: warm-up and decay overlap.
+    UserError: the warm-up and the next phase overlap.
   """
   name, warmup = type(schedule).__name__, schedule.warmup_steps
   match schedule:
@@ -46,10 +50,10 @@ def check_schedule(schedule: cfg.Schedule, num_steps: int) -> None:
 
 
 def learning_rate(schedule: cfg.Schedule, num_steps: int) -> Schedule:
-  """The learning rate of `schedule` over a run of `num_steps`.
+  """The learning rate of `schedule` over a run of `num_steps` optimiser steps.
 
   Raises:
-    UserError: warm-up and decay overlap.
+    UserError: the warm-up and the phase after it overlap.
   """
   check_schedule(schedule, num_steps)
   match schedule:
@@ -69,12 +73,13 @@ def learning_rate(schedule: cfg.Schedule, num_steps: int) -> Schedule:
       after = lambda step: jnp.where(step < switch, first(step), second(step))
   if schedule.warmup_steps == 0:
     return after
-  # Step 0 already learns: a warm-up over W steps uses peak · (step + 1) / W.
+  # Step 0 has a learning rate above 0: peak · (step + 1) / W in a warm-up of W steps.
   warm_up = lambda step: peak * (step + 1) / schedule.warmup_steps
   return optax.join_schedules([warm_up, after], [schedule.warmup_steps])
 
 
 def _decay(shape: str, peak: float, end: float, steps: int) -> Schedule:
+  """A decay from `peak` to `end` over `steps` steps; `shape` is 'linear' or 'cosine'."""
   steps = max(1, steps)
   if shape == 'linear':
     return optax.linear_schedule(peak, end, steps)
@@ -84,8 +89,8 @@ def _decay(shape: str, peak: float, end: float, steps: int) -> Schedule:
 def weight_decay(config: cfg.AdamW, num_steps: int) -> Schedule:
   """The weight decay: constant or rising along a cosine; 0 in TwoStage's second stage.
 
-  2504.12285 says that it follows a cosine "reaching a peak of 0.1" in stage
-  one; read here as rising from 0 to the peak over that stage.
+  2504.12285 says that the weight decay follows a cosine "reaching a peak of 0.1" in stage one;
+  this code reads that as rising from 0 to the peak over that stage.
   """
   match config.schedule:
     case cfg.TwoStage(switch_fraction=fraction):
@@ -106,12 +111,15 @@ def weight_decay(config: cfg.AdamW, num_steps: int) -> Schedule:
 
 
 def make_optimizer(config: cfg.AdamW, num_steps: int, specs: Any) -> optax.GradientTransformation:
-  """Clip by global norm, Adam moments, decoupled decay, learning rate (1711.05101).
+  """AdamW (1711.05101) behind a clip of the gradient's global norm.
 
   Args:
-    config: the settings.
+    config: the optimiser's settings.
     num_steps: optimiser steps of the whole run (`config.num_updates`).
-    specs: of the parameters, which say on what weight decay acts.
+    specs: the parameters' tree of ParamSpec, which says on which of them weight decay acts.
+
+  Raises:
+    UserError: the warm-up and the phase after it overlap.
   """
   clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
   return optax.chain(
@@ -125,5 +133,5 @@ def make_optimizer(config: cfg.AdamW, num_steps: int, specs: Any) -> optax.Gradi
 
 
 def global_norm(tree: Any) -> Array:
-  """f32[]: √Σ x² over every leaf."""
+  """f32[]: √Σ x² over all elements of all leaves."""
   return optax.tree.norm(tree)

@@ -1,4 +1,4 @@
-"""Jitted programs of reinforcement learning: what its loop dispatches, preflight compiles."""
+"""The jitted programs of reinforcement learning: a run dispatches them, preflight compiles them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,22 +20,25 @@ from jaxrl_pt.verifiers.base import DeviceVerifier
 def fused_step(run: cfg.Run, mesh: Mesh, method: cfg.Reinforced,
                optimizer: optax.GradientTransformation,
                verifier: DeviceVerifier | fused.PolicyVerifier, stop_id: int) -> Any:
-  """The jitted step(state, reference policy, prompts): sampler, verifier and update in one."""
+  """The jitted step(state, reference policy's parameters, prompts) of `fused.make_fused_step`.
+
+  The state is donated.
+  """
   model = models.build(run.model, run.compute, mesh)
-  inside = verifier.verify if isinstance(verifier, DeviceVerifier) else verifier
-  return jax.jit(fused.make_fused_step(model, optimizer, run, method, inside, stop_id,
+  verify = verifier.verify if isinstance(verifier, DeviceVerifier) else verifier
+  return jax.jit(fused.make_fused_step(model, optimizer, run, method, verify, stop_id,
                                        by_token=method.rollouts.is_gated), donate_argnums=0)
 
 
 def sampler(run: cfg.Run, mesh: Mesh, rollouts: cfg.Rollouts, stop_id: int) -> Any:
-  """The jitted sample(synced parameters, prompts, batch, version) → RolloutBatch."""
+  """The jitted sample(parameters after the weight sync, prompts, batch, version) → RolloutBatch."""
   model = models.build(run.model, run.compute, mesh, rules.SAMPLE)
   return jax.jit(make_sampler(model, run.seed, rollouts, stop_id))
 
 
 def learner_step(run: cfg.Run, mesh: Mesh, optimizer: optax.GradientTransformation,
                  rollouts: cfg.Rollouts, algorithm: cfg.Algorithm) -> Any:
-  """The jitted learn(state, prompts, rollouts, verdict, reference_logp) → (state, metrics).
+  """The jitted learn(state, prompts, rollouts, verdict, reference_logp) of `update.make_learner`.
 
   The state is donated.
   """
@@ -44,21 +47,21 @@ def learner_step(run: cfg.Run, mesh: Mesh, optimizer: optax.GradientTransformati
                                      by_token=rollouts.is_gated), donate_argnums=0)
 
 
-def reference(run: cfg.Run, mesh: Mesh, rollouts: cfg.Rollouts) -> Any:
-  """The jitted logp(reference policy, prompts, rollouts) → f32[N, G, S]."""
+def reference_logp(run: cfg.Run, mesh: Mesh, sampler: cfg.Sampler) -> Any:
+  """The jitted logp(reference policy's parameters, prompts, rollouts) → f32[N, G, S]."""
   model = models.build(run.model, run.compute, mesh)
-  return jax.jit(lambda params, prompts, drawn: fused.reference_logp(
-      model, params, prompts, drawn, rollouts.sampler, run.compute.loss_chunk))
+  return jax.jit(lambda params, prompts, rollouts: fused.response_logp(
+      model, params, prompts, rollouts, sampler, run.compute.loss_chunk))
 
 
 def weight_sync(run: cfg.Run, mesh: Mesh) -> Callable[[Params, int], Params]:
-  """(params, version) → the sampler's copy of them, checked on arrival.
+  """sync(params, version) → the sampler's copy of the parameters, checked on arrival.
 
-  On one device nothing travels, and the trainer's parameters are the sampler's as they are.
+  On one device nothing travels: the sampler reads the trainer's own parameters.
   """
   if mesh.size == 1:
     return lambda params, version: params
   model = models.build(run.model, run.compute, mesh)
-  give = syncing.make_weight_sync(model, mesh, run.model.quant.weights == 'ternary',
+  sync = syncing.make_weight_sync(model, mesh, run.model.quant.weights == 'ternary',
                                   run.compute.dtype)
-  return lambda params, version: give(params, version).params
+  return lambda params, version: sync(params, version).params

@@ -1,4 +1,4 @@
-"""The training state: described, initialised sharded, restored."""
+"""The training state: its shapes and shardings, and its initial values."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +20,7 @@ from jaxrl_pt.types import Params, RolloutBatch, TrainState
 
 @struct.dataclass
 class ValueHead:
-  """GAE's value head with its own optimizer; empty without one."""
+  """GAE's value head with its own optimizer; empty where the advantage has no value head."""
 
   params: Any  # {'weight': f32[D], 'bias': f32[]} or {}
   opt_state: Any
@@ -30,14 +30,14 @@ class ValueHead:
 class MethodState:
   """`TrainState.method` of a run of reinforcement learning."""
 
-  gate: Any  # f32[] accuracy that Short-RL's gate compares with, or {}
+  gate: Any  # f32[] accuracy with which Short-RL's gate compares, or {}
   value: ValueHead
   pending: Any  # RolloutBatch drawn ahead of its update (one-step-off), or {}
-  average: Any  # Params of RLP's average policy, or {}
+  average: Any  # parameters of RLP's average policy, or {}
 
 
 def value_optimizer(advantage: cfg.Advantage) -> optax.GradientTransformation:
-  """Adam for the value head where the advantage has one."""
+  """Adam where the advantage has a value head, else the identity."""
   match advantage:
     case cfg.GAE(value_lr=learning_rate):
       return optax.adam(learning_rate)
@@ -46,19 +46,19 @@ def value_optimizer(advantage: cfg.Advantage) -> optax.GradientTransformation:
 
 
 def no_method(params: Params) -> Any:
-  """Of steps that keep nothing but parameters and moments."""
+  """`TrainState.method` of a run whose steps keep only parameters and moments: {}."""
   del params
   return {}
 
 
 def new_method(rollouts: cfg.Rollouts, algorithm: cfg.Algorithm, d_model: int,
                average: Any = ()) -> MethodState:
-  """What a method keeps before its first step.
+  """`TrainState.method` of a run of reinforcement learning before its first step.
 
   Args:
-    rollouts, algorithm: of the run's objective.
-    d_model: of its model.
-    average: the parameters where their average is kept, else ().
+    rollouts, algorithm: the settings of the run's objective.
+    d_model: the model's width, which is the value head's number of inputs.
+    average: the policy's parameters where the method keeps an average of them, else ().
   """
   head: Any = {}
   if isinstance(algorithm.advantage, cfg.GAE):
@@ -67,21 +67,27 @@ def new_method(rollouts: cfg.Rollouts, algorithm: cfg.Algorithm, d_model: int,
   pending: Any = {}
   if rollouts.mode == cfg.OneStepOff():
     shape = rollouts.num_prompts, rollouts.group_size, rollouts.response_tokens
-    reals, numbers = (lambda: jnp.zeros(shape)), (lambda: jnp.zeros(shape, jnp.int32))
-    pending = RolloutBatch(numbers(), reals(), reals(), reals(), numbers(), numbers())
-  # A copy: the step donates parameters and average both.
+    reals, ints = (lambda: jnp.zeros(shape)), (lambda: jnp.zeros(shape, jnp.int32))
+    pending = RolloutBatch(ints(), reals(), reals(), reals(), ints(), ints())
+  # The average is a copy, because the step donates both the parameters and the average.
   return MethodState(gate, ValueHead(head, value_optimizer(algorithm.advantage).init(head)),
                      pending, jax.tree.map(jnp.copy, average) if average else {})
 
 
-def _method_shardings(method: Any, mesh: Mesh, params: Any) -> Any:
-  """Pending rollouts are split by rows, an average policy as `params`, the rest is replicated."""
+def _method_shardings(method: Any, mesh: Mesh, param_shardings: Any) -> Any:
+  """Shards pending rollouts by rows and an average policy as the policy; replicates all else.
+
+  Args:
+    method: what `TrainState.method` holds, as ShapeDtypeStructs.
+    mesh: the run's mesh.
+    param_shardings: the shardings of the policy's parameters.
+  """
   everywhere, rows = rules.replicated(mesh), rules.row_sharding(mesh)
   shardings = jax.tree.map(lambda _: everywhere, method)
   if isinstance(method, MethodState) and isinstance(method.pending, RolloutBatch):
     shardings = shardings.replace(pending=jax.tree.map(lambda _: rows, method.pending))
   if isinstance(method, MethodState) and method.average:
-    shardings = shardings.replace(average=params)
+    shardings = shardings.replace(average=param_shardings)
   return shardings
 
 
@@ -95,14 +101,14 @@ def _new(params: Params, optimizer: optax.GradientTransformation,
 
 def abstract_state(model: Model, optimizer: optax.GradientTransformation, mesh: Mesh,
                    method: Callable[[Params], Any] = no_method) -> TrainState:
-  """The state as ShapeDtypeStructs with shardings: the target of init and of a restore.
+  """The state as ShapeDtypeStructs with shardings: the target of initialising and of restoring.
 
-  Moments are sharded like their parameters, everything else is replicated but for rows that
-  wait for their update.
+  Moments and an average policy are sharded like the parameters, rollouts that wait for their
+  update by rows; everything else is replicated.
 
   Args:
-    model, optimizer, mesh: of the run.
-    method: makes, of the parameters, what `TrainState.method` holds before the first step.
+    model, optimizer, mesh: the run's model, optimizer and mesh.
+    method: parameters → what `TrainState.method` holds before the first step.
   """
   shapes = jax.eval_shape(lambda key: _new(P.init(model.specs, key), optimizer, method),
                           jax.random.key(0))
@@ -112,7 +118,7 @@ def abstract_state(model: Model, optimizer: optax.GradientTransformation, mesh: 
       optimizer, lambda _, sharding: sharding, shapes.opt_state, param_shardings,
       transform_non_params=lambda _: everywhere)
   method_shardings = _method_shardings(shapes.method, mesh, param_shardings)
-  shardings = TrainState(everywhere,  # type: ignore[arg-type]  # Same tree.
+  shardings = TrainState(everywhere,  # type: ignore[arg-type]  # The same tree.
                          param_shardings, opt_shardings, method_shardings)
 
   def with_sharding(shape: Any, sharding: Any) -> jax.ShapeDtypeStruct:
@@ -123,15 +129,22 @@ def abstract_state(model: Model, optimizer: optax.GradientTransformation, mesh: 
 
 def state_of(params: Params, optimizer: optax.GradientTransformation, abstract: TrainState,
              method: Callable[[Params], Any] = no_method) -> TrainState:
-  """A new state at step 0 that starts from given parameters (copied: the step donates)."""
+  """A new state at step 0 with a copy of given parameters, since the step donates its state.
+
+  Args:
+    params: the parameters to start from.
+    optimizer: the optimizer whose state is initialised.
+    abstract: the state's shapes and shardings, from `abstract_state`.
+    method: parameters → what `TrainState.method` holds before the first step.
+  """
   shardings = jax.tree.map(lambda s: s.sharding, abstract)
-  start = jax.jit(lambda p: _new(p, optimizer, method), out_shardings=shardings)
-  return start(params)
+  new = jax.jit(lambda p: _new(p, optimizer, method), out_shardings=shardings)
+  return new(params)
 
 
 def init_state(model: Model, optimizer: optax.GradientTransformation, mesh: Mesh,
                seed: int) -> TrainState:
-  """A new state, born sharded: no device ever holds more than its part."""
+  """A new state with random parameters, made sharded: no device ever holds more than its part."""
   shardings = jax.tree.map(lambda s: s.sharding, abstract_state(model, optimizer, mesh))
   init = jax.jit(lambda key: _new(P.init(model.specs, key), optimizer, no_method),
                  out_shardings=shardings)

@@ -17,10 +17,16 @@ Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Weighted]]]
 
 def make_train_step(loss: SumLoss, optimizer: optax.GradientTransformation,
                     learning_rate: Schedule, accumulation: int = 1) -> Step:
-  """step(state, batch) → (state, metrics) for a loss that is a sum over targets.
+  """step(state, batch) → (state, metrics), to be jitted with the state donated.
 
-  The gradient is that of Σ loss / Σ weights over the whole batch, whatever the number
-  of micro-batches it is computed in. Jit it with the state donated.
+  The gradient is that of Σ loss / Σ weights over the whole batch, whatever the number of
+  micro-batches.
+
+  Args:
+    loss: (params, batch) → f32[], a sum over the batch's targets.
+    optimizer: the optimizer whose state is in `state.opt_state`.
+    learning_rate: the optimizer's schedule, from which the metric 'learning_rate' is read.
+    accumulation: the number of micro-batches.
   """
   def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Weighted]]:
     count = jnp.maximum(batch.weights.sum(), 1.0)

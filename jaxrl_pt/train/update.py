@@ -2,15 +2,16 @@
 
     (prompts, RolloutBatch, Verdict, reference log-probabilities) → TrainBatch → loss → gradient
 
-Each prompt is computed once, its responses beside it in one packed row, and no logits of
-prompt positions are taken. What the sampler knows is not computed again: with one update a
-batch the old policy is the one being updated, so its log-probabilities are the policy's own
-without gradient; with several, and no correction, they are the sampler's.
+Each document is computed once, with the responses to its prompts in the same packed row, and no
+logits of prompt positions are taken. The old policy's log-probabilities take no forward pass where
+that can be avoided. If a batch gets one update, the old policy is the policy being updated, so they
+are the policy's own without gradient. If it gets several, and there is no correction, they are the
+sampler's.
 
-A step that is one program hands on the sampler's forward pass over the documents (`Shared`):
-the update then computes responses only, and sends their gradients back through it.
+The fused step (`train.fused`) hands on the sampler's forward pass over the documents as `Shared`.
+The update then computes only the responses, and sends their gradients back through that pass.
 
-What a step keeps besides parameters (a gate, a value head) is in `TrainState.method`.
+What a step keeps besides the parameters (Short-RL's gate, a value head) is in `TrainState.method`.
 """
 
 from collections.abc import Callable
@@ -42,84 +43,96 @@ from jaxrl_pt.types import (
 )
 
 Metrics = dict[str, Weighted]
-# The one metric that is no number: f32[N, G, S] log-probabilities of the trainer, for rows whose
-# count is not 0. Whoever asked for it takes it out before the others go on.
+# The one metric that holds arrays: its sum is f32[N, G, S], the trainer's log-probability of each
+# token, and its count f32[N, G, S] is 0 on tokens that the first update did not read. Who asks for
+# it takes it out of the metrics before they are logged.
 BY_TOKEN = 'trainer_logp'
 
 
 class Shared(NamedTuple):
-  """The documents' forward pass by the state's parameters, and the way back through it."""
+  """The policy's forward pass over the documents, with its backward pass."""
 
   prefilled: decode.Prefilled
-  pull_back: Callable[[decode.Prefilled], tuple[Params]]  # of jax.vjp
+  # The function from jax.vjp: gradients of `prefilled` → gradients of the parameters.
+  pull_back: Callable[[decode.Prefilled], tuple[Params]]
 
 
 class Learn(Protocol):
   """See `make_learner`."""
 
-  def __call__(self, state: TrainState, prompts: Prompts, drawn: RolloutBatch, verdict: Verdict,
+  def __call__(self, state: TrainState, prompts: Prompts, rollouts: RolloutBatch, verdict: Verdict,
                reference_logp: Array, shared: Shared | None = None
                ) -> tuple[TrainState, Metrics]: ...
 
 
-def needs_old_policy(config: cfg.Algorithm) -> bool:
-  """Whether a forward pass comes before the first update: for an advantage that reads scores of
-  the policy, or a correction of what the sampler drew before several updates."""
-  corrected = config.updates > 1 and config.correction != cfg.NoCorrection()
-  return corrected or tables.ADVANTAGES[type(config.advantage)].needs_policy
+def needs_old_policy(algorithm: cfg.Algorithm) -> bool:
+  """Whether the old policy takes a forward pass of its own before the first update.
+
+  It does if the advantage reads the policy's scores, or if a batch gets several updates and a
+  correction compares the old policy with the sampler.
+  """
+  corrected = algorithm.updates > 1 and algorithm.correction != cfg.NoCorrection()
+  return corrected or tables.ADVANTAGES[type(algorithm.advantage)].needs_policy
 
 
-def shares(accumulation: int, method: cfg.Algorithm) -> bool:
-  """Whether the update can go on from the sampler's forward pass: there is one update, of the
-  whole batch at once, and no forward pass before it."""
-  return method.updates == 1 and accumulation == 1 and not needs_old_policy(method)
+def shares(accumulation: int, algorithm: cfg.Algorithm) -> bool:
+  """Whether the update can go on from the sampler's forward pass over the documents.
+
+  It can if there is one update, of the whole batch at once, and no forward pass before it.
+  """
+  return algorithm.updates == 1 and accumulation == 1 and not needs_old_policy(algorithm)
 
 
 def make_learner(model: Model, optimizer: optax.GradientTransformation, run: cfg.Run,
-                 rollouts: cfg.Rollouts, method: cfg.Algorithm, *, by_token: bool = False) -> Learn:
-  """learn(state, prompts, drawn, verdict, reference_logp, shared) → (state, metrics).
+                 rollout_config: cfg.Rollouts, algorithm: cfg.Algorithm, *,
+                 by_token: bool = False) -> Learn:
+  """learn(state, prompts, rollouts, verdict, reference_logp, shared) → (state, metrics).
 
-  Jit it with the state donated. reference_logp is f32[N, G, S] under the reference policy, zeros
-  where no KL is asked for. A loss or gradient that is not finite leaves the state as it was, its
-  step included, and sets metrics['nonfinite']. With `shared`, which only a method that `shares`
-  takes, value and gradient are equal up to the order of sums.
+  `learn` is to be jitted with the state donated. Its `reference_logp` is f32[N, G, S] under the
+  reference policy, and may be zeros where the algorithm has no KL. Its `shared` may be given only
+  where `shares` is true, and changes value and gradient by no more than the order of sums does. A
+  loss or gradient that is not finite leaves the state as it was, its step included, and sets
+  metrics['nonfinite'].
 
   Args:
-    model, optimizer: of the state; the optimizer makes `method.updates` steps a call.
-    run: its compute, schedule and accumulation are read.
-    rollouts: how the batch was drawn.
-    method: what is learned from it.
-    by_token: whether `BY_TOKEN`, of the first update, is among the metrics.
+    model: the policy's model.
+    optimizer: the optimizer whose state is in `state.opt_state`; a call makes
+      `algorithm.updates` steps with it.
+    run: the settings, of which compute, schedule and accumulation are read.
+    rollout_config: the settings that the rollouts were drawn with.
+    algorithm: advantage, surrogate and all else that makes the gradient.
+    by_token: whether `BY_TOKEN` is among the metrics.
   """
-  schedule = optim.learning_rate(run.optimizer.schedule, run.train.num_steps * method.updates)
-  update = _make_update(model, optimizer, run, rollouts.sampler, method)
-  shape_reward = tables.SHAPINGS[type(method.shaping)].compute
+  schedule = optim.learning_rate(run.optimizer.schedule, run.train.num_steps * algorithm.updates)
+  update = _make_update(model, optimizer, run, rollout_config.sampler, algorithm)
+  shape_reward = tables.SHAPINGS[type(algorithm.shaping)].compute
 
-  def learn(state: TrainState, prompts: Prompts, drawn: RolloutBatch, verdict: Verdict,
+  def learn(state: TrainState, prompts: Prompts, rollouts: RolloutBatch, verdict: Verdict,
             reference_logp: Array, shared: Shared | None = None) -> tuple[TrainState, Metrics]:
-    assert shared is None or shares(run.train.accumulation, method)
+    assert shared is None or shares(run.train.accumulation, algorithm)
     bonus, gate, shaping_metrics = shape_reward(
-        method.shaping, verdict, drawn.lengths() * verdict.valid, state.method.gate)
+        algorithm.shaping, verdict, rollouts.lengths() * verdict.valid, state.method.gate)
     reward = verdict.reward if bonus is None else verdict.reward + bonus
-    batch = _train_batch(model, state, prompts, drawn, verdict, reward, reference_logp, run,
-                         rollouts.sampler, method)
-    silent = objectives.zero_advantage_groups(
+    batch = _train_batch(model, state, prompts, rollouts, verdict, reward, reference_logp, run,
+                         rollout_config.sampler, algorithm)
+    zero_advantage = objectives.zero_advantage_groups(
         jnp.abs(batch.advantage * batch.loss_mask).sum(-1), verdict.valid)
     if by_token:
-      num_rows = drawn.tokens.shape[0]
+      num_rows = rollouts.tokens.shape[0]
       batch = dataclasses.replace(batch, rows=jnp.arange(num_rows), num_rows=num_rows)
-    new, values, first = _updates(update, state, batch, method, shared)
+    new, values, first = _updates(update, state, batch, algorithm, shared)
     finite = values['nonfinite'].sum == 0
     new = dataclasses.replace(new, step=state.step + 1,
                               method=dataclasses.replace(new.method, gate=gate))
     new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
-    # Of the first update: the later ones move away from the sampler on purpose. A policy that
-    # is a step older than the trainer's is stale, which is no fault of the arithmetic.
-    name = 'mismatch' if rollouts.mode == cfg.OnPolicy() else 'staleness'
+    # The mismatch is that of the first update, since later updates move away from the sampler on
+    # purpose. One step off-policy the same number is called staleness: the sampler's parameters
+    # are then older than the trainer's, which is no fault of the arithmetic.
+    name = 'mismatch' if rollout_config.mode == cfg.OnPolicy() else 'staleness'
     return new, {**values, name: first.pop('mismatch'), **first,
-                 'learning_rate': Weighted.single(schedule(state.step * method.updates)),
-                 **_rollout_metrics(drawn, verdict, reward), 'zero_advantage_groups': silent,
-                 **shaping_metrics}
+                 'learning_rate': Weighted.single(schedule(state.step * algorithm.updates)),
+                 **_rollout_metrics(rollouts, verdict, reward),
+                 'zero_advantage_groups': zero_advantage, **shaping_metrics}
 
   return learn
 
@@ -127,38 +140,38 @@ def make_learner(model: Model, optimizer: optax.GradientTransformation, run: cfg
 # --- The batch of an update -------------------------------------------------------
 
 
-def _train_batch(model: Model, state: TrainState, prompts: Prompts, drawn: RolloutBatch,
+def _train_batch(model: Model, state: TrainState, prompts: Prompts, rollouts: RolloutBatch,
                  verdict: Verdict, reward: Array, reference_logp: Array, run: cfg.Run,
-                 sampler: cfg.Sampler, method: cfg.Algorithm) -> TrainBatch:
-  """Advantages and all else that is fixed before the first update."""
-  mask = drawn.sampled * verdict.valid[..., None]
+                 sampler: cfg.Sampler, algorithm: cfg.Algorithm) -> TrainBatch:
+  """Computes advantages, and all else that is fixed before the first update."""
+  mask = rollouts.sampled * verdict.valid[..., None]
   zeros = jnp.zeros_like(mask)
-  old, values = TokenScores(drawn.logp, zeros, zeros, zeros), zeros
-  if needs_old_policy(method):
-    hidden = branch.response_hidden(model, state.params, prompts, drawn.tokens)
-    old = _scores(model, state.params, hidden, drawn.tokens, sampler, run.compute.loss_chunk)
+  old, values = TokenScores(rollouts.logp, zeros, zeros, zeros), zeros
+  if needs_old_policy(algorithm):
+    hidden = branch.response_hidden(model, state.params, prompts, rollouts.tokens)
+    old = _scores(model, state.params, hidden, rollouts.tokens, sampler, run.compute.loss_chunk)
     values = _values(state.method.value.params, hidden)
   token_rewards = token_advantages.terminal_rewards(reward, mask)
-  match method.kl:
+  match algorithm.kl:
     case cfg.KLInReward(coef=coef, estimator=estimator):
-      # Beyond a response's end the reference policy's is garbage.
-      there = jnp.where(mask > 0, reference_logp, drawn.logp)
-      token_rewards -= coef * kl.ESTIMATORS[estimator](drawn.logp, there) * mask
+      # Beyond a response's end the reference policy's log-probabilities are garbage.
+      on_mask = jnp.where(mask > 0, reference_logp, rollouts.logp)
+      token_rewards -= coef * kl.ESTIMATORS[estimator](rollouts.logp, on_mask) * mask
       reward = token_rewards.sum(-1)
-  advantage, returns = tables.ADVANTAGES[type(method.advantage)].compute(
-      method.advantage, Scored(reward, drawn.lengths() * verdict.valid, verdict.valid,
+  advantage, returns = tables.ADVANTAGES[type(algorithm.advantage)].compute(
+      algorithm.advantage, Scored(reward, rollouts.lengths() * verdict.valid, verdict.valid,
                                token_rewards, mask, old.logp, old.collision, values))
-  return TrainBatch(prompts, drawn.tokens, mask, drawn.logp, old.logp, reference_logp, advantage,
-                    returns, zeros)
+  return TrainBatch(prompts, rollouts.tokens, mask, rollouts.logp, old.logp, reference_logp,
+                    advantage, returns, zeros)
 
 
-def _rollout_metrics(drawn: RolloutBatch, verdict: Verdict, reward: Array) -> Metrics:
+def _rollout_metrics(rollouts: RolloutBatch, verdict: Verdict, reward: Array) -> Metrics:
   return {
       'reward': Weighted.of(verdict.reward, verdict.valid),
       'shaped_reward': Weighted.of(reward, verdict.valid),
       'accuracy': Weighted.of(verdict.correct, verdict.valid),
       'verified': Weighted.of(verdict.valid, jnp.ones_like(verdict.valid)),
-      'response_length': Weighted.of(drawn.lengths(), verdict.valid),
+      'response_length': Weighted.of(rollouts.lengths(), verdict.valid),
       **{f'reward/{name}': Weighted.of(part, verdict.valid)
          for name, part in verdict.parts.items()},
   }
@@ -168,19 +181,24 @@ def _rollout_metrics(drawn: RolloutBatch, verdict: Verdict, reward: Array) -> Me
 
 
 def _split(batch: TrainBatch, parts: int) -> Any:
-  """[N, …] → [parts, N / parts, …], the prompts of a document staying together."""
+  """[N, …] → [parts, N / parts, …], where the prompts of a document stay together."""
   return accumulate.split(batch, parts, groups=batch.prompts.tokens.shape[0])
 
 
 def _updates(update: Callable[..., tuple[TrainState, Metrics]], state: TrainState,
-             batch: TrainBatch, method: cfg.Algorithm, shared: Shared | None
+             batch: TrainBatch, algorithm: cfg.Algorithm, shared: Shared | None
              ) -> tuple[TrainState, Metrics, Metrics]:
-  """All updates of a batch, their metrics added up, and the first one's distance to the sampler."""
+  """Makes all updates of a batch.
+
+  Returns:
+    The new state; the metrics, added up over the updates; and of the first update alone those
+    metrics that compare the policy with the sampler.
+  """
   names = ('mismatch', BY_TOKEN) if batch.num_rows else ('mismatch',)
-  if method.updates == 1:
+  if algorithm.updates == 1:
     state, values = update(state, batch, shared)
     return state, values, {name: values.pop(name) for name in names}
-  passes = [_split(batch, method.minibatches)] * method.epochs
+  passes = [_split(batch, algorithm.minibatches)] * algorithm.epochs
   parts = jax.tree.map(lambda *x: jnp.concatenate(x), *passes)
   state, every = jax.lax.scan(update, state, parts)
   first = jax.tree.map(lambda x: x[0], {name: every.pop(name) for name in names})
@@ -188,15 +206,16 @@ def _updates(update: Callable[..., tuple[TrainState, Metrics]], state: TrainStat
 
 
 def _make_update(model: Model, optimizer: optax.GradientTransformation, run: cfg.Run,
-                 sampler: cfg.Sampler, method: cfg.Algorithm
+                 sampler: cfg.Sampler, algorithm: cfg.Algorithm
                  ) -> Callable[..., tuple[TrainState, Metrics]]:
-  loss = make_loss(model, sampler, method, run.compute.loss_chunk)
-  head_optimizer = value_optimizer(method.advantage)
+  """update(state, batch, shared) → (state, metrics): one step of both optimizers."""
+  loss = make_loss(model, sampler, algorithm, run.compute.loss_chunk)
+  head_optimizer = value_optimizer(algorithm.advantage)
 
   def update(state: TrainState, batch: TrainBatch, shared: Shared | None = None
              ) -> tuple[TrainState, Metrics]:
     batch = dataclasses.replace(
-        batch, weights=token_weights(method.aggregation, batch.loss_mask))
+        batch, weights=token_weights(algorithm.aggregation, batch.loss_mask))
     trained = state.params, state.method.value.params
     if shared is None:
       (value, metrics), grads = accumulate.gradient(
@@ -218,10 +237,14 @@ def _make_update(model: Model, optimizer: optax.GradientTransformation, run: cfg
 
 
 def token_weights(config: cfg.Aggregation, mask: Array) -> Array:
-  """f32[N, G, S]: what each token's term counts in the loss Σ weights · terms.
+  """f32[N, G, S]: the weight of each token's term in the loss, which is Σ weights · terms.
 
-  An aggregate is linear in its values, so its weights are its gradient. With them, any slice of
-  the rows adds its part to the loss of the whole.
+  An aggregation is linear in its terms, so its weights are its gradient. With weights of the whole
+  batch, the losses of any slices of its rows add up to the loss of the batch.
+
+  Args:
+    config: the aggregation.
+    mask: f32[N, G, S], 1 on tokens that are learned from.
   """
   aggregate = tables.AGGREGATIONS[type(config)].compute(config, mask.shape[0] * mask.shape[1])
   return jax.grad(aggregate)(jnp.zeros_like(mask), mask)
@@ -229,8 +252,11 @@ def token_weights(config: cfg.Aggregation, mask: Array) -> Array:
 
 def _through(loss: Callable[..., tuple[Array, Metrics]], trained: Any, batch: TrainBatch,
              shared: Shared) -> tuple[tuple[Array, Metrics], Any]:
-  """Value, metrics and gradient of a loss that goes on from the shared forward pass:
-  what the policy adds directly, and through its documents' hidden states, keys and values."""
+  """Value, metrics and gradient of a loss that goes on from the shared forward pass.
+
+  The policy's gradient has two parts: that of the responses' forward pass, and that of the
+  documents' hidden states, keys and values, sent back through their forward pass.
+  """
   of_both = jax.value_and_grad(lambda trained, prefilled: loss(trained, batch, prefilled),
                                argnums=(0, 1), has_aux=True)
   result, ((policy, head), documents) = of_both(trained, shared.prefilled)
@@ -241,36 +267,40 @@ def _through(loss: Callable[..., tuple[Array, Metrics]], trained: Any, batch: Tr
 # --- The loss -------------------------------------------------------------------
 
 
-def make_loss(model: Model, sampler: cfg.Sampler, method: cfg.Algorithm, loss_chunk: int = 0
+def make_loss(model: Model, sampler: cfg.Sampler, algorithm: cfg.Algorithm, loss_chunk: int = 0
               ) -> Callable[..., tuple[Array, Metrics]]:
-  """loss((policy, value head), batch, prefilled) → (Σ weights · terms, metrics), a sum over
-  rows; `prefilled` is the documents' forward pass where there is one to go on from."""
-  strict = method.updates == 1
-  surrogate_of = tables.SURROGATES[type(method.surrogate)].compute
-  correct = tables.CORRECTIONS[type(method.correction)].compute
+  """loss((policy, value head), batch, prefilled) → (Σ weights · terms, metrics), sums over rows.
+
+  Its `prefilled` is the documents' forward pass if that has been computed already, else None.
+  """
+  single_update = algorithm.updates == 1
+  surrogate_of = tables.SURROGATES[type(algorithm.surrogate)].compute
+  correct = tables.CORRECTIONS[type(algorithm.correction)].compute
 
   def loss(trained: tuple[Params, Any], batch: TrainBatch,
            prefilled: decode.Prefilled | None = None) -> tuple[Array, Metrics]:
     params, head = trained
-    mask, there = batch.loss_mask, lambda x: jnp.where(batch.loss_mask > 0, x, 0.0)
+    mask, on_mask = batch.loss_mask, lambda x: jnp.where(batch.loss_mask > 0, x, 0.0)
     hidden = branch.response_hidden(model, params, batch.prompts, batch.tokens, prefilled)
     scores = _scores(model, params, hidden, batch.tokens, sampler, loss_chunk)
-    logp = there(scores.logp)  # Beyond a response's end is garbage, whose exp might overflow.
-    old_logp = jax.lax.stop_gradient(logp) if strict else there(batch.old_logp)
-    correction = correct(method.correction, old_logp, batch.sampler_logp, mask)
-    surrogate = surrogate_of(method.surrogate, logp, old_logp, batch.advantage, mask)
-    reference_logp = there(batch.reference_logp)
+    # Beyond a response's end the log-probabilities are garbage, whose exponential might overflow.
+    logp = on_mask(scores.logp)
+    old_logp = jax.lax.stop_gradient(logp) if single_update else on_mask(batch.old_logp)
+    correction = correct(algorithm.correction, old_logp, batch.sampler_logp, mask)
+    surrogate = surrogate_of(algorithm.surrogate, logp, old_logp, batch.advantage, mask)
+    reference_logp = on_mask(batch.reference_logp)
     terms = surrogate.terms * correction
-    terms += _kl_terms(method.kl, logp, reference_logp)
-    if method.entropy_coef:
-      terms -= method.entropy_coef * scores.entropy
+    terms += _kl_terms(algorithm.kl, logp, reference_logp)
+    if algorithm.entropy_coef:
+      terms -= algorithm.entropy_coef * scores.entropy
     total = (batch.weights * terms).sum()
     measured: Metrics = {}
     if batch.num_rows:
-      of_batch = functools.partial(_of_batch, batch)
-      measured[BY_TOKEN] = Weighted(of_batch(jax.lax.stop_gradient(logp)), of_batch(mask))
-    if isinstance(method.advantage, cfg.GAE):
-      # Under its own optimizer, whose step does not depend on the scale of the gradient.
+      in_batch = functools.partial(_in_whole_batch, batch)
+      measured[BY_TOKEN] = Weighted(in_batch(jax.lax.stop_gradient(logp)), in_batch(mask))
+    if isinstance(algorithm.advantage, cfg.GAE):
+      # No coefficient: the value head has its own Adam, whose step does not depend on the
+      # gradient's scale.
       error = 0.5 * jnp.square(_values(head, jax.lax.stop_gradient(hidden)) - batch.returns)
       total += (batch.weights * error).sum()
       measured['value_loss'] = Weighted.of(error, mask)
@@ -281,7 +311,7 @@ def make_loss(model: Model, sampler: cfg.Sampler, method: cfg.Algorithm, loss_ch
         'correction': Weighted.of(correction, mask),
         'clip_fraction': Weighted.of(surrogate.clipped, mask),
         'bounded_ratios': Weighted.of(_beyond(
-            method, surrogate, logp, old_logp, batch.sampler_logp, reference_logp), mask),
+            algorithm, surrogate, logp, old_logp, batch.sampler_logp, reference_logp), mask),
         'gradient_variance': objectives.gradient_variance(
             batch.advantage,
             token_advantages.score_norm(logp, scores.collision), mask),
@@ -291,7 +321,7 @@ def make_loss(model: Model, sampler: cfg.Sampler, method: cfg.Algorithm, loss_ch
 
 
 def _kl_terms(config: cfg.KL, logp: Array, reference_logp: Array) -> Array:
-  """f32[N, G, S]: coef · KL of each token where it is in the loss, else 0."""
+  """f32[N, G, S]: coef · KL of each token if the KL is a part of the loss, else 0."""
   match config:
     case cfg.KLInLoss(coef=coef, estimator=estimator):
       return coef * kl.ESTIMATORS[estimator](logp, reference_logp)
@@ -299,34 +329,46 @@ def _kl_terms(config: cfg.KL, logp: Array, reference_logp: Array) -> Array:
       return jnp.zeros_like(logp)
 
 
-def _beyond(config: cfg.Algorithm, surrogate: objectives.Surrogate, logp: Array, old_logp: Array,
+def _beyond(algorithm: cfg.Algorithm, surrogate: objectives.Surrogate, logp: Array, old_logp: Array,
             sampler_logp: Array, reference_logp: Array) -> Array:
-  """f32[N, G, S]: 1 on tokens some ratio of which `rl.ratios` had to bound: the surrogate's, the
-  correction's or, with k3, that of the reference policy."""
-  found = surrogate.beyond
-  if config.correction != cfg.NoCorrection():
-    found = jnp.maximum(found, ratios.beyond(old_logp - sampler_logp))
-  match config.kl:
+  """f32[N, G, S]: 1 on tokens of which `rl.ratios` had to bound a ratio.
+
+  The ratio is the surrogate's, the correction's or, with k3, that of the reference policy.
+  """
+  bounded = surrogate.beyond
+  if algorithm.correction != cfg.NoCorrection():
+    bounded = jnp.maximum(bounded, ratios.beyond(old_logp - sampler_logp))
+  match algorithm.kl:
     case cfg.KLInLoss(estimator='k3') | cfg.KLInReward(estimator='k3'):
-      found = jnp.maximum(found, ratios.beyond(jnp.maximum(reference_logp - logp, 0.0)))
-  return found
+      bounded = jnp.maximum(bounded, ratios.beyond(jnp.maximum(reference_logp - logp, 0.0)))
+  return bounded
 
 
-def _of_batch(batch: TrainBatch, of_slice: Array) -> Array:
-  """f[num_rows, …]: the rows of a slice at their places in the batch, so that slices add up."""
-  if of_slice.shape[0] == batch.num_rows:
-    return of_slice
-  return jnp.zeros((batch.num_rows, *of_slice.shape[1:])).at[batch.rows].set(of_slice)
+def _in_whole_batch(batch: TrainBatch, values: Array) -> Array:
+  """f[num_rows, …]: the rows of a slice at their places in the whole batch, zeros elsewhere.
+
+  Arrays of disjoint slices thus add up to the array of the whole batch.
+  """
+  if values.shape[0] == batch.num_rows:
+    return values
+  return jnp.zeros((batch.num_rows, *values.shape[1:])).at[batch.rows].set(values)
 
 
 def response_scores(model: Model, params: Params, prompts: Prompts, tokens_NGS: Array,
                     sampler: cfg.Sampler, loss_chunk: int = 0) -> TokenScores:
-  """Scores of response tokens under the distribution the sampler draws from.
+  """Scores of response tokens under the distribution that the sampler draws from.
 
-  Equal, in value and gradient, to `apply` on the N · G whole sequences.
+  Values and gradients equal those of `Model.apply` on the N · G whole sequences.
+
+  Args:
+    model, params: the policy.
+    prompts: N prompts.
+    tokens_NGS: i32[N, G, S] tokens of G responses to each prompt.
+    sampler: temperature and filters.
+    loss_chunk: tokens whose logits exist at a time (`logprobs.token_logprobs`); 0 takes all.
 
   Returns:
-    TokenScores of f32[N, G, S] arrays; garbage where the response has ended.
+    TokenScores of f32[N, G, S] arrays, which hold garbage where a response has ended.
   """
   hidden = branch.response_hidden(model, params, prompts, tokens_NGS)
   return _scores(model, params, hidden, tokens_NGS, sampler, loss_chunk)
@@ -340,7 +382,7 @@ def _scores(model: Model, params: Params, hidden: Array, tokens_NGS: Array, samp
 
 
 def _values(head: Any, hidden_NGSD: Array) -> Array:
-  """f32[N, G, S]: the value head, linear in the hidden state; 0 without a head."""
+  """f32[N, G, S]: the value head's predictions, linear in the hidden state; 0 without a head."""
   if not head:
     return jnp.zeros(hidden_NGSD.shape[:-1])
   return hidden_NGSD.astype(jnp.float32) @ head['weight'] + head['bias']

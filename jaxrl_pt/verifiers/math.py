@@ -148,8 +148,8 @@ def verifier(form: AnswerFormat, symbolic: bool) -> HostVerifier:
     try:
       import sympy  # noqa: F401 optional: only symbolic answers need it
     except ImportError as error:
-      raise UserError("MathVerifier.symbolic needs sympy (pip install 'jaxrl_pt[math]'): install it, "
-                      'or set MathVerifier.symbolic to False for numbers and plain text.'
+      raise UserError("MathVerifier.symbolic needs sympy (pip install 'jaxrl_pt[math]'): install "
+                      'it, or set MathVerifier.symbolic to False for numbers and plain text.'
                       ) from error
   prove = answer_proof.is_proved if symbolic else None
 
