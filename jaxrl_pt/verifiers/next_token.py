@@ -116,8 +116,7 @@ def prefix_match_arrays(table: TokenBytes, tokens: Array, mask: Array, continuat
 
 def _truth(table: TokenBytes, continuation: Array,
            lengths: Array) -> tuple[Array, Array, Array]:
-  """The bytes u8[N, W · M] of each true continuation, its tokens' ends i32[N, W], its length i32[N].
-  """
+  """u8[N, W · M] bytes of each true continuation, i32[N, W] ends of its tokens, i32[N] length."""
   num_rows, num_tokens = continuation.shape
   longest = table.bytes.shape[1]
   is_token = jnp.arange(num_tokens) < lengths[:, None]
