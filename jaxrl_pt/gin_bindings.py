@@ -1,10 +1,10 @@
-"""Gin files → one `config.Run`; the only module that imports gin.
+"""Builds one `config.Run` from gin files; the only module that imports gin.
 
-Only the dataclasses of `config` can be bound, as `cfg.<Type>.<field>`, and a method is
-chosen by choosing a type: `cfg.Run.objective = @cfg.RPT()`. A run that holds two values of
-one type names the other by a scope: `@strict/cfg.MathVerifier()` with
-`strict/cfg.MathVerifier.answer = 'gsm8k'`. Files are read here, so that every mistake is
-named with its file and line; gin then builds the value and is cleared, so that no global
+Only fields of the dataclasses of `config` can be bound, as `cfg.<Type>.<field>`, and a method is
+chosen by choosing a type: `cfg.Run.objective = @cfg.RPT()`. Where a run holds two values of one
+type, a scope tells them apart: `@strict/cfg.MathVerifier()` with
+`strict/cfg.MathVerifier.answer = 'gsm8k'`. This module reads the files itself, so that it can name
+every mistake with its file and line. gin then builds the value and is cleared, so that no global
 setting outlives `load`. Imports are refused.
 """
 
@@ -33,7 +33,7 @@ _TYPES: dict[str, type] = {
 for _type in _TYPES.values():
   gin.register(_type, module='cfg')
 
-# What settings of earlier versions are called now.
+# Names of settings in earlier versions, and their names now.
 _RENAMED = {
     'Constant.peak': 'ConstantRate.learning_rate', 'Constant': 'ConstantRate',
     'Cosine.peak': 'Cosine.peak_rate', 'Cosine.end': 'Cosine.end_rate',
@@ -42,8 +42,8 @@ _RENAMED = {
     'TwoStage.end': 'TwoStage.end_rate', 'Every': 'RefreshEvery', 'Never': 'RefreshNever'}
 _REQUIRED = 'gin.REQUIRED'
 _COMMAND_LINE = '--gin_bindings'
-# Where shipped files are found when they are not below the working directory: beside a
-# checkout's package, or where an installation puts data files.
+# Folders of the shipped gin files: beside the package of a checkout, or where an installation puts
+# data files.
 _SHIPPED = (Path(__file__).resolve().parent.parent,
             Path(sysconfig.get_path('data')) / 'share' / 'jaxrl_pt')
 
@@ -53,7 +53,7 @@ _SHIPPED = (Path(__file__).resolve().parent.parent,
 
 @dataclass(frozen=True)
 class _Reference:
-  """`@cfg.Type()`, or without the parentheses if not `evaluate`; `@scope/cfg.Type()`."""
+  """`@cfg.Type()` or, with a scope, `@scope/cfg.Type()`; without () where not `evaluate`."""
 
   type_name: str
   evaluate: bool
@@ -75,7 +75,7 @@ class _Macro:
 
 @dataclass(frozen=True)
 class _Binding:
-  """One statement: `<scope>/cfg.<owner>.<field> = value`, or a macro where `owner` is empty."""
+  """A statement `<scope>/cfg.<owner>.<field> = value`, or a macro where `owner` is empty."""
 
   owner: str
   field: str
@@ -100,10 +100,11 @@ class _Delegate(config_parser.ParserDelegate):
 
 
 def _close(name: str, options: Iterable[str], otherwise: str, prefix: str = '') -> str:
+  """A sentence with the options that are close to a mistaken name, or else with all of them."""
   options = sorted(options)
-  found = difflib.get_close_matches(name, options, n=3, cutoff=0.6)
-  if found:
-    return 'did you mean ' + ' or '.join(prefix + option for option in found) + '?'
+  near = difflib.get_close_matches(name, options, n=3, cutoff=0.6)
+  if near:
+    return 'did you mean ' + ' or '.join(prefix + option for option in near) + '?'
   return f'{otherwise} ' + ', '.join(prefix + option for option in options) + '.'
 
 
@@ -113,7 +114,7 @@ def _check_name(name: str) -> None:
 
 
 def current_names(text: str) -> str:
-  """The resolved text of an earlier version, as a checkpoint holds it, with today's names."""
+  """The resolved text of an earlier version, as checkpoints hold it, with the names of now."""
   for old, new in _RENAMED.items():
     text = re.sub(rf'(^|[/@])cfg\.{re.escape(old)}\b', rf'\1cfg.{new}', text, flags=re.MULTILINE)
   return text
@@ -138,7 +139,11 @@ def _scope_and_type(selector: str) -> tuple[str, str]:
 
 
 def _find(name: str, including: Path | None) -> Path:
-  """The file `name`, looked for beside the including file's folders, here, and as shipped."""
+  """The path of the gin file `name`.
+
+  It is searched for in the folders above the including file, in the working directory, and among
+  the shipped files.
+  """
   if '\0' in name:
     raise UserError(f'{name!r} is not a file name.')
   path = Path(name).expanduser()
@@ -174,7 +179,7 @@ def _at(label: str, line: int) -> str:
 
 @contextlib.contextmanager
 def _named(where: str) -> Iterator[None]:
-  """Puts `where` in front of a mistake found inside."""
+  """Puts `where` before the message of a UserError that is raised inside."""
   try:
     yield
   except UserError as e:
@@ -182,7 +187,7 @@ def _named(where: str) -> Iterator[None]:
 
 
 def _statements(text: str, label: str) -> Iterator[tuple[Any, str]]:
-  """gin's statements, each with its place."""
+  """Yields gin's statements, each with its file and line."""
   parser: Iterator[Any] | None = None
   line = 1
   while True:
@@ -190,7 +195,7 @@ def _statements(text: str, label: str) -> Iterator[tuple[Any, str]]:
       parser = parser or config_parser.ConfigParser(io.StringIO(text), _Delegate())
       statement = next(parser, None)
     except UserError as e:
-      message, *appended = str(e).split('\n')  # gin has appended the line.
+      message, *appended = str(e).split('\n')  # gin has appended the line number.
       found = re.search(r' line (\d+)', ' '.join(appended))
       raise UserError(f'{_at(label, int(found[1]) if found else line)}: {message}') from e
     except (RecursionError, MemoryError) as e:
@@ -209,7 +214,7 @@ def _statements(text: str, label: str) -> Iterator[tuple[Any, str]]:
 
 def _parse(text: str, label: str, path: Path | None, stack: tuple[Path, ...]
            ) -> Iterator[_Binding]:
-  """The bindings of `text` in order, with those of the files it includes in their place."""
+  """Yields the bindings of `text` in order, with those of included files in the places of these."""
   for statement, where in _statements(text, label):
     match statement:
       case config_parser.IncludeStatement(filename=name):
@@ -261,7 +266,7 @@ def _check_writable(binding: _Binding) -> None:
                       'setting takes one so large.')
 
 
-# --- What is read -----------------------------------------------------------------
+# --- Which bindings a run reads ---------------------------------------------------
 
 
 def _leaves(value: Any) -> Iterator[Any]:
@@ -275,8 +280,11 @@ def _leaves(value: Any) -> Iterator[Any]:
 
 
 def _read_names(final: Iterable[_Binding]) -> set[str]:
-  """Names of the bindings that building a Run reads: as gin, a value in a scope reads the
-  bindings of that scope, and those without one for the fields that it leaves out."""
+  """Names of the bindings that building a Run reads.
+
+  As in gin, a value in a scope reads the bindings of this scope and, for the fields that these
+  leave out, the bindings without a scope.
+  """
   by_owner: dict[tuple[str, str], dict[str, _Binding]] = {}
   for binding in final:
     owner = binding.owner or f'%{binding.field}'
@@ -292,25 +300,25 @@ def _read_names(final: Iterable[_Binding]) -> set[str]:
     scope, owner = node
     for binding in {**by_owner.get(('', owner), {}), **by_owner.get(node, {})}.values():
       names.add(binding.name)
-      # To gin a macro is a scope of that name round its value.
+      # In gin a macro is also a scope, with the macro's name, for what its value holds.
       inner = scope if binding.owner else binding.field
       for leaf in _leaves(binding.value):
         match leaf:
-          case _Reference(type_name=name, scope=own):
-            todo.append((own or inner, name))
+          case _Reference(type_name=name, scope=explicit):
+            todo.append((explicit or inner, name))
           case _Macro(name=name):
             todo.append(('', f'%{name}'))
   return names
 
 
 def _live(bindings: list[_Binding]) -> tuple[list[_Binding], list[_Binding]]:
-  """The bindings that the run reads, and those that went with a choice since replaced.
+  """The bindings that the run reads, and those that a later choice of a type has made void.
 
-  A type that was chosen and later replaced (`schedule = @cfg.WSD()`, then
-  `@cfg.Cosine()`) takes the bindings made until then along.
+  If a type was chosen and later replaced (`schedule = @cfg.WSD()`, then `@cfg.Cosine()`), the
+  bindings of the first type are void if they were made before the replacement.
 
   Raises:
-    UserError: nothing reads a binding, nor would have when it was made.
+    UserError: a binding is not read, and would not have been read when it was made.
   """
   final = _final(bindings)
   live = _read_names(final)
@@ -338,7 +346,11 @@ def _was_live(binding: _Binding, bindings: list[_Binding]) -> bool:
 
 
 def _check_values(bindings: list[_Binding]) -> None:
-  """Macros exist, and no value is still required."""
+  """Checks that all macros are set and no required value is missing.
+
+  Raises:
+    UserError: a macro or a required value is missing.
+  """
   macros = {b.field for b in bindings if not b.owner}
   for binding in bindings:
     for leaf in _leaves(binding.value):
@@ -364,8 +376,8 @@ def _build(bindings: list[_Binding]) -> cfg.Run:
     gin.parse_config([f'{b.name} = {b.value!r}' for b in bindings])
     run = gin.get_configurable(cfg.Run)()
   except UserError as e:
-    message = str(e).split('\n')[0]  # gin appends where in the tree it was building.
-    # With scopes a field may be bound in several places: the value tells which of them.
+    message = str(e).split('\n')[0]  # The other lines are gin's, about its place in the tree.
+    # With scopes a field may be bound in several places, of which the value tells the right one.
     exact = [b.where for b in bindings if message.startswith(f'{b.owner}.{b.field} = {b.value!r}:')]
     origin = ' or '.join(exact or where.get(message.split(' ')[0], ()))
     raise UserError(f'{origin}: {message}' if origin else message) from e
@@ -381,7 +393,7 @@ def _build(bindings: list[_Binding]) -> cfg.Run:
 
 
 def _raise_missing(error: TypeError) -> NoReturn:
-  """Turns Python's complaint about a missing argument into one sentence."""
+  """Turns Python's error about a missing argument into a UserError of one sentence."""
   found = re.match(r'(?:cfg\.)?(\w+)\.__(?:init|new)__\(\) missing .* arguments?: (.*)',
                    str(error).split('\n')[0])
   if not found:
@@ -394,7 +406,7 @@ def _raise_missing(error: TypeError) -> NoReturn:
 
 
 def _without_texts(bindings: list[_Binding]) -> list[_Binding]:
-  """Texts that are still required (paths, names of data) filled with a placeholder."""
+  """The bindings with a placeholder for required texts (paths, names of data) that are missing."""
   def is_text(binding: _Binding) -> bool:
     fields = dataclasses.fields(_TYPES[binding.owner]) if binding.owner else ()
     return any(f.name == binding.field and f.type is str for f in fields)
@@ -405,16 +417,19 @@ def _without_texts(bindings: list[_Binding]) -> list[_Binding]:
 
 def resolve(gin_files: Iterable[str], bindings: Iterable[str], *, without_data: bool = False
             ) -> tuple[cfg.Run, tuple[str, ...]]:
-  """Builds the run, and names the bindings that a later choice of type made void.
+  """Builds the run of some gin files and bindings.
 
   Args:
-    gin_files: paths, absolute, below the working directory, or as shipped (`gin/run/…`).
+    gin_files: paths: absolute, below the working directory, or of shipped files (`gin/run/…`).
     bindings: gin statements that come after the files, e.g. 'cfg.Train.num_steps = 10'.
-    without_data: required paths and names may be missing, since nothing will be opened.
+    without_data: whether required paths and names may be missing, since nothing will be opened.
+
+  Returns:
+    The run, and the names of the bindings that a later choice of a type has made void.
 
   Raises:
-    UserError: an unknown name, a wrong value, a required value missing, a binding that
-      nothing reads, an unreadable file; with file and line.
+    UserError: an unknown name, a wrong value, a missing required value, a binding that nothing
+      reads, or an unreadable file; the message names file and line.
   """
   parsed: list[_Binding] = []
   for name in gin_files:
@@ -435,7 +450,7 @@ def load(gin_files: Iterable[str], bindings: Iterable[str]) -> tuple[cfg.Run, st
   """Builds the run of some gin files and bindings.
 
   Args:
-    gin_files: paths, absolute, below the working directory, or as shipped (`gin/run/…`).
+    gin_files: paths: absolute, below the working directory, or of shipped files (`gin/run/…`).
     bindings: gin statements that come after the files.
 
   Returns:
@@ -443,19 +458,19 @@ def load(gin_files: Iterable[str], bindings: Iterable[str]) -> tuple[cfg.Run, st
     gives an equal run whatever the defaults have become.
 
   Raises:
-    UserError: as `resolve`.
+    UserError: a mistake in the settings, as in `resolve`.
   """
   run, _ = resolve(gin_files, bindings)
   return run, dump(run)
 
 
 def dump(run: cfg.Run) -> str:
-  """The run as gin text: one line per field, defaults included, types in order of first use.
+  """The run as gin text: one line for each field, defaults included, types in order of first use.
 
-  Of several values of one type the first has no scope; the others have that of the field that
-  holds them, `judge/cfg.Model`, with their place in it if it is a collection: the third of
-  `Composite.verifiers` is `verifiers_3/cfg.MathVerifier`. Loading the text gives an equal run,
-  whatever it holds; names of scopes that a gin file chose are not kept.
+  Of several values of one type the first has no scope. Each other value has a scope with the name
+  of the field that holds it and, if the field is a collection, with its place: the third verifier
+  of `Composite.verifiers` is `verifiers_3/cfg.MathVerifier`. Loading the text gives an equal run.
+  Names of scopes in gin files are not kept.
   """
   known: list[tuple[_Reference, Any]] = []
   todo: list[tuple[_Reference, Any]] = []
@@ -497,7 +512,10 @@ def dump(run: cfg.Run) -> str:
 
 
 def _unused(name: str, taken: Collection[str]) -> str:
-  """The name, numbered if taken: to gin a scope also holds for what stands inside its value, so
-  that each scope belongs to one value, whatever its type."""
+  """The name, or the name with a number if it is taken.
+
+  Each scope must belong to one value, whatever its type: in gin a scope also holds for the values
+  inside its value.
+  """
   numbered = (f'{name}_{i}' for i in itertools.count(2))
   return name if name not in taken else next(n for n in numbered if n not in taken)

@@ -1,7 +1,7 @@
-"""The methods of reinforcement learning that a run can choose: equation, paper, files.
+"""The table of the methods of reinforcement learning: equation, paper and files of each.
 
-Most of them are a choice in `config.Algorithm`, whose equation stands in the tables of `rl`; the
-others, which change what is asked or how it is drawn, are written here.
+Most methods are a choice in `config.Algorithm`, and their equations are in the tables of `rl`. The
+other methods, which change the prompts or how responses are drawn, are listed here.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,10 +14,11 @@ from jaxrl_pt.rl.entry import Entry
 
 @dataclass(frozen=True)
 class Method:
-  """One row of `jaxrl-pt methods`.
+  """A row of the table that `jaxrl-pt methods` prints.
 
-  gin: stem of the file in gin/method that chooses it; run: of the tiny run that shows it, where
-  it has another name than the method; experiment: the folder where it was measured, or empty.
+  gin: the stem of the file in gin/method that chooses the method.
+  run: the stem of the tiny run in gin/run that shows it; '' if it is that of `gin`.
+  experiment: the folder in experiments where it was measured; '' if there is none.
   """
 
   name: str
@@ -28,7 +29,7 @@ class Method:
   experiment: str = ''
 
 
-# What no table of `rl` holds.
+# Methods that are in no table of `rl`.
 _OTHERS = (
     Method('RPT', 'r = 1 if the predicted bytes begin the text and end at a token, else 0',
            '2506.08007', 'rpt'),
@@ -39,7 +40,7 @@ _OTHERS = (
     Method('OPO, reasoning-gym', "the same under a host's scorer, of any of the library's tasks",
            '2505.23585', 'opo', 'opo_gym'),
 )
-# Where a method was measured, by its file.
+# Stem of a method's gin file → the folder in experiments where the method was measured.
 _EXPERIMENTS: Mapping[str, str] = {
     'rpt': 'rpt', 'rpt_branches': 'sampler', 'rlp': 'rpt', 'opo': 'rl_core',
     'opo_leave_one_out': 'opo', 'rloo': 'opo', 'short_rl': 'short_rl', 'kimi': 'short_rl',
@@ -49,7 +50,7 @@ _RUNS: Mapping[str, str] = {'one_step_off': 'opo_off'}
 
 
 def methods() -> list[Method]:
-  """All of them: those of the next token, then those of each table in its order."""
+  """All methods: first those that are in no table of `rl`, then those of each table."""
   kinds: tuple[Mapping[type, Entry[Any]], ...] = (
       tables.ADVANTAGES, tables.SURROGATES, tables.SHAPINGS, tables.CORRECTIONS)
   known = [Method(entry.title, entry.equation, entry.paper, entry.gin)
@@ -59,7 +60,7 @@ def methods() -> list[Method]:
 
 
 def table(rows: Sequence[Method] | None = None) -> str:
-  """The rows as text, columns aligned."""
+  """The rows as text with aligned columns; None for all methods."""
   texts = [('method', 'equation', 'paper', 'gin file', 'tiny run', 'experiment')]
   texts += [(m.name, m.equation, m.paper, f'gin/method/{m.gin}.gin', f'gin/run/{m.run}_tiny.gin',
              f'experiments/{m.experiment}' if m.experiment else '–')

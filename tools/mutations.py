@@ -283,7 +283,7 @@ _VERIFIERS = [
     *_of('jaxrl_pt/verifiers/build.py', 'tests/verifiers/test_pool.py',
          ('composite_without_weights', "': weight * value", "': value")),
     *_of('jaxrl_pt/verifiers/base.py', 'tests/verifiers/test_pool.py',
-         ('unverified_counts', 'j.outcome not in ', 'True or j.outcome not in ')),
+         ('unverified_counts', 'v.outcome not in ', 'True or v.outcome not in ')),
 ]
 
 _KERNELS = _of(

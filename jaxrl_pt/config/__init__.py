@@ -1,13 +1,13 @@
 """Every setting of a run, as frozen dataclasses that validate themselves.
 
-A run is one `Run` value. Choosing a method is choosing a type: `Run.objective`
-is `NextToken()` or `RPT()`, `Algorithm.advantage` is `GRPO()` or `OPO()`, and code
-dispatches on it with `match`. This package knows nothing of gin, files or
-devices (`gin_bindings` builds these values from `*.gin` files); a bad value
-raises `UserError` with what to write instead.
+A run is one value of `Run`. A method is chosen by choosing a type: `Run.objective` is
+`NextToken()` or `RPT()`, `Algorithm.advantage` is `GRPO()` or `OPO()`, and code dispatches on the
+type with `match`. This package knows nothing of gin, files or devices; `gin_bindings` builds its
+values from `*.gin` files. A bad value raises `UserError`, which says what to write instead.
 
-Every public name that a module below defines is `cfg.<name>`, and in gin files too: a new type
-is written in its module and nowhere else. No two modules may define one name (a test checks it).
+Every public name of a module of this package is `cfg.<name>` in code and in gin files, so that a
+new type is written in its module and nowhere else. No two modules may define the same name, which
+a test checks.
 """
 
 from jaxrl_pt.config.algorithm import *

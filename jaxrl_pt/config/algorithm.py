@@ -1,4 +1,4 @@
-"""What reinforcement learning makes of verified responses: advantage, surrogate, and the rest."""
+"""How reinforcement learning turns rewards into updates: advantage, surrogate and other choices."""
 
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, get_args
@@ -6,8 +6,8 @@ from typing import ClassVar, Literal, get_args
 from jaxrl_pt.config import checks
 from jaxrl_pt.errors import UserError
 
-# How much better than expected each response was. `grouped` ones compare the responses of one
-# prompt, and need at least two.
+# Advantages: how much better than expected each response was. An advantage that is `grouped`
+# compares the responses to one prompt, and needs at least two of them.
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class OPO:
 
 @dataclass(frozen=True)
 class OPOLeaveOneOut:
-  """OPO's baseline of the group's other responses, which takes its bias away."""
+  """OPO with a baseline from the group's other responses alone, which is unbiased."""
 
   grouped: ClassVar[bool] = True
 
@@ -66,16 +66,18 @@ class ReinforcePlusPlus:
 
 @dataclass(frozen=True)
 class ReinforcePlusPlusBaseline:
-  """REINFORCE++ of rewards from which the group's mean is taken first (2501.03262)."""
+  """REINFORCE++ of rewards from which the group's mean is subtracted first (2501.03262)."""
 
   grouped: ClassVar[bool] = True
 
 
 @dataclass(frozen=True)
 class GAE:
-  """PPO's advantage (1506.02438) under a value head that learns beside the policy.
+  """PPO's advantage (1506.02438), with a value head that learns beside the policy.
 
-  value_lr: learning rate of the head, which is linear in the policy's hidden state.
+  gamma: the discount γ.
+  lam: λ, the decay of the weights of later temporal differences.
+  value_lr: the learning rate of the value head, which is linear in the policy's hidden state.
   """
 
   grouped: ClassVar[bool] = False
@@ -92,8 +94,10 @@ class GAE:
 
 @dataclass(frozen=True)
 class OptimalTokenBaseline:
-  """A_t = G_t − Σ_i G_t W_t / Σ_i W_t inside the group, W_t the squared norm of the score of
-  the tokens up to t (verl)."""
+  """A_t = G_t − Σ_i G_t W_t / Σ_i W_t over the responses i of the group (verl).
+
+  G_t is the return from token t on, and W_t the squared norm of the score of the tokens up to t.
+  """
 
   grouped: ClassVar[bool] = True
 
@@ -102,12 +106,12 @@ Advantage = (GRPO | DrGRPO | RLOO | OPO | OPOLeaveOneOut | OPOBatch | ReinforceP
              | ReinforcePlusPlusBaseline | GAE | OptimalTokenBaseline)
 
 
-# What is maximised.
+# Surrogates: the function of importance ratio and advantage that is maximised.
 
 
 @dataclass(frozen=True)
 class PolicyGradient:
-  """A · log π: exact where every batch is drawn by the policy it updates."""
+  """A · log π, which is exact where the policy that is updated has drawn every batch."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +128,8 @@ class PPOClip:
 
 @dataclass(frozen=True)
 class DualClip:
-  """PPOClip that also keeps the term of a negative advantage above bound · A (1912.09729)."""
+  """PPOClip that also bounds the terms of negative advantages from below by bound · A (1912.09729).
+  """
 
   low: float = 0.2
   high: float = 0.2
@@ -138,7 +143,7 @@ class DualClip:
 
 @dataclass(frozen=True)
 class GSPO:
-  """PPO's clip of the sequence's ratio exp(mean log ρ) (2507.18071)."""
+  """PPO's clip of a response's ratio exp(mean log ρ) (2507.18071)."""
 
   low: float = 3e-4
   high: float = 4e-4
@@ -150,7 +155,7 @@ class GSPO:
 
 @dataclass(frozen=True)
 class CISPO:
-  """sg(clip(ρ, 1 − low, 1 + high)) · A · log π: no token loses its gradient (2506.13585)."""
+  """sg(clip(ρ, 1 − low, 1 + high)) · A · log π, where no token loses its gradient (2506.13585)."""
 
   low: float = 1.0
   high: float = 0.2
@@ -163,7 +168,7 @@ class CISPO:
 Surrogate = PolicyGradient | PPOClip | DualClip | GSPO | CISPO
 
 
-# How the terms of tokens become one number.
+# Aggregations: how the loss terms of tokens become one number.
 
 
 @dataclass(frozen=True)
@@ -194,12 +199,12 @@ class ConstantDivisor:
 Aggregation = TokenMean | SequenceMeanTokenSum | SequenceMeanTokenMean | ConstantDivisor
 
 
-# What weighs responses that another policy than the one being updated has drawn.
+# Corrections: weights of tokens that another policy than the updated one has drawn.
 
 
 @dataclass(frozen=True)
 class NoCorrection:
-  """Sampler and trainer are taken to be one policy."""
+  """Sampler and trainer count as one policy."""
 
 
 @dataclass(frozen=True)
@@ -224,7 +229,8 @@ class SequenceTIS:
 
 @dataclass(frozen=True)
 class Rejection:
-  """Responses whose mean ratio exp(mean log π_train / π_sampler) lies outside are left out."""
+  """Leaves out responses whose mean ratio exp(mean log π_train / π_sampler) is outside [low, high].
+  """
 
   low: float = 0.5
   high: float = 2.0
@@ -237,19 +243,19 @@ class Rejection:
 Correction = NoCorrection | TokenTIS | SequenceTIS | Rejection
 
 
-# How the policy is held near the one it started from.
+# KL terms: how the policy is kept near the reference policy.
 
 KLEstimator = Literal['k1', 'k2', 'k3']
 
 
 @dataclass(frozen=True)
 class NoKL:
-  """The distance to the reference policy is measured, not punished."""
+  """The KL to the reference policy is measured and has no part in loss or reward."""
 
 
 @dataclass(frozen=True)
 class KLInLoss:
-  """coef · KL added to the loss."""
+  """coef · KL is added to the loss."""
 
   coef: float
   estimator: KLEstimator = 'k3'
@@ -264,7 +270,7 @@ class KLInLoss:
 
 @dataclass(frozen=True)
 class KLInReward:
-  """coef · KL taken from the reward of each token."""
+  """coef · KL is subtracted from the reward of each token."""
 
   coef: float
   estimator: KLEstimator = 'k1'
@@ -277,17 +283,17 @@ class KLInReward:
 KL = NoKL | KLInLoss | KLInReward
 
 
-# What a response's length is worth.
+# Shapings: what is added to the verifier's reward for the length of a response.
 
 
 @dataclass(frozen=True)
 class NoShaping:
-  """The verifier's reward alone."""
+  """The reward is the verifier's alone."""
 
 
 @dataclass(frozen=True)
 class Overlong:
-  """DAPO's penalty: falls from 0 to −1 over the last `buffer_tokens` of `max_tokens`
+  """DAPO's penalty, which falls from 0 to −1 over the last `buffer_tokens` of `max_tokens`
   (2503.14476)."""
 
   max_tokens: int
@@ -300,13 +306,16 @@ class Overlong:
 
 @dataclass(frozen=True)
 class ShortRL:
-  """Short-RL's length reward (2505.12284, docs/methods/short_rl.md): for correct responses only,
-  with a slack of `slack_tokens` above the shortest, and only while the batch's accuracy is within
-  `slack_accuracy` of the best so far.
+  """Short-RL's length reward (2505.12284, docs/methods/short_rl.md).
 
-  ema: 0 takes the running maximum of the accuracy, as the code does; a number in (0, 1) its
-  exponential average with that decay, which depends less on the batch's size.
-  weight: of the length reward, whose own range is [−0.5, 0.5].
+  Only correct responses get it, and only while the batch's accuracy is within `slack_accuracy` of
+  the best accuracy so far.
+
+  slack_tokens: how much longer than the shortest correct response of its group a response may be
+    without loss.
+  ema: 0 takes the running maximum of the accuracy as the best, as the paper's code does; a number
+    in (0, 1) takes the exponential average with this decay, which depends less on the batch's size.
+  weight: the factor of the length reward, whose range without it is [−0.5, 0.5].
   """
 
   slack_tokens: int = 200
@@ -323,7 +332,10 @@ class ShortRL:
 
 @dataclass(frozen=True)
 class Kimi:
-  """Kimi k1.5's length reward (2501.12599): over all responses, without gates."""
+  """Kimi k1.5's length reward (2501.12599), for all responses and without a gate.
+
+  weight: the factor of the length reward.
+  """
 
   weight: float = 1.0
 
@@ -336,11 +348,12 @@ Shaping = NoShaping | Overlong | ShortRL | Kimi
 
 @dataclass(frozen=True)
 class Algorithm:
-  """From rewards to an update, as a choice of each part.
+  """How rewards become updates, as a choice of each part.
 
-  entropy_coef: times the mean entropy is added to the objective.
-  minibatches: updates a rollout batch is split into; epochs: passes over it. 1 and 1 is the
-  exact on-policy setting, in which every clip is inert.
+  entropy_coef: this coefficient times the mean entropy is added to the objective.
+  minibatches: the number of updates that a pass over a rollout batch is split into.
+  epochs: the number of passes over a rollout batch. With one minibatch and one epoch every
+    importance ratio is 1, and no clip changes anything.
   """
 
   advantage: Advantage = field(default_factory=OPO)
@@ -370,5 +383,5 @@ class Algorithm:
 
   @property
   def updates(self) -> int:
-    """Optimiser steps of one rollout batch."""
+    """The number of optimiser steps that one rollout batch gets."""
     return self.minibatches * self.epochs

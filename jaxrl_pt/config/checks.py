@@ -1,4 +1,4 @@
-"""Checks that the settings' dataclasses make of their own fields."""
+"""Checks that the dataclasses of settings make of their own fields."""
 
 import math
 from typing import Any, get_args
@@ -6,9 +6,9 @@ from typing import Any, get_args
 from jaxrl_pt.errors import UserError
 
 INT32 = 2**31 - 1  # Steps, ids and sizes are 32-bit integers on the device.
-# Twelve powers of ten below what float32 holds, so that sums and squares stay finite there.
+# Eight powers of ten below the largest float32, so that sums of such numbers stay finite.
 LARGEST = 1e30
-# A factor below float32's precision changes nothing, which is never what was meant.
+# A factor below float32's precision changes nothing, which nobody can want.
 SMALLEST = 1e-12
 
 
@@ -18,7 +18,7 @@ def fail(owner: Any, name: str, expected: str) -> None:
 
 
 def _short(value: Any) -> str:
-  """The value as Python writes it, or its beginning; numbers of thousands of digits have none."""
+  """The value as Python writes it, or its beginning; Python cannot write very long integers."""
   if isinstance(value, int) and value.bit_length() > 1000:
     return f'a whole number of {value.bit_length()} bits'
   text = repr(value)
@@ -26,7 +26,7 @@ def _short(value: Any) -> str:
 
 
 def integer(owner: Any, name: str, low: int, high: int | None = None) -> None:
-  """A whole number from `low` to `high`; without `high`, as large as 32 bits hold."""
+  """Asks for a whole number from `low` to `high`, or to the largest that 32 bits hold."""
   value = getattr(owner, name)
   if not _is_integer(value) or value < low or (high is not None and value > high):
     fail(owner, name, f'a whole number of at least {low}'
@@ -36,10 +36,15 @@ def integer(owner: Any, name: str, low: int, high: int | None = None) -> None:
 
 
 def size(owner: Any, name: str, low: int, high: int, num_bytes: float, what: str) -> None:
-  """A whole number from `low` that sizes arrays; beyond `high` no machine holds them.
+  """Asks for a whole number that is a size of arrays; no machine holds those of more than `high`.
 
   Args:
-    num_bytes: what `what` takes at least for each unit of it; both go into the message.
+    owner: the settings.
+    name: the field.
+    low: the smallest value.
+    high: the largest value.
+    num_bytes: the least bytes of the arrays for each unit of the size, for the message.
+    what: the arrays, for the message.
   """
   value = getattr(owner, name)
   if not _is_integer(value) or value < low:
@@ -50,7 +55,7 @@ def size(owner: Any, name: str, low: int, high: int, num_bytes: float, what: str
 
 
 def memory(num_bytes: float) -> str:
-  """A number of bytes for a person to read."""
+  """A number of bytes as a person reads it."""
   if num_bytes > LARGEST:
     return f'{LARGEST:g} bytes'
   names = ('bytes', 'KiB', 'MiB', 'GiB', 'TiB', 'PiB')
@@ -59,7 +64,7 @@ def memory(num_bytes: float) -> str:
 
 
 def number(owner: Any, name: str, low: float, high: float = LARGEST) -> None:
-  """A finite number from `low` to `high`."""
+  """Asks for a finite number from `low` to `high`."""
   value = getattr(owner, name)
   if not _is_number(value) or not value >= low or (high < LARGEST and value > high):
     fail(owner, name, f'a number of at least {low:g}'
@@ -69,20 +74,20 @@ def number(owner: Any, name: str, low: float, high: float = LARGEST) -> None:
 
 
 def positive(owner: Any, name: str, low: float = SMALLEST) -> None:
-  """A finite number above 0 that float32 does not round to nothing."""
+  """Asks for a finite number of at least `low`, which float32 does not round to 0."""
   if not _is_number(getattr(owner, name)) or not getattr(owner, name) >= low:
     fail(owner, name, f'a number above 0, of at least {low:g}')
   number(owner, name, low)
 
 
 def units(owner: Any, *names: str) -> int:
-  """The product of these fields, where one that is no size yet counts as 1."""
+  """The product of these fields, of which those that are no valid sizes count as 1."""
   values = [getattr(owner, name) for name in names]
   return math.prod(max(1, v) if _is_integer(v) else 1 for v in values)
 
 
 def below_one(owner: Any, name: str) -> None:
-  """The decay of a running average, which at 1 would never move."""
+  """Asks for the decay of a running average, which at 1 would never move."""
   value = getattr(owner, name)
   number(owner, name, 0.0, 1.0)
   if value > 1 - 1e-7:
@@ -91,12 +96,12 @@ def below_one(owner: Any, name: str) -> None:
 
 
 def is_weight(value: Any) -> bool:
-  """A finite number of any sign."""
+  """Whether it is a finite number of any sign."""
   return _is_number(value) and abs(value) <= LARGEST
 
 
 def is_plain(value: Any) -> bool:
-  """A flag, a finite number or a text: what gin can write and read again."""
+  """Whether it is a flag, a finite number or a text, which gin can write and read again."""
   return isinstance(value, bool) or is_text(value) or is_weight(value)
 
 
@@ -109,7 +114,7 @@ def _is_number(value: Any) -> bool:
 
 
 def rising(owner: Any, name: str, length: int) -> None:
-  """Also turns a list, as gin files write one, into the tuple that can be hashed."""
+  """Asks for numbers in rising order, and turns a list of them into a hashable tuple."""
   value = getattr(owner, name)
   is_numbers = isinstance(value, (list, tuple)) and all(
       is_weight(x) for x in value)
@@ -119,7 +124,7 @@ def rising(owner: Any, name: str, length: int) -> None:
 
 
 def token_ids(owner: Any, name: str) -> None:
-  """Also turns a list, as gin files write one, into the tuple that can be hashed."""
+  """Asks for token ids, and turns a list of them into a hashable tuple."""
   value = getattr(owner, name)
   is_ids = isinstance(value, (list, tuple)) and all(
       _is_integer(x) and 0 <= x <= INT32 for x in value)
@@ -129,7 +134,7 @@ def token_ids(owner: Any, name: str) -> None:
 
 
 def texts(owner: Any, name: str, expected: str, low: int = 0) -> None:
-  """A list of texts, none of them empty; turns a list into the tuple that can be hashed."""
+  """Asks for at least `low` texts, none of them empty, and turns a list into a tuple."""
   value = getattr(owner, name)
   is_list = isinstance(value, (list, tuple)) and len(value) >= low
   if not is_list or not all(x and is_text(x) for x in value):
@@ -138,7 +143,7 @@ def texts(owner: Any, name: str, expected: str, low: int = 0) -> None:
 
 
 def is_text(value: Any) -> bool:
-  """A string that a file can hold and a path may contain: no NUL, no lone surrogate."""
+  """Whether it is a string without NUL and lone surrogates, which files and paths can hold."""
   try:
     return isinstance(value, str) and '\0' not in value and bool(value.encode() or True)
   except UnicodeEncodeError:

@@ -10,9 +10,9 @@ from jaxrl_pt.errors import UserError
 
 @dataclass(frozen=True)
 class PythonStdlib:
-  """The embedded default corpus: the standard library's source and docstrings.
+  """The corpus that needs no files: the source of Python's standard library.
 
-  max_bytes bounds the text taken (files in a fixed shuffled order).
+  max_bytes: the largest size of the text, whose files come in a fixed shuffled order.
   """
 
   max_bytes: int = 8_000_000
@@ -23,10 +23,10 @@ class PythonStdlib:
 
 @dataclass(frozen=True)
 class TextFiles:
-  """UTF-8 text files (plain or .gz) matching `glob`.
+  """UTF-8 text files (plain or .gz) that match `glob`.
 
-  document_start: a regular expression (multi-line mode) at whose matches a new
-  document begins; empty means that each file is one document.
+  document_start: a regular expression (in multi-line mode) at whose matches a new document begins;
+    with '' each file is one document.
   """
 
   glob: str
@@ -39,7 +39,7 @@ class TextFiles:
 
 @dataclass(frozen=True)
 class Jsonl:
-  """JSON-lines files (plain or .gz); the text of each row stands in `text_field`."""
+  """JSON-lines files (plain or .gz), whose rows have their text in `text_field`."""
 
   glob: str
   text_field: str = 'text'
@@ -51,7 +51,7 @@ class Jsonl:
 
 @dataclass(frozen=True)
 class Parquet:
-  """Parquet files; the text of each row stands in `column`."""
+  """Parquet files, whose rows have their text in `column`."""
 
   glob: str
   column: str = 'text'
@@ -63,7 +63,10 @@ class Parquet:
 
 @dataclass(frozen=True)
 class ArrayRecord:
-  """ArrayRecord files: UTF-8 text records, or tf.train.Example with `feature` as text."""
+  """ArrayRecord files of UTF-8 texts or, if `feature` is set, of tf.train.Example.
+
+  feature: the feature that holds the text.
+  """
 
   glob: str
   feature: str = ''
@@ -75,9 +78,10 @@ class ArrayRecord:
 
 @dataclass(frozen=True)
 class Seqio:
-  """A registered seqio Task or Mixture, cached once (needs the `seqio` extra).
+  """A registered seqio Task or Mixture, which is cached once; it needs the `seqio` extra.
 
-  module is imported to register it; feature holds the token ids.
+  module: the module that registers it when it is imported.
+  feature: the feature that holds the token ids.
   """
 
   name: str
@@ -91,12 +95,11 @@ class Seqio:
 
 @dataclass(frozen=True)
 class Demonstrations:
-  """Examples of problems, prompt and response: the warm start of RL.
+  """Prompts of problems, each with a response, for the warm start of RL.
 
-  Split by their prompts: Data.validation_fraction holds out the prompts that an equal
-  Problems.held_out does.
-  Those of generated problems are worked, with slips where the source is noisy; those of
-  reasoning-gym are the bare answer.
+  They are split by their prompts: Data.validation_fraction holds out the same prompts as an equal
+  Problems.held_out. Demonstrations of generated problems show the work, with slips where the source
+  has noise; those of reasoning-gym are the bare answer.
   """
 
   source: Arithmetic | RedundantChecks | ReasoningGym
@@ -110,12 +113,12 @@ Source = PythonStdlib | TextFiles | Jsonl | Parquet | ArrayRecord | Seqio | Demo
 
 @dataclass(frozen=True)
 class Bytes:
-  """One token per UTF-8 byte, ids 0–255, and end of text 256."""
+  """One token for each UTF-8 byte, with ids 0–255; end of text is 256."""
 
 
 @dataclass(frozen=True)
 class TrainedBPE:
-  """Byte-level BPE trained on the training documents and saved with the run."""
+  """Byte-level BPE that is trained on the training documents and saved with the run."""
 
   vocab_size: int
 
@@ -125,11 +128,12 @@ class TrainedBPE:
 
 @dataclass(frozen=True)
 class HuggingFaceTokenizer:
-  """Any Hugging Face `tokenizer.json` (plain or .gz) on disk.
+  """A Hugging Face `tokenizer.json` (plain or .gz) on disk.
 
-  end_of_text: its EOS token. begin_of_text: the token that its models see before every document,
-  such as '<s>'; '' for models that are trained without one. A model that is trained from nothing
-  should have one: where the file has none to offer, that of `end_of_text`.
+  end_of_text: its EOS token.
+  begin_of_text: the token that its models see before every document, such as '<s>'; '' for models
+    that are trained without one. A model that is trained from scratch should have one; where the
+    file has no such token, it can be that of `end_of_text`.
   """
 
   path: str
@@ -147,8 +151,8 @@ class HuggingFaceTokenizer:
 class SentencePiece:
   """A SentencePiece `.model` file on disk.
 
-  has_begin: every document begins with the file's beginning piece (its end piece where it has
-  none); False for models that are trained without one.
+  has_begin: whether every document begins with the file's beginning piece, or with its end piece
+    where it has none; False for models that are trained without one.
   """
 
   path: str
@@ -164,15 +168,17 @@ Tokenizer = Bytes | TrainedBPE | HuggingFaceTokenizer | SentencePiece
 
 @dataclass(frozen=True)
 class Data:
-  """Documents → tokens → packed examples of `seq_len` predicted tokens.
+  """Documents, their tokenizer, and the packed examples made of them.
 
-  validation_fraction: share of the documents (whole documents, by hash) held out.
-  validation_glob: files of the source's kind that are the validation split instead; none of
-  their documents may be among those of the source.
-  long_documents: a document longer than seq_len is 'split' over examples or an 'error'.
-  cache_dir: where prepared examples are kept and shared between runs; empty means
-  the run's own work directory.
-  num_workers: Grain worker processes a host; 0 reads in the training process.
+  seq_len: the number of predicted tokens of a packed example.
+  validation_fraction: the share of the documents, chosen whole by a hash, that is held out.
+  validation_glob: files of the source's kind that are the validation split instead; none of their
+    documents may be among those of the source.
+  long_documents: whether a document longer than seq_len is 'split' over examples or an 'error'.
+  cache_dir: the folder where prepared examples are kept and shared between runs; '' for the run's
+    own work directory.
+  num_workers: the number of Grain's worker processes on each host; with 0 the training process
+    reads.
   """
 
   source: Source
@@ -200,6 +206,6 @@ class Data:
 
   @property
   def validation_source(self) -> Source:
-    """The source's kind over the files of `validation_glob`, which is not empty then."""
+    """The source of the validation split, where `validation_glob` is set."""
     assert not isinstance(self.source, PythonStdlib | Seqio | Demonstrations)
     return replace(self.source, glob=self.validation_glob)

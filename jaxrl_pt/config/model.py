@@ -1,4 +1,4 @@
-"""The model, how it is computed, and the mesh it is computed on."""
+"""The model, how its arithmetic is carried out, and the mesh of devices."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -15,11 +15,12 @@ Remat = Literal['none', 'block']
 
 @dataclass(frozen=True)
 class Quant:
-  """Which projections of the block are quantised, and how (docs/methods/bitnet.md, bitnet_v2.md).
+  """How the projections of a block are quantised (docs/methods/bitnet.md, bitnet_v2.md).
 
-  weights: 'ternary' is absmean W1.58; activations: per token, 'int8' absmax,
-  'int4' absmean, 'int4_absmax' the control that needs no rotation.
-  hadamard: rotate the inputs of W_o and W_down (H-BitLinear, 2504.18415).
+  weights: 'ternary' weights are W1.58, with the absmean of a matrix as its scale.
+  activations: each token has a scale, with 'int8' its absmax, with 'int4' its absmean, and with
+    'int4_absmax', a control experiment that needs no rotation, its absmax.
+  hadamard: whether the inputs of W_o and W_down are rotated (H-BitLinear, 2504.18415).
   """
 
   weights: WeightQuant = 'none'
@@ -38,9 +39,13 @@ class Quant:
 
 @dataclass(frozen=True)
 class Model:
-  """Shape of a decoder-only transformer.
+  """The shape of a decoder-only transformer.
 
-  norm_epsilon is that of every RMSNorm; it is here only because imported models differ in it.
+  head_dim: the width of a head.
+  rope_theta: the base of RoPE's frequencies.
+  sub_norm: whether a block has a second RMSNorm before W_o and W_down (SubLN).
+  tied_head: whether the head is the transposed embedding.
+  norm_epsilon: the epsilon of every RMSNorm, in which imported models differ.
   """
 
   num_layers: int
@@ -84,12 +89,15 @@ class Model:
 
 @dataclass(frozen=True)
 class Compute:
-  """How the same arithmetic is carried out; changes speed and memory, not the method.
+  """How the arithmetic is carried out, which changes speed and memory and not the method.
 
-  loss_chunk: tokens of the whole batch, over all devices, whose float32 logits exist at
-  once; 0 computes all of them.
-  unroll: layers per iteration of the scan over layers (0 unrolls them all, which
-  XLA runs faster on a CPU and compiles slower everywhere).
+  dtype: the type of activations and of the weights that they are multiplied with.
+  remat: 'block' keeps only the residual stream of each block and computes the rest again in the
+    backward pass.
+  unroll: layers of one iteration of the scan over layers; 0 unrolls all of them, which runs faster
+    on a CPU and compiles more slowly everywhere.
+  loss_chunk: tokens of the whole batch, over all devices, whose float32 logits exist at once; 0
+    computes the logits of all tokens at once.
   """
 
   dtype: Dtype = 'float32'
@@ -106,7 +114,7 @@ class Compute:
 
 @dataclass(frozen=True)
 class Mesh:
-  """Devices along each mesh axis; `fsdp = 0` takes all devices that are left."""
+  """The number of devices along each mesh axis; `fsdp = 0` takes all devices that are left."""
 
   data: int = 1
   fsdp: int = 0

@@ -1,8 +1,9 @@
 """Objectives: next-token prediction, RPT and RLP, reinforcement learning on problems.
 
-Beside its own settings every objective says what all code may ask of any of them: `rollouts` and
-`algorithm`, None where nothing is drawn; `positions_per_document`; and `policy_fields`, the names
-of its settings that are work directories of policies. So only `jobs` asks which one it is.
+Beside its own settings every objective has four attributes that code may read without asking which
+objective it is: `rollouts` and `algorithm`, which are None where no responses are drawn;
+`positions_per_document`; and `policy_fields`, the names of its settings that are work directories
+of policies. Only `jobs` asks which objective a run has.
 """
 
 from dataclasses import dataclass, field
@@ -20,8 +21,8 @@ from jaxrl_pt.errors import UserError
 class NextToken:
   """Next-token prediction over packed documents.
 
-  int4_from: fraction of the steps after which activations go from int8 to int4
-  with the optimiser's state kept (BitNet v2: 0.95); 1.0 never switches.
+  int4_from: the fraction of the steps after which activations go from int8 to int4, with the
+    optimiser's state kept (BitNet v2: 0.95); 1.0 never switches.
   """
 
   int4_from: float = 1.0
@@ -34,17 +35,17 @@ class NextToken:
     checks.number(self, 'int4_from', 0.0, 1.0)
 
 
-# What RPT pays for a prediction (2506.08007).
+# The rewards of a prediction in RPT (2506.08007).
 
 
 @dataclass(frozen=True)
 class PrefixMatch:
-  """1 if the bytes are those of the truth up to the end of one of its tokens, else 0."""
+  """1 if the prediction's bytes begin the true text and end where a true token does, else 0."""
 
 
 @dataclass(frozen=True)
 class FirstTokenMatch:
-  """1 if the first token is the true one, else 0."""
+  """1 if the prediction's first token is the true one, else 0."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class DenseMatch:
 
 @dataclass(frozen=True)
 class GatedDenseMatch:
-  """DenseMatch in groups with a match; −penalty for each response of the others."""
+  """DenseMatch in groups with a match, and −penalty for each response of other groups."""
 
   penalty: float = 0.0
 
@@ -64,8 +65,13 @@ class GatedDenseMatch:
 
 @dataclass(frozen=True)
 class InformationGain:
-  """RLP (2510.01265): what a thought adds to the log-probability of the true next token, over an
-  average policy without a thought; decay: of that average. Needs @cfg.Reason()."""
+  """RLP (2510.01265): how much a thought raises the log-probability of the true next token.
+
+  It is compared with the log-probability under an average policy without a thought. It needs
+  @cfg.Reason().
+
+  decay: the decay of the average of the policy's parameters.
+  """
 
   decay: float = 0.999
 
@@ -76,7 +82,7 @@ class InformationGain:
 NextTokenReward = PrefixMatch | FirstTokenMatch | DenseMatch | GatedDenseMatch | InformationGain
 
 
-# How RPT's policy comes to a prediction.
+# How the policy of RPT comes to a prediction.
 
 
 @dataclass(frozen=True)
@@ -86,10 +92,10 @@ class Direct:
 
 @dataclass(frozen=True)
 class Reason:
-  """Context, think marker, thought, answer marker, prediction.
+  """The policy thinks first: context, think marker, thought, answer marker, prediction.
 
-  think, answer: texts of exactly one token each; rollouts.prompt_len holds the think marker
-  too, and rollouts.response_tokens the thought, the answer marker and the prediction.
+  think, answer: the texts of the two markers, of exactly one token each. The think marker counts
+    in Rollouts.prompt_len; thought, answer marker and prediction count in Rollouts.response_tokens.
   """
 
   think: str = '<think>'
@@ -106,7 +112,7 @@ Prediction = Direct | Reason
 
 
 def _check_method(name: str, rollouts: Rollouts, algorithm: Algorithm) -> None:
-  """What rollouts and algorithm of one method ask of each other."""
+  """Checks that the rollouts and the algorithm of a method go together."""
   if rollouts.group_size == 1 and algorithm.advantage.grouped:
     raise UserError(f'Rollouts.group_size = 1, but {type(algorithm.advantage).__name__} compares '
                     'the responses of a group: set it to at least 2.')
@@ -127,15 +133,18 @@ def _check_method(name: str, rollouts: Rollouts, algorithm: Algorithm) -> None:
 class RPT:
   """Reinforcement Pre-Training (2506.08007): reward a correct prediction of what comes next.
 
-  start_from: work directory (or checkpoint) of the pretrained policy.
-  proxy_from: work directory of the frozen proxy whose entropy chooses positions, with the
-  same tokenizer; empty takes the start policy.
-  min_entropy: positions whose proxy entropy (nats, over its 16 likeliest tokens,
-  renormalised) is below are dropped; difficulty: nested thresholds (nats) of the
-  easy, medium and hard evaluation splits; scored_examples: packed examples of each split
-  that the proxy scores; eval_positions: held-out positions evaluated.
-  positions_per_document: so many prompts of a batch end in the same document, whose first
-  prompt_len tokens are computed once for all; 1 gives each its own last prompt_len tokens.
+  start_from: the work directory or checkpoint of the pretrained policy.
+  proxy_from: the work directory of the frozen proxy whose entropy chooses positions and which has
+    the same tokenizer; empty takes the start policy.
+  min_entropy: positions with a lower entropy of the proxy are dropped (nats, over its 16 likeliest
+    tokens, renormalised).
+  difficulty: nested thresholds of this entropy (nats) for the easy, medium and hard evaluation
+    splits.
+  scored_examples: the number of packed examples of each split that the proxy scores.
+  eval_positions: the number of held-out positions that are evaluated.
+  positions_per_document: how many prompts of a batch end in the same document, whose first
+    prompt_len tokens are computed once for all of them; with 1, each prompt is the last prompt_len
+    tokens before its position.
   """
 
   start_from: str
@@ -170,7 +179,7 @@ class RPT:
 
 
 def _check_information_gain(method: RPT) -> None:
-  """RLP's step is one program over prompts of their own, and its reward is no 0 or 1."""
+  """Refuses settings that RLP's step, a single program over separate prompts, does not have."""
   rollouts = method.rollouts
   for name, value, needed in (
       ('RPT.prediction', method.prediction, Reason), ('Rollouts.mode', rollouts.mode, OnPolicy),
@@ -184,7 +193,7 @@ def _check_information_gain(method: RPT) -> None:
 
 
 def _check_shared(method: RPT) -> None:
-  """What prompts that share a document do not go with."""
+  """Refuses settings that do not go with prompts that share a document."""
   shared, rollouts = method.positions_per_document, method.rollouts
   if shared == 1:
     return
@@ -201,9 +210,10 @@ def _check_shared(method: RPT) -> None:
 class RL:
   """Reinforcement learning on problems whose answers can be verified.
 
-  start_from: work directory of the policy to begin with, which is also the reference of KL.
-  pool: the processes of a verifier that reads text; not read by one on the device.
-  eval_problems: held-out problems measured, once sampled as in training and once greedily.
+  start_from: the work directory of the policy to begin with, which is also the reference policy.
+  pool: the processes of a verifier that reads text; a verifier on the device does not read it.
+  eval_problems: the number of held-out problems that are measured, once sampled as in training and
+    once greedily.
   """
 
   start_from: str
@@ -227,6 +237,6 @@ class RL:
     checks.integer(self, 'eval_problems', 1)
 
 
-# Those that draw responses and learn from their rewards.
+# Objectives that draw responses and learn from their rewards.
 Reinforced = RPT | RL
 Objective = NextToken | Reinforced

@@ -1,4 +1,4 @@
-"""The optimiser and the schedules of its learning rate, all in optimiser steps."""
+"""The optimiser and the schedules of its learning rate, which count optimiser steps."""
 
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -34,7 +34,7 @@ class Cosine:
 
 @dataclass(frozen=True)
 class WSD:
-  """Warm-up to `peak_rate`, stable, then linear decay to `end_rate` over the last
+  """Linear warm-up to `peak_rate`, which stays until a linear decay to `end_rate` over the last
   `decay_fraction` of the run."""
 
   peak_rate: float
@@ -51,12 +51,13 @@ class WSD:
 
 @dataclass(frozen=True)
 class TwoStage:
-  """BitNet's two stages (docs/methods/bitnet.md): both peaks start full-length decays.
+  """BitNet's two stages (docs/methods/bitnet.md).
 
-  Up to `switch_fraction` of the run the schedule decays from `peak_rate`, afterwards it
-  is the tail of the schedule that would have decayed from `second_peak_rate`; weight
-  decay is on before the switch and exactly 0 after it. `shape` 'linear' is BitNet
-  v2's, 'cosine' BitNet b1.58 2B4T's.
+  Up to `switch_fraction` of the run the learning rate decays from `peak_rate`, as if over the whole
+  run. Afterwards it is the tail of the schedule that would have decayed from `second_peak_rate`
+  over the whole run. Weight decay is on before the switch and exactly 0 after it.
+
+  shape: 'linear' is the decay of BitNet v2, 'cosine' that of BitNet b1.58 2B4T.
   """
 
   peak_rate: float
@@ -80,11 +81,14 @@ Schedule = ConstantRate | Cosine | WSD | TwoStage
 
 @dataclass(frozen=True)
 class AdamW:
-  """optax AdamW after a clip of the global gradient norm (0 switches the clip off).
+  """optax's AdamW after a clip of the global gradient norm.
 
-  Weight decay acts on matrices only (embeddings and norms are left alone).
-  weight_decay_shape: 'constant', or 'cosine' to rise to `weight_decay` over stage
-  one as 2B4T's does; either way TwoStage sets it to 0 in its second stage.
+  Weight decay acts on matrices only, not on embeddings and norms.
+
+  weight_decay_shape: 'constant', or 'cosine' for a weight decay that rises to `weight_decay` over
+    the first stage, as in BitNet b1.58 2B4T. With either, TwoStage sets it to 0 in its second
+    stage.
+  clip_norm: the largest global norm of the gradient; 0 switches the clip off.
   """
 
   schedule: Schedule
@@ -99,7 +103,7 @@ class AdamW:
     checks.instance(self, 'schedule', *get_args(Schedule))
     checks.below_one(self, 'b1')
     checks.below_one(self, 'b2')
-    # With 0 a weight that has had no gradient yet would be moved by 0 / 0.
+    # With eps = 0 a weight that has had no gradient yet would move by 0 / 0.
     checks.positive(self, 'eps', 1e-30)
     checks.number(self, 'weight_decay', 0.0)
     checks.choice(self, 'weight_decay_shape', Literal['constant', 'cosine'])

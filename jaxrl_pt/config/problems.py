@@ -1,20 +1,20 @@
-"""Problems that reinforcement learning asks."""
+"""Sources of problems for reinforcement learning."""
 
 from dataclasses import dataclass
 from typing import get_args
 
 from jaxrl_pt.config import checks
 
-# Prompts with a reference answer, for a verifier to verify. Generated ones are a function of
-# (seed, index) alone, and all of them are held in memory.
+# A problem is a prompt with a reference answer. A generated problem is a function of (seed, index)
+# alone, and all problems of a run are held in memory.
 MOST_PROBLEMS = 10_000_000
 
 
 @dataclass(frozen=True)
 class JsonlProblems:
-  """JSON-lines files (plain or .gz): a row's prompt and its reference answer, which is not blank.
+  """JSON-lines files (plain or .gz), whose rows have a prompt and a reference answer.
 
-  Numbers count as texts of the digits that the file has.
+  Numbers count as texts of the digits that the file has. The reference answer must not be blank.
   """
 
   glob: str
@@ -28,7 +28,7 @@ class JsonlProblems:
 
 @dataclass(frozen=True)
 class KnightsAndKnaves:
-  """Knights tell the truth, knaves lie: who is what? Each puzzle has exactly one solution."""
+  """Puzzles of knights, who tell the truth, and knaves, who lie; each has exactly one solution."""
 
   size: int
   min_people: int = 3
@@ -44,9 +44,9 @@ class KnightsAndKnaves:
 
 @dataclass(frozen=True)
 class ReasoningGym:
-  """Any task of the reasoning-gym library by its name (needs the `gym` extra).
+  """A task of the reasoning-gym library by its name, which needs the `gym` extra.
 
-  settings: of the task, as pairs of name and value: (('max_terms', 3), ('max_digits', 1)).
+  settings: the task's settings as pairs of name and value: (('max_terms', 3), ('max_digits', 1)).
   """
 
   task: str
@@ -67,9 +67,9 @@ class ReasoningGym:
 
 @dataclass(frozen=True)
 class Arithmetic:
-  """Sums of num_terms numbers of up to num_digits digits, worked out term by term.
+  """Sums of num_terms numbers of up to num_digits digits; demonstrations add term by term.
 
-  noise: share of the demonstrations that go wrong at some step.
+  noise: the share of the demonstrations that go wrong at some step.
   """
 
   size: int
@@ -88,12 +88,12 @@ class Arithmetic:
 
 @dataclass(frozen=True)
 class RedundantChecks:
-  """Sums modulo 10 of 2 to max_steps + 1 digits: a step for each, then checks that change
-  nothing.
+  """Sums of digits modulo 10, whose demonstrations end with checks that change nothing.
 
-  min_steps, max_steps: steps that the answer needs, which the prompt shows.
+  min_steps, max_steps: the range of the number of steps that the answer needs; the prompt shows
+    one digit more.
   max_checks: a complete demonstration ends with 0 to max_checks redundant checks.
-  noise: share of the demonstrations that stop before the last step, mostly wrong then.
+  noise: the share of the demonstrations that stop before the last step, and are then mostly wrong.
   """
 
   size: int
@@ -117,11 +117,11 @@ ProblemSource = JsonlProblems | KnightsAndKnaves | ReasoningGym | Arithmetic | R
 
 @dataclass(frozen=True)
 class Problems:
-  """Problems to reinforce on, and those held out to measure it.
+  """The problems to train on, and those that are held out to measure the policy.
 
-  template: what the policy reads, with {prompt} where the problem's own text goes.
-  held_out: share of the prompts, chosen by a hash of their text, that training never sees; each
-  is measured once.
+  template: the prompt template, with {prompt} where the problem's own text goes.
+  held_out: the share of the prompts, chosen by a hash of their text, that training never sees; each
+    of them is measured once.
   """
 
   source: ProblemSource

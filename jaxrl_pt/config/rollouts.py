@@ -1,4 +1,4 @@
-"""How responses are drawn: sampler, sparse decoding, engine, groups."""
+"""How responses are drawn: sampler, sparse attention, engine, groups."""
 
 from dataclasses import dataclass, field
 from typing import Literal, get_args
@@ -6,14 +6,18 @@ from typing import Literal, get_args
 from jaxrl_pt.config import checks
 from jaxrl_pt.errors import UserError
 
-MOST_TOKENS = 2**24  # of one row
+MOST_TOKENS = 2**24  # The largest number of tokens of a row.
 
 
 @dataclass(frozen=True)
 class Sampler:
-  """How responses are drawn. top_k = 0, top_p = 1 and min_p = 0 filter nothing.
+  """Temperature and filters with which tokens are drawn.
 
-  min_p drops tokens less likely than min_p times the likeliest; banned tokens are never drawn.
+  temperature: the logits are divided by it; 0 takes the likeliest token.
+  top_k: the k likeliest tokens are kept; 0 filters nothing.
+  top_p: the smallest set of likeliest tokens with this mass is kept; 1 filters nothing.
+  min_p: tokens less likely than min_p times the likeliest are dropped; 0 filters nothing.
+  banned: tokens that are never drawn.
   """
 
   temperature: float = 1.0
@@ -36,8 +40,11 @@ class Sampler:
 
 @dataclass(frozen=True)
 class RefreshEvery:
-  """Rectify after every so many tokens of a row. 1 reads a dense cache at each step: the
-  ceiling of what sparse reading alone allows ("decode-only")."""
+  """Each row is rectified after every `tokens` tokens.
+
+  With 1 each step reads a dense cache, which shows the effect of sparse reading alone
+  ("decode-only").
+  """
 
   tokens: int = 32
 
@@ -47,14 +54,17 @@ class RefreshEvery:
 
 @dataclass(frozen=True)
 class RefreshNever:
-  """Sparse decoding without rectification."""
+  """No row is rectified."""
 
 
 @dataclass(frozen=True)
 class ReSA:
-  """Rectified sparse attention (2506.04108): blocks of `block` tokens, of which a step reads
-  the share `active`, at least min_blocks, the last local_blocks always among them.
+  """Rectified sparse attention (2506.04108): a step reads only some blocks of the KV cache.
 
+  block: tokens of a block.
+  active: the share of the blocks that a step reads.
+  min_blocks: the smallest number of blocks that a step reads, if there are so many.
+  local_blocks: how many of the last blocks are always among those that a step reads.
   refresh: when keys and values of drawn tokens are computed again by dense attention.
   """
 
@@ -76,13 +86,16 @@ class ReSA:
 
 @dataclass(frozen=True)
 class Engine:
-  """Sizes of the continuous-batching engine; its program is compiled once for them.
+  """Sizes of the continuous-batching engine, for which its program is compiled once.
 
-  slots: responses decoded at once; queue: responses waiting or under way at most.
-  prompt_len, response_len: most tokens of each. page_size: tokens of a cache page;
-  num_pages: of the pool, 0 for as many as all slots could need. prefill_chunk: prompt tokens
-  a forward pass takes. kv: how keys and values are stored. steps_per_call: tokens a slot
-  decodes between two looks of the host.
+  slots: the number of responses that are decoded at once.
+  queue: the largest number of responses that wait or are under way.
+  prompt_len, response_len: the largest numbers of tokens of a prompt and of a response.
+  page_size: tokens of a page of the KV cache.
+  num_pages: the number of pages; 0 for as many as all slots could need.
+  prefill_chunk: prompt tokens that go through the model in one forward pass.
+  kv: how keys and values are stored: in the model's type, or as int8.
+  steps_per_call: decode steps of one call, after which the host sees the new tokens.
   """
 
   slots: int = 32
@@ -107,7 +120,7 @@ class Engine:
       checks.size(self, name, 1, high, 4 * checks.units(self, *beside), what)
     checks.size(self, 'num_pages', 0, 2**26, 4 * self.page_size, 'the pages')
     checks.choice(self, 'kv', Literal['model', 'int8'])
-    # One response, the prompt kept for sharing, and the page that is nobody's.
+    # Pages for one response, for the prompt that is kept for sharing, and page 0, which nobody has.
     pages = lambda tokens: -(-tokens // self.page_size)
     least = pages(self.prompt_len + self.response_len) + pages(self.prompt_len) + 1
     if self.num_pages and self.num_pages < least:
@@ -118,14 +131,14 @@ class Engine:
 
 @dataclass(frozen=True)
 class OnPolicy:
-  """Each batch is drawn by the very parameters that it updates."""
+  """Each batch is drawn by the parameters that it updates."""
 
 
 @dataclass(frozen=True)
 class OneStepOff:
-  """Each batch is drawn while the one before is verified: by parameters one step older.
+  """Each batch is drawn while the batch before is verified, by parameters that are one step older.
 
-  Needs a correction.
+  It needs a correction.
   """
 
 
@@ -134,13 +147,15 @@ Mode = OnPolicy | OneStepOff
 
 @dataclass(frozen=True)
 class AllGroups:
-  """Every group drawn is learned from."""
+  """Every group that is drawn is learned from."""
 
 
 @dataclass(frozen=True)
 class DynamicSampling:
-  """From step `from_step` on, draws again until all groups have right and wrong responses, at
-  most `max_rounds` times a step (2503.14476); what is still missing then stays uninformative.
+  """Groups are drawn again until each has right and wrong responses (2503.14476).
+
+  from_step: the first step of which this holds.
+  max_rounds: how often a step draws at most; zero-advantage groups fill the batch after that.
   """
 
   from_step: int = 0
@@ -156,13 +171,13 @@ Selection = AllGroups | DynamicSampling
 
 @dataclass(frozen=True)
 class Rollouts:
-  """What a step draws: num_prompts groups of group_size responses.
+  """The responses that a step draws: num_prompts groups of group_size responses.
 
-  prompt_len, response_tokens: most tokens of a prompt and of a response.
-  dump_every: steps between rollouts kept in the work directory, for replay; 0 keeps none.
+  prompt_len, response_tokens: the largest numbers of tokens of a prompt and of a response.
+  dump_every: steps between rollouts that are kept in the work directory for replay; 0 keeps none.
   mismatch_gate: a step whose sampler–trainer mismatch, mean exp|log π_train − log π_sampler|, is
-  above stops the run and leaves its worst responses in the work directory; 0 switches it off.
-  One step off-policy there is no gate: what differs is the policy.
+    larger stops the run and leaves its worst responses in the work directory; 0 switches the gate
+    off. One step off-policy there is no gate, since the two policies differ on purpose.
   """
 
   num_prompts: int = 32

@@ -1,4 +1,4 @@
-"""A whole run."""
+"""The settings of a whole run."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -15,12 +15,15 @@ from jaxrl_pt.errors import UserError
 
 @dataclass(frozen=True)
 class Train:
-  """Steps and cadence of the loop.
+  """The number of steps, their batches, and how often the loop logs and evaluates.
 
-  batch_size: sequences over all devices of a step of NextToken, and scored at once by RPT; RL
-  reads none, since Rollouts.num_prompts says what a step takes, and leaves it at 0.
-  accumulation: micro-batches a step; each holds batch_size / accumulation rows.
-  eval_batches: validation batches a pass; 0 takes them all.
+  batch_size: the number of sequences, over all devices, of a step of NextToken, and of those that
+    the proxy of RPT scores at once. RL leaves it at 0, since Rollouts.num_prompts says what a step
+    takes.
+  accumulation: the number of micro-batches of an update.
+  log_every, eval_every: steps between two records of metrics, and between two evaluations.
+  eval_batches: the number of validation batches of an evaluation; 0 takes all of them.
+  tensorboard: whether metrics are written for TensorBoard, too.
   """
 
   num_steps: int
@@ -44,8 +47,12 @@ class Train:
 
 @dataclass(frozen=True)
 class Checkpoint:
-  """Asynchronous checkpoints: every `every` steps, the last `keep` of them, and for
-  good those at multiples of `keep_every` (0 keeps none for good)."""
+  """Asynchronous checkpoints.
+
+  every: steps between two checkpoints.
+  keep: how many of the last checkpoints are kept.
+  keep_every: checkpoints at multiples of this step are kept for ever; 0 keeps none so long.
+  """
 
   every: int = 100
   keep: int = 3
@@ -92,7 +99,7 @@ class Run:
 
 
 def _check_rollouts(run: Run) -> None:
-  """What the rows that a step draws ask of the micro-batches."""
+  """Checks that the prompts of an update divide into micro-batches."""
   objective, parts = run.objective, run.train.accumulation
   if objective.rollouts is None or objective.algorithm is None:
     return
@@ -107,9 +114,9 @@ def _check_rollouts(run: Run) -> None:
 
 
 def _check_read(run: Run) -> None:
-  """Refuses settings that the chosen objective does not read, and asks for those it does.
+  """Refuses settings that the chosen objective does not read, and asks for those that it reads.
 
-  What is not read can only be told from its default by differing from it.
+  A setting counts as set if it differs from its default.
   """
   objective = type(run.objective).__name__
   unread: list[tuple[str, Any, Any, str]] = []
@@ -143,7 +150,7 @@ def _check_read(run: Run) -> None:
 
 
 def num_updates(run: Run) -> int:
-  """Optimiser steps of the whole run, by which its learning rate is scheduled."""
+  """The number of optimiser steps of the whole run, by which its learning rate is scheduled."""
   algorithm = run.objective.algorithm
   return run.train.num_steps * (1 if algorithm is None else algorithm.updates)
 

@@ -1,4 +1,4 @@
-"""Who verifies responses."""
+"""Verifiers of responses, and the processes that they run in."""
 
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -11,10 +11,11 @@ GymAnswer = Literal['tags', 'text']
 
 @dataclass(frozen=True)
 class AnswerMatch:
-  """On the device: the text between the last marker and the end is the answer, compared byte by
-  byte with the reference.
+  """A verifier on the device: the answer is the text between the last marker and the end.
 
-  marker: what stands before an answer; it need not be a token of its own.
+  It is compared with the reference answer byte by byte.
+
+  marker: the text before an answer; it need not be a token of its own.
   """
 
   marker: str = '#'
@@ -25,10 +26,11 @@ class AnswerMatch:
 
 @dataclass(frozen=True)
 class MathVerifier:
-  r"""The answer is right as a number or, if `symbolic`, as an expression (needs sympy).
+  r"""The answer equals the reference answer as a number or an expression (docs/answers.md).
 
-  answer: where it stands, 'boxed' in the last balanced \boxed{…}, 'gsm8k' after the last
-  ####, 'last_number' in the last number of the response. docs/answers.md says what is equal.
+  answer: where a response states its answer: 'boxed' in the last balanced \boxed{…}, 'gsm8k' after
+    the last ####, 'last_number' in the last number of the response.
+  symbolic: whether expressions are worked out, which needs sympy.
   """
 
   answer: AnswerFormat = 'boxed'
@@ -41,7 +43,7 @@ class MathVerifier:
 
 @dataclass(frozen=True)
 class LogicVerifier:
-  """Knights and Knaves: think and answer tags ±1, the roles +2, −1.5 or −2.
+  """Knights and Knaves: ±1 for the think and answer tags, and +2, −1.5 or −2 for the roles.
 
   docs/methods/short_rl.md has the table of rewards.
   """
@@ -49,12 +51,12 @@ class LogicVerifier:
 
 @dataclass(frozen=True)
 class GymVerifier:
-  """reasoning-gym's own scorer of the problem's task.
+  """The scorer that reasoning-gym has for the problem's task.
 
-  answer: 'tags' scores what stands between answer tags, 'text' the whole response.
-  partial_credit: pays what the scorer gives an answer that is not right, as the part `partial`.
-    Many scorers give some where the right answer is a piece of the stated one: 0.67 for −40
-    where −4 is right.
+  answer: 'tags' scores the text between answer tags, 'text' the whole response.
+  partial_credit: whether an answer that is not right earns the scorer's score, as the part
+    `partial`. Many scorers give some where the right answer is a piece of the stated one, such as
+    0.67 for −40 where −4 is right.
   """
 
   answer: GymAnswer = 'tags'
@@ -67,8 +69,13 @@ class GymVerifier:
 
 @dataclass(frozen=True)
 class WordVerifier:
-  """Free text: a third of the reward each for the reference word, the length in words and
-  no n-gram said twice; correct where all three hold."""
+  """Free text: a third of the reward each for the reference word, the length and distinct n-grams.
+
+  A response is correct where all three are full.
+
+  min_words, max_words: the range of the length in words.
+  ngram: the words of an n-gram.
+  """
 
   min_words: int
   max_words: int
@@ -82,7 +89,7 @@ class WordVerifier:
 
 @dataclass(frozen=True)
 class FormatVerifier:
-  """1 where each pair of tags stands in the response once, in this order, else 0."""
+  """1 where each pair of tags occurs in the response once, in this order, else 0."""
 
   tags: tuple[str, ...] = ('think', 'answer')
 
@@ -92,7 +99,7 @@ class FormatVerifier:
 
 @dataclass(frozen=True)
 class LengthVerifier:
-  """1 up to min_chars of text, falling to 0 at max_chars."""
+  """1 up to min_chars characters of text, falling linearly to 0 at max_chars."""
 
   min_chars: int
   max_chars: int
@@ -104,10 +111,11 @@ class LengthVerifier:
 
 @dataclass(frozen=True)
 class PythonVerifier:
-  """A function of your own, (response, reference) → verifiers.response_verdict.ResponseVerdict.
+  """The user's function (response, reference answer) → verifiers.response_verdict.ResponseVerdict.
 
-  target: 'module:function', importable where the run starts; parts: names of its parts.
-  min_score, max_score: the range that each part lies in; what lies outside is a crash.
+  target: 'module:function', which must be importable where the run starts.
+  parts: the names of the parts of its verdicts.
+  min_score, max_score: the range of each part; a verdict with a part outside is a crash.
   """
 
   target: str
@@ -130,7 +138,7 @@ Part = (MathVerifier | LogicVerifier | GymVerifier | WordVerifier | FormatVerifi
 
 @dataclass(frozen=True)
 class Composite:
-  """Σ weight · score of several verifiers; correct is what the first one says."""
+  """Σ weight · score of several verifiers; the first one says whether a response is correct."""
 
   verifiers: tuple[Part, ...]
   weights: tuple[float, ...]
@@ -155,7 +163,10 @@ Verifier = AnswerMatch | HostVerifier
 class VerifierPool:
   """Child processes that verify text, and what one response may cost before they are killed.
 
-  cpu_seconds does not depend on how busy the machine is; wall_seconds also ends one that waits.
+  num_workers: the number of processes.
+  cpu_seconds: processor time of one response, which does not depend on how busy the machine is.
+  wall_seconds: time of one response, after which a process that waits is killed, too.
+  memory_mib: memory of one process.
   """
 
   num_workers: int = 2

@@ -1,14 +1,14 @@
-"""Hugging Face folders (config.json + safetensors) of Llama and BitNet models, in and out.
+"""Imports and exports Hugging Face folders (config.json, safetensors) of Llama and BitNet models.
 
-Their matrices are [out, in], ours [in, out]; both rotate RoPE pairs (i, i + E/2). A packed
-BitNet matrix holds four ternary rows a byte, planar along the output rows, and one scale
-s: class `autobitlinear` stores mean|W| and multiplies by it, `bitlinear` stores 1 / mean|W|
-and divides (docs/methods/bitnet.md). Codes of which a share f is not 0 become the latent
-weights codes · s / f, whose own codes are those of the file again, and whose absmean is s as
-well as float32 can sum it.
+Hugging Face's matrices are [out, in], ours [in, out]; both rotate RoPE pairs (i, i + E/2). A packed
+BitNet matrix holds four ternary rows in each byte, planar along the output rows, and one scale s:
+the class `autobitlinear` stores mean|W| and multiplies by it, `bitlinear` stores 1 / mean|W| and
+divides by it (docs/methods/bitnet.md). Codes of which a share f is not 0 become the latent weights
+codes · s / f. These have the file's codes as their codes, and s as their absmean up to the rounding
+of a float32 sum.
 
-Nothing in a folder is passed over: each key of config.json is accounted for
-(`huggingface_config`), and a tensor that the model has no place for is refused.
+Nothing in a folder is ignored: each key of config.json is accounted for (`huggingface_config`), and
+a tensor that the model has no place for is refused.
 """
 
 from collections.abc import Callable
@@ -57,10 +57,10 @@ def unpack(packed: np.ndarray, num_out: int) -> np.ndarray:
 
 
 def latent(codes: np.ndarray, scale: float) -> np.ndarray:
-  """Weights f32 whose absmean quantisation is (codes, scale): codes · scale / f.
+  """f32 weights whose absmean quantisation is (codes, scale): codes · scale / f.
 
-  The codes come back exactly. The scale is a float32 mean of equal numbers: it comes back within
-  2⁻¹⁶ of itself, by how many there are and in which order a program adds them up.
+  Quantising them gives the codes exactly, and the scale to within 2⁻¹⁶ of itself: it is a float32
+  mean, whose rounding depends on the number of weights and the order in which they are added.
   """
   share = np.count_nonzero(codes) / codes.size
   return codes.astype(np.float32) * np.float32(scale / share if share else 0.0)
@@ -73,13 +73,14 @@ def load_model(folder: str | Path) -> tuple[cfg.Model, Params]:
   """Reads a Llama or BitNet model from a Hugging Face folder.
 
   Args:
-    folder: holds config.json and model.safetensors (or its shards with their index).
+    folder: a folder with config.json and model.safetensors, or with its shards and their index.
 
   Returns:
     The configuration and a tree of f32 parameters in the layout of `models.transformer`.
 
   Raises:
-    UserError: missing package or file, a variant not covered, a tensor missing or misshapen.
+    UserError: a package or file is missing, the variant is not covered, or a tensor is missing, has
+      another shape or has no place.
   """
   folder = Path(folder)
   path = folder / 'config.json'
@@ -122,7 +123,7 @@ def load_model(folder: str | Path) -> tuple[cfg.Model, Params]:
     if not np.array_equal(stored_head, arrays[_EMBEDDING]):
       raise UserError(f'{path} says tie_word_embeddings = true, but {_HEAD}.weight differs from '
                       f'{_EMBEDDING}: say false to use both, or delete {_HEAD}.weight.')
-  # RoPE's frequencies, which old checkpoints hold, follow from config.json.
+  # Old checkpoints hold RoPE's frequencies, which follow from config.json.
   left = sorted(name for name in unread if not name.endswith('rotary_emb.inv_freq'))
   if left:
     raise UserError(f'{folder} holds {len(left)} tensors that a model of its config.json does not '
@@ -139,7 +140,7 @@ def _floats(x: np.ndarray, name: str, folder: Path) -> np.ndarray:
 
 def _collect(config: cfg.Model, take: Callable[..., np.ndarray],
              matrix: Callable[..., np.ndarray]) -> Params:
-  """The tree of parameters, each read by the name that its spec says."""
+  """The tree of parameters, each of which is read by the name in its ParamSpec."""
   def read(spec: ParamSpec, name: str, shape: tuple[int, ...]) -> np.ndarray:
     match spec.role:
       case 'projection':
@@ -201,14 +202,16 @@ def _read_arrays(folder: Path) -> Arrays:
 def save_model(folder: str | Path, config: cfg.Model, params: Params, *,
                packed: bool = False, bos_id: int | None = None,
                eos_id: int | None = None) -> None:
-  """Writes config.json and model.safetensors as transformers reads them.
+  """Writes config.json and model.safetensors for the library transformers.
 
   Args:
-    params: tree of f32 parameters.
-    packed: 2 bits a ternary weight and one scale a matrix (`autobitlinear`, offline),
-      else the latent weights in float32 (online, where they are ternary).
-    bos_id: the token that begins a text, eos_id: the one that ends it and at which readers stop
-      drawing; None where the model has none, which the file then says.
+    folder: the folder to write to.
+    config: the model's configuration.
+    params: the tree of f32 parameters.
+    packed: whether a ternary weight takes 2 bits and a matrix one scale (`autobitlinear`, offline);
+      otherwise the latent weights are stored in float32 (online, where they are ternary).
+    bos_id: the token that begins a text; None where the model has none.
+    eos_id: the token that ends a text and at which drawing stops; None where the model has none.
 
   Raises:
     UserError: no Hugging Face class computes this model, or the folder is not writable.
@@ -241,10 +244,10 @@ def save_model(folder: str | Path, config: cfg.Model, params: Params, *,
 
 
 def _check_has_name(path: tuple[Any, ...], spec: ParamSpec) -> None:
-  """Refuses to leave a parameter out.
+  """Refuses a parameter that the exported model would lack.
 
   Raises:
-    UserError: no Hugging Face model has it.
+    UserError: no Hugging Face model has such a parameter.
   """
   if not spec.hugging_face:
     name = jax.tree_util.keystr(path, simple=True, separator='/')

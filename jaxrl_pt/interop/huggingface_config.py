@@ -1,8 +1,8 @@
-"""config.json of a Hugging Face model ↔ cfg.Model, without a key that nobody has looked at.
+"""Turns the config.json of a Hugging Face model into a cfg.Model and back, with no unknown key.
 
-A key is read (`_READ`), or leaves the logits as they are (`_HARMLESS`), or does nothing at one
-value (`_NEUTRAL`). Every other key is refused by its name: what is not known may change the
-arithmetic, and a model that loads with other logits than its own says nothing.
+A key is either read (`_READ`), or does not change the logits (`_HARMLESS`), or does nothing at one
+value (`_NEUTRAL`). Every other key is refused by its name, since it may change the arithmetic, and
+a model that loads with wrong logits gives no error.
 """
 
 from collections.abc import Iterable
@@ -29,7 +29,7 @@ _READ = frozenset("""
     num_attention_heads num_hidden_layers num_key_value_heads quantization_config rms_norm_eps
     rope_parameters rope_scaling rope_theta tie_word_embeddings vocab_size""".split())
 
-# Of the file and its loader, of training, of generation, of other tasks, of the tokenizer.
+# Keys about the file and its loader, training, generation, other tasks and the tokenizer.
 _HARMLESS = frozenset("""
     _attn_implementation _attn_implementation_autoset _commit_hash _flash_attn_2_enabled
     _name_or_path attn_implementation auto_map dtype low_cpu_mem_usage return_dict torch_dtype
@@ -49,7 +49,7 @@ _HARMLESS = frozenset("""
     chunk_size_feed_forward is_decoder max_position_embeddings max_sequence_length
     max_window_layers model_max_length pretraining_tp""".split())
 
-# Keys of Llama's relatives that do nothing at this value.
+# Keys of models like Llama, each with the value at which it does nothing.
 _NEUTRAL: dict[str, Any] = {
     'add_cross_attention': False, 'attention_bias': False, 'bias': False, 'clip_qkv': None,
     'embedding_multiplier': 1, 'is_causal': True, 'is_encoder_decoder': False,
@@ -58,7 +58,7 @@ _NEUTRAL: dict[str, Any] = {
     'residual_multiplier': 1, 'rope_interleaved': False, 'tie_encoder_decoder': False,
     'use_bias': False, 'use_qk_norm': False, 'use_sliding_window': False}
 
-# The same for the dictionaries inside.
+# The same kinds of keys for the dictionaries inside config.json.
 _NEUTRAL_ROPE: dict[str, Any] = {
     'rope_type': 'default', 'type': 'default', 'factor': 1, 'attention_factor': 1,
     'partial_rotary_factor': 1}
@@ -66,7 +66,7 @@ _READ_ROPE = frozenset({'rope_theta'})
 _HARMLESS_ROPE = frozenset({'original_max_position_embeddings'})
 _READ_QUANTIZATION = frozenset({'linear_class', 'modules_to_not_convert', 'quant_method',
                                 'quantization_mode'})
-_HARMLESS_QUANTIZATION = frozenset({'rms_norm_eps'})  # of the norms that use_rms_norm asks for
+_HARMLESS_QUANTIZATION = frozenset({'rms_norm_eps'})  # It is read only with use_rms_norm.
 _NEUTRAL_QUANTIZATION: dict[str, Any] = {'use_rms_norm': False}
 
 
@@ -78,10 +78,10 @@ def to_config(settings: Any, where: str) -> cfg.Model:
 
   Args:
     settings: the parsed file.
-    where: its path, for messages.
+    where: the file's path, for messages.
 
   Raises:
-    UserError: a key whose value is not covered, that is not known, missing or of a wrong type.
+    UserError: a key is unknown or missing, or its value is not covered or of a wrong type.
   """
   if not isinstance(settings, dict):
     raise UserError(f'{where} holds no JSON object: give the config.json of a model.')
@@ -118,7 +118,8 @@ def to_config(settings: Any, where: str) -> cfg.Model:
 
 
 def linear_class(settings: Settings) -> tuple[str, str]:
-  """(linear_class, quantization_mode) of a checked config.json; ('', '') of a plain model."""
+  """(linear_class, quantization_mode) of a checked config.json, ('', '') if it has no quantisation.
+  """
   quantization = settings.get('quantization_config')
   if not quantization:
     return '', ''
@@ -127,16 +128,16 @@ def linear_class(settings: Settings) -> tuple[str, str]:
 
 
 def _rope_theta(settings: Settings, where: str) -> float | None:
-  """The base of RoPE's frequencies, which may stand in three places, None where in none."""
-  found = []
+  """The base of RoPE's frequencies, which may be in three places; None where it is in none."""
+  given: list[Any] = []
   for name in ('rope_parameters', 'rope_scaling'):
     rope = _section(settings, name, where)
     types = [rope[key] for key in ('rope_type', 'type') if rope.get(key) is not None]
     if any(t != 'default' for t in types):
       raise _not_covered(where, f'{name} {types[0]!r}, which is scaled RoPE,')
     _check_known(rope, _READ_ROPE | _HARMLESS_ROPE, _NEUTRAL_ROPE, where, f'{name}.')
-    found.append(rope.get('rope_theta'))
-  thetas = [t for t in (*found, settings.get('rope_theta')) if t is not None]
+    given.append(rope.get('rope_theta'))
+  thetas = [t for t in (*given, settings.get('rope_theta')) if t is not None]
   for theta in thetas:
     if isinstance(theta, bool) or not isinstance(theta, (int, float)):
       raise UserError(f'{where}: rope_theta is {theta!r}, but it must be a number.')
@@ -148,29 +149,32 @@ def _rope_theta(settings: Settings, where: str) -> float | None:
 
 def _quantization(settings: Settings, where: str) -> Settings:
   """The checked quantization_config, {} where there is none."""
-  found = _section(settings, 'quantization_config', where)
-  if not found:
-    return found
-  if found.get('quant_method') != 'bitnet':
-    raise _not_covered(where, f'quantisation {found.get("quant_method")!r}')
+  section = _section(settings, 'quantization_config', where)
+  if not section:
+    return section
+  if section.get('quant_method') != 'bitnet':
+    raise _not_covered(where, f'quantisation {section.get("quant_method")!r}')
   for name, known in (('linear_class', ('bitlinear', 'autobitlinear')),
                       ('quantization_mode', ('offline', 'online'))):
-    if found.get(name, known[0]) not in known:
-      raise _not_covered(where, f'{name} {found[name]!r}')
-  _check_known(found, _READ_QUANTIZATION | _HARMLESS_QUANTIZATION, _NEUTRAL_QUANTIZATION, where,
+    if section.get(name, known[0]) not in known:
+      raise _not_covered(where, f'{name} {section[name]!r}')
+  _check_known(section, _READ_QUANTIZATION | _HARMLESS_QUANTIZATION, _NEUTRAL_QUANTIZATION, where,
                'quantization_config.')
-  skipped = found.get('modules_to_not_convert')
-  if skipped is not None:  # Left out it means the head.
+  skipped = section.get('modules_to_not_convert')
+  if skipped is not None:  # Where the key is missing, the head is not converted.
     _check_skipped(skipped, settings.get('num_hidden_layers'), where)
-  return found
+  return section
 
 
 def _check_skipped(skipped: Any, num_layers: Any, where: str) -> None:
-  """Ours is the model in which the head, and no matrix of a block, stays unquantised.
+  """Checks that the head, and no matrix of a block, stays unquantised, as in our model.
 
-  An entry stands for the modules that it is the name, the path to or the end of. Older readers
-  take it anywhere in a name, and newer ones as a pattern: what any of them could take for a
-  block's matrix is refused.
+  An entry names a module by its name, its path or the end of its path. Older versions of the
+  library search for it anywhere in a path, and newer ones take it as a pattern. An entry that any
+  version could take for a block's matrix is refused.
+
+  Raises:
+    UserError: an entry is refused, or none names the head.
   """
   if not isinstance(skipped, list) or not all(isinstance(s, str) for s in skipped):
     raise UserError(f'{where}: modules_to_not_convert is {skipped!r}, but it must be a list of '
@@ -183,7 +187,7 @@ def _check_skipped(skipped: Any, num_layers: Any, where: str) -> None:
       what = f'leaves {module} unquantised' if module else 'is a pattern'
       raise UserError(f'{where}: {entry!r} in modules_to_not_convert {what}. Models whose blocks '
                       "are quantised throughout are covered: give the list as ['lm_head'].")
-  # A path to the head is its own name alone.
+  # The path of the head is its name alone.
   if not any(_HEAD.endswith(entry) for entry in skipped):
     raise UserError(f"{where}: modules_to_not_convert = {skipped} does not name 'lm_head', so "
                     'that the head is quantised. Models with a plain head are covered.')
@@ -201,19 +205,19 @@ def _check_known(settings: Settings, known: Iterable[str], neutral: Settings, wh
 
 
 def _section(settings: Settings, name: str, where: str) -> Settings:
-  found = settings.get(name)
-  if found is None:
+  section = settings.get(name)
+  if section is None:
     return {}
-  if not isinstance(found, dict):
-    raise UserError(f'{where}: {name} is {found!r}, but it must be an object.')
-  return found
+  if not isinstance(section, dict):
+    raise UserError(f'{where}: {name} is {section!r}, but it must be an object.')
+  return section
 
 
 def _list(settings: Settings, name: str, where: str) -> list[Any]:
-  found = settings.get(name) or []
-  if not isinstance(found, list):
-    raise UserError(f'{where}: {name} is {found!r}, but it must be a list.')
-  return found
+  items = settings.get(name) or []
+  if not isinstance(items, list):
+    raise UserError(f'{where}: {name} is {items!r}, but it must be a list.')
+  return items
 
 
 def _size(settings: Settings, name: str, where: str, default: int | None = None) -> int:
@@ -236,8 +240,10 @@ def _not_covered(where: str, what: str) -> UserError:
 
 def to_settings(config: cfg.Model, packed: bool, bos_id: int | None,
                 eos_id: int | None) -> Settings:
-  """The config.json of a model. Tokens that it has not are written as null, since a key that is
-  left out stands for the token of the class's own first model.
+  """The config.json of a model.
+
+  Tokens that the model does not have are written as null, since for a missing key the library takes
+  a token of its own.
 
   Raises:
     UserError: no Hugging Face class computes this model.

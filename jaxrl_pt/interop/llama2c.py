@@ -1,10 +1,10 @@
-"""Checkpoints and tokenizers in the layout of llama2.c.
+"""Reads checkpoints and tokenizers in the layout of llama2.c.
 
-A checkpoint is seven int32 (dim, hidden, layers, heads, kv heads, vocab, sequence; a
-negative vocab says that a head follows) and then float32: embedding, attention norms,
+A checkpoint begins with seven int32: dim, hidden, layers, heads, kv heads, vocab, sequence; a
+negative vocab says that a head follows. Then come float32 arrays: embedding, attention norms,
 wq, wk, wv, wo, ffn norms, w1, w2, w3, final norm, two unused RoPE tables of
-sequence × head_dim / 2, and the head if it is not tied. Matrices are [out, in] and RoPE
-turns adjacent pairs; ours are [in, out] and turn the pairs (i, i + E/2).
+sequence × head_dim / 2, and the head if it is not tied. llama2.c's matrices are [out, in] and its
+RoPE turns adjacent pairs; our matrices are [in, out] and our RoPE turns the pairs (i, i + E/2).
 """
 
 from dataclasses import dataclass
@@ -39,7 +39,8 @@ def load_model(path: str | Path) -> tuple[cfg.Model, Params]:
     The configuration and a tree of f32 parameters in the layout of `models.transformer`.
 
   Raises:
-    UserError: unreadable file, impossible header, or a size that the header contradicts.
+    UserError: the file cannot be read, its header is impossible, or its size contradicts the
+      header.
   """
   data = _read(path)
   if len(data) < _HEADER.size:
@@ -108,8 +109,11 @@ class Tokenizer:
   ids: dict[bytes, int]
 
   def encode(self, text: str, *, bos: bool = True) -> list[int]:
-    """Token ids of `text` after a leading space: characters, or bytes where a character is
-    no piece, joined pair by pair, always the best-scored pair first, the leftmost of equals."""
+    """Token ids of `text` after a leading space.
+
+    The text begins as characters, or as bytes where a character is no piece. Pairs of neighbours
+    are then merged one by one, always the pair with the best score, and of equal ones the leftmost.
+    """
     tokens = [] if not text else self._characters(' ' + text)
     return ([BOS] if bos else []) + self._merge(tokens)
 
@@ -121,7 +125,7 @@ class Tokenizer:
     return tokens
 
   def _merge(self, tokens: list[int]) -> list[int]:
-    alive = list(tokens)  # −1 once merged into the piece on its left
+    alive = list(tokens)  # −1 where a token has been merged into the piece on its left
     before, after = list(range(-1, len(tokens) - 1)), list(range(1, len(tokens) + 1))
     heap: list[tuple[float, int, int, int]] = []
 
@@ -139,7 +143,7 @@ class Tokenizer:
       _, left, a, b = heapq.heappop(heap)
       right = after[left]
       if alive[left] != a or right >= len(alive) or alive[right] != b:
-        continue  # One of the two has been merged away since.
+        continue  # One of the two tokens has been merged with another since.
       alive[left], alive[right] = self.ids[self.pieces[a] + self.pieces[b]], -1
       after[left] = after[right]
       if after[left] < len(alive):
@@ -149,7 +153,7 @@ class Tokenizer:
     return [t for t in alive if t >= 0]
 
   def decode(self, tokens: list[int]) -> str:
-    """Text of the tokens; BOS is left out, and the leading space that `encode` added."""
+    """The text of the tokens, without BOS and the leading space that `encode` adds."""
     raw = b''.join(
         bytes([t - _FIRST_BYTE]) if _FIRST_BYTE <= t < _FIRST_BYTE + 256 else self.pieces[t]
         for t in tokens if t != BOS)
@@ -157,10 +161,13 @@ class Tokenizer:
 
 
 def load_tokenizer(path: str | Path, vocab_size: int = 512) -> Tokenizer:
-  """Reads a llama2.c tokenizer: an int32 (longest piece), then f32 score, i32 length, bytes.
+  """Reads a llama2.c tokenizer.
+
+  The file is an int32, the length of the longest piece, and then for each piece its float32 score,
+  its int32 length and its bytes.
 
   Raises:
-    UserError: unreadable or truncated file, or not `vocab_size` pieces.
+    UserError: the file cannot be read, is truncated, or does not have `vocab_size` pieces.
   """
   data = _read(path)
   pieces, scores, offset = [], [], 4
@@ -179,7 +186,7 @@ def load_tokenizer(path: str | Path, vocab_size: int = 512) -> Tokenizer:
   if len(pieces) != vocab_size or vocab_size < _FIRST_BYTE + 256:
     raise UserError(f'{path} holds {len(pieces)} pieces but {vocab_size} are expected (at least '
                     f'{_FIRST_BYTE + 256}): give the tokenizer of this checkpoint.')
-  # Of equal pieces the first one counts, as in a search from the front.
+  # Of equal pieces the first one counts, as it does in llama2.c.
   ids = {piece: i for i, piece in reversed(list(enumerate(pieces)))}
   return Tokenizer(tuple(pieces), tuple(scores), ids)
 

@@ -1,8 +1,8 @@
-"""Arrays of several processes: which part is whose, put there, and fetched everywhere.
+"""Arrays over several processes: which part each one owns, and moves between hosts and devices.
 
-Who owns what follows from the sharding alone. The number of a process says nothing about it:
-an axis that replicates, as `tensor` does a batch's rows, or that splits another dimension, as
-`context` does its tokens, may span processes too.
+The sharding alone says which part of an array a process owns, and not the number of the process:
+mesh axes that replicate the array (as `tensor` does with a batch's rows) or split another dimension
+(as `context` does with its tokens) may span processes, too.
 """
 
 from collections.abc import Mapping
@@ -19,16 +19,16 @@ import numpy as np
 @functools.lru_cache(maxsize=64)
 def owned(sharding: Sharding, shape: tuple[int, ...], process: int | None = None
           ) -> tuple[np.ndarray, ...]:
-  """Which indices of each axis the devices of a process hold, rising.
+  """The indices of each axis that the devices of a process hold, in rising order.
 
   Args:
-    sharding: of the global array.
-    shape: of the global array.
-    process: its index; None is this one.
+    sharding: the sharding of the global array.
+    shape: the shape of the global array.
+    process: the index of the process; None for this one.
 
   Returns:
-    i64 arrays, one for each axis of `shape`. Their product is the smallest grid that has all of
-    the process's shards in it: on slices whose hosts are blocks of chips, just those shards.
+    i64 arrays, one for each axis of `shape`. Their product is the smallest grid that contains all
+    shards of the process. On slices whose hosts are blocks of chips it contains nothing else.
   """
   process = jax.process_index() if process is None else process
   indices: Mapping[Any, Any] = sharding.devices_indices_map(shape)
@@ -39,10 +39,15 @@ def owned(sharding: Sharding, shape: tuple[int, ...], process: int | None = None
 
 
 def from_part(part: np.ndarray, shape: tuple[int, ...], sharding: Sharding) -> jax.Array:
-  """The rows and columns that this process owns (`owned`) → the global array.
+  """The global array of which each process gives the part that it owns.
+
+  Args:
+    part: the part with the indices that `owned` returns for this process.
+    shape: the shape of the global array.
+    sharding: the sharding of the global array.
 
   Raises:
-    ValueError: the part has another shape than what the process owns.
+    ValueError: the part has another shape.
   """
   indices = owned(sharding, shape)
   if part.shape != tuple(map(len, indices)):
@@ -58,15 +63,15 @@ def from_part(part: np.ndarray, shape: tuple[int, ...], sharding: Sharding) -> j
 
 
 def from_whole(whole: Any, sharding: Sharding) -> jax.Array:
-  """The same whole array in every process → the global array."""
+  """The global array of which every process gives the same whole array."""
   whole = np.asarray(whole)
   return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
 
 
 def on_host(tree: Any) -> Any:
-  """Whole arrays as numpy, in every process; all must ask at the same point.
+  """The tree's whole arrays as NumPy arrays, in every process.
 
-  What a process has whole, as numbers that all have computed alike, stays as it is.
+  All processes must call it at the same point. Arrays that each process has whole are not sent.
   """
   def fetch(x: Any) -> np.ndarray:
     if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
@@ -77,14 +82,17 @@ def on_host(tree: Any) -> Any:
 
 
 def agreed(tree: Any) -> Any:
-  """The first process's values in all of them, for what each has found out for itself."""
+  """The first process's values, in all processes, where they may have found different ones."""
   if jax.process_count() > 1:
     return multihost_utils.broadcast_one_to_all(tree)
   return tree
 
 
 def highest(value: int) -> jax.Array:
-  """i32[]: the highest of the processes' values, on its way; all must ask at the same point."""
+  """i32[]: the highest of the processes' values, which the devices may still compute.
+
+  All processes must call it at the same point.
+  """
   mesh = Mesh(np.array(jax.devices()), ('devices',))
   values = jax.make_array_from_callback(
       (mesh.size,), NamedSharding(mesh, PartitionSpec('devices')),

@@ -1,8 +1,8 @@
-"""The ops of a block on a TPU mesh: Pallas kernels, each under `shard_map` on its part.
+"""The operations of a transformer block on a TPU mesh: Pallas kernels, each under `shard_map`.
 
-Weights are quantised where they are stored and FSDP gathers their codes, four to a byte. A
-product whose contraction is split over the tensor axis sums exact integers across chips
-before its scales.
+A weight is quantised where it is stored, and its codes are gathered over the axis `fsdp`, four to a
+byte. A product whose contraction is split over the axis `tensor` sums exact integers across chips
+before it applies the scales.
 """
 
 from collections.abc import Callable
@@ -30,35 +30,35 @@ from pallas_kernels.dispatch import Generation, Implementation
 from pallas_kernels.hadamard_quantize import hadamard_quantize, reference
 from pallas_kernels.ternary_matmul import pack_planar, ternary_matmul, unpack_planar
 
-# Queries and keys of one step of splash attention; the sequence must be a multiple.
+# Queries and keys of one step of splash attention, of which the sequence must be a multiple.
 _BLOCKS = (512, 256, 128)
 
 
 def make_ops(mesh: Mesh, rules: Rules = TRAIN) -> ops.Ops:
-  """The ops of the mesh's chips: kernels on TPUs, XLA's on everything else."""
+  """The operations for the mesh's devices: kernels on TPUs, XLA on everything else."""
   generation = dispatch.generation_of(mesh.devices.flat[0])
   return ops.Ops() if generation is None else kernel_ops(mesh, rules, generation)
 
 
 def kernel_ops(mesh: Mesh, rules: Rules, generation: Generation,
                interpret: bool = False) -> ops.Ops:
-  """Kernels of a generation on a mesh; `interpret` runs them on a CPU, for tests."""
-  on = functools.partial
-  product = on(_product, mesh, rules, generation, interpret)
-  rotated = on(_rotated, mesh, rules, generation, interpret)
+  """The kernels of a TPU generation on a mesh; `interpret` runs them on a CPU, for tests."""
+  bind = functools.partial
+  product = bind(_product, mesh, rules, generation, interpret)
+  rotated = bind(_rotated, mesh, rules, generation, interpret)
   return ops.Ops(
       _or_xla('ternary_matmul', Implementation('tpu', product), ops.product),
       _or_xla('hadamard_quantize', Implementation('tpu', rotated), ops.rotated),
-      _or_xla('attention', Implementation('splash', on(_attention, mesh, rules, interpret)),
+      _or_xla('attention', Implementation('splash', bind(_attention, mesh, rules, interpret)),
               causal_attention),
       _or_xla('branch_decode',
-              Implementation('tpu', on(_branches, mesh, rules, generation, interpret)),
+              Implementation('tpu', bind(_branches, mesh, rules, generation, interpret)),
               branch_attention))
 
 
 def _or_xla(op: str, kernel: Implementation, definition: Callable[..., Any]
             ) -> Callable[..., Any]:
-  """The kernel, and XLA where it raises NotImplementedError."""
+  """The kernel, or the definition by XLA where the kernel raises NotImplementedError."""
   return functools.partial(dispatch.first_supported, op,
                            [kernel, Implementation('xla', definition)])
 
@@ -71,10 +71,10 @@ def _product(mesh: Mesh, rules: Rules, generation: Generation, interpret: bool, 
              axes: ops.Axes, dtype: DTypeLike) -> Array:
   if kind == 'none':
     raise NotImplementedError('activations are not quantised')
-  if generation == 'v4':  # Not even XLA takes them there.
+  if generation == 'v4':  # Neither kernels nor XLA have 2-bit integers there.
     raise NotImplementedError('v4 has no 2-bit integers')
   activations: Literal['int8', 'int4'] = 'int8' if kind == 'int8' else 'int4'
-  # Weights are stored split along `embed` and whole when they are used.
+  # Weights are stored split along `embed` and are whole when they are used.
   whole = {**rules, 'embed': ()}
   split, stored = whole[axes[0]], rules['embed']
   rows = _leading(x_codes, rules)
@@ -87,7 +87,7 @@ def _product(mesh: Mesh, rules: Rules, generation: Generation, interpret: bool, 
     multiply = functools.partial(
         ternary_matmul, x_codes.reshape(-1, x_codes.shape[-1]), x_scale.reshape(-1, 1), w_codes,
         w_scale, activations=activations, generation=generation, interpret=interpret)
-    if split:  # Each chip has a part of every sum.
+    if split:  # Each chip has only a part of every sum.
       sums = jax.lax.psum(multiply(out_dtype=jnp.int32), split)
       scale = x_scale * w_scale[0, 0]
       return (sums.reshape(*x_codes.shape[:-1], -1) * scale).astype(dtype)
@@ -97,14 +97,17 @@ def _product(mesh: Mesh, rules: Rules, generation: Generation, interpret: bool, 
       local, mesh=mesh, check_vma=False, out_specs=y_spec,
       in_specs=(x_spec, PartitionSpec(*rows, None), partition_spec(axes, rules),
                 PartitionSpec(None, None)))
-  # XLA takes 2-bit arrays of many rows only; a chip's part of a weight may have few.
+  # XLA takes only 2-bit arrays of many rows, and a chip's part of a weight may have few.
   w_type = jnp.int8 if stored else jnp.int2
   return sharded(x_codes.astype(jnp.int8 if kind == 'int8' else jnp.int4), x_scale,
                  w_codes.astype(w_type), w_scale)
 
 
 def _gather(w_codes: Array, mesh_axes: tuple[str, ...], axis: int) -> Array:
-  """This chip's part of a weight → int2 codes, whole along `axis`; bytes of four travel."""
+  """Gathers this chip's part of a weight into int2 codes that are whole along `axis`.
+
+  Bytes of four codes travel.
+  """
   if not mesh_axes:
     return w_codes.astype(jnp.int2)
   packed = pack_planar(w_codes, axis=1 - axis)
@@ -113,7 +116,7 @@ def _gather(w_codes: Array, mesh_axes: tuple[str, ...], axis: int) -> Array:
 
 
 def _leading(x: Array, rules: Rules) -> tuple[tuple[str, ...] | None, ...]:
-  """Mesh axes of [B, T, …]'s leading dimensions; one new token is not split over time."""
+  """Mesh axes of the first two dimensions of x, [B, T, …]; a single token is not split."""
   names = ('batch', 'sequence' if x.shape[1] > 1 else None)
   return tuple((rules[name] or None) if name else None for name in names)
 
@@ -134,7 +137,7 @@ def _rotated(mesh: Mesh, rules: Rules, generation: Generation, interpret: bool, 
              kind: ActivationQuant) -> tuple[Array, Array, Array]:
   if kind == 'none':
     raise NotImplementedError('activations are not quantised')
-  spec = PartitionSpec(*_leading(x, rules), None)  # Every row whole on its chip.
+  spec = PartitionSpec(*_leading(x, rules), None)  # Every row is whole on its chip.
   _check_divides(mesh, x.shape, spec)
 
   def local(x: Array, gain: Array | None) -> tuple[Array, Array]:
@@ -146,7 +149,7 @@ def _rotated(mesh: Mesh, rules: Rules, generation: Generation, interpret: bool, 
   sharded = jax.shard_map(local, mesh=mesh, check_vma=False, in_specs=(spec, PartitionSpec(None)),
                           out_specs=(spec, spec))
   codes, scale = sharded(jax.lax.stop_gradient(x), jax.lax.stop_gradient(gain))
-  # Only its derivative is used: the compiler drops the rotation from the forward pass.
+  # Only the derivative of x_r is used; the compiler drops its rotation from the forward pass.
   x_r = reference.rotated(x, gain, epsilon).astype(x.dtype)
   return x_r, codes, scale
 
@@ -156,7 +159,7 @@ def _rotated(mesh: Mesh, rules: Rules, generation: Generation, interpret: bool, 
 
 def _attention(mesh: Mesh, rules: Rules, interpret: bool, q: Array, k: Array, v: Array,
                segments_BT: Array) -> Array:
-  """JAX's splash attention, causal inside segments, forward and backward."""
+  """JAX's splash attention, causal inside segments, with a kernel for its gradient, too."""
   _, length, _, head_dim = q.shape
   blocks = [b for b in _BLOCKS if length % b == 0]
   if not blocks:
@@ -192,7 +195,7 @@ def _attention(mesh: Mesh, rules: Rules, interpret: bool, q: Array, k: Array, v:
 def _branches(mesh: Mesh, rules: Rules, generation: Generation, interpret: bool, q_NRSHE: Array,
               k_prefix: Array, v_prefix: Array, lengths_NR: Array, k_own: Array, v_own: Array,
               step: Array | int) -> Array:
-  """One new token of each branch by the branch kernel; documents and heads split over chips."""
+  """Attention of one new token of each branch by a kernel; documents and heads are split."""
   if q_NRSHE.shape[2] != 1:
     raise NotImplementedError('the kernel takes one new token a branch')
   rows, heads, kv_heads = (rules[name] or None for name in ('batch', 'heads', 'kv_heads'))

@@ -1,8 +1,7 @@
-"""What the devices can hold, and what a run will at least ask of them.
+"""The memory of the devices, and a lower bound on the memory that a run needs.
 
-The numbers are lower bounds, made of the few arrays that every step needs whole: a run that is
-refused here cannot run, one that is let through may still be too large (`preflight` compiles it
-and knows).
+The bound counts the few arrays that every step needs. A run that is refused here cannot run; one
+that passes may still be too large, which the command `preflight` finds out by compiling it.
 """
 
 import os
@@ -20,7 +19,7 @@ _FLOAT32 = 4
 
 
 def available_bytes() -> int:
-  """Memory of all devices of all processes; of a CPU that of its machine."""
+  """Bytes of memory of all devices of all processes; a CPU has the memory of its machine."""
   limit = (jax.local_devices()[0].memory_stats() or {}).get('bytes_limit')
   if limit is not None:
     return int(limit) * jax.device_count()
@@ -28,15 +27,15 @@ def available_bytes() -> int:
 
 
 def check_arrays(arrays: Any, what: str, mend: str) -> None:
-  """Refuses abstract arrays that no device here can hold, before they are made.
+  """Refuses arrays that the devices cannot hold, before they are made.
 
   Args:
-    arrays: a tree of anything with a shape and a dtype.
-    what: the subject of the sentence.
-    mend: what to do, as its end.
+    arrays: a tree of objects with a size and a dtype.
+    what: the subject of the error's sentence.
+    mend: what the user can do, as the end of the sentence.
 
   Raises:
-    UserError: they take more than `available_bytes`.
+    UserError: the arrays take more than `available_bytes`.
   """
   needed = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(arrays))
   if needed > available_bytes():
@@ -45,12 +44,12 @@ def check_arrays(arrays: Any, what: str, mend: str) -> None:
 
 
 def least_bytes(run: cfg.Run) -> dict[str, int]:
-  """What a step holds at the same time, at least, by the setting that decides it most.
+  """Bytes that a step holds at the same time, at least, by the setting that decides them most.
 
-  Parameters with AdamW's two moments; the residual stream of each row (every layer's with
-  remat, which keeps the least); in reinforcement learning the reference policy too, and the keys
-  and values of a batch's prompts and responses while they are drawn, or the residual stream of
-  the part that is learned from, whichever is more.
+  They are the parameters with AdamW's two moments, and the residual stream of each row in every
+  layer, which even remat keeps. In reinforcement learning they are also the reference policy, and
+  the larger of two numbers: the keys and values of a batch's prompts and responses while these are
+  drawn, or the residual stream of one micro-batch of them.
   """
   model, width = run.model, 2 if run.compute.dtype == 'bfloat16' else _FLOAT32
   weights = _FLOAT32 * params.count(transformer.build(model).specs)
@@ -70,10 +69,10 @@ def check_fits(run: cfg.Run) -> None:
   """Refuses a run whose step cannot fit the devices here.
 
   Raises:
-    UserError: what takes how much, and what there is.
+    UserError: it cannot; the message says what takes how much, and what the devices have.
   """
-  needed, there = least_bytes(run), available_bytes()
-  if sum(needed.values()) <= there:
+  needed, available = least_bytes(run), available_bytes()
+  if sum(needed.values()) <= available:
     return
   largest = max(needed, key=lambda name: needed[name])
   sizes = {
@@ -82,5 +81,5 @@ def check_fits(run: cfg.Run) -> None:
       'Rollouts': 'num_prompts × (prompt_len + group_size × response_tokens)'}
   parts = ', '.join(f'{name} at least {checks.memory(size)}' for name, size in needed.items())
   raise UserError(f'A step of this run does not fit: {parts}, and the devices here have '
-                  f'{checks.memory(there)}. Make {largest} smaller ({sizes[largest]}), or take '
+                  f'{checks.memory(available)}. Make {largest} smaller ({sizes[largest]}), or take '
                   'more devices.')

@@ -1,4 +1,4 @@
-"""The device mesh, and nothing else that knows devices."""
+"""The device mesh."""
 
 import math
 
@@ -14,13 +14,13 @@ AXES = ('data', 'fsdp', 'tensor', 'context')
 
 
 def make_mesh(config: cfg.Mesh, devices: list[jax.Device] | None = None) -> jax.sharding.Mesh:
-  """A mesh over all devices (or those given) with Auto axis types.
+  """A mesh over all devices, or the given ones, with Auto axis types.
 
-  Slices are joined by a slow network: of several, `data` spans as many as it can, then `fsdp`,
-  while `tensor` and `context` stay inside each.
+  Slices are connected by a slow network. Where there are several, the axis `data` spans as many of
+  them as it can, then `fsdp`, while `tensor` and `context` stay inside each slice.
 
   Raises:
-    UserError: the axes do not multiply to the number of devices, or data × fsdp cannot span
+    UserError: the product of the axes is not the number of devices, or data × fsdp cannot span
       the slices.
   """
   devices = list(devices if devices is not None else jax.devices())
@@ -35,7 +35,8 @@ def make_mesh(config: cfg.Mesh, devices: list[jax.Device] | None = None) -> jax.
         'fsdp = 0 with the others dividing it.')
   between = _between_slices(shape, _num_slices(devices))
   inside = tuple(size // parts for size, parts in zip(shape, between, strict=True))
-  # jax.make_mesh, but for slices that no axis fills, as tensor = 2 on 8×8×8.
+  # This is `jax.make_mesh`, but also for slices whose physical axes no mesh axis fills, such as
+  # tensor = 2 on 8×8×8.
   if max(between) > 1:
     grid = mesh_utils.create_hybrid_device_mesh(inside, between, devices,
                                                 allow_split_physical_axes=True)
@@ -45,7 +46,7 @@ def make_mesh(config: cfg.Mesh, devices: list[jax.Device] | None = None) -> jax.
 
 
 def _num_slices(devices: list[jax.Device]) -> int:
-  # Only devices of a job of several slices say which one is theirs.
+  # A device has a slice_index only in jobs of several slices.
   return len({getattr(device, 'slice_index', 0) for device in devices})
 
 

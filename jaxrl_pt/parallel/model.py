@@ -1,4 +1,4 @@
-"""The model as the programs on a mesh compute it."""
+"""Builds the model for a mesh."""
 
 from jax.sharding import Mesh
 
@@ -10,6 +10,6 @@ from jaxrl_pt.parallel import kernels, rules
 
 def build(config: cfg.Model, compute: cfg.Compute, mesh: Mesh,
           table: rules.Rules = rules.TRAIN) -> Model:
-  """The model laid out over a mesh by a table of rules, with the kernels of its devices."""
+  """The model, laid out over a mesh by a table of rules, with the kernels of the mesh's devices."""
   return transformer.build(config, compute, rules.make_constrain(mesh, table),
                            kernels.make_ops(mesh, table))

@@ -1,7 +1,7 @@
 """Sharding as data: tables from logical axis names to mesh axes.
 
-Parameters and activations name their dimensions; a table says which mesh axes
-each name is split over. Training and sampling have a table each.
+Parameters and activations name their dimensions, and a table says over which mesh axes each name
+is split. Training and sampling have a table each.
 """
 
 from collections.abc import Mapping
@@ -30,12 +30,12 @@ TRAIN: Rules = {
     'norm': (),
 }
 
-# A sampler wants its weights whole along `embed`: no gather before each small matmul.
+# A sampler has its weights whole along `embed`, so that no small product waits for a gather.
 SAMPLE: Rules = {**TRAIN, 'embed': (), 'sequence': ()}
 
 
 def partition_spec(axes: tuple[str | None, ...], rules: Rules) -> PartitionSpec:
-  """The PartitionSpec of dimensions with these logical names.
+  """The PartitionSpec of an array whose dimensions have these logical names.
 
   Raises:
     ValueError: two dimensions of one array claim the same mesh axis.
@@ -52,19 +52,19 @@ def partition_spec(axes: tuple[str | None, ...], rules: Rules) -> PartitionSpec:
 
 
 def param_shardings(specs: Any, mesh: Mesh, rules: Rules = TRAIN) -> Any:
-  """NamedSharding of every ParamSpec."""
+  """The NamedSharding of every ParamSpec."""
   return map_specs(lambda s: NamedSharding(mesh, partition_spec(s.axes, rules)), specs)
 
 
 def batch_sharding(mesh: Mesh, rules: Rules = TRAIN) -> Batch:
-  """NamedShardings of a Batch's fields."""
+  """The NamedShardings of a Batch's fields."""
   rows = NamedSharding(mesh, partition_spec(('batch', 'sequence'), rules))
   ids = NamedSharding(mesh, partition_spec(('batch',), rules))
-  return Batch(rows, rows, rows, rows, rows, ids)  # type: ignore[arg-type]  # Same tree.
+  return Batch(rows, rows, rows, rows, rows, ids)  # type: ignore[arg-type]  # A tree like Batch.
 
 
 def row_sharding(mesh: Mesh, rules: Rules = TRAIN) -> NamedSharding:
-  """NamedSharding of an array whose first axis is rows: split over data and fsdp."""
+  """The NamedSharding of an array whose first axis is rows, which data and fsdp split."""
   return NamedSharding(mesh, partition_spec(('batch',), rules))
 
 
@@ -79,7 +79,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def make_constrain(mesh: Mesh, rules: Rules = TRAIN) -> Constrain:
-  """The `constrain` callable a model takes; the identity on a mesh of one device."""
+  """The function by which a model constrains its activations; the identity on a single device."""
   if mesh.size == 1:
     return lambda x, axes: x
 
@@ -91,10 +91,10 @@ def make_constrain(mesh: Mesh, rules: Rules = TRAIN) -> Constrain:
 
 
 def check_divides(run: cfg.Run, mesh: Mesh) -> None:
-  """Says in one sentence which size a mesh axis does not divide.
+  """Checks that the mesh axes divide every size that they split.
 
   Raises:
-    UserError: naming the field and what to change.
+    UserError: an axis does not divide a size; the message names both.
   """
   model = run.model
   tensor, fsdp, context = (mesh.shape[a] for a in ('tensor', 'fsdp', 'context'))

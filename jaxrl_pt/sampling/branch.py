@@ -1,9 +1,11 @@
 """The learner's side of branch rollouts: a document and all its branches in one packed row.
 
-A branch is a prompt that ends at a position of a document, with a response: the sampler
-(`decode.generate`) prefills the document once for all of them, and here one forward pass under
-a tree mask scores all of them. Values and gradients equal those of whole sequences up to the
-order of sums.
+A branch is a prompt that ends at a position of a document, together with one response. The sampler
+(`decode.generate`) prefills a document once for all its branches; here one forward pass under a
+tree mask gives the hidden states of all of them. Values and gradients equal those of whole
+sequences up to the order of sums.
+
+E is the model width and D counts documents.
 """
 
 import jax.numpy as jnp
@@ -20,19 +22,19 @@ def documents(tokens_DT: Array, lengths_DP: Array, ids_DP: Array, suffix_DM: Arr
 
   Args:
     tokens_DT: i32[D, T] right-padded documents.
-    lengths_DP: i32[D, P] in [1, T].
-    ids_DP: i32[D, P].
-    suffix_DM: i32[D, M] what follows each context.
+    lengths_DP: i32[D, P] in [1, T], how many tokens of the document belong to each prompt.
+    ids_DP: i32[D, P] ids of the prompts, which address the randomness.
+    suffix_DM: i32[D, M] tokens that follow each prompt's part of a document, or () for none.
   """
   return Prompts(tokens_DT, lengths_DP.reshape(-1), ids_DP.reshape(-1), suffix_DM)
 
 
 def response_hidden(model: Model, params: Params, prompts: Prompts, tokens_NGS: Array,
                     prefilled: decode.Prefilled | None = None) -> Array:
-  """f[N, G, S, D]: the hidden state before each response token, each document computed once.
+  """f[N, G, S, E]: the hidden state that each response token is predicted from.
 
-  With `prefilled`, which is the documents' forward pass by the same parameters, not even that:
-  the result is then differentiable in it too.
+  Each document goes through the model once, or not at all where `prefilled` holds its forward pass
+  by the same parameters. The result is differentiable in `prefilled`, too.
   """
   num_docs, (num_samples, num_tokens) = prompts.tokens.shape[0], tokens_NGS.shape[1:]
   lengths_DR = jnp.repeat(prompts.lengths.reshape(num_docs, -1), num_samples, 1)
@@ -49,18 +51,21 @@ def response_hidden(model: Model, params: Params, prompts: Prompts, tokens_NGS: 
 
 def tree_hidden(model: Model, params: Params, tokens_DT: Array, lengths_DR: Array,
                 own_DRS: Array) -> Array:
-  """Hidden states from which each branch's own tokens are predicted, in one packed forward.
+  """Hidden states that each branch's own tokens are predicted from, in one packed forward pass.
 
-  Row d holds [document d | own tokens of its R branches]; the tree mask lets branch r see the
-  document's positions below lengths[d, r] and itself. A differentiable function of `params`.
+  Row d holds [document d | own tokens of its R branches]. The tree mask lets branch r see the
+  document's positions below lengths[d, r] and its own tokens. The result is differentiable in
+  `params`.
 
   Args:
+    model: the model that scores the responses.
+    params: its parameters.
     tokens_DT: i32[D, T] right-padded documents.
-    lengths_DR: i32[D, R] in [1, T].
-    own_DRS: i32[D, R, S] tokens of each branch: suffix and response.
+    lengths_DR: i32[D, R] in [1, T], how many tokens of its document each branch sees.
+    own_DRS: i32[D, R, S] the branches' own tokens: suffix and response.
 
   Returns:
-    f[D, R, S, E]; entry s is the state after the token before own token s.
+    f[D, R, S, E]; entry s is the hidden state of the token before own token s.
   """
   length = tokens_DT.shape[1]
   fed, fed_positions = _fed(lengths_DR, own_DRS)
@@ -73,7 +78,7 @@ def tree_hidden(model: Model, params: Params, tokens_DT: Array, lengths_DR: Arra
 
 def own_hidden(model: Model, params: Params, prefilled: decode.Prefilled, lengths_DR: Array,
                own_DRS: Array) -> Array:
-  """As `tree_hidden` of documents that have gone through the model: only own tokens do."""
+  """`tree_hidden` where the documents have gone through the model: only the own tokens still do."""
   fed, positions = _fed(lengths_DR, own_DRS)
   hidden = jnp.zeros((*fed.shape, prefilled.hidden.shape[-1]), prefilled.hidden.dtype)
   if fed.size:
@@ -83,15 +88,15 @@ def own_hidden(model: Model, params: Params, prefilled: decode.Prefilled, length
 
 
 def _fed(lengths_DR: Array, own_DRS: Array) -> tuple[Array, Array]:
-  """i32[D, R · (S − 1)] own tokens that something follows, and their positions."""
+  """i32[D, R · (S − 1)] the own tokens that another one follows, and their positions."""
   fed_DRS = own_DRS[..., :-1]
   positions = lengths_DR[..., None] + jnp.arange(fed_DRS.shape[-1])
   return (fed_DRS.reshape(own_DRS.shape[0], -1), positions.reshape(own_DRS.shape[0], -1))
 
 
 def _before_each(hidden_DTE: Array, fed_DQE: Array, lengths_DR: Array) -> Array:
-  """f[D, R, S, E]: of the document's last token that a branch sees, then of its own."""
-  # Read as float32: the gradients of all branches that start at a token are summed as such.
+  """f[D, R, S, E]: states of the last document token that each branch sees, then of its own."""
+  # The gradients of all branches that start at one token are summed in float32, as it is read.
   first = jnp.take_along_axis(hidden_DTE.astype(jnp.float32), (lengths_DR - 1)[..., None], axis=1)
   first = first.astype(hidden_DTE.dtype)
   own = fed_DQE.reshape(*lengths_DR.shape, -1, fed_DQE.shape[-1])

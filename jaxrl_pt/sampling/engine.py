@@ -1,13 +1,14 @@
-"""The engine: requests in, tokens out, while the device keeps its slots busy.
+"""The engine: it takes requests and draws their responses by continuous batching.
 
-`Engine` is the host's half of `slots`: it checks requests, keeps their rows, hands them over
-and collects what has been drawn. Its one program is compiled when the engine is made, for one
-set of shapes; to compile again is an error.
+`Engine` is the host's half of `sampling/slots.py`: it checks requests, keeps their rows, hands
+them to the device and collects the tokens that have been drawn. Its one program is compiled for
+one set of shapes when the engine is made; to compile again is an error.
 
-Floating-point sums depend on how many rows a product has, so a change of `Engine.slots` or of
-`prefill_chunk` can move a logit by a rounding and, at a near-tie, flip a token; most of all in
-bfloat16 on an accelerator. The products of ternary weights take no part in that (sums of
-integers are exact), nor does int8's absmax; int4's absmean, norms, attention and head do.
+Floating-point sums depend on how many rows a product has. A change of `Engine.slots` or of
+`Engine.prefill_chunk` can therefore move a logit by a rounding and, at a near tie, change a
+token, most often in bfloat16 on an accelerator. The products of ternary weights and the absmax
+of int8 activations are exact and have no part in this; the absmean of int4 activations, norms,
+attention and head have.
 """
 
 from collections.abc import Iterable, Sequence
@@ -36,13 +37,19 @@ REASONS = {device.STOP: 'stop', device.LENGTH: 'length', device.STOP_STRING: 'st
 
 @dataclass(frozen=True)
 class Request:
-  """One prompt and how to answer it; `num_samples` responses share its prefill.
+  """One prompt and how to answer it; its `num_samples` responses share one prefill.
 
-  prompt: token ids. id: addresses the randomness; equal ids draw equal responses.
-  forced: tokens that every response starts with. stop: tokens that end a response and belong
-  to it; stop_strings: texts that end it as soon as they are complete.
-  max_thought: drawn tokens after which the end of thinking is forced, None for a response
-  without thinking; max_answer: tokens after the end of thinking.
+  prompt: token ids.
+  id: addresses the randomness: requests with equal ids draw equal responses.
+  max_tokens: the largest number of tokens of a response, forced tokens included.
+  sampler: temperature and filters.
+  stop: tokens that end a response and belong to it.
+  stop_strings: texts that end a response as soon as they are complete.
+  forced: tokens that every response starts with.
+  max_thought: drawn tokens after which the end of thinking is forced; None for responses without
+    thinking.
+  max_answer: the largest number of tokens after the end of thinking; None for no limit but
+    `max_tokens`. It is read only where `max_thought` is set.
   """
 
   prompt: tuple[int, ...]
@@ -59,26 +66,26 @@ class Request:
 
 @dataclass(frozen=True)
 class Response:
-  """A response so far, or (with a finish reason) whole."""
+  """A response so far, or a whole one if it has a finish reason."""
 
   id: int
   sample: int
   tokens: np.ndarray  # i32[S]
-  logp: np.ndarray  # f32[S] under the distribution drawn from; 0 where a token was forced
+  logp: np.ndarray  # f32[S] under the distribution that was drawn from; 0 where forced
   sampled: np.ndarray  # f32[S] 1 where a token was drawn, 0 where it was forced
   finish: str  # '' while it runs, or 'stop', 'length', 'stop_string', 'cancelled'
-  version: int  # of the policy that drew it
+  version: int  # optimiser step of the policy that drew it
 
 
 @dataclass
 class _Row:
-  """The host's note of a row in use."""
+  """What the host knows of a row of `slots.Requests` that is in use."""
 
   handle: int
   sample: int
   id: int
-  serial: int  # its place among all that were ever queued
-  seen: int = 0  # tokens already reported
+  serial: int  # how many responses were queued before this one, since the engine was made
+  seen: int = 0  # tokens of the response that `advance` has reported
 
 
 class Engine:
@@ -91,15 +98,16 @@ class Engine:
     """Compiles the program.
 
     Args:
-      params: the policy; packed weights too.
-      config: sizes.
-      seed: of all noise, with a request's id, sample and position.
-      token_bytes: of every token of the tokenizer; ids beyond them are never drawn, nor are
-        `unused_ids`, which no token has either.
-      think_end: tokens of the marker that ends thinking.
-      version: optimiser step of `params`.
-      mesh: over which `params` lie; key/value heads are split over its tensor axis. None for
-        the default device.
+      model: the model that draws the responses.
+      params: the policy's parameters; their weights may be packed.
+      config: the engine's sizes.
+      seed: addresses all noise, together with a request's id, the sample and the position.
+      token_bytes: the bytes of every token of the tokenizer; ids beyond this list are never drawn.
+      unused_ids: further ids that no token has and that are never drawn.
+      think_end: the tokens of the marker that ends thinking.
+      version: the optimiser step of `params`.
+      mesh: the devices that `params` lie on; key/value heads are split over the tensor axis. None
+        for the default device.
     """
     self.config, self._params = config, params
     self.version = version
@@ -132,14 +140,14 @@ class Engine:
   # --- Requests -------------------------------------------------------------------------
 
   def room(self) -> int:
-    """Rows that can be submitted before some response is collected."""
+    """How many responses can be submitted before one has to be collected."""
     return len(self._free)
 
   def check(self, request: Request) -> None:
-    """Says what is wrong with a request.
+    """Accepts a request that this engine can answer, and refuses any other.
 
     Raises:
-      UserError: what, and what the engine takes.
+      UserError: the request cannot be answered; the message says why and what the engine takes.
     """
     _check(request, self._shape, self._vocabulary.think_end)
 
@@ -147,7 +155,7 @@ class Engine:
     """Queues a request and returns the handle that its responses carry.
 
     Raises:
-      UserError: the request is wrong; nothing is queued.
+      UserError: the request cannot be answered, and nothing is queued.
       BlockingIOError: the queue is full; try again after `advance`.
     """
     self.check(request)
@@ -166,7 +174,7 @@ class Engine:
     return handle
 
   def cancel(self, handle: int) -> None:
-    """Ends the responses of a request at the next step; they are still collected."""
+    """Ends the responses of a request at the next step; `advance` still returns them."""
     for row, note in self._rows.items():
       if note.handle == handle:
         self._queue.rows.cancelled[row] = True
@@ -178,8 +186,8 @@ class Engine:
     """Decodes up to `max_steps` tokens a slot (default `Engine.steps_per_call`).
 
     Returns:
-      (handle, response) for every response that has new tokens or has finished. A finished
-      one is forgotten here.
+      (handle, response) for every response that has new tokens or has finished. The engine
+      forgets a response with its finish.
     """
     if self._on_device is None:
       self._on_device = jax.device_put(self._queue, self._everywhere)
@@ -191,33 +199,37 @@ class Engine:
     out = self._slots
     head, count, finish, tokens, logp, sampled = jax.device_get(
         (out.head, out.count, out.finish, out.tokens, out.logp, out.sampled))
-    news = []
+    changed = []
     for row, note in list(self._rows.items()):
+      # A row holds an earlier response until the device has admitted its request.
       if note.serial >= head or (count[row] == note.seen and not finish[row]):
-        continue  # Until it is admitted, the row holds an earlier response.
+        continue
       note.seen, num = int(count[row]), int(count[row])
-      news.append((note.handle, Response(
+      changed.append((note.handle, Response(
           note.id, note.sample, tokens[row, :num].copy(), logp[row, :num].copy(),
           sampled[row, :num].copy(), REASONS.get(int(finish[row]), ''), self.version)))
       if finish[row]:
         del self._rows[row]
         self._free.append(row)
-    return news
+    return changed
 
   def run(self, requests: Iterable[Request]) -> list[list[Response]]:
-    """Answers requests to the end; those of the largest budget start first, so that no long
-    response is left to run alone.
+    """Answers requests to the end.
+
+    Requests with the largest `max_tokens` start first, so that no long response runs alone at
+    the end.
 
     Returns:
-      For each request its whole responses, by sample.
+      For each request its whole responses, in the order of their samples.
 
     Raises:
-      UserError: one of the requests is wrong; none has been queued.
+      UserError: one of the requests cannot be answered, and none has been queued.
     """
     requests = list(requests)
     for request in requests:
       self.check(request)
-    waiting = sorted(range(len(requests)), key=lambda i: requests[i].max_tokens)  # From its end.
+    # The next request is popped from the end of this list.
+    waiting = sorted(range(len(requests)), key=lambda i: requests[i].max_tokens)
     numbers: dict[int, int] = {}
     done: list[list[Response]] = [[] for _ in requests]
     while waiting or self._rows:
@@ -230,10 +242,10 @@ class Engine:
     return [sorted(group, key=lambda r: r.sample) for group in done]
 
   def load(self, params: Params, version: int) -> None:
-    """Takes other parameters of the same shapes.
+    """Replaces the parameters by others of the same shapes.
 
     Raises:
-      UserError: a response is under way: its group would mix two policies.
+      UserError: a response is under way, and two policies would mix in its group.
     """
     if self._rows:
       raise UserError(f'{len(self._rows)} responses of version {self.version} are under way: '
@@ -241,12 +253,17 @@ class Engine:
     self._params, self.version = params, version
 
   def counters(self) -> dict[str, float]:
-    """Decode steps, share of slots that drew in them, and prompt tokens computed, so far."""
-    steps, busy, prefilled, references = jax.device_get(
-        (self._slots.steps, self._slots.busy, self._slots.prefilled, self._slots.references))
+    """Counts since the engine was made, and the pages that are in use now.
+
+    Returns:
+      steps: decode steps; prefilled: prompt tokens that went through the model; occupancy: the
+      share of slots that drew a token, over all steps; pages_in_use.
+    """
+    steps, busy, prefilled, holders = jax.device_get(
+        (self._slots.steps, self._slots.busy, self._slots.prefilled, self._slots.holders))
     return {'steps': int(steps), 'prefilled': int(prefilled),
             'occupancy': float(busy) / max(1, int(steps) * self.config.slots),
-            'pages_in_use': int((references[1:] > 0).sum())}
+            'pages_in_use': int((holders[1:] > 0).sum())}
 
 
 # --- Rows of arrays -------------------------------------------------------------------
@@ -254,7 +271,7 @@ class Engine:
 
 def _shape(config: cfg.Engine, vocab_size: int) -> device.Shape:
   sequence = -(-(config.prompt_len + config.response_len) // config.page_size)
-  # A slot's pages, a prompt kept for sharing, and nobody's page.
+  # Pages for every slot's longest sequence, for one prompt that is kept for sharing, and page 0.
   most = config.slots * sequence + -(-config.prompt_len // config.page_size) + 1
   return device.Shape(
       slots=config.slots, page_size=config.page_size, num_pages=config.num_pages or most,
@@ -265,7 +282,7 @@ def _shape(config: cfg.Engine, vocab_size: int) -> device.Shape:
 
 
 def _layout(mesh: Mesh, slots: device.Slots) -> Any:
-  """Shardings of the state: pages by heads, all else everywhere."""
+  """Shardings of the state: pages are split by heads, all else is replicated."""
   everywhere = NamedSharding(mesh, PartitionSpec())
   by_heads = NamedSharding(mesh, PartitionSpec(None, SAMPLE['kv_heads']))
   layout = jax.tree.map(lambda _: everywhere, slots)
@@ -281,7 +298,7 @@ def _vocabulary(token_bytes: Sequence[bytes], unused_ids: Sequence[int], vocab_s
 
 def _empty_queue(shape: device.Shape) -> Any:
   ints = lambda *dims: np.zeros((shape.queue, *dims), np.int32)
-  fields: dict[str, Any] = dict(  # NumPy until it is handed over.
+  fields: dict[str, Any] = dict(  # NumPy arrays until `Engine.advance` hands them to the device.
       tokens=ints(shape.prompt_len), lengths=ints(), ids=ints(), samples=ints(), prompts=ints(),
       max_tokens=ints(), max_thought=ints(), max_answer=ints(), forced=ints(shape.num_forced),
       num_forced=ints(), stop=ints(shape.num_stop),
@@ -295,7 +312,7 @@ def _empty_queue(shape: device.Shape) -> Any:
 
 def _fill(rows: Any, shape: device.Shape, row: int, request: Request, sample: int,
           prompt: int) -> None:
-  """Writes a response's row in place."""
+  """Writes the row of one response of a request in place; `prompt` is its `Requests.prompts`."""
   for name, values, filler in (('tokens', request.prompt, 0), ('forced', request.forced, 0),
                                ('stop', request.stop, -1)):
     array = getattr(rows, name)
@@ -305,8 +322,8 @@ def _fill(rows: Any, shape: device.Shape, row: int, request: Request, sample: in
   for i, text in enumerate(s.encode() for s in request.stop_strings):
     rows.strings[row, i, -len(text):] = np.frombuffer(text, np.uint8)
     rows.string_lens[row, i] = len(text)
-  one = RowSamplers.of([request.sampler], shape.vocab_size, shape.num_banned)
-  for array, values in zip(jax.tree.leaves(rows.samplers), jax.tree.leaves(one), strict=True):
+  sampler = RowSamplers.of([request.sampler], shape.vocab_size, shape.num_banned)
+  for array, values in zip(jax.tree.leaves(rows.samplers), jax.tree.leaves(sampler), strict=True):
     array[row] = values[0]
   for name, value in (
       ('lengths', len(request.prompt)), ('ids', np.uint32(request.id % 2**32).astype(np.int32)),

@@ -1,9 +1,9 @@
 """From a model's logits to the distribution that tokens are drawn from.
 
-Banned tokens, temperature, then top-k, top-p and min-p, as settings of `config.Sampler`. The
-learner uses the same functions, so that sampler and trainer speak of the same distribution.
-`RowSamplers` has the settings as arrays, one row each, for batches of unlike requests. `draw`
-takes a token of it.
+`filtered_logits` applies the settings of `config.Sampler`: temperature, banned tokens, then
+top-k, top-p and min-p. The learner uses the same functions, so that sampler and trainer speak of
+the same distribution. `RowSamplers` holds such settings as arrays with one row for each request,
+for batches of unlike requests. `draw` draws a token from filtered logits.
 """
 
 from collections.abc import Sequence
@@ -22,18 +22,18 @@ MASKED = -1e30
 
 
 def filtered_logits(logits: Array, sampler: Sampler) -> Array:
-  """Logits whose softmax is the distribution drawn from.
+  """Logits whose softmax is the distribution that tokens are drawn from.
 
     z / temperature on the support, −1e30 elsewhere; temperature 0 keeps the first argmax
 
-  The support is never empty: however small top_p is, the likeliest token and its ties stay,
-  and where every token is banned, the first of the likeliest.
+  The support is never empty: however small top_p is, the likeliest token and its ties stay, and
+  where every token is banned, the first of the likeliest stays.
 
   Args:
     logits: f[..., V].
-    sampler: top_k keeps the k largest and what ties with the k-th; top_p keeps, of what is
-      left, the smallest set of likeliest tokens whose mass reaches p, and its ties; min_p
-      keeps what is at least min_p times as likely as the likeliest.
+    sampler: top_k keeps the k largest logits and those that tie with the k-th; top_p keeps, of
+      the tokens that are left, the smallest set of likeliest ones whose mass reaches p, and its
+      ties; min_p keeps the tokens that are at least min_p times as likely as the likeliest.
 
   Returns:
     f32[..., V].
@@ -48,13 +48,13 @@ def filtered_logits(logits: Array, sampler: Sampler) -> Array:
 def learner_logits(logits: Array, tokens: Array, sampler: Sampler) -> Array:
   """`filtered_logits` whose support always holds the token that was drawn.
 
-  The learner recomputes the logits in another order of summation. A drawn token at the
-  edge of the support could so fall out of it and get log-probability −1e30.
+  The learner recomputes the logits in another order of summation. Without this rule a drawn token
+  at the edge of the support could fall out of it and get log-probability −1e30.
 
   Args:
     logits: f[..., V].
-    tokens: i32[...] drawn tokens; leading dimensions broadcast with those of logits.
-    sampler: as the tokens were drawn.
+    tokens: i32[...] drawn tokens, whose leading dimensions broadcast with those of the logits.
+    sampler: the settings that the tokens were drawn with.
 
   Returns:
     f32[..., V].
@@ -68,7 +68,7 @@ def learner_logits(logits: Array, tokens: Array, sampler: Sampler) -> Array:
 
 
 class _Settings(NamedTuple):
-  """A sampler's numbers as the arithmetic takes them. Python's 1e-300 is float32's 0."""
+  """A sampler's settings in the types of the arithmetic, where Python's 1e-300 is float32's 0."""
 
   temperature: np.float32  # 0 is greedy
   top_k: int  # in [1, V]; V filters nothing
@@ -96,20 +96,25 @@ def _scaled(logits: Array, settings: _Settings) -> Array:
     scaled = scaled / settings.temperature
   if not settings.banned:
     return scaled
-  # After the division, which by a large temperature would bring the mask back among the rest.
+  # The mask comes after the division: a large temperature would bring −1e30 back among the logits.
   is_banned = np.isin(np.arange(scaled.shape[-1]), settings.banned)
   return _without(scaled, jnp.asarray(is_banned))
 
 
 def _without(scaled: Array, is_banned: Array) -> Array:
-  """`MASKED` where banned, but for the first of the likeliest where all are; bool[..., V]."""
+  """The logits with `MASKED` at banned tokens, except the first of the likeliest if all are banned.
+
+  Args:
+    scaled: f32[..., V].
+    is_banned: bool[V] or bool[..., V].
+  """
   likeliest = jnp.arange(scaled.shape[-1]) == scaled.argmax(-1, keepdims=True)
   stays = is_banned.all(-1, keepdims=True) & likeliest
   return jnp.where(is_banned & ~stays, MASKED, scaled)
 
 
 def _support(scaled: Array, settings: _Settings) -> Array:
-  """bool[..., V]: which tokens can be drawn, at least one. A constant for differentiation."""
+  """bool[..., V]: which tokens can be drawn, at least one. No gradient passes through it."""
   scaled = jax.lax.stop_gradient(scaled)
   vocab_size = scaled.shape[-1]
   if settings.temperature == 0:
@@ -126,18 +131,18 @@ def _support(scaled: Array, settings: _Settings) -> Array:
 
 
 def _edge_of_nucleus(descending: Array, top_p: Array | np.float32) -> Array:
-  """f32[..., 1]: the smallest logit in the nucleus, of logits in falling order."""
+  """f32[..., 1]: the smallest logit in the nucleus of logits that are sorted in falling order."""
   probabilities = jax.nn.softmax(descending, -1)
   mass_before = jnp.cumsum(probabilities, -1) - probabilities
   edge = jnp.where(mass_before < top_p, descending, -MASKED).min(-1, keepdims=True)
-  # The mass before the likeliest is 0, which a top_p that float32 rounds to 0 does not exceed.
+  # The likeliest token has mass 0 before it, and 0 < top_p fails where float32 rounds top_p to 0.
   return jnp.minimum(edge, descending[..., :1])
 
 
 # --- Drawing --------------------------------------------------------------------------
 
-# Tokens that are summed before the draw. √V would need the fewest numbers; a width that is the
-# same for all vocabularies lets padding a vocabulary change no draw.
+# Tokens of a block in `draw`. √V would need the fewest random numbers, but with one width for all
+# vocabularies a vocabulary can be padded and draw the same tokens.
 BLOCK = 64
 
 
@@ -149,18 +154,18 @@ class Drawn(NamedTuple):
 
 
 def draw(keys: Array, logits: Array) -> Drawn:
-  """Draws a token from each row's softmax: a block of tokens first, then a token of it.
+  """Draws a token from the softmax of each row: first a block of tokens, then a token of the block.
 
     b = argmax_b log Σ_{v ∈ b} e^{z_v} + Gumbel_b,   v = argmax_{v ∈ b} z_v + Gumbel_v
 
-  P(b) P(v | b) is the softmax, as it is for Gumbel-max over all tokens, but needs V / BLOCK +
-  BLOCK random numbers in place of V, which cost more than the model's head where a row has
-  few neighbours. Like Gumbel-max, and unlike the inverse of a cumulative sum, it lets rounding
-  of the logits flip no draw but a near tie.
+  P(b) P(v | b) is the softmax, as with Gumbel-max over all tokens. Two stages need V / BLOCK +
+  BLOCK random numbers in place of V, which in small batches cost more than the model's head. As
+  with Gumbel-max, and unlike with the inverse of a cumulative sum, rounding of the logits changes
+  a draw only at a near tie.
 
   Args:
-    keys: key[...], one a row.
-    logits: f32[..., V]; a row's smallest may be `MASKED`, never all of them.
+    keys: key[...], one for each row.
+    logits: f32[..., V]; some of a row may be `MASKED`, but not all.
   """
   shape, vocab_size = logits.shape[:-1], logits.shape[-1]
   num_blocks = -(-vocab_size // BLOCK)
@@ -183,22 +188,22 @@ def draw(keys: Array, logits: Array) -> Drawn:
 
 @struct.dataclass
 class RowSamplers:
-  """Settings of `Sampler`, one row each."""
+  """Settings of `config.Sampler` as arrays with one row for each request."""
 
   temperature: Array  # f32[B]
   top_k: Array  # i32[B]; V where nothing is filtered
   top_p: Array  # f32[B]
   log_min_p: Array  # f32[B]; −∞ where nothing is filtered
-  banned: Array  # i32[B, M]; V fills up
+  banned: Array  # i32[B, M] banned tokens, padded with V
 
   @classmethod
   def of(cls, samplers: Sequence[Sampler], vocab_size: int, num_banned: int) -> 'RowSamplers':
-    """NumPy rows of these samplers, each with at most `num_banned` banned tokens."""
-    settings = [_settings(sampler, vocab_size) for sampler in samplers]
+    """NumPy arrays with a row for each sampler, which has at most `num_banned` banned tokens."""
+    rows = [_settings(sampler, vocab_size) for sampler in samplers]
     banned = np.full((len(samplers), num_banned), vocab_size, np.int32)
-    for row, one in zip(banned, settings, strict=True):
-      row[:len(one.banned)] = one.banned
-    column = lambda name, dtype: np.array([getattr(one, name) for one in settings], dtype)
+    for padded, settings in zip(banned, rows, strict=True):
+      padded[:len(settings.banned)] = settings.banned
+    column = lambda name, dtype: np.array([getattr(row, name) for row in rows], dtype)
     fields: dict[str, Any] = dict(
         temperature=column('temperature', np.float32), top_k=column('top_k', np.int32),
         top_p=column('top_p', np.float32), log_min_p=column('log_min_p', np.float32),
@@ -207,12 +212,12 @@ class RowSamplers:
 
 
 def filtered_rows(logits_BV: Array, rows: RowSamplers, is_token_V: Array) -> Array:
-  """`filtered_logits` with a sampler for each row; sorts only if some row filters.
+  """`filtered_logits` with settings of its own for each row; it sorts only if some row filters.
 
   Args:
     logits_BV: f[B, V].
-    rows: B samplers.
-    is_token_V: bool[V] False for ids that are banned in all rows.
+    rows: the settings of B rows.
+    is_token_V: bool[V], False for ids that are banned in all rows.
 
   Returns:
     f32[B, V].

@@ -1,12 +1,12 @@
 """Rectified sparse attention: decodes long responses by reading a part of the cache.
 
-    prefill    dense; computes the descriptors of the prompt's blocks
-    decode     each step attends to the selected blocks, appends its keys and values
-    rectify    after every f tokens of a row one dense forward over them overwrites their keys
-               and values in all layers; what was drawn stays
+    prefill    runs the prompt densely and computes the descriptors of its blocks
+    decode     attends in each step to the selected blocks, and appends keys and values
+    rectify    after every f tokens of a row, overwrites their keys and values in all layers by one
+               dense forward pass; the drawn tokens stay
 
-By induction the cache equals that of dense decoding after each rectification. Noise, filters
-and results are those of `decode.generate`.
+By induction the cache equals that of dense decoding after each rectification. The noise, the
+filters and the form of the results are those of `decode.generate`.
 
 Source: 2506.04108.
 Departs from the paper's code in recomputing the descriptors of ⌈f / b⌉ + 1 blocks, not of the
@@ -28,8 +28,8 @@ from jaxrl_pt.sampling.resa_attention import NOBODY, SparseCache
 from jaxrl_pt.types import Array, Params, Prompts, RolloutBatch
 from pallas_kernels.dispatch import Generation
 
-PREFILL_TOKENS = 512  # of each row in one forward
-RECTIFIED_TOKENS = 256  # of all rows in one forward
+PREFILL_TOKENS = 512  # tokens of each row in one forward pass of the prefill
+RECTIFIED_TOKENS = 256  # tokens of all rows in one forward pass of the rectification
 
 
 # --- The parts --------------------------------------------------------------------
@@ -40,11 +40,14 @@ def prefill(model: Model, params: Params, cache: SparseCache, tokens_BT: Array,
   """Runs right-padded prompts through the model in chunks.
 
   Args:
-    cache: whose tables have pages for them; donate it.
-    tokens_BT: i32[B, T]; lengths_B: i32[B] in [1, T].
+    model: the model that draws the responses.
+    params: its parameters.
+    cache: a cache whose tables have pages for the prompts; it should be donated.
+    tokens_BT: i32[B, T].
+    lengths_B: i32[B] in [1, T].
 
   Returns:
-    f[B, D], hidden states of the last tokens, and the cache.
+    f[B, D], the hidden states of the last tokens, and the filled cache.
   """
   num_rows, length = tokens_BT.shape
   chunk = min(length, PREFILL_TOKENS)
@@ -68,7 +71,7 @@ def prefill(model: Model, params: Params, cache: SparseCache, tokens_BT: Array,
 def decode(model: Model, params: Params, resa: cfg.ReSA, cache: SparseCache, tokens_B: Array,
            positions_B: Array, active_B: Array,
            generation: Generation | None = None) -> tuple[Array, SparseCache]:
-  """One sparse step: hidden states f[B, D] after one more token of each active row."""
+  """One sparse step: the hidden states f[B, D] of one more token of each active row."""
   attend = resa_attention.sparse(resa, positions_B, active_B, generation)
   hidden, cache = model.extend(params, tokens_B[:, None], positions_B[:, None], cache, attend)
   return hidden[:, 0], cache
@@ -76,15 +79,18 @@ def decode(model: Model, params: Params, resa: cfg.ReSA, cache: SparseCache, tok
 
 def rectify(model: Model, params: Params, cache: SparseCache, tokens_BF: Array, starts_B: Array,
             counts_B: Array) -> SparseCache:
-  """Overwrites keys, values and descriptors of a window of each row by a dense forward.
+  """Overwrites keys, values and descriptors of a window of each row by a dense forward pass.
 
-  The rows that are due are gathered into forwards of RECTIFIED_TOKENS tokens; the others
-  cost nothing.
+  The rows that are due are gathered into forward passes of about RECTIFIED_TOKENS tokens; the
+  other rows cost nothing.
 
   Args:
+    model: the model that draws the responses.
+    params: its parameters.
+    cache: the rows' cache.
     tokens_BF: i32[B, F] the windows' tokens.
-    starts_B: i32[B] their first positions.
-    counts_B: i32[B] how many tokens of each window to rectify; 0 where a row isn't due.
+    starts_B: i32[B] the windows' first positions.
+    counts_B: i32[B] how many tokens of each window are rectified; 0 where a row is not due.
   """
   num_rows, window = tokens_BF.shape
   size = min(num_rows, max(1, RECTIFIED_TOKENS // window))
@@ -105,7 +111,7 @@ def rectify(model: Model, params: Params, cache: SparseCache, tokens_BF: Array, 
 
 def draw(hidden: Array, head_DV: Array, keys: Array, positions: Array,
          sampler: cfg.Sampler) -> policies.Drawn:
-  """Draws the token at each position: hidden f[..., D] of the token before, keys [...]."""
+  """Draws the token at each position from the hidden state f[..., D] of the token before."""
   logits = jnp.matmul(hidden, head_DV, preferred_element_type=jnp.float32)
   fold_in = jax.random.fold_in
   for _ in positions.shape:
@@ -118,13 +124,18 @@ def start(model: Model, params: Params, prompts: Prompts, num_samples: int, num_
   """Prefills prompts and makes `num_samples` rows of each, which share its full pages.
 
   Args:
-    num_slots: cached tokens of a row beyond its prompt, at most.
+    model: the model that draws the responses.
+    params: its parameters.
+    prompts: N prompts, each a document of its own without suffix.
+    num_samples: G.
+    num_slots: the largest number of cached tokens of a row beyond its prompt.
+    block: tokens of a block, which is a page.
 
   Returns:
     f[N · G, D], the hidden states of the prompts' last tokens, and the rows' cache.
 
   Raises:
-    UserError: prompts that share documents or have a suffix.
+    UserError: the prompts share documents or have a suffix.
   """
   num_prompts, prompt_len = prompts.tokens.shape
   if num_prompts != prompts.lengths.shape[0] or jax.tree.leaves(prompts.suffix):
@@ -132,7 +143,7 @@ def start(model: Model, params: Params, prompts: Prompts, num_samples: int, num_
                     'the suffix into the prompts, or decode branches densely.')
   num_rows = num_prompts * num_samples
   prompt_table, first_own = resa_attention.rows_of_pages(num_prompts, -(-prompt_len // block))
-  # A row's first own page begins with what the prompt left in its last one.
+  # A row's first own page begins with a copy of the prompt's last, partly filled page.
   own_len = -(-num_slots // block) + 1
   num_pages = first_own + num_rows * own_len
   dtype = jax.eval_shape(lambda: model.init_cache(1, 1)).k.dtype
@@ -175,11 +186,12 @@ def generate(model: Model, params: Params, prompts: Prompts, key: Array, *, samp
   """`decode.generate` with rectified sparse attention.
 
   Args:
-    resa: with an active share of 1 the result is that of `decode.generate`.
-    generation: of the TPU that runs it; None for anything else.
+    resa: how blocks are selected and when rows are rectified. With an active share of 1 the
+      result is that of `decode.generate`.
+    generation: the generation of the TPU that runs it; None for any other device.
 
   Returns:
-    RolloutBatch; logp is under the sparse distribution that a token was drawn from.
+    RolloutBatch, whose logp is under the sparse distribution that a token was drawn from.
   """
   hidden_BD, cache = start(model, params, prompts, num_samples, num_tokens - 1, resa.block)
   starts_B = jnp.repeat(prompts.lengths, num_samples)
@@ -209,7 +221,7 @@ def generate(model: Model, params: Params, prompts: Prompts, key: Array, *, samp
   state = record(_Decoding(
       jnp.zeros((), jnp.int32), jnp.full(empty.shape, fill, jnp.int32), empty, empty,
       jnp.zeros(starts_B.shape, bool), jnp.zeros_like(starts_B), cache), hidden_BD)
-  # The last token needs no slot: nothing is drawn after it.
+  # The last token needs no slot, since nothing is drawn after it.
   state = jax.lax.while_loop(lambda s: (s.step < num_tokens) & ~s.done.all(), step, state)
   tokens, mask, logp = (x.reshape(-1, num_samples, num_tokens)
                         for x in (state.tokens, state.mask, state.logp))
@@ -218,8 +230,11 @@ def generate(model: Model, params: Params, prompts: Prompts, key: Array, *, samp
 
 def _refresh(model: Model, params: Params, refresh: cfg.RefreshEvery | cfg.RefreshNever,
              starts_B: Array, state: _Decoding) -> _Decoding:
-  """Rectifies the running rows that have f tokens since their last time; all drawn tokens
-  are cached. A window that the end cuts short stays as it is: nothing reads it again."""
+  """Rectifies the running rows that have drawn f tokens since their last rectification.
+
+  It is called when all drawn tokens are cached. The window of a row that ends before f tokens is
+  not rectified, since nothing reads it again.
+  """
   match refresh:
     case cfg.RefreshNever():
       return state

@@ -1,11 +1,11 @@
-"""Rectified sparse attention over pages: its cache and the two attends that fill and read it.
+"""Rectified sparse attention over pages: its cache and the two attentions that fill and read it.
 
     dense   S new tokens see everything before them; the descriptors of the blocks that they
-            touch are computed again. Prefill, rectification and verification.
+            touch are computed again. It serves prefill, rectification and verification of drafts.
     sparse  one new token sees the blocks whose descriptors promise the largest logits.
 
-A block is a page. Both attends read pages through one loop over lists of them with a running
-softmax, so that memory does not grow with the context, and copy a list's pages whole.
+A block is a page. Both attentions read lists of whole pages in one loop with a running softmax, so
+that memory does not grow with the context.
 
 Source: 2506.04108 section 2.
 """
@@ -29,8 +29,8 @@ from pallas_kernels.dispatch import Generation
 from pallas_kernels.sparse_decode import Selection, sparse_decode, update_descriptors
 from pallas_kernels.sparse_decode.reference import block_scores, num_blocks
 
-NOBODY = 0  # the page that belongs to no row, in each layer
-# What one turn of the loop over pages holds at most: copied keys and values, and scores.
+NOBODY = 0  # The page of each layer that belongs to no row.
+# How many copied keys and values, and how many scores, one turn of the loop over pages may hold.
 COPIED_NUMBERS, SCORES = 2**21, 2**20
 
 # scores(q_BHE, bounds_BKPD) → f32[B, K, P]
@@ -42,8 +42,8 @@ class SparseCache:
   """N pages of b tokens in each layer, B rows' tables of P pages, and their descriptors."""
 
   pages: Array  # f[K, L · N, 2, b, E] keys, then values; a layer's pages side by side
-  bounds: Array  # f[L, B, K, P, 2E] maxima, then minima, of the keys of each row's blocks
-  table: Array  # i32[B, P] page of each block, counted inside the layer
+  bounds: Array  # f[L, B, K, P, 2E] descriptors: maxima, then minima, of each block's keys
+  table: Array  # i32[B, P] page of each block, counted inside a layer
 
   @property
   def block(self) -> int:
@@ -52,13 +52,13 @@ class SparseCache:
 
   @property
   def pages_per_layer(self) -> int:
-    """N."""
+    """N, the pages of each layer."""
     return self.pages.shape[1] // self.bounds.shape[0]
 
 
 def init(config: cfg.Model, table_BP: Array, num_pages: int, block: int,
          dtype: DTypeLike) -> SparseCache:
-  """An empty cache for the rows of `table_BP`; page `NOBODY` is among the num_pages."""
+  """An empty cache for the rows of `table_BP`; page `NOBODY` is one of the `num_pages`."""
   layers, heads, width = config.num_layers, config.num_kv_heads, config.head_dim
   pages = jnp.zeros((heads, layers * num_pages, 2, block, width), dtype)
   bounds = jnp.zeros((layers, table_BP.shape[0], heads, table_BP.shape[1], 2 * width), dtype)
@@ -66,19 +66,21 @@ def init(config: cfg.Model, table_BP: Array, num_pages: int, block: int,
 
 
 def rows_of_pages(num_rows: int, num_blocks: int) -> tuple[Array, int]:
-  """A table in which each row has pages of its own, side by side; and the pool's size."""
+  """A table in which each row has pages of its own, side by side, and the number of all pages."""
   table = 1 + jnp.arange(num_rows * num_blocks, dtype=jnp.int32).reshape(num_rows, num_blocks)
   return table, 1 + num_rows * num_blocks
 
 
-# --- Attends ----------------------------------------------------------------------
+# --- The two attentions -----------------------------------------------------------
 
 
 def dense(rows_R: Array, positions_RS: Array, is_token_RS: Array) -> Attend:
-  """S consecutive new tokens of some rows; keys, values and touched descriptors are written.
+  """Attention of S consecutive new tokens of some rows to all tokens before them.
+
+  It writes their keys and values and the descriptors of the blocks that they touch.
 
   Args:
-    rows_R: i32[R] rows of the cache, distinct; B stands for none, whose results mean nothing.
+    rows_R: i32[R] distinct rows of the cache; B stands for no row, and its results mean nothing.
     positions_RS: i32[R, S], rising by one.
     is_token_RS: bool[R, S], False for the padding on the right.
   """
@@ -100,16 +102,17 @@ def dense(rows_R: Array, positions_RS: Array, is_token_RS: Array) -> Attend:
 
 def sparse(resa: cfg.ReSA, positions_B: Array, active_B: Array,
            generation: Generation | None = None, scores: Scores = block_scores) -> Attend:
-  """One new token of each row, which sees the blocks selected for each key/value head.
+  """Attention of one new token of each row to the blocks selected for each key/value head.
 
     out = softmax(q k_Sᵀ / √E) v_S,  S = the n = min(M, max(n_min, ⌈M p⌉)) highest of
     score_i = Σ_j max(q̄_j kmax_ij, q̄_j kmin_ij), the last n_local of the M blocks forced
 
   Args:
+    resa: how many blocks are selected.
     positions_B: i32[B].
-    active_B: bool[B]; other rows write nowhere, read nothing and return what means nothing.
-    generation: the TPU's, whose kernels are called; None takes XLA's path.
-    scores: of the blocks, for controls.
+    active_B: bool[B]; the other rows write nothing, and their results mean nothing.
+    generation: the generation of the TPU whose kernels are called; None computes with XLA.
+    scores: the function that scores blocks; control experiments take another one.
   """
   selection = Selection(resa.active, resa.min_blocks, resa.local_blocks)
 
@@ -141,11 +144,10 @@ def _write(cache: SparseCache, layer: Array, table_RP: Array, positions_RS: Arra
   pages = jnp.where(is_token_RS, pages, NOBODY) + layer * cache.pages_per_layer
   new_RSK2E = jnp.stack([k_RSKE, v_RSKE], 3).astype(cache.pages.dtype)
   if pages.size == 1:
-    # XLA would fuse a single update into each of its readers and copy the cache for them.
+    # XLA would fuse a single update into each operation that reads it, and copy the cache for that.
     pages = jnp.concatenate([pages, jnp.full_like(pages, NOBODY)])
     positions_RS, new_RSK2E = (jnp.concatenate([x, x]) for x in (positions_RS, new_RSK2E))
-  # All axes but the last are indexed, as in `models.paged_cache`: a TPU copies the pages
-  # otherwise.
+  # All axes but the last are indexed, as in `models.paged_cache`, or a TPU would copy the pages.
   heads_K1, both = jnp.arange(new_RSK2E.shape[2])[:, None], jnp.arange(2)
   offsets = positions_RS % cache.block
   at = cache.pages.at[heads_K1, pages[..., None, None], both, offsets[..., None, None]]
@@ -157,14 +159,16 @@ def _write(cache: SparseCache, layer: Array, table_RP: Array, positions_RS: Arra
 
 def describe(cache: SparseCache, layers_L: Array, rows_R: Array, starts_R: Array,
              lengths_R: Array, num_tokens: int) -> SparseCache:
-  """Computes again the descriptors of the ⌈S / b⌉ + 1 blocks from each row's start on.
+  """Computes the descriptors of the ⌈S / b⌉ + 1 blocks from each row's start on again.
 
   Args:
-    layers_L: i32[L'] which layers.
-    rows_R: i32[R] distinct rows; B stands for none.
-    starts_R: i32[R] first position that changed; lengths_R: tokens of the rows. Keys beyond
-      a row's length are left out, and blocks without keys keep their descriptors.
-    num_tokens: S, how many may have changed.
+    cache: the cache whose keys have changed.
+    layers_L: i32[L'] the layers in question.
+    rows_R: i32[R] distinct rows; B stands for no row.
+    starts_R: i32[R] the first position of each row whose key has changed.
+    lengths_R: i32[R] tokens of each row. Keys beyond this length are left out, and blocks without
+      keys keep their descriptors.
+    num_tokens: S, the largest number of keys of a row that have changed.
   """
   num_rows, table_len = cache.table.shape
   touched = starts_R[:, None] // cache.block + jnp.arange(-(-num_tokens // cache.block) + 1)
@@ -185,7 +189,7 @@ def describe(cache: SparseCache, layers_L: Array, rows_R: Array, starts_R: Array
 
 def _updated(cache: SparseCache, layer: Array, k_BKE: Array, positions_B: Array,
              active_B: Array) -> Array:
-  """Descriptors of all layers after one more key of the active rows in one of them."""
+  """Descriptors of all layers after one layer has one more key of each active row."""
   num_rows, table_len = cache.table.shape
   at = (layer, jnp.arange(num_rows), slice(None), positions_B // cache.block)
   old_BKD = cache.bounds.at[at].get(mode='clip')
@@ -206,8 +210,10 @@ def scored_per_turn(num_lists: int, table_len: int, width: int) -> int:
 
 def _score_layer(scores: Scores, q_BHE: Array, bounds_LBKPD: Array, layer: Array,
                  end: Array) -> Array:
-  """f32[B, K, P]: scores of a layer's blocks before `end`, a part at a time so that what is
-  copied stays small."""
+  """f32[B, K, P]: scores of a layer's blocks before `end`.
+
+  They are computed a part at a time, so that only a part of the descriptors is ever copied.
+  """
   _, num_rows, num_groups, table_len, width = bounds_LBKPD.shape
   size = scored_per_turn(num_rows * num_groups, table_len, width)
 
@@ -222,24 +228,25 @@ def _score_layer(scores: Scores, q_BHE: Array, bounds_LBKPD: Array, layer: Array
 
 
 def select(scores_BKP: Array, blocks_B: Array, selection: Selection) -> tuple[Array, Array]:
-  """The n highest of each row's M blocks in ascending order, of equal ones the first.
+  """The n highest-scored of each row's M blocks in ascending order; the first of equal scores win.
 
-  Equals `pallas_kernels.sparse_decode.select_blocks`, without a sort: the n-th highest score
-  is found by bisection on the bits of the scores, 32 counts of a row.
+  The result is that of `pallas_kernels.sparse_decode.select_blocks`, but nothing is sorted: the
+  n-th highest score is found by bisection on the bits of the scores, which counts a row 32 times.
 
   Args:
-    scores_BKP: f32[B, K, P], no NaN in a row's blocks.
-    blocks_B: i32[B] M.
+    scores_BKP: f32[B, K, P], without NaN in a row's blocks.
+    blocks_B: i32[B] M, the number of blocks of each row.
+    selection: the rule that gives n and the last blocks that are always selected.
 
   Returns:
-    blocks i32[B, K, N], P beyond the count, and the counts n, i32[B].
+    blocks i32[B, K, N], which are P from a row's count on, and the counts n, i32[B].
   """
   capacity = scores_BKP.shape[-1]
   counts_B = selection.num_selected(blocks_B).astype(jnp.int32)
   num_listed = selection.num_selected(capacity)
   index, blocks = jnp.arange(capacity), blocks_B[:, None, None]
   lowest, highest = jnp.iinfo(jnp.int32).min, jnp.iinfo(jnp.int32).max
-  # An integer with the order of the score; + 0 makes of −0 the 0 that it equals.
+  # Integers with the order of the scores. Adding 0 turns −0 into the 0 that it equals.
   bits = jax.lax.bitcast_convert_type(scores_BKP.astype(jnp.float32) + 0.0, jnp.int32)
   order = jnp.where(bits < 0, bits ^ highest, bits)
   order = jnp.where(index >= blocks - selection.local_blocks, highest, order)
@@ -257,7 +264,7 @@ def select(scores_BKP: Array, blocks_B: Array, selection: Selection) -> tuple[Ar
 def _nth_highest(order_BKP: Array, counts_B1: Array) -> Array:
   """i32[B, K]: the largest t that at least `count` entries of a row reach."""
   def halve(bit: Array, threshold: Array) -> Array:
-    # From the lowest integer up; adding its highest bit wraps round to 0.
+    # The threshold rises from the lowest integer; adding the highest bit wraps round to 0.
     higher = threshold + jnp.left_shift(1, 31 - bit)
     enough = (order_BKP >= higher[..., None]).sum(-1) >= counts_B1
     return jnp.where(enough, higher, threshold)
@@ -267,7 +274,7 @@ def _nth_highest(order_BKP: Array, counts_B1: Array) -> Array:
 
 
 def _running_count(mask_BKP: Array, width: int = 128) -> Array:
-  """Inclusive running sum of booleans, as two products with triangles; exact below 2²⁴."""
+  """The inclusive running sum of booleans, as two products with triangles; exact below 2²⁴."""
   capacity = mask_BKP.shape[-1]
   padded = jnp.pad(mask_BKP, ((0, 0), (0, 0), (0, -capacity % width))).astype(jnp.float32)
   parts = padded.reshape(*mask_BKP.shape[:2], -1, width)
@@ -283,15 +290,15 @@ def _running_count(mask_BKP: Array, width: int = 128) -> Array:
 class PageLists(NamedTuple):
   """Which blocks a row's queries read, in ascending order."""
 
-  blocks: Array  # i32[B, K or 1, N]; P and beyond stand for none
-  table: Array  # i32[B, P]
-  first_masked: Array  # i32[] entries before it hold nothing but keys that all queries see
-  end: Array  # i32[] no row reads from here on
+  blocks: Array  # i32[B, K or 1, N]; P and greater numbers stand for no block
+  table: Array  # i32[B, P] page of each block
+  first_masked: Array  # i32[] entries before it hold only keys that all queries see
+  end: Array  # i32[] no row reads the entries from here on
 
 
 def pages_per_turn(num_lists: int, num_queries: int, num_listed: int, page_numbers: int,
                    block: int) -> int:
-  """Pages of each list that one turn of the loop reads, so that turns are about equal."""
+  """Pages of each list that one turn of the loop reads; all turns read about equally many."""
   most = min(COPIED_NUMBERS // (num_lists * page_numbers),
              SCORES // (num_lists * num_queries * block))
   turns = -(-num_listed // max(1, most))
@@ -303,6 +310,13 @@ def attend_pages(q_BSHE: Array, positions_BS: Array, cache: SparseCache, layer: 
   """softmax(q kᵀ / √E) v over the keys of the listed blocks up to each query's position.
 
   Each query must see a key of its list's first block.
+
+  Args:
+    q_BSHE: f[B, S, H, E].
+    positions_BS: i32[B, S].
+    cache: the pages.
+    layer: i32[].
+    lists: the blocks that each row's queries read.
 
   Returns:
     f[B, S, H, E] in q's dtype; the softmax is float32.
@@ -348,7 +362,7 @@ def attend_pages(q_BSHE: Array, positions_BS: Array, cache: SparseCache, layer: 
 
 
 class _Softmax(NamedTuple):
-  """A softmax-weighted sum under way, of X lists with Q queries each."""
+  """A softmax-weighted sum over the keys so far, of X lists with Q queries each."""
 
   highest: Array  # f32[X, Q]
   total: Array  # f32[X, Q] Σ exp(score − highest)
@@ -377,7 +391,7 @@ def _page_ids(cache: SparseCache, layer: Array, table_BP: Array, blocks_BKN: Arr
 
 
 def _copy_pages(pages_N2PE: Array, ids_XN: Array) -> Array:
-  """f[X, N, 2, b, E]: whole pages."""
+  """f[X, N, 2, b, E]: the pages with these ids, copied whole."""
   numbers = jax.lax.GatherDimensionNumbers(offset_dims=(2, 3, 4), collapsed_slice_dims=(0,),
                                            start_index_map=(0,))
   return jax.lax.gather(pages_N2PE, ids_XN[..., None], numbers, (1, *pages_N2PE.shape[1:]),

@@ -2,10 +2,10 @@
 
     mem(KV) · (1/b + p + 1/f)
 
-is the cost model of 2506.04108 section 2.4. `attention_bytes` is exact for this program: with
-n_min, partly filled blocks, the parts that its loops read at a time, and the blocks whose
-descriptors are computed again. `count_reads` runs any function operation by operation and
-adds up what it copies out of given arrays.
+is the cost model of 2506.04108 section 2.4. `attention_bytes` is exact for this program: it takes
+into account n_min, partly filled blocks, the parts that the loops read at a time, and the blocks
+whose descriptors are computed again. `count_reads` runs any function operation by operation and
+adds up the bytes that it copies out of given arrays.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,24 +26,24 @@ _READS = ('gather', 'dynamic_slice', 'slice')
 
 
 class AttentionBytes(NamedTuple):
-  """Bytes read from the cache, in all layers."""
+  """Bytes that are read from the cache, in all layers."""
 
-  descriptors: int  # of all blocks, and of those updated, in one decoding step
-  pages: int  # of the selected blocks, in one decoding step
-  rectification: int  # pages and touched keys, in one dense forward
+  descriptors: int  # the descriptors of all blocks and of the updated ones, in one decoding step
+  pages: int  # the pages of the selected blocks, in one decoding step
+  rectification: int  # the pages and the touched keys, in one rectification of all rows
 
   def per_token(self, window: float) -> float:
-    """Mean of a step with a rectification after every `window` tokens (may be infinite)."""
+    """Mean bytes of a step with a rectification after every `window` tokens (may be infinite)."""
     return self.descriptors + self.pages + self.rectification / window
 
 
 def dense_bytes(model: cfg.Model, length: int, itemsize: int) -> int:
-  """mem(KV): keys and values of `length` tokens in all layers."""
+  """mem(KV): bytes of the keys and values of `length` tokens in all layers."""
   return 2 * model.num_layers * model.num_kv_heads * model.head_dim * length * itemsize
 
 
 def modelled_bytes(model: cfg.Model, resa: cfg.ReSA, length: int, itemsize: int) -> float:
-  """The paper's mem(KV) (1/b + p + 1/f), with the real share of blocks in p's place."""
+  """The paper's mem(KV) (1/b + p + 1/f), with the share of blocks that is selected as p."""
   num_blocks = -(-length // resa.block)
   selection = Selection(resa.active, resa.min_blocks, resa.local_blocks)
   share = 1 / resa.block + selection.num_selected(num_blocks) / num_blocks
@@ -54,12 +54,15 @@ def modelled_bytes(model: cfg.Model, resa: cfg.ReSA, length: int, itemsize: int)
 
 def attention_bytes(model: cfg.Model, resa: cfg.ReSA, num_rows: int, length: int,
                     table_len: int, itemsize: int) -> AttentionBytes:
-  """What one step and one rectification read, exactly.
+  """Bytes that one step and one rectification read, exactly.
 
   Args:
-    num_rows: B, all of them of the same length and due together.
-    length: cached tokens of a row, the step's own included.
+    model: the model's sizes.
+    resa: the settings of the sparse attention.
+    num_rows: B; all rows have the same length and are due together.
+    length: cached tokens of a row, the one of this step included.
     table_len: blocks that a row has room for.
+    itemsize: bytes of a cached number.
   """
   lists, width = num_rows * model.num_kv_heads, model.head_dim
   group = model.num_heads // model.num_kv_heads
@@ -67,17 +70,17 @@ def attention_bytes(model: cfg.Model, resa: cfg.ReSA, num_rows: int, length: int
   num_blocks = -(-length // resa.block)
   selection = Selection(resa.active, resa.min_blocks, resa.local_blocks)
   scored = scored_per_turn(lists, table_len, 2 * width)
-  descriptors = _whole_turns(num_blocks, scored) + 1  # and the one that the new key updates
+  descriptors = _whole_turns(num_blocks, scored) + 1  # The new key updates one more.
   per_turn = pages_per_turn(lists, group, selection.num_selected(table_len), page, resa.block)
   pages = _whole_turns(selection.num_selected(num_blocks), per_turn)
   rectified = 0
   if isinstance(resa.refresh, cfg.RefreshEvery):
     window = resa.refresh.tokens
     rows = min(num_rows, max(1, RECTIFIED_TOKENS // window))
-    of_forward = rows * model.num_kv_heads
-    per_turn = pages_per_turn(of_forward, group * window, table_len, page, resa.block)
-    touched = (-(-window // resa.block) + 1) * page // 2  # keys alone
-    forward = of_forward * (_whole_turns(num_blocks, per_turn) * page + touched)
+    due_lists = rows * model.num_kv_heads
+    per_turn = pages_per_turn(due_lists, group * window, table_len, page, resa.block)
+    touched = (-(-window // resa.block) + 1) * page // 2  # Descriptors read keys alone.
+    forward = due_lists * (_whole_turns(num_blocks, per_turn) * page + touched)
     rectified = -(-num_rows // rows) * forward
   scale = model.num_layers * itemsize
   return AttentionBytes(scale * lists * descriptors * 2 * width, scale * lists * pages * page,
@@ -88,19 +91,21 @@ def _whole_turns(num: int, per_turn: int) -> int:
   return -(-num // per_turn) * per_turn
 
 
-# --- The instrument ---------------------------------------------------------------
+# --- Counting what a function reads ------------------------------------------------
 
 
 def count_reads(f: Callable[..., Any], args: Sequence[Any],
                 num_elements: Sequence[int]) -> list[int]:
-  """Runs f(*args), an operation at a time, and counts bytes copied out of some arrays.
+  """Runs f(*args), one operation at a time, and counts the bytes copied out of some arrays.
 
   Args:
-    num_elements: sizes that tell the arrays in question from all others, whatever their
-      shape; gathers and slices of an operand of that many elements are counted.
+    f: any function that JAX can trace.
+    args: its arguments.
+    num_elements: the sizes of the arrays in question, which no other array may have. Gathers and
+      slices of an operand with one of these numbers of elements are counted, whatever its shape.
 
   Returns:
-    Bytes, one number for each size.
+    The bytes, one number for each size.
   """
   counts = dict.fromkeys(num_elements, 0)
   closed, leaves = jax.make_jaxpr(f)(*args), jax.tree.leaves(list(args))

@@ -1,16 +1,18 @@
-"""Self-speculation: sparse attention drafts, one dense forward verifies; dense results, faster.
+"""Self-speculation: sparse attention drafts tokens and one dense forward pass verifies them.
 
-Draft and verification draw the token at a position with the same addressed noise:
+The results are those of dense decoding, with fewer dense steps. Draft and verification draw the
+token at a position with the same addressed noise:
 
     d = argmax(log q + g),  t = argmax(log p + g),  g = Gumbel noise of the position
 
-so that t is the very token of `decode.generate`, whatever was drafted, and a draft is right
-where d = t. The first wrong one is replaced by its t; after a round without a wrong one the
-verification's last t comes on top. Exact for greedy decoding and for sampling.
+so that t is the very token of `decode.generate`, whatever was drafted, and a draft is right where
+d = t. The first wrong draft is replaced by its t, and drafts after it are dropped; if all drafts
+of a round are right, the verification adds one more t. This is exact for greedy decoding and for
+sampling.
 
 Source: 2506.04108 section 4.4; speculative decoding 2211.17192.
 Departs from 2211.17192 in coupling p and q by common noise instead of accepting with
-min(1, p/q): slightly fewer drafts agree, but responses don't depend on how they are drawn.
+min(1, p/q): slightly fewer drafts agree, but a response does not depend on the drafts.
 """
 
 import dataclasses
@@ -31,16 +33,16 @@ from pallas_kernels.dispatch import Generation
 
 @struct.dataclass
 class Speculation:
-  """What came of the drafts, summed over rows."""
+  """Counts of drafts, summed over rows."""
 
-  rounds: Array  # i32[] verifications of a row
-  drafted: Array  # i32[] tokens
-  agreed: Array  # i32[] of them before the first wrong one
+  rounds: Array  # i32[] verifications
+  drafted: Array  # i32[] drafted tokens
+  agreed: Array  # i32[] drafted tokens before the first wrong one of their round
 
 
 @struct.dataclass
 class _State:
-  """What the loop carries, of B = N · G rows; the newest token is not cached yet."""
+  """What the loop carries, of B = N · G rows. A row's newest token is not yet in the cache."""
 
   count: Array  # i32[B] tokens drawn
   tokens: Array  # i32[B, S]
@@ -57,11 +59,13 @@ def generate(model: Model, params: Params, prompts: Prompts, key: Array, *, samp
   """`decode.generate`, token for token, with fewer dense steps.
 
   Args:
-    sparse: how drafts read the cache; each verification also rectifies it.
-    num_drafts: tokens drafted before a verification.
+    sparse: how drafts read the cache. Each verification also rectifies it, so that
+      `sparse.refresh` is not read.
+    num_drafts: tokens that are drafted before a verification.
+    generation: the generation of the TPU that runs it; None for any other device.
 
   Returns:
-    RolloutBatch, whose logp is under the dense distribution; and how drafting went.
+    RolloutBatch, whose logp is under the dense distribution, and the counts of drafts.
   """
   hidden_BD, cache = resa.start(model, params, prompts, num_samples,
                                 num_tokens - 1 + num_drafts, sparse.block)
@@ -112,7 +116,7 @@ def _round(model: Model, params: Params, sampler: cfg.Sampler, sparse: cfg.ReSA,
   true = resa.draw(hidden, head_DV, jnp.broadcast_to(keys_B[:, None], fed.shape), positions + 1,
                    sampler)
   agreed = jnp.cumprod(fed[:, 1:] == true.token[:, :-1], 1).sum(1)
-  # Up to the first stop token, and no more than the response may have.
+  # A row gets tokens up to the first stop token, and no more than the response may have.
   stops = jnp.where(true.token == stop_id, steps, num_drafts).min(1)
   new = jnp.minimum(jnp.minimum(agreed, stops) + 1, num_tokens - state.count)
   new = jnp.where(running, new, 0)
@@ -120,7 +124,7 @@ def _round(model: Model, params: Params, sampler: cfg.Sampler, sparse: cfg.ReSA,
   put = lambda x, values: x.at[rows[:, None], at].set(values, mode='drop')
   count = state.count + new
   newest = true.token[rows, jnp.maximum(new - 1, 0)]
-  # Keys of wrong drafts leave the descriptors; the cache's length hides them already.
+  # Descriptors must forget the keys of wrong drafts. Attention does not see them past the length.
   cache = resa_attention.describe(
       cache, jnp.arange(model.config.num_layers), rows, first_B, first_B + new, num_drafts + 1)
   past = state.speculation

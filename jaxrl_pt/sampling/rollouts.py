@@ -1,4 +1,4 @@
-"""The sampler of a run: groups of responses whose noise is addressed by the run and its batch."""
+"""The sampler of a run: it draws groups of responses, with noise that depends on run and batch."""
 
 from typing import Protocol
 
@@ -11,27 +11,28 @@ from jaxrl_pt.types import Array, Params, Prompts, RolloutBatch
 
 
 class Sample(Protocol):
-  """See `make_sampler`."""
+  """The function that `make_sampler` returns; its arguments are described there."""
 
   def __call__(self, params: Params, prompts: Prompts, batch: Array, version: Array,
                prefilled: decode.Prefilled | None = None) -> RolloutBatch: ...
 
 
 def make_sampler(model: Model, seed: int, rollouts: cfg.Rollouts, stop_id: int) -> Sample:
-  """sample(params, prompts, batch, version, prefilled) → RolloutBatch.
+  """Returns sample(params, prompts, batch, version, prefilled) → RolloutBatch.
 
-  The noise is addressed by (seed, batch, prompt id, sample, position): the batch's number is in
-  it so that a prompt met again in a later epoch draws anew. A prompt that stands in a batch
-  more than once goes on with further samples: its k-th occurrence (from 0) has samples
-  k · G … (k + 1) · G − 1.
+  The noise is addressed by (seed, batch, prompt id, sample, position). The batch's number is in
+  this address so that a prompt which comes again in a later epoch gets new responses. A prompt
+  that stands in one batch several times gets further samples each time: its k-th occurrence (from
+  0) has the samples k · G … (k + 1) · G − 1.
+
+  `prefilled` holds the prompts' documents where they have gone through the model already; without
+  it the sampler prefills them.
 
   Args:
-    model: of the sampler.
-    seed: of the run.
-    rollouts: how many responses, of which length, by which sampler.
+    model: the model that draws the responses.
+    seed: the run's seed.
+    rollouts: the number and length of the responses, and the filters they are drawn with.
     stop_id: the token that ends a response.
-
-  `prefilled` are the prompts' documents, where they have gone through the model already.
   """
   def sample(params: Params, prompts: Prompts, batch: Array, version: Array,
              prefilled: decode.Prefilled | None = None) -> RolloutBatch:

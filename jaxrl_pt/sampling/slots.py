@@ -1,15 +1,15 @@
 """The engine's program on the device: slots that decode, and a queue that refills them.
 
     while a slot or the queue has work:
-      admit:   each idle slot takes the next request whose pages are free; the first request of
-               a prompt prefills it in chunks, those after it share its pages
-      draw:    one token for each slot, from the state after its last one
+      admit:   an idle slot takes the next request as soon as enough pages are free; the first
+               request of a prompt prefills it in chunks, and later ones share its pages
+      draw:    one token for each slot, from the hidden state after its last token
       finish:  slots whose response has ended give their pages back
       extend:  one forward step over all slots
 
-A request is a row of `Requests` and its response a row of `Slots`; rows are never reshaped or
-dropped, so a batch does not wait for its longest response. The noise of a token is addressed
-by (key, prompt id, sample, position): not by slot, batch or time.
+A request is a row of `Requests` and its response a row of `Slots`. Slots are refilled one by one,
+so that no response waits for the longest one of a batch. The noise of a token is addressed by
+(key, prompt id, sample, position) and not by slot, batch or time.
 """
 
 import dataclasses
@@ -31,100 +31,100 @@ RUNNING, STOP, LENGTH, STOP_STRING, CANCELLED = range(5)  # values of Slots.fini
 
 
 class Shape(NamedTuple):
-  """Every size of the program: it is compiled once."""
+  """Every size of the program, which is compiled once for them."""
 
   slots: int  # B
-  page_size: int
+  page_size: int  # tokens
   num_pages: int  # N, page 0 included
-  queue: int  # Q rows of requests
-  prompt_len: int  # T most tokens of a prompt
-  response_len: int  # S most tokens of a response
-  prefill_chunk: int
-  num_stop: int  # stop tokens of a request at most
-  num_forced: int  # forced tokens of a response at most
-  num_strings: int  # stop strings of a request at most
-  string_len: int  # bytes of a stop string at most
-  num_banned: int  # banned tokens of a request at most
+  queue: int  # Q, the rows of requests
+  prompt_len: int  # T, the largest number of tokens of a prompt
+  response_len: int  # S, the largest number of tokens of a response
+  prefill_chunk: int  # tokens of a prompt that go through the model at once
+  num_stop: int  # Z, the largest number of stop tokens of a request
+  num_forced: int  # F, the largest number of forced tokens of a response
+  num_strings: int  # X, the largest number of stop strings of a request
+  string_len: int  # W, the largest number of bytes of a stop string
+  num_banned: int  # the largest number of banned tokens of a request
   vocab_size: int
 
   @property
   def table_len(self) -> int:
-    """Pages of the longest sequence."""
+    """P, the pages of the longest sequence."""
     return -(-(self.prompt_len + self.response_len) // self.page_size)
 
 
 @struct.dataclass
 class Requests:
-  """What is asked, a row each; written by the host alone."""
+  """The requests, one row for each response. Only the host writes them."""
 
   tokens: Array  # i32[Q, T] prompts, right-padded
   lengths: Array  # i32[Q]
-  ids: Array  # i32[Q] of the prompt, addresses the randomness
-  samples: Array  # i32[Q] which sample of the prompt, addresses the randomness
+  ids: Array  # i32[Q] the prompt's id, which addresses the randomness
+  samples: Array  # i32[Q] number of the sample of the prompt, which addresses the randomness
   prompts: Array  # i32[Q] equal where consecutive requests have the same prompt
   max_tokens: Array  # i32[Q] forced tokens included
   max_thought: Array  # i32[Q] drawn tokens before the end of thinking is forced; < 0: no thinking
-  max_answer: Array  # i32[Q] tokens after it
-  forced: Array  # i32[Q, F] the response starts with these
+  max_answer: Array  # i32[Q] tokens after the end of thinking
+  forced: Array  # i32[Q, F] tokens that the response starts with
   num_forced: Array  # i32[Q]
-  stop: Array  # i32[Q, Z] stop tokens; −1 fills up
+  stop: Array  # i32[Q, Z] stop tokens, padded with −1
   strings: Array  # u8[Q, X, W] stop strings, right-aligned
-  string_lens: Array  # i32[Q, X] bytes; 0 fills up
+  string_lens: Array  # i32[Q, X] bytes, padded with 0
   samplers: RowSamplers
   cancelled: Array  # bool[Q]
 
 
 @struct.dataclass
 class Queue:
-  """The requests in order of arrival; written by the host alone."""
+  """The requests in order of arrival. Only the host writes them."""
 
   rows: Requests
   order: Array  # i32[Q] ring of row numbers
-  tail: Array  # i32[] requests ever queued
+  tail: Array  # i32[] requests queued since the engine was made
 
 
 @struct.dataclass
 class Slots:
-  """The device's state. Donated from call to call."""
+  """The device's state, which each call of the program takes over from the call before."""
 
   cache: paged_cache.PagedCache
-  references: Array  # i32[N] slots and prompts that hold a page
-  table: Array  # i32[B, P]
+  holders: Array  # i32[N] how many slots and prompts hold each page
+  table: Array  # i32[B, P] pages of each slot's sequence
   row: Array  # i32[B] request of each slot, or IDLE
-  length: Array  # i32[B] tokens of the sequence
-  hidden: Array  # f[B, D] state the next token is drawn from
+  length: Array  # i32[B] tokens of the slot's sequence
+  hidden: Array  # f[B, D] hidden state that the next token is drawn from
   thought: Array  # i32[B] tokens drawn since thinking began; −1 once it has ended
-  closing: Array  # i32[B] tokens of the end marker written by force; −1 if none
+  closing: Array  # i32[B] forced tokens of the end marker of thinking; −1 if it is not forced
   answered: Array  # i32[B] tokens since thinking ended
-  recent: Array  # i32[B, M] newest tokens, as long as the end marker
+  recent: Array  # i32[B, M] newest tokens, M being the length of the end marker
   window: Array  # u8[B, W + longest token] newest bytes
-  # Of the newest prefilled prompt, which the next requests may share.
-  prompt: Array  # i32[] its number; −1: none
-  prompt_table: Array  # i32[P]
-  prompt_hidden: Array  # f[D]
-  head: Array  # i32[] requests ever admitted
-  # Responses, a row each as in Requests.
+  # The newest prefilled prompt, which the next requests may share.
+  prompt: Array  # i32[] its `Requests.prompts`; −1 where there is none
+  prompt_table: Array  # i32[P] its pages
+  prompt_hidden: Array  # f[D] hidden state of its last token
+  head: Array  # i32[] requests admitted since the engine was made
+  # The responses, with rows like those of `Requests`.
   tokens: Array  # i32[Q, S]
   sampled: Array  # f32[Q, S] 1 where a token was drawn, 0 where it was forced
-  logp: Array  # f32[Q, S] under the distribution drawn from
-  count: Array  # i32[Q]
-  finish: Array  # i32[Q]
-  # Counters.
+  logp: Array  # f32[Q, S] under the distribution that was drawn from; 0 where forced
+  count: Array  # i32[Q] tokens
+  finish: Array  # i32[Q] RUNNING, or why the response has ended
+  # Counters since the engine was made.
   steps: Array  # i32[] decode steps
-  busy: Array  # i32[] slots that drew, summed over steps
-  prefilled: Array  # i32[] prompt tokens computed
+  busy: Array  # i32[] slots that drew a token, summed over steps
+  prefilled: Array  # i32[] prompt tokens that went through the model
 
 
 class Vocabulary(NamedTuple):
-  """What the program must know of tokens."""
+  """What the program must know of the tokenizer."""
 
-  think_end: tuple[int, ...]  # the end marker of thinking; () where there is none
-  spelled: TokenBytes
-  is_token: Array  # bool[V] False for ids that no token has, which are never drawn
+  think_end: tuple[int, ...]  # tokens of the end marker of thinking; () where there is none
+  spelled: TokenBytes  # the bytes of each token
+  is_token: Array  # bool[V] False for ids that no token has and that are never drawn
 
 
 def init(model: Model, shape: Shape, vocabulary: Vocabulary, dtype: Any) -> Slots:
-  """No request and an empty cache; dtype is that of the cache's pages."""
+  """A state of idle slots and an empty cache, whose pages have type `dtype`."""
   slots, rows, width = shape.slots, shape.queue, model.config.d_model
   ints = lambda *dims: jnp.zeros(dims, jnp.int32)
   floats = lambda *dims: jnp.zeros(dims, jnp.float32)
@@ -143,7 +143,7 @@ def init(model: Model, shape: Shape, vocabulary: Vocabulary, dtype: Any) -> Slot
 
 def advance(model: Model, shape: Shape, vocabulary: Vocabulary, params: Params, key: Array,
             queue: Queue, slots: Slots, max_steps: Array) -> Slots:
-  """Goes on until `max_steps` decode steps are made or nothing is left to do."""
+  """Makes decode steps until there are `max_steps` of them or nothing is left to do."""
   step = functools.partial(_step, model, vocabulary, params, key, queue.rows)
   admit = functools.partial(_admit, model, shape, params, queue)
   end = slots.steps + max_steps
@@ -170,52 +170,55 @@ def _pages(shape: Shape, num_tokens: Array) -> Array:
 
 
 def _admissible(shape: Shape, queue: Queue, slots: Slots) -> Array:
-  """bool[]: a slot is idle, a request waits and its pages are free."""
+  """bool[]: a request waits, a slot is idle, and enough pages are free."""
   row, requests = _next_row(queue, slots), queue.rows
   is_new = requests.prompts[row] != slots.prompt
   prompt_pages = _pages(shape, requests.lengths[row])
-  own = _pages(shape, requests.lengths[row] + requests.max_tokens[row])
-  own -= requests.lengths[row] // shape.page_size  # Its prompt's full pages are shared.
-  # A new prompt takes the place of the one kept for sharing.
-  kept_alone = (slots.references[slots.prompt_table] == 1) & (slots.prompt_table != 0)
-  free = (slots.references == 0).sum() + jnp.where(is_new, kept_alone.sum(), 0)
-  needed = own + jnp.where(is_new, prompt_pages, 0)
+  own_pages = _pages(shape, requests.lengths[row] + requests.max_tokens[row])
+  own_pages -= requests.lengths[row] // shape.page_size  # The prompt's full pages are shared.
+  # A new prompt replaces the one that is kept for sharing, and pages that no slot holds get free.
+  kept_alone = (slots.holders[slots.prompt_table] == 1) & (slots.prompt_table != 0)
+  free = (slots.holders == 0).sum() + jnp.where(is_new, kept_alone.sum(), 0)
+  needed = own_pages + jnp.where(is_new, prompt_pages, 0)
   waiting = slots.head < queue.tail
   return waiting & (slots.row == IDLE).any() & (free >= needed)
 
 
-def _take_pages(shape: Shape, references: Array, first: Array,
-                end: Array) -> tuple[Array, Array]:
-  """References with pages taken for the entries first … end − 1 of a table, and the table."""
+def _take_pages(shape: Shape, holders: Array, first: Array, end: Array) -> tuple[Array, Array]:
+  """Takes free pages for the entries first … end − 1 of a new page table.
+
+  Returns:
+    The holders i32[N] with those of the taken pages, and the table i32[P].
+  """
   places = jnp.arange(shape.table_len)
-  free = jnp.nonzero(references == 0, size=shape.table_len, fill_value=paged_cache.NOBODY)[0]
+  free = jnp.nonzero(holders == 0, size=shape.table_len, fill_value=paged_cache.NOBODY)[0]
   wanted = (places >= first) & (places < end)
   table = jnp.where(wanted, free[jnp.maximum(places - first, 0)], paged_cache.NOBODY)
-  return references.at[table].add(wanted.astype(jnp.int32)), table
+  return holders.at[table].add(wanted.astype(jnp.int32)), table
 
 
 def _admit(model: Model, shape: Shape, params: Params, queue: Queue, slots: Slots) -> Slots:
-  """Gives the next request an idle slot, prefilling its prompt if it is a new one."""
+  """Gives the next request an idle slot, after prefilling its prompt if that is a new one."""
   row, requests = _next_row(queue, slots), queue.rows
   is_new = (requests.prompts[row] != slots.prompt) & ~requests.cancelled[row]
   slots = _prefill(model, shape, params, requests, row, is_new, slots)
   length = requests.lengths[row]
   full = length // shape.page_size
-  references, own = _take_pages(shape, slots.references, full,
-                                _pages(shape, length + requests.max_tokens[row]))
-  shared = jnp.arange(shape.table_len) < full
-  table = jnp.where(shared, slots.prompt_table, own)
-  references = references.at[table].add(shared.astype(jnp.int32))
-  # The prompt's last page is filled up by each response: every one has a copy. No branch, here
-  # and in `_prefill`: the pool would be copied into it.
-  is_shared = length % shape.page_size > 0
+  holders, own_table = _take_pages(shape, slots.holders, full,
+                                   _pages(shape, length + requests.max_tokens[row]))
+  is_shared = jnp.arange(shape.table_len) < full
+  table = jnp.where(is_shared, slots.prompt_table, own_table)
+  holders = holders.at[table].add(is_shared.astype(jnp.int32))
+  # Each response fills up a copy of its own of the prompt's last page. There is no `lax.cond` here
+  # or in `_prefill`, since XLA would copy the whole pool into its branches.
+  is_partial = length % shape.page_size > 0
   cache = paged_cache.copy_page(slots.cache, slots.prompt_table[full],
-                                jnp.where(is_shared, own[full], paged_cache.NOBODY))
+                                jnp.where(is_partial, own_table[full], paged_cache.NOBODY))
   slot = jnp.argmax(slots.row == IDLE)
   at = lambda x, value: x.at[slot].set(value)
   cleared = lambda x: x.at[row].set(0)
   return dataclasses.replace(
-      slots, cache=cache, references=references, table=at(slots.table, table),
+      slots, cache=cache, holders=holders, table=at(slots.table, table),
       row=at(slots.row, row), length=at(slots.length, length),
       hidden=at(slots.hidden, slots.prompt_hidden), head=slots.head + 1,
       thought=at(slots.thought, jnp.where(requests.max_thought[row] < 0, -1, 0)),
@@ -227,13 +230,14 @@ def _admit(model: Model, shape: Shape, params: Params, queue: Queue, slots: Slot
 
 def _prefill(model: Model, shape: Shape, params: Params, requests: Requests, row: Array,
              is_new: Array, slots: Slots) -> Slots:
-  """Runs the prompt of a request through the model in chunks, into pages of its own; nothing
-  changes unless it is new."""
+  """Runs the prompt of a request through the model in chunks and keeps its pages for sharing.
+
+  Nothing changes where `is_new` is False.
+  """
   length, chunk = jnp.where(is_new, requests.lengths[row], 0), shape.prefill_chunk
   held = (slots.prompt_table != paged_cache.NOBODY).astype(jnp.int32)
-  references = slots.references.at[slots.prompt_table].add(-held * is_new)
-  references, table = _take_pages(shape, references, jnp.zeros((), jnp.int32),
-                                  _pages(shape, length))
+  holders = slots.holders.at[slots.prompt_table].add(-held * is_new)
+  holders, table = _take_pages(shape, holders, jnp.zeros((), jnp.int32), _pages(shape, length))
   tokens = jnp.pad(requests.tokens[row], (0, chunk))
 
   def run(carry: tuple[Array, Array, Any]) -> tuple[Array, Array, Any]:
@@ -248,7 +252,7 @@ def _prefill(model: Model, shape: Shape, params: Params, requests: Requests, row
   _, last, cache = jax.lax.while_loop(lambda c: c[0] < length, run,
                                       (jnp.zeros((), jnp.int32), slots.prompt_hidden, slots.cache))
   return dataclasses.replace(
-      slots, cache=cache, references=references, prompt_hidden=last,
+      slots, cache=cache, holders=holders, prompt_hidden=last,
       prompt_table=jnp.where(is_new, table, slots.prompt_table),
       prompt=jnp.where(is_new, requests.prompts[row], slots.prompt),
       prefilled=slots.prefilled + length)
@@ -265,7 +269,7 @@ def _step(model: Model, vocabulary: Vocabulary, params: Params, key: Array, requ
   token, logp, drawn, slots = _draw(model, vocabulary, params, key, asked, slots, row)
   slots = _record(slots, asked, row, active, token, logp, drawn, vocabulary)
   slots = _release(slots)
-  # One forward step; an idle slot's row goes to nobody's page.
+  # The keys and values of idle slots go to page NOBODY.
   hidden, cache = model.extend(params, token[:, None], slots.length[:, None], slots.cache,
                                paged_cache.paged(slots.table, slots.length[:, None]))
   return dataclasses.replace(
@@ -276,7 +280,12 @@ def _step(model: Model, vocabulary: Vocabulary, params: Params, key: Array, requ
 
 def _draw(model: Model, vocabulary: Vocabulary, params: Params, key: Array, asked: Requests,
           slots: Slots, row: Array) -> tuple[Array, Array, Array, Slots]:
-  """The next token of each slot, its log-probability, and whether it was drawn or forced."""
+  """Chooses the next token of each slot.
+
+  Returns:
+    tokens i32[B], their log-probabilities f32[B] (0 where forced), bool[B] whether they were
+    drawn and not forced, and the slots with what has been forced of the end marker.
+  """
   logits = jnp.matmul(slots.hidden, model.head(params), preferred_element_type=jnp.float32)
   filtered = filtered_rows(logits, asked.samplers, vocabulary.is_token)
   keys = jax.vmap(jax.random.fold_in, (None, 0))(key, asked.ids)
@@ -304,9 +313,9 @@ def _draw(model: Model, vocabulary: Vocabulary, params: Params, key: Array, aske
 
 def _record(slots: Slots, asked: Requests, row: Array, active: Array, token: Array, logp: Array,
             drawn: Array, vocabulary: Vocabulary) -> Slots:
-  """Writes the tokens down, follows thinking, and decides who has finished."""
+  """Appends the tokens to the responses, counts thinking, and marks finished slots IDLE − 1."""
   count, last_row = slots.count[row], slots.tokens.shape[0]
-  # A cancelled response gets no more tokens; it may never have had a prompt.
+  # A cancelled response gets no more tokens; perhaps its prompt was never prefilled.
   at = (jnp.where(active & ~asked.cancelled, row, last_row), count)
   put = lambda x, value: x.at[at].set(value, mode='drop')
   recent = jnp.concatenate([slots.recent[:, 1:], token[:, None]], 1)
@@ -339,30 +348,30 @@ def _record(slots: Slots, asked: Requests, row: Array, active: Array, token: Arr
 
 
 def _shift_in(window_BW: Array, bytes_BX: Array, num_bytes_B: Array) -> Array:
-  """The window with each token's bytes appended on the right."""
+  """The newest bytes of each slot after those of one more token."""
   width = window_BW.shape[1]
   both = jnp.concatenate([window_BW, bytes_BX], 1)
   return jax.vmap(lambda x, n: jax.lax.dynamic_slice_in_dim(x, n, width))(both, num_bytes_B)
 
 
 def _ends_in(window_BW: Array, strings: Array, lengths: Array, num_bytes_B: Array) -> Array:
-  """bool[B]: a stop string ends inside the newest token's bytes."""
+  """bool[B]: whether a stop string ends inside the newest token's bytes."""
   string_len, width = strings.shape[-1], window_BW.shape[1]
   needed = jnp.arange(string_len) >= string_len - lengths[..., None]  # bool[B, X, W]
-  found = jnp.zeros(window_BW.shape[0], bool)
+  matched = jnp.zeros(window_BW.shape[0], bool)
   for back in range(width - string_len):  # The string ends `back` bytes before the window's end.
     text = window_BW[:, width - back - string_len:width - back]
     same = ((text[:, None] == strings) | ~needed).all(-1) & (lengths > 0)
-    found |= same.any(-1) & (back < num_bytes_B)
-  return found
+    matched |= same.any(-1) & (back < num_bytes_B)
+  return matched
 
 
 def _release(slots: Slots) -> Slots:
-  """Takes the pages of the slots that have just finished, and makes them idle."""
+  """Makes the slots that have just finished idle, and gives up their hold of their pages."""
   ended = slots.row == IDLE - 1
   held = ended[:, None] & (slots.table != paged_cache.NOBODY)
-  references = slots.references.at[slots.table].add(-held.astype(jnp.int32))
+  holders = slots.holders.at[slots.table].add(-held.astype(jnp.int32))
   return dataclasses.replace(
-      slots, references=references, row=jnp.where(ended, IDLE, slots.row),
+      slots, holders=holders, row=jnp.where(ended, IDLE, slots.row),
       table=jnp.where(ended[:, None], paged_cache.NOBODY, slots.table),
       length=jnp.where(ended, 0, slots.length))

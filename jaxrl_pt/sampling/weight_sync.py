@@ -1,9 +1,9 @@
 """Weight sync: the policy's parameters from the trainer to the sampler, on the same mesh.
 
-Training splits weights over FSDP; a sampler wants them whole along `embed`, so that a decode
-step of few rows gathers nothing. One jitted program rounds them to what the sampler reads (the
-dtype it computes in, or two bits a BitLinear weight), lays them out anew, stamps them with their
-version, and checks that what arrived is what left.
+Training splits the parameters over the mesh's `fsdp` axis; a sampler wants them whole along
+`embed`, so that a decode step of few rows gathers nothing. One jitted program rounds them to what
+the sampler reads (the dtype it computes in, or two bits for each BitLinear weight) and lays them
+out anew. They are stamped with their version, and checksums on both sides of the move must agree.
 """
 
 from collections.abc import Callable
@@ -24,26 +24,26 @@ from jaxrl_pt.types import Array, Params
 
 
 class Policy(NamedTuple):
-  """Parameters as a sampler holds them: a copy, which outlives the trainer's donated ones."""
+  """Parameters as a sampler holds them: a copy, which outlives the trainer's donated arrays."""
 
   params: Params
   version: int  # optimiser step
-  checksum: dict[str, int]  # of every leaf
+  checksum: dict[str, int]  # by the path of each leaf
 
 
 def make_weight_sync(model: Model, mesh: Mesh, packed: bool, dtype: DTypeLike = jnp.float32
                    ) -> Callable[[Params, int], Policy]:
-  """sync(params, version) → Policy, compiled once.
+  """Returns sync(params, version) → Policy, which is compiled once.
 
   Args:
-    model: of the parameters; packed needs ternary weights.
-    mesh: of trainer and sampler.
-    packed: two bits a BitLinear weight instead of float32.
-    dtype: of the sampler's arithmetic, to which it would round the other matrices itself.
+    model: the model whose parameters are moved.
+    mesh: the devices of trainer and sampler.
+    packed: whether a BitLinear weight takes two bits instead of float32.
+    dtype: the type that the sampler computes in; it would round the other matrices to it anyway.
 
   Raises:
-    ValueError: packed, and the model's weights are not ternary.
-    RuntimeError: (of sync) a leaf's checksum differs after the move.
+    ValueError: `packed`, and the model's weights are not ternary.
+    RuntimeError: (raised by sync) a leaf's checksum differs after the move.
   """
   move = make_move(model, mesh, packed, dtype)
   leave = jax.jit(functools.partial(_as_read, model, packed, dtype))
@@ -58,8 +58,11 @@ def make_weight_sync(model: Model, mesh: Mesh, packed: bool, dtype: DTypeLike = 
 
 
 def _as_read(model: Model, packed: bool, dtype: DTypeLike, params: Params) -> Params:
-  """The parameters as the sampler reads them. Gains stay as they are, and so do the latent
-  weights of a BitLinear that is not packed: its scale is their mean in float32."""
+  """The parameters as the sampler reads them.
+
+  Gains stay as they are. The latent weights of a BitLinear that is not packed stay in float32,
+  since its scale is their mean in float32.
+  """
   rounded = ('table', 'head') if model.config.quant.weights == 'ternary' else (
       'table', 'head', 'projection')
   params = jax.tree.map(lambda spec, x: x.astype(dtype) if spec.role in rounded else x,
@@ -70,15 +73,17 @@ def _as_read(model: Model, packed: bool, dtype: DTypeLike, params: Params) -> Pa
 def _is_bit_linear(model: Model) -> Callable[[tuple[Any, ...]], bool]:
   """Whether the leaf at a path of the parameter tree is a BitLinear's weight."""
   leaves = jax.tree_util.tree_leaves_with_path(model.specs, is_leaf=is_spec)
-  found = {path for path, spec in leaves if spec.role == 'projection'}
-  return lambda path: path in found
+  projections = {path for path, spec in leaves if spec.role == 'projection'}
+  return lambda path: path in projections
 
 
 def make_move(model: Model, mesh: Mesh, packed: bool, dtype: DTypeLike = jnp.float32) -> Any:
-  """The jitted params → the sampler's copy of them; arguments as of `make_weight_sync`.
+  """The jitted function from parameters to the sampler's copy of them.
+
+  It takes the arguments of `make_weight_sync`.
 
   Raises:
-    ValueError: packed, and the model's weights are not ternary.
+    ValueError: `packed`, and the model's weights are not ternary.
   """
   if packed and model.config.quant.weights != 'ternary':
     raise ValueError('only ternary weights can be packed')
@@ -94,8 +99,8 @@ def make_move(model: Model, mesh: Mesh, packed: bool, dtype: DTypeLike = jnp.flo
 def _moved(x: Array, sharding: NamedSharding) -> Array:
   if x.dtype != jnp.int2:
     return jnp.copy(x)
-  # As bytes: between processes, XLA's collectives on CPUs write past the end of 2-bit arrays.
-  # The barriers keep XLA from moving the conversions to either side of them.
+  # Codes move as bytes: between processes, XLA's collectives on CPUs write past the end of 2-bit
+  # arrays. The barriers keep XLA from moving the conversions across the move.
   codes = jax.lax.optimization_barrier(x.astype(jnp.int8))
   whole = jax.lax.with_sharding_constraint(codes, sharding)
   return jax.lax.optimization_barrier(whole).astype(jnp.int2)
@@ -105,7 +110,7 @@ def check(left: dict[str, int], arrived: dict[str, int]) -> None:
   """Compares the checksums of two trees.
 
   Raises:
-    RuntimeError: names the leaves that differ.
+    RuntimeError: some differ; the message names the first of them.
   """
   wrong = sorted(path for path in left.keys() | arrived.keys()
                  if left.get(path) != arrived.get(path))
@@ -115,7 +120,7 @@ def check(left: dict[str, int], arrived: dict[str, int]) -> None:
 
 
 def shardings(model: Model, mesh: Mesh, packed: bool) -> Any:
-  """NamedSharding of every leaf in the sampler's layout."""
+  """The NamedSharding of every leaf in the sampler's layout."""
   whole = rules.param_shardings(model.specs, mesh, rules.SAMPLE)
 
   is_bit_linear = _is_bit_linear(model)
@@ -129,7 +134,7 @@ def shardings(model: Model, mesh: Mesh, packed: bool) -> Any:
 
 
 def abstract(model: Model, mesh: Mesh, packed: bool, dtype: DTypeLike = jnp.float32) -> Params:
-  """The sampler's parameters as ShapeDtypeStructs with shardings, to compile for."""
+  """The sampler's parameters as ShapeDtypeStructs with shardings, for compiling ahead of time."""
   specs = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype), model.specs,
                        is_leaf=is_spec)
   shapes = jax.eval_shape(functools.partial(_as_read, model, packed, dtype), specs)

@@ -1,23 +1,23 @@
-"""Scaling of an accuracy with compute: a saturating power law, its intervals, a forecast.
+"""Scaling of an accuracy with compute: a saturating power law with intervals, and a forecast.
 
     P(C) = A / C^α + P*
 
-A rising curve has A < 0. Amplitude and limit are linear given the exponent, so a fit is a
-search over one number (2506.08007 section 4.2, which gives neither parameters nor intervals).
+A rising curve has A < 0. Given the exponent, the law is linear in amplitude and limit, so a fit is
+a search over one number (2506.08007 section 4.2, which gives neither parameters nor intervals).
 
-Intervals are profile likelihoods in units of a noise that is measured, not assumed. A law is
-in the region if it costs little more than the best one,
+Intervals are profile likelihoods in units of a noise that is measured and not assumed. A law is in
+the region if its sum of squares is little more than that of the best law,
 
     R · (cost(law) − cost(best)) ≤ t² · s²,
 
-and the interval of a value is its range over the region: a curved problem keeps its curved
-region, whose ends the bounds cut. Several runs say how large s is: to first order a value is
-a weighted sum v of the points, so s² is the variance of v · accuracy over the runs, and t is
-Student's with R − 1 degrees of freedom. Nothing is assumed of how the points of one run, which
-are checkpoints of one training, depend on each other. One run can say nothing of that: its
-s² is the residual variance of the fit with K − 3 degrees of freedom, which takes the noise of
-its points to be independent. `experiments/scaling/coverage.py` measures how often the intervals
-hold the truth, beside those of the bootstrap, which are too narrow for few runs.
+and the interval of a value is its range over the region, which may be curved and is cut at the
+bounds of the parameters. Several runs show how large s is: to first order a value is a weighted sum
+v of the points, so that s² is the variance of v · accuracy over the runs, and t is Student's with
+R − 1 degrees of freedom. This assumes nothing about how the points of a run, which are checkpoints
+of one training, depend on each other. A single run does not show that: its s² is the residual
+variance of the fit with K − 3 degrees of freedom, which assumes that the noise of its points is
+independent. `experiments/scaling/coverage.py` measures how often the intervals hold the true value,
+and compares them with those of the bootstrap, which are too narrow for few runs.
 """
 
 from collections.abc import Callable
@@ -26,26 +26,27 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import optimize, stats
 
-# Below, the law is a line in log C and has no limit; above, a step.
+# The smallest and the largest exponent: with a smaller one the law is a line in log C and has no
+# limit, with a larger one it is a step.
 EXPONENTS = (0.02, 8.0)
 
 
 @dataclass(frozen=True)
 class PowerLaw:
-  """P(C) = amplitude / C^exponent + limit; C in the unit of the compute it was fitted to."""
+  """P(C) = amplitude / C^exponent + limit, with C in the unit of the compute it was fitted to."""
 
   amplitude: float
   exponent: float
   limit: float
 
   def __call__(self, compute: np.ndarray) -> np.ndarray:
-    """f64[...]: what the law says at `compute`, f64[...]."""
+    """f64[...]: the accuracy that the law gives at `compute`, f64[...]."""
     return self.amplitude * np.asarray(compute, np.float64) ** -self.exponent + self.limit
 
 
 @dataclass(frozen=True)
 class Interval:
-  """A range that holds the truth with the probability `level`."""
+  """A range that holds the true value with the probability that `fit` was asked for."""
 
   low: float
   high: float
@@ -53,7 +54,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Fit:
-  """A law with its uncertainty."""
+  """The law of several runs, with the intervals of its parameters."""
 
   law: PowerLaw
   r_squared: float
@@ -64,11 +65,12 @@ class Fit:
 
 @dataclass(frozen=True)
 class Forecast:
-  """The last point as predicted from those before it.
+  """The last point, as predicted from the points before it and as measured.
 
-  interval: of the law at that compute; measured_interval: of the mean that the runs measure
-  there, whose own noise it holds too; error: predicted − measured mean; spread: standard
-  deviation of the runs at that point, NaN with one run.
+  interval: the interval of the law at the last compute.
+  measured_interval: the interval of the mean that the runs measure there, with its own noise.
+  error: predicted − measured.
+  spread: the standard deviation of the runs at the last point; NaN with one run.
   """
 
   predicted: float
@@ -87,7 +89,7 @@ def fit_law(compute: np.ndarray, accuracy: np.ndarray) -> PowerLaw:
     accuracy: f64[K] in [0, 1].
 
   Raises:
-    ValueError: fewer than three different computes, or one that is not positive.
+    ValueError: there are fewer than three different computes, or one is not positive.
   """
   compute, accuracy = np.asarray(compute, np.float64), np.asarray(accuracy, np.float64)
   if len(np.unique(compute)) < 3 or compute.min() <= 0:
@@ -109,7 +111,7 @@ def fit_law(compute: np.ndarray, accuracy: np.ndarray) -> PowerLaw:
 
 
 def _given_exponent(compute: np.ndarray, accuracy: np.ndarray, exponent: float) -> PowerLaw:
-  """Linear least squares; a limit outside [0, 1] moves to the edge, where the optimum is."""
+  """The best law with this exponent: if its limit would be outside [0, 1], it is at the edge."""
   power = compute ** -exponent
   amplitude, limit = _line(power, accuracy)
   if not 0 <= limit <= 1:
@@ -119,7 +121,7 @@ def _given_exponent(compute: np.ndarray, accuracy: np.ndarray, exponent: float) 
 
 
 def _line(power: np.ndarray, accuracy: np.ndarray) -> tuple[float, float]:
-  """The least squares of amplitude · power + limit."""
+  """The amplitude and limit of the least-squares line amplitude · power + limit."""
   mean = power.sum() / len(power)
   off = power - mean
   amplitude = float(off @ accuracy / (off @ off))
@@ -127,12 +129,12 @@ def _line(power: np.ndarray, accuracy: np.ndarray) -> tuple[float, float]:
 
 
 def _unit(compute: np.ndarray) -> float:
-  """What computes are divided by: powers of large FLOP counts would lose all digits."""
+  """The unit that compute is divided by, as powers of large FLOP counts would lose all digits."""
   return float(np.exp(np.log(compute).mean()))
 
 
 def _cost(scaled: np.ndarray, accuracy: np.ndarray, exponent: float) -> float:
-  """Sum of squares that the best law of this exponent leaves."""
+  """The residual sum of squares of the best law with this exponent."""
   return float(np.square(_given_exponent(scaled, accuracy, exponent)(scaled) - accuracy).sum())
 
 
@@ -141,12 +143,12 @@ def fit(compute: np.ndarray, accuracy_RK: np.ndarray, *, level: float = 0.95) ->
 
   Args:
     compute: f64[K].
-    accuracy_RK: f64[R, K] of R runs that share their computes. One run of three points leaves
-      no residual to measure noise by: its intervals are everything that a law may be.
-    level: of the intervals.
+    accuracy_RK: f64[R, K] of R runs that share their compute. A single run of three points has no
+      residual that shows its noise, and its intervals are as wide as the parameters' bounds.
+    level: the probability that an interval holds the true value.
 
   Raises:
-    ValueError: as `fit_law`.
+    ValueError: there are fewer than three different computes, or one is not positive.
   """
   compute, accuracy_RK = np.asarray(compute, np.float64), np.asarray(accuracy_RK, np.float64)
   mean_K = accuracy_RK.mean(0)
@@ -162,13 +164,14 @@ def fit(compute: np.ndarray, accuracy_RK: np.ndarray, *, level: float = 0.95) ->
 
 
 def forecast_last(compute: np.ndarray, accuracy_RK: np.ndarray, *, level: float = 0.95) -> Forecast:
-  """Fits all points but the last and says what it makes of that one.
+  """Fits all points but the last, and predicts the last one.
 
   Args:
-    compute, accuracy_RK, level: as in `fit`, with K ≥ 4.
+    compute, accuracy_RK, level: the arguments of `fit`, with K ≥ 4.
 
   Raises:
-    ValueError: as `fit_law`.
+    ValueError: there are fewer than three different computes before the last, or one is not
+      positive.
   """
   compute, accuracy_RK = np.asarray(compute, np.float64), np.asarray(accuracy_RK, np.float64)
   before, last_R = accuracy_RK[:, :-1], accuracy_RK[:, -1]
@@ -179,7 +182,8 @@ def forecast_last(compute: np.ndarray, accuracy_RK: np.ndarray, *, level: float 
                              _derivatives(region.best, np.array([last]))[0])
   predicted, measured = float(law(compute[-1])), float(last_R.mean())
   spread = float(last_R.std(ddof=1)) if len(last_R) > 1 else np.nan
-  # Of the law and of the point; where both move together in a run, their difference moves less.
+  # The interval joins the errors of the law and of the point. In a run where both move together it
+  # is too wide, since their difference moves less.
   point = region.quantile * (spread / np.sqrt(len(last_R)) if len(last_R) > 1
                              else np.sqrt(region.residual_variance))
   measured_interval = Interval(float(predicted - np.hypot(predicted - interval.low, point)),
@@ -191,13 +195,13 @@ def forecast_last(compute: np.ndarray, accuracy_RK: np.ndarray, *, level: float 
 
 
 def _derivatives(law: PowerLaw, compute: np.ndarray) -> np.ndarray:
-  """f64[K, 3]: of P(compute) with respect to amplitude, exponent and limit."""
+  """f64[K, 3]: derivatives of P(compute) with respect to amplitude, exponent and limit."""
   power = compute ** -law.exponent
   return np.stack([power, -law.amplitude * np.log(compute) * power, np.ones_like(power)], 1)
 
 
 class _Region:
-  """The laws that the runs do not rule out; computes in units of `_unit`."""
+  """The laws that the runs do not rule out, for compute in units of `_unit`."""
 
   def __init__(self, compute: np.ndarray, accuracy_RK: np.ndarray, law: PowerLaw,
                level: float) -> None:
@@ -211,14 +215,18 @@ class _Region:
     self.quantile = float(stats.t.ppf((1 + level) / 2, freedom)) if freedom else np.inf
 
   def _budget(self, gradient_3: np.ndarray) -> float:
-    """The most that a law may cost; gradient_3 of the value with respect to the parameters."""
+    """The largest sum of squares of a law in the region, for the interval of one value.
+
+    Args:
+      gradient_3: f64[3] derivatives of the value with respect to amplitude, exponent and limit.
+    """
     num_runs = len(self._runs)
     if num_runs == 1:
       return self._cost + self.quantile ** 2 * self.residual_variance
     derivatives = _derivatives(self.best, self._scaled)
     weights = np.linalg.pinv(derivatives).T @ gradient_3
     size = np.linalg.norm(weights)
-    if size == 0:  # A flat curve, which has any exponent.
+    if size == 0:  # The curve is flat, and any exponent fits it.
       return np.inf
     variance = ((self._runs - self._mean) @ (weights / size)).var(ddof=1)
     return float(self._cost + self.quantile ** 2 * variance / num_runs)
@@ -244,11 +252,12 @@ class _Region:
 
   def range_of(self, weights: Callable[[float], tuple[float, float]],
                gradient_3: np.ndarray) -> Interval:
-    """The interval of a value that is linear given the exponent.
+    """The interval of a value that is linear in amplitude and limit, given the exponent.
 
     Args:
-      weights: exponent → what amplitude and limit are multiplied with.
-      gradient_3: of the value with respect to amplitude, exponent and limit, in any scale.
+      weights: exponent → the factors of amplitude and limit in the value.
+      gradient_3: f64[3] derivatives of the value with respect to amplitude, exponent and limit, up
+        to a common factor.
     """
     budget = self._budget(gradient_3)
     low, high = np.log(self._exponents_within(budget))
@@ -267,34 +276,34 @@ class _Region:
 
   def _farthest(self, exponent: float, weights: Callable[[float], tuple[float, float]],
                 sign: float, budget: float) -> float:
-    """The largest (sign 1) or least (−1) value among the laws of an exponent.
+    """The largest (sign 1) or smallest (sign −1) value of the laws in the region with an exponent.
 
-    They are an ellipse round the least squares, cut where the limit leaves [0, 1].
+    These laws are an ellipse round the best one, which is cut where the limit leaves [0, 1].
     """
     if not np.isfinite(budget):
       return self._anything(weights(exponent), sign)
     power = self._scaled ** -exponent
     of_amplitude, of_limit = weights(exponent)
     amplitude, limit = _line(power, self._mean)
-    left = max(budget - np.square(amplitude * power + limit - self._mean).sum(), 0.0)
+    slack = max(budget - np.square(amplitude * power + limit - self._mean).sum(), 0.0)
     # The inverse of [[Σ p², Σ p], [Σ p, K]] times the weights leads to the end of the ellipse.
     squares, total, num_points = power @ power, power.sum(), len(power)
     to_amplitude = num_points * of_amplitude - total * of_limit
     to_limit = squares * of_limit - total * of_amplitude
     determinant = num_points * squares - total ** 2
-    step = sign * np.sqrt(left / determinant
+    step = sign * np.sqrt(slack / determinant
                           / (of_amplitude * to_amplitude + of_limit * to_limit))
     amplitude, limit = amplitude + step * to_amplitude, limit + step * to_limit
     if not 0 <= limit <= 1:
       limit = min(max(limit, 0.0), 1.0)
       amplitude = power @ (self._mean - limit) / squares
-      left = max(budget - np.square(amplitude * power + limit - self._mean).sum(), 0.0)
-      amplitude += sign * np.sign(of_amplitude) * np.sqrt(left / squares)
+      slack = max(budget - np.square(amplitude * power + limit - self._mean).sum(), 0.0)
+      amplitude += sign * np.sign(of_amplitude) * np.sqrt(slack / squares)
     return float(of_amplitude * amplitude + of_limit * limit)
 
   @staticmethod
   def _anything(weights: tuple[float, float], sign: float) -> float:
-    """Without a bound on the cost only the limit has ends."""
+    """`_farthest` without a bound on the sum of squares, where only the limit is bounded."""
     if weights[0]:
       return sign * np.inf
     return weights[1] if sign > 0 else 0.0

@@ -1,7 +1,7 @@
-"""Responses of the engine → OpenAI's response bodies and stream chunks.
+"""Turns responses of the engine into OpenAI's response bodies and stream chunks.
 
-A thought is given as `reasoning_content`, apart from `content`. The log-probability of a token
-is that under the distribution it was drawn from; a token written by force has 0.
+A thought is given as `reasoning_content`, apart from `content`. The log-probability of a token is
+its log-probability under the distribution it was drawn from; a forced token has 0.
 """
 
 from collections.abc import Sequence
@@ -22,12 +22,12 @@ class Token(NamedTuple):
 
   bytes: bytes
   logp: float
-  offset: int  # whole characters of the response before it
+  offset: int  # number of whole characters of the response before the token
 
 
 @dataclass(frozen=True)
 class Delta:
-  """What is new in a choice."""
+  """What a choice has gained since the delta before."""
 
   index: int
   text: str
@@ -37,7 +37,7 @@ class Delta:
 
 
 class Choice:
-  """One response of a job while it grows."""
+  """One response while it grows, which is one entry of OpenAI's `choices`."""
 
   def __init__(self, service: Service, ask: Ask, number: int, sample: int) -> None:
     request = ask.requests[number]
@@ -48,14 +48,14 @@ class Choice:
     self._splitter = ThoughtSplitter(service.markers) if ask.is_chat else None
 
   def update(self, response: Response) -> Delta:
-    """Takes the response so far."""
+    """Takes the response so far and returns what is new in it."""
     text, given = self._stream.feed(response.tokens[self.num_tokens:].tolist(), response.finish)
     self.num_tokens = len(response.tokens)
     tokens = []
     for i in given:
       token = int(response.tokens[i])
-      spelt = self._table[token] if token < len(self._table) else b''
-      tokens.append(Token(spelt, float(response.logp[i]), self._stream.offset(i)))
+      token_bytes = self._table[token] if token < len(self._table) else b''
+      tokens.append(Token(token_bytes, float(response.logp[i]), self._stream.offset(i)))
     thought = ''
     if self._splitter is not None:
       thought, text = self._splitter.feed(text, last=bool(response.finish))
@@ -64,7 +64,7 @@ class Choice:
 
 
 class Answer:
-  """The bodies that answer one ask."""
+  """The bodies or chunks that answer one request of a client."""
 
   def __init__(self, service: Service, ask: Ask) -> None:
     self._service, self._ask = service, ask
@@ -83,13 +83,13 @@ class Answer:
     return not self._unfinished
 
   def update(self, number: int, response: Response) -> Delta:
-    """Takes a response so far, and says what is new in it."""
+    """Takes the response so far to request `number` and returns what is new in it."""
     if response.finish:
       self._unfinished.discard((number, response.sample))
     return self._choices[number, response.sample].update(response)
 
   def usage(self) -> dict[str, int]:
-    """Token counts; a prompt counts once for all its samples."""
+    """Token counts, in which a prompt counts once for all its samples."""
     prompt = sum(len(r.prompt) for r in self._ask.requests)
     completion = sum(c.num_tokens for c in self._choices.values())
     return {'prompt_tokens': prompt, 'completion_tokens': completion,
@@ -98,7 +98,7 @@ class Answer:
   # --- A stream -------------------------------------------------------------------------
 
   def opening(self) -> list[dict[str, Any]]:
-    """The chunks before any token: a chat names the role of each choice."""
+    """The chunks before any token, which name the role of each choice of a chat."""
     if not self._ask.is_chat:
       return []
     return [self._head | {'choices': [{'index': c.index, 'delta': {
@@ -106,7 +106,7 @@ class Answer:
         for c in self._choices.values()]
 
   def chunk(self, delta: Delta) -> dict[str, Any] | None:
-    """The chunk that says what is new; None where nothing is."""
+    """The chunk with what is new; None where nothing is."""
     if not (delta.text or delta.thought or delta.tokens or delta.finish):
       return None
     choice: dict[str, Any] = {'index': delta.index, 'finish_reason': delta.finish,
@@ -119,13 +119,13 @@ class Answer:
     return self._head | {'choices': [choice]}
 
   def closing(self) -> dict[str, Any] | None:
-    """The chunk after the last one, if usage was asked for."""
+    """The chunk with the usage, which comes last; None where nobody asked for it."""
     return self._head | {'choices': [], 'usage': self.usage()} if self._ask.has_usage else None
 
   # --- One body -------------------------------------------------------------------------
 
   def body(self, deltas: Sequence[Delta]) -> dict[str, Any]:
-    """The whole answer."""
+    """The body with the whole answer, from the deltas of all choices."""
     choices = []
     for c in sorted(self._choices.values(), key=lambda c: c.index):
       own = [d for d in deltas if d.index == c.index]

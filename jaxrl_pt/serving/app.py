@@ -1,9 +1,10 @@
-"""The HTTP server: OpenAI's completions and chat completions over one worker.
+"""The HTTP server: OpenAI's completions and chat completions, answered by one `Worker`.
 
     POST /v1/completions, /v1/chat/completions    GET /v1/models, /health, /metrics
 
-A request that is wrong, too large or too many is answered on its own and disturbs no other.
-When a client goes away, its responses are cancelled and their slots and pages are free again.
+A request that is wrong, too large or more than the queue takes gets an error and disturbs no other
+request. When a client goes away, its responses are cancelled, and their slots and pages are free
+again.
 """
 
 import asyncio
@@ -31,13 +32,13 @@ from jaxrl_pt.serving.telemetry import Telemetry
 from jaxrl_pt.serving.worker import Busy, Job, Stopped, Worker
 
 _RETRY_SECONDS = 1
-_BODY_SECONDS = 30.0  # A body must have arrived by then.
-# A larger body is read to here and thrown away, so that its sender sees the answer.
+_BODY_SECONDS = 30.0  # A body must have arrived in this time.
+# A body that is too large is read up to this size and dropped, so that its sender sees the error.
 _MOST_DRAINED = 32_000_000
 
 
 def is_loopback(host: str) -> bool:
-  """Whether only this machine can reach that address."""
+  """Whether only this machine can reach the address `host`."""
   try:
     return ipaddress.ip_address(host.strip('[]')).is_loopback
   except ValueError:
@@ -46,14 +47,15 @@ def is_loopback(host: str) -> bool:
 
 def make_app(service: Service, worker: Worker, token: str | None = None,
              log: Callable[[str], None] | None = None) -> ASGIApp:
-  """The ASGI application. It starts the worker, and stops it at the end.
+  """The ASGI application, which starts the worker at its start and stops it at its end.
 
   Args:
-    service: what is served.
-    worker: not yet started.
-    token: what clients must send as `Authorization: Bearer TOKEN`; without one, only requests
-      that name this machine as their host are answered (no web page can pose as one).
-    log: takes one line a request, when it has been answered or its client has gone.
+    service: the model that is served and the limits of a request.
+    worker: a worker that has not been started.
+    token: what clients must send as `Authorization: Bearer TOKEN`. Without it, only requests that
+      name this machine as their host are answered, which the web page of another host cannot do.
+    log: a function that gets one line for each request when it has been answered or its client
+      has gone.
   """
   telemetry = Telemetry()
   server = _Server(service, worker, telemetry)
@@ -97,7 +99,7 @@ def _http_error(request: Request, error: Exception) -> Response:
 
 def _nobody(request: Request, error: Exception) -> Response:
   del request, error
-  return Response(status_code=499)  # For the counts only: the client has gone.
+  return Response(status_code=499)  # The client has gone; this status only enters the counts.
 
 
 def _defect(request: Request, error: Exception) -> Response:
@@ -106,7 +108,7 @@ def _defect(request: Request, error: Exception) -> Response:
 
 
 class _Guard:
-  """Lets in who may come in, and counts the answers."""
+  """Refuses requests without the right token or host, and counts all answers."""
 
   def __init__(self, app: ASGIApp, token: str | None, telemetry: Telemetry,
                paths: list[str]) -> None:
@@ -141,9 +143,9 @@ class _Guard:
 
 
 class _AccessLog:
-  """One line a request: time, client, method, path, status, seconds, bytes of the answer.
+  """Logs one line for each request: time, client, method, path, status, seconds, answer's bytes.
 
-  Neither tokens nor texts are in it. A status of 499 says that the client went away first.
+  The line holds neither secrets nor texts. A status of 499 says that the client went away first.
   """
 
   def __init__(self, app: ASGIApp, log: Callable[[str], None]) -> None:
@@ -167,7 +169,7 @@ class _AccessLog:
     finally:
       client = scope['client'][0] if scope.get('client') else '-'
       stamp = time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())
-      # A path may hold anything, also what would command a terminal or start a line of its own.
+      # The path is escaped: it could hold line breaks or characters that command a terminal.
       self._log(f'{stamp} {client} {scope["method"]} {ascii(scope["path"])[1:-1]} {status} '
                 f'{time.monotonic() - began:.3f} s {num_bytes} bytes')
 
@@ -175,7 +177,8 @@ class _AccessLog:
 class _News:
   """The newest state of each response of a job, brought from the worker's thread.
 
-  Only the newest: a response holds all its tokens so far, so that a slow client costs nothing.
+  It keeps no older state, since a response holds all its tokens so far. A slow client therefore
+  costs no memory.
   """
 
   def __init__(self) -> None:
@@ -185,8 +188,8 @@ class _News:
     self._failure: Exception | None = None
 
   def listen(self, number: int, response: Sampled | Exception) -> None:
-    """The worker's listener."""
-    with contextlib.suppress(RuntimeError):  # The loop is closed: nobody waits any more.
+    """The listener that is called from the worker's thread."""
+    with contextlib.suppress(RuntimeError):  # The event loop is closed, and nobody waits any more.
       self._loop.call_soon_threadsafe(self._put, number, response)
 
   def _put(self, number: int, response: Sampled | Exception) -> None:
@@ -197,7 +200,7 @@ class _News:
     self._changed.set()
 
   async def get(self) -> list[tuple[int, Sampled]]:
-    """What has changed since the last call, at least something."""
+    """Waits for news and returns the responses that have changed since the last call."""
     await self._changed.wait()
     self._changed.clear()
     if self._failure is not None:
@@ -253,7 +256,7 @@ class _Server:
   async def _answer(self, request: Request, understand: Callable[..., Ask]) -> Response:
     arrived = time.monotonic()
     body = await _read_body(request, self._service.max_body_bytes)
-    # Tokenizing a long text takes a while: in a thread it holds up nobody.
+    # Tokenizing a long text takes a while; in a thread it holds up no other request.
     ask = await asyncio.to_thread(
         lambda: understand(protocol.read_json(body), self._service, self._ids))
     news = _News()
@@ -286,14 +289,14 @@ class _Server:
         yield answer.update(number, response)
 
   def _end(self, job: Job, answer: Answer) -> None:
-    """After the last byte, or when the client has gone."""
+    """Ends the job after its answer's last byte, or when the client has gone."""
     self._worker.cancel(job)
     self._telemetry.num_tokens += answer.usage()['completion_tokens']
     self._telemetry.num_disconnects += not answer.is_done
 
 
 class _Stream(Response):
-  """Server-sent events; whatever happens while they are sent, the job ends with them."""
+  """A response of server-sent events. `end` is called however sending them ends."""
 
   def __init__(self, answer: Answer, deltas: AsyncIterator[Delta],
                end: Callable[[], None]) -> None:
@@ -315,7 +318,7 @@ class _Stream(Response):
       async for delta in self._deltas:
         if (chunk := self._answer.chunk(delta)) is not None:
           yield event(chunk)
-    except ApiError as e:  # Too late for a status.
+    except ApiError as e:  # The status has been sent already.
       yield event(e.body)
       return
     if (closing := self._answer.closing()) is not None:
@@ -328,7 +331,7 @@ async def _all(deltas: AsyncIterator[Delta]) -> list[Delta]:
 
 
 async def _unless_disconnected(request: Request, work: Any) -> list[Delta]:
-  """Awaits the work, but only as long as somebody waits for it."""
+  """Awaits the work, and raises ClientDisconnect if the client goes away before its end."""
   working = asyncio.ensure_future(work)
   leaving = asyncio.ensure_future(_disconnect(request))
   try:
@@ -348,10 +351,10 @@ async def _disconnect(request: Request) -> None:
 
 
 async def _read_body(request: Request, most: int) -> bytes:
-  """The body, if it is JSON of a permitted size.
+  """The request's body of at most `most` bytes, whose type must be JSON.
 
   Raises:
-    ApiError: 413, 415 or 408.
+    ApiError: 413 for a body that is too large, 408 for one that is too slow, 415 for another type.
   """
   too_large = ApiError(413, f'The body is larger than {most} bytes.')
   length = request.headers.get('content-length', '0')
@@ -371,6 +374,6 @@ async def _read_body(request: Request, most: int) -> bytes:
   if num_bytes > most:
     raise too_large
   if request.headers.get('content-type', '').partition(';')[0].strip() != 'application/json':
-    # A web page cannot send this type to us behind its user's back.
+    # A browser asks this server first before it sends this type for a page of another host.
     raise ApiError(415, 'Send the body as Content-Type: application/json.')
   return bytes(body)

@@ -1,9 +1,9 @@
-"""What a connection may take before it has asked for anything.
+"""Limits on connections that have not yet sent a request.
 
-uvicorn waits for a request's headers for ever, and takes as many connections as there are file
-descriptors: a few hundred that never finish their headers lock everyone out, before any token is
-asked for. Here headers have to arrive in time, and where there are too many connections, the one
-that has been at its headers for longest makes room.
+uvicorn waits for a request's headers for ever and accepts as many connections as there are file
+descriptors. A few hundred connections that never finish their headers would lock everyone out
+before any token is checked. Here headers have to arrive in time, and where there are too many
+connections, the one that has been at its headers for longest is closed.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 HEADER_SECONDS = 10.0
 _MOST_CONNECTIONS = 1024
-# Descriptors that are not connections: files, the engine's, those of libraries.
+# File descriptors that are kept free for the process itself, the engine and libraries.
 _OTHER_DESCRIPTORS = 64
 
 _TOO_LATE = (b'HTTP/1.1 408 Request Timeout\r\nConnection: close\r\nContent-Length: 0\r\n\r\n')
@@ -26,7 +26,7 @@ _TOO_MANY = (b'HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nRetry-Af
 
 
 def most_connections() -> int:
-  """As many as the process may have files open, less what it needs for itself."""
+  """How many connections fit into the process's file descriptors, beside its own ones."""
   files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
   if files == resource.RLIM_INFINITY:
     return _MOST_CONNECTIONS
@@ -38,10 +38,11 @@ def server_config(app: ASGIApp, *, shutdown_seconds: int, most: int | None = Non
   """uvicorn's settings for an application, with both limits.
 
   Args:
-    app: such as `app.make_app` makes.
-    shutdown_seconds: for the answers under way.
-    most: connections at a time; None takes `most_connections`.
-    header_seconds: for a request's headers, from the connection or the answer before.
+    app: an ASGI application, such as `app.make_app` returns.
+    shutdown_seconds: how long a server that ends waits for the answers under way.
+    most: the largest number of connections at a time; None takes `most_connections`.
+    header_seconds: how long a request's headers may take, counted from the start of the connection
+      or from the end of the answer before.
   """
   protocol = _limited(most_connections() if most is None else most, header_seconds)
   return uvicorn.Config(app, http=protocol, ws='none', log_level='warning', access_log=False,
@@ -49,12 +50,12 @@ def server_config(app: ASGIApp, *, shutdown_seconds: int, most: int | None = Non
 
 
 def _limited(most: int, header_seconds: float) -> type[asyncio.Protocol]:
-  """The protocol of the connections of one server."""
-  # Those at their headers, the longest first, with what ends them.
+  """The class of the connections of one server."""
+  # Connections that are at their headers, the longest first, and the timers that end them.
   waiting: dict[asyncio.Protocol, asyncio.TimerHandle] = {}
 
   class Connection(H11Protocol):
-    """A connection that has to ask in time."""
+    """A connection that has to send its headers in time."""
 
     def connection_made(self, transport: Any) -> None:
       super().connection_made(transport)
@@ -78,7 +79,7 @@ def _limited(most: int, header_seconds: float) -> type[asyncio.Protocol]:
       super().connection_lost(exc)
 
     def watch(self) -> None:
-      """Starts the clock where headers are due, and stops it once they are there."""
+      """Starts the timer where headers are due, and stops it once they are there."""
       if self.conn.their_state is not h11.IDLE or self.transport.is_closing():
         self.forget()
       elif self not in waiting:
@@ -90,11 +91,11 @@ def _limited(most: int, header_seconds: float) -> type[asyncio.Protocol]:
 
     def refuse(self, answer: bytes) -> None:
       self.forget()
-      # One that is between two requests has asked for nothing: it is just closed.
+      # Between two requests a client expects no answer, and the connection is just closed.
       if self.cycle is None:
         self.transport.write(answer)
       self.transport.close()
-      # Not counted any longer, although the peer may take its time to go.
+      # It no longer counts, although the peer may take its time to close it.
       self.connections.discard(self)
 
   return Connection

@@ -1,5 +1,4 @@
-"""Conversations as prompts: a template of plain text, which models without a chat format know too.
-"""
+"""Turns conversations into prompts, by a template of plain text that suits any model."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -14,12 +13,12 @@ from jaxrl_pt.data.tokenizer import Tokenizer, begun
 from jaxrl_pt.errors import UserError
 
 _CONTENT = '{content}'
-# The engine takes four stop tokens, one of them end of text.
+# The engine takes four stop tokens, and end of text is one of them.
 MOST_STOPS = 3
 
 
 class Message(NamedTuple):
-  """One turn."""
+  """One turn of a conversation."""
 
   role: Literal['system', 'user', 'assistant']
   content: str
@@ -27,10 +26,13 @@ class Message(NamedTuple):
 
 @dataclass(frozen=True)
 class Template:
-  """How turns become text; `{content}` stands for what was said.
+  """The prompt template of a conversation, in which `{content}` stands for what was said.
 
-  opening: what stands before the answer to come. stop: what ends it, beside end of text.
-  Special tokens written in any of these are those tokens, in `{content}` they are text.
+  system, user, assistant: the texts of turns of these roles.
+  opening: the text before the answer to come.
+  stop: texts that end the answer, beside end of text.
+
+  Special tokens that are written in the template are those tokens; in `{content}` they are text.
   """
 
   system: str = '{content}\n\n'
@@ -51,7 +53,7 @@ class Template:
     object.__setattr__(self, 'stop', tuple(self.stop))
 
   def spans(self, messages: Sequence[Message]) -> list[Span]:
-    """The prompt that asks for the assistant's next turn."""
+    """The texts of the prompt that asks for the assistant's next turn."""
     turns = {'system': self.system, 'user': self.user, 'assistant': self.assistant}
     spans = []
     for message in messages:
@@ -62,14 +64,14 @@ class Template:
     return [*spans, Span(self.opening, True)]
 
   def prompt(self, tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
-    """Its tokens; special ones only where the template says so."""
+    """The prompt's tokens, with special tokens only where the template has them."""
     return begun(tokenizer, template_text.encode(tokenizer, self.spans(messages)))
 
   def stops(self, tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """What ends an answer, as (tokens, texts): a special token spells no text to look for.
+    """The stop tokens and stop texts of an answer: special tokens end it as tokens, not as texts.
 
     Raises:
-      UserError: a text with a special token in it.
+      UserError: a stop text holds a special token beside other text.
     """
     special = tokenizer.special_tokens
     texts = tuple(text for text in self.stop if text not in special)
@@ -81,10 +83,10 @@ class Template:
 
 
 def read_template(path: Path) -> Template:
-  """A JSON file with some of the fields of `Template`.
+  """Reads a JSON file that has some of the fields of `Template`.
 
   Raises:
-    UserError: no such file, not JSON, an unknown field.
+    UserError: the file is missing, is not JSON or has an unknown field.
   """
   try:
     fields = json.loads(path.read_bytes().decode('utf-8-sig'))
@@ -103,16 +105,16 @@ def read_template(path: Path) -> Template:
 
 def fit(template: Template, tokenizer: Tokenizer, messages: Sequence[Message],
         prompt_len: int) -> tuple[list[int], int]:
-  """The prompt of the newest turns that the model's prompt length takes.
+  """The prompt of as many of the newest turns as `prompt_len` tokens hold.
 
-  System messages always stay; of the others the oldest are left out first, and what is kept
-  starts with a turn of the user.
+  System messages always stay. Of the other messages the oldest are left out first, and the first
+  one that stays is the user's.
 
   Returns:
     (token ids, number of messages left out).
 
   Raises:
-    UserError: the last message alone is too long.
+    UserError: even the last message alone is too long.
   """
   system = [m for m in messages if m.role == 'system']
   turns = [m for m in messages if m.role != 'system']

@@ -1,8 +1,8 @@
-"""OpenAI's request bodies → checked requests of the engine.
+"""Turns the bodies of OpenAI's requests into checked requests of the engine.
 
-Fields mean what they mean there. What this server cannot do is refused by name, never ignored,
-unless it changes nothing of the answer (`IGNORED`). Beside OpenAI's fields it takes `top_k`,
-`min_p`, `max_thought` and `max_answer`. docs/serving.md lists them all.
+Fields mean what they mean to OpenAI. A field that asks for what this server cannot do is refused by
+name and never ignored, unless it would not change the answer (`IGNORED`). Beside OpenAI's fields
+this server takes `top_k`, `min_p`, `max_thought` and `max_answer`. docs/serving.md lists them all.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -21,13 +21,13 @@ from jaxrl_pt.sampling.engine import Request
 from jaxrl_pt.serving.conversation import Message, Template
 from jaxrl_pt.serving.text import Markers, encode_marker, spelled
 
-# Fields that clients send by default or for their own books: the answer would be the same.
+# Fields that clients send by default or for their own records and that do not change the answer.
 IGNORED = ('metadata', 'parallel_tool_calls', 'prediction', 'prompt_cache_key',
            'prompt_cache_retention', 'reasoning_effort', 'safety_identifier', 'service_tier',
            'skip_special_tokens', 'store', 'verbosity')
-# Of a message, beside role and content: what this and other servers say with an answer.
+# Fields of a message beside role and content, which this and other servers send with an answer.
 IGNORED_IN_MESSAGES = ('name', 'reasoning', 'reasoning_content', 'reasoning_details')
-# What is meant by others and not done here, with the values that ask for nothing.
+# Fields that other servers support and this one does not, with the values that ask for nothing.
 _UNSUPPORTED: tuple[tuple[str, tuple[Any, ...]], ...] = (
     ('frequency_penalty', (0,)), ('presence_penalty', (0,)), ('repetition_penalty', (1,)),
     ('length_penalty', (1,)), ('logit_bias', ({},)), ('best_of', (1,)),
@@ -44,15 +44,18 @@ _UNSUPPORTED_IN_CHAT: tuple[tuple[str, tuple[Any, ...]], ...] = (
     ('continue_final_message', (False,)))
 _UNSUPPORTED_IN_COMPLETIONS: tuple[tuple[str, tuple[Any, ...]], ...] = (
     ('echo', (False,)), ('suffix', ('',)))
-_MOST_STOPS = 4  # texts a client may send; the template's own come on top
-_SEEDED = 2**31  # Ids of requests with a seed are above it, all others below.
+_MOST_STOPS = 4  # Stop texts that a client may send, beside those of the template.
+_SEEDED = 2**31  # Ids of requests with a seed start here, all others are smaller.
 
 
 @dataclass(frozen=True)
 class Service:
-  """What is served, and its limits.
+  """What is served, and the limits of a request.
 
-  max_samples: responses to one prompt; max_prompts: of one body.
+  name: the model's name for clients.
+  max_body_bytes: the largest body of a request.
+  max_samples: the largest number of responses to one prompt.
+  max_prompts: the largest number of prompts of one body.
   """
 
   name: str
@@ -71,7 +74,7 @@ class Service:
 
 
 class ApiError(Exception):
-  """An answer in the shape of OpenAI's errors."""
+  """An error that is answered in the shape of OpenAI's errors."""
 
   def __init__(self, status: int, message: str, *, param: str | None = None,
                code: str | None = None, headers: dict[str, str] | None = None) -> None:
@@ -83,24 +86,27 @@ class ApiError(Exception):
 
 
 class Ask(NamedTuple):
-  """One body, understood."""
+  """What one body asks for."""
 
   requests: tuple[Request, ...]
   is_chat: bool
   is_stream: bool
-  has_usage: bool  # the stream ends with the usage
+  has_usage: bool  # whether the stream ends with the usage
   has_logprobs: bool
 
 
 class Ids:
-  """Addresses of the noise: one and the same for a seed, fresh ones without."""
+  """Gives request ids, which address the noise: always the same for one seed, else fresh ones."""
 
   def __init__(self) -> None:
     self._fresh = itertools.count(secrets.randbelow(_SEEDED))
 
   def of(self, seed: int | None) -> int:
-    """A request id in [0, 2³²). A seed below 2³¹ has one of its own; of the others, two share one
-    no more often than chance has it: 2³¹ + s is as another seed to s."""
+    """A request id in [0, 2³²).
+
+    Each seed in [0, 2³¹) has an id of its own. Other seeds are hashed, so that two share an id only
+    by chance; 2³¹ + s does not simply share the id of s.
+    """
     if seed is None:
       return next(self._fresh) % _SEEDED
     if not 0 <= seed < _SEEDED:
@@ -115,7 +121,7 @@ def read_json(body: bytes) -> dict[str, Any]:
   """The object that a body holds.
 
   Raises:
-    ApiError: not UTF-8, not JSON, not an object.
+    ApiError: the body is not UTF-8, not JSON or not an object.
   """
   def refuse(constant: str) -> NoReturn:
     raise ValueError(f'{constant} is no number')
@@ -133,17 +139,17 @@ def read_json(body: bytes) -> dict[str, Any]:
 
 
 class Fields:
-  """A body whose fields are taken one by one; what is left at the end is unknown."""
+  """A body whose fields are taken one by one; `finish` refuses those that nobody has taken."""
 
   def __init__(self, body: dict[str, Any]) -> None:
     self._left = {k: v for k, v in body.items() if v is not None}
 
   def take(self, name: str, expected: str, is_valid: Callable[[Any], bool],
            default: Any = None) -> Any:
-    """The field's value, `default` where it is missing or null.
+    """The field's value, or `default` where it is missing or null.
 
     Raises:
-      ApiError: it is not what is expected.
+      ApiError: `is_valid` is false of the value; the message says what is `expected`.
     """
     value = self._left.pop(name, None)
     if value is None:
@@ -172,19 +178,19 @@ class Fields:
     return (value,) if isinstance(value, str) else tuple(value)
 
   def refuse(self, name: str, *harmless: Any) -> None:
-    """For what this server cannot do: only values that ask for nothing pass."""
+    """Takes a field that this server does not support; only the `harmless` values pass."""
     value = self._left.pop(name, None)
     if value is not None and value not in harmless:
       raise ApiError(400, f'{name} = {_short(value)}: this server does not support it.',
                      param=name)
 
   def ignore(self, names: Iterable[str]) -> None:
-    """Drops what changes nothing, whatever it is."""
+    """Drops fields that change nothing, whatever their values."""
     for name in names:
       self._left.pop(name, None)
 
   def finish(self) -> None:
-    """Refuses what nothing has taken."""
+    """Refuses the fields that have not been taken."""
     for name in self._left:
       raise ApiError(400, f'Unknown field {_short(name)}.', param=name)
 
@@ -194,7 +200,7 @@ def _is_integer(value: Any) -> bool:
 
 
 def _is_text(value: Any) -> bool:
-  """A text that is not empty and can be written as UTF-8: no lone surrogates."""
+  """Whether it is a text that is not empty and, having no lone surrogates, can be UTF-8."""
   try:
     return isinstance(value, str) and bool(value.encode())
   except UnicodeEncodeError:
@@ -210,10 +216,10 @@ def _short(value: Any) -> str:
 
 
 def completion(body: dict[str, Any], service: Service, ids: Ids) -> Ask:
-  """A body of /v1/completions.
+  """What a body of /v1/completions asks for.
 
   Raises:
-    ApiError: 400, or 404 for another model.
+    ApiError: 400 for a body that cannot be answered, 404 for another model.
   """
   fields = Fields(body)
   _check_model(fields, service)
@@ -224,7 +230,7 @@ def completion(body: dict[str, Any], service: Service, ids: Ids) -> Ask:
     raise ApiError(400, 'prompt is missing.', param='prompt')
   if isinstance(prompts, str) or _is_integer(prompts[0]):
     prompts = [prompts]
-  # Token ids are taken as they are: who sends them decides how they begin.
+  # Token ids are taken as they are: a client that sends them decides how they begin.
   tokens = [begun(service.tokenizer, service.tokenizer.encode(p)) if isinstance(p, str) else p
             for p in prompts]
   has_logprobs = fields.take(
@@ -238,10 +244,10 @@ def completion(body: dict[str, Any], service: Service, ids: Ids) -> Ask:
 
 
 def chat(body: dict[str, Any], service: Service, ids: Ids) -> Ask:
-  """A body of /v1/chat/completions.
+  """What a body of /v1/chat/completions asks for.
 
   Raises:
-    ApiError: 400, or 404 for another model.
+    ApiError: 400 for a body that cannot be answered, 404 for another model.
   """
   fields = Fields(body)
   _check_model(fields, service)
@@ -262,7 +268,7 @@ def chat(body: dict[str, Any], service: Service, ids: Ids) -> Ask:
 
 def _ask(fields: Fields, service: Service, ids: Ids, prompts: Sequence[Sequence[int]],
          max_tokens: int, *, is_chat: bool, has_logprobs: bool) -> Ask:
-  """What both kinds of bodies share."""
+  """Reads the fields that both kinds of bodies have."""
   is_stream = fields.flag('stream')
   options = Fields(fields.take('stream_options', 'an object', lambda x: isinstance(x, dict), {}))
   has_usage = options.flag('include_usage')
@@ -271,7 +277,7 @@ def _ask(fields: Fields, service: Service, ids: Ids, prompts: Sequence[Sequence[
   for name, harmless in _UNSUPPORTED:
     fields.refuse(name, *harmless)
   fields.ignore(IGNORED)
-  fields.take('user', 'a text', lambda x: isinstance(x, str))  # Means nothing here.
+  fields.take('user', 'a text', lambda x: isinstance(x, str))  # Checked, then dropped.
   seed = fields.integer('seed', None, -2**63, 2**63 - 1)
   num_samples = fields.integer('n', 1, 1, service.max_samples)
   sampler = cfg.Sampler(
@@ -285,7 +291,7 @@ def _ask(fields: Fields, service: Service, ids: Ids, prompts: Sequence[Sequence[
   max_thought = fields.integer('max_thought', None, 0, most)
   max_answer = fields.integer('max_answer', None, 1, most)
   fields.finish()
-  # A budget for thinking makes the response begin with it.
+  # A budget for thinking makes the response begin with the start marker of thinking.
   forced = () if max_thought is None else encode_marker(service.tokenizer, service.markers.start)
   return Ask(tuple(
       Request(tuple(tokens), ids.of(seed), min(max_tokens + len(forced), most), num_samples,
@@ -312,10 +318,10 @@ def _message(value: Any, where: str) -> Message:
                      lambda x: x in ('system', 'developer', 'user', 'assistant'))
   content = fields.take('content', 'a text or a list of text parts', _is_content)
   if content is None and role == 'assistant' and 'content' in value:
-    content = ''  # An answer that was all thought, or a call of nothing.
+    content = ''  # The answer held only a thought, or an empty list of calls.
   if role is None or content is None:
     raise ApiError(400, f'{where} must be an object with a role and a content.', param='messages')
-  # What an answer of this or another server says beside its text, and says nothing by.
+  # Servers put these fields into their answers; empty ones may come back in a conversation.
   for name, harmless in (('tool_calls', []), ('annotations', []), ('function_call', {}),
                          ('refusal', ''), ('audio', {})):
     fields.refuse(name, harmless)

@@ -1,4 +1,4 @@
-"""Requests answered in the calling thread, their text handed out as it is drawn."""
+"""Answers requests in the calling thread and hands out their text as it is drawn."""
 
 from collections.abc import Generator, Sequence
 from typing import NamedTuple
@@ -10,11 +10,11 @@ from jaxrl_pt.serving.text import TextStream
 
 
 class Piece(NamedTuple):
-  """What has become certain of a response."""
+  """The next piece of a response's text."""
 
-  number: int  # of its request
-  text: str  # after the pieces before
-  response: Response  # so far
+  number: int  # number of the request
+  text: str  # what follows the text of the pieces before
+  response: Response  # the response so far
 
 
 def stream(engine: Engine, tokenizer: Tokenizer, requests: Sequence[Request], *,
@@ -22,17 +22,18 @@ def stream(engine: Engine, tokenizer: Tokenizer, requests: Sequence[Request], *,
   """Answers requests; closing the iterator cancels what is under way.
 
   Args:
-    engine: idle, and nobody else's as long as this iterates.
-    tokenizer: of the model.
-    requests: submitted in this order, as the queue has room.
+    engine: an idle engine, which nobody else calls as long as this iterates.
+    tokenizer: the model's tokenizer.
+    requests: requests that are submitted in this order, as the queue has room.
+    starts_text: for each request, whether its responses start a text because its prompt is none;
+      by default no request's do.
     table: the bytes of each token where they are not the tokenizer's own.
-    starts_text: for each request, whether its prompt is no text (default: none is).
 
   Yields:
     Pieces of responses in the order in which they are drawn.
 
   Raises:
-    UserError: a request is wrong; none has been answered.
+    UserError: a request cannot be answered, and none has been submitted.
   """
   for number, request in enumerate(requests, 1):
     try:
@@ -45,7 +46,7 @@ def stream(engine: Engine, tokenizer: Tokenizer, requests: Sequence[Request], *,
             for _ in range(r.num_samples)] for n, r in enumerate(requests)]
   seen = [[0] * r.num_samples for r in requests]
   left = {n: r.num_samples for n, r in enumerate(requests)}
-  handles: dict[int, int] = {}  # → number of the request
+  handles: dict[int, int] = {}  # handle → number of the request
   waiting = list(range(len(requests)))[::-1]
   try:
     while left:

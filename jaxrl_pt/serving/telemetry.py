@@ -8,7 +8,7 @@ _BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)  # sec
 
 
 class Telemetry:
-  """Counts since the start; read and written by the server's event loop alone."""
+  """Counts since the server's start. Only the server's event loop reads and writes them."""
 
   def __init__(self) -> None:
     self.requests: Counter[tuple[str, int]] = Counter()  # (path, status)
@@ -17,12 +17,12 @@ class Telemetry:
     self._first_token_seconds = 0.0
 
   def note_first_token(self, seconds: float) -> None:
-    """Seconds from the arrival of a request to its first token."""
+    """Counts the seconds from the arrival of a request to its first token."""
     self._first_tokens[bisect.bisect_left(_BUCKETS, seconds)] += 1
     self._first_token_seconds += seconds
 
   def text(self, engine: Mapping[str, float]) -> str:
-    """Prometheus' text format, with the engine's own counters."""
+    """The counters in Prometheus' text format, together with those of `Worker.counters`."""
     lines: list[str] = []
 
     def add(name: str, kind: str, about: str, samples: Mapping[str, float]) -> None:

@@ -1,4 +1,4 @@
-"""What `sample` and `chat` show on a terminal."""
+"""What the commands `sample` and `chat` show on a terminal."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 import contextlib
@@ -27,8 +27,8 @@ def show_samples(pieces: Iterable[Piece], prompts: Sequence[str], num_samples: i
                  out: TextIO) -> None:
   """Prints each prompt with its continuations, in order, as soon as they are drawn.
 
-  The first unfinished response is shown token by token; what is drawn of the later ones
-  meanwhile follows when it is their turn.
+  The first unfinished response is shown token by token. What has been drawn of a later response
+  is shown when its turn comes.
   """
   order = [(n, g) for n in range(len(prompts)) for g in range(num_samples)]
   texts = {key: prompts[key[0]] for key in order}
@@ -57,9 +57,9 @@ def show_samples(pieces: Iterable[Piece], prompts: Sequence[str], num_samples: i
 
 
 def read_lines(prompt: str) -> Iterator[str]:
-  """Lines typed at the terminal, or those of standard input, to its end.
+  """Yields the lines that are typed at the terminal, or those of standard input, to its end.
 
-  Ctrl-C drops the line being typed and says how to leave.
+  Ctrl-C drops the line that is being typed and says how to leave.
   """
   with contextlib.suppress(ImportError):
     import readline  # noqa: F401  # Gives `input` its line editing.
@@ -90,8 +90,11 @@ def _line_of_pipe() -> str:
 class Chat:
   """A conversation's settings.
 
-  max_tokens: of an answer, its thought included. max_thought: tokens after which the end of
-  thinking is forced, None leaves it to the model whether to think; max_answer: tokens after it.
+  max_tokens: the largest number of tokens of an answer, its thought included.
+  max_thought: drawn tokens after which the end of thinking is forced; None leaves it to the model
+    whether to think.
+  max_answer: the largest number of tokens after the end of thinking.
+  system: the system message, '' for none.
   """
 
   tokenizer: Tokenizer
@@ -104,7 +107,7 @@ class Chat:
   system: str = ''
 
   def request(self, prompt: Sequence[int], turn: int) -> Request:
-    """The request for the next answer; the turn addresses its randomness."""
+    """The request for the next answer; the number of the turn addresses its randomness."""
     forced: tuple[int, ...] = ()
     if self.max_thought is not None:
       forced = encode_marker(self.tokenizer, self.markers.start)
@@ -118,10 +121,10 @@ def talk(engine: Engine, chat: Chat, lines: Iterable[str], console: Console) -> 
   """Answers line after line; the thought is dim, and Ctrl-C stops an answer.
 
   Args:
-    engine: with the markers' end as its end of thinking.
-    chat: settings.
+    engine: an engine whose `think_end` is the end marker of `chat.markers`.
+    chat: the conversation's settings.
     lines: what the user says; `/new` forgets the conversation, `/quit` ends it.
-    console: where answers go.
+    console: the terminal that shows the answers.
   """
   note = lambda text: console.print(f'({text})', style='dim italic', markup=False,
                                     highlight=False)
@@ -188,7 +191,7 @@ def _show(console: Console, text: str, style: str | None = None) -> None:
 
 @contextlib.contextmanager
 def _noting_interrupt() -> Iterator[Callable[[], bool]]:
-  """Ctrl-C sets a flag and nothing more: the engine's state must not be lost in a step."""
+  """Ctrl-C only sets a flag, which is returned: an engine that is interrupted in a step is lost."""
   interrupted = threading.Event()
   if threading.current_thread() is not threading.main_thread():
     yield interrupted.is_set  # Python delivers signals to the main thread only.

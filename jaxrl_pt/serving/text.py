@@ -1,8 +1,8 @@
-"""Tokens to text while they are drawn: whole characters, no stop string, thought apart.
+"""Turns tokens into text while they are drawn, without stop strings and with the thought apart.
 
 The engine's responses grow by tokens, and a token may end in the middle of a character, of a
-stop string or of a marker. What could still become one of those is held back, so that the
-pieces shown, joined, are the text of the whole response.
+stop string or of a marker. Bytes that could still become one of these are held back, so that the
+pieces of text, joined, are the text of the whole response.
 """
 
 import codecs
@@ -14,19 +14,19 @@ from jaxrl_pt.data.tokenizer import Tokenizer
 
 
 class Markers(NamedTuple):
-  """What encloses thinking at the start of a response."""
+  """The texts that enclose thinking at the start of a response."""
 
   start: str = '<think>'
   end: str = '</think>'
 
 
 def encode_marker(tokenizer: Tokenizer, marker: str) -> tuple[int, ...]:
-  """A marker's tokens: the operator names it, so that it may be a special token."""
+  """A marker's tokens; it may be a special token, since only the operator chooses markers."""
   return tuple(template_text.encode(tokenizer, template_text.template(marker)))
 
 
 def spelled(tokenizer: Tokenizer, markers: Markers) -> list[bytes]:
-  """`token_bytes`, in which markers that are special tokens spell themselves."""
+  """The tokenizer's `token_bytes`, in which markers that are special tokens spell themselves."""
   table = tokenizer.token_bytes()
   for marker in markers:
     if (token := tokenizer.special_tokens.get(marker)) is not None:
@@ -34,11 +34,11 @@ def spelled(tokenizer: Tokenizer, markers: Markers) -> list[bytes]:
   return table
 
 
-def _num_held(text: AnyStr, whole: Sequence[AnyStr]) -> int:
-  """Length of the longest end of `text` that could grow into one of `whole`."""
-  longest = max((len(w) - 1 for w in whole), default=0)
+def _num_held(text: AnyStr, patterns: Sequence[AnyStr]) -> int:
+  """Length of the longest end of `text` that could grow into one of the patterns."""
+  longest = max((len(p) - 1 for p in patterns), default=0)
   return next((n for n in range(min(longest, len(text)), 0, -1)
-               if any(w.startswith(text[len(text) - n:]) for w in whole if len(w) > n)), 0)
+               if any(p.startswith(text[len(text) - n:]) for p in patterns if len(p) > n)), 0)
 
 
 class TextStream:
@@ -46,14 +46,14 @@ class TextStream:
 
   def __init__(self, tokenizer: Tokenizer, table: Sequence[bytes],
                stop_strings: Sequence[str] = (), *, starts_text: bool = False) -> None:
-    """Starts without a token.
+    """Starts a stream before its first token.
 
     Args:
-      tokenizer: of the tokens.
-      table: its `token_bytes`, shared by all streams.
-      stop_strings: as in the request; the one that ends the response is left out of the text.
-      starts_text: the prompt was no text, so that the space some tokenizers put before a text
-        is left out.
+      tokenizer: the model's tokenizer.
+      table: the bytes of each token, shared by all streams.
+      stop_strings: those of the request; the one that ends the response is left out of the text.
+      starts_text: whether the response starts a text because the prompt was none; the space that
+        some tokenizers put before a text is then left out.
     """
     self._tokenizer, self._table = tokenizer, table
     self._stop_strings = [s.encode() for s in stop_strings]
@@ -61,23 +61,23 @@ class TextStream:
     self._decoder = codecs.getincrementaldecoder('utf-8')('replace')
     self._bytes = bytearray()
     self._starts: list[int] = []  # offset of each token's first byte
-    # Of all bytes, shown or not: a character counts once its last byte is there.
+    # It decodes all bytes, shown or not: a character counts once its last byte is there.
     self._counter = codecs.getincrementaldecoder('utf-8')('replace')
-    self._offsets: list[int] = []  # whole characters before each token
+    self._offsets: list[int] = []  # number of whole characters before each token
     self._num_chars = 0
     self._shown = 0  # bytes given to the decoder
     self._num_given = 0  # tokens whose bytes are all shown
 
   def feed(self, tokens: Sequence[int], finish: str) -> tuple[str, range]:
-    """What has become certain.
+    """Takes the next tokens and returns the text that has become certain.
 
     Args:
       tokens: the next tokens of the response.
-      finish: its finish reason, '' while it runs.
+      finish: the response's finish reason, '' while it runs.
 
     Returns:
-      (the next piece of text, the numbers of the tokens whose text is now complete); the
-      token that ended the response is none of them, nor are those after a stop string began.
+      (the next piece of text, the numbers of the tokens whose text is now complete). A stop token
+      is not among these tokens, nor are those that start inside or after a stop string.
     """
     before = len(self._bytes)
     for token in tokens:
@@ -100,18 +100,23 @@ class TextStream:
     return text, self._given(finish)
 
   def offset(self, number: int) -> int:
-    """Where a token's text starts: characters of the whole text before it. A token that ends a
-    character, or goes on with one, starts where that character does."""
+    """How many whole characters of the response come before a token's text.
+
+    A token that starts in the middle of a character starts where this character does.
+    """
     return self._offsets[number]
 
   def _stop_start(self, newest: int) -> int:
-    """Where the stop string starts that the newest token (at byte `newest`) has completed."""
-    found = []
+    """The offset of the stop string that the newest token, at byte `newest`, has completed.
+
+    Of several stop strings it is the one that ends first.
+    """
+    matches = []  # (end, start) in bytes
     for text in self._stop_strings:
       start = self._bytes.find(text, max(0, newest - len(text) + 1))
       if start >= 0:
-        found.append((start + len(text), start))
-    return min(found)[1] if found else len(self._bytes)
+        matches.append((start + len(text), start))
+    return min(matches)[1] if matches else len(self._bytes)
 
   def _given(self, finish: str) -> range:
     first, last = self._num_given, len(self._starts) - (finish == 'stop')
@@ -125,10 +130,10 @@ class TextStream:
 
 
 class ThoughtSplitter:
-  """Streamed text, split into a thought and the answer after it.
+  """Splits streamed text into a thought and the answer after it.
 
-  Thinking is what the markers enclose at the very start; white space round the markers and
-  before the answer belongs to neither.
+  The thought is the text that the markers enclose at the very start of the response. White space
+  before the first marker and before the answer belongs to neither.
   """
 
   def __init__(self, markers: Markers) -> None:
@@ -137,7 +142,7 @@ class ThoughtSplitter:
     self._held = ''
 
   def feed(self, text: str, *, last: bool = False) -> tuple[str, str]:
-    """The next pieces of (thought, answer); `last` says that no more text comes."""
+    """The next pieces of (thought, answer); `last` is True where no more text comes."""
     self._held += text
     thought = ''
     if self._is_start and not self._is_thinking:
@@ -156,10 +161,10 @@ class ThoughtSplitter:
     return thought, answer
 
   def _take_thought(self, last: bool) -> str:
-    thought, marker, rest = self._held.partition(self._markers.end)
+    thought, marker, answer = self._held.partition(self._markers.end)
     if marker:
-      self._is_thinking, self._held = False, rest
-      # Whatever follows is the answer: a second marker is text.
+      self._is_thinking, self._held = False, answer
+      # All that follows is the answer, in which a second marker is text.
       self._markers = Markers('\0', '\0')
       return thought
     keep = 0 if last else _num_held(self._held, [self._markers.end])
@@ -168,7 +173,7 @@ class ThoughtSplitter:
 
 
 def printable(text: str) -> str:
-  """Text for a terminal: control characters, which could command it, as visible signs."""
+  """Text with visible signs in place of control characters, which could command a terminal."""
   return ''.join(c if c in '\n\t' or not _is_control(ord(c)) else _visible(ord(c)) for c in text)
 
 

@@ -1,7 +1,7 @@
 """The thread that owns the engine, and the jobs that other threads give it.
 
-The engine takes one caller at a time. Here that is a thread which alternates between the
-commands of an inbox and `Engine.advance`; whoever waits for a response is called back from it.
+The engine takes one caller at a time. Here this caller is a thread that alternates between the
+commands of an inbox and `Engine.advance`, and calls the listeners of the jobs.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,13 +13,13 @@ import threading
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.sampling.engine import Engine, Request, Response
 
-# listener(number of the request in its job, a response so far | what broke the engine); called
+# listener(number of the request in its job, the response so far or what broke the engine) is called
 # from the worker's thread.
 Listener = Callable[[int, Response | Exception], None]
 
 
 class Busy(Exception):
-  """No room for more responses now."""
+  """The engine has no room for more responses now."""
 
 
 class Stopped(Exception):
@@ -31,12 +31,12 @@ class Job:
 
   def __init__(self, requests: Sequence[Request], listener: Listener) -> None:
     self.requests, self.listener = requests, listener
-    self.handles: list[int] = []  # the worker's thread alone reads and writes it
+    self.handles: list[int] = []  # Only the worker's thread reads and writes it.
     self.is_cancelled = False
 
 
 class Worker:
-  """Answers jobs with one engine in a thread of its own."""
+  """A thread that answers jobs with one engine."""
 
   def __init__(self, engine: Engine) -> None:
     self._engine = engine
@@ -53,22 +53,22 @@ class Worker:
     self._thread.start()
 
   def stop(self) -> None:
-    """Ends the thread after the step in hand; jobs under way are told."""
+    """Ends the thread after the present call of the engine, and tells the listeners."""
     self._inbox.put(None)
     self._thread.join()
 
   # --- For other threads ----------------------------------------------------------------
 
   def submit(self, requests: Sequence[Request], listener: Listener) -> Job:
-    """Queues requests, all or none.
+    """Queues all of the requests, or none.
 
     Raises:
-      UserError: a request is wrong.
-      Busy: no room now.
-      Stopped: never again.
+      UserError: a request cannot be answered.
+      Busy: the engine has no room now.
+      Stopped: the engine answers nothing any more.
     """
     for request in requests:
-      self._engine.check(request)  # Reads what never changes: any thread may.
+      self._engine.check(request)  # Any thread may call it, since it reads only constants.
     num, most = sum(r.num_samples for r in requests), self._engine.config.queue
     if num > most:
       raise UserError(f'{num} responses are asked for at once and at most {most} are taken.')
@@ -83,7 +83,7 @@ class Worker:
     return job
 
   def cancel(self, job: Job) -> None:
-    """Ends a job; its listener is not called any more. Does nothing to one that has ended."""
+    """Ends a job, whose listener is not called any more; a job that has ended stays as it is."""
     job.is_cancelled = True
     self._inbox.put(lambda: self._end(job))
 
@@ -106,21 +106,21 @@ class Worker:
         if self._jobs:
           for handle, response in self._engine.advance(self._steps()):
             self._deliver(handle, response)
-    except Exception as e:  # Whatever broke the engine, those who wait must be told.
+    except Exception as e:  # Whatever broke the engine, the listeners must be told.
       logging.getLogger(__name__).exception('The engine has failed.')
       failure = e
     with self._lock:
       self.failure = failure
-    self._obey(wait=False)  # From here on nothing new comes.
+    self._obey(wait=False)  # `failure` is set, so that no command comes after these.
     for job, number in self._jobs.values():
       if not job.is_cancelled:
         job.listener(number, failure)
 
   def _obey(self, *, wait: bool = True) -> bool:
-    """Runs the commands that have arrived, after waiting for one if nothing is under way.
+    """Runs the commands that have arrived; with `wait` and no job it waits for one first.
 
     Returns:
-      Whether to go on.
+      Whether the thread goes on.
     """
     commands = [self._inbox.get()] if wait and not self._jobs else []
     while not self._inbox.empty():
@@ -131,9 +131,9 @@ class Worker:
     return None not in commands
 
   def _steps(self) -> int | None:
-    """Steps of the next call: one where a job has just begun, for an early first token.
+    """Decode steps of the next call: one where a job has just begun, for an early first token.
 
-    Not twice in a row, so that many new jobs cannot keep the calls short.
+    Two calls in a row are never this short, or many new jobs would slow all others down.
     """
     self._is_short = self._has_begun and not self._is_short
     self._has_begun = False

@@ -1,7 +1,8 @@
-"""Processes that compile for TPUs on a machine without one.
+"""Child processes that compile for TPUs on a machine without a TPU.
 
-libtpu reads its settings when JAX is first imported, and one bad program can end its process;
-so whatever compiles runs in a child, which prints a JSON row a result. Imports no JAX.
+libtpu reads its settings when JAX is first imported, and one bad program can end its process.
+Compiling therefore happens in a child process, which prints each result as a row of JSON. This
+module imports no JAX.
 """
 
 from collections.abc import Iterator
@@ -20,10 +21,10 @@ Row = dict[str, Any]
 
 
 def check_libtpu() -> None:
-  """Says how to get the compiler where it is missing.
+  """Checks that the TPU compiler is installed.
 
   Raises:
-    UserError: libtpu is not installed.
+    UserError: libtpu is missing; the message says how to get it.
   """
   if importlib.util.find_spec('libtpu') is None:
     raise UserError('The TPU compiler is not installed: run `pip install libtpu` (in a checkout: '
@@ -34,7 +35,7 @@ def environment(dump_to: str = '') -> dict[str, str]:
   """The environment of a process that compiles for TPUs.
 
   Args:
-    dump_to: where the compiler writes its schedules; empty writes none.
+    dump_to: the folder to which the compiler writes its schedules; with '' it writes none.
   """
   values = {**os.environ, **jaxrl_pt.VIRTUAL_HOST, 'JAX_PLATFORMS': 'cpu',
             'ALLOW_MULTIPLE_LIBTPU_LOAD': '1', 'TPU_STDERR_LOG_LEVEL': '3',
@@ -48,14 +49,14 @@ def environment(dump_to: str = '') -> dict[str, str]:
 
 
 def rows(module: str, *arguments: str, dump_to: str = '') -> Iterator[Row]:
-  """The rows that `python -m module arguments` prints, as they come.
+  """Yields the rows that `python -m module arguments` prints, as they come.
 
   Raises:
-    UserError: no libtpu; or the child's own, which it prints as {'user_error': …}.
-    RuntimeError: the child failed, with the end of what it said.
+    UserError: libtpu is missing, or the child has printed a row {'user_error': …}.
+    RuntimeError: the child failed; the message has the end of its error output.
   """
   check_libtpu()
-  # Its complaints go to a file: a full pipe would stop it.
+  # The child's error output goes to a file, since a full pipe would stop the child.
   with tempfile.TemporaryFile('w+') as errors, subprocess.Popen(
       [sys.executable, '-m', module, *arguments], env=environment(dump_to), text=True,
       stdout=subprocess.PIPE, stderr=errors) as process:

@@ -1,8 +1,8 @@
-"""What each TPU generation can do, and topologies by name.
+"""The rates of each TPU generation, and the devices of topologies by name.
 
-Rates and capacities are JAX's own table (`get_tpu_info_for_chip`); clocks turn seconds into
-the cycles that schedules count: v4, v5e and v5p follow from
-peak ÷ MXU width; v6e and tpu7x are assumptions.
+Rates and capacities come from JAX's table (`get_tpu_info_for_chip`). Clocks turn seconds into the
+cycles that schedules count: those of v4, v5e and v5p follow from the peak rate and the width of the
+MXU, and those of v6e and tpu7x are assumptions.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from jaxrl_pt.errors import UserError
 from pallas_kernels.dispatch import Generation
 from pallas_kernels.tuning import Cost, Operand
 
-# Inter-chip interconnect, bytes per second of one chip over all its links (Google Cloud's
+# Bytes per second that a chip sends over all links of the inter-chip interconnect (Google Cloud's
 # system-architecture pages).
 _ICI = {'v4': 300e9, 'v5e': 200e9, 'v5p': 600e9, 'v6e': 448e9, 'tpu7x': 1200e9}
 _CLOCK_HZ = {'v4': 1.05e9, 'v5e': 1.5e9, 'v5p': 1.75e9, 'v6e': 1.75e9, 'tpu7x': 2.2e9}
@@ -25,10 +25,10 @@ _VERSION = {'v4': pltpu.ChipVersion.TPU_V4, 'v5e': pltpu.ChipVersion.TPU_V5E,
 
 @dataclass(frozen=True)
 class Chip:
-  """One device as JAX counts them (a chip; on tpu7x one of its two cores).
+  """A device as JAX counts them: a chip, or on tpu7x one of its two cores.
 
+  num_cores: the cores that one program is split over; v4 and v5p have two.
   macs_per_second: multiply-adds on the MXUs by operand type; 0 where there is no such unit.
-  num_cores: cores that one program is split over (v4 and v5p have two).
   """
 
   generation: Generation
@@ -41,7 +41,7 @@ class Chip:
   ici_bytes_per_second: float
 
   def mxu_cycles(self, cost: Cost) -> float:
-    """Multiply-adds over the peak rate of their operand type, all cores busy."""
+    """The cycles that the multiply-adds take at the peak rates, with all cores busy."""
     return sum(n / self.macs_per_second[kind] * self.clock_hz
                for kind, n in cost.multiply_adds.items())
 
@@ -50,7 +50,7 @@ class Chip:
 
 
 def chip(generation: Generation) -> Chip:
-  """The table's row of a generation."""
+  """The device of a TPU generation."""
   num_cores = 2 if generation in ('v4', 'v5p') else 1
   info = pltpu.get_tpu_info_for_chip(_VERSION[generation], num_cores)
   rates: dict[Operand, float] = {
@@ -64,10 +64,10 @@ def chip(generation: Generation) -> Chip:
 
 
 def generation_of_topology(topology: str) -> Generation:
-  """'v5e:16x16' → 'v5e'.
+  """The generation in the name of a topology: 'v5e' for 'v5e:16x16'.
 
   Raises:
-    UserError: not a name of the form generation:shape.
+    UserError: the name is not of the form generation:shape.
   """
   generation, _, shape = topology.partition(':')
   sizes = shape.split('x')
@@ -82,19 +82,19 @@ def generation_of_topology(topology: str) -> Generation:
 
 
 def topology_devices(topology: str, slices: int = 1) -> list[Any]:
-  """The devices of a topology, as compile targets. Only in a process of `child`.
+  """The devices of a topology, as targets of compilation; only child processes can ask for them.
 
   Args:
-    topology: of a slice.
-    slices: how many of them.
+    topology: the topology of a slice.
+    slices: the number of slices.
 
   Raises:
     UserError: the compiler knows no such topology.
   """
   from jax.experimental import topologies
-  # A v4 chip is one device of two cores unless told otherwise; libtpu's default here is not.
+  # On machines a v4 chip is one device of two cores, which is not libtpu's default here.
   options: dict[str, Any] = {'chip_config_name': 'megacore'} if topology[:3] == 'v4:' else {}
-  if set(topology.partition(':')[2]) == {'1', 'x'}:  # One chip: a host has four by default.
+  if set(topology.partition(':')[2]) == {'1', 'x'}:  # A host has four chips by default.
     options['chips_per_host_bounds'] = (1, 1, 1)
   if slices > 1:
     options['num_slices'] = slices

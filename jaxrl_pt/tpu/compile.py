@@ -1,8 +1,8 @@
 """`jaxrl-pt preflight`: does a run fit a TPU slice, and what bounds its step?
 
-The very programs that the run's loop dispatches (`jobs.open.programs`) are compiled for a named
-topology by the TPU compiler, in a process of its own. A program that does not fit is an
-answer: `search` then looks for the settings that do. Speeds are static predictions.
+A child process compiles the programs that the run's loop dispatches (`jobs.open.programs`) with the
+TPU compiler for a named topology. A program that does not fit is a result, after which `search`
+looks for settings that fit. Speeds are static predictions.
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,7 +27,7 @@ from jaxrl_pt.tpu.child import Row
 from pallas_kernels import dispatch
 from pallas_kernels.dispatch import Generation
 
-# HBM of a device that the compiler offers a program (its own words when one does not fit).
+# Bytes of HBM that the compiler offers a program on a device, as its errors say.
 _OFFERED: dict[Generation, float] = {
     'v4': 30.75 * 2**30, 'v5e': 15.75 * 2**30, 'v5p': 95.74 * 2**30, 'v6e': 31.25 * 2**30,
     'tpu7x': 94.75 * 2**30}
@@ -37,25 +37,25 @@ _OFFERED: dict[Generation, float] = {
 
 
 def load(gin_files: Sequence[str], bindings: Sequence[str]) -> cfg.Run:
-  """The run, whether or not its data are there.
+  """The run, whose data need not exist.
 
   Raises:
-    UserError: a mistake in the settings.
+    UserError: the settings have a mistake.
   """
   return gin_bindings.resolve(gin_files, bindings, without_data=True)[0]
 
 
 def compile_run(topology: str, gin_files: Sequence[str], bindings: Sequence[str],
                 slices: int = 1) -> Iterator[Row]:
-  """A row for each program of the run as it is compiled, in a child process.
+  """Yields a row for each program of the run, as soon as a child process has compiled it.
 
   Args:
-    topology: of a slice.
-    gin_files, bindings: the run.
-    slices: how many of them.
+    topology: the topology of a slice, e.g. 'v5e:16x16'.
+    gin_files, bindings: the settings of the run.
+    slices: the number of slices.
 
   Raises:
-    UserError: no libtpu, a wrong topology, a mesh that does not cover it.
+    UserError: libtpu is missing, the topology is wrong, or the run's mesh does not cover it.
   """
   chips.generation_of_topology(topology)
   yield from child.rows('jaxrl_pt.tpu.compile', topology, json.dumps(list(gin_files)),
@@ -66,7 +66,13 @@ def compile_run(topology: str, gin_files: Sequence[str], bindings: Sequence[str]
 
 
 def main(topology: str, gin_files: str, bindings: str, slices: str) -> None:
-  """The child process: prints one JSON row a program. Files and bindings come as JSON lists."""
+  """The child process: prints one JSON row for each program.
+
+  Args:
+    topology: the topology of a slice.
+    gin_files, bindings: the settings of the run, as JSON lists.
+    slices: the number of slices.
+  """
   try:
     run = load(json.loads(gin_files), json.loads(bindings))
     devices = chips.topology_devices(topology, int(slices))
@@ -83,8 +89,10 @@ def main(topology: str, gin_files: str, bindings: str, slices: str) -> None:
 
 def _examine(program: Program, run: cfg.Run, chip: chips.Chip,
              num_devices: int) -> Row:
-  """The row of one program; without a compile where what it is given, and what the loop keeps
-  beside that, is too much already."""
+  """The row of a program.
+
+  It is not compiled if its arguments, with the arrays that the loop keeps beside it, are too large.
+  """
   capacity = round(_OFFERED[chip.generation])
   argument_bytes, beside = (sum(_shard_bytes(x) for x in jax.tree.leaves(tree))
                             for tree in (program.args, program.beside))
@@ -169,26 +177,26 @@ def _largest(rows: list[Row], limit: int = 8) -> list[Row]:
 def _traced_rows(jaxpr: Any, num_devices: int) -> list[Row]:
   """The largest results of products and loops in a program that was not compiled.
 
-  They are given as if split over all devices, which is the least that one can hold.
+  Their sizes are those after a split over all devices, which a device holds at least.
   """
-  found: dict[str, Row] = {}
+  results: dict[str, Row] = {}
   for eqn, devices in _equations(jaxpr, num_devices):
     if eqn.primitive.name in ('scan', 'dot_general'):
       for x in (v.aval for v in eqn.outvars):
         name = f'{eqn.primitive.name} {eqn.source_info.name_stack}'
         share = f' / {devices}' if devices > 1 else ''
-        found[f'{x.str_short()} {name}'] = {
+        results[f'{x.str_short()} {name}'] = {
             'num_bytes': x.size * x.dtype.itemsize // devices, 'opcode': 'traced',
             'type': x.str_short() + share, 'op_name': name, 'count': 1}
-  return list(found.values())
+  return list(results.values())
 
 
 def _equations(jaxpr: Any, num_devices: int) -> Iterator[tuple[Any, int]]:
-  """Every equation outside kernels, and over how many devices its arrays may be split."""
+  """Yields every equation outside kernels, and over how many devices its arrays may be split."""
   for eqn in jaxpr.eqns:
     yield eqn, num_devices
     if eqn.primitive.name != 'pallas_call':
-      local = eqn.primitive.name == 'shard_map'  # Inside, shapes are those of one device.
+      local = eqn.primitive.name == 'shard_map'  # The shapes inside are those of one device.
       for inner in roofline.inner(eqn):
         yield from _equations(inner, 1 if local else num_devices)
 
@@ -197,14 +205,17 @@ def _equations(jaxpr: Any, num_devices: int) -> Iterator[tuple[Any, int]]:
 
 
 def _refusal(message: str) -> Row:
-  """What an error of the compiler says: out of HBM, with sizes and allocations, or its text."""
+  """The part of a row that an error of the compiler gives.
+
+  It has sizes and allocations if the program is out of HBM, else the first line of the error.
+  """
   first = message.splitlines()[0][:500]
-  found = (re.search(r'HLO temporaries \(([\d.]+\w?)\) exceeds available HBM \(([\d.]+\w?)\)',
+  sizes = (re.search(r'HLO temporaries \(([\d.]+\w?)\) exceeds available HBM \(([\d.]+\w?)\)',
                      message)
            or re.search(r'Used ([\d.]+\w?) of ([\d.]+\w?) hbm', message))
-  if not found:
+  if not sizes:
     return {'error': f'does not compile: {first}', 'refused': True}
-  needed, available = map(_parse_size, found.groups())
+  needed, available = map(_parse_size, sizes.groups())
   row: Row = {'error': f'needs at least {_size(needed)} of {_size(available)} a device',
               'capacity': available, 'hbm': {'total': needed}}
   allocations = re.findall(r'Size: ([\d.]+\w?)\n(?:.*op_name="([^"]*)".*\n)?.*Shape: (\S+)',
@@ -228,11 +239,11 @@ def _size(num_bytes: float) -> str:
   return f'{num_bytes:.0f} B'
 
 
-# --- For a person -----------------------------------------------------------------
+# --- Rows as text -----------------------------------------------------------------
 
 
 def text(row: Row) -> str:
-  """One program's row for a person to read."""
+  """The row of a program as a person reads it."""
   slices = f'{row["num_slices"]} slices of ' if row['num_slices'] > 1 else ''
   lines = [f'{row["program"]} on {slices}{row["topology"]} ({row["num_devices"]} devices): '
            + ('fits' if row['fits'] else f'DOES NOT FIT: {row["error"]}')]

@@ -1,10 +1,9 @@
 """Reads a compiled program's HLO text: collectives, HBM traffic, biggest arrays, kernels.
 
-The text is what the TPU compiler leaves after scheduling: shapes are those of one device,
-layouts name their tiles, and `S(1)` puts an array into VMEM. A loop's body is counted
-times its trips, read from the constant that its condition compares the counter with; a
-loop that the data may end earlier so counts its most trips. Both branches of a conditional
-count.
+The text is the TPU compiler's after scheduling: shapes are those of one device, layouts name their
+tiles, and `S(1)` puts an array into VMEM. The body of a loop counts as often as it is run, which is
+read from the constant that the loop's condition compares the counter with. A loop that may end
+earlier therefore counts the largest number of its trips. Both branches of a conditional count.
 """
 
 from collections.abc import Iterator
@@ -25,43 +24,43 @@ _CALLED = re.compile(r'(?:calls|to_apply|body|true_computation|false_computation
 _COLLECTIVES = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'ragged-all-to-all',
                 'collective-permute', 'collective-broadcast')
 KERNEL = 'tpu_custom_call'
-# These name, select or wait for what another instruction computes.
+# Opcodes that name, select or wait for what another instruction computes.
 _NO_TRAFFIC = {'parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'while',
                'conditional', 'call', 'after-all', 'partition-id', 'replica-id', 'copy-done',
                'slice-done', 'async-update', 'optimization-barrier', 'opt-barrier'}
 
 
 class Instruction(NamedTuple):
-  """One line: `name = type opcode(operands), rest`."""
+  """A line of the text: `name = type opcode(operands), rest`."""
 
   name: str
   type: str
   opcode: str
   operands: tuple[str, ...]
-  rest: str  # attributes and metadata; of a constant or parameter its value or number too
+  rest: str  # attributes and metadata, and the value of a constant or the number of a parameter
 
   @property
   def op_name(self) -> str:
-    """Where in the Python program it comes from."""
-    found = re.search(r'op_name="([^"]*)"', self.rest)
-    return found[1].replace("\\'", "'") if found else ''
+    """The place in the Python program that it comes from, '' where the text has none."""
+    match = re.search(r'op_name="([^"]*)"', self.rest)
+    return match[1].replace("\\'", "'") if match else ''
 
 
 class Array(NamedTuple):
-  """An array type. num_bytes as the values take; padded_bytes as the tiled layout does."""
+  """An array type."""
 
   text: str
-  num_bytes: int
-  padded_bytes: int
+  num_bytes: int  # bytes of the values
+  padded_bytes: int  # bytes of the tiled layout
   in_hbm: bool
 
 
-Computation = dict[str, Instruction]  # in order
+Computation = dict[str, Instruction]  # The instructions by name, in order.
 
 
 @dataclass(frozen=True)
 class Module:
-  """A program: its computations by name, and which one it starts in."""
+  """A program: its computations by name, and the name of the one that it starts with."""
 
   computations: dict[str, Computation]
   entry: str
@@ -78,10 +77,13 @@ class Run:
 
 @dataclass(frozen=True)
 class Collective:
-  """One kind of collective in a step of one device.
+  """All collectives of one kind in a step of one device.
 
-  kind: e.g. 'all-gather'; count: how many run; num_bytes: of the whole arrays; wire_bytes:
-  what the device sends, (n − 1)/n of that with n devices in a group, twice for all-reduce.
+  kind: the kind, e.g. 'all-gather'.
+  count: how many run.
+  num_bytes: the bytes of the whole arrays.
+  wire_bytes: the bytes that the device sends: with n devices in a group (n − 1)/n of num_bytes, and
+    twice this for all-reduce.
   """
 
   kind: str
@@ -94,10 +96,10 @@ class Collective:
 
 
 def parse(text: str) -> Module:
-  """The module in `compiled.as_text()`.
+  """The module that `compiled.as_text()` describes.
 
   Raises:
-    ValueError: no entry computation.
+    ValueError: the text has no entry computation.
   """
   computations: dict[str, Computation] = {}
   entry, current = '', None
@@ -118,17 +120,20 @@ def parse(text: str) -> Module:
 
 
 def _instruction(line: str) -> Instruction:
-  found = _INSTRUCTION.match(line)
-  assert found
-  kind, rest = _balanced(line[found.end():], ' ')
+  match = _INSTRUCTION.match(line)
+  assert match
+  type_text, rest = _balanced(line[match.end():], ' ')
   opcode, _, rest = rest.lstrip().partition('(')
   inside, rest = _balanced('(' + rest, '')
   operands = tuple(re.findall(r'%([\w.\-]+)', inside))
-  return Instruction(found[2], kind, opcode, operands, rest if operands else inside + rest)
+  return Instruction(match[2], type_text, opcode, operands, rest if operands else inside + rest)
 
 
 def _balanced(text: str, end: str) -> tuple[str, str]:
-  """Text up to `end` (empty: up to the closing bracket) outside all brackets, and the rest."""
+  """The text up to the first `end` outside all brackets, and the rest.
+
+  With '' for `end` the first part ends with the bracket that closes the first one.
+  """
   depth = 0
   for index, letter in enumerate(text):
     if letter in '([{':
@@ -144,7 +149,7 @@ def _balanced(text: str, end: str) -> tuple[str, str]:
 
 @functools.cache
 def arrays(type_text: str) -> tuple[Array, ...]:
-  """The arrays of a type; of a tuple, its leaves."""
+  """The arrays of a type, which for a tuple are its leaves."""
   return tuple(_array(match[1], match[2], match[3], match[4], match.group())
                for match in _ARRAY.finditer(type_text) if match[1] in _BITS)
 
@@ -152,7 +157,7 @@ def arrays(type_text: str) -> tuple[Array, ...]:
 def _array(dtype: str, dims: str, order: str | None, layout: str | None, text: str) -> Array:
   shape = [int(n) for n in dims.split(',') if n]
   minor = [int(n) for n in (order or '').split(',') if n] or list(reversed(range(len(shape))))
-  padded = [shape[axis] for axis in reversed(minor)]  # Most major first.
+  padded = [shape[axis] for axis in reversed(minor)]  # The most major axis comes first.
   tile = re.match(r'T\(([\d,*]+)\)', layout or '')
   if tile and '*' not in tile[1]:
     sizes = [int(n) for n in tile[1].split(',')]
@@ -169,17 +174,17 @@ def _hbm_bytes(type_text: str) -> int:
   return sum(x.padded_bytes for x in arrays(type_text) if x.in_hbm)
 
 
-# --- What runs, and how often -------------------------------------------------------
+# --- Which instructions run, and how often ------------------------------------------
 
 
 def runs(module: Module) -> list[Run]:
-  """Every instruction outside fusions, with how often a step runs it."""
-  found: list[Run] = []
+  """Every instruction outside fusions, with the number of times that a step runs it."""
+  visited: list[Run] = []
 
   def visit(name: str, times: int) -> None:
     computation = module.computations[name]
     for instruction in computation.values():
-      found.append(Run(instruction, computation, times))
+      visited.append(Run(instruction, computation, times))
       if instruction.opcode == 'while':
         trips = trip_count(module, computation, instruction)
         visit(_called(instruction)[0], times * trips)
@@ -188,7 +193,7 @@ def runs(module: Module) -> list[Run]:
           visit(called, times)
 
   visit(module.entry, 1)
-  return found
+  return visited
 
 
 def _called(instruction: Instruction) -> list[str]:
@@ -197,7 +202,10 @@ def _called(instruction: Instruction) -> list[str]:
 
 
 def trip_count(module: Module, computation: Computation, loop: Instruction) -> int:
-  """Most trips of a while loop whose counter rises by one; 1 where its condition shows none."""
+  """The largest number of trips of a while loop whose counter rises by one.
+
+  It is 1 where the loop's condition does not show it.
+  """
   condition = re.search(r'condition=%([\w.\-]+)', loop.rest)
   assert condition
   test = module.computations[condition[1]]
@@ -221,7 +229,7 @@ def trip_count(module: Module, computation: Computation, loop: Instruction) -> i
 
 
 def _initial(computation: Computation, loop: Instruction, counter: Instruction) -> int:
-  """Where the loop's counter starts: 0 unless the text shows a constant."""
+  """The first value of the loop's counter: 0 unless the text shows a constant."""
   index = re.search(r'index=(\d+)', counter.rest)
   state = computation.get(loop.operands[0])
   if not index or state is None or state.opcode != 'tuple':
@@ -236,10 +244,10 @@ def _initial(computation: Computation, loop: Instruction, counter: Instruction) 
 
 
 def collectives(module: Module) -> list[Collective]:
-  """Collectives of a step by kind, the most bytes on the wire first.
+  """The collectives of a step by kind, those that send the most bytes first.
 
-  The pieces of a collective that the compiler spreads over several fusions share its
-  channel and count once.
+  If the compiler spreads a collective over several fusions, its pieces have one channel and count
+  once.
   """
   totals: dict[str, list[int]] = {}
   seen = set()
@@ -261,14 +269,14 @@ def collectives(module: Module) -> list[Collective]:
 
 
 def bytes_between_slices(module: Module) -> int:
-  """What a device sends to other slices in a step, over the network of the data centre."""
+  """Bytes that a device sends to other slices in a step, over the data centre's network."""
   return sum(run.times * arrays(run.instruction.type)[0].num_bytes for run in runs(module)
              if run.instruction.opcode == 'send')
 
 
 def _collectives_of(module: Module,
                     instruction: Instruction) -> Iterator[tuple[str, Instruction]]:
-  """(kind, instruction) of a collective, also inside fusions and asyncs."""
+  """Yields (kind, instruction) of an instruction's collectives, also inside fusions and asyncs."""
   kind = instruction.opcode.removesuffix('-start')
   if kind in _COLLECTIVES:
     yield kind, instruction
@@ -276,12 +284,12 @@ def _collectives_of(module: Module,
     for name in _called(instruction):
       scattered = 'all-reduce-scatter' in f'{name} {instruction.name}'
       for inner in module.computations[name].values():
-        for kind, found in _collectives_of(module, inner):
-          yield 'reduce-scatter' if scattered else kind, found
+        for kind, collective in _collectives_of(module, inner):
+          yield 'reduce-scatter' if scattered else kind, collective
 
 
 def _collective_bytes(instruction: Instruction) -> int:
-  """Bytes of the whole arrays: gathered, or before they are scattered."""
+  """Bytes of the whole arrays: after they are gathered, or before they are scattered."""
   sizes = [x.num_bytes for x in arrays(instruction.type)]
   if instruction.opcode == 'all-gather-start':
     return sum(sizes[len(instruction.operands):])
@@ -293,7 +301,7 @@ def _collective_bytes(instruction: Instruction) -> int:
 
 
 def _group_size(rest: str) -> int:
-  """Devices that take part in one collective, from any of the three notations."""
+  """The number of devices in one group of a collective, from any of the three notations."""
   named = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", rest)
   if named:
     sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
@@ -311,10 +319,10 @@ def _group_size(rest: str) -> int:
 
 
 def hbm_bytes(module: Module) -> int:
-  """Bytes that a step reads from and writes to HBM: every instruction's operands and results.
+  """Bytes that a step reads from and writes to HBM: the operands and results of all instructions.
 
-  What lives in VMEM is free, a slice costs what it takes of its operand, an update in place
-  what it writes. Kernels count each operand and result once.
+  Arrays in VMEM cost nothing, a slice costs the part that it takes of its operand, and an update in
+  place costs the part that it writes. Each operand and result of a kernel counts once.
   """
   return sum(run.times * _traffic(module, run) for run in runs(module))
 
@@ -354,7 +362,7 @@ def _fusion_traffic(module: Module, it: Instruction, scope: Computation) -> int:
     if whole and len(uses) == 1:
       use, read_as, place = uses[0]
       if use.opcode == 'dynamic-update-slice' and use.operands[0] == read_as:
-        # In place: of the result, counted above, only the update is written, and nothing read.
+        # It updates in place: only the update is written of the result, which `total` has whole.
         total += _padded(place[use.operands[1]].type) - whole
         continue
     total += whole
@@ -362,14 +370,17 @@ def _fusion_traffic(module: Module, it: Instruction, scope: Computation) -> int:
 
 
 def _parameters(computation: Computation) -> list[Instruction]:
-  """In the order of the operands of whoever calls it."""
-  found = [i for i in computation.values() if i.opcode == 'parameter']
-  return sorted(found, key=lambda i: int(re.findall(r'\d+', i.rest)[0]))
+  """The parameters of a computation in the order of the operands that it is called with."""
+  unordered = [i for i in computation.values() if i.opcode == 'parameter']
+  return sorted(unordered, key=lambda i: int(re.findall(r'\d+', i.rest)[0]))
 
 
 def _uses(module: Module, computation: Computation, value: Instruction
           ) -> Iterator[tuple[Instruction, str, Computation]]:
-  """Who reads a value, by which name and where, looking through bitcasts and inner fusions."""
+  """Yields who reads a value, by which name, and in which computation.
+
+  Bitcasts and inner fusions are looked through.
+  """
   for user in computation.values():
     if value.name not in user.operands:
       continue
@@ -390,22 +401,22 @@ def _padded(type_text: str) -> int:
 
 @dataclass(frozen=True)
 class Buffer:
-  """An array in HBM: its type, padded bytes, the instruction that makes it, and whence."""
+  """An array in HBM, or several that are alike."""
 
-  num_bytes: int
+  num_bytes: int  # padded bytes of one of them
   type: str
-  opcode: str
-  op_name: str
-  count: int
+  opcode: str  # of the instruction that makes it
+  op_name: str  # place in the Python program
+  count: int  # how many are alike
 
 
 def biggest(module: Module, limit: int = 8) -> list[Buffer]:
-  """The largest arrays in HBM, arguments included, alike ones counted together.
+  """The largest arrays in HBM, arguments included; arrays that are alike are counted together.
 
-  They are those that the program names, updates in place left out; the compiler may let
-  several share a place.
+  They are the arrays that the program names, without updates in place. The compiler may let several
+  of them share a place.
   """
-  found: dict[tuple[str, str, str], Buffer] = {}
+  buffers: dict[tuple[str, str, str], Buffer] = {}
   for run in runs(module):
     it = run.instruction
     if it.opcode == 'parameter' and run.computation is not module.computations[module.entry]:
@@ -417,27 +428,27 @@ def biggest(module: Module, limit: int = 8) -> list[Buffer]:
     for array in arrays(it.type):
       if array.in_hbm and array.padded_bytes:
         key = array.text.split('{')[0], it.opcode, it.op_name
-        count = found[key].count + 1 if key in found else 1
-        found[key] = Buffer(array.padded_bytes, key[0], it.opcode, it.op_name, count)
-  return sorted(found.values(), key=lambda b: -b.num_bytes)[:limit]
+        count = buffers[key].count + 1 if key in buffers else 1
+        buffers[key] = Buffer(array.padded_bytes, key[0], it.opcode, it.op_name, count)
+  return sorted(buffers.values(), key=lambda b: -b.num_bytes)[:limit]
 
 
 def _updates_in_place(module: Module, it: Instruction) -> bool:
-  """Whether a fusion's result is its operand with a part written anew."""
+  """Whether it is a fusion whose result is its operand with a part written anew."""
   return it.opcode == 'fusion' and (
       list(module.computations[_called(it)[0]].values())[-1].opcode == 'dynamic-update-slice')
 
 
 def kernels(module: Module) -> dict[str, tuple[int, int]]:
-  """Pallas kernels of a step: {name: (calls in the program, calls a step)}."""
-  found: dict[str, tuple[int, int]] = {}
+  """The Pallas kernels of a step: {name: (calls in the program's text, calls in a step)}."""
+  counts: dict[str, tuple[int, int]] = {}
   for run in runs(module):
     it = run.instruction
     if it.opcode == 'custom-call' and f'"{KERNEL}"' in it.rest:
       name = kernel_name(it)
-      calls, times = found.get(name, (0, 0))
-      found[name] = calls + 1, times + run.times
-  return dict(sorted(found.items()))
+      calls, times = counts.get(name, (0, 0))
+      counts[name] = calls + 1, times + run.times
+  return dict(sorted(counts.items()))
 
 
 def kernel_name(call: Instruction) -> str:

@@ -1,8 +1,8 @@
 """`jaxrl-pt kernels`: static reports of the Pallas kernels from the TPU compiler's schedules.
 
-Each case of each kernel's `arg_specs`, and what it is compared with, is compiled for a
-topology in a process of its own; `schedule` reads what the compiler wrote. The floor of a
-call is the largest of issue cycles, MXU cycles and HBM cycles: a static prediction.
+A child process compiles each case of each kernel's `arg_specs`, and its alternatives, for a
+topology, and `schedule` reads what the compiler has written. The floor of a call is the largest of
+issue cycles, MXU cycles and HBM cycles. It is a static prediction.
 """
 
 from collections.abc import Iterator
@@ -29,10 +29,10 @@ KERNELS = tuple(module.name for module in pkgutil.iter_modules(pallas_kernels.__
 
 
 def arg_specs(kernel: str) -> Any:
-  """The module of a kernel's table: `cases(generation)` and `candidates(generation)`.
+  """The module with a kernel's `cases(generation)` and `candidates(generation)`.
 
   Raises:
-    UserError: no such kernel.
+    UserError: there is no such kernel.
   """
   if kernel not in KERNELS:
     raise UserError(f'There is no kernel {kernel!r}: there are {", ".join(KERNELS)}.')
@@ -43,24 +43,24 @@ def arg_specs(kernel: str) -> Any:
 
 
 def report(topology: str, kernels: list[str], only: str, keep: Path | None) -> Iterator[Row]:
-  """The rows of a topology, as they are compiled.
+  """Yields a row for each case of the kernels, as soon as it is compiled for a topology.
 
   Args:
-    topology: e.g. 'v5e:2x2'.
-    kernels: names; empty takes all.
-    only: a regular expression that a case's name must contain.
-    keep: where the compiler's raw texts go; None throws them away.
+    topology: the topology of a slice, e.g. 'v5e:2x2'.
+    kernels: names of kernels; [] takes all.
+    only: a regular expression that must match somewhere in a case's name.
+    keep: the folder for the compiler's raw texts; None deletes them.
 
   Raises:
-    UserError: a wrong name, or no libtpu.
+    UserError: a name is wrong, or libtpu is missing.
   """
   with tempfile.TemporaryDirectory() as dump:
     yield from _child_rows(topology, kernels, only, dump, str(keep.absolute()) if keep else '')
 
 
 def rows_of_compiles(topology: str, kernels: list[str], only: str) -> Iterator[Row]:
-  """Whether each case compiles, without its schedule: name, error, vmem_bytes. No name of a
-  kernel stands for all of them."""
+  """Yields whether each case of the named kernels compiles, as a row of name, error and
+  vmem_bytes. An empty list stands for all kernels."""
   yield from _child_rows(topology, kernels, only, '', '')
 
 
@@ -83,7 +83,7 @@ def _check_regex(pattern: str) -> None:
 
 
 def text(row: Row) -> str:
-  """One row for a person to read."""
+  """A row as a person reads it."""
   name = ' '.join(x for x in (row['kernel'], row['variant'], row['activations'], row['shape'])
                   if x)
   if row['error']:
@@ -100,11 +100,11 @@ def text(row: Row) -> str:
              else ''))
 
 
-# --- The child: compiles, reads, prints one JSON row a case ------------------------
+# --- The child: compiles each case and prints its row as JSON -----------------------
 
 
 def _compile(call: tuning.Call, device: Any) -> int:
-  """Compiles a call; the VMEM that its kernels take, in bytes."""
+  """Compiles a call and returns the bytes of VMEM that its kernels take."""
   import jax
   sharding = jax.sharding.SingleDeviceSharding(device)
   args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
@@ -124,7 +124,15 @@ def _empty(folder: Path) -> None:
 
 def measure_call(call: tuning.Call, chip: chips.Chip, device: Any, dump: Path,
                  trips: tuple[int, ...] = ()) -> Row:
-  """Cycles, floor, slots and VMEM of one call, compiled for `device`; in a child process."""
+  """Cycles, floor, slots and VMEM of a call that is compiled for `device`, in a child process.
+
+  Args:
+    call: the call.
+    chip: the rates of the device.
+    device: the device of a topology.
+    dump: the folder to which the compiler writes its schedules, which is emptied first.
+    trips: trips of the loops whose bound is known only at run time.
+  """
   _empty(dump)
   vmem = _compile(call, device)
   schedules = schedule.read_dump(dump, trips)
@@ -140,12 +148,12 @@ def measure_call(call: tuning.Call, chip: chips.Chip, device: Any, dump: Path,
 
 def measure(case: tuning.Case, chip: chips.Chip, topology: str, device: Any, dump: Path,
             keep: Path | None, alternatives: dict[str, Row]) -> Row:
-  """The row of one case. `alternatives` remembers what has been compiled already."""
+  """The row of a case; `alternatives` keeps the rows of alternatives for the cases to come."""
   labels = {'kernel': case.kernel, 'variant': case.variant, 'activations': case.activations,
             'shape': case.shape, 'topology': topology}
   try:
     row = measure_call(case.call, chip, device, dump, case.dynamic_trips)
-  except Exception as e:  # What the compiler refuses is a finding of the report.
+  except Exception as e:  # A refusal of the compiler is a result of the report.
     return {**labels, 'error': _first_line(e)}
   if keep:
     shutil.copytree(dump, keep / re.sub(r'\W+', '_', f'{case.name} {topology}'),
@@ -165,7 +173,7 @@ def measure(case: tuning.Case, chip: chips.Chip, topology: str, device: Any, dum
 def _only_compile(case: tuning.Case, device: Any) -> Row:
   try:
     return {'name': case.name, 'error': '', 'vmem_bytes': _compile(case.call, device)}
-  except Exception as e:  # What the compiler refuses is the answer.
+  except Exception as e:  # A refusal of the compiler is a result.
     return {'name': case.name, 'error': _first_line(e), 'vmem_bytes': 0}
 
 
@@ -174,7 +182,7 @@ def _first_line(error: Exception) -> str:
 
 
 def main(topology: str, dump: str, keep: str, only: str, *kernels: str) -> None:
-  """The child process."""
+  """The child process: prints one JSON row for each case."""
   generation = chips.generation_of_topology(topology)
   chip = chips.chip(generation)
   say = functools.partial(print, flush=True)

@@ -1,10 +1,10 @@
-"""What bounds a step: its arithmetic from the traced program, its bytes from the compiled one.
+"""The roofline of a step, from the arithmetic of the traced program and the compiled one's bytes.
 
-    seconds ≥ max(MXU, HBM, ICI),  MXU = Σ_kind multiply-adds / rate of that operand type
+    seconds ≥ max(MXU, HBM, ICI),  MXU = Σ_kind multiply-adds / rate of this operand type
 
-Multiply-adds are counted in the traced program, where products are still products, with the
-trips of its loops; recomputation under `jax.checkpoint` counts, elementwise work does not.
-All of it is a static prediction: perfect overlap, no latency, every unit at its peak.
+Multiply-adds are counted in the traced program, which still has all products, with the trips of its
+loops; recomputation under `jax.checkpoint` counts, and elementwise work does not. This is a static
+prediction with perfect overlap, no latency and every unit at its peak.
 """
 
 from collections import Counter
@@ -24,7 +24,7 @@ MultiplyAdds = Counter[Operand]
 
 @dataclass(frozen=True)
 class Roofline:
-  """Least seconds of a step by unit, the largest of them, and which it is."""
+  """The least seconds of a step by unit, and the unit that bounds the step."""
 
   mxu: float
   hbm: float
@@ -44,10 +44,10 @@ def estimate(chip: Chip, multiply_adds: MultiplyAdds, hbm_bytes: float,
   """The roofline of one device.
 
   Args:
-    chip: its rates.
-    multiply_adds: of this device, by operand type.
-    hbm_bytes: read and written.
-    wire_bytes: sent over all the links.
+    chip: the rates of the device.
+    multiply_adds: the multiply-adds of the device, by operand type.
+    hbm_bytes: the bytes that it reads from and writes to HBM.
+    wire_bytes: the bytes that it sends over all its links.
   """
   mxu = sum(n / _rate(chip, kind) for kind, n in multiply_adds.items())
   return Roofline(mxu, hbm_bytes / chip.hbm_bytes_per_second,
@@ -55,7 +55,7 @@ def estimate(chip: Chip, multiply_adds: MultiplyAdds, hbm_bytes: float,
 
 
 def _rate(chip: Chip, kind: Operand) -> float:
-  """Multiply-adds per second; of a type that the chip's MXU lacks, those of the next it has."""
+  """Multiply-adds per second of an operand type, or of the next wider one that the MXU has."""
   wider: dict[Operand, Operand] = {'int4': 'int8', 'int8': 'bf16', 'fp8': 'bf16'}
   while not chip.macs_per_second[kind]:
     kind = wider[kind]
@@ -79,8 +79,8 @@ def multiply_adds(jaxpr: core.Jaxpr, times: int = 1) -> MultiplyAdds:
       case name:
         repeats = times * _repeats(name, eqn)
         for program in inner(eqn):
-          found = multiply_adds(program, repeats)
-          total += _causal(found, eqn) if _is_splash(name, eqn) else found
+          count = multiply_adds(program, repeats)
+          total += _causal(count, eqn) if _is_splash(name, eqn) else count
   return total
 
 
@@ -89,7 +89,7 @@ def _largest(branches: list[MultiplyAdds]) -> MultiplyAdds:
 
 
 def _kind(eqn: Any) -> Operand:
-  """The operand type that the MXU multiplies: float32 products are made of bf16 ones."""
+  """The operand type that the MXU multiplies; float32 products are made of bf16 ones."""
   bits = max(jax.dtypes.itemsize_bits(v.aval.dtype) for v in eqn.invars)
   if not all(jax.numpy.issubdtype(v.aval.dtype, jax.numpy.integer) for v in eqn.invars):
     return 'fp8' if bits == 8 else 'bf16'
@@ -114,7 +114,7 @@ def _repeats(name: str, eqn: Any) -> int:
       return eqn.params['length']
     case 'while':
       return _most_trips(eqn)
-    case 'shard_map':  # Its shapes are those of one device.
+    case 'shard_map':  # The shapes inside are those of one device.
       mesh = eqn.params['mesh']
       return math.prod(mesh.shape[axis] for axis in eqn.params['newly_manual_axes'])
     case 'pallas_call':
@@ -123,18 +123,18 @@ def _repeats(name: str, eqn: Any) -> int:
 
 
 def _is_splash(name: str, eqn: Any) -> bool:
-  """Whether it is JAX's splash attention, which passes over the blocks that its mask hides."""
+  """Whether it is JAX's splash attention, which skips the blocks that its mask hides."""
   return name == 'pallas_call' and (eqn.params['name'] or '').startswith('splash_')
 
 
 def _causal(count: MultiplyAdds, eqn: Any) -> MultiplyAdds:
-  """Of n × n blocks those on the diagonal and below: n is the grid's last size."""
+  """The part of the count of n × n blocks on or below the diagonal; n is the grid's last size."""
   blocks = eqn.params['grid_mapping'].grid[-1]
   return Counter({kind: n * (blocks + 1) // (2 * blocks) for kind, n in count.items()})
 
 
 def _most_trips(eqn: Any) -> int:
-  """The constant that a loop's condition compares its counter with; 1 if there is none."""
+  """The largest constant that a loop's condition compares with; 1 if there is none."""
   bounds = [v.val for e in eqn.params['cond_jaxpr'].jaxpr.eqns if e.primitive.name == 'lt'
             for v in e.invars if isinstance(v, core.Literal)]
   return max((int(b) for b in bounds), default=1)
@@ -143,8 +143,8 @@ def _most_trips(eqn: Any) -> int:
 def inner(eqn: Any) -> Iterator[core.Jaxpr]:
   """The programs inside an equation."""
   for value in eqn.params.values():
-    for one in value if isinstance(value, (tuple, list)) else (value,):
-      if isinstance(one, core.ClosedJaxpr):
-        yield one.jaxpr
-      elif isinstance(one, core.Jaxpr):
-        yield one
+    for item in value if isinstance(value, (tuple, list)) else (value,):
+      if isinstance(item, core.ClosedJaxpr):
+        yield item.jaxpr
+      elif isinstance(item, core.Jaxpr):
+        yield item

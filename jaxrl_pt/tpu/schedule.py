@@ -1,15 +1,14 @@
 """Reads the TPU compiler's final schedule: how many cycles a program takes to issue.
 
-libtpu writes one VLIW bundle a line (`*-final_bundles.txt`) and, beside it, how many slots
-of each unit every bundle fills (`*-final_hlo-static-per-bundle-utilization.txt`). A bundle
-issues in one cycle, so
+libtpu writes a file with one VLIW bundle in each line (`*-final_bundles.txt`) and a file that says
+how many slots of each unit every bundle fills (`*-final_hlo-static-per-bundle-utilization.txt`). A
+bundle issues in one cycle, so
 
-    issue cycles = Σ over bundles of the number of times that bundle runs,
+    issue cycles = Σ over bundles of the number of times that the bundle runs,
 
-with loop trips read from the compiler's own `loop exit test`. Branches are taken to run both
-sides, waiting for memory is not counted, and a loop whose bound is known only at run time
-takes the trips that the caller names, or counts once: this is a static prediction, never
-a time.
+where the trips of a loop are read from the compiler's `loop exit test`. Both sides of a branch
+count, waiting for memory does not, and a loop whose bound is known only at run time has the trips
+that the caller names, or one. This is a static prediction and not a measured time.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,25 +24,26 @@ _BRANCH = re.compile(r'sbr\.rel(?: \(!?%(\w+)\))? target = \$region(\d+)')
 _EXIT = re.compile(r'%(p\w+) = scmp\.ge\.s32\.totalorder (?:\(!?%\w+\), )?%\w+, (\d+) '
                    r'/\* loop exit test \*/')
 _STAGE = re.compile(r'iteration index, stage = (\d+)')
-# A taken branch leaves after this many further bundles.
+# This many bundles after a taken branch still run.
 DELAY_SLOTS = 4
 
 
 @dataclass(frozen=True)
 class Loop:
-  """A loop of the schedule: its bundles and how often it runs each time it is entered."""
+  """A loop of the schedule."""
 
-  first: int
-  last: int
-  trips: int
-  dynamic: bool  # the bound is known only at run time
+  first: int  # number of its first bundle
+  last: int  # number of its last bundle
+  trips: int  # how often it runs each time it is entered
+  dynamic: bool  # whether its bound is known only at run time
 
 
 @dataclass(frozen=True)
 class Schedule:
-  """One computation's final schedule.
+  """The final schedule of a computation.
 
-  slots: share of each unit's issue slots that is filled, over all issue cycles.
+  dynamic_loops: the number of loops whose bound is known only at run time.
+  slots: the share of each unit's issue slots that is filled, over all issue cycles.
   """
 
   name: str
@@ -55,17 +55,17 @@ class Schedule:
 
 def read(name: str, bundles: str, utilization: str,
          dynamic_trips: Sequence[int] = ()) -> Schedule:
-  """The schedule in the compiler's two texts.
+  """The schedule that the compiler's two texts describe.
 
   Args:
-    name: of the computation.
-    bundles: text of `*-final_bundles.txt`.
-    utilization: text of `*-final_hlo-static-per-bundle-utilization.txt`.
-    dynamic_trips: of the loops whose bound is known only at run time, in the order in which
-      they end; those beyond its length count once.
+    name: the computation's name.
+    bundles: the text of `*-final_bundles.txt`.
+    utilization: the text of `*-final_hlo-static-per-bundle-utilization.txt`.
+    dynamic_trips: the trips of the loops whose bound is known only at run time, in the order in
+      which these end; further loops count once.
 
   Raises:
-    ValueError: the two do not have the same number of bundles.
+    ValueError: the two texts do not have the same number of bundles.
   """
   lines = list(_bundles(bundles))
   loops = _loops(lines, dynamic_trips)
@@ -82,13 +82,13 @@ def read(name: str, bundles: str, utilization: str,
 
 
 def read_dump(directory: Path, dynamic_trips: Sequence[int] = ()) -> list[Schedule]:
-  """Every computation of a dump, without the start and end that each program has."""
+  """The schedules of all computations in a dump, except the start and end of every program."""
   schedules = []
   for path in sorted(directory.glob('*-final_bundles.txt')):
-    found = re.fullmatch(r'(\d+-(.+))-\d+-final_bundles\.txt', path.name)
-    if not found or 'schedule-analysis' in path.name:
+    match = re.fullmatch(r'(\d+-(.+))-\d+-final_bundles\.txt', path.name)
+    if not match or 'schedule-analysis' in path.name:
       continue
-    stem, name = found.groups()
+    stem, name = match.groups()
     if name == 'TLP' or name.startswith('<late-'):
       continue
     rows = [p for p in directory.iterdir() if re.fullmatch(
@@ -99,7 +99,7 @@ def read_dump(directory: Path, dynamic_trips: Sequence[int] = ()) -> list[Schedu
 
 
 def _bundles(text: str) -> Iterator[str]:
-  """One string a bundle; comments may run over several lines."""
+  """Yields the text of each bundle, whose comments may run over several lines."""
   current: list[str] = []
   for line in text.splitlines():
     if _BUNDLE.match(line):
@@ -113,7 +113,7 @@ def _bundles(text: str) -> Iterator[str]:
 
 
 def _loops(lines: list[str], dynamic_trips: Sequence[int]) -> list[Loop]:
-  """The loops: a branch back to a region that began earlier closes one."""
+  """The loops, each of which ends with a branch back to a region that began earlier."""
   starts: dict[str, int] = {}
   tests: dict[str, int] = {}
   loops = []
@@ -135,8 +135,8 @@ def _loops(lines: list[str], dynamic_trips: Sequence[int]) -> list[Loop]:
 def _runs(lines: list[str], loops: list[Loop]) -> list[float]:
   """How often each bundle runs.
 
-  A pipelined grid runs its loop once more for each stage that fills or drains it. The body
-  is then skipped by one branch: that part runs once per grid step only.
+  A pipelined grid runs its loop once more for each stage that fills or drains the pipeline. In
+  these runs a branch skips the body, which therefore runs once for each grid step.
   """
   runs = [1.0] * len(lines)
   for loop in loops:
@@ -152,14 +152,14 @@ def _runs(lines: list[str], loops: list[Loop]) -> list[float]:
 
 
 def _stages(lines: list[str], loop: Loop) -> int:
-  """Stages beyond the first: the loop's head names each, up to its first branch."""
+  """The number of stages beyond the first, which the loop names before its first branch."""
   head = itertools.takewhile(lambda line: not _BRANCH.search(line),
                              lines[loop.first:loop.last + 1])
   return max((int(s) for line in head for s in _STAGE.findall(line)), default=0)
 
 
 def _longest_skip(lines: list[str], loop: Loop) -> tuple[int, int]:
-  """[first, last) of the largest part of the loop that a forward branch passes over."""
+  """The bundles [first, last) of the largest part of the loop that a forward branch skips."""
   places = {region: index for index in range(loop.first, loop.last + 1)
             for region in _REGION.findall(lines[index])}
   skips = [(index + DELAY_SLOTS + 1, places[target])
@@ -169,7 +169,7 @@ def _longest_skip(lines: list[str], loop: Loop) -> tuple[int, int]:
 
 
 def _utilization(text: str) -> tuple[list[str], list[int], list[list[int]]]:
-  """Names of the units, their slots in a bundle, and the slots that each bundle fills."""
+  """The names of the units, their slots in a bundle, and the slots that each bundle fills."""
   lines = [line for line in text.splitlines() if line.strip()]
   units = [name.strip() for name in lines[1].split(',')]
   capacity = [int(n) for n in lines[2].split()]
@@ -178,12 +178,12 @@ def _utilization(text: str) -> tuple[list[str], list[int], list[list[int]]]:
 
 
 def total(schedules: list[Schedule]) -> tuple[int, int]:
-  """Issue cycles and run-time loops of computations that run one after another."""
+  """The issue cycles and dynamic loops of computations that run one after another."""
   return sum(s.issue_cycles for s in schedules), sum(s.dynamic_loops for s in schedules)
 
 
 def floor(issue: float, mxu: float, hbm: float) -> tuple[int, str]:
-  """The static floor in cycles, and which of the three sets it."""
+  """The static floor in cycles, and the name of the bound that sets it."""
   bounds = {'issue': issue, 'mxu': mxu, 'hbm': hbm}
   bound = max(bounds, key=lambda name: bounds[name])
   return math.ceil(bounds[bound]), bound

@@ -1,4 +1,4 @@
-"""What to change when a run does not fit a slice: tries settings until the compiler agrees."""
+"""Searches for settings with which a run fits a slice, by compiling it with one after another."""
 
 from collections.abc import Callable, Iterator, Sequence
 import dataclasses
@@ -8,26 +8,28 @@ from jaxrl_pt import config as cfg
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.tpu import compile as compiling
 
-# Tokens of a device whose logits exist at once.
+# Tokens of each device whose logits may exist at once.
 LOSS_CHUNK = 2048
 MAX_TRIES = 16
 
 
 def fitting(topology: str, gin_files: Sequence[str], bindings: Sequence[str],
             say: Callable[[str], None], slices: int = 1) -> list[str]:
-  """The first bindings, from the mildest change on, under which every program fits.
+  """The mildest change of the settings, of those that are tried, with which every program fits.
 
-  Settings that keep the batch come first (rematerialisation, loss in chunks, a state split
-  over all devices, accumulation, tensor sharding); then the batch is halved until it fits, so
-  that what is found is the largest such batch. Each try is a compile of the run's own
-  program; where memory is short by far the compiler says so within seconds.
+  Changes that keep the batch come first: rematerialisation, a loss in chunks, a state that is split
+  over all devices, accumulation, tensor sharding. Then the batch is halved until it fits. Each try
+  compiles the run's own programs; where much memory is lacking, the compiler says so within
+  seconds.
 
   Args:
-    topology, gin_files, bindings, slices: as in `compile_run`.
-    say: receives a line for every try.
+    topology: the topology of a slice, e.g. 'v5e:16x16'.
+    gin_files, bindings: the settings of the run.
+    say: a function that gets a line for every try.
+    slices: the number of slices.
 
   Returns:
-    bindings to add; empty where nothing that was tried fits.
+    The bindings to add; [] where no change that was tried is enough.
   """
   run = compiling.load(gin_files, bindings)
   tries = 0
@@ -38,7 +40,7 @@ def fitting(topology: str, gin_files: Sequence[str], bindings: Sequence[str],
     say(f'try {tries}: ' + '; '.join(added))
     try:
       rows = list(compiling.compile_run(topology, gin_files, [*bindings, *added], slices))
-    except UserError as e:  # A batch that no longer divides, say.
+    except UserError as e:  # For example, the batch does not divide any more.
       say(f'  not possible: {e}')
       continue
     if all(row['fits'] for row in rows):
@@ -56,13 +58,13 @@ def fitting(topology: str, gin_files: Sequence[str], bindings: Sequence[str],
 
 
 def num_devices(topology: str) -> int:
-  """Devices of a topology as JAX counts them: a tpu7x chip is two."""
+  """The number of devices of a topology as JAX counts them: a tpu7x chip is two devices."""
   generation, _, shape = topology.partition(':')
   return math.prod(map(int, shape.split('x'))) * (2 if generation == 'tpu7x' else 1)
 
 
 def _splits_state(mesh: cfg.Mesh) -> bool:
-  """Whether parameters and moments are split over all devices, with nothing else on top."""
+  """Whether the mesh splits parameters and moments over all devices, and does nothing else."""
   return dataclasses.replace(mesh, fsdp=0) == cfg.Mesh()
 
 
@@ -74,7 +76,7 @@ def _rows_at_once(run: cfg.Run) -> str:
 
 
 def _attempts(run: cfg.Run, devices: int) -> Iterator[list[str]]:
-  """Bindings to try, each list a whole answer."""
+  """Yields lists of bindings to try, from the mildest change on."""
   added: list[str] = []
   loss_chunk = LOSS_CHUNK * devices
   if run.compute.remat == 'none':
@@ -95,7 +97,7 @@ def _attempts(run: cfg.Run, devices: int) -> Iterator[list[str]]:
 
 
 def _pretraining_attempts(run: cfg.Run, devices: int, added: list[str]) -> Iterator[list[str]]:
-  """Fewer rows at once, then the rows' heads and features over several devices."""
+  """Yields changes to fewer rows at once, then to heads and features over several devices."""
   rows, parts = run.train.batch_size, run.train.accumulation
   while not rows % (2 * parts * devices):
     parts *= 2
@@ -112,7 +114,7 @@ def _pretraining_attempts(run: cfg.Run, devices: int, added: list[str]) -> Itera
 
 
 def _halved(name: str, rows: int, least: int, added: list[str]) -> Iterator[list[str]]:
-  """Half the rows as long as every device has one."""
+  """Yields changes that halve the rows, as long as every device has one."""
   while rows % 2 == 0 and rows // 2 >= least:
     rows //= 2
     yield [*added, f'{name} = {rows}']

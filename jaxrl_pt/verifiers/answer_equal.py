@@ -1,9 +1,9 @@
-r"""Whether a stated answer is the reference, both as trees.
+r"""Whether a stated answer equals the true one, both as trees.
 
-What is left to the question is not asked of the answer: the name before an equals sign, a unit,
-a percent or degree sign, the brackets of a pair. What is stated must still be so: every side of a
-chain of equations equals the others, a relation other than = is no value, and no letter may stand
-in it that the reference lacks (`0 \cdot x`).
+A stated answer may lack what the question often says: the name before an equals sign, a unit, a
+percent or degree sign, the brackets of a pair. All that it states must be true: every side of a
+chain of equations must equal the others, a relation other than = is no value, and it may have no
+letter that the true answer lacks (`0 \cdot x`).
 """
 
 from collections.abc import Callable
@@ -16,22 +16,22 @@ from jaxrl_pt.verifiers import answer_value as values
 from jaxrl_pt.verifiers.answer_value import Undefined, Value
 
 Fraction = values.Fraction
-# Whether two values, one of them opaque, are proved to be equal.
+# (left, right) → whether two values, at least one of them opaque, are proved to be equal.
 Proof = Callable[[Value, Value], bool]
 Node = tree.Node
 
 _ORDERED = ('()', '(]', '[)', '[]')
 _FLIPPED = {'<': '>', '>': '<', '<=': '>=', '>=': '<=', '!=': '!=', '=': '='}
-MAX_ITEMS = 60  # of an answer of several values, which are compared each with each
+MAX_ITEMS = 60  # Values of an answer, each of which is compared with each.
 
 
 def is_equal(stated: Node, truth: Node, prove: Proof | None) -> bool:
-  """Whether `stated` answers what `truth` does.
+  """Whether the stated answer equals the true one.
 
   Args:
     stated, truth: trees of `answer_parse.parse`.
-    prove: of values that are no rational expressions of numbers and letters; None takes numbers
-      that are written out, alone or in rows, and no expression that would be worked out.
+    prove: the proof for values with opaque atoms. With None only numbers that are written out,
+      alone or in rows, can be equal, and no expression is worked out.
 
   Raises:
     TooLarge: a value takes too many digits or terms.
@@ -45,7 +45,7 @@ def is_equal(stated: Node, truth: Node, prove: Proof | None) -> bool:
 
 
 def _is_written_out(node: Node) -> bool:
-  """Numbers as they stand: `-1.5`, `3/4`, `1 1/2`, `x = 5`, `(1, 2)`, `50\\%`; a letter too."""
+  """Whether it needs no working out: `-1.5`, `3/4`, `1 1/2`, `x = 5`, `(1, 2)`, `50\\%`, `x`."""
   match node:
     case tree.Number() | tree.Symbol() | tree.Word():
       return True
@@ -67,7 +67,7 @@ def _is_written_out(node: Node) -> bool:
 
 
 def _set_like(node: Node) -> Node:
-  r"""`x > 5` and `x \in (5, \infty)` as the interval; `= 7` as 7."""
+  r"""The tree with `x > 5` and `x \in (5, \infty)` as the interval, and `= 7` as 7."""
   match node:
     case tree.Row(kind='list' | 'union', items=items):
       return tree.Row(node.kind, tuple(map(_set_like, items)))
@@ -82,7 +82,7 @@ def _set_like(node: Node) -> Node:
 
 
 def _interval(relation: tree.Relation) -> Node | None:
-  """The interval that a letter between constants stands for."""
+  """The interval of a letter that a relation bounds by constants; None of other relations."""
   names = [s for s in relation.sides if isinstance(s, tree.Symbol) and s.name not in 'πe∞']
   bounds = [s for s in relation.sides if s is not None and s not in names]
   operators = relation.operators
@@ -123,7 +123,7 @@ def _equal(stated: Node, truth: Node, prove: Proof) -> bool:
     case tree.Word(text=left), tree.Word(text=right):
       return left.lower() == right.lower()
     case (tree.Word(text=text), other) | (other, tree.Word(text=text)):
-      # xy alone is a word, beside x · y a product.
+      # xy alone is a word, but compared with x · y it is a product.
       product = _product(text)
       return product is not None and _equal_quantities(product, other, prove)
   return _equal_quantities(stated, truth, prove)
@@ -136,10 +136,10 @@ def _product(text: str) -> Node | None:
 
 
 def _one_value(node: Node) -> Node | None:
-  """What a row with the meaning of one value is: {5} as 5, 3:4 as 3/4."""
+  """The value of a row that means one value: {5} as 5, 3:4 as 3/4; None of other rows."""
   match node:
-    case tree.Row(kind='set' | 'list', items=(one,)):
-      return one
+    case tree.Row(kind='set' | 'list', items=(item,)):
+      return item
     case tree.Row(kind='ratio', items=(top, bottom)):
       return tree.Call('div', (top, bottom))
     case tree.Row():
@@ -148,9 +148,9 @@ def _one_value(node: Node) -> Node | None:
 
 
 def _named(node: Node | None) -> tuple[Node | None, Node] | None:
-  r"""(name, value) of `x = 5`, `f(x) = 2x`, `x = 2 + 3 = 5`, `2 + 3 = 5`; None of others.
+  r"""(name, value) of `x = 5`, `f(x) = 2x`, `x = 2 + 3 = 5`, `2 + 3 = 5`; None of other relations.
 
-  The chain's sides are checked by `_equal_relation`; here the last one stands for all.
+  The value is the last side of a chain, whose other sides `_equal_relation` checks.
   """
   if not isinstance(node, tree.Relation) or set(node.operators) != {'='}:
     return None
@@ -165,7 +165,7 @@ def _named(node: Node | None) -> tuple[Node | None, Node] | None:
 
 
 def _is_name(node: Node) -> bool:
-  """A letter, or a letter of letters or numbers: x, a_1, f(x), P(2)."""
+  """Whether it is a letter, or a function's letter with its argument: x, a_1, f(x), P(2)."""
   match node:
     case tree.Symbol(name=name):
       return name not in ('π', '∞', '∅')
@@ -175,10 +175,10 @@ def _is_name(node: Node) -> bool:
 
 
 def _equal_relation(stated: tree.Relation, truth: Node, prove: Proof) -> bool:
-  found = _named(stated)
-  if found is None:
+  named = _named(stated)
+  if named is None:
     return isinstance(truth, tree.Relation) and _same_relation(stated, truth, prove)
-  name, side = found
+  name, side = named
   checked = stated.sides[1 if name is not None else 0:-1]
   if not all(other is not None and _equal(other, side, prove) for other in checked):
     return False  # 5 = 6, and x = 5 = 6
@@ -192,9 +192,9 @@ def _equal_relation(stated: tree.Relation, truth: Node, prove: Proof) -> bool:
 
 
 def _same_relation(stated: tree.Relation, truth: tree.Relation, prove: Proof) -> bool:
-  """The same equation or inequality up to a factor, or the same chain side by side.
+  """Whether they are the same equation or inequality up to a factor, or the same chain.
 
-  An unknown that the reference gives in numbers must be given: 2x = 10 does not answer x = 5.
+  If the true answer gives an unknown in numbers, so must the stated one: 2x = 10 is not x = 5.
   """
   wanted = _named(truth)
   if wanted is not None and not _letters(wanted[1]):
@@ -231,7 +231,7 @@ def _equal_rows(stated: tree.Row, truth: tree.Row, prove: Proof) -> bool:
     return len(left) == len(right) and all(
         same(tree.Call('mul', (a, right[0])), tree.Call('mul', (b, left[0])))
         for a, b in zip(left, right, strict=True))
-  if stated.kind == 'set':  # a set may name an element twice
+  if stated.kind == 'set':  # A set may name an element twice.
     left = _distinct(left, same)
   if truth.kind == 'set':
     right = _distinct(right, same)
@@ -239,8 +239,8 @@ def _equal_rows(stated: tree.Row, truth: tree.Row, prove: Proof) -> bool:
     return False
   in_order = all(same(a, b) for a, b in zip(left, right, strict=True))
   if len(kinds) == 1 and stated.kind not in ('list', 'set', 'union'):
-    return in_order  # (1, 2), [1, 2)
-  if kinds == {'list', '()'}:  # brackets left out, and names left to the question
+    return in_order  # Pairs such as (1, 2) and intervals such as [1, 2) have an order.
+  if kinds == {'list', '()'}:  # The brackets of a pair may be left out.
     return in_order
   if kinds <= {'list', 'set'} or kinds <= {'list', 'union'}:
     return in_order or (not _have_names(left) or _have_names(right)) and _is_permuted(
@@ -249,7 +249,7 @@ def _equal_rows(stated: tree.Row, truth: tree.Row, prove: Proof) -> bool:
 
 
 def _have_names(items: tuple[Node, ...]) -> bool:
-  """Whether several different unknowns are given: x = 1, y = 2 has an order, x = 1, x = 2 none."""
+  """Whether the items give several unknowns: x = 1, y = 2 has an order, x = 1, x = 2 has none."""
   return len({repr(i.sides[0]) for i in items if isinstance(i, tree.Relation)}) > 1
 
 
@@ -263,12 +263,12 @@ def _distinct(items: tuple[Node, ...], same: Callable[[Node, Node], bool]) -> tu
 
 def _is_permuted(left: tuple[Node, ...], right: tuple[Node, ...],
                  same: Callable[[Node, Node], bool]) -> bool:
-  rest = list(right)
+  unmatched = list(right)
   for item in left:
-    place = next((i for i, other in enumerate(rest) if same(item, other)), None)
+    place = next((i for i, other in enumerate(unmatched) if same(item, other)), None)
     if place is None:
       return False
-    del rest[place]
+    del unmatched[place]
   return True
 
 
@@ -276,12 +276,12 @@ def _is_permuted(left: tuple[Node, ...], right: tuple[Node, ...],
 
 
 def _equal_quantities(stated: Node, truth: Node, prove: Proof) -> bool:
-  """Values with units: a unit that only one side has is left to the question."""
+  """Whether two values with units are equal; a unit that only one of them has is ignored."""
   match stated, truth:
     case tree.Unit(value=left, unit=unit), tree.Unit(value=right, unit=other):
       return unit == other and _equal_values(left, right, prove)
     case (tree.Unit(value=inner, unit=unit), bare) | (bare, tree.Unit(value=inner, unit=unit)):
-      # The bare number; of 50% and 30° also what they are worth.
+      # The unit's number counts, and for 50% and 30° also 1/2 and π/6.
       is_swapped = isinstance(truth, tree.Unit)
       for worth in (inner, *([tree.Unit(inner, unit)] if unit in ('%', 'degree') else [])):
         if _equal_values(*((bare, worth) if is_swapped else (worth, bare)), prove):
@@ -295,11 +295,11 @@ def _equal_values(stated: Node, truth: Node, prove: Proof) -> bool:
   if infinite != (0, 0):
     return infinite[0] == infinite[1]
   if isinstance(stated, tree.Symbol) and isinstance(truth, tree.Symbol):
-    # Letters of choices in either case.
+    # The letter of a choice may be upper or lower case.
     return stated == truth or (len(stated.name) == len(truth.name) == 1 and stated.name.lower(
         ) == truth.name.lower())
   if not _letters(stated) <= _letters(truth):
-    return False  # not 0, 0 · x
+    return False  # 0 · x is not 0.
   left, right = evaluate.value(stated), evaluate.value(truth)
   if values.is_same(left, right):
     return True
@@ -308,7 +308,7 @@ def _equal_values(stated: Node, truth: Node, prove: Proof) -> bool:
 
 
 def _infinity(node: Node) -> int:
-  """1 for ∞, −1 for −∞, 2 for ∅, 0 for all else."""
+  """1 for ∞, −1 for −∞, 2 for ∅, and 0 for all else."""
   match node:
     case tree.Symbol(name='∞'):
       return 1
@@ -320,7 +320,7 @@ def _infinity(node: Node) -> int:
 
 
 def _letters(node: Node | None) -> set[str]:
-  """Names of the letters in a tree; constants are none."""
+  """Names of the letters in a tree, without constants."""
   match node:
     case tree.Symbol(name=name):
       return {name} - {'π', 'e', 'i', '∞', '∅'}

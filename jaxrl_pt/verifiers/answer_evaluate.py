@@ -1,4 +1,4 @@
-"""From trees to values: operations and functions, after a bound on what they cost."""
+"""Turns trees into values by their operations and functions, after a bound on what these cost."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from jaxrl_pt.verifiers.answer_value import (
   total,
 )
 
-MAX_WORK = 40_000  # see `_Cost`
+MAX_WORK = 40_000  # The largest `_Cost.work` of an expression.
 _ODD = ('sin', 'tan', 'cot', 'csc', 'arcsin', 'arctan', 'sinh', 'tanh')
 _EVEN = ('cos', 'sec', 'cosh')
 
@@ -32,7 +32,7 @@ _EVEN = ('cos', 'sec', 'cosh')
 
 
 def _logarithm(value: Value) -> Value:
-  """ln of a positive rational by its primes; of another value opaque."""
+  """ln of a value: a sum over primes where it is a positive product of known atoms, else opaque."""
   if not value.top:
     raise Undefined('the logarithm of 0')
   single = value.monomial
@@ -92,7 +92,7 @@ def _of_integers(function: Callable[..., int], values: list[Value]) -> Value:
 
 
 def _with_parity(name: str, values: list[Value]) -> Value:
-  """An opaque function whose argument has one sign: sin −x is −sin x, arccos −x is π − arccos x."""
+  """An opaque function with a normalised sign: sin −x is −sin x, arccos −x is π − arccos x."""
   if name in (*_ODD, *_EVEN, 'arccos') and values[0].top and values[0].top[0][1] < 0:
     turned = atom('function', name, negative(values[0]))
     if name == 'arccos':
@@ -105,7 +105,7 @@ def _function(name: str, values: list[Value]) -> Value:
   match name:
     case 'ln':
       return _logarithm(values[0])
-    case 'log' | 'lg':  # without a base: 10
+    case 'log' | 'lg':  # The base is 10 if none is given.
       base = values[1] if len(values) > 1 else constant(10)
       return divide(_logarithm(values[0]), _logarithm(base))
     case 'exp':
@@ -133,7 +133,7 @@ def _function(name: str, values: list[Value]) -> Value:
 
 @dataclass(frozen=True)
 class _Cost:
-  """A bound on a value before it is worked out: terms, their size together, the work done."""
+  """A bound on a value before it is worked out: its terms, their total size, and all the work."""
 
   terms: int = 1
   size: int = 1
@@ -154,7 +154,7 @@ class _Cost:
 
 
 def _cost(node: tree.Node) -> tuple[_Cost, bool]:
-  """The bound, and whether the value is a rational number, which is one term whatever is done."""
+  """The bound, and whether the value is a rational number, which is always a single term."""
   if isinstance(node, tree.Unit):
     return _cost(node.value)
   if not isinstance(node, tree.Call):
@@ -194,8 +194,8 @@ def value(node: tree.Node) -> Value:
   """The value of an expression.
 
   Raises:
-    Undefined: it has none: a division by 0, infinity inside, or it is no expression.
-    TooLarge: it takes too many digits or terms to work out; found before they are.
+    Undefined: it has no value: it divides by 0, has infinity inside, or is no expression.
+    TooLarge: it would take too many digits or terms to work out.
   """
   _cost(node)
   return _value(node)

@@ -1,4 +1,4 @@
-r"""The formulas of the answers' grammar: sums, terms, factors and primaries; see `answer_parse`."""
+r"""The formulas of the grammar of `answer_parse`: sums, terms, factors and primaries."""
 
 import abc
 import fractions
@@ -28,10 +28,10 @@ _END = Token('sign', 'end')
 
 
 class Formulas(abc.ABC):
-  """Recursive descent: every method reads its part and stops at what it cannot read."""
+  """A recursive-descent parser whose methods read a part each and stop behind it."""
 
-  def __init__(self, found: list[Token]) -> None:
-    self.tokens, self.place, self.depth, self.in_bars = found, 0, 0, 0
+  def __init__(self, tokens: list[Token]) -> None:
+    self.tokens, self.place, self.depth, self.in_bars = tokens, 0, 0, 0
 
   @property
   def next(self) -> Token:
@@ -45,9 +45,9 @@ class Formulas(abc.ABC):
     return self.next.kind in ('sign', 'command') and self.next.text in texts
 
   def accept(self, *texts: str) -> bool:
-    found = self.is_next(*texts)
-    self.place += found
-    return found
+    is_next = self.is_next(*texts)
+    self.place += is_next
+    return is_next
 
   def take(self, text: str) -> None:
     if not self.accept(text):
@@ -55,12 +55,12 @@ class Formulas(abc.ABC):
 
   @abc.abstractmethod
   def row(self, closing: tuple[str, ...]) -> Node:
-    """The values in a bracket, up to its closing, which stays."""
+    """Reads the values in a bracket, up to the closing bracket, which stays."""
 
   # --- Sums, terms, factors ---------------------------------------------------------
 
   def sum(self) -> Node:
-    """Terms with signs between."""
+    """Reads terms with signs between them."""
     terms = [self._signed_term()]
     while self.is_next('+', '-', 'pm', 'mp'):
       terms.append(self._signed_term())
@@ -72,9 +72,9 @@ class Formulas(abc.ABC):
     return signed(sign, self.term())
 
   def term(self) -> Node:
-    """Factors with ×, · or / or nothing between."""
+    """Reads factors with ×, ·, / or nothing between them."""
     value = self._mixed() or self.factor()
-    # A / stands to the left: what follows without a sign could belong to it. 1/2 x is clear.
+    # A factor that follows a / without a sign could belong to the divisor: a/bc. 1/2 x is clear.
     is_slashed = value_is_quotient = False
     for _ in range(MAX_FACTORS):
       if self.accept('times', 'cdot', '*'):
@@ -94,7 +94,7 @@ class Formulas(abc.ABC):
     raise TooLarge('factors')
 
   def _operand(self) -> Node:
-    """A factor behind × or /, which may have a sign."""
+    """Reads a factor behind × or /, which may have a minus sign."""
     if self.accept('-'):
       return Call('neg', (self.factor(),))
     return self.factor()
@@ -102,7 +102,7 @@ class Formulas(abc.ABC):
   def _starts_factor(self) -> bool:
     token = self.next
     if token.kind == 'number':
-      return False  # 2 3 and x2 are not products
+      return False  # 2 3 and x2 are no products.
     if token.kind == 'symbol':
       return answer_units.read(self.tokens[self.place:])[0] is None or not self._is_after_number()
     if token.kind == 'word':
@@ -117,14 +117,14 @@ class Formulas(abc.ABC):
     return self.place > 0 and self.tokens[self.place - 1].kind == 'number'
 
   def _is_product(self, token: Token) -> bool:
-    """Whether a run of letters is a product of them: short, ASCII, in a formula, no space."""
+    """Whether a word is a product of letters: short, ASCII, in a formula, without spaces."""
     is_apart = token.spaced or (self.after().spaced and self.after().kind in ('number', 'word'))
     return (token.kind == 'word' and len(token.text) <= answer_tokens.MAX_LETTERS
             and token.text.isascii() and not token.is_text and not is_apart
             and answer_units.read(self.tokens[self.place:])[0] is None)
 
   def _mixed(self) -> Node | None:
-    """`1 1/2` or `1\\frac{1}{2}`: a whole number and a proper fraction."""
+    """Reads a whole number and a proper fraction, `1 1/2` or `1\\frac{1}{2}`, or returns None."""
     whole = self.next
     if whole.kind != 'number' or whole.value.denominator != 1:
       return None
@@ -151,7 +151,7 @@ class Formulas(abc.ABC):
     return Call('mixed', (Number(whole.value), Number(top), Number(bottom)))
 
   def factor(self) -> Node:
-    """A primary with what stands behind it."""
+    """Reads a primary with its index, exponent, factorial or percent sign."""
     value = self.primary()
     while self.is_next('_'):
       value = self._index(value)
@@ -193,8 +193,10 @@ class Formulas(abc.ABC):
     raise NotUnderstood('an index')
 
   def _argument(self, is_power: bool = False) -> Node:
-    r"""What a command or ^ takes: a group, or one token; a number of several digits only as a
-    power, since \sqrt23 may mean two things."""
+    r"""Reads the argument of a command or ^: a group in braces, or one token.
+
+    A number of several digits is such a token only behind ^, since \sqrt23 may mean two things.
+    """
     if self.accept('{'):
       value = self.sum()
       self.take('}')
@@ -211,7 +213,7 @@ class Formulas(abc.ABC):
   # --- Primaries --------------------------------------------------------------------
 
   def primary(self) -> Node:
-    """A number, a letter, a bracket, or a command with its arguments."""
+    """Reads a number, a letter, a bracket, or a command with its arguments."""
     self.depth += 1
     if self.depth > MAX_DEPTH:
       raise TooLarge('brackets')
@@ -333,10 +335,10 @@ class Formulas(abc.ABC):
       self.place += 1
       inner = self.row((_CLOSING[opening],))
       self.take(_CLOSING[opening])
-      many = list(inner.items) if isinstance(inner, Row) and inner.kind == 'list' else [inner]
-      if len(many) > 1 and name not in ('min', 'max', 'gcd', 'lcm'):
+      args = list(inner.items) if isinstance(inner, Row) and inner.kind == 'list' else [inner]
+      if len(args) > 1 and name not in ('min', 'max', 'gcd', 'lcm'):
         raise NotUnderstood(name)
-      return many
+      return args
     if not (self._starts_factor() or self.next.kind == 'number'):
       raise NotUnderstood(name)
     value = self._mixed() or self.factor()

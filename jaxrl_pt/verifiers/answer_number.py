@@ -1,9 +1,9 @@
-r"""Numbers written out: the value of one, and the last one of a text.
+r"""Numbers that are written out: the value of a number, and the last number of a text.
 
 The last number is the last digits of the text with all that belongs to them: sign, thousands,
-decimals, exponent, fraction, percent. It counts only if it stands for itself. Digits that are a
-part of something else, `x^2`, `2\sqrt{3}`, `3:4`, `H2`, or that the text denies, `≠ 7`, `not 7`,
-`5 = 6`, are no answer, and neither is a number before them.
+decimals, exponent, fraction, percent. It counts only if it stands for itself. Digits are no answer
+if they are a part of something else (`x^2`, `2\sqrt{3}`, `3:4`, `H2`) or if the text denies them
+(`≠ 7`, `not 7`, `5 = 6`); the numbers before them are no answer either.
 """
 
 import fractions
@@ -19,7 +19,7 @@ from jaxrl_pt.verifiers import (
 from jaxrl_pt.verifiers import answer_tree as tree
 from jaxrl_pt.verifiers.answer_tokens import NotUnderstood, TooLarge
 
-WINDOW = 1000  # characters on both sides of the last digits that may belong to them
+WINDOW = 1000  # How many characters on both sides of the last digits are read.
 
 _INTEGER = r'(?:[1-9]\d{0,2}(?:,\d{3})+(?![\d,]*\d)|\d+)'
 _DECIMAL = rf'(?:{_INTEGER}(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+)?'
@@ -28,7 +28,7 @@ _NUMBER = re.compile(
     rf'\\[dt]?frac\s*\d\d(?!\d)|\d+[ ]\d+/\d+|\d+\s*\\[dt]?frac\s*\{{\d+\}}\{{\d+\}}|'
     rf'[1-9]\d{{0,2}}(?:(?:\{{,\}}|\\,|\\!|,\\!|[ ])\d{{3}})+(?!\d)(?:\.\d+)?|'
     rf'{_DECIMAL}(?:/{_DECIMAL})?)')
-# What a number may follow directly, apart from spaces: not what makes it a part of a formula.
+# Matches text before a number that makes the number a part of a formula.
 _JOINED_BEFORE = re.compile(
     r'(?:[\w)\]}]\s*[+*/^]|[\w)\]}]\s*\\(?:times|cdot|div|pm|mp)|[_^√\\}]|\d\s*:|\d\.|'
     r'\\(?:sqrt|surd|pm|log|ln|sin|cos|tan)\s*(?:_\s*(?:\{[^{}]*\}|\w))?\s*|\\[dtc]?frac\s*(?:\{[^{}]*\})?)\s*\{?\s*\Z')
@@ -46,9 +46,9 @@ _EQUATION = re.compile(r'(?:\A|[.;:,$(\n]|\b(?:is|so|thus|hence)\b)\s*'
 
 
 def number(text: str) -> fractions.Fraction | None:
-  r"""The exact value of a number that is written out, 50% as 50; None for all else.
+  r"""The exact value of a number that is written out, such as 50 for 50%; None for all else.
 
-  Integers, decimals, 1e5, a/b, \frac{a}{b} and mixed numbers; neither infinity nor NaN.
+  Integers, decimals, 1e5, a/b, \frac{a}{b} and mixed numbers are numbers; infinity and NaN are not.
   """
   try:
     return value(answer_parse.parse(answer_text.undressed(text)))
@@ -59,8 +59,8 @@ def number(text: str) -> fractions.Fraction | None:
 def value(node: tree.Node) -> fractions.Fraction | None:
   """The value of a number that is written out, without its percent or degree sign; else None."""
   match node:
-    case tree.Number(value=found):
-      return found
+    case tree.Number(value=exact):
+      return exact
     case tree.Unit(value=inner, unit='%' | 'degree'):
       return value(inner)
     case tree.Call(name='neg', args=(inner,)) if not isinstance(inner, tree.Unit):
@@ -76,7 +76,7 @@ def value(node: tree.Node) -> fractions.Fraction | None:
 
 
 def _plain_value(node: tree.Node) -> fractions.Fraction | None:
-  """A number alone, with or without a minus."""
+  """The value of a number alone, with or without a minus sign; None of all else."""
   if isinstance(node, tree.Call):
     inner = node.args[0]
     return -inner.value if node.name == 'neg' and isinstance(inner, tree.Number) else None
@@ -98,7 +98,7 @@ def last(text: str) -> str | None:
     return None
   match = matches[-1]
   if start and not match.start():
-    return None  # longer than any answer
+    return None  # The number is longer than any answer.
   return _standing(shown, match)
 
 
@@ -109,9 +109,9 @@ def _standing(shown: str, match: re.Match[str]) -> str | None:
   if match['sign']:
     before = shown[:match.start()]
     if match['sign'] == '-' and _HYPHEN_BEFORE.search(before):
-      before = ''  # "10-12", "covid-19": the hyphen parts
+      before = ''  # In "10-12" and "covid-19" the hyphen is no minus sign.
     elif re.search(r'(?:\w|[\d)\]}]\s*)\Z', before):
-      return None  # a difference or a sum
+      return None  # The number is a part of a difference or a sum.
     else:
       found = match['sign'] + found
   if _DENIED_BEFORE.search(before) or _is_part(before, after):
@@ -125,22 +125,22 @@ def _standing(shown: str, match: re.Match[str]) -> str | None:
 
 
 def _is_part(before: str, after: str) -> bool:
-  """Whether digits are a part of a formula or a name."""
+  """Whether the digits between `before` and `after` are a part of a formula or a name."""
   if _JOINED_BEFORE.search(before) and not before.rstrip().endswith('**'):
     return True
   if _GLUED_BEFORE.search(before) and before[-1:].isascii():
     return True
-  found = _JOINED_AFTER.match(after)
-  if found is None or after.startswith('**'):
+  joined = _JOINED_AFTER.match(after)
+  if joined is None or after.startswith('**'):
     return False
-  word = re.match(r'[^\W\d_]+', after)  # 5km, 42个
+  word = re.match(r'[^\W\d_]+', after)  # A unit makes no formula: 5km, 42个.
   return not (word and (word[0] in answer_units.UNITS or not word[0].isascii()))
 
 
 def _is_true(left: str, right: str) -> bool:
-  """Whether `left = right` is no false equation of two numbers."""
-  said, found = _worked_out(left), number(right)
-  return said is None or found is None or said == found
+  """Whether `left = right` is not a false equation of two numbers."""
+  left_value, right_value = _worked_out(left), number(right)
+  return left_value is None or right_value is None or left_value == right_value
 
 
 def _worked_out(text: str) -> fractions.Fraction | None:

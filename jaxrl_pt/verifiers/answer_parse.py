@@ -1,13 +1,15 @@
-r"""Answers → trees, by a small grammar that understands the whole text or nothing.
+r"""Parses answers into trees, by a small grammar that understands the whole text or nothing.
 
-    answer    row of parts; `,`, `;`, `and`, `or` part them; or numbers with spaces between
+    answer    parts with `,`, `;`, `and` or `or` between them; or numbers with spaces between them
     part      relation of sides: `x = 5`, `1 < x \le 3`, `\ne 7`, `x \in [1, 2)`
-    side      sum, or a union of sets, with a unit behind it: `5\text{ cm}`, `50\%`, `30^\circ`
-    sum       terms with + − ± between;   term: factors with × · / or nothing between
-    factor    primary with !, ^ and _;    primary: number, letter, bracket, \frac, \sqrt, …
+    side      sum, or union of sets, with a unit behind it: `5\text{ cm}`, `50\%`, `30^\circ`
+    sum       terms with +, − or ± between them
+    term      factors with ×, ·, / or nothing between them
+    factor    primary with !, ^, _ or %
+    primary   number, letter, bracket, \frac, \sqrt, …
 
-`1 1/2` and `1\frac{1}{2}` are mixed numbers. What may be read in two ways (`1/2x`, `\sqrt23`,
-`\sin x/2`) is not understood.
+`1 1/2` and `1\frac{1}{2}` are mixed numbers. A text that may be read in two ways (`1/2x`,
+`\sqrt23`, `\sin x/2`) is not understood.
 """
 
 from jaxrl_pt.verifiers import answer_tokens, answer_units
@@ -33,20 +35,20 @@ def parse(text: str) -> Node:
   """The tree of an answer.
 
   Raises:
-    NotUnderstood: some of the text has no meaning here, or two.
-    TooLarge: brackets are too deep, or a number's exponent too large.
+    NotUnderstood: some of the text has no meaning, or two.
+    TooLarge: brackets are too deep, or a number's exponent is too large.
   """
-  found = answer_tokens.tokens(text)
-  if not found:
+  tokens = answer_tokens.tokens(text)
+  if not tokens:
     raise NotUnderstood('nothing')
-  if len(found) == 1 and found[0].kind == 'word':
-    return Word(found[0].text)
+  if len(tokens) == 1 and tokens[0].kind == 'word':
+    return Word(tokens[0].text)
   try:
-    return _whole(_Parser(found))
+    return _whole(_Parser(tokens))
   except NotUnderstood:
-    # 2 5 and 12% 34%: several numbers, which must not become one.
-    numbers = tuple(Number(t.value) for t in found if t.kind == 'number')
-    if len(numbers) > 1 and all(t.kind == 'number' or t.text == '%' for t in found):
+    # 2 5 and 12% 34% are several numbers, which must not become one.
+    numbers = tuple(Number(t.value) for t in tokens if t.kind == 'number')
+    if len(numbers) > 1 and all(t.kind == 'number' or t.text == '%' for t in tokens):
       return Row('list', numbers)
     raise
 
@@ -58,10 +60,10 @@ def _whole(parser: '_Parser') -> Node:
 
 
 class _Parser(Formulas):
-  """The whole of the grammar."""
+  """The parser of the whole grammar."""
 
   def row(self, closing: tuple[str, ...]) -> Node:
-    """Parts up to a closing bracket, which stays; one part alone is itself."""
+    """Reads parts up to a closing bracket, which stays. A single part makes no row."""
     parts = [self.part()]
     while not self.is_next(*closing):
       if not self._separator():
@@ -80,7 +82,7 @@ class _Parser(Formulas):
     return is_comma or is_word
 
   def part(self) -> Node:
-    """A relation, or a side alone."""
+    """Reads a relation, or a side alone."""
     sides: list[Node | None] = []
     operators: list[str] = []
     sides.append(None if self.next.text in RELATIONS and self.next.kind in ('sign', 'command')
@@ -103,7 +105,7 @@ class _Parser(Formulas):
     return Relation(tuple(operators), tuple(sides))
 
   def side(self) -> Node:
-    """A sum, a ratio or a union, with its unit."""
+    """Reads a sum, a ratio or a union, with its unit."""
     if (prefix := self.next).kind == 'word' and prefix.text in answer_units.CURRENCIES:
       self.place += 1
       return Unit(self.sum(), answer_units.CURRENCIES[prefix.text])

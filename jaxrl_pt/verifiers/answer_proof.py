@@ -1,8 +1,8 @@
-"""Equality of values with functions, nested roots and powers of sums, by sympy.
+"""Proofs by sympy that values with functions, nested roots and powers of sums are equal.
 
-sympy gets expressions that are built here, node by node, from values that our grammar read;
-never text. Two values that differ in their first digits are different; those that agree in
-DIGITS digits are equal only if sympy proves it, so that nothing is rounded.
+sympy never gets text, only expressions that are built here, node by node, from values that our
+grammar has read. Two values that differ in their first DIGITS digits are different; other values
+are equal only if sympy proves it, so that nothing is decided by rounding.
 """
 
 from collections.abc import Callable
@@ -13,12 +13,15 @@ from jaxrl_pt.verifiers import answer_value as values
 from jaxrl_pt.verifiers.answer_value import Fraction, Value
 
 DIGITS = 40
-MAX_SIZE = 4000.0  # of an argument of exp: what is greater has no digits to compare
-NUM_POINTS = 3  # at which values with letters are compared first
+MAX_SIZE = 4000.0  # The largest argument of exp: a greater one leaves no digits to compare.
+NUM_POINTS = 3  # At how many points values with letters are compared before a proof.
 
 
 def is_proved(left: Value, right: Value) -> bool:
-  """Whether left = right is proved. Needs sympy; may take long: call it in a bounded process."""
+  """Whether left = right is proved.
+
+  It needs sympy, and may take so long that it must run in a process with a time limit.
+  """
   import mpmath
   letters = sorted(a[1] for a in values.atoms(left) | values.atoms(right) if a[0] == 'symbol')
   with mpmath.workdps(2 * DIGITS):
@@ -27,22 +30,24 @@ def is_proved(left: Value, right: Value) -> bool:
       try:
         a, b = _number(left, places), _number(right, places)
       except (ArithmeticError, ValueError):
-        return False  # no digits to compare
+        return False  # There are no digits to compare.
       if not abs(a - b) <= mpmath.mpf(10) ** -DIGITS * max(abs(a), abs(b)):
         return False
   return _is_zero(_expression(left) - _expression(right))
 
 
 def _is_zero(difference: Any) -> bool:
-  """Whether what is 0 in its first digits is 0: proved by rewriting or, of algebraic numbers, by
-  the minimal polynomial."""
+  """Whether a difference whose first digits are 0 is proved to be 0.
+
+  The proof rewrites it or, if it is an algebraic number, finds its minimal polynomial.
+  """
   import sympy
   if sympy.simplify(difference) == 0:
     return True
   if difference.free_symbols:
     return False
   if difference.has(sympy.asin, sympy.acos, sympy.atan):
-    # Nearly 0, as is known here, and a multiple of π: 0.
+    # If its sine is 0 it is a multiple of π, and as it is nearly 0 it is 0.
     return bool(sympy.simplify(sympy.expand_trig(sympy.sin(difference))) == 0)
   if not difference.is_algebraic:
     return False
@@ -51,7 +56,7 @@ def _is_zero(difference: Any) -> bool:
 
 
 def _place(name: str, point: int) -> Fraction:
-  """Where a letter is tried: positive, not whole, another for each name and point."""
+  """The value of a letter at a point: positive, not whole, another for each name and point."""
   return 1 + Fraction(zlib.crc32(f'{name} {point}'.encode()), 2 ** 31)
 
 
@@ -59,10 +64,14 @@ def _place(name: str, point: int) -> Fraction:
 
 
 def _number(value: Value, places: dict[str, Fraction]) -> Any:
-  """The value in floating point of the working precision.
+  """The value in floating point of mpmath's working precision.
+
+  Args:
+    value: the value.
+    places: the value of each letter.
 
   Raises:
-    ArithmeticError, ValueError: it has none, or too large a one.
+    ArithmeticError, ValueError: it has no value, or one that is too large.
   """
   import mpmath
 
@@ -122,7 +131,7 @@ def _number(value: Value, places: dict[str, Fraction]) -> Any:
 
 
 def _expression(value: Value) -> Any:
-  """The value as a sympy expression; letters are real."""
+  """The value as a sympy expression, in which letters are real."""
   import sympy
 
   def rational(q: Fraction) -> Any:

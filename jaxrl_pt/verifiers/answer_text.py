@@ -1,12 +1,12 @@
-r"""The text of an answer: characters in one writing, and dressing that changes no value.
+r"""The text of an answer: one spelling for each character, without dressing that changes no value.
 
-Nothing here reads a value, and nothing joins two numbers: what separates them stays a space.
+Nothing here reads a value, and nothing joins two numbers: where they were apart, a space stays.
 """
 
 import re
 import unicodedata
 
-# Typographic characters → what the grammar reads.
+# Typographic characters → the spelling that the grammar reads.
 _CHARACTERS = {
     '\u2212': '-', '\u2010': '-', '\u2011': '-', '\u2012': '-', '\u2013': '-', '\ufe63': '-',
     '×': r'\times ', '∗': '*', '·': r'\cdot ', '⋅': r'\cdot ', '∙': r'\cdot ', '÷': r'\div ',
@@ -24,21 +24,21 @@ _VULGAR = {c: unicodedata.normalize('NFKC', c).replace('⁄', '/')
 _SUPER = re.compile(f'[{"".join(_SUPERSCRIPTS)}]+')
 _SUB = re.compile(f'[{"".join(_SUBSCRIPTS)}]+')
 
-# Dressing round the whole, repeated until nothing goes.
+# Matches dressing at both ends of the whole; it is removed until none is left.
 _ENDS = re.compile(
     r'\A(?:\s|\*\*|__|`|"|\$|\\\(|\\\[|\\[,;:!\s]|:)+|'
     r'(?:\s|\*\*|__|`|"|\$|\\\)|\\\]|\\[,;:!\s]|\\\\|[.,;:])+\Z')
 _PAIRED = re.compile(r"\A(?:\*(?P<a>[^*]+)\*|_(?P<b>[^_]+)_|'(?P<c>[^']+)')\Z", re.DOTALL)
 _PREFIX = re.compile(r'\A(?:(?:the\s+)?(?:final\s+)?(?:answer|ans)\b\s*(?:is\b)?|答案?(?:是|为)?)'
                      r'\s*[:=]?\s*', re.IGNORECASE)
-# Spacing and size: a space in their place.
+# Matches commands of spacing and size, which become a space.
 _SPACING = re.compile(
     r'(?<!\\)\\(?:left|right|[bB]ig+[lrm]?|displaystyle|textstyle|limits|quad|qquad|thinspace)(?![A-Za-z])'
     r'|(?<!\\)\\[,;:!\s]|\\?\$|\s+|(?<=.)~')
 _GROUPED = re.compile(r'(?<=\d)(?:\{,\}|,\\!)(?=\d{3}(?!\d))')
 _FONT = re.compile(r'\\(?:text(?:bf|it|rm|normal)?|mathrm|mathbf|mbox|boldsymbol|operatorname)\s*'
                    r'\{([^{}]*)\}')
-# Spaces that part two words or numbers, which stay, and others.
+# Matches spaces; the group matches those between two words or numbers, which stay.
 _GAP = re.compile(r'((?<=\w) (?=[\w.])|(?<=\.) (?=\w)|(?<=,) (?=\d{3}(?!\d)))| ')
 
 
@@ -63,18 +63,18 @@ def _character(c: str) -> str:
     return str(digit)
   if 0xff01 <= ord(c) <= 0xff5e:  # full-width ASCII
     return chr(ord(c) - 0xfee0)
-  # Zero-width characters part what they stand between; all kinds of space are one.
+  # Every kind of space, and a zero-width character between two others, becomes a space.
   return ' ' if c.isspace() or unicodedata.category(c) in ('Cf', 'Zs') else c
 
 
 def undressed(text: str) -> str:
   """An answer without the dressing round it: **…**, $…$, quotes, `answer:`, a full stop."""
   text = unified(text)
-  for _ in range(8):  # each round takes at least a character; nobody dresses deeper
+  for _ in range(8):  # No answer has more layers of dressing.
     before = text
     text = _ENDS.sub('', text)
-    if found := _PAIRED.match(text):
-      text = found['a'] or found['b'] or found['c']
+    if pair := _PAIRED.match(text):
+      text = pair['a'] or pair['b'] or pair['c']
     text = _PREFIX.sub('', text)
     if text == before:
       break
@@ -82,11 +82,14 @@ def undressed(text: str) -> str:
 
 
 def spaced(text: str) -> str:
-  """Spacing and size commands as single spaces; `1{,}234` as one number."""
+  """The text with single spaces for commands of spacing and size, and `1{,}234` as one number."""
   return re.sub(' +', ' ', _SPACING.sub(' ', _GROUPED.sub('', text))).strip()
 
 
 def plain(text: str) -> str:
-  """What is compared as text: undressed, without fonts, spaces only between word characters."""
+  """The form in which answers are compared as texts.
+
+  It has no dressing and no fonts, and spaces only between words and numbers.
+  """
   text = spaced(_FONT.sub(r' \1 ', undressed(text)))
   return undressed(_GAP.sub(lambda m: m[1] or '', text))

@@ -1,4 +1,4 @@
-r"""Answers → tokens. What has no token makes the whole answer not understood."""
+r"""Splits answers into tokens. A text that has no token makes the whole answer not understood."""
 
 from dataclasses import dataclass
 import fractions
@@ -6,7 +6,7 @@ import re
 
 from jaxrl_pt.verifiers import answer_text
 
-MAX_EXPONENT = 10_000  # of ten, in a number such as 1e400
+MAX_EXPONENT = 10_000  # The largest exponent in a number such as 1e400.
 
 
 class NotUnderstood(Exception):
@@ -14,15 +14,17 @@ class NotUnderstood(Exception):
 
 
 class TooLarge(Exception):
-  """A value, a depth or a sum is larger than any answer needs."""
+  """A value, a depth or a number of terms is larger than any answer needs."""
 
 
 @dataclass(frozen=True)
 class Token:
-  """kind: 'number', 'symbol' (a letter), 'word', 'command' (without its backslash), 'sign'.
+  """A token of an answer.
 
-  spaced: whether a space stands before it; is_text: it stood in \\text{…} or the like;
-  value: of a number.
+  kind: 'number', 'symbol' (a letter), 'word', 'command' (without its backslash) or 'sign'.
+  spaced: whether a space stands before it.
+  is_text: whether it stood in \\text{…} or the like.
+  value: the exact value of a number.
   """
 
   kind: str
@@ -32,7 +34,7 @@ class Token:
   value: fractions.Fraction = fractions.Fraction(0)
 
 
-# Words that mean the command of that name.
+# Words that mean a command, and the command.
 _NAMED = {'sqrt': 'sqrt', 'pi': 'pi', 'sin': 'sin', 'cos': 'cos', 'tan': 'tan', 'cot': 'cot',
           'log': 'log', 'ln': 'ln', 'lg': 'lg', 'exp': 'exp', 'arcsin': 'arcsin',
           'arccos': 'arccos', 'arctan': 'arctan', 'infinity': 'infty', 'infty': 'infty',
@@ -63,18 +65,18 @@ _LETTERS = re.compile(r'[^\W\d_]+')
 _SIGNS = re.compile(r'\*\*|!=|<=|>=|==|[-+*/^_=<>()\[\]{}|,;:!%&]')
 _SIGN_ALIASES = {'**': '^', '!=': 'ne', '<=': 'le', '>=': 'ge', '==': '=', '%': '%'}
 SEPARATORS = frozenset({'and', 'or', '和', '或', '或者'})  # words between values
-MAX_LETTERS = 3  # a longer run of letters is a word and no product
+MAX_LETTERS = 3  # A longer run of letters is a word and no product.
 
 
 def tokens(text: str) -> list[Token]:
-  """Tokens of an answer.
+  """The tokens of an answer.
 
   Raises:
     NotUnderstood: a character or command has no meaning here.
-    TooLarge: a number has a huge exponent.
+    TooLarge: a number has an exponent above MAX_EXPONENT.
   """
   if text.startswith('~'):
-    raise NotUnderstood('about')  # a hedge and, inside a text, a space
+    raise NotUnderstood('about')  # A ~ here means "about"; inside a text it is a space.
   return list(_Reader(answer_text.spaced(text)).read(False))
 
 
@@ -119,15 +121,15 @@ class _Reader:
     self.depth += (sign in ('(', '[', r'\{')) - (sign in (')', ']', r'\}'))
 
   def _number(self, spaced: bool) -> None:
-    match = (_PLAIN_NUMBER if self.depth > 0 and not self._is_grouped() else _NUMBER).match(
+    match = (_PLAIN_NUMBER if self.depth > 0 and not self._has_no_comma() else _NUMBER).match(
         self.text, self.place)
     if match is None or (self.found and not spaced and self.found[-1].kind == 'number'):
       raise NotUnderstood(self.text[self.place:])
     self.place = match.end()
     self.found.append(Token('number', match[0], spaced, value=_value(match)))
 
-  def _is_grouped(self) -> bool:
-    """Whether a number in brackets may be read with all that numbers have: commas part there."""
+  def _has_no_comma(self) -> bool:
+    """Whether the number has no comma, which in brackets would part two values."""
     match = _NUMBER.match(self.text, self.place)
     return match is not None and ',' not in match[0]
 
@@ -167,11 +169,11 @@ class _Reader:
         self.found += [Token('number', d, value=fractions.Fraction(d)) for d in digits.groups()]
 
   def _font(self, spaced: bool) -> None:
-    r"""`\text{…}` and the like: its content, as text; a formula in it stays a group."""
+    r"""Reads `\text{…}` and the like: its content, as text; a sum in it stays a group."""
     while self.text[self.place:self.place + 1] == ' ':
       self.place += 1
     if self.text[self.place:self.place + 1] != '{':
-      return  # \mathbb R: the next letter alone is dressed
+      return  # In \mathbb R the font is that of the next letter.
     level, end = 0, self.place
     for end in range(self.place, len(self.text)):
       level += {'{': 1, '}': -1}.get(self.text[end], 0)
@@ -185,7 +187,7 @@ class _Reader:
     self.place = end + 1
     if len(content) > 1 and self.text[self.place:].lstrip()[:1] in ('^', '_'):
       raise NotUnderstood('a power of a text')
-    if any(t.text in ('+', '-') for t in content):  # \mathbf{a+b}c is no a+bc
+    if any(t.text in ('+', '-') for t in content):  # \mathbf{a+b}c is not a+bc.
       content = [Token('sign', '{', spaced), *content, Token('sign', '}')]
     self.found += content
 

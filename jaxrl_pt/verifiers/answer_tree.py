@@ -1,4 +1,4 @@
-"""The tree of an answer, as `answer_parse` builds it, and what is done with trees alone."""
+"""The tree of an answer, as `answer_parse` builds it, and functions from trees to trees."""
 
 from dataclasses import dataclass
 import fractions
@@ -6,7 +6,7 @@ import fractions
 
 @dataclass(frozen=True)
 class Number:
-  """A number that is written out; is_digits: as digits alone."""
+  """A number that is written out; `is_digits` says that digits alone were written."""
 
   value: fractions.Fraction
   is_digits: bool = False
@@ -14,7 +14,7 @@ class Number:
 
 @dataclass(frozen=True)
 class Symbol:
-  """A letter with its index, `x` or `x_1`; also `∞` and `∅`, sets such as `R`."""
+  """A letter, perhaps with an index (`x`, `x_1`); also `∞`, `∅` and sets such as `R`."""
 
   name: str
 
@@ -29,8 +29,11 @@ class Call:
 
 @dataclass(frozen=True)
 class Row:
-  """Several values. kind: 'list' (no order), 'set', 'union', 'ratio', 'matrix', or its brackets,
-  '(]', in order."""
+  """Several values.
+
+  kind: 'list' (without order), 'set', 'union', 'ratio', 'matrix', or the two brackets round values
+    in order, such as '(]'.
+  """
 
   kind: str
   items: tuple['Node', ...]
@@ -38,7 +41,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Relation:
-  """Sides with an operator between each two; an empty first side is None."""
+  """Sides with an operator between each two; the first side is None if it is empty."""
 
   operators: tuple[str, ...]
   sides: tuple['Node | None', ...]
@@ -46,7 +49,7 @@ class Relation:
 
 @dataclass(frozen=True)
 class Unit:
-  """A value with a unit, in its one writing; '%' and 'degree' are units too."""
+  """A value with a unit in its canonical spelling; '%' and 'degree' are units too."""
 
   value: 'Node'
   unit: str
@@ -71,7 +74,7 @@ def product(factors: list[Node]) -> Node:
 
 
 def total(terms: list[Node]) -> Node:
-  """The sum of many terms, as deep as its logarithm."""
+  """The sum of the terms, as a balanced tree: many terms must not make it deep."""
   if len(terms) == 1:
     return terms[0]
   middle = len(terms) // 2
@@ -79,14 +82,14 @@ def total(terms: list[Node]) -> Node:
 
 
 def signed(sign: str, value: Node) -> Node:
-  """A term behind +, −, ± or ∓."""
+  """The term `value` with the sign +, −, ± or ∓ before it."""
   if sign == '+':
     return value
   return Call({'-': 'neg'}.get(sign, sign), (value,))
 
 
 def with_mark(value: Node) -> Node:
-  """A percent or degree sign of the whole side is its unit."""
+  """The side with the percent or degree sign of its whole as a unit."""
   if isinstance(value, Call) and value.name in ('percent', 'degree'):
     return Unit(value.args[0], {'percent': '%'}.get(value.name, value.name))
   if isinstance(value, Call) and value.name == 'neg':
@@ -97,12 +100,12 @@ def with_mark(value: Node) -> Node:
 
 
 def is_of_numbers(node: Node) -> bool:
-  """Whether a quotient is of two numbers."""
+  """Whether it is an operation on numbers alone."""
   return isinstance(node, Call) and all(isinstance(a, Number) for a in node.args)
 
 
 def with_both_signs(node: Node) -> Node:
-  """Two values where a ± stands: the upper signs, then the lower ones."""
+  """The list of two values that ± stands for, first with the upper signs, else the node itself."""
   if not _has_sign(node):
     return node
   return Row('list', (_chosen(node, True), _chosen(node, False)))

@@ -1,7 +1,7 @@
-"""Units and things counted, behind a number: `5 cm`, `12 km/h`, `9平方米`, `18 dollars`.
+"""Units and counted things behind a number: `5 cm`, `12 km/h`, `9平方米`, `18 dollars`.
 
-Only units that are listed, and plural nouns, which say what is counted, are read. A word that
-changes the value (dozens, thousands, thirds) is neither.
+Only listed units and plural nouns, which say what is counted, are read. A word that changes the
+value (dozens, thousands, thirds) is neither.
 """
 
 from collections.abc import Sequence
@@ -9,8 +9,8 @@ import re
 
 from jaxrl_pt.verifiers.answer_tokens import SEPARATORS, Token
 
-# One writing : the others, for what stands in many.
-_WRITINGS = """
+# The canonical spelling of each unit, and after the colon its other spellings.
+_SPELLINGS = """
 mm: millimeter millimetre 毫米; cm: centimeter centimetre 厘米; m: meter metre 米;
 km: kilometer kilometre 千米 公里; in: inch inches; ft: foot feet; yd: yard; mi: mile;
 g: gram 克; kg: kilogram 千克 公斤; mg: milligram; lb: lbs pound; oz: ounce; ton: tonne 吨;
@@ -25,21 +25,22 @@ woman: women; foot²: sqft; mouse: mice; time: 次; point: 分
 
 
 def _canonical() -> dict[str, str]:
-  found = {}
-  for entry in _WRITINGS.split(';'):
+  """The canonical spelling of every spelling, plurals included."""
+  spellings = {}
+  for entry in _SPELLINGS.split(';'):
     name, _, others = entry.strip().partition(':')
     for other in (name, *others.split()):
-      found[other] = name
+      spellings[other] = name
       if len(other) > 2 and other.isascii():
-        found[other + 's'] = name
-  return found
+        spellings[other + 's'] = name
+  return spellings
 
 
 UNITS = _canonical()
 CURRENCIES = {'€': 'euro', '£': 'pound sterling', '¥': 'yuan', '₹': 'rupee'}
 _POWERS = {'square': '2', 'sq': '2', 'cubic': '3', '平方': '2', '立方': '3'}
 _CHINESE_POWER = re.compile('(平方|立方)(.+)')
-# Plural words that say how many, or which, and not what.
+# Words that end like plural nouns and do not say what is counted.
 _NO_NOUNS = frozenset(
     'tens dozens scores hundreds thousands millions billions trillions halves thirds quarters '
     'fourths fifths sixths sevenths eighths ninths tenths elevenths twelfths hundredths '
@@ -51,13 +52,14 @@ _NOUN = re.compile(r'[a-z]{2,}s')
 
 
 def read(tokens: Sequence[Token]) -> tuple[str | None, int]:
-  """The unit at the start of `tokens` in its one writing and its number of tokens, or (None, 0).
+  """The unit at the start of `tokens`: its canonical spelling and its number of tokens.
 
-  It must end where a part ends: before a comma, a bracket, a relation or the end.
+  It is (None, 0) unless the unit ends where a part of the answer ends: before a comma, a closing
+  bracket, a relation or the end.
   """
   place, written = 0, ''
   while True:
-    name, count = _one(tokens[place:], place > 0)
+    name, count = _single(tokens[place:], place > 0)
     if name is None:
       return None, 0
     written, place = written + name, place + count
@@ -69,7 +71,8 @@ def read(tokens: Sequence[Token]) -> tuple[str | None, int]:
   return (written, place) if is_over else (None, 0)
 
 
-def _one(tokens: Sequence[Token], is_joined: bool) -> tuple[str | None, int]:
+def _single(tokens: Sequence[Token], is_joined: bool) -> tuple[str | None, int]:
+  """`read` for a unit without a slash, which may follow one if `is_joined`."""
   power, place = '', 0
   if tokens and tokens[0].text in _POWERS:
     power, place = _POWERS[tokens[0].text], 1
@@ -79,13 +82,13 @@ def _one(tokens: Sequence[Token], is_joined: bool) -> tuple[str | None, int]:
   if token.kind not in ('word', 'symbol') and (token.kind, token.text) != ('command', 'min'):
     return None, 0
   text = token.text
-  if found := _CHINESE_POWER.fullmatch(text):
-    power, text = _POWERS[found[1]], found[2]
+  if match := _CHINESE_POWER.fullmatch(text):
+    power, text = _POWERS[match[1]], match[2]
   name = UNITS.get(text) or (UNITS.get(text.lower()) if len(text) > 2 else None)
   if name is None and _NOUN.fullmatch(text.lower()) and text.lower() not in _NO_NOUNS and (
       len(text) > 3):
     name = text.lower()
-  # A letter alone is a unit only as a text or behind a space: 5m is a product, 5 m a length.
+  # A letter alone is a unit only as a text, behind a space or behind a slash: 5m is a product.
   is_letter = len(text) == 1 and text.isascii()
   if name is None or (is_letter and not (token.is_text or token.spaced or is_joined)):
     return None, 0

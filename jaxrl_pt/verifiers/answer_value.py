@@ -1,9 +1,9 @@
 r"""Exact values of expressions: quotients of polynomials with rational coefficients.
 
-The indeterminates, `atoms`, are letters, π, e, i, roots of primes p^{r} with 0 < r < 1, and what
-is not worked out: functions of a value, powers and roots of sums. Products of roots of primes
-are linearly independent over the rationals, so two values without atoms of the last kind are
-equal exactly if their forms are. No step rounds, and none makes equal what is not.
+The indeterminates, `atoms`, are letters, π, e, i, roots of primes p^{r} with 0 < r < 1, and opaque
+atoms, which are not worked out: functions of a value, powers and roots of sums. Products of roots
+of primes are linearly independent over the rationals. Two values without opaque atoms are therefore
+equal exactly if their forms are. No step rounds, and none makes different values equal.
 """
 
 from collections.abc import Mapping
@@ -17,13 +17,14 @@ from jaxrl_pt.verifiers.answer_tokens import TooLarge
 
 Fraction = fractions.Fraction
 Atom = tuple[Any, ...]
-Monomial = tuple[tuple[Atom, Fraction], ...]  # atoms in order, none with exponent 0
+# Atoms with their exponents, in order, none of which is 0.
+Monomial = tuple[tuple[Atom, Fraction], ...]
 Poly = Mapping[Monomial, Fraction]
 
-MAX_BITS = 60_000  # of a number that is worked out: 3^{2023} has 3,207 and 2024! has 19,000
+MAX_BITS = 60_000  # Bits of a number that is worked out; 3^{2023} has 3,207 and 2024! has 19,000.
 MAX_TERMS = 600
-MAX_FACTOR = 1 << 16  # trial division stops here
-MAX_EXPANDED = 16  # a sum is multiplied out up to this power
+MAX_FACTOR = 1 << 16  # Trial division stops here.
+MAX_EXPANDED = 16  # Sums are multiplied out up to this power.
 OPAQUE = ('function', 'root', 'power', 'symbolic')  # tags of atoms that may hide an equality
 
 
@@ -54,10 +55,10 @@ class Value:
 
 @functools.lru_cache(maxsize=4096)
 def _order(item: Any) -> str:
-  """A key to sort monomials and atoms by: any order will do, the same for equal ones."""
+  """A key by which monomials and atoms are sorted: any order that is the same for equal ones."""
   match item:
     case fractions.Fraction():
-      return f'{item.numerator:x}/{item.denominator:x}'  # decimal digits take squared time
+      return f'{item.numerator:x}/{item.denominator:x}'  # Decimal digits would take quadratic time.
     case tuple():
       return f'({",".join(map(_order, item))})'
     case Value(top=top, bottom=bottom):
@@ -87,20 +88,20 @@ def constant(number: Fraction | int) -> Value:
 
 
 def atom(*name: Any) -> Value:
-  """One atom as a value."""
+  """A single atom as a value."""
   return Value(((((name, Fraction(1)),), Fraction(1)),), ONE.top)
 
 
 def quotient(top: Poly, bottom: Poly) -> Value:
-  """top / bottom in its form.
+  """top / bottom as a value in normal form.
 
   Raises:
-    Undefined: bottom is 0.
+    Undefined: `bottom` is 0.
   """
   below = _frozen(bottom)
   if not below:
     raise Undefined('division by 0')
-  if len(below) == 1:  # one monomial: divides every term
+  if len(below) == 1:  # A single monomial divides every term.
     (letters, coefficient), = below
     inverse = tuple((a, -e) for a, e in letters)
     return total([_monomial([*m, *inverse], c / coefficient) for m, c in top.items()])
@@ -110,7 +111,7 @@ def quotient(top: Poly, bottom: Poly) -> Value:
 
 
 def _monomial(factors: list[tuple[Atom, Fraction]], coefficient: Fraction) -> Value:
-  """coefficient · Π atom^exponent with the exponents added and what they make worked out."""
+  """coefficient · Π atom^exponent, with equal atoms joined and whole powers worked out."""
   exponents: dict[Atom, Fraction] = {}
   for name, exponent in factors:
     exponents[name] = exponents.get(name, Fraction(0)) + exponent
@@ -197,20 +198,20 @@ def negative(value: Value) -> Value:
 
 
 def is_same(left: Value, right: Value) -> bool:
-  """Whether the two are the same form; exact where neither is opaque."""
+  """Whether the two have the same form, which is exact where neither has opaque atoms."""
   return left == right or not add(left, negative(right)).top
 
 
 def factor(left: Value, right: Value) -> Fraction | None:
-  """The rational q with left = q · right, neither of them 0; None if there is none."""
+  """The rational q ≠ 0 with left = q · right; None if there is none or one of them is 0."""
   if not left.top or not right.top:
     return None
-  found = left.top[0][1] / right.top[0][1]
-  return found if is_same(left, multiply(constant(found), right)) else None
+  q = left.top[0][1] / right.top[0][1]
+  return q if is_same(left, multiply(constant(q), right)) else None
 
 
 def atoms(value: Value) -> set[Atom]:
-  """All atoms of a value, those inside others too."""
+  """All atoms of a value, including those inside other atoms."""
   found: set[Atom] = set()
   for monomial, _ in (*value.top, *value.bottom):
     for name, _ in monomial:
@@ -235,7 +236,12 @@ def _inside(name: Atom) -> list[Value]:
 
 
 def _power(base: Fraction, exponent: int) -> Fraction:
-  """base^exponent if it has not too many digits."""
+  """base^exponent.
+
+  Raises:
+    TooLarge: it has too many digits.
+    Undefined: it is 0 to a negative power.
+  """
   size = max(base.numerator.bit_length(), base.denominator.bit_length())
   if size * abs(exponent) > MAX_BITS and abs(base) != 1 and base:
     raise TooLarge('a power')
@@ -246,20 +252,22 @@ def _power(base: Fraction, exponent: int) -> Fraction:
 
 @functools.lru_cache(maxsize=1024)
 def prime_factors(number: int) -> tuple[tuple[int, int], ...]:
-  """Prime factors of a positive integer with their counts; a cofactor without small factor is
-  taken as it is."""
-  found, divisor = [], 2
+  """Prime factors of a positive integer with their multiplicities.
+
+  A cofactor without small prime factors counts as a prime, or as the square of one.
+  """
+  factors, divisor = [], 2
   while divisor * divisor <= number and divisor < MAX_FACTOR:
     count = 0
     while number % divisor == 0:
       number, count = number // divisor, count + 1
     if count:
-      found.append((divisor, count))
+      factors.append((divisor, count))
     divisor += 1 + (divisor > 2)
   if number > 1:
     root = math.isqrt(number)
-    found.append((root, 2) if root * root == number else (number, 1))
-  return tuple(found)
+    factors.append((root, 2) if root * root == number else (number, 1))
+  return tuple(factors)
 
 
 def _rational_power(base: Fraction, exponent: Fraction) -> Value:
@@ -302,11 +310,11 @@ def _integer_power(base: Value, exponent: int) -> Value:
 
 
 def _root(base: Value, exponent: Fraction) -> Value:
-  """base^exponent with a broken exponent: rational content and positive constants come out."""
+  """base^exponent for a fractional exponent; rational content and positive constants come out."""
   content = _content(base)
-  rest = multiply(base, constant(1 / content))
+  inner = multiply(base, constant(1 / content))
   value = _rational_power(content, exponent)
-  if (single := rest.monomial) is not None:
+  if (single := inner.monomial) is not None:
     monomial, sign = single
     outside = [(a, e) for a, e in monomial if a[0] in ('prime', 'constant')]
     value = multiply(value, _monomial([(a, e * exponent) for a, e in outside], Fraction(1)))
@@ -318,19 +326,19 @@ def _root(base: Value, exponent: Fraction) -> Value:
       return multiply(value, turned)
     if sign > 0 and not inside:
       return value
-    rest = _monomial(inside, sign)
-  return multiply(value, _monomial([(('root', rest.top, rest.bottom), exponent)], Fraction(1)))
+    inner = _monomial(inside, sign)
+  return multiply(value, _monomial([(('root', inner.top, inner.bottom), exponent)], Fraction(1)))
 
 
 def _content(value: Value) -> Fraction:
-  """The positive rational by which a value is its coprime form."""
+  """The positive rational q for which value / q has coprime whole coefficients."""
   coefficients = [c for _, c in value.top]
   top = math.gcd(*(c.numerator for c in coefficients))
   return Fraction(top, math.lcm(*(c.denominator for c in coefficients)))
 
 
 def _symbolic_power(base: Value, exponent: Value) -> Value:
-  """base^{n + 1} = base · base^n: each term of the exponent gives a factor of its own."""
+  """base^exponent with letters in the exponent, each of whose terms gives a factor of its own."""
   if not base.top:
     raise Undefined('0 to an unknown power')
   if exponent.bottom != ONE.top:

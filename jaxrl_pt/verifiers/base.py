@@ -1,8 +1,8 @@
-"""What a verifier is: prompts and whole groups of responses in, the future of a verdict out.
+"""What a verifier is: it takes prompts and groups of responses and returns a verdict's future.
 
-A verifier sees a group at once, so that it may compare its responses, and answers later, so that
-it may work in other processes or ask another model. One that is a function of arrays alone can
-also be traced into the step that learns from it (`DeviceVerifier.verify`).
+A verifier sees the whole group of a prompt, so that it may compare responses, and returns a future,
+so that it may work in other processes or ask another model. A verifier that is a function of arrays
+alone can also be traced into the training step (`DeviceVerifier.verify`).
 """
 
 from collections.abc import Callable, Sequence
@@ -22,14 +22,16 @@ class PendingVerdict(Protocol):
   """The future of a verdict."""
 
   def result(self) -> Verdict:
-    """Waits for the verdict, f32[N, G] arrays."""
+    """Waits for the verdict, whose arrays are f32[N, G]."""
 
   def parsed(self) -> float | None:
-    """The share of the verified responses that state an answer; None where the verdict's own part
-    'parsed' says it."""
+    """The share of the verified responses that state an answer.
+
+    It is None where the verdict has a part named 'parsed' instead.
+    """
 
   def last_words(self) -> str:
-    """Why responses were not verified, once there is a result."""
+    """The most frequent reason why responses were not verified, once there is a result."""
 
 
 class Verifier(Protocol):
@@ -40,15 +42,15 @@ class Verifier(Protocol):
     """Hands over whole groups and returns at once.
 
     Args:
-      prompts: N of them.
-      rollouts: G responses to each.
-      references: N reference answers as text, or none where the prompts carry theirs.
+      prompts: N prompts.
+      rollouts: G responses to each prompt.
+      references: N reference answers as text, or none where `prompts.extras` holds them.
     """
 
 
 @dataclass(frozen=True)
 class Ready:
-  """The verdict of a verifier on the device, which is there when the device gets to it."""
+  """The verdict of a verifier on the device, as arrays that the device may still compute."""
 
   verdict: Verdict
 
@@ -57,19 +59,19 @@ class Ready:
     return self.verdict
 
   def parsed(self) -> None:
-    """See `PendingVerdict.parsed`."""
+    """None: the verdict has a part named 'parsed' where responses may state no answer."""
 
   def last_words(self) -> str:
-    """A function of arrays verifies everything."""
+    """A sentence for the log: a function of arrays leaves no response unverified."""
     return 'every response is verified on the device'
 
 
-# A verdict by arrays alone, which may be traced into the step that learns from it.
+# Verifies by arrays alone, so that it may be traced into the training step.
 Verify = Callable[[Prompts, RolloutBatch], Verdict]
 
 
 class DeviceVerifier:
-  """A function of arrays as a verifier. Final."""
+  """A verifier that is a function of arrays. Final."""
 
   def __init__(self, verify: Verify) -> None:
     self.verify = verify
@@ -83,21 +85,23 @@ class DeviceVerifier:
 
 def verdict(groups: Sequence[Sequence[ResponseVerdict]], parts: Sequence[str] = ('answer',)
             ) -> Verdict:
-  """The arrays of N groups of G verdicts; what was not verified is masked, not dropped.
+  """Turns the verdicts of single responses into the arrays of one verdict.
+
+  Responses that were not verified stay in the arrays and have valid 0.
 
   Args:
-    groups: N groups of G.
-    parts: names of the parts to log apart; a verdict without one counts 0 there.
+    groups: N groups of the verdicts of G responses.
+    parts: names of the reward's parts to log; where a response's verdict lacks one it is 0.
 
   Returns:
     Verdict of f32[N, G] arrays: reward is the score, correct is 1 where the outcome is CORRECT.
   """
   def table(of: Callable[[ResponseVerdict], float]) -> Array:
-    return jnp.asarray(np.array([[of(j) for j in group] for group in groups], np.float32))
+    return jnp.asarray(np.array([[of(v) for v in group] for group in groups], np.float32))
 
   return Verdict(
-      table(lambda j: j.score), table(lambda j: j.outcome not in UNVERIFIED),
-      table(lambda j: j.outcome is Outcome.CORRECT),
+      table(lambda v: v.score), table(lambda v: v.outcome not in UNVERIFIED),
+      table(lambda v: v.outcome is Outcome.CORRECT),
       {name: table(functools.partial(_part, name)) for name in parts})
 
 

@@ -1,4 +1,4 @@
-"""From settings to host verifiers. Imported by the pool's children: no JAX here."""
+"""Makes host verifiers from their settings. The pool's child processes import it: no JAX here."""
 
 from collections.abc import Mapping, Sequence
 import dataclasses
@@ -12,12 +12,12 @@ from jaxrl_pt.verifiers import gym, logic, text
 from jaxrl_pt.verifiers import math as mathematics
 from jaxrl_pt.verifiers.response_verdict import UNVERIFIED, HostVerifier, Outcome, ResponseVerdict
 
-MAX_DETAIL = 2000  # characters of a reason
+MAX_DETAIL = 2000  # characters of a verdict's reason
 _KINDS: Mapping[str, type] = {kind.__name__: kind for kind in get_args(cfg.HostVerifier)}
 
 
 def host_verifier(settings: cfg.HostVerifier) -> HostVerifier:
-  """The function (response, reference) → ResponseVerdict that `settings` name.
+  """The function (response, reference answer) → ResponseVerdict that `settings` describe.
 
   Raises:
     UserError: an extra is missing, or a PythonVerifier's function cannot be imported.
@@ -45,7 +45,7 @@ def host_verifier(settings: cfg.HostVerifier) -> HostVerifier:
 
 
 def part_ranges(settings: cfg.HostVerifier) -> dict[str, tuple[float, float]]:
-  """The parts that a verifier's verdicts have, and the range that each lies in."""
+  """The parts of a verifier's verdicts by name, with the range that each must lie in."""
   match settings:
     case cfg.LogicVerifier():
       return {'format': (-1.0, 1.0), 'answer': (-2.0, 2.0)}
@@ -73,12 +73,12 @@ def _scaled(weight: float, ends: tuple[float, float]) -> tuple[float, float]:
 
 
 def part_names(settings: cfg.HostVerifier) -> tuple[str, ...]:
-  """Names of the parts that a verifier's verdicts have."""
+  """The names of the parts of a verifier's verdicts."""
   return tuple(part_ranges(settings))
 
 
 def checked(verdict: ResponseVerdict, settings: cfg.HostVerifier) -> ResponseVerdict:
-  """A verdict with other parts than it should have, or one out of its range, is a crash."""
+  """The verdict, or a CRASH where its parts are not those of `part_ranges` or out of range."""
   if verdict.outcome in UNVERIFIED:
     return ResponseVerdict(verdict.outcome, detail=verdict.detail)
   ranges, parts = part_ranges(settings), verdict.parts
@@ -86,7 +86,7 @@ def checked(verdict: ResponseVerdict, settings: cfg.HostVerifier) -> ResponseVer
     return ResponseVerdict(Outcome.CRASH,
                            detail=f'parts {list(parts)} where {list(ranges)} are declared')
   for name, (low, high) in ranges.items():
-    if not low <= parts[name] <= high:  # NaN is in no range
+    if not low <= parts[name] <= high:  # NaN is in no range.
       return ResponseVerdict(
           Outcome.CRASH, detail=f'the part {name!r} is {parts[name]!r}, outside the '
                                 f'range from {low:g} to {high:g} that is declared')
@@ -102,11 +102,11 @@ def parts_of(settings: cfg.HostVerifier) -> tuple[cfg.HostVerifier, ...]:
 
 
 def combined(settings: cfg.HostVerifier, verdicts: Sequence[ResponseVerdict]) -> ResponseVerdict:
-  """The verdict that `settings` make of those of its `parts_of`.
+  """One verdict from the verdicts of `parts_of(settings)`.
 
-  Of a Composite: score = Σ weight · score of each verifier, the outcome is the first one's. A
-  part is named `verifier/part`, so that all are logged apart. If one says nothing of the
-  response, the whole does not.
+  For a Composite the score is Σ weight · score over its verifiers, and the outcome is that of the
+  first one. A part is named `verifier/part`, so that all are logged apart. If one verifier times
+  out or crashes, so does the whole.
   """
   if not isinstance(settings, cfg.Composite):
     return verdicts[0]
@@ -114,13 +114,14 @@ def combined(settings: cfg.HostVerifier, verdicts: Sequence[ResponseVerdict]) ->
     if verdict.outcome in UNVERIFIED:
       return verdict
   parts = {f'{type(part).__name__}/{name}': weight * value
-           for part, weight, j in zip(settings.verifiers, settings.weights, verdicts, strict=True)
-           for name, value in j.parts.items()}
+           for part, weight, verdict in zip(settings.verifiers, settings.weights, verdicts,
+                                            strict=True)
+           for name, value in verdict.parts.items()}
   return ResponseVerdict(verdicts[0].outcome, parts)
 
 
 def composite(settings: cfg.Composite) -> HostVerifier:
-  """All verifiers of `settings` in one process; see `combined`."""
+  """A verifier that runs all verifiers of `settings` and combines their verdicts."""
   verifiers = [host_verifier(part) for part in settings.verifiers]
   return lambda response, reference: combined(
       settings, [verify(response, reference) for verify in verifiers])
@@ -136,22 +137,22 @@ def _imported(target: str) -> HostVerifier:
   return function
 
 
-# --- In which process it runs -------------------------------------------------------
+# --- In which process a verifier runs -----------------------------------------------
 
 
 def is_tight(part: cfg.HostVerifier) -> bool:
-  """Whether the verifier gets by in `sandbox.enter_tight`: all do but the user's own function."""
+  """Whether it can run in `sandbox.enter_tight`, as all verifiers but the user's functions can."""
   return not isinstance(part, cfg.PythonVerifier)
 
 
 def evaluates(settings: cfg.HostVerifier, reference: str) -> bool:
-  """Whether verifying evaluates the response as an expression, after which the process is spent."""
+  """Whether verifying evaluates the response as an expression; its process serves no other then."""
   return any(isinstance(part, cfg.GymVerifier) and gym.evaluates(reference)
              for part in parts_of(settings))
 
 
 def preload(settings: cfg.HostVerifier) -> None:
-  """Imports what the built-in verifiers need, for the processes that are forked from this one.
+  """Imports the libraries of the built-in verifiers, for processes that are forked from this one.
 
   Raises:
     UserError: an extra is missing.
@@ -165,7 +166,7 @@ def preload(settings: cfg.HostVerifier) -> None:
 
 
 def to_json(settings: cfg.HostVerifier) -> dict[str, Any]:
-  """Settings as JSON, {"kind": type, "fields": …}."""
+  """The settings as JSON, {"kind": type, "fields": …}."""
   fields = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)}
   if isinstance(settings, cfg.Composite):
     fields['verifiers'] = [to_json(v) for v in settings.verifiers]
@@ -173,7 +174,7 @@ def to_json(settings: cfg.HostVerifier) -> dict[str, Any]:
 
 
 def from_json(data: dict[str, Any]) -> cfg.HostVerifier:
-  """Undoes `to_json`."""
+  """The settings that `to_json` has written."""
   fields = dict(data['fields'])
   if data['kind'] == 'Composite':
     fields['verifiers'] = [from_json(v) for v in fields['verifiers']]
@@ -182,17 +183,17 @@ def from_json(data: dict[str, Any]) -> cfg.HostVerifier:
 
 
 def encoded(verdict: ResponseVerdict) -> dict[str, Any]:
-  """A verdict as JSON."""
+  """The verdict as JSON."""
   return {'outcome': verdict.outcome.value,
           'parts': {name: float(value) for name, value in verdict.parts.items()},
           'detail': verdict.detail[:MAX_DETAIL]}
 
 
 def decoded(data: Any, settings: cfg.HostVerifier) -> ResponseVerdict:
-  """Undoes `encoded`, believing nothing: a score out of its range is a crash.
+  """The verdict that `encoded` has written, checked as data of a hostile process.
 
   Raises:
-    ValueError: it is no verdict.
+    ValueError: the data are no verdict; a verdict that `checked` refuses is a CRASH instead.
   """
   if not isinstance(data, dict) or set(data) != {'outcome', 'parts', 'detail'}:
     raise ValueError('a message that is not a verdict')

@@ -1,10 +1,10 @@
-"""Messages between processes: a length, then JSON, under one deadline and a bound on their size.
+"""Messages between processes: a length, then JSON, with a bound on time and size.
 
-    deadline = Deadline(seconds)              # once for an answer, however many bytes it takes
+    deadline = Deadline(seconds)              # one deadline for request and answer together
     send(fd, {'response': text}, deadline)
     message = receive(fd, deadline, MAX_RESULT)
 
-The other side may be hostile: it may promise gigabytes, send a byte a second, or send nonsense.
+The other side may be hostile: it may announce gigabytes, send a byte a second, or send nonsense.
 """
 
 from collections.abc import Mapping
@@ -15,13 +15,13 @@ import struct
 import time
 from typing import Any, Protocol
 
-# No verdict is longer, names of parts and the reason of a crash included.
+# Bytes of a message with verdicts; none is longer, names of parts and reasons of crashes included.
 MAX_RESULT = 1 << 16
-# Between the trainer and a process that it trusts: responses of any length pass.
+# Bytes of a message that comes from a trusted process: responses of any length pass.
 MAX_REQUEST = (1 << 32) - 1
 _LENGTH = struct.Struct('>I')
-_CHUNK = 1 << 17
-_LONGEST = 3600.0
+_CHUNK = 1 << 17  # bytes that one system call writes or reads
+_LONGEST = 3600.0  # seconds of one wait, which is repeated until the deadline
 
 
 class Closed(Exception):
@@ -29,45 +29,49 @@ class Closed(Exception):
 
 
 class Malformed(Exception):
-  """What came is no message: too long, or not JSON."""
+  """The bytes that came are no message: they are too many, or not JSON."""
 
 
 class Deadline:
-  """A moment from which nothing is waited for any more; `seconds` None never comes. Final."""
+  """The moment at which all waiting ends, `seconds` from now; None waits for ever. Final."""
 
   def __init__(self, seconds: float | None) -> None:
     self._end = None if seconds is None else time.monotonic() + seconds
 
   def check(self) -> None:
-    """Raises TimeoutError where the deadline is over."""
+    """Raises TimeoutError where the deadline has passed."""
     if self._end is not None and time.monotonic() >= self._end:
       raise TimeoutError
 
   def poll(self, poller: select.poll, longest: float | None = None) -> list[tuple[int, int]]:
-    """Waits for one of the poller's descriptors, at most `longest` seconds or an hour.
+    """Waits for one of the poller's descriptors, for at most `longest` seconds (None: an hour).
+
+    Returns:
+      (descriptor, events) as `select.poll` gives them; [] where nothing happened.
 
     Raises:
-      TimeoutError: the deadline is over.
+      TimeoutError: the deadline has passed.
     """
     self.check()
     waits = [_LONGEST if longest is None else longest]
     if self._end is not None:
       waits.append(self._end - time.monotonic())
-    # A millisecond more: a wait of 0.4 ms must not become one of none that is repeated at once.
+    # A millisecond is added, since a wait of 0.4 ms would be rounded to 0 and repeated at once.
     return poller.poll(max(0.0, min(waits)) * 1000 + 1)
 
 
 class Watch(Protocol):
-  """What is looked after while a message is waited for."""
+  """What else is watched while a process waits for a message."""
 
   def descriptors(self) -> Mapping[int, int]:
-    """Descriptors and the events of `select.poll` that are looked for; 0: its other end closes."""
+    """Descriptors and the events of `select.poll` to watch for; 0 watches only for the other end
+    to close."""
 
   def happened(self, fd: int) -> None:
-    """Something has, at one of them; what it raises ends the wait."""
+    """Called when an event has happened at `fd`; an exception that it raises ends the wait."""
 
   def tick(self) -> None:
-    """Called at least once a second; what it raises ends the wait."""
+    """Called at least once a second; an exception that it raises ends the wait."""
 
 
 def send(fd: int, message: dict[str, Any], deadline: Deadline, watch: Watch | None = None) -> None:
@@ -91,26 +95,27 @@ def send(fd: int, message: dict[str, Any], deadline: Deadline, watch: Watch | No
 def receive(fd: int, deadline: Deadline, most: int, watch: Watch | None = None) -> dict[str, Any]:
   """Reads one message of at most `most` bytes from a descriptor.
 
-  Who sends waits for the answer before it sends again: bytes behind the message are no message.
+  A sender waits for the answer before it sends again, so that bytes behind the message are an
+  error.
 
   Raises:
-    TimeoutError: it was not whole in time.
+    TimeoutError: the message was not whole in time.
     Closed: the other side is gone.
-    Malformed: it is longer, not a JSON object, or more than one message.
+    Malformed: the message is longer or not a JSON object, or bytes follow it.
   """
-  found = bytearray()
+  data = bytearray()
   length: int | None = None
-  while length is None or len(found) < length:
-    found += _some(fd, deadline, watch)
-    if length is None and len(found) >= _LENGTH.size:
-      num_bytes, = _LENGTH.unpack(found[:_LENGTH.size])
+  while length is None or len(data) < length:
+    data += _some(fd, deadline, watch)
+    if length is None and len(data) >= _LENGTH.size:
+      num_bytes, = _LENGTH.unpack(data[:_LENGTH.size])
       if num_bytes > most:
         raise Malformed(f'a message of {num_bytes:,} bytes, where {most:,} are the most')
       length = _LENGTH.size + num_bytes
-  if len(found) > length:
+  if len(data) > length:
     raise Malformed('more than one message')
   try:
-    message = json.loads(found[_LENGTH.size:])
+    message = json.loads(data[_LENGTH.size:])
   except (ValueError, RecursionError) as error:
     raise Malformed('a message that is not JSON') from error
   if not isinstance(message, dict):
@@ -119,7 +124,7 @@ def receive(fd: int, deadline: Deadline, most: int, watch: Watch | None = None) 
 
 
 def _some(fd: int, deadline: Deadline, watch: Watch | None) -> bytes:
-  """Bytes, at least one, waited for where there are none yet."""
+  """Waits for at least one byte and returns those that have come."""
   while True:
     deadline.check()
     try:
@@ -135,13 +140,13 @@ def _some(fd: int, deadline: Deadline, watch: Watch | None) -> bytes:
 
 
 def _wait(fd: int, event: int, deadline: Deadline, watch: Watch | None) -> None:
-  """Until `fd` is ready, looking after the watch's descriptors meanwhile."""
+  """Waits until `fd` is ready, and calls the watch meanwhile."""
   while True:
     poller = select.poll()
     poller.register(fd, event)
-    for other, looked_for in watch.descriptors().items() if watch is not None else ():
-      poller.register(other, looked_for)
-    ready = [found for found, _ in deadline.poll(poller, None if watch is None else 1.0)]
+    for other, events in watch.descriptors().items() if watch is not None else ():
+      poller.register(other, events)
+    ready = [number for number, _ in deadline.poll(poller, None if watch is None else 1.0)]
     if watch is not None:
       watch.tick()
       for other in ready:

@@ -2,13 +2,15 @@
 
     trainer ── socket ── supervisor ── pipes ── worker (`worker.py`), which runs the verifier
 
-The supervisor runs no verifier: it forks the worker, hands it one response at a time, ends it at
-the deadline, and starts another. It adopts whatever the worker leaves behind, in whatever
+The supervisor runs no verifier. It forks the worker, hands it one response at a time, ends it at
+the deadline and starts another. It adopts every process that the worker leaves behind, in whatever
 session, and ends it with the worker. It imports the libraries of the built-in verifiers once, so
-that a new worker costs a fork. A worker whose scorer evaluates text serves one answer.
+that a new worker costs only a fork. A worker that has evaluated a response as an expression is
+replaced.
 
-It ignores the signals that stop a run (SIGTERM, SIGINT and SIGHUP, which a service manager sends
-to every process): the trainer finishes its step first. It ends with the trainer.
+The supervisor ignores the signals that stop a run (SIGTERM, SIGINT and SIGHUP, which a service
+manager sends to every process), because the trainer finishes its step first. It ends with the
+trainer.
 """
 
 from collections.abc import Mapping, Sequence
@@ -36,16 +38,16 @@ from jaxrl_pt.verifiers.channel import (
 )
 from jaxrl_pt.verifiers.response_verdict import Outcome, ResponseVerdict
 
-START_SECONDS = 120.0  # a busy machine may take long to import a verifier's libraries
+START_SECONDS = 120.0  # A busy machine may take long to import a verifier's libraries.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-_MAX_WORDS = 1500  # bytes of the worker's error output, the last ones
-# Ends that are somebody else's doing: an operator's or a service manager's signal, or the
-# kernel's when memory is short.
+_MAX_WORDS = 1500  # How many of the last bytes of the worker's error output are kept.
+# Signals that come from outside: from an operator, a service manager, or the kernel when memory is
+# short.
 _FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
 class _LostError(Exception):
-  """The worker was killed from outside or did not start: its answer may be verified again."""
+  """The worker was killed from outside or did not start: its response may be verified again."""
 
 
 class _OrphanedError(Exception):
@@ -53,20 +55,21 @@ class _OrphanedError(Exception):
 
 
 class _Worker:
-  """One forked process and the pipes to it. Final."""
+  """One forked worker process and the pipes to it. Final."""
 
   def __init__(self, parts: Sequence[cfg.HostVerifier], limits: cfg.VerifierPool,
                channel: socket.socket, trainer: int) -> None:
-    """Forks it and waits until it is ready.
+    """Forks the worker and waits until it is ready.
 
     Args:
       parts: verifiers that share a sandbox.
-      limits: of one answer.
-      channel, trainer: the trainer's socket and process, without whom nothing goes on.
+      limits: what verifying one response may cost.
+      channel: the socket to the trainer; when it closes, all waiting ends.
+      trainer: process id of the trainer; when it dies, all waiting ends.
 
     Raises:
       UserError: the worker refuses the verifier's settings.
-      _LostError: it did not start.
+      _LostError: the worker did not start.
       _OrphanedError: the trainer is gone.
     """
     self._parts, self._limits = parts, limits
@@ -90,14 +93,18 @@ class _Worker:
     if 'error' in said:
       raise UserError(str(said['error']))
 
-  # --- What goes on while it is waited for (`channel.Watch`) ----------------------------
+  # --- What is watched while the worker is waited for (`channel.Watch`) -----------------
 
   def descriptors(self) -> Mapping[int, int]:
-    """The end of the trainer's channel, and the worker's error output."""
+    """The channel to the trainer, for its end, and the worker's error output."""
     return {self._channel: 0} | ({self._errors: select.POLLIN} if self._hears_errors else {})
 
   def happened(self, fd: int) -> None:
-    """Keeps the end of what the worker says; leaves where the trainer has closed."""
+    """Keeps the last of the worker's error output.
+
+    Raises:
+      _OrphanedError: the trainer has closed the channel.
+    """
     if fd == self._channel:
       raise _OrphanedError
     try:
@@ -108,7 +115,11 @@ class _Worker:
     self._hears_errors = bool(said)
 
   def tick(self) -> None:
-    """Leaves where the trainer has died, even if a process that it forked holds the channel."""
+    """Notices the trainer's death, even if a process that it forked holds the channel open.
+
+    Raises:
+      _OrphanedError: the trainer has died.
+    """
     if os.getppid() != self._trainer:
       raise _OrphanedError
 
@@ -116,22 +127,24 @@ class _Worker:
 
   @property
   def alive(self) -> bool:
-    """Whether it can verify another response."""
+    """Whether the worker can verify another response."""
     return self._reap(os.WNOHANG) is None
 
   def verify(self, request: dict[str, Any], deadline: Deadline) -> list[ResponseVerdict]:
-    """The verdict of each of its parts, or what became of the worker, which then is dead.
+    """The verdict of each of the worker's verifiers on one response.
+
+    If the worker fails, all verdicts are TIMEOUT or CRASH, and the worker is dead.
 
     Raises:
-      _LostError: it was killed from outside.
+      _LostError: the worker was killed from outside.
       _OrphanedError: the trainer is gone.
     """
     nonce = secrets.token_hex(16)
     try:
       send(self._requests, {**request, 'nonce': nonce}, deadline, self)
-      found = receive(self._results, deadline, MAX_RESULT, self)
-      verdicts = found.get('verdicts')
-      if found.get('nonce') != nonce or not isinstance(verdicts, list):
+      answer = receive(self._results, deadline, MAX_RESULT, self)
+      verdicts = answer.get('verdicts')
+      if answer.get('nonce') != nonce or not isinstance(verdicts, list):
         raise Malformed('a message that is not a verdict')
       return [build.decoded(data, part) for data, part in zip(verdicts, self._parts, strict=True)]
     except TimeoutError:
@@ -144,7 +157,14 @@ class _Worker:
       return self._explained(self.end(1.0))
 
   def _explained(self, code: int | None) -> list[ResponseVerdict]:
-    """What the end of the worker, None if it had to be killed, says of the answer in hand."""
+    """The verdicts on the response during which the worker ended.
+
+    Args:
+      code: the worker's exit code; None if it had to be killed.
+
+    Raises:
+      _LostError: the worker was killed from outside.
+    """
     if code == -signal.SIGPROF:
       return self._all(Outcome.TIMEOUT, f'{self._limits.cpu_seconds:g} s of processor time used')
     words = self._last_words()
@@ -162,13 +182,13 @@ class _Worker:
   def _last_words(self) -> str:
     return self._words.decode(errors='replace').strip()
 
-  # --- Its end --------------------------------------------------------------------------
+  # --- The worker's end -----------------------------------------------------------------
 
   def end(self, seconds: float) -> int | None:
-    """Ends it and all that it started, after at most `seconds` to end by itself.
+    """Ends the worker, which has `seconds` to end by itself, and every process it started.
 
     Returns:
-      Its exit code, −n for signal n; None where it had to be killed.
+      The worker's exit code, −n for signal n; None where it had to be killed.
     """
     until = time.monotonic() + seconds
     while (code := self._reap(os.WNOHANG)) is None and time.monotonic() < until:
@@ -187,7 +207,7 @@ class _Worker:
     return self._code
 
   def _hear_out(self) -> None:
-    """Reads what is left of its error output, and closes the pipes."""
+    """Reads what is left of the worker's error output, and closes the pipes."""
     if self._errors < 0:
       return
     before = None
@@ -200,7 +220,7 @@ class _Worker:
 
 
 def _forked(parts: Sequence[cfg.HostVerifier], limits: cfg.VerifierPool, *pipes: int) -> int:
-  """Process id of a fresh worker."""
+  """Forks a worker and returns its process id."""
   me = os.getpid()
   pid = os.fork()
   if pid == 0:
@@ -214,41 +234,41 @@ def _forked(parts: Sequence[cfg.HostVerifier], limits: cfg.VerifierPool, *pipes:
 
 
 class _Supervisor:
-  """The workers of one verifier: one, or two where a Composite has parts of both sandboxes."""
+  """The workers of one verifier: two where a Composite needs both sandboxes, else one."""
 
   def __init__(self, settings: cfg.HostVerifier, limits: cfg.VerifierPool,
                channel: socket.socket, trainer: int) -> None:
     self._settings, self._limits = settings, limits
     self._channel, self._trainer = channel, trainer
     parts = build.parts_of(settings)
-    kinds = [[i for i, part in enumerate(parts) if build.is_tight(part) == tight]
-             for tight in (True, False)]
-    self._kinds = [places for places in kinds if places]
+    by_sandbox = [[i for i, part in enumerate(parts) if build.is_tight(part) == tight]
+                  for tight in (True, False)]
+    self._places = [places for places in by_sandbox if places]  # in `_parts`, for each worker
     self._parts = parts
     self._workers: list[_Worker] = []
 
   def ready(self) -> None:
-    """Starts what is not alive; raises what `_Worker` does."""
-    if len(self._workers) == len(self._kinds) and all(w.alive for w in self._workers):
+    """Starts all workers again if one is not alive; it raises what `_Worker` raises."""
+    if len(self._workers) == len(self._places) and all(w.alive for w in self._workers):
       return
     self.end()
-    for places in self._kinds:
+    for places in self._places:
       self._workers.append(_Worker([self._parts[i] for i in places], self._limits, self._channel,
                                    self._trainer))
 
   def verify(self, request: dict[str, Any]) -> ResponseVerdict:
-    """One answer under one deadline; raises what `_Worker` does."""
+    """The verdict on one response, under one deadline; it raises what `_Worker.verify` raises."""
     self.ready()
     deadline = Deadline(self._limits.wall_seconds)
     verdicts: dict[int, ResponseVerdict] = {}
-    for each, places in zip(self._workers, self._kinds, strict=True):
-      verdicts |= dict(zip(places, each.verify(request, deadline), strict=True))
+    for process, places in zip(self._workers, self._places, strict=True):
+      verdicts |= dict(zip(places, process.verify(request, deadline), strict=True))
     return build.combined(self._settings, [verdicts[i] for i in range(len(self._parts))])
 
   def end(self) -> None:
-    """Ends the workers and all that they started."""
-    for each in self._workers:
-      each.end(0.0)
+    """Ends the workers and every process that they started."""
+    for process in self._workers:
+      process.end(0.0)
     self._workers = []
 
   def serve(self) -> None:
@@ -268,32 +288,32 @@ class _Supervisor:
       if build.evaluates(self._settings, request['reference']):
         self.end()
       try:
-        self.ready()  # while the trainer is busy; what fails now is tried again
+        self.ready()  # The trainer is busy meanwhile. `verify` tries again what fails here.
       except (_LostError, UserError):
         pass
 
 
 class _Trainer:
-  """Notices the death of the trainer (`channel.Watch`)."""
+  """A `channel.Watch` that notices the death of the trainer."""
 
   def __init__(self, process: int) -> None:
     self._process = process
 
   def descriptors(self) -> Mapping[int, int]:
-    """None but the channel itself."""
+    """No descriptors: the caller waits for the channel itself."""
     return {}
 
   def happened(self, fd: int) -> None:
-    """Never called."""
+    """Never called, since there are no descriptors."""
 
   def tick(self) -> None:
-    """Leaves where the trainer is not the parent any more."""
+    """Raises _OrphanedError where the trainer is not the parent any more."""
     if os.getppid() != self._process:
       raise _OrphanedError
 
 
 def main(channel: socket.socket) -> None:
-  """Serves the trainer at the other end of `channel`, then ends with all that was started."""
+  """Serves the trainer at the other end of `channel`, then ends every process below this one."""
   for number in STOP_SIGNALS:
     signal.signal(number, signal.SIG_IGN)
   signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)

@@ -1,16 +1,17 @@
-"""Exact answers, compared by their bytes: the definition on lists, and the same on the device.
+"""The verifier of exact answers, compared by their bytes: a definition on lists, and on the device.
 
-The answer of a response is the text between its last marker and the stop token that ends it. It
-is right if it equals the reference byte by byte; a response without marker or without its stop
-is wrong. Tokens do not matter: most tokenizers merge the marker with its neighbours (`;#`, ` #`,
-`#7`), so the same text comes in many ways.
+The answer of a response is the text between its last marker and the stop token that ends it. It is
+right if it equals the reference answer byte by byte; a response without a marker or without a stop
+token is wrong. Tokens are not compared, since most tokenizers merge the marker with its neighbours
+(`;#`, ` #`, `#7`) and one text has many tokenizations.
 
-On the device only the end of a response is read: with K bytes of the marker m and A of the
-answer a,
+On the device only the end of a response is read. With the marker m of K bytes and the reference
+answer a of A bytes,
 
-    correct = the last token is the stop, and the last K + A bytes before it are m a
+    correct = the last token is the stop token, and the K + A bytes before it are m a
 
-which is the definition wherever m does not occur again inside m a (the run checks that).
+This equals the definition wherever m does not occur again inside m a, which a run checks before it
+starts.
 """
 
 from collections.abc import Sequence
@@ -29,12 +30,12 @@ from jaxrl_pt.verifiers.response_verdict import Outcome
 
 def verify_tokens(response: Sequence[int], answer: bytes, marker: bytes, stop_id: int,
                  token_bytes: Sequence[bytes]) -> Outcome:
-  """The definition. `response` holds the tokens drawn, the stop included if it was."""
+  """The definition, on the tokens of one response, its stop token included if it has one."""
   tokens = list(response)
   if not tokens or tokens[-1] != stop_id:
     return Outcome.UNPARSED
-  _, found, stated = b''.join(token_bytes[t] for t in tokens[:-1]).rpartition(marker)
-  if not found:
+  _, last_marker, stated = b''.join(token_bytes[t] for t in tokens[:-1]).rpartition(marker)
+  if not last_marker:
     return Outcome.UNPARSED
   return Outcome.CORRECT if stated == answer else Outcome.WRONG
 
@@ -44,15 +45,16 @@ def verify_tokens(response: Sequence[int], answer: bytes, marker: bytes, stop_id
 
 def answer_match(table: TokenBytes, tokens: Array, mask: Array, answers: Array,
                  answer_lengths: Array, marker: bytes, stop_id: int) -> Array:
-  """`verify_tokens` of whole batches: 1 where it is CORRECT.
+  """`verify_tokens` of whole batches: 1 where the outcome is CORRECT.
 
   Args:
-    table: bytes of the vocabulary.
+    table: the bytes of each token.
     tokens: i32[N, G, S].
     mask: f32[N, G, S] 1 on tokens of the response, drawn or forced.
-    answers: i32[N, W] bytes of the references.
-    answer_lengths: i32[N].
+    answers: i32[N, W] bytes of the reference answers.
+    answer_lengths: i32[N] how many bytes each reference answer has.
     marker: K bytes.
+    stop_id: the token that ends a response.
 
   Returns:
     f32[N, G] in {0, 1}.
@@ -64,7 +66,7 @@ def answer_match(table: TokenBytes, tokens: Array, mask: Array, answers: Array,
   last = jnp.take_along_axis(tokens, jnp.maximum(length - 1, 0)[..., None], -1)[..., 0]
   ended = (length > 0) & (last == stop_id)
   spells = (place < length[..., None] - 1) & (table.lengths[tokens] > 0)
-  # Each token that spells something has a byte at least: the last `most` of them are enough.
+  # Each token that spells something has at least one byte, so the last `most` of them are enough.
   behind = jnp.cumsum(spells[..., ::-1], -1)[..., ::-1] - 1
   near = jnp.where(spells & (behind < most), behind, most)
   n, g = jnp.indices(length.shape)
@@ -82,9 +84,9 @@ def answer_match(table: TokenBytes, tokens: Array, mask: Array, answers: Array,
 
 
 def _ends(answers: Array, answer_lengths: Array, marker: bytes) -> tuple[Array, Array]:
-  """u8[N, X] what right responses end with, from the last byte backwards, and its i32[N] length."""
+  """u8[N, X] bytes that right responses end with, from the last one backwards, and their number."""
   num_marker, back = len(marker), jnp.arange(len(marker) + answers.shape[1])
-  place = answer_lengths[:, None] - 1 - back  # in the answer; negative in the marker
+  place = answer_lengths[:, None] - 1 - back  # place in the answer; negative in the marker
   in_answer = jnp.take_along_axis(answers, jnp.clip(place, 0, answers.shape[1] - 1), 1)
   in_marker = jnp.asarray(np.frombuffer(marker, np.uint8))[jnp.clip(place, -num_marker, -1)]
   end_NX = jnp.where(place >= 0, in_answer, in_marker).astype(jnp.uint8)
@@ -94,28 +96,30 @@ def _ends(answers: Array, answer_lengths: Array, marker: bytes) -> tuple[Array, 
 def has_marker(reader_SV: Array, tokens: Array, mask: Array) -> Array:
   """f32[N, G]: 1 where the bytes of a response hold the marker, in however many tokens.
 
-  Each token maps how much of the marker has been read before it to how much has been after it
-  (Knuth, Morris and Pratt's automaton); the maps of a response are composed as a tree.
+  The automaton of Knuth, Morris and Pratt has as its state how many bytes of the marker have been
+  read. Each token maps the state before it to the state after it; these maps are composed by an
+  associative scan.
 
   Args:
-    reader_SV: from `marker_reader`.
-    tokens, mask: as in `answer_match`.
+    reader_SV: i32[K + 1, V] the map of each token, from `marker_reader`.
+    tokens: i32[N, G, S].
+    mask: f32[N, G, S] 1 on tokens of the response, drawn or forced.
   """
-  num_states, there = reader_SV.shape[0], (mask > 0)[..., None]
-  maps = jnp.where(there, jnp.moveaxis(reader_SV[:, tokens], 0, -1), jnp.arange(num_states))
+  num_states, in_response = reader_SV.shape[0], (mask > 0)[..., None]
+  maps = jnp.where(in_response, jnp.moveaxis(reader_SV[:, tokens], 0, -1), jnp.arange(num_states))
   then = lambda first, second: jnp.take_along_axis(second, first, -1)
   whole = jax.lax.associative_scan(then, maps, axis=-2)[..., -1, :]
   return (whole[..., 0] == num_states - 1).astype(jnp.float32)
 
 
 def marker_reader(table: TokenBytes, marker: bytes) -> Array:
-  """i32[K + 1, V]: bytes of the marker read after a token, by those read before it."""
+  """i32[K + 1, V]: bytes of the marker read after each token, by the number read before it."""
   num_states, step = len(marker) + 1, np.zeros((len(marker) + 1, 256), np.int32)
   for state in range(num_states - 1):
     for byte in range(256):
       text = marker[:state] + bytes([byte])
       step[state, byte] = max(k for k in range(len(text) + 1) if text.endswith(marker[:k]))
-  step[-1] = num_states - 1  # Found once is found.
+  step[-1] = num_states - 1  # A marker that has been read stays read.
   spelled, lengths = np.asarray(table.bytes), np.asarray(table.lengths)
   state_SV = np.repeat(np.arange(num_states, dtype=np.int32)[:, None], len(lengths), 1)
   for i in range(spelled.shape[1]):
@@ -124,8 +128,11 @@ def marker_reader(table: TokenBytes, marker: bytes) -> Array:
 
 
 def device_verifier(table: TokenBytes, marker: bytes, stop_id: int) -> Verify:
-  """Reward 1 for the exact answer, whose bytes are 'answer' in `prompts.extras`; every row is
-  valid. The part 'parsed', which earns nothing, is 1 where there is an answer at all."""
+  """The verifier that gives reward 1 for the exact answer. Every row is valid.
+
+  The bytes of the reference answer are 'answer' in `prompts.extras`. The part 'parsed', which earns
+  nothing, is 1 where a response states any answer.
+  """
   reader_SV = marker_reader(table, marker)
 
   def verify(prompts: Prompts, rollouts: RolloutBatch) -> Verdict:

@@ -1,16 +1,16 @@
 r"""Which answers may reach a scorer that evaluates them.
 
 Some of reasoning-gym's scorers hand the answer to Python's `eval`, or to sympy's `parse_expr`,
-which ends there too. A response is hostile: it could compute anything, its own verdict included.
-So these scorers see an answer only if every token of it is known to be harmless:
+which calls `eval` too. A response is hostile: it could compute anything, its own verdict included.
+These scorers therefore see an answer only if every token of it is known to be harmless:
 
-    literals     the whole is a literal of Python (numbers, strings, lists), for `eval`
+    literals     a literal of Python (numbers, strings, lists) and nothing else, for `eval`
     expressions  numbers, + - * / ^ ** ( ) and, where the task has them, commas, variables and
                  the functions below, for `parse_expr`: no attribute, no string, no index, no
                  other name, no power of a power
 
-`evaluating` reads a scorer's code for calls that evaluate. A task whose scorer has one and which
-is not known here is refused by its name.
+`evaluating` searches a scorer's code for calls that evaluate text. A task whose scorer has such a
+call is refused unless this file knows the task.
 """
 
 import ast
@@ -24,14 +24,14 @@ _LITERALS = frozenset({'binary_matrix', 'n_queens', 'spiral_matrix', 'string_ins
 _ARITHMETIC = frozenset({'countdown', 'puzzle24'})
 _ALGEBRA = frozenset({'intermediate_integration', 'polynomial_multiplication',
                       'simple_integration'})
-# They evaluate text of the problem, which the library wrote, and never the answer.
+# Tasks whose scorers evaluate text of the problem, which the library wrote, and never the answer.
 _OWN_TEXT = frozenset({'bitwise_arithmetic', 'number_sorting'})
 _FUNCTIONS = frozenset({
     'Abs', 'acos', 'acosh', 'acot', 'asin', 'asinh', 'atan', 'atanh', 'cos', 'cosh', 'cot', 'csc',
     'erf', 'exp', 'ln', 'log', 'pi', 'sec', 'sin', 'sinh', 'sqrt', 'tan', 'tanh'})
 _TOKEN = re.compile(r'(?P<number>(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)'
                     r'|(?P<name>[A-Za-z][A-Za-z0-9_]*)|(?P<sign>\*\*|[-+*/^(), ])', re.ASCII)
-# sympy's own names of one letter, of which S, N, O and Q are more than symbols.
+# Letters that an answer may have as names. S, N, O and Q are missing: sympy gives them other uses.
 _LETTERS = frozenset('abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMPRTUVWXYZ')
 _POWER = re.compile(r'\s*(?:\*\*|\^)\s*')
 _EXPONENT = re.compile(r'[-+]?(?:[0-9]{1,3}(?:\.[0-9]{1,3})?|[A-Za-z][A-Za-z0-9_]*)(?![\w.])|\(')
@@ -43,7 +43,7 @@ _EVALUATING = frozenset({'eval', 'exec', '__import__', 'parse_expr', 'sympify', 
 
 
 def evaluates(task: str) -> bool:
-  """Whether the task's scorer evaluates answers, of those that are known to."""
+  """Whether the task is known to have a scorer that evaluates answers."""
   return task in _LITERALS or task in _ARITHMETIC or task in _ALGEBRA
 
 
@@ -51,9 +51,9 @@ def is_admissible(task: str, answer: str, right: str | None) -> bool:
   """Whether the scorer of `task` may see the answer.
 
   Args:
-    task: its name in reasoning-gym.
-    answer: what the response states.
-    right: the library's own answer, which is the problem's text; its names are known.
+    task: the task's name in reasoning-gym.
+    answer: the answer that the response states.
+    right: the library's own answer, whose names are allowed in the stated answer.
   """
   if task in _LITERALS:
     return answer == right or _is_literal(answer)
@@ -95,14 +95,15 @@ def _is_expression(answer: str, names: frozenset[str]) -> bool:
 
 
 def _has_small_powers(answer: str) -> bool:
-  """Whether every exponent is a number of three digits, a name, or a bracket of few digits."""
+  """Whether every exponent is a number of at most three digits, a name, or a bracket of few digits.
+  """
   for power in _POWER.finditer(answer):
     exponent = _EXPONENT.match(answer, power.end())
     if exponent is None:
       return False
     end = exponent.end()
     opening = end - 1 if exponent[0] == '(' else end
-    if answer[opening:opening + 1] == '(':  # a bracket, or a function's
+    if answer[opening:opening + 1] == '(':  # The exponent is a bracket or a function's call.
       end = _closing(answer, opening)
     inside = answer[exponent.start():end]
     is_large = sum(map(str.isdigit, inside)) > _MAX_EXPONENT_DIGITS
@@ -112,7 +113,7 @@ def _has_small_powers(answer: str) -> bool:
 
 
 def _closing(answer: str, opening: int) -> int:
-  """The place after the bracket that closes the one at `opening`."""
+  """The place after the bracket that closes the bracket at `opening`."""
   depth = 0
   for place in range(opening, len(answer)):
     depth += {'(': 1, ')': -1}.get(answer[place], 0)
@@ -125,20 +126,23 @@ def _closing(answer: str, opening: int) -> int:
 
 
 def refused(task: str, scorer: Callable[..., Any]) -> str | None:
-  """Why answers to this task are not verified, or None: its scorer evaluates what nobody checks."""
+  """Why answers to the task are not verified; None where they are.
+
+  A task is refused if its scorer may evaluate answers that `is_admissible` does not check.
+  """
   if evaluates(task) or task in _OWN_TEXT:
     return None
-  found = evaluating(scorer)
-  if not found:
+  calls = evaluating(scorer)
+  if not calls:
     return None
-  return (f'the scorer of the task {task!r} calls {", ".join(sorted(found))}, which may evaluate '
+  return (f'the scorer of the task {task!r} calls {", ".join(sorted(calls))}, which may evaluate '
           'the answer: it is refused')
 
 
 def evaluating(scorer: Callable[..., Any]) -> set[str]:
-  """Names of what the scorer, and the functions of its library that it reaches, may evaluate with.
+  """Names by which a scorer, or a function of its library that it reaches, may evaluate text.
 
-  Reads names in the compiled code, so it finds too much rather than too little.
+  It reads names in the compiled code, so that it finds too many rather than too few.
   """
   assert isinstance(scorer, types.MethodType)
   owner, start = scorer.__self__, scorer.__func__
@@ -168,7 +172,7 @@ def _names(code: types.CodeType) -> Iterator[str]:
 
 
 def _is_json(function: types.FunctionType, name: str) -> bool:
-  """`json.loads` builds data and nothing else."""
+  """Whether the name is that of `json.load` or `json.loads`, which evaluate nothing."""
   return name in ('load', 'loads') and 'json' in function.__code__.co_names
 
 
@@ -176,13 +180,13 @@ def _reached(function: types.FunctionType, owner: Any, name: str, library: str
              ) -> list[types.FunctionType]:
   """Python functions of `library` that `name` may stand for in a function."""
   candidates = [function.__globals__.get(name), getattr(type(owner), name, None)]
-  found = []
+  functions = []
   for candidate in candidates:
     plain = _plain(candidate)
     members = vars(candidate).values() if isinstance(candidate, type) else ()
-    found += [f for f in [plain, *map(_plain, members)]
-              if f is not None and f.__module__.split('.', maxsplit=1)[0] == library]
-  return found
+    functions += [f for f in [plain, *map(_plain, members)]
+                  if f is not None and f.__module__.split('.', maxsplit=1)[0] == library]
+  return functions
 
 
 def _plain(value: Any) -> types.FunctionType | None:

@@ -1,11 +1,12 @@
-"""reasoning-gym's tasks: the scorer of the task verifies the answer of the response.
+"""reasoning-gym's tasks: the task's own scorer verifies the answer that a response states.
 
-The reference names a problem as JSON {"task", "seed", "size", "settings", "index", "entry"}.
-`entry` is the problem itself, as `gym_questions` made it: some tasks make another one of the same
-index where strings hash otherwise. A reference without it is made again.
+The reference answer names a problem as JSON {"task", "seed", "size", "settings", "index", "entry"}.
+`entry` is the problem itself, as `data/gym_questions.py` made it, because some tasks make another
+problem of the same index where strings hash otherwise. Without `entry` the problem is made again.
 
-Some scorers evaluate the answer. They see only answers that `expressions` finds harmless; others
-are UNPARSED. Verify in the pool even so, never in the trainer.
+Some scorers evaluate the answer as an expression. They see only answers that `expressions` finds
+harmless, and others are UNPARSED. This verifier must run in the pool all the same, never in the
+trainer.
 """
 
 import functools
@@ -17,16 +18,17 @@ from jaxrl_pt.errors import UserError
 from jaxrl_pt.verifiers import expressions
 from jaxrl_pt.verifiers.response_verdict import HostVerifier, Outcome, ResponseVerdict
 
-# The library scores from 0 to 1, some tasks in floating point. No lower: a long answer with a
-# character too many gets its share of characters, which is nearly 1.
+# Scores from here on are right: the library scores from 0 to 1, in some tasks with rounding errors.
+# The bound is no lower, because some scorers give the share of right characters, which is nearly 1
+# for a long answer with one character too many.
 RIGHT = 1.0 - 1e-6
 
 
 class _Task(NamedTuple):
-  """A task's scorer with its settings; refusal: why it verifies nothing, if so."""
+  """A task with its settings, and the reason if its answers are not verified."""
 
-  data: Any
-  refusal: str | None
+  data: Any  # the library's data set, which has the scorer
+  refusal: str | None  # why no answer to this task is verified; None where answers are
 
 
 @functools.lru_cache(maxsize=16)
@@ -37,7 +39,7 @@ def _task(name: str, seed: int, size: int, settings: tuple[tuple[str, Any], ...]
 
 
 def restored(plain: Any) -> Any:
-  """Undoes `gym_questions.plain`, which writes as JSON what JSON does not have."""
+  """The value that `gym_questions.plain` wrote as JSON, with the types that JSON does not have."""
   if isinstance(plain, list):
     return [restored(value) for value in plain]
   if not isinstance(plain, dict):
@@ -58,25 +60,25 @@ def evaluates(reference: str) -> bool:
 
 
 def extract(response: str, form: GymAnswer) -> str | None:
-  """What stands in the last `<answer>…</answer>`, or the whole response; None if blank."""
+  """The text in the last `<answer>…</answer>`, or the whole response; None if it is blank."""
   if form == 'text':
     return response.strip() or None
   before, closing, _ = response.rpartition('</answer>')
-  _, opening, found = before.rpartition('<answer>')
-  return found.strip() or None if closing and opening else None
+  _, opening, stated = before.rpartition('<answer>')
+  return stated.strip() or None if closing and opening else None
 
 
 def parts(score: float, partial_credit: bool) -> dict[str, float]:
-  """The parts of a reward: `answer`, and `partial` where credit for a wrong answer is paid."""
+  """The parts of a reward: `answer`, and `partial` where a wrong answer may earn credit."""
   is_right = score >= RIGHT
   paid = {'answer': score if is_right else 0.0}
   return {**paid, 'partial': 0.0 if is_right else score} if partial_credit else paid
 
 
 def verifier(form: GymAnswer, partial_credit: bool) -> HostVerifier:
-  """The verifier of reasoning-gym's problems: the score of a right answer, 0 for any other.
+  """The verifier of reasoning-gym's problems.
 
-  With `partial_credit` the scorer's credit for an answer that is not right is paid too.
+  A right answer earns the scorer's score. Any other earns 0, or with `partial_credit` its score.
 
   Raises:
     UserError: the `gym` extra is missing.
@@ -87,22 +89,22 @@ def verifier(form: GymAnswer, partial_credit: bool) -> HostVerifier:
     raise UserError("GymVerifier needs the extra `gym`: pip install 'jaxrl_pt[gym]'.") from error
 
   def verify(response: str, reference: str) -> ResponseVerdict:
-    found = extract(response, form)
-    if found is None:
+    stated = extract(response, form)
+    if stated is None:
       return ResponseVerdict(Outcome.UNPARSED, parts(0.0, partial_credit))
-    place = json.loads(reference)
-    data, refusal = _task(place['task'], place['seed'], place['size'],
-                          tuple(map(tuple, place['settings'])))
+    problem = json.loads(reference)
+    data, refusal = _task(problem['task'], problem['seed'], problem['size'],
+                          tuple(map(tuple, problem['settings'])))
     if refusal:
       return ResponseVerdict(Outcome.CRASH, detail=refusal)
-    entry = restored(place['entry']) if 'entry' in place else data[place['index']]
-    if not expressions.is_admissible(place['task'], found, entry['answer']):
+    entry = restored(problem['entry']) if 'entry' in problem else data[problem['index']]
+    if not expressions.is_admissible(problem['task'], stated, entry['answer']):
       return ResponseVerdict(Outcome.UNPARSED, parts(0.0, partial_credit), 'not an expression')
     try:
-      score = float(data.score_answer(answer=found, entry=entry))
-    except Exception as error:  # scorers read well-formed answers: this one could not be read
+      score = float(data.score_answer(answer=stated, entry=entry))
+    except Exception as error:  # The scorer cannot read this answer.
       return ResponseVerdict(Outcome.UNPARSED, parts(0.0, partial_credit),
-                       f'{type(error).__name__}: {error}')
+                             f'{type(error).__name__}: {error}')
     outcome = Outcome.CORRECT if score >= RIGHT else Outcome.WRONG
     return ResponseVerdict(outcome, parts(score, partial_credit))
 

@@ -1,4 +1,4 @@
-"""Between the loop, which has tokens, and the pool, which verifies text."""
+"""The verifier that turns a rollout batch into texts and hands them to the pool."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,25 +12,29 @@ from jaxrl_pt.verifiers.response_verdict import UNVERIFIED, Outcome
 
 @dataclass(frozen=True)
 class PendingPoolVerdict:
-  """Responses that the pool is verifying."""
+  """The future of the verdict on responses that the pool verifies."""
 
   verdicts: pool.PendingVerdicts
   group_size: int
   parts: tuple[str, ...]
 
   def result(self) -> Verdict:
-    """Waits for the verdict, f32[N, G] arrays; see `pool.PendingVerdicts.result`."""
+    """Waits for the verdict, whose arrays are f32[N, G].
+
+    Raises:
+      CancelledError: the pool was closed before the responses were verified.
+    """
     verdicts, size = self.verdicts.result(), self.group_size
     groups = [verdicts[i:i + size] for i in range(0, len(verdicts), size)]
     return base.verdict(groups, self.parts)
 
   def parsed(self) -> float:
-    """The share of the verified responses that hold an answer; 1 where none was verified."""
-    outcomes = [j.outcome for j in self.verdicts.result() if j.outcome not in UNVERIFIED]
+    """The share of the verified responses that state an answer; 1 where none was verified."""
+    outcomes = [v.outcome for v in self.verdicts.result() if v.outcome not in UNVERIFIED]
     return 1.0 - outcomes.count(Outcome.UNPARSED) / max(len(outcomes), 1)
 
   def last_words(self) -> str:
-    """Why responses were not verified, once there is a result."""
+    """The most frequent reason why responses were not verified, once there is a result."""
     return trial.last_words(self.verdicts.result())
 
 
@@ -38,7 +42,9 @@ class PendingPoolVerdict:
 class PoolVerifier:
   """Verifies the text of each response in the processes of a pool.
 
-  decode: ids → text; special tokens, such as the one that ends a response, are empty in it.
+  pool: the pool that verifies.
+  decode: the function from token ids to text, in which special tokens, such as the one that ends a
+    response, are empty.
   """
 
   pool: pool.Pool
@@ -46,7 +52,10 @@ class PoolVerifier:
 
   def submit(self, prompts: Prompts, rollouts: RolloutBatch, references: Sequence[str]
              ) -> PendingPoolVerdict:
-    """Hands over the text of every response, as on the host, and returns at once."""
+    """Hands over the text of every response and returns before it is verified.
+
+    It waits for the rollouts' arrays, since it reads them on the host.
+    """
     del prompts
     tokens, mask = np.asarray(rollouts.tokens), np.asarray(rollouts.in_response) > 0
     items = [(self.decode(tokens[n, g][mask[n, g]].tolist()), reference)

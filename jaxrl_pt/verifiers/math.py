@@ -1,27 +1,29 @@
-r"""Mathematical answers: where a response states one, and whether it equals the reference.
+r"""The verifier of mathematical answers: it compares the stated answer with the reference answer.
 
-Where the answer stands is the format's to say, and a response that has several is verified by
-the last one:
+The format says where a response states its answer. If there are several answers, the last one
+counts:
 
     boxed        content of the balanced \boxed{…} that opens last and is not blank; \boxed 5 too
     gsm8k        rest of the line after the last ####
     last_number  the last number of the response, as a whole: `1/2`, `−5`, `1e3`, `1 1/2`
 
-An answer is understood as a whole, by the grammar of `answer_parse`, or is UNPARSED; nothing is
-read out of a text that was not understood. Without the grammar it is right only as the same text
-as the reference, up to spacing and dressing. Numbers are exact rationals:
+The grammar of `answer_parse` either understands an answer as a whole or leaves it UNPARSED; no part
+of a text is read that was not understood. An answer that is the same text as the reference answer,
+up to spacing and dressing, is right in any case. Numbers are exact rationals:
 
     decimals     0.5 is 1/2, and 0.333333 is not 1/3: a decimal is the number that it writes.
-                 0.\overline{3} is 1/3, 3.14 is not π. Nothing is compared by rounding.
-    percent      50% is worth 1/2, and answers a reference 50 as well, since many leave the sign
-                 to the question; 50 and 0.5 both answer a reference 50%, but 50% is not 0.5%.
-    units        `5 cm`, `18 dollars`, `30°` answer 5, 18, 30, and the reverse; 5 cm is not 5 m.
-    statements   x = 5 and 2 + 3 = 5 answer 5; 5 = 6, ≠ 7 and > 7 answer no value.
+                 0.\overline{3} is 1/3, and 3.14 is not π. Nothing is compared by rounding.
+    percent      50% is right for the reference answers 1/2 and, since many problems leave the sign
+                 to the question, 50. For the reference answer 50%, both 50 and 0.5 are right, but
+                 0.5% is not.
+    units        `5 cm`, `18 dollars`, `30°` are right for 5, 18, 30, and the reverse; 5 cm is not
+                 5 m.
+    statements   x = 5 and 2 + 3 = 5 are right for 5; 5 = 6, ≠ 7 and > 7 are right for no value.
 
-docs/answers.md says it in full. With `symbolic` expressions are worked out too, exactly; where
-they hold functions or nested roots, sympy must prove the equality. An answer of more than
-MAX_ANSWER characters, of very deep brackets or of numbers too large to work out is wrong: no
-reference is like that, and reading it could take for ever.
+docs/answers.md says all of this in full. With `symbolic`, expressions are worked out too, exactly;
+where they hold functions or nested roots, sympy must prove the equality. An answer of more than
+MAX_ANSWER characters, with very deep brackets or with numbers that are too large to work out is
+wrong: no reference answer is like that, and reading it could take for ever.
 """
 
 import re
@@ -33,10 +35,10 @@ from jaxrl_pt.verifiers import answer_equal, answer_number, answer_parse, answer
 from jaxrl_pt.verifiers.answer_tokens import NotUnderstood, TooLarge
 from jaxrl_pt.verifiers.response_verdict import HostVerifier, Outcome, ResponseVerdict, answer
 
-MAX_ANSWER = 1000
-# Braces and boxes in one pass; an escaped brace is text.
+MAX_ANSWER = 1000  # characters
+# Matches braces and boxes in one pass; an escaped brace is text.
 _BRACES = re.compile(r'(?P<box>\\boxed\s*\{)|\\.|(?P<open>\{)|(?P<close>\})', re.DOTALL)
-# A box without braces: what stands there without space, and no formula that goes on behind it.
+# Matches a box without braces, up to the next space; no formula may go on behind it.
 _BARE_BOX = re.compile(r'\\boxed\s*([^\s{}$\\]++)(?!\s*[\d+*/^=_!%{\\-])')
 
 
@@ -44,11 +46,11 @@ _BARE_BOX = re.compile(r'\\boxed\s*([^\s{}$\\]++)(?!\s*[\d+*/^=_!%{\\-])')
 
 
 def boxed(text: str) -> str | None:
-  r"""Content of the balanced `\boxed{…}` that opens last, or None. Linear in the text.
+  r"""Content of the balanced `\boxed{…}` that opens last, or None. It takes linear time.
 
-  A blank box counts only where there is no other; `\boxed 5` counts as `\boxed{5}`.
+  A blank box counts only where there is no other box; `\boxed 5` counts as `\boxed{5}`.
   """
-  opened: list[tuple[int, int] | None] = []  # (start of box, start of content), None: a brace
+  opened: list[tuple[int, int] | None] = []  # (start of box, start of content); None for a brace
   best: tuple[bool, int, str] | None = None  # (is not blank, start, content)
   for match in _BRACES.finditer(text):
     if match['box'] is not None:
@@ -57,7 +59,7 @@ def boxed(text: str) -> str | None:
       opened.append(None)
     elif match['close'] is not None and opened:
       box = opened.pop()
-      # What is too long is not copied, or a text of nested boxes would take squared time.
+      # Long content is not copied whole, or a text of nested boxes would take quadratic time.
       if box is not None and (best is None or box[0] > best[1] or not best[0]):
         content = text[box[1]:min(match.start(), box[1] + 2 * MAX_ANSWER)]
         if best is None or bool(content.strip()) >= best[0]:
@@ -69,38 +71,38 @@ def boxed(text: str) -> str | None:
 
 
 def extract(response: str, form: AnswerFormat) -> str | None:
-  """The answer that a response states in this format, or None; blank counts as none."""
+  """The answer that a response states in this format; None where it is missing or blank."""
   match form:
     case 'boxed':
-      found = boxed(response)
+      stated = boxed(response)
     case 'gsm8k':
-      _, mark, rest = response.rpartition('####')
-      found = rest.split('\n', 1)[0] if mark else None
+      _, mark, after = response.rpartition('####')
+      stated = after.split('\n', 1)[0] if mark else None
     case 'last_number':
-      found = answer_number.last(response)
+      stated = answer_number.last(response)
     case _:
       assert_never(form)
-  return found.strip() if found and found.strip() else None
+  return stated.strip() if stated and stated.strip() else None
 
 
 def reference_answer(reference: str) -> str:
-  r"""What follows the last #### of a reference, else its last box, else all of it."""
+  r"""The reference answer in a problem's text: after its last ####, else its last box, else all."""
   forms: tuple[AnswerFormat, ...] = ('gsm8k', 'boxed')
   for form in forms:
-    found = extract(reference, form)
-    if found is not None:
-      return found
+    stated = extract(reference, form)
+    if stated is not None:
+      return stated
   return reference.strip()
 
 
 # --- Whether two answers are equal ------------------------------------------------
 
 
-number = answer_number.number  # the exact value of a number that is written out
+number = answer_number.number  # gives the exact value of a number that is written out
 
 
 def plain(text: str) -> str:
-  """The answer as a text: without dressing, fonts, or spaces beside signs."""
+  """The answer as a text, without dressing, fonts and spaces beside signs."""
   return answer_text.plain(text)
 
 
@@ -117,7 +119,7 @@ def _tree(text: str) -> answer_parse.Node | None:
 
 
 def _outcome(stated: str, truth: str, prove: answer_equal.Proof | None) -> Outcome:
-  """CORRECT, WRONG, or UNPARSED where a formula was asked for and the answer is not understood."""
+  """CORRECT, WRONG, or UNPARSED where the true answer is a formula and no formula is stated."""
   if len(stated) > MAX_ANSWER:
     return Outcome.WRONG
   text, wanted_text = plain(stated), plain(truth)
@@ -127,22 +129,26 @@ def _outcome(stated: str, truth: str, prove: answer_equal.Proof | None) -> Outco
     return Outcome.CORRECT
   try:
     wanted = _tree(truth) if len(truth) <= MAX_ANSWER else None
-    if wanted is None:  # the reference is a text
+    if wanted is None:  # The true answer is a text.
       return Outcome.WRONG
-    found = _tree(stated)
-    if found is None:
+    tree = _tree(stated)
+    if tree is None:
       return Outcome.UNPARSED
-    is_right = answer_equal.is_equal(found, wanted, prove)
+    is_right = answer_equal.is_equal(tree, wanted, prove)
   except (TooLarge, RecursionError):
     return Outcome.WRONG
   return Outcome.CORRECT if is_right else Outcome.WRONG
 
 
 def verifier(form: AnswerFormat, symbolic: bool) -> HostVerifier:
-  """The verifier of answers in this format.
+  """The verifier of mathematical answers in this format.
+
+  Args:
+    form: where a response states its answer.
+    symbolic: whether expressions are worked out.
 
   Raises:
-    UserError: `symbolic` without sympy.
+    UserError: `symbolic`, and sympy is missing.
   """
   if symbolic:
     try:

@@ -1,13 +1,13 @@
-r"""RPT's prefix-matching reward: its definition on bytes, and the same on the device.
+r"""RPT's prefix-matching reward: a definition on bytes, and the same on the device.
 
 With X the bytes of the true continuation, Y the bytes of the prediction, ℓ = |Y| and L_gt
-the cumulative byte lengths of the true tokens:
+the set of cumulative byte lengths of the true tokens:
 
     r = 1 if ℓ > 0, Y = X[:ℓ] and ℓ ∈ L_gt, else 0
 
-Nothing is stripped: whitespace counts. Predictions are compared as bytes and never
-decoded, so a boundary inside a UTF-8 character can be hit. Tokens without bytes (end of
-text and other special tokens) add nothing on either side.
+Nothing is stripped, so that whitespace counts. Predictions are compared as bytes and never
+decoded, so that they may end inside a UTF-8 character. Tokens without bytes (end of text and other
+special tokens) add nothing to X or Y.
 
 The paper's variants, which differ in what a wrong prediction earns:
 
@@ -15,9 +15,10 @@ The paper's variants, which differ in what a wrong prediction earns:
     dense          r = 1 if the prefix matches, else Π p(y) over the tokens of Y
     gated dense    dense where some response of the group matches; −penalty for all elsewhere
 
-A response that reasons in tokens has its prediction after the last answer marker.
+The prediction of a response that reasons in tokens follows its last answer marker.
 
-Departs from the paper in saying that an empty prediction is wrong (2506.08007).
+Source: 2506.08007.
+Departs from the paper in saying that an empty prediction is wrong.
 """
 
 from collections.abc import Sequence
@@ -37,7 +38,7 @@ NO_MARKER = -1
 
 
 def prefix_match(prediction: bytes, continuation_tokens: Sequence[bytes]) -> float:
-  """The reward of one prediction; `continuation_tokens` are the true tokens' bytes."""
+  """The reward of the bytes of one prediction, given the bytes of each true token."""
   truth = b''.join(continuation_tokens)
   boundaries = set(itertools.accumulate(len(token) for token in continuation_tokens))
   matches = truth.startswith(prediction) and len(prediction) in boundaries
@@ -57,11 +58,11 @@ def dense_match(prediction: bytes, continuation_tokens: Sequence[bytes],
   """1 if the prefix matches, else the policy's own probability of the wrong prediction.
 
   Args:
-    prediction: its bytes; an empty one earns 0.
-    continuation_tokens: bytes of the true tokens.
+    prediction: the prediction's bytes; an empty prediction earns 0.
+    continuation_tokens: the bytes of each true token.
     probability: Π p of the prediction's tokens that have bytes.
 
-  Departs from the paper, which speaks of one token, where predictions have several.
+  Departs from the paper, which speaks of predictions of one token, in taking the product.
   """
   if prefix_match(prediction, continuation_tokens):
     return 1.0
@@ -71,13 +72,13 @@ def dense_match(prediction: bytes, continuation_tokens: Sequence[bytes],
 def gated_dense(dense: Sequence[float], correct: Sequence[float], penalty: float) -> list[float]:
   """A group's dense rewards if one of its responses matches, else −penalty for each.
 
-  Without the gate a group that is wrong throughout would learn to be sure of it.
+  Without the gate, the policy would learn to be sure of the answers of a group that is all wrong.
   """
   return list(dense) if any(correct) else [-penalty] * len(dense)
 
 
 def prediction_tokens(response: Sequence[int], marker: int) -> list[int]:
-  """The tokens after the last answer marker; none without a marker."""
+  """The tokens after the last answer marker; [] without a marker."""
   places = [i for i, token in enumerate(response) if token == marker]
   return list(response[places[-1] + 1:]) if places else []
 
@@ -90,11 +91,11 @@ def prefix_match_arrays(table: TokenBytes, tokens: Array, mask: Array, continuat
   """`prefix_match` of whole batches.
 
   Args:
-    table: bytes of the vocabulary.
+    table: the bytes of each token.
     tokens: i32[N, G, S] predicted tokens.
     mask: f32[N, G, S] 1 on tokens of the prediction.
     continuation: i32[N, W] true tokens.
-    continuation_lengths: i32[N] how many of them are valid.
+    continuation_lengths: i32[N] how many of the true tokens each row has.
 
   Returns:
     f32[N, G] in {0, 1}.
@@ -115,7 +116,7 @@ def prefix_match_arrays(table: TokenBytes, tokens: Array, mask: Array, continuat
 
 def _truth(table: TokenBytes, continuation: Array,
            lengths: Array) -> tuple[Array, Array, Array]:
-  """Each true continuation as u8[N, W · M] bytes, its i32[N, W] boundaries, i32[N] total."""
+  """u8[N, W · M] bytes of each true continuation, i32[N, W] ends of its tokens, i32[N] length."""
   num_rows, num_tokens = continuation.shape
   longest = table.bytes.shape[1]
   is_token = jnp.arange(num_tokens) < lengths[:, None]
@@ -135,8 +136,7 @@ def prediction_mask(tokens: Array, mask: Array, marker: int) -> Array:
   Args:
     tokens: i32[..., S] responses.
     mask: f32[..., S] 1 on tokens of a response.
-    marker: the token after whose last place the prediction begins; with `NO_MARKER` the whole
-      response is the prediction.
+    marker: the answer marker; with `NO_MARKER` the whole response is the prediction.
   """
   if marker == NO_MARKER:
     return mask
@@ -147,7 +147,7 @@ def prediction_mask(tokens: Array, mask: Array, marker: int) -> Array:
 
 def first_token_arrays(table: TokenBytes, tokens: Array, mask: Array, continuation: Array,
                        continuation_lengths: Array) -> Array:
-  """`first_token_match` of whole batches; arguments as in `prefix_match_arrays`."""
+  """`first_token_match` of whole batches, with the arguments of `prefix_match_arrays`."""
   is_token = jnp.arange(continuation.shape[1]) < continuation_lengths[:, None]
   first, length = _first(table, tokens, mask > 0)
   truth, true_length = _first(table, continuation, is_token)
@@ -155,9 +155,9 @@ def first_token_arrays(table: TokenBytes, tokens: Array, mask: Array, continuati
   return (same & (length > 0)).astype(jnp.float32)
 
 
-def _first(table: TokenBytes, tokens: Array, there: Array) -> tuple[Array, Array]:
+def _first(table: TokenBytes, tokens: Array, is_token: Array) -> tuple[Array, Array]:
   """u8[..., M] bytes and i32[...] length of the first token with bytes; length 0 if none."""
-  has_bytes = there & (table.lengths[tokens] > 0)
+  has_bytes = is_token & (table.lengths[tokens] > 0)
   token = jnp.take_along_axis(tokens, has_bytes.argmax(-1, keepdims=True), -1)[..., 0]
   return table.bytes[token], jnp.where(has_bytes.any(-1), table.lengths[token], 0)
 
@@ -168,8 +168,8 @@ def dense_arrays(table: TokenBytes, tokens: Array, mask: Array, logp: Array,
 
   Args:
     table, tokens, mask: as in `prefix_match_arrays`.
-    logp: f32[N, G, S] of the tokens under the policy that drew them.
-    correct: f32[N, G] `prefix_match_arrays` of them.
+    logp: f32[N, G, S] of the tokens under the behaviour policy.
+    correct: f32[N, G] the result of `prefix_match_arrays`.
 
   Returns:
     f32[N, G] in [0, 1].
@@ -186,15 +186,15 @@ def gated_dense_arrays(dense: Array, correct: Array, penalty: float) -> Array:
 
 def device_verifier(table: TokenBytes, reward: cfg.NextTokenReward = cfg.PrefixMatch(),
                     marker: int = NO_MARKER) -> Verify:
-  """RPT's reward as a verifier inside the jitted step; every row is valid.
+  """RPT's reward as a verifier on the device. Every row is valid.
 
   Args:
-    table: bytes of the vocabulary.
-    reward: which variant is earned; `correct` is the prefix match under all of them.
-    marker: as in `prediction_mask`.
+    table: the bytes of each token.
+    reward: the variant that gives the reward; `correct` is the prefix match under all of them.
+    marker: the answer marker; with `NO_MARKER` the whole response is the prediction.
 
   Raises:
-    TypeError: InformationGain, which needs the policy and is computed in its step.
+    TypeError: `reward` is InformationGain, which needs the policy (`environments/rlp.py`).
   """
   if isinstance(reward, cfg.InformationGain):
     raise TypeError('InformationGain is not a function of tokens alone: see environments.rlp')

@@ -1,15 +1,15 @@
-"""Host verifiers in killable child processes, while the device goes on.
+"""Runs host verifiers in killable child processes, while the device goes on.
 
     with Pool(settings, limits) as pool:
       pending = pool.submit([(response, reference), …])  # returns at once
-      …                                                 # generate the next batch
-      verdicts = pending.result()                      # in order
+      …                                                 # draw the next batch
+      verdicts = pending.result()                       # in the order of submission
 
-A response whose verifier loops, crashes, eats memory or sends nonsense costs its process, which
-is replaced; the others go on, and its own outcome is TIMEOUT or CRASH. An answer whose process
-was killed from outside is verified again. Each worker is a thread that owns one supervisor
-(`child.py`) and believes nothing that comes back from it beyond what the verifier declares.
-No process outlives the pool, nor its process, however that ends.
+If the verifier loops, crashes, eats memory or sends nonsense on a response, its process is
+replaced and the response's outcome is TIMEOUT or CRASH; the other responses are not affected. A
+response whose process was killed from outside is verified again. Each worker thread of the pool
+owns one supervisor process (`child.py`) and accepts from it only parts and ranges that the
+verifier declares. No process of the pool outlives the pool or the trainer, however it ends.
 """
 
 from collections.abc import Sequence
@@ -35,16 +35,17 @@ from jaxrl_pt.verifiers.channel import MAX_RESULT, Closed, Deadline, Malformed, 
 from jaxrl_pt.verifiers.child import START_SECONDS, STOP_SIGNALS
 from jaxrl_pt.verifiers.response_verdict import Outcome, ResponseVerdict
 
-_ATTEMPTS = 3  # at an answer whose process is killed from outside, or cannot be started
-_END_SECONDS = 5.0  # a supervisor ends its worker's whole tree in less
-# The order of sets must not depend on the process, nor a verifier take the device's cores.
+# How often a response is tried whose process is killed from outside or cannot be started.
+_ATTEMPTS = 3
+_END_SECONDS = 5.0  # A supervisor ends its worker's whole process tree in less time.
+# The order of sets must not depend on the process, and a verifier must not take all cores.
 _ENVIRONMENT = {'PYTHONHASHSEED': '0', 'OMP_NUM_THREADS': '1', 'OPENBLAS_NUM_THREADS': '1'}
 _MARK = 'JAXRL_PT_VERIFIER'
 
 
 @dataclass(frozen=True)
 class PendingVerdicts:
-  """Responses handed to the pool."""
+  """The future of the verdicts of the responses that one `Pool.submit` has handed over."""
 
   futures: Sequence[Future[ResponseVerdict]]
 
@@ -56,7 +57,7 @@ class PendingVerdicts:
     """Waits for the verdicts, in the order in which the responses were submitted.
 
     Raises:
-      CancelledError: the pool was closed before.
+      CancelledError: the pool was closed before they were verified.
     """
     return [future.result() for future in self.futures]
 
@@ -69,32 +70,32 @@ class _Job:
 
 
 class _LostError(Exception):
-  """The process that verified an answer was killed from outside, or did not start."""
+  """The process that verified a response was killed from outside, or did not start."""
 
 
 class _Child:
-  """One supervisor; it is started by, and used from, one thread. Final."""
+  """A supervisor process, which one worker thread starts and uses. Final."""
 
   def __init__(self, verifier: cfg.HostVerifier, limits: cfg.VerifierPool) -> None:
-    """Starts it and waits until its worker is ready.
+    """Starts the supervisor and waits until its worker is ready.
 
     Raises:
-      UserError: what it says of the verifier's settings.
-      _LostError: it did not start.
+      UserError: the supervisor refuses the verifier's settings.
+      _LostError: the supervisor did not start.
     """
     self._verifier, self._limits = verifier, limits
     self._has_ended, self._words = False, ''
     self._mark = f'{_MARK}={secrets.token_hex(16)}'
     self._channel, other = socket.socketpair()
     self._channel.setblocking(False)
-    self._errors = tempfile.TemporaryFile()  # what the supervisor itself says, never a worker
+    self._errors = tempfile.TemporaryFile()  # The supervisor writes here, but no worker does.
     name, value = self._mark.split('=')
     with other:
       self._process = subprocess.Popen(
           [sys.executable, '-m', 'jaxrl_pt.verifiers.child', str(other.fileno())],
           stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=self._errors,
           pass_fds=[other.fileno()], env={**os.environ, **_ENVIRONMENT, name: value},
-          start_new_session=True)  # Ctrl-C is the parent's
+          start_new_session=True)  # Ctrl-C reaches the trainer alone.
     said = self._asked({'verifier': build.to_json(verifier), 'parent': os.getpid(),
                         'limits': dataclasses.asdict(limits)}, 2 * START_SECONDS)
     if said:
@@ -102,10 +103,10 @@ class _Child:
       raise UserError(str(said['error'])) if 'error' in said else _LostError(str(said['lost']))
 
   def _asked(self, message: dict[str, Any], seconds: float) -> dict[str, Any]:
-    """What the supervisor answers.
+    """Sends a message to the supervisor and returns its answer.
 
     Raises:
-      _LostError: it is dead, or does not answer; then it is ended.
+      _LostError: the supervisor is dead or does not answer in time, and has been ended.
     """
     deadline, fd = Deadline(seconds), self._channel.fileno()
     try:
@@ -118,13 +119,13 @@ class _Child:
                        + (f': {words}' if words else '')) from error
 
   def verify(self, response: str, reference: str) -> ResponseVerdict:
-    """Its verdict.
+    """The verdict on one response.
 
     Raises:
-      _LostError: it was killed from outside.
+      _LostError: the verifying process was killed from outside.
     """
-    # The supervisor keeps the deadline. This one, which it may need to start a worker first, is
-    # for a supervisor that somebody stopped.
+    # The supervisor keeps the response's deadline. This longer one, which has time for starting a
+    # worker first, is for a supervisor that somebody has stopped.
     answer = self._asked({'response': response, 'reference': reference},
                          START_SECONDS + self._limits.wall_seconds)
     if 'lost' in answer:
@@ -136,18 +137,21 @@ class _Child:
 
   @property
   def alive(self) -> bool:
-    """Whether it can verify another response."""
+    """Whether the supervisor can verify another response."""
     return not self._has_ended and self._process.poll() is None
 
   def interrupt(self) -> None:
-    """From another thread: it ends itself and all below it, and `verify` returns at once."""
+    """Makes the supervisor end itself and its workers, so that a waiting `verify` raises at once.
+
+    Any thread may call it.
+    """
     try:
       self._channel.shutdown(socket.SHUT_RDWR)
-    except OSError:  # it is dead already, or closed
+    except OSError:  # The supervisor is dead already, or the channel is closed.
       pass
 
   def end(self) -> None:
-    """Ends it and everything that its workers have started. May be called again."""
+    """Ends the supervisor and every process below it. It may be called again."""
     if self._has_ended:
       return
     self._has_ended = True
@@ -156,7 +160,7 @@ class _Child:
       is_orderly = self._process.wait(_END_SECONDS) == 0
     except subprocess.TimeoutExpired:
       is_orderly = False
-    if not is_orderly:  # it could not clean up
+    if not is_orderly:  # The supervisor could not end its workers.
       try:
         os.killpg(self._process.pid, signal.SIGKILL)
       except ProcessLookupError:
@@ -170,7 +174,7 @@ class _Child:
 
 
 class Pool:
-  """Child processes that verify responses; see the module's docstring."""
+  """Child processes that verify responses."""
 
   def __init__(self, verifier: cfg.HostVerifier, limits: cfg.VerifierPool) -> None:
     """Starts `limits.num_workers` children and waits until they are ready.
@@ -182,7 +186,7 @@ class Pool:
     self._verifier, self._limits = verifier, limits
     self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
     self._closing = threading.Event()
-    self._children: dict[int, _Child] = {}  # of each worker thread
+    self._children: dict[int, _Child] = {}  # worker thread → its supervisor
     self._ready: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
     self._workers = [threading.Thread(target=self._work, name='verifier', daemon=True)
                      for _ in range(limits.num_workers)]
@@ -196,11 +200,11 @@ class Pool:
 
   @property
   def parts(self) -> tuple[str, ...]:
-    """Names of the parts of every verdict."""
+    """The names of the parts of every verdict."""
     return build.part_names(self._verifier)
 
   def submit(self, items: Sequence[tuple[str, str]]) -> PendingVerdicts:
-    """Hands over (response, reference) pairs and returns at once."""
+    """Hands over pairs of a response and its reference answer, and returns at once."""
     if self._closing.is_set():
       raise RuntimeError('the verifier pool is closed')
     jobs = [_Job(response, reference, Future()) for response, reference in items]
@@ -209,13 +213,13 @@ class Pool:
     return PendingVerdicts([job.future for job in jobs])
 
   def _work(self) -> None:
-    # Blocked here and so, until it ignores them, in the child: signals that stop a run go to
-    # every process, and are the main thread's to answer.
+    # Signals that stop a run go to every process, but only the trainer's main thread shall act on
+    # them. The child inherits this mask and keeps it until it ignores these signals.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     me = threading.get_ident()
     try:
       self._children[me] = self._started()
-    except Exception as error:  # the constructor waits for it
+    except Exception as error:  # The constructor waits for it.
       self._ready.put(error)
       return
     self._ready.put(None)
@@ -224,12 +228,12 @@ class Pool:
         continue
       try:
         job.future.set_result(self._verified(me, job))
-      except BaseException as error:  # whoever waits for the result must hear of it
+      except BaseException as error:  # Whoever waits for the result must get it.
         job.future.set_exception(error)
     self._children[me].end()
 
   def _started(self) -> _Child:
-    """A child, tried again where one is killed as it starts."""
+    """Starts a child, and tries again where one is killed as it starts."""
     for _ in range(_ATTEMPTS):
       try:
         return _Child(self._verifier, self._limits)
@@ -238,7 +242,7 @@ class Pool:
     raise RuntimeError(str(last)) from last
 
   def _verified(self, me: int, job: _Job) -> ResponseVerdict:
-    """The verdict of one answer, begun again where its process is killed from outside.
+    """The verdict on one response, begun again where its process is killed from outside.
 
     Raises:
       CancelledError: the pool is closed.
@@ -251,14 +255,14 @@ class Pool:
           child.end()
           child = self._children[me] = _Child(self._verifier, self._limits)
         return child.verify(job.response, job.reference)
-      except (_LostError, UserError) as error:  # settings that were right once
+      except (_LostError, UserError) as error:  # The same settings have worked at the start.
         last = error
       if self._closing.is_set():
         raise CancelledError
     return ResponseVerdict(Outcome.CRASH, detail=f'{_ATTEMPTS} times over: {last}')
 
   def close(self) -> None:
-    """Ends all children at once; what is not yet verified is cancelled. May be called twice."""
+    """Ends all children at once and cancels unverified responses. It may be called again."""
     self._closing.set()
     try:
       while True:

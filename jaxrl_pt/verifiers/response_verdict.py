@@ -1,4 +1,4 @@
-"""What a host verifier says of one response. No JAX here: verifiers run in bare processes."""
+"""What a host verifier says of one response. Its processes have no JAX, so this file has none."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -10,9 +10,9 @@ class Outcome(enum.Enum):
 
   CORRECT = 'correct'
   WRONG = 'wrong'
-  UNPARSED = 'unparsed'  # no answer found: counts as wrong
-  TIMEOUT = 'timeout'  # the verifier ran out of time: says nothing about the response
-  CRASH = 'crash'  # the verifier failed: says nothing about the response
+  UNPARSED = 'unparsed'  # The response states no answer that the verifier reads: it is wrong.
+  TIMEOUT = 'timeout'  # The verifier ran out of time, which says nothing about the response.
+  CRASH = 'crash'  # The verifier failed, which says nothing about the response.
 
 
 UNVERIFIED = (Outcome.TIMEOUT, Outcome.CRASH)
@@ -20,10 +20,10 @@ UNVERIFIED = (Outcome.TIMEOUT, Outcome.CRASH)
 
 @dataclass(frozen=True)
 class ResponseVerdict:
-  """An outcome and what each part of the reward is; `score` is their sum.
+  """The outcome of one response and the parts of its reward.
 
-  parts: such as {'format': 1.0, 'answer': -1.5}; empty where nothing was verified.
-  detail: why a verifier timed out or crashed, for the log.
+  parts: the parts by name, such as {'format': 1.0, 'answer': -1.5}; empty for TIMEOUT and CRASH.
+  detail: a reason for the log, such as why the verifier crashed.
   """
 
   outcome: Outcome
@@ -36,11 +36,11 @@ class ResponseVerdict:
     return sum(self.parts.values())
 
 
-# (response, reference) → verdict. It may loop, crash or eat memory: it runs in a process
-# that may be killed.
+# (response, reference answer) → verdict. The function may loop, crash or eat memory: it runs in a
+# process that can be killed.
 HostVerifier = Callable[[str, str], ResponseVerdict]
 
 
 def answer(outcome: Outcome) -> ResponseVerdict:
-  """The verdict whose only part is the answer: 1 for a correct one, else 0."""
+  """The verdict whose only part, `answer`, is 1 if the outcome is CORRECT, else 0."""
   return ResponseVerdict(outcome, {'answer': float(outcome is Outcome.CORRECT)})

@@ -1,12 +1,12 @@
-"""What a process that verifies may still do: bounds that the kernel keeps, without any library.
+"""Sandboxes of the processes that verify, which the kernel enforces; no library is needed.
 
-`enter_tight` is for verifiers that ship with the package, whose libraries read hostile text:
-the process may compute, read files and write its result. It may start no process or thread, open
-no file for writing, open no socket, send no signal, and change no limit. `enter_open` is for a
-function of the user's own, which may do what its user may, within memory and without core files.
+`enter_tight` is for the verifiers of this package, whose libraries read hostile text. The process
+may compute, read files and write its result. It may start no process or thread, open no file for
+writing, open no socket, send no signal, and change no limit. `enter_open` is for a user's own
+function, which may do all that the user may, within a bound on memory and without core files.
 
-The tight bounds are a list of allowed system calls (seccomp, Linux on x86-64 and ARM64), and
-resource limits on every Unix.
+The tight sandbox is a list of allowed system calls (seccomp, on Linux on x86-64 and ARM64) and
+resource limits (on every Unix).
 """
 
 from collections.abc import Mapping
@@ -22,18 +22,19 @@ import time
 
 _PR_SET_PDEATHSIG, _PR_SET_SECCOMP, _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 1, 22, 36, 38
 _SECCOMP_MODE_FILTER = 2
-# Classic BPF: load a word, jump if equal or if a bit is set, return.
+# Instructions of classic BPF: load a word, jump if equal, jump if a bit is set, return.
 _LOAD, _JUMP_EQUAL, _JUMP_SET, _RETURN = 0x20, 0x15, 0x45, 0x06
 _ALLOW, _FAIL, _KILL = 0x7fff0000, 0x00050000, 0x80000000
 _EPERM = 1
 _REAP_SECONDS = 2.0
 # Offsets in struct seccomp_data of the call's number, its ABI and the low half of argument n.
 _NUMBER, _ABI, _ARGUMENT = 0, 4, lambda n: 16 + 8 * n
-# What opens a file for anything but reading: O_WRONLY, O_RDWR, O_CREAT, O_TRUNC, O_APPEND,
-# and O_TMPFILE's own bit.
+# Flags that open a file for anything but reading: O_WRONLY, O_RDWR, O_CREAT, O_TRUNC, O_APPEND,
+# and the bit that only O_TMPFILE has.
 _WRITING = 0o1 | 0o2 | 0o100 | 0o1000 | 0o2000 | 0o20000000
 
-# Calls that a computing Python makes, with their numbers: (x86-64, ARM64); None: not there.
+# System calls that a computing Python makes, with their numbers on (x86-64, ARM64); None where an
+# ABI lacks the call.
 _CALLS: Mapping[str, tuple[int | None, int | None]] = {
     'read': (0, 63), 'write': (1, 64), 'close': (3, 57), 'stat': (4, None), 'fstat': (5, 80),
     'lstat': (6, None), 'poll': (7, None), 'ppoll': (271, 73), 'lseek': (8, 62),
@@ -53,7 +54,7 @@ _CALLS: Mapping[str, tuple[int | None, int | None]] = {
     'getuid': (102, 174), 'geteuid': (107, 175), 'getgid': (104, 176), 'getegid': (108, 177),
     'exit': (60, 93), 'exit_group': (231, 94),
 }
-# Column of `_CALLS`, the ABI's number to the kernel, and the numbers of open and openat.
+# Machine → (column of `_CALLS`, the kernel's number of the ABI, numbers of open and openat).
 MACHINES: Mapping[str, tuple[int, int, int | None, int]] = {
     'x86_64': (0, 0xc000003e, 2, 257), 'aarch64': (1, 0xc00000b7, None, 56)}
 
@@ -67,19 +68,23 @@ def _prctl(option: int, argument: int) -> None:
 
 
 def die_with_parent(parent: int) -> None:
-  """From now on the death of the process `parent` kills this one, which is its child."""
+  """Makes the death of this process's parent kill this process, too.
+
+  Args:
+    parent: process id of the parent.
+  """
   _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-  if os.getppid() != parent:  # it was gone before we asked
+  if os.getppid() != parent:  # The parent died before this call.
     os._exit(0)
 
 
 def adopt_orphans() -> None:
-  """Descendants whose parent dies become this process's children, whatever their session."""
+  """Makes descendants whose parent dies children of this process, whatever their session."""
   _prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
 def descendants(pid: int) -> list[int]:
-  """Processes that `pid` has started, and theirs; read from /proc, empty where there is none."""
+  """Ids of the processes below `pid`, at any depth, from /proc; [] where there is no /proc."""
   children: dict[int, list[int]] = {}
   try:
     names = os.listdir('/proc')
@@ -89,21 +94,21 @@ def descendants(pid: int) -> list[int]:
     try:
       with open(f'/proc/{name}/stat', 'rb') as file:
         parent = int(file.read().rpartition(b')')[2].split()[1])
-    except (OSError, IndexError, ValueError):  # it has just ended
+    except (OSError, IndexError, ValueError):  # The process has just ended.
       continue
     children.setdefault(parent, []).append(int(name))
-  found, todo = [], [pid]
+  below, todo = [], [pid]
   while todo:
     for child in children.get(todo.pop(), []):
-      found.append(child)
+      below.append(child)
       todo.append(child)
-  return found
+  return below
 
 
 def kill_descendants() -> None:
-  """Ends all processes below this one, which `adopt_orphans`; none has started another since.
+  """Ends all processes below this one, which has called `adopt_orphans`.
 
-  They are stopped before they are killed, so that none can start others faster than they die.
+  All are stopped before any is killed, so that none can start others faster than they die.
   """
   me = os.getpid()
   stopped: set[int] = set()
@@ -113,24 +118,24 @@ def kill_descendants() -> None:
     stopped |= fresh
   for pid in stopped:
     _signal(pid, signal.SIGKILL)
-  deadline = time.monotonic() + _REAP_SECONDS  # one that changed its user cannot be killed
+  deadline = time.monotonic() + _REAP_SECONDS  # A process that changed its user cannot be killed.
   try:
     while time.monotonic() < deadline:
       if os.waitpid(-1, os.WNOHANG)[0] == 0:
         time.sleep(0.001)
-  except ChildProcessError:  # none is left
+  except ChildProcessError:  # No child is left.
     pass
 
 
 def kill_marked(mark: str) -> None:
-  """Ends the processes whose environment holds `mark`: what a killed supervisor left behind."""
+  """Ends the processes whose environment holds `mark`, which a killed supervisor has left."""
   if not os.path.isdir('/proc'):
     return
   for name in filter(str.isdecimal, os.listdir('/proc')):
     try:
       with open(f'/proc/{name}/environ', 'rb') as file:
         is_marked = mark.encode() in file.read()
-    except OSError:  # another user's, or just ended
+    except OSError:  # The process is another user's, or has just ended.
       continue
     if is_marked:
       _signal(int(name), signal.SIGKILL)
@@ -139,21 +144,21 @@ def kill_marked(mark: str) -> None:
 def _signal(pid: int, number: signal.Signals) -> None:
   try:
     os.kill(pid, number)
-  except (ProcessLookupError, PermissionError):  # it has ended, or runs as another user by now
+  except (ProcessLookupError, PermissionError):  # It has ended or changed its user.
     pass
 
 
-# --- Bounds -------------------------------------------------------------------------
+# --- The sandboxes ------------------------------------------------------------------
 
 
 def enter_open(memory_mib: int) -> None:
-  """Bounds for a function of the user's own: memory, no core file."""
+  """Enters the sandbox for a user's own function: bounded memory and no core file."""
   _limit(resource.RLIMIT_CORE, 0)
   _limit(resource.RLIMIT_AS, memory_mib << 20)
 
 
 def enter_tight(memory_mib: int) -> bool:
-  """Bounds for libraries that read hostile text; see the module's docstring.
+  """Enters the sandbox for libraries that read hostile text.
 
   Returns:
     Whether the kernel filters system calls too.
@@ -162,7 +167,7 @@ def enter_tight(memory_mib: int) -> bool:
   sys.dont_write_bytecode = True
   empty = tempfile.mkdtemp()
   os.chdir(empty)
-  os.rmdir(empty)  # nothing can be created in a directory that is gone
+  os.rmdir(empty)  # Nothing can be created in a directory that is gone.
   _limit(resource.RLIMIT_FSIZE, 0)
   _limit(resource.RLIMIT_NPROC, 0)
   return _filter_calls()
@@ -190,7 +195,11 @@ def _filter_calls() -> bool:
 
 
 def _program(machine: str) -> list[bytes]:
-  """The filter: kill on a foreign ABI, allow the listed calls and open for reading, else EPERM."""
+  """The filter's instructions.
+
+  They kill on a foreign ABI, allow the listed calls and opening for reading, and fail all other
+  calls with EPERM.
+  """
   column, abi, open_number, openat_number = MACHINES[machine]
   numbers = sorted(n for pair in _CALLS.values() if (n := pair[column]) is not None)
 

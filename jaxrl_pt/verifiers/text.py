@@ -1,4 +1,4 @@
-"""Rewards of plain text: tags in their place, a length, words said and not repeated."""
+"""Verifiers of plain text: for tags, for length, and for a word that a fluent text must say."""
 
 from collections.abc import Sequence
 import re
@@ -13,10 +13,10 @@ _UNSPACED = re.compile('[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3
 
 
 def between_tags(text: str, tags: Sequence[str]) -> list[str] | None:
-  """What stands in `<tag>…</tag>` of each tag, or None.
+  """The text in `<tag>…</tag>` of each tag.
 
-  None unless every opening and closing tag occurs exactly once and they follow each other in
-  the order of `tags`: tags are neither nested nor repeated.
+  It is None unless every opening and closing tag occurs exactly once and they follow each other in
+  the order of `tags`, so that tags are neither nested nor repeated.
   """
   contents, place = [], 0
   for tag in tags:
@@ -32,31 +32,35 @@ def between_tags(text: str, tags: Sequence[str]) -> list[str] | None:
 
 
 def verify_format(response: str, tags: Sequence[str]) -> ResponseVerdict:
-  """1 where each pair of `tags` stands in the response once and in order, else 0."""
+  """Part `format`: 1 where each pair of `tags` occurs once and in order, else 0."""
   is_right = between_tags(response, tags) is not None
   return ResponseVerdict(Outcome.CORRECT if is_right else Outcome.WRONG,
                          {'format': float(is_right)})
 
 
 def verify_length(response: str, min_chars: int, max_chars: int) -> ResponseVerdict:
-  """clip((max_chars − length) / (max_chars − min_chars), 0, 1), length in characters."""
+  """Part `length`: clip((max_chars − n) / (max_chars − min_chars), 0, 1) for n characters."""
   value = min(1.0, max(0.0, (max_chars - len(response)) / (max_chars - min_chars)))
   return ResponseVerdict(Outcome.CORRECT if value > 0 else Outcome.WRONG, {'length': value})
 
 
 def verify_words(response: str, reference: str, min_words: int, max_words: int,
                  ngram: int) -> ResponseVerdict:
-  """A third of the reward each for saying `reference`, the length and no repetition.
+  """A third of the reward each for saying the reference's words, for the length and for novelty.
 
-  reference: a word or several, said as they stand there, whatever they are made of: `well-known`,
-  `3.14`, `猫`. It must not be a part of a longer word or number: `cat` is not said by `cat's`,
-  `3` not by `3.14`. Han and kana, written without spaces, may stand between others.
-  length: 1 inside [min_words, max_words], falling linearly to 0 at min_words / 2 below and at
-  2 · max_words above; repetition: the share of `ngram`-grams that were not said before, 0 where
-  there is none. Case counts nowhere.
+  word: 1 where the response says the words of `reference`, whatever they are made of
+    (`well-known`, `3.14`, `猫`), and not as a part of a longer word or number: `cat's` does not say
+    `cat`, nor `3.14` say `3`. Han and kana, which are written without spaces, may stand between
+    others.
+  length: 1 inside [min_words, max_words], falling linearly to 0 at min_words / 2 and at
+    2 · max_words.
+  novelty: the share of the response's n-grams of `ngram` words that are distinct, 0 where there are
+    none.
+
+  Upper and lower case are the same throughout.
 
   Returns:
-    parts word, length and novelty; CORRECT where all three are whole, UNPARSED without a word.
+    Parts word, length and novelty; CORRECT where all three are full, UNPARSED without any word.
   """
   words = [w.lower() for w in _WORD.findall(response)]
   if not words:
@@ -71,7 +75,7 @@ def verify_words(response: str, reference: str, min_words: int, max_words: int,
 
 
 def says(response: str, reference: str) -> bool:
-  """Whether the text says `reference`, in any case, apart from other words and numbers."""
+  """Whether the text says the words of `reference`, not as a part of longer words or numbers."""
   wanted = _folded(reference).split()
   if not wanted:
     return False

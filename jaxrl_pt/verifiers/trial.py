@@ -1,7 +1,7 @@
-"""Tries a verifier on answers that must be right, before anything is learned from it.
+"""Tries a verifier on reference answers before training starts.
 
-A verifier that fails on everything, or whose form the references do not have, would pay nothing
-for the whole run: training would go on to its end and learn nothing.
+A verifier that fails on every response, or that reads another form of answer than the problems
+have, would give no reward in the whole run: training would go on to its end and learn nothing.
 """
 
 from collections.abc import Sequence
@@ -21,10 +21,12 @@ NUM_TRIED = 16
 
 @dataclass(frozen=True)
 class Tried:
-  """A response and what it is compared with.
+  """A response on which the verifier is tried.
 
-  place: of the problem, for messages.
-  is_right: whether the verifier must find it correct.
+  response: the text of the response.
+  reference: the problem's reference answer.
+  place: where the problem stands in the data, for messages.
+  is_right: whether the verifier must find the response correct.
   """
 
   response: str
@@ -34,19 +36,20 @@ class Tried:
 
 
 def tried(settings: cfg.HostVerifier, reference: str, demonstration: str, place: str) -> Tried:
-  """What to try on a problem: the reference in the verifier's own form.
+  """A problem's reference answer as a response in the form that the verifier reads.
 
-  A function of the user's own has a form that only the demonstration knows: of it no more is asked
-  than a verdict.
+  The form that a user's function reads is not known. Such a verifier is tried on the demonstration,
+  and need only give a verdict.
   """
   first = settings.verifiers[0] if isinstance(settings, cfg.Composite) else settings
-  found = _stated(first, reference)
-  if found is None:
+  response = _right_response(first, reference)
+  if response is None:
     return Tried(demonstration or reference, reference, place, False)
-  return Tried(found, reference, place, True)
+  return Tried(response, reference, place, True)
 
 
-def _stated(settings: cfg.HostVerifier, reference: str) -> str | None:
+def _right_response(settings: cfg.HostVerifier, reference: str) -> str | None:
+  """A response that the verifier must find correct; None where its form is not known."""
   match settings:
     case cfg.MathVerifier(answer='boxed'):
       return rf'\boxed{{{mathematics.reference_answer(reference)}}}'
@@ -71,22 +74,23 @@ def _stated(settings: cfg.HostVerifier, reference: str) -> str | None:
 
 
 def _gym_answer(reference: str) -> str | None:
-  """The library's own answer, where it has one and the reference carries it."""
-  place: dict[str, Any] = json.loads(reference)
-  answer = gym.restored(place['entry'])['answer'] if 'entry' in place else None
+  """reasoning-gym's own answer to the problem; None where the reference holds none."""
+  problem: dict[str, Any] = json.loads(reference)
+  answer = gym.restored(problem['entry'])['answer'] if 'entry' in problem else None
   return None if answer is None else str(answer)
 
 
 def check(verifiers: pool.Pool, settings: cfg.HostVerifier, items: Sequence[Tried]) -> None:
-  """Verifies `items` and says what it finds.
+  """Verifies responses and warns of right ones that the verifier does not find correct.
 
   Args:
-    verifiers: the pool of `settings`.
-    settings: the verifier.
-    items: at least one.
+    verifiers: the pool that runs the verifier.
+    settings: the verifier's settings.
+    items: at least one response.
 
   Raises:
-    UserError: the verifier gives a verdict on none of them, or finds no right one correct.
+    UserError: the verifier gives a verdict on none of them, or finds none of them correct although
+      all are right.
   """
   name = type(settings).__name__
   verdicts = verifiers.submit([(item.response, item.reference) for item in items]).result()
@@ -108,8 +112,8 @@ def check(verifiers: pool.Pool, settings: cfg.HostVerifier, items: Sequence[Trie
 
 
 def last_words(verdicts: Sequence[ResponseVerdict]) -> str:
-  """The most frequent reason why answers were not verified."""
-  reasons = [j.detail or j.outcome.value for j in verdicts if j.outcome in UNVERIFIED]
+  """The most frequent reason why responses were not verified."""
+  reasons = [v.detail or v.outcome.value for v in verdicts if v.outcome in UNVERIFIED]
   return max(reasons, key=reasons.count).rstrip('.') if reasons else 'it did not say why'
 
 

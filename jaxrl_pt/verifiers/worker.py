@@ -1,8 +1,8 @@
-"""The process that verifies: forked by the pool's supervisor, bounded, and trusted with nothing.
+"""The process that runs verifiers: the pool's supervisor forks it, bounds it and does not trust it.
 
-It reads requests from one pipe and writes verdicts to another, each with the number that came
-with its request, so that bytes written there by anything else are not a verdict. It has no other
-descriptor but its error output, of which the supervisor keeps the end.
+It reads requests from one pipe and writes verdicts to another. Each verdict carries the nonce of
+its request, so that bytes which other code writes there are not taken for a verdict. The only other
+open descriptor is its error output, of which the supervisor keeps the last bytes.
 """
 
 from collections.abc import Sequence
@@ -23,13 +23,13 @@ _REQUESTS, _RESULTS = 3, 4  # descriptors
 
 def run(parts: Sequence[cfg.HostVerifier], limits: cfg.VerifierPool, parent: int, requests: int,
         results: int, errors: int) -> NoReturn:
-  """Verifies until the requests end. Called in a fresh fork, never returns.
+  """Verifies until the requests end. It is called in a fresh fork and never returns.
 
   Args:
-    parts: verifiers, all of one kind of sandbox.
-    limits: of one answer.
+    parts: verifiers that share a sandbox.
+    limits: what verifying one response may cost.
     parent: process id of the supervisor.
-    requests, results, errors: descriptors of pipes.
+    requests, results, errors: descriptors of the pipes to the supervisor.
   """
   sandbox.die_with_parent(parent)
   os.setsid()
@@ -49,7 +49,7 @@ def run(parts: Sequence[cfg.HostVerifier], limits: cfg.VerifierPool, parent: int
     while True:
       request = receive(_REQUESTS, Deadline(None), MAX_REQUEST)
       verdicts = [_verify(verify, part, request, limits.cpu_seconds)
-                for verify, part in zip(verifiers, parts, strict=True)]
+                  for verify, part in zip(verifiers, parts, strict=True)]
       send(_RESULTS, {'nonce': request['nonce'], 'verdicts': list(map(build.encoded, verdicts))},
            Deadline(None))
   except Closed:
@@ -57,9 +57,12 @@ def run(parts: Sequence[cfg.HostVerifier], limits: cfg.VerifierPool, parent: int
 
 
 def _keep_only(requests: int, results: int, errors: int) -> None:
-  """Standard input and output lead nowhere, errors to the supervisor; all else is closed."""
+  """Leaves the three pipes open, the errors as standard error, and closes all else.
+
+  Standard input and output lead nowhere.
+  """
   nowhere = os.open(os.devnull, os.O_RDWR)
-  # Out of the way first: the numbers that they shall have may be taken by each other.
+  # The pipes move to high numbers first, since one may have the number that another shall have.
   moved = [os.dup(fd) for fd in (requests, results, errors)]
   high = max(*moved, 10) + 1
   requests, results, errors = (os.dup2(fd, high + i) for i, fd in enumerate(moved))
@@ -70,8 +73,8 @@ def _keep_only(requests: int, results: int, errors: int) -> None:
 
 
 def _verify(verify: HostVerifier, part: cfg.HostVerifier, request: dict[str, Any],
-           cpu_seconds: float) -> ResponseVerdict:
-  random.seed(0)  # a verifier that draws draws the same, whatever was verified before
+            cpu_seconds: float) -> ResponseVerdict:
+  random.seed(0)  # A verifier's random numbers must not depend on what was verified before.
   try:
     signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
     verdict = verify(request['response'], request['reference'])
@@ -80,7 +83,7 @@ def _verify(verify: HostVerifier, part: cfg.HostVerifier, request: dict[str, Any
           Outcome.CRASH, detail=f'the verifier returned {type(verdict).__name__}, '
                                 'not a ResponseVerdict')
     return build.checked(verdict, part)
-  except Exception as error:  # whatever a verifier raises is an outcome
+  except Exception as error:  # Whatever a verifier raises is an outcome.
     where = traceback.extract_tb(error.__traceback__)[-1]
     detail = (f'{type(error).__name__}: {error} '
               f'({os.path.basename(where.filename)}:{where.lineno})')

@@ -32,21 +32,21 @@ def _device(marker: bytes):
   return jax.jit(functools.partial(exact.answer_match, TABLE, marker=marker, stop_id=STOP))
 
 
-def _verify(tokens, answer, marker=b'#'):
+def _outcome(tokens, answer, marker=b'#'):
   return exact.verify_tokens(tokens, answer, marker, STOP, SPELLED)
 
 
 def test_definition_by_hand():
-  assert _verify([2, 3, 1, 2, 3, STOP], b'12') is Outcome.CORRECT
-  assert _verify([2, 3, 4, 3, STOP], b'12') is Outcome.CORRECT  # '#1' is one token
-  assert _verify([1, 2, 5, 7, STOP], b'12') is Outcome.CORRECT  # '2#' is one token
-  assert _verify([1, 2, 1, 3, STOP], b'2') is Outcome.CORRECT  # the last marker
-  assert _verify([1, 2, 3, STOP], b'1') is Outcome.WRONG
-  assert _verify([1, 2, STOP], b'12') is Outcome.WRONG
-  assert _verify([1, STOP], b'1') is Outcome.WRONG
-  assert _verify([1, 2], b'1') is Outcome.UNPARSED  # did not end
-  assert _verify([2, STOP], b'1') is Outcome.UNPARSED
-  assert _verify([], b'1') is Outcome.UNPARSED
+  assert _outcome([2, 3, 1, 2, 3, STOP], b'12') is Outcome.CORRECT
+  assert _outcome([2, 3, 4, 3, STOP], b'12') is Outcome.CORRECT  # '#1' is one token
+  assert _outcome([1, 2, 5, 7, STOP], b'12') is Outcome.CORRECT  # '2#' is one token
+  assert _outcome([1, 2, 1, 3, STOP], b'2') is Outcome.CORRECT  # the last marker
+  assert _outcome([1, 2, 3, STOP], b'1') is Outcome.WRONG
+  assert _outcome([1, 2, STOP], b'12') is Outcome.WRONG
+  assert _outcome([1, STOP], b'1') is Outcome.WRONG
+  assert _outcome([1, 2], b'1') is Outcome.UNPARSED  # did not end
+  assert _outcome([2, STOP], b'1') is Outcome.UNPARSED
+  assert _outcome([], b'1') is Outcome.UNPARSED
 
 
 @settings(max_examples=80, deadline=None, derandomize=True)
