@@ -37,7 +37,7 @@ class Pretraining:
     """Opens the loader; compiles nothing yet."""
     run = session.run
     self.session = session
-    self.flops_per_token = metrics.flops_per_token(run.model, run.data.seq_len / 2)
+    self.flops_per_token = _model_flops(run) / _num_tokens(run)
     # Only the activations' quantiser may change over a run, so every step's model has this state.
     model = session.model(run.model)
     self._optimizer = optim.make_optimizer(run.optimizer, cfg.num_updates(run), model.specs)

@@ -61,7 +61,7 @@ class Reinforcement:
     """
     run = session.run
     self.session, self._method, self._environment = session, method, environment
-    self.flops_per_token = metrics.flops_per_token(run.model, method.rollouts.prompt_len / 2)
+    self.flops_per_token = model_flops(run) / num_tokens(run)
     model = session.model(run.model)
     self._optimizer = optim.make_optimizer(run.optimizer, cfg.num_updates(run), model.specs)
     self._new_method = new_method
@@ -224,11 +224,16 @@ def num_tokens(run: cfg.Run) -> int:
 
 
 def model_flops(run: cfg.Run) -> float:
-  """Model FLOPs of a step: forward in the sampler, forward and backward in the update."""
+  """Model FLOPs of a step: forward in the sampler, forward and backward in the update.
+
+  Prompts and responses count at their greatest length, and a response attends to its prompt.
+  """
   r = run.objective.rollouts
   assert r is not None
-  return 4 * num_tokens(run) * metrics.flops_per_token(run.model, r.prompt_len / 2,
-                                                       backward=False)
+  forward = lambda context: metrics.flops_per_token(run.model, context, backward=False)
+  of_prompt = r.prompt_len * forward((r.prompt_len + 1) / 2)
+  of_response = r.response_tokens * forward(r.prompt_len + (r.response_tokens + 1) / 2)
+  return 4 * r.num_prompts * (of_prompt + r.group_size * of_response)
 
 
 def new_method(run: cfg.Run, params: Params) -> Any:

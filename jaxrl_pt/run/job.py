@@ -33,7 +33,7 @@ class Job(Protocol):
 
   session: the run's files, devices and data.
   abstract: the state as ShapeDtypeStructs with shardings.
-  flops_per_token: the model FLOPs of a token, forward and backward.
+  flops_per_token: the model FLOPs of a step by the tokens that it works on.
   measured_first: whether the policy is evaluated before the first step, as row 0 of the metrics.
   agrees_at_once: whether hosts wait for the step to agree on stopping after it.
   """

@@ -42,7 +42,7 @@ class Recorder:
       writer: takes the rows.
       checkpointer: knows the last good checkpoint.
       mesh: the devices, for the model FLOP/s utilisation.
-      flops_per_token: the model FLOPs of a token, forward and backward.
+      flops_per_token: the model FLOPs of a step by the tokens that it works on.
     """
     self._writer = writer
     self._devices = list(mesh.devices.flat)

@@ -151,7 +151,10 @@ class Formulas(abc.ABC):
     return Call('mixed', (Number(whole.value), Number(top), Number(bottom)))
 
   def factor(self) -> Node:
-    """Reads a primary with its index, exponent, factorial or percent sign."""
+    """Reads a primary with its index, exponent, factorial or percent sign.
+
+    Each stands once at most: in 2^3^4 and 5!! the second is left, and nothing else reads it.
+    """
     value = self.primary()
     while self.is_next('_'):
       value = self._index(value)
@@ -163,8 +166,6 @@ class Formulas(abc.ABC):
       value = Call('factorial', (value,))
     if self.accept('%'):
       value = Call('percent', (value,))
-    if self.is_next('^', '!', '_', '%'):
-      raise NotUnderstood(self.next.text)  # 2^3^4, 5!!
     return value
 
   def _accept_degree(self) -> bool:
