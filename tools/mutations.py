@@ -45,7 +45,7 @@ _OBJECTIVES = _of(
     ('clip_takes_the_larger', 'clipped = bounded < plain', 'clipped = bounded > plain'),
     ('dual_clip_of_positive_advantages', '(advantage < 0) & (once.terms > ceiling)',
      '(advantage > 0) & (once.terms > ceiling)'),
-    ('gap_without_absolute_value', 'jnp.exp(jnp.abs(', 'jnp.exp(('),
+    ('mismatch_without_absolute_value', 'jnp.exp(jnp.abs(', 'jnp.exp(('),
     ('variance_without_square', '(jnp.square(advantage) * score_norms * mask)',
      '(jnp.abs(advantage) * score_norms * mask)'))
 
