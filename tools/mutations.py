@@ -285,6 +285,10 @@ _VERIFIERS = [
          ('composite_without_weights', "': weight * value", "': value")),
     *_of('jaxrl_pt/verifiers/base.py', 'tests/verifiers/test_pool.py',
          ('unverified_counts', 'v.outcome not in ', 'True or v.outcome not in ')),
+    *_of('jaxrl_pt/verifiers/child.py',
+         'tests/verifiers/test_hostile.py::'
+         'test_nothing_that_an_answer_writes_or_does_is_a_verdict',
+         ('verdicts_of_anybody', "if answer.get('nonce') != nonce or not", 'if not')),
 ]
 
 _KERNELS = _of(
