@@ -1,5 +1,6 @@
 """Checks that the dataclasses of settings make of their own fields."""
 
+from collections.abc import Iterable
 import math
 from typing import Any, get_args
 
@@ -171,4 +172,9 @@ def text(owner: Any, name: str, *, empty: bool = False) -> None:
 
 def instance(owner: Any, name: str, *types: type) -> None:
   if not isinstance(getattr(owner, name), types):
-    fail(owner, name, 'one of ' + ', '.join(f'@cfg.{t.__name__}()' for t in types))
+    fail(owner, name, one_of(types))
+
+
+def one_of(types: Iterable[type]) -> str:
+  """How a gin file chooses among config types, for messages."""
+  return 'one of ' + ', '.join(f'@cfg.{kind.__name__}()' for kind in types)

@@ -15,10 +15,6 @@ from jaxrl_pt.models import transformer
 
 Settings = dict[str, Any]
 
-# A block's matrices have the same names in every model.
-_BLOCK = transformer.build(cfg.Model(num_layers=1, d_model=2, d_ff=2, num_heads=1, num_kv_heads=1,
-                                     head_dim=2, vocab_size=1)).specs['layers']
-_MATRICES = tuple(spec.hugging_face for spec in _BLOCK.values() if spec.role == 'projection')
 W1A8 = cfg.Quant('ternary', 'int8')
 _HEAD = 'lm_head'
 _CLASSES = {'llama': 'LlamaForCausalLM', 'bitnet': 'BitNetForCausalLM'}
@@ -166,6 +162,14 @@ def _quantization(settings: Settings, where: str) -> Settings:
   return section
 
 
+def _matrices() -> list[str]:
+  """Templates of the names of a block's matrices, which are the same in every model."""
+  smallest = cfg.Model(num_layers=1, d_model=2, d_ff=2, num_heads=1, num_kv_heads=1, head_dim=2,
+                       vocab_size=1)
+  block = transformer.build(smallest).specs['layers']
+  return [spec.hugging_face for spec in block.values() if spec.role == 'projection']
+
+
 def _check_skipped(skipped: Any, num_layers: Any, where: str) -> None:
   """Checks that the head, and no matrix of a block, stays unquantised, as in our model.
 
@@ -180,7 +184,8 @@ def _check_skipped(skipped: Any, num_layers: Any, where: str) -> None:
     raise UserError(f'{where}: modules_to_not_convert is {skipped!r}, but it must be a list of '
                     'names of modules.')
   depth = min(num_layers, 9999) if isinstance(num_layers, int) else 0
-  names = [matrix.format(layer=i) for i in range(depth) for matrix in _MATRICES]
+  matrices = _matrices()
+  names = [matrix.format(layer=i) for i in range(depth) for matrix in matrices]
   for entry in skipped:
     module = next((name for name in names if entry in name), None)
     if module or not re.fullmatch(r'[\w.]+', entry):

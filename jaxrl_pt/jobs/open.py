@@ -7,6 +7,7 @@ from jax.sharding import Mesh
 
 from jaxrl_pt import config as cfg
 from jaxrl_pt.checkpoint import Restored
+from jaxrl_pt.config import checks
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.jobs import pretrain, rl, rpt
 from jaxrl_pt.jobs.kind import Kind, Program
@@ -30,9 +31,8 @@ def kind(objective: cfg.Objective) -> Kind:
     case cfg.RL():
       return rl.KIND
     case _:
-      known = ', '.join(f'@cfg.{known.__name__}()' for known in get_args(cfg.Objective))
-      raise UserError(f'Run.objective = {objective!r}: there is no job for it; choose one of '
-                      f'{known}.')
+      raise UserError(f'Run.objective = {objective!r}: there is no job for it; choose '
+                      f'{checks.one_of(get_args(cfg.Objective))}.')
 
 
 def train(run: cfg.Run, workdir: Path, resolved_text: str,
