@@ -16,8 +16,8 @@ from jaxrl_pt.errors import UserError
 from tests import random_config
 from tests.test_config import ALL, RUN
 
-# Arguments of functions, which no run holds.
-ELSEWHERE = {cfg.Engine, cfg.ReSA, cfg.RefreshEvery, cfg.RefreshNever}
+# The argument of a function, which no run holds.
+ELSEWHERE = {cfg.Engine}
 
 
 def assert_loads_equal(run: cfg.Run) -> None:

@@ -1,12 +1,13 @@
 """The sampler of a run: it draws groups of responses, with noise that depends on run and batch."""
 
-from typing import Protocol
+import functools
+from typing import Any, Protocol
 
 import jax
 
 from jaxrl_pt import config as cfg
 from jaxrl_pt.models.base import Model
-from jaxrl_pt.sampling import decode
+from jaxrl_pt.sampling import decode, resa
 from jaxrl_pt.types import Array, Params, Prompts, RolloutBatch
 
 
@@ -36,11 +37,14 @@ def make_sampler(model: Model, seed: int, rollouts: cfg.Rollouts, stop_id: int) 
   """
   def sample(params: Params, prompts: Prompts, batch: Array, version: Array,
              prefilled: decode.Prefilled | None = None) -> RolloutBatch:
-    key = jax.random.fold_in(jax.random.key(seed), batch)
-    return decode.generate(
-        model, params, prompts, key, sampler=rollouts.sampler, num_samples=rollouts.group_size,
+    generate: Any = functools.partial(decode.generate, prefilled=prefilled)
+    if isinstance(rollouts.sparse, cfg.ReSA):
+      generate = functools.partial(resa.generate, resa=rollouts.sparse)
+    drawn: RolloutBatch = generate(
+        model, params, prompts, jax.random.fold_in(jax.random.key(seed), batch),
+        sampler=rollouts.sampler, num_samples=rollouts.group_size,
         num_tokens=rollouts.response_tokens, stop_id=stop_id, version=version,
-        prefilled=prefilled,
         first_samples=decode.occurrences(prompts.ids) * rollouts.group_size)
+    return drawn
 
   return sample
