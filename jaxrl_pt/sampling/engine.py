@@ -28,6 +28,17 @@ from jaxrl_pt.parallel import memory
 from jaxrl_pt.parallel.rules import SAMPLE
 from jaxrl_pt.sampling import slots as device
 from jaxrl_pt.sampling.policies import RowSamplers
+from jaxrl_pt.sampling.prefix_cache import PrefixCache
+from jaxrl_pt.sampling.requests import (
+  NO_DOCUMENT,
+  NO_TOKEN,
+  Documents,
+  Queue,
+  Requests,
+  Shape,
+  Vocabulary,
+  pages_of,
+)
 from jaxrl_pt.token_bytes import token_table
 from jaxrl_pt.types import Params
 
@@ -85,6 +96,9 @@ class _Row:
   sample: int
   id: int
   serial: int  # how many responses were queued before this one, since the engine was made
+  prompt: tuple[int, ...]
+  document: int  # row of the prompt's document
+  keep: int  # row of the document that the whole sequence becomes, or NO_DOCUMENT
   seen: int = 0  # tokens of the response that `advance` has reported
 
 
@@ -122,11 +136,12 @@ class Engine:
     layout = None if mesh is None else _layout(mesh, jax.eval_shape(init))
     self._everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
     self._slots = jax.jit(init, out_shardings=layout)()
-    self._queue: Any = _empty_queue(self._shape)  # of NumPy arrays
-    self._on_device: device.Queue | None = None
+    self._documents = PrefixCache(self._shape.documents, self._shape.document_len)
+    self._queue: Any = _empty_queue(self._shape, self._documents)  # of NumPy arrays
+    self._on_device: Queue | None = None
     self._free = list(range(config.queue - 1, -1, -1))
     self._rows: dict[int, _Row] = {}
-    self._num_handles = self._num_prompts = 0
+    self._num_handles = self._num_hits = self._num_hit_tokens = 0
     self._num_traces = 0
 
     def run(*args: Any) -> device.Slots:
@@ -134,7 +149,7 @@ class Engine:
       return device.advance(model, self._shape, self._vocabulary, *args)
 
     # The device's state is donated: a call updates it in place.
-    self._run = jax.jit(run, donate_argnums=3, out_shardings=layout)
+    self._run = jax.jit(run, donate_argnums=4, out_shardings=layout)
     self.advance(0)
 
   # --- Requests -------------------------------------------------------------------------
@@ -161,15 +176,19 @@ class Engine:
     self.check(request)
     if request.num_samples > len(self._free):
       raise BlockingIOError(f'the queue has room for {len(self._free)} responses')
+    found = self._documents.find(request.prompt[:-1], request.num_samples)
+    self._num_hits += found.hit > 0
+    self._num_hit_tokens += found.hit
     handle, self._num_handles = self._num_handles, self._num_handles + 1
+    # What a lone response becomes is kept for the next turn of its conversation.
+    keep = self._documents.reserve() if request.num_samples == 1 else NO_DOCUMENT
     for sample in range(request.num_samples):
       row = self._free.pop()
-      _fill(self._queue.rows, self._shape, row, request, sample, self._num_prompts)
+      _fill(self._queue.rows, self._shape, row, request, sample, found.document, keep)
       tail = int(self._queue.tail)
       self._queue.order[tail % len(self._queue.order)] = row
       self._queue = dataclasses.replace(self._queue, tail=np.int32(tail + 1))
-      self._rows[row] = _Row(handle, sample, request.id, tail)
-    self._num_prompts += 1
+      self._rows[row] = _Row(handle, sample, request.id, tail, request.prompt, found.document, keep)
     self._on_device = None
     return handle
 
@@ -192,26 +211,34 @@ class Engine:
     if self._on_device is None:
       self._on_device = jax.device_put(self._queue, self._everywhere)
     steps = self.config.steps_per_call if max_steps is None else max_steps
-    self._slots = self._run(self._params, self._key, self._on_device, self._slots,
-                            np.int32(steps))
+    self._slots = self._run(self._params, self._key, np.int32(self.version), self._on_device,
+                            self._slots, np.int32(steps))
     if self._num_traces > 1:
       raise RuntimeError('the engine compiled again: its parameters changed their shapes')
-    out = self._slots
-    head, count, finish, tokens, logp, sampled = jax.device_get(
-        (out.head, out.count, out.finish, out.tokens, out.logp, out.sampled))
+    places, out = self._slots.places, self._slots.responses
+    head, state, out = jax.device_get((places.head, places.state, out))
     changed = []
     for row, note in list(self._rows.items()):
       # A row holds an earlier response until the device has admitted its request.
-      if note.serial >= head or (count[row] == note.seen and not finish[row]):
+      if note.serial >= head or (out.count[row] == note.seen and not out.finish[row]):
         continue
-      note.seen, num = int(count[row]), int(count[row])
+      note.seen, num = int(out.count[row]), int(out.count[row])
+      finish = REASONS.get(int(out.finish[row]), '')
       changed.append((note.handle, Response(
-          note.id, note.sample, tokens[row, :num].copy(), logp[row, :num].copy(),
-          sampled[row, :num].copy(), REASONS.get(int(finish[row]), ''), self.version)))
-      if finish[row]:
-        del self._rows[row]
-        self._free.append(row)
+          note.id, note.sample, out.tokens[row, :num].copy(), out.logp[row, :num].copy(),
+          out.sampled[row, :num].copy(), finish, self.version)))
+      if finish:
+        self._forget(row, note, out.tokens[row, :num])
+    self._documents.report(state)
     return changed
+
+  def _forget(self, row: int, note: _Row, tokens: np.ndarray) -> None:
+    """Frees the row of a response that has ended."""
+    del self._rows[row]
+    self._free.append(row)
+    self._documents.done(note.document)
+    if note.keep != NO_DOCUMENT:
+      self._documents.fill(note.keep, (*note.prompt, *tokens[:-1].tolist()))
 
   def run(self, requests: Iterable[Request]) -> list[list[Response]]:
     """Answers requests to the end.
@@ -251,34 +278,44 @@ class Engine:
       raise UserError(f'{len(self._rows)} responses of version {self.version} are under way: '
                       f'collect or cancel them before loading version {version}.')
     self._params, self.version = params, version
+    self._documents.clear()
+    self._on_device = None
 
   def counters(self) -> dict[str, float]:
     """Counts since the engine was made, and the pages that are in use now.
 
     Returns:
-      steps: decode steps; prefilled: prompt tokens that went through the model; occupancy: the
-      share of slots that drew a token, over all steps; pages_in_use.
+      steps: decode steps; prefilled: prompt tokens that went through the model before their
+      responses began; prefix_hits, prefix_hit_tokens: requests whose prompt began like something
+      that was kept, and the tokens they had in common; occupancy: the share of slots that held a
+      response, over all steps; pages_in_use; kept_pages: those of them that no response under way
+      holds.
     """
-    steps, busy, prefilled, holders = jax.device_get(
-        (self._slots.steps, self._slots.busy, self._slots.prefilled, self._slots.holders))
-    return {'steps': int(steps), 'prefilled': int(prefilled),
-            'occupancy': float(busy) / max(1, int(steps) * self.config.slots),
-            'pages_in_use': int((holders[1:] > 0).sum())}
+    counters, holders, table = jax.device_get(
+        (self._slots.counters, self._slots.places.holders, self._slots.places.table))
+    in_use = holders[1:] > 0
+    running = np.zeros(holders.shape, bool)
+    running[table.ravel()] = True
+    return {'steps': int(counters.steps), 'prefilled': int(counters.prefilled),
+            'prefix_hits': self._num_hits, 'prefix_hit_tokens': self._num_hit_tokens,
+            'occupancy': float(counters.busy) / max(1, int(counters.steps) * self.config.slots),
+            'pages_in_use': int(in_use.sum()),
+            'kept_pages': int((in_use & ~running[1:]).sum())}
 
 
 # --- Rows of arrays -------------------------------------------------------------------
 
 
-def _shape(config: cfg.Engine, vocab_size: int) -> device.Shape:
-  sequence = -(-(config.prompt_len + config.response_len) // config.page_size)
-  # Pages for every slot's longest sequence, for one prompt that is kept for sharing, and page 0.
-  most = config.slots * sequence + -(-config.prompt_len // config.page_size) + 1
-  return device.Shape(
-      slots=config.slots, page_size=config.page_size, num_pages=config.num_pages or most,
-      queue=config.queue, prompt_len=config.prompt_len, response_len=config.response_len,
-      prefill_chunk=config.prefill_chunk, num_stop=4, num_forced=16, num_strings=8,
-      string_len=32, num_banned=16,
-      vocab_size=vocab_size)
+def _shape(config: cfg.Engine, vocab_size: int) -> Shape:
+  shape = Shape(
+      slots=config.slots, page_size=config.page_size, num_pages=config.num_pages,
+      documents=2 * config.queue + config.slots, queue=config.queue,
+      document_len=config.prompt_len, tail_len=1, response_len=config.response_len,
+      lanes=config.prefill_rows, chunk=config.prefill_chunk, vocab_size=vocab_size,
+      num_stop=4, num_forced=16, num_strings=8, string_len=32, num_banned=16)
+  # Pages for every slot's longest sequence, for the next prompt, and page 0.
+  most = config.slots * shape.table_len + pages_of(config.prompt_len, config.page_size) + 1
+  return shape if config.num_pages else shape._replace(num_pages=most)
 
 
 def _layout(mesh: Mesh, slots: device.Slots) -> Any:
@@ -290,31 +327,34 @@ def _layout(mesh: Mesh, slots: device.Slots) -> Any:
 
 
 def _vocabulary(token_bytes: Sequence[bytes], unused_ids: Sequence[int], vocab_size: int,
-                think_end: tuple[int, ...]) -> device.Vocabulary:
+                think_end: tuple[int, ...]) -> Vocabulary:
   is_token = np.arange(vocab_size) < len(token_bytes)
   is_token[list(unused_ids)] = False
-  return device.Vocabulary(think_end, token_table(token_bytes, vocab_size), jnp.asarray(is_token))
+  return Vocabulary(think_end, token_table(token_bytes, vocab_size), jnp.asarray(is_token))
 
 
-def _empty_queue(shape: device.Shape) -> Any:
+def _empty_queue(shape: Shape, cache: PrefixCache) -> Any:
   ints = lambda *dims: np.zeros((shape.queue, *dims), np.int32)
   fields: dict[str, Any] = dict(  # NumPy arrays until `Engine.advance` hands them to the device.
-      tokens=ints(shape.prompt_len), lengths=ints(), ids=ints(), samples=ints(), prompts=ints(),
-      max_tokens=ints(), max_thought=ints(), max_answer=ints(), forced=ints(shape.num_forced),
-      num_forced=ints(), stop=ints(shape.num_stop),
+      document=ints(), prefix=ints(), tail=ints(shape.tail_len), num_tail=ints() + 1, ids=ints(),
+      samples=ints(), keep=ints(), max_tokens=ints(), max_thought=ints(), max_answer=ints(),
+      forced=ints(shape.num_forced), num_forced=ints(), stop=ints(shape.num_stop),
       strings=np.zeros((shape.queue, shape.num_strings, shape.string_len), np.uint8),
       string_lens=ints(shape.num_strings),
       samplers=RowSamplers.of([cfg.Sampler()] * shape.queue, shape.vocab_size, shape.num_banned),
       cancelled=np.zeros(shape.queue, bool))
+  documents: dict[str, Any] = dict(
+      tokens=cache.tokens, lengths=cache.lengths, parents=cache.parents, shared=cache.shared,
+      content=cache.content, asked=cache.asked)
   ring: dict[str, Any] = dict(order=ints(), tail=np.int32(0))
-  return device.Queue(device.Requests(**fields), **ring)
+  return Queue(Documents(**documents), Requests(**fields), **ring)
 
 
-def _fill(rows: Any, shape: device.Shape, row: int, request: Request, sample: int,
-          prompt: int) -> None:
-  """Writes the row of one response of a request in place; `prompt` is its `Requests.prompts`."""
-  for name, values, filler in (('tokens', request.prompt, 0), ('forced', request.forced, 0),
-                               ('stop', request.stop, -1)):
+def _fill(rows: Any, shape: Shape, row: int, request: Request, sample: int, document: int,
+          keep: int) -> None:
+  """Writes the row of one response of a request in place."""
+  for name, values, filler in (('tail', request.prompt[-1:], 0), ('forced', request.forced, 0),
+                               ('stop', request.stop, NO_TOKEN)):
     array = getattr(rows, name)
     array[row] = filler
     array[row, :len(values)] = values
@@ -326,22 +366,22 @@ def _fill(rows: Any, shape: device.Shape, row: int, request: Request, sample: in
   for array, values in zip(jax.tree.leaves(rows.samplers), jax.tree.leaves(sampler), strict=True):
     array[row] = values[0]
   for name, value in (
-      ('lengths', len(request.prompt)), ('ids', np.uint32(request.id % 2**32).astype(np.int32)),
-      ('samples', sample), ('prompts', prompt), ('max_tokens', request.max_tokens),
+      ('document', document), ('prefix', len(request.prompt) - 1), ('keep', keep), ('ids', np.uint32(request.id % 2**32).astype(np.int32)),
+      ('samples', sample), ('max_tokens', request.max_tokens),
       ('max_thought', -1 if request.max_thought is None else request.max_thought),
       ('max_answer', request.max_tokens if request.max_answer is None else request.max_answer),
       ('num_forced', len(request.forced)), ('cancelled', False)):
     getattr(rows, name)[row] = value
 
 
-def _check(request: Request, shape: device.Shape, think_end: tuple[int, ...]) -> None:
+def _check(request: Request, shape: Shape, think_end: tuple[int, ...]) -> None:
   def refuse(what: str) -> NoReturn:
     raise UserError(f'This cannot be answered: {what}.')
 
   if not request.prompt:
     refuse('the prompt is empty; start it with the token that begins a text')
-  if len(request.prompt) > shape.prompt_len:
-    refuse(f'the prompt has {len(request.prompt)} tokens and the cache takes {shape.prompt_len}; '
+  if len(request.prompt) > shape.document_len:
+    refuse(f'the prompt has {len(request.prompt)} tokens and the cache takes {shape.document_len}; '
            'shorten it or raise Engine.prompt_len')
   if not 1 <= request.max_tokens <= shape.response_len:
     refuse(f'max_tokens = {request.max_tokens}; write 1 to {shape.response_len}, or raise '

@@ -183,6 +183,14 @@ def draw(keys: Array, logits: Array) -> Drawn:
   return Drawn(token_B.astype(jnp.int32).reshape(shape), logp_B.reshape(shape))
 
 
+def sample_keys(key: Array, ids_N: Array, num_samples: int, first_N: Array | None = None) -> Array:
+  """key[N · G]: fold_in(fold_in(key, id), sample), where samples count from `first_N` (or 0) on."""
+  per_prompt = jax.vmap(jax.random.fold_in, (None, 0))(key, ids_N)
+  per_sample = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))
+  first = jnp.zeros_like(ids_N) if first_N is None else first_N
+  return per_sample(per_prompt, first[:, None] + jnp.arange(num_samples)).reshape(-1)
+
+
 # --- A sampler for each row -----------------------------------------------------------
 
 

@@ -10,7 +10,7 @@ import pytest
 from jaxrl_pt import config as cfg
 from jaxrl_pt import params as P
 from jaxrl_pt.models import transformer
-from jaxrl_pt.sampling import decode
+from jaxrl_pt.sampling import groups
 from jaxrl_pt.tpu import roofline
 from jaxrl_pt.types import Prompts
 
@@ -23,7 +23,7 @@ def test_every_turn_of_the_decode_loop_counts(num_samples):
   ints = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
   prompts = Prompts(ints((num_prompts, prompt_len)), ints((num_prompts,)), ints((num_prompts,)))
   trace = jax.jit(functools.partial(
-      decode.generate, model, sampler=cfg.Sampler(), num_samples=num_samples,
+      groups.generate, model, sampler=cfg.Sampler(), num_samples=num_samples,
       num_tokens=num_tokens)).trace(params, prompts, jax.eval_shape(lambda: jax.random.key(0)))
   (count,) = roofline.multiply_adds(trace.jaxpr).values()
   weights = 2 * (32 * 32 * 2 + 2 * 32 * 16 + 3 * 32 * 64)
