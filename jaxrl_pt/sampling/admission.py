@@ -47,8 +47,9 @@ def init(shape: Shape) -> Places:
   docs, slots, lanes = shape.documents, shape.slots, shape.lanes
   return Places(
       ints(shape.num_pages).at[NOBODY].set(1), ints(docs, shape.table_len), ints(docs), ints(docs),
-      ints(docs), ints(docs), ints(lanes) + IDLE, ints(lanes), ints(lanes), ints(slots, shape.table_len),
-      ints(slots) + IDLE, jnp.zeros(slots, bool), ints(), ints(), ints())
+      ints(docs), ints(docs), ints(lanes) + IDLE, ints(lanes), ints(lanes),
+      ints(slots, shape.table_len), ints(slots) + IDLE, jnp.zeros(slots, bool), ints(), ints(),
+      ints())
 
 
 def is_waiting(queue: Queue, places: Places) -> Array:

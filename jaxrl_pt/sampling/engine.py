@@ -13,8 +13,8 @@ attention and head have.
 
 from collections.abc import Iterable, Sequence
 import dataclasses
-from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,54 +25,15 @@ from jaxrl_pt import config as cfg
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.models.base import Model
 from jaxrl_pt.parallel import memory
-from jaxrl_pt.parallel.rules import SAMPLE
+from jaxrl_pt.sampling import engine_rows
 from jaxrl_pt.sampling import slots as device
-from jaxrl_pt.sampling.policies import RowSamplers
+from jaxrl_pt.sampling.engine_request import Request, check
 from jaxrl_pt.sampling.prefix_cache import PrefixCache
-from jaxrl_pt.sampling.requests import (
-  NO_DOCUMENT,
-  NO_TOKEN,
-  Documents,
-  Queue,
-  Requests,
-  Shape,
-  Vocabulary,
-  pages_of,
-)
-from jaxrl_pt.token_bytes import token_table
+from jaxrl_pt.sampling.requests import NO_DOCUMENT, Queue
 from jaxrl_pt.types import Params
 
 REASONS = {device.STOP: 'stop', device.LENGTH: 'length', device.STOP_STRING: 'stop_string',
            device.CANCELLED: 'cancelled'}
-
-
-@dataclass(frozen=True)
-class Request:
-  """One prompt and how to answer it; its `num_samples` responses share one prefill.
-
-  prompt: token ids.
-  id: addresses the randomness: requests with equal ids draw equal responses.
-  max_tokens: the largest number of tokens of a response, forced tokens included.
-  sampler: temperature and filters.
-  stop: tokens that end a response and belong to it.
-  stop_strings: texts that end a response as soon as they are complete.
-  forced: tokens that every response starts with.
-  max_thought: drawn tokens after which the end of thinking is forced; None for responses without
-    thinking.
-  max_answer: the largest number of tokens after the end of thinking; None for no limit but
-    `max_tokens`. It is read only where `max_thought` is set.
-  """
-
-  prompt: tuple[int, ...]
-  id: int
-  max_tokens: int
-  num_samples: int = 1
-  sampler: cfg.Sampler = field(default_factory=cfg.Sampler)
-  stop: tuple[int, ...] = ()
-  stop_strings: tuple[str, ...] = ()
-  forced: tuple[int, ...] = ()
-  max_thought: int | None = None
-  max_answer: int | None = None
 
 
 @dataclass(frozen=True)
@@ -126,18 +87,19 @@ class Engine:
     self.config, self._params = config, params
     self.version = version
     self._key = jax.random.key(seed)
-    self._shape = _shape(config, model.config.vocab_size)
-    self._vocabulary = _vocabulary(token_bytes, unused_ids, model.config.vocab_size, think_end)
+    self._shape = engine_rows.shape(config, model.config.vocab_size)
+    self._vocabulary = engine_rows.vocabulary(token_bytes, unused_ids, model.config.vocab_size,
+                                              think_end)
     dtype = jnp.int8 if config.kv == 'int8' else model.init_cache(1, 1).k.dtype
     init = lambda: device.init(model, self._shape, self._vocabulary, dtype)
     memory.check_arrays(
         jax.eval_shape(init), f'The cache of {config.slots} slots of up to {config.prompt_len} + '
         f'{config.response_len} tokens', 'ask for fewer or shorter ones')
-    layout = None if mesh is None else _layout(mesh, jax.eval_shape(init))
+    layout = None if mesh is None else engine_rows.layout(mesh, jax.eval_shape(init))
     self._everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
     self._slots = jax.jit(init, out_shardings=layout)()
     self._documents = PrefixCache(self._shape.documents, self._shape.document_len)
-    self._queue: Any = _empty_queue(self._shape, self._documents)  # of NumPy arrays
+    self._queue: Any = engine_rows.empty_queue(self._shape, self._documents)  # of NumPy arrays
     self._on_device: Queue | None = None
     self._free = list(range(config.queue - 1, -1, -1))
     self._rows: dict[int, _Row] = {}
@@ -164,7 +126,7 @@ class Engine:
     Raises:
       UserError: the request cannot be answered; the message says why and what the engine takes.
     """
-    _check(request, self._shape, self._vocabulary.think_end)
+    check(request, self._shape, self._vocabulary.think_end)
 
   def submit(self, request: Request) -> int:
     """Queues a request and returns the handle that its responses carry.
@@ -184,7 +146,7 @@ class Engine:
     keep = self._documents.reserve() if request.num_samples == 1 else NO_DOCUMENT
     for sample in range(request.num_samples):
       row = self._free.pop()
-      _fill(self._queue.rows, self._shape, row, request, sample, found.document, keep)
+      engine_rows.fill(self._queue.rows, self._shape, row, request, sample, found.document, keep)
       tail = int(self._queue.tail)
       self._queue.order[tail % len(self._queue.order)] = row
       self._queue = dataclasses.replace(self._queue, tail=np.int32(tail + 1))
@@ -301,109 +263,3 @@ class Engine:
             'occupancy': float(counters.busy) / max(1, int(counters.steps) * self.config.slots),
             'pages_in_use': int(in_use.sum()),
             'kept_pages': int((in_use & ~running[1:]).sum())}
-
-
-# --- Rows of arrays -------------------------------------------------------------------
-
-
-def _shape(config: cfg.Engine, vocab_size: int) -> Shape:
-  shape = Shape(
-      slots=config.slots, page_size=config.page_size, num_pages=config.num_pages,
-      documents=2 * config.queue + config.slots, queue=config.queue,
-      document_len=config.prompt_len, tail_len=1, response_len=config.response_len,
-      lanes=config.prefill_rows, chunk=config.prefill_chunk, vocab_size=vocab_size,
-      num_stop=4, num_forced=16, num_strings=8, string_len=32, num_banned=16)
-  # Pages for every slot's longest sequence, for the next prompt, and page 0.
-  most = config.slots * shape.table_len + pages_of(config.prompt_len, config.page_size) + 1
-  return shape if config.num_pages else shape._replace(num_pages=most)
-
-
-def _layout(mesh: Mesh, slots: device.Slots) -> Any:
-  """Shardings of the state: pages are split by heads, all else is replicated."""
-  everywhere = NamedSharding(mesh, PartitionSpec())
-  by_heads = NamedSharding(mesh, PartitionSpec(None, SAMPLE['kv_heads']))
-  layout = jax.tree.map(lambda _: everywhere, slots)
-  return dataclasses.replace(layout, cache=jax.tree.map(lambda _: by_heads, slots.cache))
-
-
-def _vocabulary(token_bytes: Sequence[bytes], unused_ids: Sequence[int], vocab_size: int,
-                think_end: tuple[int, ...]) -> Vocabulary:
-  is_token = np.arange(vocab_size) < len(token_bytes)
-  is_token[list(unused_ids)] = False
-  return Vocabulary(think_end, token_table(token_bytes, vocab_size), jnp.asarray(is_token))
-
-
-def _empty_queue(shape: Shape, cache: PrefixCache) -> Any:
-  ints = lambda *dims: np.zeros((shape.queue, *dims), np.int32)
-  fields: dict[str, Any] = dict(  # NumPy arrays until `Engine.advance` hands them to the device.
-      document=ints(), prefix=ints(), tail=ints(shape.tail_len), num_tail=ints() + 1, ids=ints(),
-      samples=ints(), keep=ints(), max_tokens=ints(), max_thought=ints(), max_answer=ints(),
-      forced=ints(shape.num_forced), num_forced=ints(), stop=ints(shape.num_stop),
-      strings=np.zeros((shape.queue, shape.num_strings, shape.string_len), np.uint8),
-      string_lens=ints(shape.num_strings),
-      samplers=RowSamplers.of([cfg.Sampler()] * shape.queue, shape.vocab_size, shape.num_banned),
-      cancelled=np.zeros(shape.queue, bool))
-  documents: dict[str, Any] = dict(
-      tokens=cache.tokens, lengths=cache.lengths, parents=cache.parents, shared=cache.shared,
-      content=cache.content, asked=cache.asked)
-  ring: dict[str, Any] = dict(order=ints(), tail=np.int32(0))
-  return Queue(Documents(**documents), Requests(**fields), **ring)
-
-
-def _fill(rows: Any, shape: Shape, row: int, request: Request, sample: int, document: int,
-          keep: int) -> None:
-  """Writes the row of one response of a request in place."""
-  for name, values, filler in (('tail', request.prompt[-1:], 0), ('forced', request.forced, 0),
-                               ('stop', request.stop, NO_TOKEN)):
-    array = getattr(rows, name)
-    array[row] = filler
-    array[row, :len(values)] = values
-  rows.strings[row], rows.string_lens[row] = 0, 0
-  for i, text in enumerate(s.encode() for s in request.stop_strings):
-    rows.strings[row, i, -len(text):] = np.frombuffer(text, np.uint8)
-    rows.string_lens[row, i] = len(text)
-  sampler = RowSamplers.of([request.sampler], shape.vocab_size, shape.num_banned)
-  for array, values in zip(jax.tree.leaves(rows.samplers), jax.tree.leaves(sampler), strict=True):
-    array[row] = values[0]
-  for name, value in (
-      ('document', document), ('prefix', len(request.prompt) - 1), ('keep', keep), ('ids', np.uint32(request.id % 2**32).astype(np.int32)),
-      ('samples', sample), ('max_tokens', request.max_tokens),
-      ('max_thought', -1 if request.max_thought is None else request.max_thought),
-      ('max_answer', request.max_tokens if request.max_answer is None else request.max_answer),
-      ('num_forced', len(request.forced)), ('cancelled', False)):
-    getattr(rows, name)[row] = value
-
-
-def _check(request: Request, shape: Shape, think_end: tuple[int, ...]) -> None:
-  def refuse(what: str) -> NoReturn:
-    raise UserError(f'This cannot be answered: {what}.')
-
-  if not request.prompt:
-    refuse('the prompt is empty; start it with the token that begins a text')
-  if len(request.prompt) > shape.document_len:
-    refuse(f'the prompt has {len(request.prompt)} tokens and the cache takes {shape.document_len}; '
-           'shorten it or raise Engine.prompt_len')
-  if not 1 <= request.max_tokens <= shape.response_len:
-    refuse(f'max_tokens = {request.max_tokens}; write 1 to {shape.response_len}, or raise '
-           'Engine.response_len')
-  if not 1 <= request.num_samples <= shape.queue:
-    refuse(f'num_samples = {request.num_samples}; write 1 to {shape.queue}')
-  for name, ids in (('prompt', request.prompt), ('forced', request.forced),
-                    ('stop', request.stop), ('banned', request.sampler.banned)):
-    for token in ids:
-      if not 0 <= token < shape.vocab_size:
-        refuse(f'{name} holds token {token}, outside the vocabulary of {shape.vocab_size}')
-  for name, values, most in (
-      ('stop', request.stop, shape.num_stop), ('forced', request.forced, shape.num_forced),
-      ('stop_strings', request.stop_strings, shape.num_strings),
-      ('banned', request.sampler.banned, shape.num_banned)):
-    if len(values) > most:
-      refuse(f'{len(values)} entries in {name}; at most {most} are taken')
-  for text in request.stop_strings:
-    if not 1 <= len(text.encode()) <= shape.string_len or '\0' in text:
-      refuse(f'stop string {text!r}; write 1 to {shape.string_len} bytes without NUL')
-  for name, budget in (('max_thought', request.max_thought), ('max_answer', request.max_answer)):
-    if budget is not None and budget < 0:
-      refuse(f'{name} = {budget}; write 0 or more')
-  if request.max_thought is not None and not think_end:
-    refuse('max_thought is set, but this model has no marker that ends thinking')

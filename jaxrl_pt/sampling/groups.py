@@ -30,6 +30,7 @@ from jaxrl_pt.sampling.requests import (
 from jaxrl_pt.types import Array, Params, Prompts, RolloutBatch
 
 NO_STOP = NO_TOKEN
+ALL_SLOTS = cfg.Slots()
 
 
 class Sample(Protocol):
@@ -87,7 +88,7 @@ def make_sampler(model: Model, seed: int, rollouts: cfg.Rollouts, stop_id: int,
 def generate(model: Model, params: Params, prompts: Prompts, key: Array, *, sampler: cfg.Sampler,
              num_samples: int, num_tokens: int, stop_id: int = NO_STOP,
              version: Array | int = 0, prefilled: Prefilled | None = None,
-             first_samples: Array | None = None, slots: cfg.Slots = cfg.Slots()) -> RolloutBatch:
+             first_samples: Array | None = None, slots: cfg.Slots = ALL_SLOTS) -> RolloutBatch:
   """Draws `num_samples` responses of at most `num_tokens` to each prompt.
 
     token_{n,g,s} = draw(k, filtered_logits(z))   with the key
@@ -196,8 +197,9 @@ def queue_of(prompts: Prompts, num_samples: int, num_tokens: int, stop_id: int,
   every = lambda value: jnp.full(num_rows, value, jnp.int32)
   per_document = num_rows // num_docs
   documents = Documents(
-      prompts.tokens, lengths_DP.max(1) - 1, jnp.full(num_docs, NO_DOCUMENT, jnp.int32),
-      jnp.zeros(num_docs, jnp.int32), jnp.zeros(num_docs, jnp.int32), jnp.full(num_docs, per_document, jnp.int32))
+      tokens=prompts.tokens, lengths=lengths_DP.max(1) - 1,
+      parents=jnp.full(num_docs, NO_DOCUMENT, jnp.int32), shared=jnp.zeros(num_docs, jnp.int32),
+      content=jnp.zeros(num_docs, jnp.int32), asked=jnp.full(num_docs, per_document, jnp.int32))
   requests = Requests(
       document=jnp.arange(num_rows, dtype=jnp.int32) // per_document,
       prefix=each(prompts.lengths - 1), tail=each(tail), num_tail=every(tail.shape[1]),

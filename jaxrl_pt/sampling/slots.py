@@ -25,8 +25,9 @@ from jaxrl_pt.models import paged_cache
 from jaxrl_pt.models.base import Model
 from jaxrl_pt.models.kv_cache import KVCache
 from jaxrl_pt.sampling import admission
-from jaxrl_pt.sampling.admission import FILLED, FILLING, IDLE, Places
-from jaxrl_pt.sampling.policies import draw, filtered_logits, filtered_rows
+from jaxrl_pt.sampling.admission import FILLED, IDLE, Places
+from jaxrl_pt.sampling.endings import ends_in, shift_in
+from jaxrl_pt.sampling.policies import RowSamplers, draw, filtered_logits, filtered_rows
 from jaxrl_pt.sampling.requests import Documents, Queue, Requests, Shape, Vocabulary
 from jaxrl_pt.types import Array, Params
 
@@ -53,11 +54,11 @@ class Decoding:
   newest: Array  # i32[B] the token that goes through the model next
   fed: Array  # i32[B] tokens of the tail before the newest one
   # Thinking; () where the vocabulary has no end marker.
-  thought: Any  # i32[B] tokens drawn since thinking began; −1 once it has ended
-  closing: Any  # i32[B] forced tokens of the end marker of thinking; −1 if it is not forced
-  answered: Any  # i32[B] tokens since thinking ended
-  recent: Any  # i32[B, M] newest tokens, M being the length of the end marker
-  window: Any  # u8[B, W + longest token] newest bytes; () where nobody has stop strings
+  thought: Any = ()  # i32[B] tokens drawn since thinking began; −1 once it has ended
+  closing: Any = ()  # i32[B] forced tokens of the end marker of thinking; −1 if it is not forced
+  answered: Any = ()  # i32[B] tokens since thinking ended
+  recent: Any = ()  # i32[B, M] newest tokens, M being the length of the end marker
+  window: Any = ()  # u8[B, W + longest token] newest bytes; () where nobody has stop strings
 
 
 @struct.dataclass
@@ -86,17 +87,18 @@ def init(model: Model, shape: Shape, vocabulary: Vocabulary, dtype: DTypeLike) -
   slots, rows, length = shape.slots, shape.queue, shape.response_len
   ints = lambda *dims: jnp.zeros(dims, jnp.int32)
   floats = lambda *dims: jnp.zeros(dims, jnp.float32)
-  thinking: tuple[Any, ...] = ((), (), (), ())
+  decoding = Decoding(ints(slots), ints(slots), ints(slots))
   if vocabulary.think_end:
-    thinking = (ints(slots) - 1, ints(slots) - 1, ints(slots),
-                ints(slots, len(vocabulary.think_end)) - 1)
-  window: Any = ()
+    decoding = dataclasses.replace(
+        decoding, thought=ints(slots) - 1, closing=ints(slots) - 1, answered=ints(slots),
+        recent=ints(slots, len(vocabulary.think_end)) - 1)
   if shape.num_strings:
     assert vocabulary.spelled is not None
-    window = jnp.zeros((slots, shape.string_len + vocabulary.spelled.bytes.shape[1]), jnp.uint8)
+    width = shape.string_len + vocabulary.spelled.bytes.shape[1]
+    decoding = dataclasses.replace(decoding, window=jnp.zeros((slots, width), jnp.uint8))
   return Slots(
       model.init_pages(shape.num_pages, shape.page_size, dtype),
-      admission.init(shape), Decoding(ints(slots), ints(slots), ints(slots), *thinking, window),
+      admission.init(shape), decoding,
       Responses(ints(rows, length), floats(rows, length), floats(rows, length), ints(rows, length),
                 ints(rows), ints(rows)),
       Counters(ints(), ints(), ints(), ints()))
@@ -300,6 +302,7 @@ def _choose(shape: Shape, vocabulary: Vocabulary, key: Array, asked: Requests, l
   """
   decoding = slots.decoding
   if shape.sampler is None:
+    assert isinstance(asked.samplers, RowSamplers) and vocabulary.is_token is not None
     filtered = filtered_rows(logits_BV, asked.samplers, vocabulary.is_token)
   else:
     filtered = filtered_logits(logits_BV, shape.sampler)
@@ -321,7 +324,8 @@ def _choose(shape: Shape, vocabulary: Vocabulary, key: Array, asked: Requests, l
     is_closing = (closing >= 0) & is_response
     token = jnp.where(is_closing, marker[jnp.clip(closing, 0, len(marker) - 1)], token)
     is_forced |= is_closing
-    decoding = dataclasses.replace(decoding, closing=jnp.where(is_closing, closing + 1, decoding.closing))
+    closing = jnp.where(is_closing, closing + 1, decoding.closing)
+    decoding = dataclasses.replace(decoding, closing=closing)
   return (token, jnp.where(is_forced, 0.0, logp), ~is_forced,
           dataclasses.replace(slots, decoding=decoding))
 
@@ -348,8 +352,8 @@ def _record(shape: Shape, slots: Slots, asked: Requests, row: Array, is_response
     assert vocabulary.spelled is not None
     spelled, length = vocabulary.spelled.bytes[token], vocabulary.spelled.lengths[token]
     length = jnp.where(is_response, length, 0)
-    decoding = dataclasses.replace(decoding, window=_shift_in(decoding.window, spelled, length))
-    matched = _ends_in(decoding.window, asked.strings, asked.string_lens, length)
+    decoding = dataclasses.replace(decoding, window=shift_in(decoding.window, spelled, length))
+    matched = ends_in(decoding.window, asked.strings, asked.string_lens, length)
   finish = jnp.where(full, LENGTH, RUNNING)
   finish = jnp.where(matched & drawn, STOP_STRING, finish)
   finish = jnp.where(stops, STOP, finish)
@@ -375,25 +379,6 @@ def _thinking(vocabulary: Vocabulary, decoding: Decoding, is_response: Array, to
                    decoding.thought),
       closing=only(jnp.where(ended, -1, decoding.closing), decoding.closing),
       answered=only(decoding.answered + ~was_thinking, decoding.answered))
-
-
-def _shift_in(window_BW: Array, bytes_BX: Array, num_bytes_B: Array) -> Array:
-  """The newest bytes of each slot after those of one more token."""
-  width = window_BW.shape[1]
-  both = jnp.concatenate([window_BW, bytes_BX], 1)
-  return jax.vmap(lambda x, n: jax.lax.dynamic_slice_in_dim(x, n, width))(both, num_bytes_B)
-
-
-def _ends_in(window_BW: Array, strings: Array, lengths: Array, num_bytes_B: Array) -> Array:
-  """bool[B]: whether a stop string ends inside the newest token's bytes."""
-  string_len, width = strings.shape[-1], window_BW.shape[1]
-  needed = jnp.arange(string_len) >= string_len - lengths[..., None]  # bool[B, X, W]
-  matched = jnp.zeros(window_BW.shape[0], bool)
-  for back in range(width - string_len):  # The string ends `back` bytes before the window's end.
-    text = window_BW[:, width - back - string_len:width - back]
-    same = ((text[:, None] == strings) | ~needed).all(-1) & (lengths > 0)
-    matched |= same.any(-1) & (back < num_bytes_B)
-  return matched
 
 
 def _release(shape: Shape, slots: Slots, asked: Requests, ended: Array) -> Slots:
