@@ -25,15 +25,14 @@ from jaxrl_pt import config as cfg
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.models.base import Model
 from jaxrl_pt.parallel import memory
-from jaxrl_pt.sampling import engine_rows
-from jaxrl_pt.sampling import slots as device
+from jaxrl_pt.sampling import engine_rows, slots, state
 from jaxrl_pt.sampling.engine_request import Request, check
 from jaxrl_pt.sampling.prefix_cache import PrefixCache
 from jaxrl_pt.sampling.requests import NO_DOCUMENT, Queue
 from jaxrl_pt.types import Params
 
-REASONS = {device.STOP: 'stop', device.LENGTH: 'length', device.STOP_STRING: 'stop_string',
-           device.CANCELLED: 'cancelled'}
+REASONS = {state.STOP: 'stop', state.LENGTH: 'length', state.STOP_STRING: 'stop_string',
+           state.CANCELLED: 'cancelled'}
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,7 @@ class Engine:
     self._vocabulary = engine_rows.vocabulary(token_bytes, unused_ids, model.config.vocab_size,
                                               think_end)
     dtype = jnp.int8 if config.kv == 'int8' else model.init_cache(1, 1).k.dtype
-    init = lambda: device.init(model, self._shape, self._vocabulary, dtype)
+    init = lambda: state.init(model, self._shape, self._vocabulary, dtype)
     memory.check_arrays(
         jax.eval_shape(init), f'The cache of {config.slots} slots of up to {config.prompt_len} + '
         f'{config.response_len} tokens', 'ask for fewer or shorter ones')
@@ -106,9 +105,9 @@ class Engine:
     self._num_handles = self._num_hits = self._num_hit_tokens = 0
     self._num_traces = 0
 
-    def run(*args: Any) -> device.Slots:
+    def run(*args: Any) -> state.Slots:
       self._num_traces += 1
-      return device.advance(model, self._shape, self._vocabulary, *args)
+      return slots.advance(model, self._shape, self._vocabulary, *args)
 
     # The device's state is donated: a call updates it in place.
     self._run = jax.jit(run, donate_argnums=4, out_shardings=layout)
@@ -178,7 +177,7 @@ class Engine:
     if self._num_traces > 1:
       raise RuntimeError('the engine compiled again: its parameters changed their shapes')
     places, out = self._slots.places, self._slots.responses
-    head, state, out = jax.device_get((places.head, places.state, out))
+    head, kept, out = jax.device_get((places.head, places.state, out))
     changed = []
     for row, note in list(self._rows.items()):
       # A row holds an earlier response until the device has admitted its request.
@@ -191,7 +190,7 @@ class Engine:
           out.sampled[row, :num].copy(), finish, self.version)))
       if finish:
         self._forget(row, note, out.tokens[row, :num])
-    self._documents.report(state)
+    self._documents.report(kept)
     return changed
 
   def _forget(self, row: int, note: _Row, tokens: np.ndarray) -> None:

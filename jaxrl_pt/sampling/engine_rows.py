@@ -11,7 +11,6 @@ import numpy as np
 
 from jaxrl_pt import config as cfg
 from jaxrl_pt.parallel.rules import SAMPLE
-from jaxrl_pt.sampling import slots as device
 from jaxrl_pt.sampling.engine_request import Request
 from jaxrl_pt.sampling.policies import RowSamplers
 from jaxrl_pt.sampling.prefix_cache import PrefixCache
@@ -24,6 +23,7 @@ from jaxrl_pt.sampling.requests import (
   Vocabulary,
   pages_of,
 )
+from jaxrl_pt.sampling.state import Slots
 from jaxrl_pt.token_bytes import token_table
 
 
@@ -39,10 +39,10 @@ def shape(config: cfg.Engine, vocab_size: int) -> Shape:
   return shape if config.num_pages else shape._replace(num_pages=most)
 
 
-def layout(mesh: Mesh, slots: device.Slots) -> Any:
+def layout(mesh: Mesh, slots: Slots) -> Any:
   """Shardings of the state: pages are split by heads, all else is replicated."""
   everywhere = NamedSharding(mesh, PartitionSpec())
-  by_heads = NamedSharding(mesh, PartitionSpec(None, SAMPLE['kv_heads']))
+  by_heads = NamedSharding(mesh, PartitionSpec(SAMPLE['kv_heads']))
   layout = jax.tree.map(lambda _: everywhere, slots)
   return dataclasses.replace(layout, cache=jax.tree.map(lambda _: by_heads, slots.cache))
 

@@ -27,6 +27,7 @@ from jaxrl_pt.sampling.requests import (
   Vocabulary,
   pages_of,
 )
+from jaxrl_pt.sampling.state import init
 from jaxrl_pt.types import Array, Params, Prompts, RolloutBatch
 
 NO_STOP = NO_TOKEN
@@ -121,7 +122,7 @@ def generate(model: Model, params: Params, prompts: Prompts, key: Array, *, samp
   num_prompts = prompts.lengths.shape[0]
   shape = shape_of(model.config.vocab_size, prompts, num_samples, num_tokens, sampler, slots)
   queue = queue_of(prompts, num_samples, num_tokens, stop_id, first_samples)
-  state = program.init(model, shape, Vocabulary(), _page_dtype(model, slots))
+  state = init(model, shape, Vocabulary(), _page_dtype(model, slots))
   if shape.slots == shape.queue:
     if prefilled is None:
       prefilled = prefill(model, params, prompts.tokens)

@@ -219,13 +219,13 @@ class RowSamplers:
     return cls(**fields)
 
 
-def filtered_rows(logits_BV: Array, rows: RowSamplers, is_token_V: Array) -> Array:
+def filtered_rows(logits_BV: Array, rows: RowSamplers, is_token: Array) -> Array:
   """`filtered_logits` with settings of its own for each row; it sorts only if some row filters.
 
   Args:
     logits_BV: f[B, V].
     rows: the settings of B rows.
-    is_token_V: bool[V], False for ids that are banned in all rows.
+    is_token: bool[V] or bool[B, V], False for ids that are banned in all rows or in one.
 
   Returns:
     f32[B, V].
@@ -233,7 +233,7 @@ def filtered_rows(logits_BV: Array, rows: RowSamplers, is_token_V: Array) -> Arr
   vocab_size = logits_BV.shape[-1]
   row = jnp.arange(logits_BV.shape[0])[:, None]
   greedy = rows.temperature[:, None] == 0
-  is_banned = jnp.broadcast_to(~is_token_V, logits_BV.shape).at[row, rows.banned].set(
+  is_banned = jnp.broadcast_to(~is_token, logits_BV.shape).at[row, rows.banned].set(
       True, mode='drop')
   scaled = _without(
       logits_BV.astype(jnp.float32) / jnp.where(greedy, 1.0, rows.temperature[:, None]), is_banned)

@@ -16,6 +16,7 @@ from jaxrl_pt.token_bytes import TokenBytes
 from jaxrl_pt.types import Array
 
 NO_DOCUMENT = -1
+NO_MASK = -1
 NO_TOKEN = -1  # A stop token that no token equals.
 
 
@@ -38,12 +39,28 @@ class Shape(NamedTuple):
   num_strings: int = 0  # X, the largest number of stop strings of a request
   string_len: int = 0  # W, the largest number of bytes of a stop string
   num_banned: int = 0  # the largest number of banned tokens of a request
+  num_top: int = 0  # likeliest tokens whose log-probabilities are reported, for requests that ask
+  num_masks: int = 0  # the largest number of constrained responses at a time
   sampler: Sampler | None = None  # of all requests; None where each has its own
 
   @property
   def table_len(self) -> int:
     """P, the pages of the longest sequence. A response's last token is never fed."""
     return pages_of(self.document_len + self.tail_len + self.response_len - 1, self.page_size)
+
+  @property
+  def most_chunks(self) -> int:
+    """The largest number of forward passes over the documents if all lanes are always busy."""
+    return -(-self.documents // self.lanes) * -(-self.document_len // self.chunk)
+
+  @property
+  def most_steps(self) -> int:
+    """The largest number of decode steps of the whole queue if there are pages for all slots.
+
+    All slots decode until the queue is empty, and then the last responses end.
+    """
+    each = self.tail_len + self.response_len - 1
+    return each + (self.queue - self.slots) * each // self.slots
 
 
 def pages_of(num_tokens: Any, page_size: int) -> Any:
@@ -90,6 +107,8 @@ class Requests:
   strings: Any = ()  # u8[Q, X, W] stop strings, right-aligned
   string_lens: Any = ()  # i32[Q, X] bytes, padded with 0
   samplers: RowSamplers | tuple[()] = ()
+  wants_top: Any = ()  # bool[Q] whether the likeliest tokens are reported
+  mask: Any = ()  # i32[Q] row of `Queue.masks` that the next token must satisfy, or NO_MASK
 
 
 @struct.dataclass
@@ -100,6 +119,9 @@ class Queue:
   rows: Requests
   order: Array  # i32[Q] ring of row numbers
   tail: Array  # i32[] requests queued since the program's state was made
+  # u32[R, ⌈V / 32⌉], bit t % 32 of word t // 32 says whether token t may come next. The asking side
+  # renews a mask after each token, so that a call may make only one turn while one is in use.
+  masks: Any = ()
 
 
 class Vocabulary(NamedTuple):
