@@ -26,7 +26,6 @@ from jaxrl_pt.sampling import resa_speculate
 from jaxrl_pt.sampling.engine import Engine
 from jaxrl_pt.serving import terminal
 from jaxrl_pt.serving.conversation import Template, read_template
-from jaxrl_pt.serving.protocol import Service
 from jaxrl_pt.serving.text import Markers, encode_marker
 from jaxrl_pt.serving.worker import Worker
 from jaxrl_pt.types import Prompts
@@ -237,6 +236,7 @@ def serve(workdir: Path, *, step: int | None, host: str, port: int, token_file: 
     import uvicorn
 
     from jaxrl_pt.serving import app, connections
+    from jaxrl_pt.serving.protocol import Service
   except ImportError as e:
     raise UserError('`serve` needs the extra of that name: '
                     "pip install 'jaxrl_pt[serve]'.") from e
@@ -249,8 +249,8 @@ def serve(workdir: Path, *, step: int | None, host: str, port: int, token_file: 
       (signal.SIGTERM, signal.SIGINT)) as stopped:
     policy = load_policy(workdir, step)
     tokenizer = policy.session.data.tokenizer
-    service = Service(_name(workdir), tokenizer, engine, layout, enclosing,
-                      max_samples=max_samples)
+    service = Service(_name(workdir), tokenizer, engine, policy.model.config.vocab_size, layout,
+                      enclosing, max_samples=max_samples)
     worker = Worker(samples.make_engine(policy, engine, seed=seed,
                                          think_end=encode_marker(tokenizer, enclosing.end)))
     log = functools.partial(print, file=sys.stderr, flush=True) if access_log else None

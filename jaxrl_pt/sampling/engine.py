@@ -14,7 +14,7 @@ attention and head have.
 from collections.abc import Iterable, Sequence
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,27 @@ REASONS = {device.STOP: 'stop', device.LENGTH: 'length', device.STOP_STRING: 'st
            device.CANCELLED: 'cancelled'}
 
 
+class Constraint(Protocol):
+  """Which tokens one response may go on with; the host asks it before each step."""
+
+  @property
+  def is_done(self) -> bool:
+    """Whether nothing but a stop token may follow."""
+    ...
+
+  def mask(self) -> np.ndarray:
+    """u32[⌈V / 32⌉]: bit t % 32 of word t // 32 says whether token t may come next."""
+    ...
+
+  def accept(self, token: int) -> None:
+    """Goes on by a token that was drawn under the mask."""
+    ...
+
+  def copy(self) -> 'Constraint':
+    """A constraint in the same state, for another sample."""
+    ...
+
+
 @dataclass(frozen=True)
 class Request:
   """One prompt and how to answer it; its `num_samples` responses share one prefill.
@@ -50,6 +71,9 @@ class Request:
     thinking.
   max_answer: the largest number of tokens after the end of thinking; None for no limit but
     `max_tokens`. It is read only where `max_thought` is set.
+  top_logprobs: for how many of the most probable tokens log-probabilities are given.
+  prompt_logprobs: whether those of the prompt's tokens are given; `max_tokens` may then be 0.
+  constraint: what the response has to look like; each sample goes on with a copy of it.
   """
 
   prompt: tuple[int, ...]
@@ -62,6 +86,9 @@ class Request:
   forced: tuple[int, ...] = ()
   max_thought: int | None = None
   max_answer: int | None = None
+  top_logprobs: int = 0
+  prompt_logprobs: bool = False
+  constraint: Constraint | None = None
 
 
 @dataclass(frozen=True)
@@ -75,6 +102,13 @@ class Response:
   sampled: np.ndarray  # f32[S] 1 where a token was drawn, 0 where it was forced
   finish: str  # '' while it runs, or 'stop', 'length', 'stop_string', 'cancelled'
   version: int  # optimiser step of the policy that drew it
+  # The most probable tokens at each place, falling; None where nobody asked.
+  top_tokens: np.ndarray | None = None  # i32[S, K]
+  top_logp: np.ndarray | None = None  # f32[S, K]
+  # The prompt under the model's own distribution, without temperature and filters.
+  prompt_logp: np.ndarray | None = None  # f32[T], 0 for the first token
+  prompt_top_tokens: np.ndarray | None = None  # i32[T, K]
+  prompt_top_logp: np.ndarray | None = None  # f32[T, K]
 
 
 @dataclass
@@ -263,7 +297,8 @@ class Engine:
         (self._slots.steps, self._slots.busy, self._slots.prefilled, self._slots.holders))
     return {'steps': int(steps), 'prefilled': int(prefilled),
             'occupancy': float(busy) / max(1, int(steps) * self.config.slots),
-            'pages_in_use': int((holders[1:] > 0).sum())}
+            'pages_in_use': int((holders[1:] > 0).sum()),
+            'kept_pages': 0, 'prefix_hits': 0, 'prefix_hit_tokens': 0}
 
 
 # --- Rows of arrays -------------------------------------------------------------------
@@ -365,5 +400,7 @@ def _check(request: Request, shape: device.Shape, think_end: tuple[int, ...]) ->
   for name, budget in (('max_thought', request.max_thought), ('max_answer', request.max_answer)):
     if budget is not None and budget < 0:
       refuse(f'{name} = {budget}; write 0 or more')
+  if request.top_logprobs or request.prompt_logprobs or request.constraint is not None:
+    refuse('top_logprobs, prompt_logprobs and constraints are not there yet')
   if request.max_thought is not None and not think_end:
     refuse('max_thought is set, but this model has no marker that ends thinking')
