@@ -146,7 +146,8 @@ def _is_arguments(value: Any) -> bool:
 def grammar(tools: Tools, is_special: bool) -> str:
   """The grammar, in llguidance's Lark, of answers whose calls keep to the tools' schemas.
 
-  Where a call is required the answer is one call; otherwise it is any text with calls in it.
+  Where a call is required the answer is one call. Otherwise it is any text with calls in it, or one
+  call at its end where only one is wanted.
 
   Args:
     tools: the tools that may be called.
@@ -168,8 +169,8 @@ def grammar(tools: Tools, is_special: bool) -> str:
   any_call = ' | '.join(f'call_{i}' for i in range(len(tools.tools)))
   if not is_auto:
     return '\n'.join([f'start: {any_call}', *rules])
-  number = '*' if tools.is_parallel else '?'
-  return '\n'.join([f'start: ({any_call}){number} tail', 'tail: TEXT', r'TEXT: /(.|\n)*/', *rules])
+  begin = f'start: ({any_call})* tail' if tools.is_parallel else f'start: {any_call} | tail'
+  return '\n'.join([begin, 'tail: TEXT', r'TEXT: /(.|\n)*/', *rules])
 
 
 # --- Answers --------------------------------------------------------------------------
