@@ -148,6 +148,7 @@ def completion(body: dict[str, Any], service: Service, ids: Ids) -> Ask:
   has_echo = fields.flag('echo')
   for name, harmless in _UNSUPPORTED_IN_COMPLETIONS:
     fields.refuse(name, *harmless)
+  fields.ignore(('parallel_tool_calls',))  # There are no tools.
   most = service.engine.response_len
   # Where nothing is drawn, only the prompt is scored.
   max_tokens = fields.integer('max_tokens', min(16, most), 0 if has_echo else 1, most)
