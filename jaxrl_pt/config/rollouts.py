@@ -97,6 +97,8 @@ class Engine:
   prefill_rows: the number of prompts that go through the model in one forward pass.
   kv: how keys and values are stored: in the model's type, or as int8.
   steps_per_call: decode steps of one call, after which the host sees the new tokens.
+  top_logprobs: the most of the likeliest tokens whose log-probabilities a request may ask for.
+  constrained: the largest number of constrained responses at a time.
   """
 
   slots: int = 32
@@ -109,6 +111,8 @@ class Engine:
   prefill_rows: int = 2
   kv: Literal['model', 'int8'] = 'model'
   steps_per_call: int = 16
+  top_logprobs: int = 20
+  constrained: int = 16
 
   def __post_init__(self) -> None:
     for name, high, beside, what in (
@@ -122,6 +126,9 @@ class Engine:
         ('steps_per_call', MOST_TOKENS, ('slots',), 'the tokens of a call')):
       checks.size(self, name, 1, high, 4 * checks.units(self, *beside), what)
     checks.size(self, 'num_pages', 0, 2**26, 4 * self.page_size, 'the pages')
+    checks.size(self, 'top_logprobs', 0, 1000, 8 * checks.units(self, 'queue', 'response_len'),
+                'the likeliest tokens')
+    checks.integer(self, 'constrained', 1)
     checks.choice(self, 'kv', Literal['model', 'int8'])
     # Pages for one response, for the prompt that is kept for sharing, and page 0, which nobody has.
     pages = lambda tokens: -(-tokens // self.page_size)

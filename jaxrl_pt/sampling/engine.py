@@ -26,9 +26,10 @@ from jaxrl_pt.errors import UserError
 from jaxrl_pt.models.base import Model
 from jaxrl_pt.parallel import memory
 from jaxrl_pt.sampling import engine_rows, slots, state
-from jaxrl_pt.sampling.engine_request import Request, check
+from jaxrl_pt.sampling.engine_request import Constraint, Request, check
 from jaxrl_pt.sampling.prefix_cache import PrefixCache
-from jaxrl_pt.sampling.requests import NO_DOCUMENT, Queue
+from jaxrl_pt.sampling.prompt_scores import Scored, Scorer
+from jaxrl_pt.sampling.requests import NO_DOCUMENT, NO_MASK, Queue
 from jaxrl_pt.types import Params
 
 REASONS = {state.STOP: 'stop', state.LENGTH: 'length', state.STOP_STRING: 'stop_string',
@@ -46,6 +47,12 @@ class Response:
   sampled: np.ndarray  # f32[S] 1 where a token was drawn, 0 where it was forced
   finish: str  # '' while it runs, or 'stop', 'length', 'stop_string', 'cancelled'
   version: int  # optimiser step of the policy that drew it
+  # The likeliest tokens at each place under the distribution that was drawn from, falling; None
+  # where nobody asked.
+  top_tokens: np.ndarray | None = None  # i32[S, K]
+  top_logp: np.ndarray | None = None  # f32[S, K]
+  # The prompt under the model's own distribution, without temperature and filters.
+  prompt: Scored | None = None
 
 
 @dataclass
@@ -56,9 +63,12 @@ class _Row:
   sample: int
   id: int
   serial: int  # how many responses were queued before this one, since the engine was made
-  prompt: tuple[int, ...]
+  request: Request
   document: int  # row of the prompt's document
   keep: int  # row of the document that the whole sequence becomes, or NO_DOCUMENT
+  mask: int  # row of `Queue.masks`, or NO_MASK
+  constraint: Constraint | None
+  prompt: Scored | None  # the prompt's log-probabilities, if they are asked for
   seen: int = 0  # tokens of the response that `advance` has reported
 
 
@@ -101,6 +111,9 @@ class Engine:
     self._queue: Any = engine_rows.empty_queue(self._shape, self._documents)  # of NumPy arrays
     self._on_device: Queue | None = None
     self._free = list(range(config.queue - 1, -1, -1))
+    self._free_masks = list(range(config.constrained))
+    self._scorer = Scorer(model, config.prompt_len, self._shape.num_top)
+    self._scored: list[tuple[int, Response]] = []  # of requests that draw nothing
     self._rows: dict[int, _Row] = {}
     self._num_handles = self._num_hits = self._num_hit_tokens = 0
     self._num_traces = 0
@@ -137,21 +150,40 @@ class Engine:
     self.check(request)
     if request.num_samples > len(self._free):
       raise BlockingIOError(f'the queue has room for {len(self._free)} responses')
+    if request.constraint is not None and request.num_samples > len(self._free_masks):
+      raise BlockingIOError(f'there is room for {len(self._free_masks)} constrained responses')
+    handle, self._num_handles = self._num_handles, self._num_handles + 1
+    scored = None
+    if request.prompt_logprobs:
+      scored = self._scorer.score(self._params, request.prompt, request.top_logprobs)
+    if request.max_tokens == 0:
+      self._scored += [(handle, self._nothing_drawn(request, g, scored))
+                       for g in range(request.num_samples)]
+      return handle
     found = self._documents.find(request.prompt[:-1], request.num_samples)
     self._num_hits += found.hit > 0
     self._num_hit_tokens += found.hit
-    handle, self._num_handles = self._num_handles, self._num_handles + 1
     # What a lone response becomes is kept for the next turn of its conversation.
     keep = self._documents.reserve() if request.num_samples == 1 else NO_DOCUMENT
     for sample in range(request.num_samples):
-      row = self._free.pop()
-      engine_rows.fill(self._queue.rows, self._shape, row, request, sample, found.document, keep)
+      row, mask, constraint = self._free.pop(), NO_MASK, None
+      if request.constraint is not None:
+        mask, constraint = self._free_masks.pop(), request.constraint.copy()
+        self._queue.masks[mask] = constraint.mask()
+      engine_rows.fill(self._queue.rows, self._shape, row, request, sample, found.document, keep,
+                       mask)
       tail = int(self._queue.tail)
       self._queue.order[tail % len(self._queue.order)] = row
       self._queue = dataclasses.replace(self._queue, tail=np.int32(tail + 1))
-      self._rows[row] = _Row(handle, sample, request.id, tail, request.prompt, found.document, keep)
+      self._rows[row] = _Row(handle, sample, request.id, tail, request, found.document, keep, mask,
+                             constraint, scored)
     self._on_device = None
     return handle
+
+  def _nothing_drawn(self, request: Request, sample: int, scored: Scored | None) -> Response:
+    nothing = np.zeros(0, np.float32)
+    return Response(request.id, sample, np.zeros(0, np.int32), nothing, nothing, 'length',
+                    self.version, prompt=scored)
 
   def cancel(self, handle: int) -> None:
     """Ends the responses of a request at the next step; `advance` still returns them."""
@@ -172,34 +204,52 @@ class Engine:
     if self._on_device is None:
       self._on_device = jax.device_put(self._queue, self._everywhere)
     steps = self.config.steps_per_call if max_steps is None else max_steps
+    if any(note.constraint is not None for note in self._rows.values()):
+      steps = min(steps, 1)  # Each token of a constrained response changes its mask.
     self._slots = self._run(self._params, self._key, np.int32(self.version), self._on_device,
                             self._slots, np.int32(steps))
     if self._num_traces > 1:
       raise RuntimeError('the engine compiled again: its parameters changed their shapes')
     places, out = self._slots.places, self._slots.responses
+    if not any(note.request.top_logprobs for note in self._rows.values()):
+      out = dataclasses.replace(out, top_tokens=(), top_logp=())  # They are not fetched.
     head, kept, out = jax.device_get((places.head, places.state, out))
-    changed = []
+    changed, self._scored = self._scored, []
     for row, note in list(self._rows.items()):
       # A row holds an earlier response until the device has admitted its request.
       if note.serial >= head or (out.count[row] == note.seen and not out.finish[row]):
         continue
-      note.seen, num = int(out.count[row]), int(out.count[row])
-      finish = REASONS.get(int(out.finish[row]), '')
-      changed.append((note.handle, Response(
-          note.id, note.sample, out.tokens[row, :num].copy(), out.logp[row, :num].copy(),
-          out.sampled[row, :num].copy(), finish, self.version)))
-      if finish:
-        self._forget(row, note, out.tokens[row, :num])
+      response = self._response(row, note, out)
+      changed.append((note.handle, response))
+      if note.constraint is not None and not response.finish:
+        for token in response.tokens[note.seen:].tolist():
+          note.constraint.accept(token)
+        self._queue.masks[note.mask] = note.constraint.mask()
+        self._on_device = None
+      note.seen = len(response.tokens)
+      if response.finish:
+        self._forget(row, note, response.tokens)
     self._documents.report(kept)
     return changed
+
+  def _response(self, row: int, note: _Row, out: Any) -> Response:
+    """The response so far in a row of the device's `Responses`."""
+    num, num_top = int(out.count[row]), note.request.top_logprobs
+    top = lambda x: x[row, :num, :num_top].copy() if num_top else None
+    return Response(
+        note.id, note.sample, out.tokens[row, :num].copy(), out.logp[row, :num].copy(),
+        out.sampled[row, :num].copy(), REASONS.get(int(out.finish[row]), ''), self.version,
+        top(out.top_tokens), top(out.top_logp), note.prompt)
 
   def _forget(self, row: int, note: _Row, tokens: np.ndarray) -> None:
     """Frees the row of a response that has ended."""
     del self._rows[row]
     self._free.append(row)
+    if note.mask != NO_MASK:
+      self._free_masks.append(note.mask)
     self._documents.done(note.document)
     if note.keep != NO_DOCUMENT:
-      self._documents.fill(note.keep, (*note.prompt, *tokens[:-1].tolist()))
+      self._documents.fill(note.keep, (*note.request.prompt, *tokens[:-1].tolist()))
 
   def run(self, requests: Iterable[Request]) -> list[list[Response]]:
     """Answers requests to the end.
@@ -220,7 +270,7 @@ class Engine:
     waiting = sorted(range(len(requests)), key=lambda i: requests[i].max_tokens)
     numbers: dict[int, int] = {}
     done: list[list[Response]] = [[] for _ in requests]
-    while waiting or self._rows:
+    while waiting or self._rows or self._scored:
       while waiting and requests[waiting[-1]].num_samples <= self.room():
         number = waiting.pop()
         numbers[self.submit(requests[number])] = number

@@ -1,11 +1,34 @@
 """One request to the engine, and what it must satisfy."""
 
 from dataclasses import dataclass, field
-from typing import NoReturn
+from typing import NoReturn, Protocol
+
+import numpy as np
 
 from jaxrl_pt import config as cfg
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.sampling.requests import Shape
+
+
+class Constraint(Protocol):
+  """Which tokens one response may go on with; the host asks it before each step."""
+
+  @property
+  def is_done(self) -> bool:
+    """Whether nothing but a stop token may follow."""
+    ...
+
+  def mask(self) -> np.ndarray:
+    """u32[⌈V / 32⌉]: bit t % 32 of word t // 32 says whether token t may come next."""
+    ...
+
+  def accept(self, token: int) -> None:
+    """Goes on by a token that was drawn under the mask."""
+    ...
+
+  def copy(self) -> 'Constraint':
+    """A constraint in the same state, for another sample."""
+    ...
 
 
 @dataclass(frozen=True)
@@ -23,6 +46,9 @@ class Request:
     thinking.
   max_answer: the largest number of tokens after the end of thinking; None for no limit but
     `max_tokens`. It is read only where `max_thought` is set.
+  top_logprobs: for how many of the likeliest tokens log-probabilities are given.
+  prompt_logprobs: whether those of the prompt's tokens are given; `max_tokens` may then be 0.
+  constraint: what the response has to look like; each sample goes on with a copy of it.
   """
 
   prompt: tuple[int, ...]
@@ -35,6 +61,9 @@ class Request:
   forced: tuple[int, ...] = ()
   max_thought: int | None = None
   max_answer: int | None = None
+  top_logprobs: int = 0
+  prompt_logprobs: bool = False
+  constraint: Constraint | None = None
 
 
 def check(request: Request, shape: Shape, think_end: tuple[int, ...]) -> None:
@@ -46,9 +75,16 @@ def check(request: Request, shape: Shape, think_end: tuple[int, ...]) -> None:
   if len(request.prompt) > shape.document_len:
     refuse(f'the prompt has {len(request.prompt)} tokens and the cache takes {shape.document_len}; '
            'shorten it or raise Engine.prompt_len')
-  if not 1 <= request.max_tokens <= shape.response_len:
-    refuse(f'max_tokens = {request.max_tokens}; write 1 to {shape.response_len}, or raise '
+  least = 0 if request.prompt_logprobs else 1
+  if not least <= request.max_tokens <= shape.response_len:
+    refuse(f'max_tokens = {request.max_tokens}; write {least} to {shape.response_len}, or raise '
            'Engine.response_len')
+  if not 0 <= request.top_logprobs <= shape.num_top:
+    refuse(f'top_logprobs = {request.top_logprobs}; write 0 to {shape.num_top}, or raise '
+           'Engine.top_logprobs')
+  if request.constraint is not None and request.num_samples > shape.num_masks:
+    refuse(f'{request.num_samples} constrained responses at once; at most {shape.num_masks} are '
+           'taken, or raise Engine.constrained')
   if not 1 <= request.num_samples <= shape.queue:
     refuse(f'num_samples = {request.num_samples}; write 1 to {shape.queue}')
   for name, ids in (('prompt', request.prompt), ('forced', request.forced),

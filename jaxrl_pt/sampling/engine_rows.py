@@ -15,6 +15,7 @@ from jaxrl_pt.sampling.engine_request import Request
 from jaxrl_pt.sampling.policies import RowSamplers
 from jaxrl_pt.sampling.prefix_cache import PrefixCache
 from jaxrl_pt.sampling.requests import (
+  NO_MASK,
   NO_TOKEN,
   Documents,
   Queue,
@@ -33,7 +34,8 @@ def shape(config: cfg.Engine, vocab_size: int) -> Shape:
       documents=2 * config.queue + config.slots, queue=config.queue,
       document_len=config.prompt_len, tail_len=1, response_len=config.response_len,
       lanes=config.prefill_rows, chunk=config.prefill_chunk, vocab_size=vocab_size,
-      num_stop=4, num_forced=16, num_strings=8, string_len=32, num_banned=16)
+      num_stop=4, num_forced=16, num_strings=8, string_len=32, num_banned=16,
+      num_top=min(config.top_logprobs, vocab_size), num_masks=config.constrained)
   # Pages for every slot's longest sequence, for the next prompt, and page 0.
   most = config.slots * shape.table_len + pages_of(config.prompt_len, config.page_size) + 1
   return shape if config.num_pages else shape._replace(num_pages=most)
@@ -63,17 +65,30 @@ def empty_queue(shape: Shape, cache: PrefixCache) -> Any:
       strings=np.zeros((shape.queue, shape.num_strings, shape.string_len), np.uint8),
       string_lens=ints(shape.num_strings),
       samplers=RowSamplers.of([cfg.Sampler()] * shape.queue, shape.vocab_size, shape.num_banned),
-      cancelled=np.zeros(shape.queue, bool))
+      cancelled=np.zeros(shape.queue, bool), wants_top=np.zeros(shape.queue, bool),
+      mask=ints() + NO_MASK)
   documents: dict[str, Any] = dict(
       tokens=cache.tokens, lengths=cache.lengths, parents=cache.parents, shared=cache.shared,
       content=cache.content, asked=cache.asked)
-  ring: dict[str, Any] = dict(order=ints(), tail=np.int32(0))
+  ring: dict[str, Any] = dict(
+      order=ints(), tail=np.int32(0),
+      masks=np.zeros((shape.num_masks, -(-shape.vocab_size // 32)), np.uint32))
   return Queue(Documents(**documents), Requests(**fields), **ring)
 
 
 def fill(rows: Any, shape: Shape, row: int, request: Request, sample: int, document: int,
-          keep: int) -> None:
-  """Writes the row of one response of a request in place."""
+          keep: int, mask: int) -> None:
+  """Writes the row of one response of a request in place.
+
+  Args:
+    rows: the `Requests`, of NumPy arrays.
+    shape: the program's sizes.
+    row: the response's row.
+    request, sample: the request, and the number of the response among its samples.
+    document: the row of its prompt's document.
+    keep: the row of the document that its sequence becomes, or NO_DOCUMENT.
+    mask: its row of `Queue.masks`, or NO_MASK.
+  """
   for name, values, filler in (('tail', request.prompt[-1:], 0), ('forced', request.forced, 0),
                                ('stop', request.stop, NO_TOKEN)):
     array = getattr(rows, name)
@@ -92,5 +107,6 @@ def fill(rows: Any, shape: Shape, row: int, request: Request, sample: int, docum
       ('samples', sample), ('max_tokens', request.max_tokens),
       ('max_thought', -1 if request.max_thought is None else request.max_thought),
       ('max_answer', request.max_tokens if request.max_answer is None else request.max_answer),
-      ('num_forced', len(request.forced)), ('cancelled', False)):
+      ('num_forced', len(request.forced)), ('cancelled', False),
+      ('wants_top', request.top_logprobs > 0), ('mask', mask)):
     getattr(rows, name)[row] = value
