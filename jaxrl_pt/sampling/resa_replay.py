@@ -27,7 +27,7 @@ from jaxrl_pt.models import kv_cache
 from jaxrl_pt.models.base import Model
 from jaxrl_pt.nn.attention import BRANCH_BLOCK, MASKED
 from jaxrl_pt.sampling import resa_selection
-from jaxrl_pt.sampling.decode import Prefilled
+from jaxrl_pt.sampling.prefill import Prefilled
 from jaxrl_pt.types import Array, Params, Prompts, SelectedBlocks
 
 _dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)

@@ -19,7 +19,7 @@ from typing import Any
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -27,7 +27,8 @@ from jaxrl_pt.errors import UserError
 from jaxrl_pt.sampling.engine import Response as Sampled
 from jaxrl_pt.serving import protocol
 from jaxrl_pt.serving.answers import Answer, Delta
-from jaxrl_pt.serving.protocol import ApiError, Ask, Service
+from jaxrl_pt.serving.fields import ApiError, read_json
+from jaxrl_pt.serving.protocol import Ask, Service
 from jaxrl_pt.serving.telemetry import Telemetry
 from jaxrl_pt.serving.worker import Busy, Job, Stopped, Worker
 
@@ -123,7 +124,7 @@ class _Guard:
 
     async def counted(message: Message) -> None:
       if message['type'] == 'http.response.start':
-        self._telemetry.requests[path, message['status']] += 1
+        self._telemetry.requests.labels(path, message['status']).inc()
       await send(message)
 
     refusal = self._refusal(dict(scope['headers']), scope['path'])
@@ -243,13 +244,12 @@ class _Server:
                         200 if failure is None else 503)
 
   async def metrics(self, request: Request) -> Response:
-    del request
     try:
       counters = await asyncio.wrap_future(self._worker.counters())
     except Stopped as e:
       raise ApiError(503, f'The engine does not run: {e}.') from e
-    return PlainTextResponse(self._telemetry.text(counters),
-                             media_type='text/plain; version=0.0.4')
+    text, content_type = self._telemetry.exposition(counters, request.headers.get('accept', ''))
+    return Response(text, headers={'Content-Type': content_type})
 
   # --- Answers --------------------------------------------------------------------------
 
@@ -258,7 +258,7 @@ class _Server:
     body = await _read_body(request, self._service.max_body_bytes)
     # Tokenizing a long text takes a while; in a thread it holds up no other request.
     ask = await asyncio.to_thread(
-        lambda: understand(protocol.read_json(body), self._service, self._ids))
+        lambda: understand(read_json(body), self._service, self._ids))
     news = _News()
     try:
       job = self._worker.submit(ask.requests, news.listen)
@@ -269,7 +269,7 @@ class _Server:
                      headers={'Retry-After': str(_RETRY_SECONDS)}) from e
     except Stopped as e:
       raise ApiError(503, f'The engine does not run: {e}.') from e
-    self._telemetry.num_prompt_tokens += sum(len(r.prompt) for r in ask.requests)
+    self._telemetry.prompt_tokens.inc(sum(len(r.prompt) for r in ask.requests))
     answer = Answer(self._service, ask)
     deltas = self._deltas(answer, news, arrived)
     if ask.is_stream:
@@ -284,15 +284,15 @@ class _Server:
     while not answer.is_done:
       for number, response in await news.get():
         if is_first:
-          self._telemetry.note_first_token(time.monotonic() - arrived)
+          self._telemetry.first_token_seconds.observe(time.monotonic() - arrived)
           is_first = False
         yield answer.update(number, response)
 
   def _end(self, job: Job, answer: Answer) -> None:
     """Ends the job after its answer's last byte, or when the client has gone."""
     self._worker.cancel(job)
-    self._telemetry.num_tokens += answer.usage()['completion_tokens']
-    self._telemetry.num_disconnects += not answer.is_done
+    self._telemetry.tokens.inc(answer.usage()['completion_tokens'])
+    self._telemetry.disconnects.inc(not answer.is_done)
 
 
 class _Stream(Response):

@@ -13,7 +13,7 @@ from jaxrl_pt import params as P
 from jaxrl_pt.config import RefreshEvery, RefreshNever, ReSA, Sampler
 from jaxrl_pt.models import transformer
 from jaxrl_pt.nn import attention
-from jaxrl_pt.sampling import decode, policies, resa, resa_replay, resa_selection
+from jaxrl_pt.sampling import policies, prefill, resa, resa_replay, resa_selection
 from jaxrl_pt.train import fused, optim, update
 from jaxrl_pt.train import state as states
 from jaxrl_pt.types import Prompts, TrainState, Verdict
@@ -170,7 +170,7 @@ def test_value_and_gradient_equal_the_slow_definition(prefilled, at_once, monkey
   (n, g), weights, ((_, expected_logp), expected) = slow_gradient()
 
   def loss(params):
-    shared = decode.prefill(MODEL, params, PROMPTS.tokens) if prefilled else None
+    shared = prefill.prefill(MODEL, params, PROMPTS.tokens) if prefilled else None
     hidden = resa_replay.response_hidden(MODEL, params, PROMPTS, drawn.tokens, drawn.selected,
                                          shared)
     logp = update._scores(MODEL, params, hidden, drawn.tokens, SAMPLER, 0).logp[n, g]

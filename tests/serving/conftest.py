@@ -68,7 +68,7 @@ def running(engine: Engine, token: str | None = None, *,
             log: Callable[[str], None] | None = None, most: int | None = None,
             header_seconds: float = connections.HEADER_SECONDS,
             **settings: Any) -> Iterator[Running]:
-  service = Service('tiny', TOKENIZER, engine.config, **settings)
+  service = Service('tiny', TOKENIZER, engine.config, MODEL.config.vocab_size, **settings)
   worker = Worker(engine)
   server = uvicorn.Server(connections.server_config(
       make_app(service, worker, token, log), shutdown_seconds=20, most=most,
