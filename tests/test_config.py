@@ -60,7 +60,7 @@ VALID: dict[type, dict[str, Any]] = {
     cfg.KLInReward: {'coef': 0.1},
     cfg.Overlong: {'max_tokens': 8, 'buffer_tokens': 4},
     cfg.Sampler: {},
-    **{kind: {} for kind in (cfg.RefreshEvery, cfg.RefreshNever, cfg.ReSA, cfg.Engine)},
+    **{kind: {} for kind in (cfg.RefreshEvery, cfg.RefreshNever, cfg.ReSA, cfg.Slots, cfg.Engine)},
     **{kind: {} for kind in (cfg.AnswerMatch, cfg.MathVerifier, cfg.LogicVerifier,
                              cfg.GymVerifier, cfg.FormatVerifier, cfg.VerifierPool)},
     cfg.WordVerifier: {'min_words': 2, 'max_words': 5},
@@ -199,7 +199,12 @@ REFUSED: list[tuple[type, str, list[Any], str]] = [
     (cfg.ReSA, 'refresh', [32, None], 'one of @cfg.RefreshEvery(), @cfg.RefreshNever()'),
     *((cfg.Engine, name, [0, 1.5], 'at least 1') for name in (
         'slots', 'queue', 'prompt_len', 'response_len', 'page_size', 'prefill_chunk',
-        'steps_per_call')),
+        'prefill_rows', 'steps_per_call', 'constrained')),
+    *((cfg.Slots, name, [0, 1.5], 'at least 1') for name in (
+        'page_size', 'prefill_chunk', 'prefill_tokens')),
+    *((cfg.Slots, name, [-1, 0.5], 'at least 0') for name in ('slots', 'num_pages')),
+    (cfg.Slots, 'kv', ['int4'], "one of 'model', 'int8'"),
+    (cfg.Engine, 'top_logprobs', [-1, 0.5], 'at least 0'),
     (cfg.Engine, 'num_pages', [-1, 0.5], 'at least 0'),
     (cfg.Engine, 'kv', ['int4'], "one of 'model', 'int8'"),
     (cfg.RPT, 'start_from', ['', None], 'a non-empty string'),
