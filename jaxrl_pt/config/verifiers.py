@@ -132,6 +132,37 @@ class PythonVerifier:
     checks.number(self, 'max_score', self.min_score)
 
 
+@dataclass(frozen=True)
+class Interpreter:
+  """A Python process in isolation, fresh for each program, and what a program may cost there.
+
+  It has the standard library and an empty folder /tmp, and no network, no other file and no second
+  process (docs/environments.md).
+
+  cpu_seconds: processor time.
+  wall_seconds: time of the clock, for a program that waits.
+  memory_mib: address space; the interpreter itself takes about 30 MiB.
+  disk_mib: the size of /tmp, which lies in memory.
+  threads: threads that it may start.
+  output_bytes: the first bytes of its output that are kept.
+  """
+
+  cpu_seconds: int = 2
+  wall_seconds: float = 10.0
+  memory_mib: int = 256
+  disk_mib: int = 16
+  threads: int = 8
+  output_bytes: int = 8192
+
+  def __post_init__(self) -> None:
+    checks.integer(self, 'cpu_seconds', 1, 86_400)
+    checks.number(self, 'wall_seconds', 0.1, 86_400)
+    checks.integer(self, 'memory_mib', 64, 2**20)
+    checks.integer(self, 'disk_mib', 1, 2**16)
+    checks.integer(self, 'threads', 0, 1024)
+    checks.integer(self, 'output_bytes', 1, 2**20)
+
+
 Part = (MathVerifier | LogicVerifier | GymVerifier | WordVerifier | FormatVerifier
         | LengthVerifier | PythonVerifier)
 

@@ -11,13 +11,13 @@ import time
 import pytest
 
 from jaxrl_pt import config as cfg
-from jaxrl_pt.verifiers import build, expressions, sandbox
+from jaxrl_pt.verifiers import build, expressions, sandbox, seccomp
 from jaxrl_pt.verifiers.pool import Pool
 from jaxrl_pt.verifiers.response_verdict import Outcome
 
 ROOT = Path(__file__).resolve().parents[2]
 # Whether this kernel filters system calls, on a machine whose numbers we know.
-FILTERS = sys.platform == 'linux' and platform.machine() in sandbox.MACHINES and (
+FILTERS = sys.platform == 'linux' and platform.machine() in seccomp.MACHINES and (
     'Seccomp:' in Path('/proc/self/status').read_text(encoding='utf-8'))
 FILTERED = pytest.mark.skipif(not FILTERS, reason='this kernel filters no system calls')
 LINUX = pytest.mark.skipif(sys.platform != 'linux', reason='bounds that only Linux keeps')
