@@ -1,12 +1,13 @@
 """Verifiers of responses, and the processes that they run in."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from jaxrl_pt.config import checks
 
 AnswerFormat = Literal['boxed', 'gsm8k', 'last_number']
 GymAnswer = Literal['tags', 'text']
+CodeAnswer = Literal['fence', 'text']
 
 
 @dataclass(frozen=True)
@@ -163,8 +164,24 @@ class Interpreter:
     checks.integer(self, 'output_bytes', 1, 2**20)
 
 
+@dataclass(frozen=True)
+class CodeVerifier:
+  """A Python program passes all asserts of its problem (`CodeProblems`), in isolation.
+
+  answer: 'fence' runs the last block between ``` fences, 'text' the whole response.
+  interpreter: what the program may cost.
+  """
+
+  answer: CodeAnswer = 'fence'
+  interpreter: Interpreter = field(default_factory=Interpreter)
+
+  def __post_init__(self) -> None:
+    checks.choice(self, 'answer', CodeAnswer)
+    checks.instance(self, 'interpreter', Interpreter)
+
+
 Part = (MathVerifier | LogicVerifier | GymVerifier | WordVerifier | FormatVerifier
-        | LengthVerifier | PythonVerifier)
+        | LengthVerifier | CodeVerifier | PythonVerifier)
 
 
 @dataclass(frozen=True)

@@ -9,21 +9,29 @@ It writes the JSON list of what became of each expression, as far as they were r
 all of it, and write the output itself.
 """
 
+from collections.abc import Callable
+import functools
 import json
 import os
 import sys
 import types
+from typing import Any
 
 
-def encoded(value):
+def encoded(value: Any) -> Any:
   """The value as JSON that `interpreter.decoded` reads; plain types only."""
-  if value is None or isinstance(value, (bool, str)):
-    return value if value is None or isinstance(value, bool) else str.__str__(value)
-  for kind, convert in (('int', lambda x: hex(int(x))), ('float', lambda x: float(x).hex()),
-                        ('complex', lambda x: [float(x.real).hex(), float(x.imag).hex()]),
-                        ('bytes', lambda x: bytes(x).hex())):
-    if isinstance(value, __builtins__.__dict__[kind]):
-      return [kind, convert(value)]
+  if value is None or isinstance(value, bool):
+    return value
+  if isinstance(value, str):
+    return str(value)
+  if isinstance(value, int):
+    return ['int', hex(int(value))]
+  if isinstance(value, float):
+    return ['float', float(value).hex()]
+  if isinstance(value, complex):
+    return ['complex', [value.real.hex(), value.imag.hex()]]
+  if isinstance(value, bytes):
+    return ['bytes', bytes(value).hex()]
   if isinstance(value, dict):
     return ['dict', [[encoded(k), encoded(v)] for k, v in value.items()]]
   for kind in (list, tuple, set, frozenset):
@@ -32,7 +40,7 @@ def encoded(value):
   return ['other', type(value).__name__]
 
 
-def attempted(action):
+def attempted(action: Callable[[], Any]) -> dict[str, Any]:
   """What became of an action: its value or its exception, whichever that is."""
   try:
     return {'value': action()}
@@ -40,7 +48,12 @@ def attempted(action):
     return {'error': f'{type(error).__name__}: {error}'[:200]}
 
 
-def main():
+def evaluated(text: str, names: dict[str, Any]) -> Any:
+  """The encoded value of an expression."""
+  return encoded(eval(text, names))
+
+
+def main() -> None:
   with open('/input.json', encoding='utf-8') as file:
     request = json.load(file)
   output = os.dup(1)
@@ -49,16 +62,15 @@ def main():
   module = types.ModuleType('program')
   sys.modules['program'] = module
   names = module.__dict__
-  sys.setrecursionlimit(10_000)
   results = []
-  for title in ('program', 'setup'):
-    done = attempted(lambda title=title: exec(compile(request[title], title, 'exec'), names))
+  for text in (request['program'], request['setup']):
+    done = attempted(functools.partial(exec, text, names))
     if 'error' in done:
       results = [done] * len(request['expressions'])
       break
   else:
-    for text in request['expressions']:
-      results.append(attempted(lambda text=text: encoded(eval(text, names))))
+    results = [attempted(functools.partial(evaluated, text, names))
+               for text in request['expressions']]
   data = json.dumps(results).encode()
   while data:
     data = data[os.write(output, data):]

@@ -1,7 +1,7 @@
 """Python programs, which a policy has written, in isolation (`isolation.py`).
 
-`run` is a tool: it gives back what a program prints. `evaluate` is for a verifier: it gives back the
-values of expressions, and the program learns neither what they should be nor what is done with them.
+`run` is a tool: it gives back what a program prints. `evaluate` is for a verifier: it gives back
+the values of expressions, and the program does not learn what they should be.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from jaxrl_pt import config as cfg
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.verifiers import isolation
 
-_MAX_VALUES = 1 << 20  # bytes of the encoded values of one program
+_MAX_VALUES = 1 << 16  # bytes of the encoded values of one program
 _HARNESS = Path(__file__).with_name('harness.py').read_bytes()
 
 
@@ -40,7 +40,7 @@ def run(program: str, limits: cfg.Interpreter) -> str:
   """Runs a program as a script and returns what it printed, or why it ended otherwise.
 
   Raises:
-    NotIsolatedError: this machine does not give the isolation.
+    NotIsolatedError, KilledError: as in `isolation.run`.
   """
   finished = isolation.run(['/main.py'], {'/main.py': program.encode(errors='replace')}, limits,
                            limits.output_bytes)
@@ -48,8 +48,8 @@ def run(program: str, limits: cfg.Interpreter) -> str:
   if finished.is_cut:
     text += f'\n[only the first {limits.output_bytes} bytes of the output are shown]'
   if finished.is_late:
-    text += (f'\n[ended after {limits.cpu_seconds} s of processor time or {limits.wall_seconds:g} s '
-             'of the clock]')
+    text += (f'\n[ended after {limits.cpu_seconds} s of processor time or '
+             f'{limits.wall_seconds:g} s of the clock]')
   elif finished.code < 0:
     text += f'\n[ended by signal {-finished.code}]'
   elif finished.code > 0 and 'Traceback' not in text:
@@ -90,7 +90,7 @@ def evaluate(program: str, setup: str, expressions: Sequence[str], limits: cfg.I
   comes out, and so no comparison that it has defined.
 
   Raises:
-    NotIsolatedError: this machine does not give the isolation.
+    NotIsolatedError, KilledError: as in `isolation.run`.
   """
   request = json.dumps({'program': program, 'setup': setup, 'expressions': list(expressions)})
   finished = isolation.run(['/main.py'], {'/main.py': _HARNESS, '/input.json': request.encode()},

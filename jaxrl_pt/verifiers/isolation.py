@@ -38,6 +38,10 @@ class NotIsolatedError(Exception):
   """This machine does not give the isolation; the message says what is missing."""
 
 
+class KilledError(Exception):
+  """Somebody, or the kernel for want of memory, has killed the process: it says nothing of it."""
+
+
 @dataclass(frozen=True)
 class Finished:
   """How a run has ended.
@@ -66,6 +70,7 @@ def run(arguments: Sequence[str], files: Mapping[str, bytes], limits: cfg.Interp
 
   Raises:
     NotIsolatedError: this machine does not give the isolation; nothing has run.
+    KilledError: the process was killed from outside.
   """
   if not seccomp.is_known():
     raise NotIsolatedError('it needs Linux on x86-64 or ARM64')
@@ -94,7 +99,11 @@ def run(arguments: Sequence[str], files: Mapping[str, bytes], limits: cfg.Interp
     for fd in (process, out, status):
       os.close(fd)
   code = os.waitstatus_to_exitcode(how)
-  used_up = code == -signal.SIGKILL and used.ru_utime + used.ru_stime > limits.cpu_seconds - 0.1
+  # The kernel counts the limit in ticks of its clock, which may run ahead of the time used. Nothing
+  # in the process can send it this signal, since it is the first of its namespace.
+  used_up = code == -signal.SIGKILL and used.ru_utime + used.ru_stime > limits.cpu_seconds / 2
+  if code == -signal.SIGKILL and in_time and not used_up:
+    raise KilledError('the isolated process was killed from outside')
   return Finished(output, is_cut, code, not in_time or used_up)
 
 

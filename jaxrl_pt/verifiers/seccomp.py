@@ -176,8 +176,7 @@ def _program(of: Machine, allowed: Filter) -> list[bytes]:
     for control in _HARMLESS_CONTROLS:
       program += [_step(_JUMP_EQUAL, control, 0, 1), _step(_RETURN, _ALLOW)]
     program += [_step(_RETURN, _FAIL | _EPERM)]
-  numbers = sorted(number for table in allowed.calls for pair in table.values()
-                   if (number := pair[of.column]) is not None)
-  for number in numbers:
+  numbers = [pair[of.column] for table in allowed.calls for pair in table.values()]
+  for number in sorted(n for n in numbers if n is not None):
     program += [_step(_JUMP_EQUAL, number, 0, 1), _step(_RETURN, _ALLOW)]
   return [*program, _step(_RETURN, _FAIL | _EPERM)]

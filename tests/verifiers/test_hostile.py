@@ -224,7 +224,7 @@ def test_the_tight_process_computes_and_reads_and_nothing_else(tmp_path):
 def test_built_in_verifiers_run_in_the_tight_process(settings):
   with Pool(settings, cfg.VerifierPool(num_workers=1)) as pool:
     pool.submit([('42', '42')]).result()
-    supervisor = next(iter(pool._children.values()))._process.pid
+    supervisor = next(iter(pool._processes._children.values()))._process.pid
     worker, = sandbox.descendants(supervisor)
     status = Path(f'/proc/{worker}/status').read_text(encoding='utf-8')
     names = sorted(os.readlink(f'/proc/{worker}/fd/{fd}').split(':')[0]
