@@ -128,7 +128,8 @@ class CodeProblems:
     checks.integer(self, 'shown_tests', 0)
 
 
-ProblemSource = JsonlProblems | KnightsAndKnaves | ReasoningGym | Arithmetic | RedundantChecks | CodeProblems
+ProblemSource = (JsonlProblems | KnightsAndKnaves | ReasoningGym | Arithmetic | RedundantChecks
+                 | CodeProblems)
 
 
 @dataclass(frozen=True)

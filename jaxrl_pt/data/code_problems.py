@@ -1,9 +1,9 @@
 """Programming problems in MBPP's format: a task in words, and asserts that its program must pass.
 
-A row has `text`, `test_list`, `code` (a solution) and, where it is not empty, `test_setup_code` and
-`challenge_test_list`. An assert must read `assert EXPRESSION == LITERAL`. It is taken apart, so that
-the program may be asked for the expression's value without being told the literal: the reference
-answer is the JSON
+A row has `text`, `test_list`, `code` (a solution) and perhaps `test_setup_code` and
+`challenge_test_list`. An assert must read `assert EXPRESSION == LITERAL`. It is taken apart, so
+that the program may be asked for the expression's value without being told the literal: the
+reference answer is the JSON
 
     {"setup": text, "tests": [[expression, literal], …]}
 
