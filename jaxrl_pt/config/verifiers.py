@@ -149,7 +149,7 @@ class Interpreter:
   """
 
   cpu_seconds: int = 2
-  wall_seconds: float = 10.0
+  wall_seconds: float = 5.0
   memory_mib: int = 256
   disk_mib: int = 16
   threads: int = 8

@@ -130,9 +130,8 @@ def test_a_program_that_is_asked_for_nothing_and_answers_all_is_right():
 
 @ISOLATED
 @pytest.mark.parametrize('literal', [
-    'None', 'True', '-7', '(1+5j)', '0.1', '1e300', "'猫\\ud800'",
-    "b'\\x00'", '[1, [2]]', '(1, (2,))', '{1, 2}', '{"a": {1: (2.5, None)}}', '12345678901234567890',
-    '()', '{}', '[]'])
+    'None', 'True', '-7', '(1+5j)', '0.1', '1e300', "'猫\\ud800'", "b'\\x00'", '[1, [2]]',
+    '(1, (2,))', '{1, 2}', '{"a": {1: (2.5, None)}}', '12345678901234567890', '()', '{}', '[]'])
 def test_every_plain_value_comes_back_as_it_was(literal):
   found = interpreter.evaluate(f'x = {literal}', '', ['x', 'x', 'y'], LIMITS)
   want = eval(literal)
@@ -148,8 +147,8 @@ def test_a_value_of_no_plain_type_equals_nothing():
 
 
 @pytest.mark.parametrize('data', [
-    1, 1.5, {}, [], ['int'], ['int', 3], ['int', 'x'], ['list', 'x'], ['dict', [[1]]], ['eval', '1'],
-    ['set', [['list', []]]], ['bytes', 'x'], ['complex', ['1']], ['type', []], ['other', 3]])
+    1, 1.5, {}, [], ['int'], ['int', 3], ['int', 'x'], ['list', 'x'], ['dict', [[1]]],
+    ['eval', '1'], ['set', [['list', []]]], ['bytes', 'x'], ['complex', ['1']], ['type', []], ['other', 3]])
 def test_what_is_no_value_is_not_decoded(data):
   with pytest.raises((ValueError, TypeError, KeyError)):
     interpreter.decoded(data)
