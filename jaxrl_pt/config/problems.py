@@ -128,8 +128,23 @@ class CodeProblems:
     checks.integer(self, 'shown_tests', 0)
 
 
+@dataclass(frozen=True)
+class NumberedGames:
+  """Games whose environment draws from the problem all that there is to know of it.
+
+  Problem i is called `game seed.i`.
+  """
+
+  size: int
+  seed: int = 0
+
+  def __post_init__(self) -> None:
+    checks.size(self, 'size', 1, MOST_PROBLEMS, 256, 'the problems')
+    checks.integer(self, 'seed', 0)
+
+
 ProblemSource = (JsonlProblems | KnightsAndKnaves | ReasoningGym | Arithmetic | RedundantChecks
-                 | CodeProblems)
+                 | CodeProblems | NumberedGames)
 
 
 @dataclass(frozen=True)

@@ -207,6 +207,12 @@ HostVerifier = Part | Composite
 Verifier = AnswerMatch | HostVerifier
 
 
+def programs_of(verifier: Verifier) -> tuple[Interpreter, ...]:
+  """The limits of the programs that a verifier runs."""
+  parts = verifier.verifiers if isinstance(verifier, Composite) else (verifier,)
+  return tuple(part.interpreter for part in parts if isinstance(part, CodeVerifier))
+
+
 @dataclass(frozen=True)
 class VerifierPool:
   """Child processes that verify text, and what one response may cost before they are killed.

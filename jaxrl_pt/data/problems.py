@@ -133,6 +133,8 @@ def _problems(source: config.ProblemSource) -> Iterator[Problem]:
       return _reasoning_gym(source)
     case config.CodeProblems():
       return code_problems.problems(source)
+    case config.NumberedGames(size=size, seed=seed):
+      return (Problem(i, f'game {seed}.{i}', '', f'game {i}') for i in range(size))
     case config.Arithmetic(size=size) | config.RedundantChecks(size=size):
       return (generated.problem(source, i) for i in range(size))
 

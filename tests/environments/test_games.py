@@ -3,7 +3,7 @@
 import pytest
 
 from jaxrl_pt import config as cfg
-from jaxrl_pt.environments import guess
+from jaxrl_pt.environments import guess, text_arena
 from jaxrl_pt.environments.episodes import EpisodePool, Outcome
 from jaxrl_pt.environments.interactive import Problem
 from jaxrl_pt.errors import UserError
@@ -77,17 +77,15 @@ def test_a_game_of_textarena_is_played_by_its_name():
     assert again == seen[0]
 
 
-def test_a_game_that_is_not_there_or_does_not_begin_says_so():
+def test_a_game_that_is_not_there_or_needs_two_players_says_so():
   pytest.importorskip('textarena')
   with pytest.raises(UserError, match="'NoGame-v0': textarena has no game of this name"):
-    EpisodePool(cfg.Interactive(cfg.TextArena('NoGame-v0')), ONE)
-  with EpisodePool(cfg.Interactive(cfg.TextArena('TicTacToe-v0')), ONE) as pool:
-    start, = pool.start([Problem('a')])
-  assert start.outcome is Outcome.RAISED and 'player' in start.detail
+    text_arena.game(cfg.TextArena('NoGame-v0'))
+  with pytest.raises(AssertionError, match='player'):
+    text_arena.game(cfg.TextArena('TicTacToe-v0')).start(Problem('a'))
 
 
 def test_a_missing_extra_is_named(monkeypatch):
   monkeypatch.setitem(__import__('sys').modules, 'textarena', None)
-  from jaxrl_pt.environments import text_arena
   with pytest.raises(UserError, match=r'pip install .jaxrl_pt\[textarena\]'):
     text_arena.game(cfg.TextArena('GuessTheNumber-v0'))

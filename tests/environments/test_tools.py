@@ -34,9 +34,10 @@ def _step(settings: cfg.ToolUse, text: str, outputs=()) -> tools.Step:
 
 
 @pytest.mark.parametrize('expression, value', [
-    ('3*4', '12'), ('2^10', '1024'), ('1/3', '1/3 = 0.333333333333'), (r'\sqrt{2}', '1.41421356237'),
-    ('(1+2)*3 - 4/5', '8.2'), ('5!', '120'), ('50%', '0.5'), ('2π', '6.28318530718'),
-    (r'\sin(\pi/2)', '1'), ('log_2(8)', '3'), ('0.1+0.2', '0.3'), ('12 ÷ 4', '3'), ('|-3|', '3')])
+    ('3*4', '12'), ('2^10', '1024'), ('1/3', '1/3 = 0.333333333333'), ('5!', '120'),
+    (r'\sqrt{2}', '1.41421356237'), ('(1+2)*3 - 4/5', '8.2'), ('50%', '0.5'),
+    ('2π', '6.28318530718'), (r'\sin(\pi/2)', '1'), ('log_2(8)', '3'), ('0.1+0.2', '0.3'),
+    ('12 ÷ 4', '3'), ('|-3|', '3')])
 def test_the_calculator_works_out(expression, value):
   assert calculator.calculate(expression) == value
 
@@ -64,7 +65,8 @@ def test_the_calculator_says_what_it_cannot(expression):
     ('<tool_call>{"name": "calculator", "arguments": "3*4"}</tool_call>', 'not_a_call'),
     ('<tool_call>{"name": 3, "arguments": {}}</tool_call>', 'not_a_call'),
     (_call('python', code='1'), 'unknown_tool'), (_call('', expression='1'), 'unknown_tool'),
-    (_call('calculator'), 'wrong_arguments'), (_call('calculator', expression=3), 'wrong_arguments'),
+    (_call('calculator'), 'wrong_arguments'),
+    (_call('calculator', expression=3), 'wrong_arguments'),
     (_call('calculator', expression='1', precision=3), 'wrong_arguments'),
     (_call('calculator', expression='x'), 'failed')])
 def test_what_is_no_call_is_answered_with_its_type(text, error):

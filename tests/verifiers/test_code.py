@@ -148,7 +148,8 @@ def test_a_value_of_no_plain_type_equals_nothing():
 
 @pytest.mark.parametrize('data', [
     1, 1.5, {}, [], ['int'], ['int', 3], ['int', 'x'], ['list', 'x'], ['dict', [[1]]],
-    ['eval', '1'], ['set', [['list', []]]], ['bytes', 'x'], ['complex', ['1']], ['type', []], ['other', 3]])
+    ['eval', '1'], ['set', [['list', []]]], ['bytes', 'x'], ['complex', ['1']], ['type', []],
+    ['other', 3]])
 def test_what_is_no_value_is_not_decoded(data):
   with pytest.raises((ValueError, TypeError, KeyError)):
     interpreter.decoded(data)
