@@ -281,6 +281,7 @@ REFUSED: list[tuple[type, str, list[Any], str]] = [
       for name in ('num_prompts', 'group_size', 'prompt_len', 'response_tokens')),
     *((cfg.Rollouts, name, [None, 'x'], '@cfg.') for name in ('sampler', 'mode', 'selection')),
     (cfg.Rollouts, 'dump_every', [-1, 0.5], 'at least 0'),
+    (cfg.Rollouts, 'slots', [None, 3], 'one of @cfg.Slots()'),
     (cfg.Rollouts, 'mismatch_gate', [-1, 0.5, NAN, None], 'at least '),
     (cfg.RPT, 'min_entropy', [-1, NAN], 'a number of at least 0'),
     (cfg.RPT, 'difficulty', [3, (1, 2), (2, 1, 3), (0.1, '1', 2), (NAN, 1, 2), (0, 1, INF),
