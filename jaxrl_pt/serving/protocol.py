@@ -135,7 +135,7 @@ def completion(body: dict[str, Any], service: Service, ids: Ids) -> Ask:
     ApiError: 400 for a body that cannot be answered, 404 for another model.
   """
   fields = Fields(body)
-  _check_model(fields, service)
+  check_model(fields, service)
   prompts = fields.need(
       'prompt', f'a text, a list of token ids, or a list of at most {service.max_prompts} of '
       'either, none of them empty', lambda x: _is_prompts(x, service.max_prompts))
@@ -165,7 +165,7 @@ def chat(body: dict[str, Any], service: Service, ids: Ids) -> Ask:
     ApiError: 400 for a body that cannot be answered, 404 for another model.
   """
   fields = Fields(body)
-  _check_model(fields, service)
+  check_model(fields, service)
   messages = fields.need('messages', 'a list of at least one message',
                          lambda x: isinstance(x, list) and bool(x))
   offered = tools.take(fields)
@@ -257,7 +257,12 @@ def _constraint(fields: Fields, service: Service, offered: Tools, ends: tuple[in
     raise ApiError(400, f'{wanted.field} cannot be met: {e}.', param=wanted.field) from e
 
 
-def _check_model(fields: Fields, service: Service) -> None:
+def check_model(fields: Fields, service: Service) -> None:
+  """Takes the field `model`.
+
+  Raises:
+    ApiError: 404 for another model than the one that is served.
+  """
   name = fields.take('model', 'a text', lambda x: isinstance(x, str), service.name)
   if name != service.name:
     raise ApiError(404, f'There is no model {short(name)} here, only {service.name!r}.',
