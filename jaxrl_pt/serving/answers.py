@@ -76,16 +76,16 @@ class Choice:
 
   def _prompt(self, response: Response) -> list[Token]:
     """The prompt's tokens, for a client that wants it echoed with its log-probabilities."""
-    if response.prompt_logp is None:
+    scored, prompt = response.prompt, self._request.prompt
+    if scored is None:
       return []
-    prompt = self._request.prompt
     stream = TextStream(self._service.tokenizer, self._service.token_bytes, starts_text=True)
     # The text starts after the token that begins it.
     num_begin = int(prompt[0] == self._service.tokenizer.bos_id)
     stream.feed(prompt[num_begin:], 'length')
     offsets = [0] * num_begin + [stream.offset(i) for i in range(len(prompt) - num_begin)]
-    first, *others = tokens_of(prompt, response.prompt_logp, offsets, response.prompt_top_tokens,
-                               response.prompt_top_logp)
+    top = (scored.top_tokens, scored.top_logp) if self._request.top_logprobs else (None, None)
+    first, *others = tokens_of(prompt, scored.logp, offsets, *top)
     return [first._replace(logp=None, top=()), *others]
 
   def _finish(self, response: Response) -> str | None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jaxrl_pt.sampling.engine import Response
+from jaxrl_pt.sampling.prompt_scores import Scored
 from jaxrl_pt.serving import protocol
 from jaxrl_pt.serving.answers import Answer
 from jaxrl_pt.serving.protocol import Service
@@ -38,10 +39,8 @@ def respond(asked: protocol.Ask, tokens: list[int], finish: str = 'stop', *, sam
     fields['top_tokens'], fields['top_logp'] = top(range(num), tokens)
   if request.prompt_logprobs:
     prompt = list(request.prompt)
-    fields['prompt_logp'] = np.array([0, *(of(t, i + 1) for i, t in enumerate(prompt[1:]))],
-                                     np.float32)
-    if request.top_logprobs:
-      fields['prompt_top_tokens'], fields['prompt_top_logp'] = top(range(len(prompt)), prompt)
+    scores = [0, *(of(t, i + 1) for i, t in enumerate(prompt[1:]))]
+    fields['prompt'] = Scored(np.array(scores, np.float32), *top(range(len(prompt)), prompt))
   return Response(request.id, sample, np.array(tokens, np.int32),
                   np.full(num, logp, np.float32), np.ones(num, np.float32), finish, 0, **fields)
 

@@ -1,4 +1,4 @@
-"""generate against a slow loop that runs the whole model for every token."""
+"""`groups.generate` against a slow loop that runs the whole model for every token."""
 
 import dataclasses
 import functools
@@ -12,7 +12,7 @@ from jaxrl_pt import config as cfg
 from jaxrl_pt import params as P
 from jaxrl_pt.config import Sampler
 from jaxrl_pt.models import transformer
-from jaxrl_pt.sampling import decode, policies
+from jaxrl_pt.sampling import groups, policies
 from jaxrl_pt.types import Prompts
 
 VOCAB = 19
@@ -42,7 +42,7 @@ STOP = 12
 @functools.lru_cache
 def compiled(sampler, num_samples, num_tokens, stop_id):
   return jax.jit(functools.partial(
-      decode.generate, MODEL, sampler=sampler, num_samples=num_samples, num_tokens=num_tokens,
+      groups.generate, MODEL, sampler=sampler, num_samples=num_samples, num_tokens=num_tokens,
       stop_id=stop_id, version=5))
 
 
@@ -149,20 +149,19 @@ def test_the_loop_ends_when_every_row_has_stopped():
     return MODEL.extend(params, tokens, *rest)
 
   run = jax.jit(functools.partial(
-      decode.generate, MODEL._replace(extend=extend), sampler=Sampler(0.0), num_samples=2,
+      groups.generate, MODEL._replace(extend=extend), sampler=Sampler(0.0), num_samples=2,
       num_tokens=6, stop_id=first))
   rollout = jax.block_until_ready(run(PARAMS, make_prompts([TOKENS[0]]), KEY))
   jax.effects_barrier()
-  assert len(calls) == 1  # The prefill alone.
+  assert calls == [8, 1]  # The prefill, and the step that draws the first token.
   np.testing.assert_array_equal(rollout.in_response[0], [[1, 0, 0, 0, 0, 0]] * 2)
   assert int(rollout.tokens[0, 0, 0]) == first
 
 
 @pytest.mark.parametrize('suffix', [(), (4, 4, 2)])
-def test_a_lone_row_equals_its_row_in_a_batch(monkeypatch, suffix):
-  """One row has a cache of another kind. It grows on the way and has a suffix or none."""
-  monkeypatch.setattr(decode, 'FIRST_SLOTS', 2)
-  draw = jax.jit(functools.partial(decode.generate, MODEL, sampler=Sampler(), num_samples=1,
+def test_a_lone_row_equals_its_row_in_a_batch(suffix):
+  """One slot has the layers' weights apart."""
+  draw = jax.jit(functools.partial(groups.generate, MODEL, sampler=Sampler(), num_samples=1,
                                      num_tokens=9, stop_id=STOP))
 
   def ask(which):
