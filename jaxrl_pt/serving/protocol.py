@@ -18,7 +18,7 @@ from jaxrl_pt import config as cfg
 from jaxrl_pt.data.tokenizer import Tokenizer, begun
 from jaxrl_pt.sampling.engine import Request
 from jaxrl_pt.serving import formats, tools
-from jaxrl_pt.serving.constraint import Constraint, Guide, Thought
+from jaxrl_pt.serving.constraint import Constraint, Guide
 from jaxrl_pt.serving.conversation import Call, Message, Template
 from jaxrl_pt.serving.fields import ApiError, Fields, is_integer, is_object, is_text, short
 from jaxrl_pt.serving.text import CALLS, Markers, encode_marker, spelled
@@ -249,10 +249,10 @@ def _constraint(fields: Fields, service: Service, offered: Tools, ends: tuple[in
         offered, is_special=CALLS.start in service.tokenizer.special_tokens))
   if wanted is None:
     return None
-  thought = None if max_thought is None else Thought(
-      encode_marker(service.tokenizer, service.markers.end), max_thought)
+  thought_end = () if max_thought is None else encode_marker(
+      service.tokenizer, service.markers.end)
   try:
-    return service.guide.constraint(wanted.grammar, ends, thought)
+    return service.guide.constraint(wanted.grammar, ends, thought_end)
   except ValueError as e:
     raise ApiError(400, f'{wanted.field} cannot be met: {e}.', param=wanted.field) from e
 
