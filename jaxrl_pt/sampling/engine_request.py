@@ -23,7 +23,7 @@ class Constraint(Protocol):
     ...
 
   def accept(self, token: int) -> None:
-    """Goes on by a token that was drawn under the mask."""
+    """Goes on by the next token of the response, drawn under the mask or forced in a thought."""
     ...
 
   def copy(self) -> 'Constraint':

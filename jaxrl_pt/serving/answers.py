@@ -106,9 +106,8 @@ class Choice:
     if self._ask.constraint is None:
       return True
     constraint = self._ask.constraint.copy()
-    for token, is_drawn in zip(response.tokens.tolist(), response.sampled, strict=True):
-      if is_drawn:
-        constraint.accept(token)
+    for token in response.tokens.tolist():
+      constraint.accept(token)
     return constraint.is_met
 
 

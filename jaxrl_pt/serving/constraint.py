@@ -7,7 +7,7 @@ masked distribution.
 
 from collections.abc import Sequence
 import json
-from typing import Any, NamedTuple
+from typing import Any
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper, regex_to_lark
 import numpy as np
@@ -45,22 +45,14 @@ def regex_grammar(pattern: str) -> str:
   return LLMatcher.grammar_from_lark(f'start: /{regex_to_lark(pattern, "dw")}/')
 
 
-class Thought(NamedTuple):
-  """The thinking before an answer, in which any token may come."""
-
-  end: tuple[int, ...]  # the tokens of the marker that ends it
-  most: int  # drawn tokens after which its end is forced
-
-
 class Constraint:
   """What one response has to look like, as it grows; `Guide.constraint` makes it."""
 
   def __init__(self, matcher: LLMatcher, num_words: int, stops: tuple[int, ...],
-               thought: Thought | None) -> None:
+               thought_end: tuple[int, ...]) -> None:
     self._matcher, self._num_words, self._stops = matcher, num_words, stops
-    self._thought = thought
-    self._drawn: tuple[int, ...] = ()  # the newest tokens of the thought
-    self._left = thought.most if thought else 0  # tokens of it that may still be drawn
+    self._thought_end = thought_end
+    self._newest: tuple[int, ...] = ()  # tokens of the thought, as many as its end marker has
     self._has_stopped = False
     self.only_stops = np.zeros(num_words, np.uint32)  # the mask of the stop tokens
     for token in stops:
@@ -74,7 +66,7 @@ class Constraint:
   @property
   def is_thinking(self) -> bool:
     """Whether the thought goes on, so that any token may come."""
-    return self._left > 0
+    return self._newest != self._thought_end
 
   @property
   def is_done(self) -> bool:
@@ -107,10 +99,9 @@ class Constraint:
     return words | self.only_stops if self._matcher.is_accepting() else words
 
   def accept(self, token: int) -> None:
-    """Goes on by a token that was drawn under the mask; forced tokens do not come here."""
-    if self._thought is not None and self.is_thinking:
-      self._drawn = (*self._drawn, token)[-len(self._thought.end):]
-      self._left = 0 if self._drawn == self._thought.end else self._left - 1
+    """Goes on by the next token of the response, drawn under the mask or forced in a thought."""
+    if self.is_thinking:
+      self._newest = (*self._newest, token)[-len(self._thought_end):]
     elif token in self._stops:
       self._has_stopped = True
     else:
@@ -118,9 +109,9 @@ class Constraint:
 
   def copy(self) -> 'Constraint':
     """A constraint in the same state, for another sample."""
-    other = Constraint(self._matcher.deep_copy(), self._num_words, self._stops, self._thought)
-    other._drawn, other._left = self._drawn, self._left
-    other._has_stopped = self._has_stopped
+    other = Constraint(self._matcher.deep_copy(), self._num_words, self._stops,
+                       self._thought_end)
+    other._newest, other._has_stopped = self._newest, self._has_stopped
     return other
 
 
@@ -176,14 +167,15 @@ class Guide:
     self._num_words = -(-vocab_size // 32)
     self._tokenizer = LLTokenizer(TokenizerWrapper(_Spelling(tokenizer)))
 
-  def constraint(self, grammar: str, stops: Sequence[int], thought: Thought | None = None
+  def constraint(self, grammar: str, stops: Sequence[int], thought_end: tuple[int, ...] = ()
                  ) -> Constraint:
     """The constraint of a response that has not begun.
 
     Args:
       grammar: what `json_grammar`, `regex_grammar` or `tools.grammar` returns.
       stops: the tokens that end the response; they may come as soon as the text is a whole one.
-      thought: the thinking that comes first, if the response begins with its start marker.
+      thought_end: the tokens of the marker that ends thinking, if the response begins with a
+        thought; the grammar holds for what comes after it.
 
     Raises:
       ValueError: the grammar is malformed or too large, or no text meets it; it says which.
@@ -192,12 +184,11 @@ class Guide:
       raise ValueError(f'it has more than {_MOST_READ} characters')
     matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=_LIMITS)
     # Some grammars that nothing meets only show it at their first token.
-    trial = Constraint(matcher.deep_copy(), self._num_words, tuple(stops), None)
+    trial = Constraint(matcher.deep_copy(), self._num_words, tuple(stops), ())
     has_end_alone = (trial.mask() == trial.only_stops).all()
     if trial.error or (has_end_alone and not trial.is_met):
       raise ValueError(_sentence(trial.error))
-    return Constraint(matcher, self._num_words, tuple(stops),
-                      thought if thought and thought.most > 0 else None)
+    return Constraint(matcher, self._num_words, tuple(stops), thought_end)
 
 
 def _sentence(error: str) -> str:

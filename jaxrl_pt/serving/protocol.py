@@ -18,7 +18,7 @@ from jaxrl_pt import config as cfg
 from jaxrl_pt.data.tokenizer import Tokenizer, begun
 from jaxrl_pt.sampling.engine import Request
 from jaxrl_pt.serving import formats, tools
-from jaxrl_pt.serving.constraint import Constraint, Guide, Thought
+from jaxrl_pt.serving.constraint import Constraint, Guide
 from jaxrl_pt.serving.conversation import Call, Message, Template
 from jaxrl_pt.serving.fields import ApiError, Fields, is_integer, is_object, is_text, short
 from jaxrl_pt.serving.text import CALLS, Markers, encode_marker, spelled
@@ -135,7 +135,7 @@ def completion(body: dict[str, Any], service: Service, ids: Ids) -> Ask:
     ApiError: 400 for a body that cannot be answered, 404 for another model.
   """
   fields = Fields(body)
-  _check_model(fields, service)
+  check_model(fields, service)
   prompts = fields.need(
       'prompt', f'a text, a list of token ids, or a list of at most {service.max_prompts} of '
       'either, none of them empty', lambda x: _is_prompts(x, service.max_prompts))
@@ -165,7 +165,7 @@ def chat(body: dict[str, Any], service: Service, ids: Ids) -> Ask:
     ApiError: 400 for a body that cannot be answered, 404 for another model.
   """
   fields = Fields(body)
-  _check_model(fields, service)
+  check_model(fields, service)
   messages = fields.need('messages', 'a list of at least one message',
                          lambda x: isinstance(x, list) and bool(x))
   offered = tools.take(fields)
@@ -249,15 +249,20 @@ def _constraint(fields: Fields, service: Service, offered: Tools, ends: tuple[in
         offered, is_special=CALLS.start in service.tokenizer.special_tokens))
   if wanted is None:
     return None
-  thought = None if max_thought is None else Thought(
-      encode_marker(service.tokenizer, service.markers.end), max_thought)
+  thought_end = () if max_thought is None else encode_marker(
+      service.tokenizer, service.markers.end)
   try:
-    return service.guide.constraint(wanted.grammar, ends, thought)
+    return service.guide.constraint(wanted.grammar, ends, thought_end)
   except ValueError as e:
     raise ApiError(400, f'{wanted.field} cannot be met: {e}.', param=wanted.field) from e
 
 
-def _check_model(fields: Fields, service: Service) -> None:
+def check_model(fields: Fields, service: Service) -> None:
+  """Takes the field `model`.
+
+  Raises:
+    ApiError: 404 for another model than the one that is served.
+  """
   name = fields.take('model', 'a text', lambda x: isinstance(x, str), service.name)
   if name != service.name:
     raise ApiError(404, f'There is no model {short(name)} here, only {service.name!r}.',

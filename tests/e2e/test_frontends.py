@@ -61,8 +61,7 @@ def test_sparse_sampling_of_every_block_is_dense(pretrained: Job, capsys):
                '--resa_drafts', '3']) == 0
   *shown, last = re.split(r'(?<=nats\n)', capsys.readouterr().out)
   assert [TRAILER.split(text)[0] for text in shown] == [s['prompt'] + s['text'] for s in dense]
-  assert re.search(r'tokens/s\n=== of \d+ drafted tokens \d+ were kept \(\d+%\), in \d+ checks',
-                   last)
+  assert re.search(r'tokens/s\n=== of \d+ drafted tokens \d+ were kept \(\d+%\), in \d+', last)
 
 
 def test_chat_over_a_pipe(pretrained: Job):

@@ -12,7 +12,7 @@ import pytest
 from jaxrl_pt import config as cfg
 from jaxrl_pt.data import tokenizer as tokenizers
 from jaxrl_pt.data.tokenizer import Tokenizer
-from jaxrl_pt.serving.constraint import Constraint, Guide, Thought, json_grammar, regex_grammar
+from jaxrl_pt.serving.constraint import Constraint, Guide, json_grammar, regex_grammar
 
 DATA = Path(__file__).parents[3] / 'shared' / 'data'
 MISTRAL = DATA / 'tok-mistral' / 'tokenizer.model.v1'  # with a token for each byte
@@ -145,26 +145,18 @@ def test_special_tokens_and_bytes_that_are_no_text_never_come():
   assert set(allowed(constraint).tolist()) == {*range(128), *range(0xC2, 0xF5)}
 
 
-@pytest.mark.parametrize('thought', [b'hm', b'h)', b')', b'hmmmm'])
+@pytest.mark.parametrize('thought', [b'<hm>', b'>', b'<<< > h>)'])
 def test_a_thought_is_free_and_the_answer_is_not(thought: bytes):
-  """As the engine has it: the end marker `)` ends the thought, or is forced after 4 tokens."""
-  constraint = guide().constraint(regex_grammar('ok'), (EOS,), Thought((ord(')'),), 4))
+  constraint = guide().constraint(regex_grammar('ok'), (EOS,), tuple(thought[-2:]))
   free = [*range(10 * 32)]  # All bits of the words; the engine draws no ids without a token.
-  ended = False
-  for byte in thought[:4]:
-    assert not ended and allowed(constraint.copy()).tolist() == free
+  for byte in thought:
+    assert allowed(constraint.copy()).tolist() == free
     assert not constraint.is_met and not constraint.is_done
     constraint.accept(byte)
-    ended = byte == ord(')')
-  if ended or len(thought) > 4:  # Where the marker is forced it does not come to `accept`.
-    assert allowed(constraint).tolist() == [ord('o')]
-  else:
-    assert allowed(constraint).tolist() == free
-
-
-def test_a_thought_of_no_tokens_is_none():
-  constraint = guide().constraint(regex_grammar('ok'), (EOS,), Thought((ord(')'),), 0))
   assert allowed(constraint).tolist() == [ord('o')]
+  for byte in b'ok':
+    constraint.accept(byte)
+  assert constraint.is_met
 
 
 @pytest.mark.parametrize(('grammar', 'reason'), [
