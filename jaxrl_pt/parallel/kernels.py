@@ -22,12 +22,15 @@ from jax.typing import DTypeLike
 from jaxrl_pt.config import ActivationQuant
 from jaxrl_pt.nn import ops
 from jaxrl_pt.nn.attention import branch_attention, causal_attention
+from jaxrl_pt.nn.sparse_attention import Reading, sparse_attention
 from jaxrl_pt.parallel.rules import TRAIN, Rules, partition_spec
 from jaxrl_pt.types import Array
 from pallas_kernels import branch_decode as branch_kernel
 from pallas_kernels import dispatch
+from pallas_kernels import sparse_decode as sparse_kernels
 from pallas_kernels.dispatch import Generation, Implementation
 from pallas_kernels.hadamard_quantize import hadamard_quantize, reference
+from pallas_kernels.sparse_decode import Selection, tuning
 from pallas_kernels.ternary_matmul import pack_planar, ternary_matmul, unpack_planar
 
 # Queries and keys of one step of splash attention, of which the sequence must be a multiple.
@@ -53,7 +56,10 @@ def kernel_ops(mesh: Mesh, rules: Rules, generation: Generation,
               causal_attention),
       _or_xla('branch_decode',
               Implementation('tpu', bind(_branches, mesh, rules, generation, interpret)),
-              branch_attention))
+              branch_attention),
+      sparse=_or_xla('sparse_decode',
+                     Implementation('tpu', bind(_sparse, mesh, rules, generation, interpret)),
+                     sparse_attention))
 
 
 def _or_xla(op: str, kernel: Implementation, definition: Callable[..., Any]
@@ -217,3 +223,38 @@ def _branches(mesh: Mesh, rules: Rules, generation: Generation, interpret: bool,
       in_specs=(q_spec, keys, keys, PartitionSpec(rows), own, own, PartitionSpec()))
   return sharded(q_NRSHE, k_prefix, v_prefix, lengths_NR, k_own, v_own,
                  jnp.asarray(step, jnp.int32))
+
+
+# --- Sparse attention over pages --------------------------------------------------
+
+
+def _sparse(mesh: Mesh, rules: Rules, generation: Generation, interpret: bool, q_BHE: Array,
+            pages: Array, bounds_LBKPD: Array, layer: Array, table_BP: Array, lengths_B: Array, *,
+            selection: Selection) -> Reading:
+  rows, heads, kv_heads = (rules[name] or None for name in ('batch', 'heads', 'kv_heads'))
+  if interpret:
+    raise NotImplementedError('it is called by functions that do not interpret kernels')
+  if rows:
+    raise NotImplementedError('rows that are split share one pool')
+  q_spec, lists = PartitionSpec(None, heads), PartitionSpec(None, kv_heads)
+  _check_divides(mesh, q_BHE.shape[:2], q_spec)
+  _check_divides(mesh, pages.shape[:1], PartitionSpec(kv_heads))
+  page_size = pages.shape[3]
+  tuned = tuning.blocks(generation, page_size)
+
+  def local(q: Array, pages: Array, bounds: Array, layer: Array, table: Array,
+            lengths: Array) -> Reading:
+    values = sparse_kernels.block_scores(q, bounds, layer, generation=generation, blocks=tuned)
+    blocks, counts = sparse_kernels.select_blocks(
+        values, lengths, page_size=page_size, selection=selection, generation=generation)
+    out, _ = sparse_kernels.sparse_attention(q, pages, blocks, counts, table, lengths,
+                                             generation=generation, blocks=tuned)
+    return Reading(out, blocks, counts)
+
+  whole = PartitionSpec()
+  specs: Any = Reading(q_spec, lists, whole)  # type: ignore[arg-type]  # The same tree.
+  sharded = jax.shard_map(
+      local, mesh=mesh, check_vma=False, out_specs=specs,
+      in_specs=(q_spec, PartitionSpec(kv_heads), PartitionSpec(None, None, kv_heads), whole, whole,
+                whole))
+  return sharded(q_BHE, pages, bounds_LBKPD, layer, table_BP, lengths_B)
