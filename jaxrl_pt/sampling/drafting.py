@@ -18,7 +18,7 @@ min(1, p / q): slightly fewer drafts agree, but a response does not depend on th
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,7 @@ from jaxrl_pt import config as cfg
 from jaxrl_pt.models.base import Model
 from jaxrl_pt.sampling import admission, drawing, resa, resa_attention
 from jaxrl_pt.sampling.requests import NO_MASK, Queue, Requests, Shape, Vocabulary
+from jaxrl_pt.sampling.resa_attention import SparseCache
 from jaxrl_pt.sampling.state import Slots
 from jaxrl_pt.types import Array, Params
 
@@ -115,23 +116,23 @@ def _drawn_sparsely(model: Model, shape: Shape, vocabulary: Vocabulary, params: 
   assert isinstance(shape.drafts, cfg.SparseDrafts)
   settings, first = shape.drafts.resa, slots.decoding.length
   in_prompt = slots.responses.count[jnp.maximum(slots.places.row, 0)] == 0
-  sparse = resa.join(slots.sparse, slots.cache, slots.places.table,
-                     (most_B > 0) & in_prompt & (slots.decoding.fed == 0), first)
+  cache = resa_attention.describe_rows(
+      resa.cache_of(slots.sparse, slots.cache, slots.places.table),
+      (most_B > 0) & in_prompt & (slots.decoding.fed == 0), first)
 
-  def one(i: Array, carry: tuple[Array, Any, Any]) -> tuple[Array, Any, Any]:
-    tokens, sparse, cache = carry
-    hidden, _, sparse, cache = resa.feed(
-        model, params, settings, sparse, cache, slots.places.table, tokens[:, i], first + i,
-        i + 1 < most_B, jnp.zeros_like(in_prompt))
+  def one(i: Array, carry: tuple[Array, SparseCache]) -> tuple[Array, SparseCache]:
+    tokens, cache = carry
+    hidden, cache = resa.decode(model, params, settings, cache, tokens[:, i], first + i,
+                                i + 1 < most_B)
     logits = jnp.matmul(hidden, model.head(params), preferred_element_type=jnp.float32)
     likely = drawing.filtered(shape, vocabulary, queue, asked, logits)
     token = drawing.drawn(key, asked, first + i + 1, likely).token
-    return tokens.at[:, i + 1].set(token), sparse, cache
+    return tokens.at[:, i + 1].set(token), cache
 
   tokens = jnp.zeros((shape.slots, shape.num_fed), jnp.int32).at[:, 0].set(slots.decoding.newest)
-  tokens, sparse, cache = jax.lax.fori_loop(0, shape.num_fed - 1, one,
-                                            (tokens, sparse, slots.cache))
-  return Drafts(tokens, most_B), dataclasses.replace(slots, sparse=sparse, cache=cache)
+  tokens, cache = jax.lax.fori_loop(0, shape.num_fed - 1, one, (tokens, cache))
+  sparse = dataclasses.replace(slots.sparse, bounds=cache.bounds)
+  return Drafts(tokens, most_B), dataclasses.replace(slots, sparse=sparse, cache=cache.pool)
 
 
 def forget_wrong(slots: Slots, starts_B: Array, most: int) -> Slots:
@@ -139,7 +140,7 @@ def forget_wrong(slots: Slots, starts_B: Array, most: int) -> Slots:
 
   Descriptors must forget the keys of wrong drafts; attention does not see them past the length.
   """
-  cache = resa_attention.SparseCache(slots.cache, slots.places.table, slots.sparse.bounds)
+  cache = resa.cache_of(slots.sparse, slots.cache, slots.places.table)
   num_layers, num_rows = cache.bounds.shape[:2]
   cache = resa_attention.describe(cache, jnp.arange(num_layers), jnp.arange(num_rows), starts_B,
                                   slots.decoding.length, most)

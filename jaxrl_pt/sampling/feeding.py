@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from jaxrl_pt.models import paged_cache
 from jaxrl_pt.models.base import Model
-from jaxrl_pt.sampling import admission, drafting, resa
+from jaxrl_pt.sampling import admission, drafting, resa, resa_attention
 from jaxrl_pt.sampling.requests import Queue, Shape, Vocabulary
 from jaxrl_pt.sampling.state import Slots
 from jaxrl_pt.types import Array, Params
@@ -19,7 +19,7 @@ class Fed(NamedTuple):
   tokens: Array  # i32[B, J]
   counts: Array  # i32[B] tokens of each slot; 0 for an idle one
   hidden: Array  # f[B, J, D]
-  selected: Any  # u32[B, L, K, W] the blocks that sparse attention has read, or ()
+  selected: Any  # u32[L, B, K, W] the blocks that sparse attention has read, or ()
 
 
 def feed(model: Model, shape: Shape, vocabulary: Vocabulary, params: Params, key: Array,
@@ -50,34 +50,24 @@ def _feed_sparsely(model: Model, shape: Shape, params: Params, queue: Queue, slo
   places, decoding = slots.places, slots.decoding
   row = jnp.maximum(places.row, 0)
   in_prompt = slots.responses.count[row] == 0
-  sparse = resa.join(slots.sparse, slots.cache, places.table,
-                     active & in_prompt & (decoding.fed == 0), decoding.length)
-  sparse, cache = _rectified(model, shape, params, queue, slots, sparse, active & ~in_prompt)
-  hidden, selected, sparse, cache = resa.feed(
-      model, params, shape.sparse, sparse, cache, places.table, decoding.newest, decoding.length,
-      active, in_prompt)
-  return (Fed(decoding.newest[:, None], active.astype(jnp.int32), hidden[:, None], selected),
-          dataclasses.replace(slots, cache=cache, sparse=sparse))
-
-
-def _rectified(model: Model, shape: Shape, params: Params, queue: Queue, slots: Slots,
-               sparse: resa.Sparse, drawing_B: Array) -> tuple[resa.Sparse, Any]:
-  """Rectifies the slots that have fed f response tokens since their last rectification.
-
-  A window that ends before f tokens is not rectified, since nothing reads it again.
-  """
-  assert shape.sparse is not None
-  window = shape.sparse.window
-  if not window:
-    return sparse, slots.cache
-  row = jnp.maximum(slots.places.row, 0)
-  starts = queue.rows.prefix[row] + queue.rows.num_tail[row]
-  is_due = drawing_B & (slots.decoding.length - starts - sparse.fresh >= window)
-  at = jnp.minimum(sparse.fresh[:, None] + jnp.arange(window), shape.response_len - 1)
-  return resa.rectify(
-      model, params, sparse, slots.cache, slots.places.table,
-      slots.responses.tokens[row[:, None], at], starts + sparse.fresh,
-      jnp.where(is_due, window, 0))
+  is_new = active & in_prompt & (decoding.fed == 0)
+  cache = resa.cache_of(slots.sparse, slots.cache, places.table)
+  cache = resa_attention.describe_rows(cache, is_new, decoding.length)
+  fresh = jnp.where(is_new, 0, slots.sparse.fresh)
+  if window := shape.sparse.window:
+    # A window that ends before f tokens is not rectified, since nothing reads it again.
+    starts = queue.rows.prefix[row] + queue.rows.num_tail[row]
+    is_due = active & ~in_prompt & (decoding.length - starts - fresh >= window)
+    counts = jnp.where(is_due, window, 0)
+    at = jnp.minimum(fresh[:, None] + jnp.arange(window), shape.response_len - 1)
+    cache = resa.rectify(model, params, cache, slots.responses.tokens[row[:, None], at],
+                         starts + fresh, counts)
+    fresh += counts
+  hidden, cache = resa.decode(model, params, shape.sparse, cache, decoding.newest, decoding.length,
+                              active, in_prompt)
+  sparse = dataclasses.replace(slots.sparse, bounds=cache.bounds, fresh=fresh)
+  fed = Fed(decoding.newest[:, None], active.astype(jnp.int32), hidden[:, None], cache.selected)
+  return fed, dataclasses.replace(slots, cache=cache.pool, sparse=sparse)
 
 
 def note_selection(sparse: resa.Sparse, row_B: Array, count_B: Array, selected: Any
@@ -88,7 +78,7 @@ def note_selection(sparse: resa.Sparse, row_B: Array, count_B: Array, selected: 
     sparse: the state.
     row_B: i32[B] row of each slot's response; Q for none.
     count_B: i32[B] tokens of the response so far.
-    selected: u32[B, L, K, W] from `feed`.
+    selected: u32[L, B, K, W] from `feed`.
   """
-  return dataclasses.replace(
-      sparse, selected=sparse.selected.at[row_B, count_B].set(selected, mode='drop'))
+  return dataclasses.replace(sparse, selected=sparse.selected.at[row_B, count_B].set(
+      jnp.moveaxis(selected, 1, 0), mode='drop'))

@@ -54,10 +54,11 @@ def descriptors(config: cfg.Model, num_rows: int, table_len: int, dtype: Any) ->
                     2 * config.head_dim), dtype)
 
 
-def no_selection(bounds_LBKPD: Array) -> Array:
-  """The bits of a step that has read nothing, u32[L, B, K, W]."""
-  *lists, table_len, _ = bounds_LBKPD.shape
-  return jnp.zeros((*lists, block_selection.num_words(table_len)), jnp.uint32)
+def noting(cache: SparseCache) -> SparseCache:
+  """The same cache, which from now on says which blocks the newest sparse step read."""
+  *lists, table_len, _ = cache.bounds.shape
+  words = block_selection.num_words(table_len)
+  return dataclasses.replace(cache, selected=jnp.zeros((*lists, words), jnp.uint32))
 
 
 def selection_of(resa: cfg.ReSA) -> Selection:
