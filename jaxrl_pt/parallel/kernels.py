@@ -257,4 +257,4 @@ def _sparse(mesh: Mesh, rules: Rules, generation: Generation, interpret: bool, q
       local, mesh=mesh, check_vma=False, out_specs=specs,
       in_specs=(q_spec, PartitionSpec(kv_heads), PartitionSpec(None, None, kv_heads), whole, whole,
                 whole))
-  return sharded(q_BHE, pages, bounds_LBKPD, layer, table_BP, lengths_B)
+  return sharded(q_BHE, pages, bounds_LBKPD, jnp.asarray(layer), table_BP, lengths_B)

@@ -91,8 +91,9 @@ def dense(ops: Ops, rows_R: Array, starts_R: Array, counts_R: Array, *,
     offsets = jnp.arange(num_new)
     pool = paged_cache.write(cache.pool, layer, table, starts_R[:, None] + offsets,
                              offsets < counts[:, None], k, v)
-    cache = describe(dataclasses.replace(cache, pool=pool), layer[None], rows_R, starts_R,
-                     starts_R + counts, num_new)
+    # Of parameters that are not stacked, the layer is an int.
+    cache = describe(dataclasses.replace(cache, pool=pool), jnp.asarray(layer)[None], rows_R,
+                     starts_R, starts_R + counts, num_new)
     is_read = last_is_read | (layer < cache.bounds.shape[0] - 1)
     out = ops.paged(q, pool.pages, None, table + layer * pool.num_pages, starts_R,
                     jnp.where(is_read, counts, 0))

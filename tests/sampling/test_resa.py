@@ -1,4 +1,4 @@
-"""Rectification restores the dense cache; sparse rollouts equal a slow loop, drafted ones dense ones."""
+"""Rectification restores the dense cache; rollouts equal a slow loop, and drafts change nothing."""
 
 import functools
 from pathlib import Path
@@ -11,6 +11,7 @@ import pytest
 from jaxrl_pt import config as cfg
 from jaxrl_pt import params as P
 from jaxrl_pt.config import RefreshEvery, RefreshNever, ReSA, Sampler
+from jaxrl_pt.errors import UserError
 from jaxrl_pt.interop import llama2c
 from jaxrl_pt.models import transformer
 from jaxrl_pt.nn import sparse_attention
@@ -49,7 +50,8 @@ sparse_prefill = jax.jit(functools.partial(prefill, MODEL))
 # --- Rectification --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('window', [1, 16, 32, 128])
+@pytest.mark.parametrize('window', [
+    1, 32, *(pytest.param(window, marks=pytest.mark.slow) for window in (16, 128))])
 def test_after_each_rectification_the_cache_is_the_dense_one(window):
   """Rows at different phases: each has its own length and its own count since the last time."""
   prompt_lens, total = jnp.array([20, 33, 27]), 33 + window + 40
@@ -121,7 +123,7 @@ DRAW = dict(sampler=Sampler(0.9, top_p=0.95), num_samples=2, num_tokens=14, stop
 
 
 @functools.cache
-def generator(settings=cfg.Dense(), slots=cfg.Slots(), **changed):
+def generator(settings=groups.DENSE, slots=groups.ALL_SLOTS, **changed):
   return jax.jit(functools.partial(groups.generate, MODEL, sparse=settings, slots=slots, version=3,
                                    **{**DRAW, **changed}))
 
