@@ -9,6 +9,7 @@ stored in the model's own type, or as int8 with one scale per token and head.
 import dataclasses
 
 from flax import struct
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
@@ -78,16 +79,19 @@ def write(cache: PagedCache, layer: Array, table_BP: Array, positions_BS: Array,
     # XLA would fuse a single update into each operation that reads it, and copy the cache for that.
     pages = jnp.concatenate([pages, jnp.full_like(pages, NOBODY)])
     offsets, new_BSK2E = (jnp.concatenate([x, x]) for x in (offsets, new_BSK2E))
-  # Every axis but the last is indexed: an axis left whole between them would make the TPU's
-  # scatter ask for another layout, and the whole pool be copied there and back in each layer.
-  heads_K1, both = jnp.arange(new_BSK2E.shape[2])[:, None], jnp.arange(2)
-  at = (heads_K1, pages[..., None, None], both, offsets[..., None, None])
+  def put(leaf: Array, new: Array) -> Array:
+    # Every axis but the last is indexed or mapped: an axis left whole between them would make the
+    # TPU's scatter ask for another layout, and the whole pool be copied there and back in each
+    # layer. The heads are mapped, so that chips which hold different heads write their own.
+    at = pages[..., None], jnp.arange(2), offsets[..., None]
+    return jax.vmap(lambda of_head, x: of_head.at[at].set(x), in_axes=(0, 2))(leaf, new)
+
   if cache.scales is None:
     return dataclasses.replace(
-        cache, pages=cache.pages.at[at].set(new_BSK2E.astype(cache.pages.dtype)))
+        cache, pages=put(cache.pages, new_BSK2E.astype(cache.pages.dtype)))
   codes, scales = quantise(new_BSK2E)
-  return dataclasses.replace(cache, pages=cache.pages.at[at].set(codes),
-                             scales=cache.scales.at[at].set(scales))
+  return dataclasses.replace(cache, pages=put(cache.pages, codes),
+                             scales=put(cache.scales, scales))
 
 
 def quantise(x: Array) -> tuple[Array, Array]:

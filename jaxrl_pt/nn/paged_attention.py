@@ -41,11 +41,11 @@ def paged_attention(q_BSHE: Array, pages: Array, scales: Array | None, table_BP:
   q = q_BSHE.reshape(num_rows, num_new, num_groups, -1, width).transpose(0, 2, 3, 1, 4)
   q = q.reshape(num_rows, num_groups, -1, width)
   positions_BQ = jnp.tile(starts_B[:, None] + jnp.arange(num_new), num_heads // num_groups)
-  heads = jnp.arange(num_groups)[:, None]
 
   def read(leaf: Array, block: Array) -> Array:
     listed = jax.lax.dynamic_slice_in_dim(table_BP, block * at_once, at_once, 1)
-    return leaf[heads, listed[:, None]]  # [B, K, pages, 2, page, …]
+    # Mapped over the heads, so that chips which hold different heads read their own and no more.
+    return jax.vmap(lambda of_head: of_head[listed], out_axes=1)(leaf)  # [B, K, pages, 2, page, …]
 
   def turn(block: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
     highest, total, out = carry
