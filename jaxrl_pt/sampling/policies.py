@@ -144,6 +144,8 @@ def _edge_of_nucleus(descending: Array, top_p: Array | np.float32) -> Array:
 # Tokens of a block in `draw`. √V would need the fewest random numbers, but with one width for all
 # vocabularies a vocabulary can be padded and draw the same tokens.
 BLOCK = 64
+# Chips over which a vocabulary is split at most, for which its blocks should divide.
+_MOST_SHARDS = 8
 
 
 class Drawn(NamedTuple):
@@ -171,6 +173,8 @@ def draw(keys: Array, logits: Array, whole: Callable[[Array], Array] = lambda x:
   """
   shape, vocab_size = logits.shape[:-1], logits.shape[-1]
   num_blocks = -(-vocab_size // BLOCK)
+  if vocab_size % (BLOCK * _MOST_SHARDS):
+    logits = whole(logits)  # Whole blocks do not divide over the chips.
   z_BNW = jnp.pad(logits.reshape(-1, vocab_size), [(0, 0), (0, num_blocks * BLOCK - vocab_size)],
                   constant_values=MASKED).reshape(-1, num_blocks, BLOCK)
   top_B = z_BNW.max((1, 2))
