@@ -26,6 +26,7 @@ from jaxrl_pt.sampling import resa_speculate
 from jaxrl_pt.sampling.engine import Engine
 from jaxrl_pt.serving import terminal
 from jaxrl_pt.serving.conversation import Template, read_template
+from jaxrl_pt.serving.lines import read_lines
 from jaxrl_pt.serving.protocol import Service
 from jaxrl_pt.serving.text import Markers, encode_marker
 from jaxrl_pt.serving.worker import Worker
@@ -89,7 +90,7 @@ def sample(workdir: Path, prompts: list[str] | None, *, step: int | None, as_jso
     engine = samples.make_engine(policy, cfg.Engine(
         slots=min(num_samples, 32), queue=num_samples, prompt_len=prompt_len,
         response_len=settings['num_tokens'], steps_per_call=8), seed=settings['seed'])
-    for line in terminal.read_lines('prompt> '):
+    for line in read_lines('prompt> '):
       _sample_line(policy, line, engine, as_json, settings)
 
 
@@ -198,7 +199,7 @@ def chat(workdir: Path, *, step: int | None, prompt_len: int, template: Path | N
   if console.is_terminal:
     console.print(f'{_name(workdir)}, step {policy.step}. Ctrl-C stops an answer, /new starts a '
                   'new conversation, Ctrl-D leaves.', style='dim', markup=False)
-  terminal.talk(engine, talk, terminal.read_lines('you> '), console)
+  terminal.talk(engine, talk, read_lines('you> '), console)
 
 
 def _template(path: Path | None) -> Template:

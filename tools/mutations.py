@@ -318,8 +318,8 @@ _PROGRAMS = [
           'expected = expected[:len(found.values)]\n    is_right = all(')),
     *_of('jaxrl_pt/environments/interactive.py', _EPISODES
          + 'test_one_that_answers_otherwise_when_played_again_is_refused',
-         ('replays_are_believed', 'if _checksum(environment.step(earlier)) != checksum:',
-          'if environment.step(earlier) is None:')),
+         ('replays_are_believed', 'if _checksum(_stepped(environment, earlier)) != checksum:',
+          'if _stepped(environment, earlier) is None:')),
     *_of('jaxrl_pt/environments/episodes.py', _EPISODES
          + 'test_one_that_never_ends_is_ended_at_the_turn_limit',
          ('episodes_never_end', "num_turns >= max_turns", 'num_turns > max_turns')),
