@@ -198,7 +198,7 @@ def _leaves_nothing(num_rows: int) -> None:
 
 @pytest.mark.skipif(not os.path.isdir('/proc/self/fd'), reason='reads /proc')
 def test_bad_rows_leave_no_process_and_no_descriptor():
-  _leaves_nothing(3 * len(FAST))
+  _leaves_nothing(2 * len(FAST))
 
 
 @pytest.mark.slow

@@ -91,7 +91,6 @@ HOSTILE = {
                         '  text = open("/main.py").read() + open("/input.json").read()\n'
                         '  text += repr([sys._getframe(i).f_locals for i in range(1, 5)])\n'
                         '  return [1, 1] if "[1, 1]" in text else 6 if x == 3 else None'),
-    'loops': 'while True: pass',
     'loops in the call': 'def double(x):\n  while True: pass',
     'sleeps': 'import time; time.sleep(1000)',
     'eats memory': 'x = [0] * 10**10\ndef double(x): return 2 * x',
