@@ -8,30 +8,21 @@ from pathlib import Path
 import signal
 import socket
 import sys
-import time
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 from rich.console import Console
 
 from jaxrl_pt import config as cfg
-from jaxrl_pt.data.tokenizer import begun, drawable
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.run import interrupt, samples
 from jaxrl_pt.run.policy import Policy, load_policy
-from jaxrl_pt.sampling import resa as rectified
-from jaxrl_pt.sampling import resa_speculate
 from jaxrl_pt.sampling.engine import Engine
+from jaxrl_pt.sampling.resa_engine import ResaEngine
 from jaxrl_pt.serving import terminal
 from jaxrl_pt.serving.conversation import Template, read_template
 from jaxrl_pt.serving.lines import read_lines
-from jaxrl_pt.serving.protocol import Service
 from jaxrl_pt.serving.text import Markers, encode_marker
 from jaxrl_pt.serving.worker import Worker
-from jaxrl_pt.types import Prompts
-from pallas_kernels.dispatch import generation_of
 
 TOKEN_VARIABLE = 'JAXRL_PT_TOKEN'
 _SHUTDOWN_SECONDS = 30  # time for the answers under way to end
@@ -69,7 +60,8 @@ def _json_prompt(line: str, where: str) -> str:
 
 
 def sample(workdir: Path, prompts: list[str] | None, *, step: int | None, as_json: bool,
-           prompt_len: int, **settings: Any) -> None:
+           prompt_len: int, seed: int, sparse: samples.Sparse | None, stop: tuple[str, ...],
+           **settings: Any) -> None:
   """Prints continuations as they are drawn, or all of them as JSON.
 
   Args:
@@ -78,95 +70,40 @@ def sample(workdir: Path, prompts: list[str] | None, *, step: int | None, as_jso
     step: the checkpoint's step; None takes the newest good one.
     as_json: whether to print one JSON list at the end.
     prompt_len: most tokens of a prompt that is typed at the terminal.
-    settings: the keyword arguments of `samples.stream_samples`.
-  """
-  policy, num_samples = load_policy(workdir, step), settings['num_samples']
-  if prompts is not None and as_json:
-    print(json.dumps(samples.sample(policy, prompts, **settings), ensure_ascii=False, indent=2))
-  elif prompts is not None:
-    pieces = samples.stream_samples(policy, prompts, **settings)
-    terminal.show_samples(pieces, prompts, num_samples, sys.stdout)
-  else:
-    engine = samples.make_engine(policy, cfg.Engine(
-        slots=min(num_samples, 32), queue=num_samples, prompt_len=prompt_len,
-        response_len=settings['num_tokens'], steps_per_call=8), seed=settings['seed'])
-    for line in read_lines('prompt> '):
-      _sample_line(policy, line, engine, as_json, settings)
-
-
-def _sample_line(policy: Policy, line: str, engine: Engine, as_json: bool,
-                 settings: dict[str, Any]) -> None:
-  """Answers a prompt typed at the terminal; a mistake in it is printed."""
-  try:
-    line.encode()
-    if as_json:
-      print(json.dumps(samples.sample(policy, [line], engine=engine, **settings),
-                       ensure_ascii=False, indent=2))
-      return
-    pieces = samples.stream_samples(policy, [line], engine=engine, **settings)
-    terminal.show_samples(pieces, [line], settings['num_samples'], sys.stdout)
-  except UnicodeEncodeError:
-    print('jaxrl-pt: That line is not UTF-8 text.', file=sys.stderr)
-  except UserError as e:  # The next prompt may be better.
-    print(f'jaxrl-pt: {e}', file=sys.stderr)
-
-
-def sample_resa(workdir: Path, prompts: list[str], *, step: int | None, as_json: bool,
-                resa: cfg.ReSA, num_drafts: int, sampler: cfg.Sampler, num_tokens: int,
-                num_samples: int, seed: int) -> None:
-  """`sample` with rectified sparse attention, which prints once all continuations are drawn.
-
-  Args:
-    workdir, prompts, step, as_json, sampler, num_tokens, num_samples, seed: as in `sample`.
-    resa: the settings of sparse attention; with an active share of 1 the texts are those of
-      `sample`.
-    num_drafts: the number of tokens that sparse attention drafts before a dense forward pass checks
-      them, which makes the texts those of `sample` too; 0 keeps what sparse attention draws.
+    seed: the seed of the noise; equal seeds draw equal samples.
+    sparse: how sparse attention samples; None samples by dense attention.
+    stop: texts that end a sample.
+    settings: the sampler, num_tokens and num_samples of `samples.stream_samples`.
   """
   policy = load_policy(workdir, step)
-  tokenizer = policy.session.data.tokenizer
-  rows = [begun(tokenizer, tokenizer.encode(prompt)) for prompt in prompts]
-  lengths = np.array([len(row) for row in rows], np.int32)
-  tokens = np.zeros((len(rows), lengths.max()), np.int32)
-  for n, row in enumerate(rows):
-    tokens[n, :len(row)] = row
-  batch = Prompts(jnp.asarray(tokens), jnp.asarray(lengths),
-                  jnp.arange(len(rows), dtype=jnp.int32))
-  mesh = policy.session.mesh
-  # The kernels read the pages of one chip; a mesh of several takes XLA's path.
-  generation = generation_of(mesh.devices.flat[0]) if mesh.size == 1 else None
-  settings: dict[str, Any] = dict(
-      sampler=drawable(sampler, tokenizer, policy.model.config.vocab_size),
-      num_samples=num_samples, num_tokens=num_tokens, stop_id=tokenizer.eos_id,
-      generation=generation)
-  if num_drafts:
-    draw: Any = functools.partial(resa_speculate.generate, policy.model, sparse=resa,
-                                  num_drafts=num_drafts, **settings)
-  else:
-    draw = functools.partial(rectified.generate, policy.model, resa=resa, **settings)
-  start = time.perf_counter()
-  result = jax.device_get(jax.jit(draw)(policy.params, batch, jax.random.key(seed)))
-  rollouts, speculation = result if num_drafts else (result, None)
-  seconds = time.perf_counter() - start
-  counts = rollouts.in_response.sum(-1).astype(int)
-  continuations = [
-      {'prompt': prompt, 'num_tokens': int(counts[n, g]),
-       'text': tokenizer.decode([t for t in rollouts.tokens[n, g, :counts[n, g]].tolist()
-                                 if t != tokenizer.eos_id]),
-       'logp': float((rollouts.logp[n, g] * rollouts.sampled[n, g]).sum())}
-      for n, prompt in enumerate(prompts) for g in range(num_samples)]
-  if as_json:
-    print(json.dumps(continuations, ensure_ascii=False, indent=2))
+  engine = samples.engine_for(policy, prompts or [], seed=seed, sparse=sparse,
+                              prompt_len=1 if prompts else prompt_len, **settings)
+  def show(some: list[str]) -> None:
+    _show_samples(policy, engine, as_json, some, stop=stop, **settings)
+
+  if prompts is not None:
+    show(prompts)
     return
-  for s in continuations:
-    print(f'{s["prompt"]}{s["text"]}\n--- {s["num_tokens"]} tokens, log-probability '
-          f'{s["logp"]:.2f} nats')
-  print(f'=== {counts.sum()} tokens in {seconds:.2f} s: {counts.sum() / seconds:,.0f} tokens/s, '
-        'compilation included')
-  if speculation is not None:
-    print(f'=== of {speculation.drafted} drafted tokens {speculation.agreed} were kept '
-          f'({speculation.agreed / max(speculation.drafted, 1):.0%}), in {speculation.rounds} '
-          'checks')
+  for line in read_lines('prompt> '):
+    try:
+      line.encode()
+      show([line])
+    except UnicodeEncodeError:
+      print('jaxrl-pt: That line is not UTF-8 text.', file=sys.stderr)
+    except UserError as e:  # The next prompt may be better.
+      print(f'jaxrl-pt: {e}', file=sys.stderr)
+
+
+def _show_samples(policy: Policy, engine: Engine | ResaEngine, as_json: bool,
+                  prompts: list[str], **settings: Any) -> None:
+  pieces = samples.stream_samples(engine, policy, prompts, **settings)
+  if as_json:
+    print(json.dumps(samples.collect(prompts, pieces), ensure_ascii=False, indent=2))
+    return
+  terminal.show_samples(pieces, prompts, settings['num_samples'], sys.stdout)
+  if isinstance(engine, ResaEngine) and (drafts := engine.drafts).drafted:
+    print(f'=== of {drafts.drafted} drafted tokens {drafts.agreed} were kept '
+          f'({drafts.agreed / drafts.drafted:.0%}), in {drafts.rounds} checks')
 
 
 # --- chat -----------------------------------------------------------------------------
@@ -238,6 +175,7 @@ def serve(workdir: Path, *, step: int | None, host: str, port: int, token_file: 
     import uvicorn
 
     from jaxrl_pt.serving import app, connections
+    from jaxrl_pt.serving.protocol import Service
   except ImportError as e:
     raise UserError('`serve` needs the extra of that name: '
                     "pip install 'jaxrl_pt[serve]'.") from e
@@ -250,8 +188,8 @@ def serve(workdir: Path, *, step: int | None, host: str, port: int, token_file: 
       (signal.SIGTERM, signal.SIGINT)) as stopped:
     policy = load_policy(workdir, step)
     tokenizer = policy.session.data.tokenizer
-    service = Service(_name(workdir), tokenizer, engine, layout, enclosing,
-                      max_samples=max_samples)
+    service = Service(_name(workdir), tokenizer, engine, policy.model.config.vocab_size, layout,
+                      enclosing, max_samples=max_samples)
     worker = Worker(samples.make_engine(policy, engine, seed=seed,
                                          think_end=encode_marker(tokenizer, enclosing.end)))
     log = functools.partial(print, file=sys.stderr, flush=True) if access_log else None

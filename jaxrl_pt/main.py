@@ -102,22 +102,18 @@ def _sample(args: argparse.Namespace) -> int:
   prompts = args.prompt
   if prompts is None and args.prompt_file is None and not sys.stdin.isatty():
     prompts = [_read_stdin()]
+  if resa is not None and args.stop:
+    raise UserError('--resa takes no --stop: leave one of them out.')
   with _importing():
     from jaxrl_pt import frontends
+    from jaxrl_pt.run import samples
   if args.prompt_file is not None:
     prompts = frontends.read_prompts(args.prompt_file)
-  if resa is not None:
-    if prompts is None or args.stop:
-      raise UserError('--resa takes --prompt, --prompt_file or piped input, and no --stop.')
-    frontends.sample_resa(
-        args.workdir, prompts, step=args.step, as_json=args.json, resa=resa,
-        num_drafts=args.resa_drafts or 0, sampler=sampler,
-        num_tokens=args.num_tokens, num_samples=args.num_samples, seed=args.seed)
-    return 0
+  sparse = None if resa is None else samples.Sparse(resa, args.resa_drafts or 0)
   frontends.sample(
-      args.workdir, prompts, step=args.step, as_json=args.json, prompt_len=1024, sampler=sampler,
-      num_tokens=args.num_tokens, num_samples=args.num_samples, seed=args.seed,
-      stop=tuple(args.stop))
+      args.workdir, prompts, step=args.step, as_json=args.json, prompt_len=1024, seed=args.seed,
+      sparse=sparse, stop=tuple(args.stop), sampler=sampler, num_tokens=args.num_tokens,
+      num_samples=args.num_samples)
   return 0
 
 

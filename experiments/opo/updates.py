@@ -28,7 +28,7 @@ from jaxrl_pt import params as P
 from jaxrl_pt.models import transformer
 from jaxrl_pt.models.logprobs import token_logprobs
 from jaxrl_pt.rl import advantages, kl, objectives
-from jaxrl_pt.sampling import branch, decode
+from jaxrl_pt.sampling import branch, groups
 from jaxrl_pt.train import optim
 from jaxrl_pt.types import Prompts
 
@@ -151,7 +151,7 @@ def make_step(model, scores, baseline, num_updates, optimizer):
   @functools.partial(jax.vmap, in_axes=(0, 0, 0, None, 0))
   def step(learner, start, targets, ids, seed):
     prompts = prompts_of(targets, ids)
-    drawn = decode.generate(model, learner.params, prompts, jax.random.key(seed),
+    drawn = groups.generate(model, learner.params, prompts, jax.random.key(seed),
                             sampler=cfg.Sampler(), num_samples=GROUP, num_tokens=NUM_TOKENS,
                             stop_id=STOP)
     mask = drawn.sampled

@@ -51,7 +51,7 @@ def jaxrl_pt() -> Step:
   from jaxrl_pt import params as P
   from jaxrl_pt.models import transformer
   from jaxrl_pt.parallel.mesh import make_mesh
-  from jaxrl_pt.sampling.rollouts import make_sampler
+  from jaxrl_pt.sampling.groups import make_sampler
   from jaxrl_pt.train import optim, state, update
   from jaxrl_pt.types import Prompts, Verdict
 

@@ -28,7 +28,7 @@ from jaxrl_pt.data import splits
 from jaxrl_pt.interop import llama2c
 from jaxrl_pt.models import transformer
 from jaxrl_pt.parallel.mesh import make_mesh
-from jaxrl_pt.sampling.rollouts import make_sampler
+from jaxrl_pt.sampling.groups import make_sampler
 from jaxrl_pt.train import fused, optim, state, update
 from jaxrl_pt.types import Prompts, RolloutBatch, Verdict
 

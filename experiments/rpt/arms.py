@@ -15,7 +15,7 @@ from jaxrl_pt.data import next_token, splits, templates
 from jaxrl_pt.environments.rlp import Markers, logp_after_thought, policy_verifier
 from jaxrl_pt.models import transformer
 from jaxrl_pt.models.base import Model
-from jaxrl_pt.sampling import decode
+from jaxrl_pt.sampling import groups
 from jaxrl_pt.token_bytes import TokenBytes, token_table
 from jaxrl_pt.train import fused, losses, optim, step
 from jaxrl_pt.train import state as states
@@ -203,7 +203,7 @@ def _verify(setting: Setting, temperature: float, num_samples: int, reasoning: b
   verify = verifier.device_verifier(setting.table, marker=marker)
 
   def draw_and_verify(params: Params, prompts: Prompts) -> tuple[Verdict, RolloutBatch]:
-    drawn = decode.generate(
+    drawn = groups.generate(
         setting.model, params, prompts, jax.random.key(11),
         sampler=cfg.Sampler(temperature=temperature), num_samples=num_samples,
         num_tokens=setting.response if reasoning else 1, stop_id=setting.end)
@@ -226,7 +226,7 @@ def correct(setting: Setting, params: Params, contexts: Prompts, *, reasoning: b
 @functools.cache
 def _thinker(setting: Setting, num_samples: int) -> Callable:
   def think(params: Params, prompts: Prompts) -> jax.Array:
-    thoughts = decode.generate(
+    thoughts = groups.generate(
         setting.model, params, prompts, jax.random.key(12), sampler=cfg.Sampler(),
         num_samples=num_samples, num_tokens=setting.response - 2, stop_id=setting.answer)
     return logp_after_thought(setting.model, params, prompts, thoughts, setting.answer)

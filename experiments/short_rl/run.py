@@ -30,7 +30,7 @@ from jaxrl_pt.data import generated, pack, problems, splits
 from jaxrl_pt.data.tokenizer import ByteTokenizer
 from jaxrl_pt.models import transformer
 from jaxrl_pt.rl import shaping
-from jaxrl_pt.sampling import decode
+from jaxrl_pt.sampling import groups
 from jaxrl_pt.token_bytes import token_table
 from jaxrl_pt.train import losses, optim, update
 from jaxrl_pt.train import state as states
@@ -145,7 +145,7 @@ def make_step(model, arm, num_prompts, num_steps, learning_rate):
   verify = exact.device_verifier(TABLE, generated.MARKER.encode(), STOP)
 
   def one(state, reference, prompts, key):
-    drawn = decode.generate(model, state.params, prompts, key, sampler=rollouts.sampler,
+    drawn = groups.generate(model, state.params, prompts, key, sampler=rollouts.sampler,
                             num_samples=GROUP, num_tokens=RESPONSE_LEN, stop_id=STOP)
     correct, lengths = verify(prompts, drawn).correct, drawn.lengths()
     written = jnp.where(drawn.in_response > 0, drawn.tokens, -1)
@@ -191,7 +191,7 @@ def evaluate(model, params, held_out):
   @jax.jit
   @jax.vmap
   def draw(params):
-    return decode.generate(model, params, prompts, jax.random.key(99), sampler=cfg.Sampler(),
+    return groups.generate(model, params, prompts, jax.random.key(99), sampler=cfg.Sampler(),
                            num_samples=1, num_tokens=RESPONSE_LEN, stop_id=STOP)
 
   drawn = draw(params)

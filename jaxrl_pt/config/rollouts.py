@@ -93,9 +93,12 @@ class Engine:
   prompt_len, response_len: the largest numbers of tokens of a prompt and of a response.
   page_size: tokens of a page of the KV cache.
   num_pages: the number of pages; 0 for as many as all slots could need.
-  prefill_chunk: prompt tokens that go through the model in one forward pass.
+  prefill_chunk: tokens of a prompt that go through the model in one forward pass.
+  prefill_rows: the number of prompts that go through the model in one forward pass.
   kv: how keys and values are stored: in the model's type, or as int8.
   steps_per_call: decode steps of one call, after which the host sees the new tokens.
+  top_logprobs: the most of the likeliest tokens whose log-probabilities a request may ask for.
+  constrained: the largest number of constrained responses at a time.
   """
 
   slots: int = 32
@@ -105,8 +108,11 @@ class Engine:
   page_size: int = 16
   num_pages: int = 0
   prefill_chunk: int = 128
+  prefill_rows: int = 2
   kv: Literal['model', 'int8'] = 'model'
   steps_per_call: int = 16
+  top_logprobs: int = 20
+  constrained: int = 16
 
   def __post_init__(self) -> None:
     for name, high, beside, what in (
@@ -115,10 +121,14 @@ class Engine:
         ('prompt_len', MOST_TOKENS, ('slots',), 'the prompts of the slots'),
         ('response_len', MOST_TOKENS, ('slots',), 'the tokens of the slots'),
         ('page_size', MOST_TOKENS, (), 'one page'),
-        ('prefill_chunk', MOST_TOKENS, (), 'one piece'),
+        ('prefill_chunk', MOST_TOKENS, ('prefill_rows',), 'one piece'),
+        ('prefill_rows', 2**20, ('prefill_chunk',), 'one piece'),
         ('steps_per_call', MOST_TOKENS, ('slots',), 'the tokens of a call')):
       checks.size(self, name, 1, high, 4 * checks.units(self, *beside), what)
     checks.size(self, 'num_pages', 0, 2**26, 4 * self.page_size, 'the pages')
+    checks.size(self, 'top_logprobs', 0, 1000, 8 * checks.units(self, 'queue', 'response_len'),
+                'the likeliest tokens')
+    checks.size(self, 'constrained', 1, 2**20, 2**12, 'the masks of their tokens')
     checks.choice(self, 'kv', Literal['model', 'int8'])
     # Pages for one response, for the prompt that is kept for sharing, and page 0, which nobody has.
     pages = lambda tokens: -(-tokens // self.page_size)
@@ -127,6 +137,33 @@ class Engine:
       raise UserError(f'Engine.num_pages = {self.num_pages} cannot hold one response of '
                       f'Engine.prompt_len + Engine.response_len = '
                       f'{self.prompt_len + self.response_len} tokens: set it to at least {least}.')
+
+
+@dataclass(frozen=True)
+class Slots:
+  """How rollouts are decoded: slots that are refilled as responses end, over a cache in pages.
+
+  slots: the number of responses that are decoded at once on each data shard; 0 for all of them.
+  page_size: tokens of a page of the KV cache.
+  num_pages: the number of pages of each data shard; 0 for as many as its slots could need.
+  prefill_chunk: tokens of a prompt that go through the model in one forward pass.
+  prefill_tokens: tokens of all prompts that go through the model in one forward pass.
+  kv: how keys and values are stored: in the model's type, or as int8.
+  """
+
+  slots: int = 0
+  page_size: int = 32
+  num_pages: int = 0
+  prefill_chunk: int = 256
+  prefill_tokens: int = 1024
+  kv: Literal['model', 'int8'] = 'model'
+
+  def __post_init__(self) -> None:
+    checks.size(self, 'slots', 0, 2**20, 4, 'the slots')
+    for name in ('page_size', 'prefill_chunk', 'prefill_tokens'):
+      checks.size(self, name, 1, MOST_TOKENS, 4, 'so many tokens')
+    checks.size(self, 'num_pages', 0, 2**26, 4 * self.page_size, 'the pages')
+    checks.choice(self, 'kv', Literal['model', 'int8'])
 
 
 @dataclass(frozen=True)
@@ -174,6 +211,7 @@ class Rollouts:
   """The responses that a step draws: num_prompts groups of group_size responses.
 
   prompt_len, response_tokens: the largest numbers of tokens of a prompt and of a response.
+  slots: how many responses are decoded at once, and in what cache.
   dump_every: steps between rollouts that are kept in the work directory for replay; 0 keeps none.
   mismatch_gate: a step whose sampler–trainer mismatch, mean exp|log π_train − log π_sampler|, is
     larger stops the run and leaves its worst responses in the work directory; 0 switches the gate
@@ -187,6 +225,7 @@ class Rollouts:
   sampler: Sampler = field(default_factory=Sampler)
   mode: Mode = field(default_factory=OnPolicy)
   selection: Selection = field(default_factory=AllGroups)
+  slots: Slots = field(default_factory=Slots)
   dump_every: int = 0
   mismatch_gate: float = 1.05
 
@@ -206,6 +245,7 @@ class Rollouts:
     checks.instance(self, 'sampler', Sampler)
     checks.instance(self, 'mode', *get_args(Mode))
     checks.instance(self, 'selection', *get_args(Selection))
+    checks.instance(self, 'slots', Slots)
     checks.integer(self, 'dump_every', 0)
     checks.number(self, 'mismatch_gate', 0.0)
     if 0 < self.mismatch_gate < 1:

@@ -29,7 +29,7 @@ from jaxrl_pt.parallel import rules
 from jaxrl_pt.parallel.hosts import on_host
 from jaxrl_pt.run import places, policy
 from jaxrl_pt.run import session as sessions
-from jaxrl_pt.sampling import decode
+from jaxrl_pt.sampling import groups
 from jaxrl_pt.token_bytes import TokenBytes, token_table
 from jaxrl_pt.train.fused import PolicyVerifier
 from jaxrl_pt.types import Array, Batch, Params, Prompts, Weighted
@@ -291,7 +291,7 @@ def _make_scorer(session: sessions.Session, method: cfg.RPT, model: Model,
 
 def next_token_accuracy(model: Model, params: Params, prompts: Prompts, key: Array,
                         table: TokenBytes, *, method: cfg.RPT, num_samples: int,
-                        stop_id: int = decode.NO_STOP, template: PromptTemplate = PromptTemplate()
+                        stop_id: int = groups.NO_STOP, template: PromptTemplate = PromptTemplate()
                         ) -> dict[str, Weighted]:
   """Prefix-match accuracy by difficulty, sampled as in training and by the argmax.
 
@@ -323,7 +323,7 @@ def next_token_accuracy(model: Model, params: Params, prompts: Prompts, key: Arr
     modes['direct'] = greedy, 1, contexts, verifier.NO_MARKER, 1
   results = {}
   for name, (sampler, samples, asked, marker, num_tokens) in modes.items():
-    rollouts = decode.generate(model, params, asked, key, sampler=sampler, num_samples=samples,
+    rollouts = groups.generate(model, params, asked, key, sampler=sampler, num_samples=samples,
                                num_tokens=num_tokens, stop_id=stop_id)
     correct = verifier.device_verifier(table, marker=marker)(asked, rollouts).correct
     for split, threshold in zip(('easy', 'medium', 'hard'), method.difficulty, strict=True):

@@ -21,7 +21,8 @@ import jax.numpy as jnp
 from jaxrl_pt.models.base import Model
 from jaxrl_pt.models.logprobs import token_logprobs
 from jaxrl_pt.rl import rlp
-from jaxrl_pt.sampling import branch, decode
+from jaxrl_pt.sampling import branch
+from jaxrl_pt.sampling.prefill import Prefilled
 from jaxrl_pt.train.fused import PolicyVerifier
 from jaxrl_pt.types import Array, Params, Prompts, RolloutBatch, TrainState, Verdict
 
@@ -40,7 +41,7 @@ class Markers:
 
 def thought_verdict(model: Model, params: Params, average: Params, prompts: Prompts,
                     thoughts: RolloutBatch, markers: Markers,
-                    prefilled: decode.Prefilled | None = None) -> Verdict:
+                    prefilled: Prefilled | None = None) -> Verdict:
   """The verdict whose reward is each thought's information gain, in nats.
 
   Args:
@@ -70,7 +71,7 @@ def thought_verdict(model: Model, params: Params, average: Params, prompts: Prom
 
 
 def logp_after_thought(model: Model, params: Params, prompts: Prompts, thoughts: RolloutBatch,
-                       answer: int, prefilled: decode.Prefilled | None = None) -> Array:
+                       answer: int, prefilled: Prefilled | None = None) -> Array:
   """f32[N, G]: log p_θ of the true token after the thought and exactly one answer marker.
 
   Its exponential is the chance of a right prediction, if a thought that did not end in time has the
@@ -101,7 +102,7 @@ def policy_verifier(markers: Markers, decay: float) -> PolicyVerifier:
     markers: the markers of the prompt template.
     decay: τ.
   """
-  def verify(model: Model, state: TrainState, prefilled: decode.Prefilled | None,
+  def verify(model: Model, state: TrainState, prefilled: Prefilled | None,
              prompts: Prompts, thoughts: RolloutBatch) -> Verdict:
     return thought_verdict(model, state.params, state.method.average, prompts, thoughts, markers,
                            prefilled)

@@ -4,9 +4,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import jax
+from jax.typing import DTypeLike
 
 from jaxrl_pt.config import Model as ModelConfig
 from jaxrl_pt.models.kv_cache import Attend, KVCache
+from jaxrl_pt.models.paged_cache import PagedCache
 from jaxrl_pt.nn.ops import Ops
 from jaxrl_pt.types import Array, Params
 
@@ -32,6 +34,7 @@ class Model(NamedTuple):
   extend: see `Extend`; `apply` is `extend` without a cache. It takes `unstacked` parameters too.
   head(params) → f[D, V], so that logits_BTV = hidden_BTD @ head
   init_cache(num_rows, num_slots) → empty KVCache
+  init_pages(num_pages, page_size, dtype) → empty PagedCache
   ops: the operations that have kernels, which the block and some attends call.
   """
 
@@ -41,6 +44,7 @@ class Model(NamedTuple):
   extend: Extend
   head: Callable[[Params], Array]
   init_cache: Callable[[int, int], KVCache]
+  init_pages: Callable[[int, int, DTypeLike], PagedCache]
   ops: Ops
 
 

@@ -1,79 +1,93 @@
 """The paged key/value cache: sequences are lists of fixed-size pages of one pool.
 
 A page holds the keys and values of `page` consecutive tokens of one sequence, and a page table says
-which page holds which tokens. Sequences of one prompt share the pages of that prompt. Page 0
-belongs to nobody: rows without a sequence write there, and nothing reads it. Pages are stored in
-the model's own type, or as int8 with one scale per token and head.
+which page holds which tokens. Sequences with a common beginning share the pages of that beginning.
+Page 0 belongs to nobody: rows without a sequence write there, and no sequence reads it. Pages are
+stored in the model's own type, or as int8 with one scale per token and head.
 """
 
-import functools
-from typing import Any
+import dataclasses
 
 from flax import struct
-import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jaxrl_pt.config import Model
-from jaxrl_pt.models.kv_cache import Attend
-from jaxrl_pt.nn import attention as attn
+from jaxrl_pt.models.kv_cache import Attend, KVCache
+from jaxrl_pt.nn.ops import Ops
 from jaxrl_pt.types import Array
 
 NOBODY = 0
-# A step reads the smallest of these fractions (1/8, 1/4, …) of the page table that its sequences
-# need, so that short sequences do not pay for the longest that fits.
-READ_SHARES = (8, 4, 2, 1)
 
 
 @struct.dataclass
 class PagedCache:
-  """A pool of N pages a layer."""
+  """N pages in each of L layers; page p of layer l is entry l · N + p of the pool."""
 
-  pages: Array  # f or i8[L, K, N, 2, page, E]; keys, then values
-  scales: Array | None  # f32[L, K, N, 2, page] where pages are int8
+  pages: Array  # f or i8[K, L · N, 2, page, E]; keys, then values
+  scales: Array | None  # f32[K, L · N, 2, page] where pages are int8
+  num_pages: int = struct.field(pytree_node=False)  # N
+
+  @property
+  def page_size(self) -> int:
+    """Tokens of a page."""
+    return self.pages.shape[3]
+
+  @property
+  def num_layers(self) -> int:
+    """L."""
+    return self.pages.shape[1] // self.num_pages
 
 
 def init(config: Model, num_pages: int, page_size: int, dtype: DTypeLike) -> PagedCache:
   """An empty pool; with the dtype int8, keys and values are quantised as they are written."""
-  shape = (config.num_layers, config.num_kv_heads, num_pages, 2, page_size, config.head_dim)
+  shape = (config.num_kv_heads, config.num_layers * num_pages, 2, page_size, config.head_dim)
   scales = jnp.zeros(shape[:-1], jnp.float32) if jnp.dtype(dtype) == jnp.int8 else None
-  return PagedCache(jnp.zeros(shape, dtype), scales)
+  return PagedCache(jnp.zeros(shape, dtype), scales, num_pages)
 
 
-def paged(table_BP: Array, positions_BS: Array, is_token_BS: Array | bool = True) -> Attend:
-  """Each new token is written to the page of its position and sees the positions up to it.
+def paged(ops: Ops, table_BP: Array, starts_B: Array, counts_B: Array) -> Attend:
+  """New tokens are written to the pages of their positions, and each sees the positions up to it.
 
   Args:
+    ops: the model's operations.
     table_BP: i32[B, P] the page of each `page` tokens of each row; NOBODY where a row has none.
-    positions_BS: i32[B, S].
-    is_token_BS: bool[B, S], False for padding, which is written to page NOBODY.
+    starts_B: i32[B] position of each row's first new token.
+    counts_B: i32[B] new tokens of each row, which come first; the rest is padding, which is written
+      to page NOBODY.
   """
   def attend(q: Array, k: Array, v: Array, cache: PagedCache,
              layer: Array) -> tuple[Array, PagedCache]:
-    page_size = cache.pages.shape[4]
-    pages_BS = jnp.take_along_axis(table_BP, positions_BS // page_size, 1, mode='clip')
-    pages_BS = jnp.where(is_token_BS, pages_BS, NOBODY)
-    cache = _write(cache, layer, pages_BS, positions_BS % page_size, jnp.stack([k, v], 3))
-    num_pages = table_BP.shape[1]
-    widths = sorted({-(-num_pages // share) for share in READ_SHARES})
-    needed = positions_BS.max() // page_size + 1
-    which = sum((needed > width).astype(jnp.int32) for width in widths[:-1])
-    branches = [functools.partial(_read, table_BP[:, :width], positions_BS) for width in widths]
-    return jax.lax.switch(which, branches, q, cache, layer), cache
+    offsets = jnp.arange(q.shape[1])
+    cache = write(cache, layer, table_BP, starts_B[:, None] + offsets,
+                  offsets < counts_B[:, None], k, v)
+    out = ops.paged(q, cache.pages, cache.scales, table_BP + layer * cache.num_pages, starts_B,
+                    counts_B)
+    return out, cache
 
   return attend
 
 
-def _write(cache: PagedCache, layer: Array, pages_BS: Array, offsets_BS: Array,
-           new_BSK2E: Array) -> PagedCache:
+def write(cache: PagedCache, layer: Array, table_BP: Array, positions_BS: Array,
+          is_token_BS: Array, k_BSKE: Array, v_BSKE: Array) -> PagedCache:
+  """Writes keys and values of S tokens of each row to their pages, and padding to page NOBODY."""
+  pages = jnp.take_along_axis(table_BP, positions_BS // cache.page_size, 1, mode='clip')
+  pages = jnp.where(is_token_BS, pages, NOBODY) + layer * cache.num_pages
+  offsets, new_BSK2E = positions_BS % cache.page_size, jnp.stack([k_BSKE, v_BSKE], 3)
+  if pages.size == 1:
+    # XLA would fuse a single update into each operation that reads it, and copy the cache for that.
+    pages = jnp.concatenate([pages, jnp.full_like(pages, NOBODY)])
+    offsets, new_BSK2E = (jnp.concatenate([x, x]) for x in (offsets, new_BSK2E))
   # Every axis but the last is indexed: an axis left whole between them would make the TPU's
   # scatter ask for another layout, and the whole pool be copied there and back in each layer.
   heads_K1, both = jnp.arange(new_BSK2E.shape[2])[:, None], jnp.arange(2)
-  at = (layer, heads_K1, pages_BS[..., None, None], both, offsets_BS[..., None, None])
+  at = (heads_K1, pages[..., None, None], both, offsets[..., None, None])
   if cache.scales is None:
-    return PagedCache(cache.pages.at[at].set(new_BSK2E.astype(cache.pages.dtype)), None)
+    return dataclasses.replace(
+        cache, pages=cache.pages.at[at].set(new_BSK2E.astype(cache.pages.dtype)))
   codes, scales = quantise(new_BSK2E)
-  return PagedCache(cache.pages.at[at].set(codes), cache.scales.at[at].set(scales))
+  return dataclasses.replace(cache, pages=cache.pages.at[at].set(codes),
+                             scales=cache.scales.at[at].set(scales))
 
 
 def quantise(x: Array) -> tuple[Array, Array]:
@@ -83,26 +97,34 @@ def quantise(x: Array) -> tuple[Array, Array]:
   return jnp.round(x / scale[..., None]).astype(jnp.int8), scale
 
 
-def _read(table_BP: Array, positions_BS: Array, q: Array, cache: PagedCache,
-          layer: Array) -> Array:
-  num_rows, num_pages = table_BP.shape
-  _, num_heads, _, _, page_size, width = cache.pages.shape
+def write_rows(cache: PagedCache, table_BP: Array, rows: KVCache, lengths_B: Array) -> PagedCache:
+  """Writes the first tokens of whole rows of another cache to pages, in all layers at once.
 
-  def of_rows(leaf: Array) -> Array:
-    gathered = leaf[layer, jnp.arange(num_heads)[:, None], table_BP[:, None]]  # [B, K, P, 2, …]
-    gathered = jnp.moveaxis(gathered, 3, 0)
-    return gathered.reshape(2, num_rows, num_heads, num_pages * page_size, *leaf.shape[5:])
+  Args:
+    cache: the pool.
+    table_BP: i32[B, P] the pages of each row.
+    rows: f[L, B, K, T, E] keys and values.
+    lengths_B: i32[B] how many tokens of each row are written; at most T.
+  """
+  num_layers, num_rows, num_heads, length, _ = rows.k.shape
+  positions = jnp.broadcast_to(jnp.arange(length), (num_rows, length))
+  # The layers stand where `write` has rows: it writes B · L rows of an only layer.
+  per_layer = lambda x: jnp.broadcast_to(x, (num_layers, *x.shape)).reshape(-1, *x.shape[1:])
+  of_layer = jnp.arange(num_layers)[:, None, None] * cache.num_pages
+  flat = lambda x_LBKTE: jnp.swapaxes(x_LBKTE, 2, 3).reshape(-1, length, num_heads,
+                                                             x_LBKTE.shape[-1])
+  table = (table_BP + of_layer).reshape(-1, table_BP.shape[1])
+  return write(cache, jnp.zeros((), jnp.int32), table, per_layer(positions),
+               per_layer(positions < lengths_B[:, None]), flat(rows.k), flat(rows.v))
 
-  kv = of_rows(cache.pages).astype(q.dtype)
-  if cache.scales is not None:
-    kv = kv * of_rows(cache.scales)[..., None].astype(q.dtype)
-  mask = attn.cache_mask(positions_BS, num_pages * page_size)
-  return attn.head_major_attention(q, kv[0], kv[1], mask)
 
+def copy_pages(cache: PagedCache, sources_C: Array, targets_C: Array) -> PagedCache:
+  """The pool with pages copied in all layers; NOBODY as source and target copies nothing."""
+  of_layer = jnp.arange(cache.num_layers)[:, None] * cache.num_pages
+  source, target = of_layer + sources_C, of_layer + targets_C
 
-def copy_page(cache: PagedCache, source: Array, target: Array) -> PagedCache:
-  """The pool with page `source` copied to page `target`."""
-  def copy(leaf: Any) -> Any:
-    page = jax.lax.dynamic_index_in_dim(leaf, source, axis=2)
-    return jax.lax.dynamic_update_slice_in_dim(leaf, page, target, axis=2)
-  return jax.tree.map(copy, cache)
+  def copied(leaf: Array) -> Array:
+    return leaf.at[:, target].set(leaf[:, source])
+
+  scales = None if cache.scales is None else copied(cache.scales)
+  return dataclasses.replace(cache, pages=copied(cache.pages), scales=scales)

@@ -13,10 +13,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from jaxrl_pt import config as cfg
 from jaxrl_pt.errors import UserError
-from jaxrl_pt.models import kv_cache
+from jaxrl_pt.models import kv_cache, paged_cache
 from jaxrl_pt.models.base import Constrain, Model
 from jaxrl_pt.nn import embed
 from jaxrl_pt.nn.ffn import gated
@@ -94,7 +95,12 @@ def build(config: cfg.Model, compute: cfg.Compute = cfg.Compute(),
   def init_cache(num_rows: int, num_slots: int) -> kv_cache.KVCache:
     return kv_cache.init(config, num_rows, num_slots, dtype)
 
-  return Model(config, _specs(config), apply, extend, head, init_cache, ops)
+  def init_pages(num_pages: int, page_size: int, dtype: DTypeLike) -> paged_cache.PagedCache:
+    pages = paged_cache.init(config, num_pages, page_size, dtype)
+    by_heads = lambda x: constrain(x, ('kv_heads', *[None] * (x.ndim - 1)))
+    return jax.tree.map(by_heads, pages)
+
+  return Model(config, _specs(config), apply, extend, head, init_cache, init_pages, ops)
 
 
 def _check_rotations(config: cfg.Model) -> None:

@@ -33,6 +33,10 @@ TRAIN: Rules = {
 # A sampler has its weights whole along `embed`, so that no small product waits for a gather.
 SAMPLE: Rules = {**TRAIN, 'embed': (), 'sequence': ()}
 
+# A sampler's shard, inside a `shard_map` over data and fsdp: its rows are all there are.
+SHARD: Rules = {**SAMPLE, 'batch': ()}
+ROWS = 'data', 'fsdp'  # The mesh axes that such a `shard_map` takes apart.
+
 
 def partition_spec(axes: tuple[str | None, ...], rules: Rules) -> PartitionSpec:
   """The PartitionSpec of an array whose dimensions have these logical names.
@@ -79,12 +83,17 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def make_constrain(mesh: Mesh, rules: Rules = TRAIN) -> Constrain:
-  """The function by which a model constrains its activations; the identity on a single device."""
+  """The function by which a model constrains its activations; the identity on a single device.
+
+  With the rules SHARD it may only be called inside a `shard_map` over the axes ROWS of the mesh.
+  """
   if mesh.size == 1:
     return lambda x, axes: x
 
   def constrain(x: Array, axes: tuple[str | None, ...]) -> Array:
-    sharding = NamedSharding(mesh, partition_spec(axes, rules))
+    spec = partition_spec(axes, rules)
+    # Inside, the mesh of the context is another one, in which the axes ROWS are manual.
+    sharding = spec if rules is SHARD else NamedSharding(mesh, spec)
     return jax.lax.with_sharding_constraint(x, sharding)
 
   return constrain

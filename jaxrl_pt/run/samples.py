@@ -1,15 +1,29 @@
 """Texts that the engine draws from a policy."""
 
 import collections
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxrl_pt import config as cfg
-from jaxrl_pt.data.tokenizer import begun
+from jaxrl_pt.data.tokenizer import begun, drawable
 from jaxrl_pt.run.policy import Policy, load_policy
 from jaxrl_pt.sampling.engine import Engine, Request, Response
+from jaxrl_pt.sampling.resa_engine import ResaEngine
 from jaxrl_pt.serving import stream
+from pallas_kernels.dispatch import generation_of
+
+
+class Sparse(NamedTuple):
+  """Sampling by rectified sparse attention.
+
+  resa: its settings; with an active share of 1 the texts are those of dense attention.
+  num_drafts: the number of tokens that sparse attention drafts before a dense forward pass checks
+    them, which makes the texts those of dense attention too; 0 keeps what sparse attention draws.
+  """
+
+  resa: cfg.ReSA
+  num_drafts: int = 0
 
 
 def make_engine(policy: Policy, config: cfg.Engine, *, seed: int,
@@ -21,6 +35,34 @@ def make_engine(policy: Policy, config: cfg.Engine, *, seed: int,
                 version=policy.step, mesh=policy.session.mesh)
 
 
+def engine_for(policy: Policy, prompts: list[str], *, sampler: cfg.Sampler, num_tokens: int,
+               num_samples: int, seed: int, prompt_len: int = 1, sparse: Sparse | None = None
+               ) -> Engine | ResaEngine:
+  """An engine of the right size for `stream_samples`.
+
+  Args:
+    policy, sampler, num_tokens, num_samples: as in `stream_samples`.
+    prompts: the prompts that are known; others may follow.
+    seed: the seed of the noise; equal seeds draw equal samples.
+    prompt_len: most tokens of the prompts that are not yet known.
+    sparse: how sparse attention samples; None samples by dense attention.
+  """
+  tokenizer, mesh = policy.session.data.tokenizer, policy.session.mesh
+  total = max(1, len(prompts)) * num_samples
+  longest = max([prompt_len, *(len(begun(tokenizer, tokenizer.encode(p))) for p in prompts)])
+  config = cfg.Engine(
+      slots=min(total, 32), queue=max(num_samples, min(total, 256)), prompt_len=longest,
+      response_len=num_tokens, prefill_chunk=min(longest, 128), steps_per_call=8)
+  if sparse is None:
+    return make_engine(policy, config, seed=seed)
+  return ResaEngine(
+      policy.model, policy.params, config, sparse.resa, num_drafts=sparse.num_drafts,
+      sampler=drawable(sampler, tokenizer, policy.model.config.vocab_size),
+      num_samples=num_samples, stop_id=tokenizer.eos_id, seed=seed, version=policy.step,
+      # The kernels read the pages of one chip; a mesh of several takes XLA's path.
+      generation=generation_of(mesh.devices.flat[0]) if mesh.size == 1 else None)
+
+
 def sample_workdir(workdir: Path, prompts: list[str], *, sampler: cfg.Sampler, num_tokens: int,
                    num_samples: int, seed: int, step: int | None = None) -> list[dict[str, Any]]:
   """`sample` with the policy of a work directory."""
@@ -29,9 +71,24 @@ def sample_workdir(workdir: Path, prompts: list[str], *, sampler: cfg.Sampler, n
 
 
 def sample(policy: Policy, prompts: list[str], *, sampler: cfg.Sampler, num_tokens: int,
-           num_samples: int, seed: int, stop: tuple[str, ...] = (),
-           engine: Engine | None = None) -> list[dict[str, Any]]:
-  """Continuations of each prompt; arguments as in `stream_samples`.
+           num_samples: int, seed: int, stop: tuple[str, ...] = ()) -> list[dict[str, Any]]:
+  """Continuations of each prompt, by dense attention.
+
+  Args:
+    policy, prompts, sampler, num_tokens, num_samples, stop: as in `stream_samples`.
+    seed: the seed of the noise; equal seeds draw equal samples.
+
+  Returns:
+    What `collect` returns.
+  """
+  engine = engine_for(policy, prompts, sampler=sampler, num_tokens=num_tokens,
+                      num_samples=num_samples, seed=seed)
+  return collect(prompts, stream_samples(engine, policy, prompts, sampler=sampler, stop=stop,
+                                         num_tokens=num_tokens, num_samples=num_samples))
+
+
+def collect(prompts: list[str], pieces: Iterable[stream.Piece]) -> list[dict[str, Any]]:
+  """The whole continuations that `stream_samples` yields in pieces.
 
   Returns:
     A dict for each prompt and sample: prompt, text, num_tokens, and logp, which is the sum of the
@@ -39,41 +96,33 @@ def sample(policy: Policy, prompts: list[str], *, sampler: cfg.Sampler, num_toke
   """
   texts: dict[tuple[int, int], str] = collections.defaultdict(str)
   ends: dict[tuple[int, int], Response] = {}
-  for piece in stream_samples(policy, prompts, sampler=sampler, num_tokens=num_tokens,
-                              num_samples=num_samples, seed=seed, stop=stop, engine=engine):
+  for piece in pieces:
     key = piece.number, piece.response.sample
     texts[key] += piece.text
     ends[key] = piece.response
   return [
       {'prompt': prompts[n], 'text': texts[n, g], 'num_tokens': len(ends[n, g].tokens),
-       'logp': float(ends[n, g].logp.sum())}
-      for n in range(len(prompts)) for g in range(num_samples)]
+       'logp': float(ends[n, g].logp.sum())} for n, g in sorted(ends)]
 
 
-def stream_samples(policy: Policy, prompts: list[str], *, sampler: cfg.Sampler, num_tokens: int,
-                   num_samples: int, seed: int, stop: tuple[str, ...] = (),
-                   engine: Engine | None = None) -> Iterator[stream.Piece]:
+def stream_samples(engine: stream.Draws, policy: Policy, prompts: list[str], *,
+                   sampler: cfg.Sampler, num_tokens: int, num_samples: int,
+                   stop: tuple[str, ...] = ()) -> Iterator[stream.Piece]:
   """Yields pieces of the continuations of each prompt as they are drawn.
 
   Each prompt is preceded by what documents begin with in training. An empty prompt is that alone.
 
   Args:
+    engine: an engine that is large enough, such as `engine_for` makes.
     policy: the policy that draws.
     prompts: texts; a prompt's place in the list addresses the noise of its samples.
     sampler: temperature and filters.
     num_tokens: most tokens of a sample.
     num_samples: samples of each prompt.
-    seed: the seed of the noise if `engine` is None; equal seeds draw equal samples.
     stop: texts that end a sample.
-    engine: an engine that is large enough, with a seed of its own; None makes one.
   """
   tokenizer = policy.session.data.tokenizer
   requests = [
       Request(tuple(begun(tokenizer, tokenizer.encode(prompt))), n, num_tokens, num_samples,
               sampler, (tokenizer.eos_id,), stop) for n, prompt in enumerate(prompts)]
-  if engine is None:
-    total, longest = len(requests) * num_samples, max(len(r.prompt) for r in requests)
-    engine = make_engine(policy, cfg.Engine(
-        slots=min(total, 32), queue=max(num_samples, min(total, 256)), prompt_len=longest,
-        response_len=num_tokens, prefill_chunk=min(longest, 128), steps_per_call=8), seed=seed)
   return stream.stream(engine, tokenizer, requests, starts_text=[not p for p in prompts])

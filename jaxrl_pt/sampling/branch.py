@@ -1,7 +1,7 @@
 """The learner's side of branch rollouts: a document and all its branches in one packed row.
 
 A branch is a prompt that ends at a position of a document, together with one response. The sampler
-(`decode.generate`) prefills a document once for all its branches; here one forward pass under a
+(`groups.generate`) prefills a document once for all its branches; here one forward pass under a
 tree mask gives the hidden states of all of them. Values and gradients equal those of whole
 sequences up to the order of sums.
 
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jaxrl_pt.models import kv_cache
 from jaxrl_pt.models.base import Model
-from jaxrl_pt.sampling import decode
+from jaxrl_pt.sampling.prefill import Prefilled
 from jaxrl_pt.types import Array, Params, Prompts
 
 
@@ -30,7 +30,7 @@ def documents(tokens_DT: Array, lengths_DP: Array, ids_DP: Array, suffix_DM: Arr
 
 
 def response_hidden(model: Model, params: Params, prompts: Prompts, tokens_NGS: Array,
-                    prefilled: decode.Prefilled | None = None) -> Array:
+                    prefilled: Prefilled | None = None) -> Array:
   """f[N, G, S, E]: the hidden state that each response token is predicted from.
 
   Each document goes through the model once, or not at all where `prefilled` holds its forward pass
@@ -76,7 +76,7 @@ def tree_hidden(model: Model, params: Params, tokens_DT: Array, lengths_DR: Arra
   return _before_each(hidden[:, :length], hidden[:, length:], lengths_DR)
 
 
-def own_hidden(model: Model, params: Params, prefilled: decode.Prefilled, lengths_DR: Array,
+def own_hidden(model: Model, params: Params, prefilled: Prefilled, lengths_DR: Array,
                own_DRS: Array) -> Array:
   """`tree_hidden` where the documents have gone through the model: only the own tokens still do."""
   fed, positions = _fed(lengths_DR, own_DRS)

@@ -13,8 +13,8 @@ attention and head have.
 
 from collections.abc import Iterable, Sequence
 import dataclasses
-from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,43 +25,15 @@ from jaxrl_pt import config as cfg
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.models.base import Model
 from jaxrl_pt.parallel import memory
-from jaxrl_pt.parallel.rules import SAMPLE
-from jaxrl_pt.sampling import slots as device
-from jaxrl_pt.sampling.policies import RowSamplers
-from jaxrl_pt.token_bytes import token_table
+from jaxrl_pt.sampling import engine_rows, slots, state
+from jaxrl_pt.sampling.engine_request import Constraint, Request, check
+from jaxrl_pt.sampling.prefix_cache import PrefixCache
+from jaxrl_pt.sampling.prompt_scores import Scored, Scorer
+from jaxrl_pt.sampling.requests import NO_DOCUMENT, NO_MASK, Queue
 from jaxrl_pt.types import Params
 
-REASONS = {device.STOP: 'stop', device.LENGTH: 'length', device.STOP_STRING: 'stop_string',
-           device.CANCELLED: 'cancelled'}
-
-
-@dataclass(frozen=True)
-class Request:
-  """One prompt and how to answer it; its `num_samples` responses share one prefill.
-
-  prompt: token ids.
-  id: addresses the randomness: requests with equal ids draw equal responses.
-  max_tokens: the largest number of tokens of a response, forced tokens included.
-  sampler: temperature and filters.
-  stop: tokens that end a response and belong to it.
-  stop_strings: texts that end a response as soon as they are complete.
-  forced: tokens that every response starts with.
-  max_thought: drawn tokens after which the end of thinking is forced; None for responses without
-    thinking.
-  max_answer: the largest number of tokens after the end of thinking; None for no limit but
-    `max_tokens`. It is read only where `max_thought` is set.
-  """
-
-  prompt: tuple[int, ...]
-  id: int
-  max_tokens: int
-  num_samples: int = 1
-  sampler: cfg.Sampler = field(default_factory=cfg.Sampler)
-  stop: tuple[int, ...] = ()
-  stop_strings: tuple[str, ...] = ()
-  forced: tuple[int, ...] = ()
-  max_thought: int | None = None
-  max_answer: int | None = None
+REASONS = {state.STOP: 'stop', state.LENGTH: 'length', state.STOP_STRING: 'stop_string',
+           state.CANCELLED: 'cancelled'}
 
 
 @dataclass(frozen=True)
@@ -75,6 +47,12 @@ class Response:
   sampled: np.ndarray  # f32[S] 1 where a token was drawn, 0 where it was forced
   finish: str  # '' while it runs, or 'stop', 'length', 'stop_string', 'cancelled'
   version: int  # optimiser step of the policy that drew it
+  # The likeliest tokens at each place under the distribution that was drawn from, falling; None
+  # where nobody asked.
+  top_tokens: np.ndarray | None = None  # i32[S, K]
+  top_logp: np.ndarray | None = None  # f32[S, K]
+  # The prompt under the model's own distribution, without temperature and filters.
+  prompt: Scored | None = None
 
 
 @dataclass
@@ -85,6 +63,12 @@ class _Row:
   sample: int
   id: int
   serial: int  # how many responses were queued before this one, since the engine was made
+  request: Request
+  document: int  # row of the prompt's document
+  keep: int  # row of the document that the whole sequence becomes, or NO_DOCUMENT
+  mask: int  # row of `Queue.masks`, or NO_MASK
+  constraint: Constraint | None
+  prompt: Scored | None  # the prompt's log-probabilities, if they are asked for
   seen: int = 0  # tokens of the response that `advance` has reported
 
 
@@ -112,29 +96,34 @@ class Engine:
     self.config, self._params = config, params
     self.version = version
     self._key = jax.random.key(seed)
-    self._shape = _shape(config, model.config.vocab_size)
-    self._vocabulary = _vocabulary(token_bytes, unused_ids, model.config.vocab_size, think_end)
+    self._shape = engine_rows.shape(config, model.config.vocab_size)
+    self._vocabulary = engine_rows.vocabulary(token_bytes, unused_ids, model.config.vocab_size,
+                                              think_end)
     dtype = jnp.int8 if config.kv == 'int8' else model.init_cache(1, 1).k.dtype
-    init = lambda: device.init(model, self._shape, self._vocabulary, dtype)
+    init = lambda: state.init(model, self._shape, self._vocabulary, dtype)
     memory.check_arrays(
         jax.eval_shape(init), f'The cache of {config.slots} slots of up to {config.prompt_len} + '
         f'{config.response_len} tokens', 'ask for fewer or shorter ones')
-    layout = None if mesh is None else _layout(mesh, jax.eval_shape(init))
+    layout = None if mesh is None else engine_rows.layout(mesh, jax.eval_shape(init))
     self._everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
     self._slots = jax.jit(init, out_shardings=layout)()
-    self._queue: Any = _empty_queue(self._shape)  # of NumPy arrays
-    self._on_device: device.Queue | None = None
+    self._documents = PrefixCache(self._shape.documents, self._shape.document_len)
+    self._queue: Any = engine_rows.empty_queue(self._shape, self._documents)  # of NumPy arrays
+    self._on_device: Queue | None = None
     self._free = list(range(config.queue - 1, -1, -1))
+    self._free_masks = list(range(config.constrained))
+    self._scorer = Scorer(model, config.prompt_len, self._shape.num_top)
+    self._scored: list[tuple[int, Response]] = []  # of requests that draw nothing
     self._rows: dict[int, _Row] = {}
-    self._num_handles = self._num_prompts = 0
+    self._num_handles = self._num_hits = self._num_hit_tokens = 0
     self._num_traces = 0
 
-    def run(*args: Any) -> device.Slots:
+    def run(*args: Any) -> state.Slots:
       self._num_traces += 1
-      return device.advance(model, self._shape, self._vocabulary, *args)
+      return slots.advance(model, self._shape, self._vocabulary, *args)
 
     # The device's state is donated: a call updates it in place.
-    self._run = jax.jit(run, donate_argnums=3, out_shardings=layout)
+    self._run = jax.jit(run, donate_argnums=4, out_shardings=layout)
     self.advance(0)
 
   # --- Requests -------------------------------------------------------------------------
@@ -149,7 +138,7 @@ class Engine:
     Raises:
       UserError: the request cannot be answered; the message says why and what the engine takes.
     """
-    _check(request, self._shape, self._vocabulary.think_end)
+    check(request, self._shape, self._vocabulary.think_end)
 
   def submit(self, request: Request) -> int:
     """Queues a request and returns the handle that its responses carry.
@@ -161,17 +150,40 @@ class Engine:
     self.check(request)
     if request.num_samples > len(self._free):
       raise BlockingIOError(f'the queue has room for {len(self._free)} responses')
+    if request.constraint is not None and request.num_samples > len(self._free_masks):
+      raise BlockingIOError(f'there is room for {len(self._free_masks)} constrained responses')
     handle, self._num_handles = self._num_handles, self._num_handles + 1
+    scored = None
+    if request.prompt_logprobs:
+      scored = self._scorer.score(self._params, request.prompt, request.top_logprobs)
+    if request.max_tokens == 0:
+      self._scored += [(handle, self._nothing_drawn(request, g, scored))
+                       for g in range(request.num_samples)]
+      return handle
+    found = self._documents.find(request.prompt[:-1], request.num_samples)
+    self._num_hits += found.hit > 0
+    self._num_hit_tokens += found.hit
+    # What a lone response becomes is kept for the next turn of its conversation.
+    keep = self._documents.reserve() if request.num_samples == 1 else NO_DOCUMENT
     for sample in range(request.num_samples):
-      row = self._free.pop()
-      _fill(self._queue.rows, self._shape, row, request, sample, self._num_prompts)
+      row, mask, constraint = self._free.pop(), NO_MASK, None
+      if request.constraint is not None:
+        mask, constraint = self._free_masks.pop(), request.constraint.copy()
+        self._queue.masks[mask] = constraint.mask()
+      engine_rows.fill(self._queue.rows, self._shape, row, request, sample, found.document, keep,
+                       mask)
       tail = int(self._queue.tail)
       self._queue.order[tail % len(self._queue.order)] = row
       self._queue = dataclasses.replace(self._queue, tail=np.int32(tail + 1))
-      self._rows[row] = _Row(handle, sample, request.id, tail)
-    self._num_prompts += 1
+      self._rows[row] = _Row(handle, sample, request.id, tail, request, found.document, keep, mask,
+                             constraint, scored)
     self._on_device = None
     return handle
+
+  def _nothing_drawn(self, request: Request, sample: int, scored: Scored | None) -> Response:
+    nothing = np.zeros(0, np.float32)
+    return Response(request.id, sample, np.zeros(0, np.int32), nothing, nothing, 'length',
+                    self.version, prompt=scored)
 
   def cancel(self, handle: int) -> None:
     """Ends the responses of a request at the next step; `advance` still returns them."""
@@ -192,26 +204,52 @@ class Engine:
     if self._on_device is None:
       self._on_device = jax.device_put(self._queue, self._everywhere)
     steps = self.config.steps_per_call if max_steps is None else max_steps
-    self._slots = self._run(self._params, self._key, self._on_device, self._slots,
-                            np.int32(steps))
+    if any(note.constraint is not None for note in self._rows.values()):
+      steps = min(steps, 1)  # Each token of a constrained response changes its mask.
+    self._slots = self._run(self._params, self._key, np.int32(self.version), self._on_device,
+                            self._slots, np.int32(steps))
     if self._num_traces > 1:
       raise RuntimeError('the engine compiled again: its parameters changed their shapes')
-    out = self._slots
-    head, count, finish, tokens, logp, sampled = jax.device_get(
-        (out.head, out.count, out.finish, out.tokens, out.logp, out.sampled))
-    changed = []
+    places, out = self._slots.places, self._slots.responses
+    if not any(note.request.top_logprobs for note in self._rows.values()):
+      out = dataclasses.replace(out, top_tokens=(), top_logp=())  # They are not fetched.
+    head, kept, out = jax.device_get((places.head, places.state, out))
+    changed, self._scored = self._scored, []
     for row, note in list(self._rows.items()):
       # A row holds an earlier response until the device has admitted its request.
-      if note.serial >= head or (count[row] == note.seen and not finish[row]):
+      if note.serial >= head or (out.count[row] == note.seen and not out.finish[row]):
         continue
-      note.seen, num = int(count[row]), int(count[row])
-      changed.append((note.handle, Response(
-          note.id, note.sample, tokens[row, :num].copy(), logp[row, :num].copy(),
-          sampled[row, :num].copy(), REASONS.get(int(finish[row]), ''), self.version)))
-      if finish[row]:
-        del self._rows[row]
-        self._free.append(row)
+      response = self._response(row, note, out)
+      changed.append((note.handle, response))
+      if note.constraint is not None and not response.finish:
+        for token in response.tokens[note.seen:].tolist():
+          note.constraint.accept(token)
+        self._queue.masks[note.mask] = note.constraint.mask()
+        self._on_device = None
+      note.seen = len(response.tokens)
+      if response.finish:
+        self._forget(row, note, response.tokens)
+    self._documents.report(kept)
     return changed
+
+  def _response(self, row: int, note: _Row, out: Any) -> Response:
+    """The response so far in a row of the device's `Responses`."""
+    num, num_top = int(out.count[row]), note.request.top_logprobs
+    top = lambda x: x[row, :num, :num_top].copy() if num_top else None
+    return Response(
+        note.id, note.sample, out.tokens[row, :num].copy(), out.logp[row, :num].copy(),
+        out.sampled[row, :num].copy(), REASONS.get(int(out.finish[row]), ''), self.version,
+        top(out.top_tokens), top(out.top_logp), note.prompt)
+
+  def _forget(self, row: int, note: _Row, tokens: np.ndarray) -> None:
+    """Frees the row of a response that has ended."""
+    del self._rows[row]
+    self._free.append(row)
+    if note.mask != NO_MASK:
+      self._free_masks.append(note.mask)
+    self._documents.done(note.document)
+    if note.keep != NO_DOCUMENT:
+      self._documents.fill(note.keep, (*note.request.prompt, *tokens[:-1].tolist()))
 
   def run(self, requests: Iterable[Request]) -> list[list[Response]]:
     """Answers requests to the end.
@@ -232,7 +270,7 @@ class Engine:
     waiting = sorted(range(len(requests)), key=lambda i: requests[i].max_tokens)
     numbers: dict[int, int] = {}
     done: list[list[Response]] = [[] for _ in requests]
-    while waiting or self._rows:
+    while waiting or self._rows or self._scored:
       while waiting and requests[waiting[-1]].num_samples <= self.room():
         number = waiting.pop()
         numbers[self.submit(requests[number])] = number
@@ -251,119 +289,26 @@ class Engine:
       raise UserError(f'{len(self._rows)} responses of version {self.version} are under way: '
                       f'collect or cancel them before loading version {version}.')
     self._params, self.version = params, version
+    self._documents.clear()
+    self._on_device = None
 
   def counters(self) -> dict[str, float]:
     """Counts since the engine was made, and the pages that are in use now.
 
     Returns:
-      steps: decode steps; prefilled: prompt tokens that went through the model; occupancy: the
-      share of slots that drew a token, over all steps; pages_in_use.
+      steps: decode steps; prefilled: prompt tokens that went through the model before their
+      responses began; prefix_hits, prefix_hit_tokens: requests whose prompt began like something
+      that was kept, and the tokens they had in common; occupancy: the share of slots that held a
+      response, over all steps; pages_in_use; kept_pages: those of them that no response under way
+      holds.
     """
-    steps, busy, prefilled, holders = jax.device_get(
-        (self._slots.steps, self._slots.busy, self._slots.prefilled, self._slots.holders))
-    return {'steps': int(steps), 'prefilled': int(prefilled),
-            'occupancy': float(busy) / max(1, int(steps) * self.config.slots),
-            'pages_in_use': int((holders[1:] > 0).sum())}
-
-
-# --- Rows of arrays -------------------------------------------------------------------
-
-
-def _shape(config: cfg.Engine, vocab_size: int) -> device.Shape:
-  sequence = -(-(config.prompt_len + config.response_len) // config.page_size)
-  # Pages for every slot's longest sequence, for one prompt that is kept for sharing, and page 0.
-  most = config.slots * sequence + -(-config.prompt_len // config.page_size) + 1
-  return device.Shape(
-      slots=config.slots, page_size=config.page_size, num_pages=config.num_pages or most,
-      queue=config.queue, prompt_len=config.prompt_len, response_len=config.response_len,
-      prefill_chunk=config.prefill_chunk, num_stop=4, num_forced=16, num_strings=8,
-      string_len=32, num_banned=16,
-      vocab_size=vocab_size)
-
-
-def _layout(mesh: Mesh, slots: device.Slots) -> Any:
-  """Shardings of the state: pages are split by heads, all else is replicated."""
-  everywhere = NamedSharding(mesh, PartitionSpec())
-  by_heads = NamedSharding(mesh, PartitionSpec(None, SAMPLE['kv_heads']))
-  layout = jax.tree.map(lambda _: everywhere, slots)
-  return dataclasses.replace(layout, cache=jax.tree.map(lambda _: by_heads, slots.cache))
-
-
-def _vocabulary(token_bytes: Sequence[bytes], unused_ids: Sequence[int], vocab_size: int,
-                think_end: tuple[int, ...]) -> device.Vocabulary:
-  is_token = np.arange(vocab_size) < len(token_bytes)
-  is_token[list(unused_ids)] = False
-  return device.Vocabulary(think_end, token_table(token_bytes, vocab_size), jnp.asarray(is_token))
-
-
-def _empty_queue(shape: device.Shape) -> Any:
-  ints = lambda *dims: np.zeros((shape.queue, *dims), np.int32)
-  fields: dict[str, Any] = dict(  # NumPy arrays until `Engine.advance` hands them to the device.
-      tokens=ints(shape.prompt_len), lengths=ints(), ids=ints(), samples=ints(), prompts=ints(),
-      max_tokens=ints(), max_thought=ints(), max_answer=ints(), forced=ints(shape.num_forced),
-      num_forced=ints(), stop=ints(shape.num_stop),
-      strings=np.zeros((shape.queue, shape.num_strings, shape.string_len), np.uint8),
-      string_lens=ints(shape.num_strings),
-      samplers=RowSamplers.of([cfg.Sampler()] * shape.queue, shape.vocab_size, shape.num_banned),
-      cancelled=np.zeros(shape.queue, bool))
-  ring: dict[str, Any] = dict(order=ints(), tail=np.int32(0))
-  return device.Queue(device.Requests(**fields), **ring)
-
-
-def _fill(rows: Any, shape: device.Shape, row: int, request: Request, sample: int,
-          prompt: int) -> None:
-  """Writes the row of one response of a request in place; `prompt` is its `Requests.prompts`."""
-  for name, values, filler in (('tokens', request.prompt, 0), ('forced', request.forced, 0),
-                               ('stop', request.stop, -1)):
-    array = getattr(rows, name)
-    array[row] = filler
-    array[row, :len(values)] = values
-  rows.strings[row], rows.string_lens[row] = 0, 0
-  for i, text in enumerate(s.encode() for s in request.stop_strings):
-    rows.strings[row, i, -len(text):] = np.frombuffer(text, np.uint8)
-    rows.string_lens[row, i] = len(text)
-  sampler = RowSamplers.of([request.sampler], shape.vocab_size, shape.num_banned)
-  for array, values in zip(jax.tree.leaves(rows.samplers), jax.tree.leaves(sampler), strict=True):
-    array[row] = values[0]
-  for name, value in (
-      ('lengths', len(request.prompt)), ('ids', np.uint32(request.id % 2**32).astype(np.int32)),
-      ('samples', sample), ('prompts', prompt), ('max_tokens', request.max_tokens),
-      ('max_thought', -1 if request.max_thought is None else request.max_thought),
-      ('max_answer', request.max_tokens if request.max_answer is None else request.max_answer),
-      ('num_forced', len(request.forced)), ('cancelled', False)):
-    getattr(rows, name)[row] = value
-
-
-def _check(request: Request, shape: device.Shape, think_end: tuple[int, ...]) -> None:
-  def refuse(what: str) -> NoReturn:
-    raise UserError(f'This cannot be answered: {what}.')
-
-  if not request.prompt:
-    refuse('the prompt is empty; start it with the token that begins a text')
-  if len(request.prompt) > shape.prompt_len:
-    refuse(f'the prompt has {len(request.prompt)} tokens and the cache takes {shape.prompt_len}; '
-           'shorten it or raise Engine.prompt_len')
-  if not 1 <= request.max_tokens <= shape.response_len:
-    refuse(f'max_tokens = {request.max_tokens}; write 1 to {shape.response_len}, or raise '
-           'Engine.response_len')
-  if not 1 <= request.num_samples <= shape.queue:
-    refuse(f'num_samples = {request.num_samples}; write 1 to {shape.queue}')
-  for name, ids in (('prompt', request.prompt), ('forced', request.forced),
-                    ('stop', request.stop), ('banned', request.sampler.banned)):
-    for token in ids:
-      if not 0 <= token < shape.vocab_size:
-        refuse(f'{name} holds token {token}, outside the vocabulary of {shape.vocab_size}')
-  for name, values, most in (
-      ('stop', request.stop, shape.num_stop), ('forced', request.forced, shape.num_forced),
-      ('stop_strings', request.stop_strings, shape.num_strings),
-      ('banned', request.sampler.banned, shape.num_banned)):
-    if len(values) > most:
-      refuse(f'{len(values)} entries in {name}; at most {most} are taken')
-  for text in request.stop_strings:
-    if not 1 <= len(text.encode()) <= shape.string_len or '\0' in text:
-      refuse(f'stop string {text!r}; write 1 to {shape.string_len} bytes without NUL')
-  for name, budget in (('max_thought', request.max_thought), ('max_answer', request.max_answer)):
-    if budget is not None and budget < 0:
-      refuse(f'{name} = {budget}; write 0 or more')
-  if request.max_thought is not None and not think_end:
-    refuse('max_thought is set, but this model has no marker that ends thinking')
+    counters, holders, table = jax.device_get(
+        (self._slots.counters, self._slots.places.holders, self._slots.places.table))
+    in_use = holders[1:] > 0
+    running = np.zeros(holders.shape, bool)
+    running[table.ravel()] = True
+    return {'steps': int(counters.steps), 'prefilled': int(counters.prefilled),
+            'prefix_hits': self._num_hits, 'prefix_hit_tokens': self._num_hit_tokens,
+            'occupancy': float(counters.busy) / max(1, int(counters.steps) * self.config.slots),
+            'pages_in_use': int(in_use.sum()),
+            'kept_pages': int((in_use & ~running[1:]).sum())}

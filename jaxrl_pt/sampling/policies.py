@@ -183,6 +183,14 @@ def draw(keys: Array, logits: Array) -> Drawn:
   return Drawn(token_B.astype(jnp.int32).reshape(shape), logp_B.reshape(shape))
 
 
+def sample_keys(key: Array, ids_N: Array, num_samples: int, first_N: Array | None = None) -> Array:
+  """key[N · G]: fold_in(fold_in(key, id), sample), where samples count from `first_N` (or 0) on."""
+  per_prompt = jax.vmap(jax.random.fold_in, (None, 0))(key, ids_N)
+  per_sample = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))
+  first = jnp.zeros_like(ids_N) if first_N is None else first_N
+  return per_sample(per_prompt, first[:, None] + jnp.arange(num_samples)).reshape(-1)
+
+
 # --- A sampler for each row -----------------------------------------------------------
 
 
@@ -211,13 +219,13 @@ class RowSamplers:
     return cls(**fields)
 
 
-def filtered_rows(logits_BV: Array, rows: RowSamplers, is_token_V: Array) -> Array:
+def filtered_rows(logits_BV: Array, rows: RowSamplers, is_token: Array) -> Array:
   """`filtered_logits` with settings of its own for each row; it sorts only if some row filters.
 
   Args:
     logits_BV: f[B, V].
     rows: the settings of B rows.
-    is_token_V: bool[V], False for ids that are banned in all rows.
+    is_token: bool[V] or bool[B, V], False for ids that are banned in all rows or in one.
 
   Returns:
     f32[B, V].
@@ -225,7 +233,7 @@ def filtered_rows(logits_BV: Array, rows: RowSamplers, is_token_V: Array) -> Arr
   vocab_size = logits_BV.shape[-1]
   row = jnp.arange(logits_BV.shape[0])[:, None]
   greedy = rows.temperature[:, None] == 0
-  is_banned = jnp.broadcast_to(~is_token_V, logits_BV.shape).at[row, rows.banned].set(
+  is_banned = jnp.broadcast_to(~is_token, logits_BV.shape).at[row, rows.banned].set(
       True, mode='drop')
   scaled = _without(
       logits_BV.astype(jnp.float32) / jnp.where(greedy, 1.0, rows.temperature[:, None]), is_banned)

@@ -6,7 +6,7 @@
                dense forward pass; the drawn tokens stay
 
 By induction the cache equals that of dense decoding after each rectification. The noise, the
-filters and the form of the results are those of `decode.generate`.
+filters and the form of the results are those of `groups.generate`.
 
 Source: 2506.04108.
 Departs from the paper's code in recomputing the descriptors of ⌈f / b⌉ + 1 blocks, not of the
@@ -23,7 +23,8 @@ from jaxrl_pt import config as cfg
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.models.base import Model
 from jaxrl_pt.sampling import policies, resa_attention
-from jaxrl_pt.sampling.decode import NO_STOP, sample_keys
+from jaxrl_pt.sampling.groups import NO_STOP
+from jaxrl_pt.sampling.policies import sample_keys
 from jaxrl_pt.sampling.resa_attention import NOBODY, SparseCache
 from jaxrl_pt.types import Array, Params, Prompts, RolloutBatch
 from pallas_kernels.dispatch import Generation
@@ -183,11 +184,11 @@ class _Decoding:
 def generate(model: Model, params: Params, prompts: Prompts, key: Array, *, sampler: cfg.Sampler,
              resa: cfg.ReSA, num_samples: int, num_tokens: int, stop_id: int = NO_STOP,
              version: Array | int = 0, generation: Generation | None = None) -> RolloutBatch:
-  """`decode.generate` with rectified sparse attention.
+  """`groups.generate` with rectified sparse attention.
 
   Args:
     resa: how blocks are selected and when rows are rectified. With an active share of 1 the
-      result is that of `decode.generate`.
+      result is that of `groups.generate`.
     generation: the generation of the TPU that runs it; None for any other device.
 
   Returns:

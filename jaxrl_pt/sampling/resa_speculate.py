@@ -5,7 +5,7 @@ token at a position with the same addressed noise:
 
     d = argmax(log q + g),  t = argmax(log p + g),  g = Gumbel noise of the position
 
-so that t is the very token of `decode.generate`, whatever was drafted, and a draft is right where
+so that t is the very token of `groups.generate`, whatever was drafted, and a draft is right where
 d = t. The first wrong draft is replaced by its t, and drafts after it are dropped; if all drafts
 of a round are right, the verification adds one more t. This is exact for greedy decoding and for
 sampling.
@@ -25,7 +25,8 @@ import jax.numpy as jnp
 from jaxrl_pt import config as cfg
 from jaxrl_pt.models.base import Model
 from jaxrl_pt.sampling import resa, resa_attention
-from jaxrl_pt.sampling.decode import NO_STOP, sample_keys
+from jaxrl_pt.sampling.groups import NO_STOP
+from jaxrl_pt.sampling.policies import sample_keys
 from jaxrl_pt.sampling.resa_attention import SparseCache
 from jaxrl_pt.types import Array, Params, Prompts, RolloutBatch
 from pallas_kernels.dispatch import Generation
@@ -56,7 +57,7 @@ def generate(model: Model, params: Params, prompts: Prompts, key: Array, *, samp
              sparse: cfg.ReSA, num_drafts: int, num_samples: int, num_tokens: int,
              stop_id: int = NO_STOP, version: Array | int = 0,
              generation: Generation | None = None) -> tuple[RolloutBatch, Speculation]:
-  """`decode.generate`, token for token, with fewer dense steps.
+  """`groups.generate`, token for token, with fewer dense steps.
 
   Args:
     sparse: how drafts read the cache. Each verification also rectifies it, so that

@@ -1,6 +1,7 @@
 """The HTTP server: OpenAI's completions and chat completions, answered by one `Worker`.
 
-    POST /v1/completions, /v1/chat/completions    GET /v1/models, /health, /metrics
+    POST /v1/completions, /v1/chat/completions, /tokenize, /detokenize
+    GET /v1/models, /tokenizer_info, /health, /metrics
 
 A request that is wrong, too large or more than the queue takes gets an error and disturbs no other
 request. When a client goes away, its responses are cancelled, and their slots and pages are free
@@ -19,15 +20,16 @@ from typing import Any
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.sampling.engine import Response as Sampled
-from jaxrl_pt.serving import protocol
+from jaxrl_pt.serving import protocol, tokens
 from jaxrl_pt.serving.answers import Answer, Delta
-from jaxrl_pt.serving.protocol import ApiError, Ask, Service
+from jaxrl_pt.serving.fields import ApiError, read_json
+from jaxrl_pt.serving.protocol import Ask, Service
 from jaxrl_pt.serving.telemetry import Telemetry
 from jaxrl_pt.serving.worker import Busy, Job, Stopped, Worker
 
@@ -72,6 +74,9 @@ def make_app(service: Service, worker: Worker, token: str | None = None,
   app = Starlette(lifespan=lifespan, routes=[
       Route('/v1/completions', server.completions, methods=['POST']),
       Route('/v1/chat/completions', server.chat, methods=['POST']),
+      Route('/tokenize', server.tokenize, methods=['POST']),
+      Route('/detokenize', server.detokenize, methods=['POST']),
+      Route('/tokenizer_info', server.tokenizer_info),
       Route('/v1/models', server.models), Route('/v1/models/{name}', server.model),
       Route('/health', server.health), Route('/metrics', server.metrics)],
       exception_handlers={ApiError: _api_error, HTTPException: _http_error,
@@ -123,7 +128,7 @@ class _Guard:
 
     async def counted(message: Message) -> None:
       if message['type'] == 'http.response.start':
-        self._telemetry.requests[path, message['status']] += 1
+        self._telemetry.requests.labels(path, message['status']).inc()
       await send(message)
 
     refusal = self._refusal(dict(scope['headers']), scope['path'])
@@ -223,6 +228,16 @@ class _Server:
   async def chat(self, request: Request) -> Response:
     return await self._answer(request, protocol.chat)
 
+  async def tokenize(self, request: Request) -> Response:
+    return JSONResponse(await self._read(request, tokens.tokenize))
+
+  async def detokenize(self, request: Request) -> Response:
+    return JSONResponse(await self._read(request, tokens.detokenize))
+
+  async def tokenizer_info(self, request: Request) -> Response:
+    del request
+    return JSONResponse(tokens.info(self._service))
+
   async def models(self, request: Request) -> Response:
     del request
     return JSONResponse({'object': 'list', 'data': [self._model()]})
@@ -234,7 +249,7 @@ class _Server:
 
   def _model(self) -> dict[str, Any]:
     return {'id': self._service.name, 'object': 'model', 'created': self._started,
-            'owned_by': 'jaxrl_pt'}
+            'owned_by': 'jaxrl_pt', 'max_model_len': tokens.max_len(self._service)}
 
   async def health(self, request: Request) -> Response:
     del request
@@ -243,22 +258,24 @@ class _Server:
                         200 if failure is None else 503)
 
   async def metrics(self, request: Request) -> Response:
-    del request
     try:
       counters = await asyncio.wrap_future(self._worker.counters())
     except Stopped as e:
       raise ApiError(503, f'The engine does not run: {e}.') from e
-    return PlainTextResponse(self._telemetry.text(counters),
-                             media_type='text/plain; version=0.0.4')
+    text, content_type = self._telemetry.exposition(counters, request.headers.get('accept', ''))
+    return Response(text, headers={'Content-Type': content_type})
+
+  async def _read(self, request: Request, understand: Callable[..., Any]) -> Any:
+    """Reads a body and understands it in a thread, where a long text holds up no other request."""
+    body = await _read_body(request, self._service.max_body_bytes)
+    return await asyncio.to_thread(lambda: understand(read_json(body), self._service))
 
   # --- Answers --------------------------------------------------------------------------
 
   async def _answer(self, request: Request, understand: Callable[..., Ask]) -> Response:
     arrived = time.monotonic()
-    body = await _read_body(request, self._service.max_body_bytes)
-    # Tokenizing a long text takes a while; in a thread it holds up no other request.
-    ask = await asyncio.to_thread(
-        lambda: understand(protocol.read_json(body), self._service, self._ids))
+    ask: Ask = await self._read(
+        request, lambda body, service: understand(body, service, self._ids))
     news = _News()
     try:
       job = self._worker.submit(ask.requests, news.listen)
@@ -269,7 +286,7 @@ class _Server:
                      headers={'Retry-After': str(_RETRY_SECONDS)}) from e
     except Stopped as e:
       raise ApiError(503, f'The engine does not run: {e}.') from e
-    self._telemetry.num_prompt_tokens += sum(len(r.prompt) for r in ask.requests)
+    self._telemetry.prompt_tokens.inc(sum(len(r.prompt) for r in ask.requests))
     answer = Answer(self._service, ask)
     deltas = self._deltas(answer, news, arrived)
     if ask.is_stream:
@@ -284,15 +301,15 @@ class _Server:
     while not answer.is_done:
       for number, response in await news.get():
         if is_first:
-          self._telemetry.note_first_token(time.monotonic() - arrived)
+          self._telemetry.first_token_seconds.observe(time.monotonic() - arrived)
           is_first = False
         yield answer.update(number, response)
 
   def _end(self, job: Job, answer: Answer) -> None:
     """Ends the job after its answer's last byte, or when the client has gone."""
     self._worker.cancel(job)
-    self._telemetry.num_tokens += answer.usage()['completion_tokens']
-    self._telemetry.num_disconnects += not answer.is_done
+    self._telemetry.tokens.inc(answer.usage()['completion_tokens'])
+    self._telemetry.disconnects.inc(not answer.is_done)
 
 
 class _Stream(Response):

@@ -11,24 +11,36 @@ from jaxrl_pt.data import template_text, token_table
 from jaxrl_pt.data.template_text import Span
 from jaxrl_pt.data.tokenizer import Tokenizer, begun
 from jaxrl_pt.errors import UserError
+from jaxrl_pt.serving.text import CALLS
 
 _CONTENT = '{content}'
 # The engine takes four stop tokens, and end of text is one of them.
 MOST_STOPS = 3
 
 
-class Message(NamedTuple):
-  """One turn of a conversation."""
+class Call(NamedTuple):
+  """A call of a tool by the assistant."""
 
-  role: Literal['system', 'user', 'assistant']
+  name: str
+  arguments: str  # the text of a JSON object
+
+
+class Message(NamedTuple):
+  """One turn of a conversation; a tool's turn is the result of a call."""
+
+  role: Literal['system', 'user', 'assistant', 'tool']
   content: str
+  calls: tuple[Call, ...] = ()  # those that end an assistant's turn
 
 
 @dataclass(frozen=True)
 class Template:
   """The prompt template of a conversation, in which `{content}` stands for what was said.
 
-  system, user, assistant: the texts of turns of these roles.
+  system, user, assistant, tool: the texts of turns of these roles. The content of an assistant that
+    has called tools ends with the calls, each between lines `<tool_call>` and `</tool_call>`.
+  tools: what the first system message ends with where there are tools; `{content}` stands for
+    their descriptions, one JSON object a line.
   opening: the text before the answer to come.
   stop: texts that end the answer, beside end of text.
 
@@ -38,11 +50,18 @@ class Template:
   system: str = '{content}\n\n'
   user: str = 'User: {content}\n\n'
   assistant: str = 'Assistant: {content}\n\n'
+  tool: str = 'Tool: <tool_response>\n{content}\n</tool_response>\n\n'
+  tools: str = (
+      '# Tools\n\nYou may call one or more functions to assist with the user query.\n\nYou are '
+      'provided with function signatures within <tools></tools> XML tags:\n<tools>\n{content}\n'
+      '</tools>\n\nFor each function call, return a json object with function name and arguments '
+      'within <tool_call></tool_call> XML tags:\n<tool_call>\n{"name": <function-name>, '
+      '"arguments": <args-json-object>}\n</tool_call>')
   opening: str = 'Assistant:'
   stop: tuple[str, ...] = ('\nUser:',)
 
   def __post_init__(self) -> None:
-    for name in ('system', 'user', 'assistant', 'opening'):
+    for name in ('system', 'user', 'assistant', 'tool', 'tools', 'opening'):
       value = getattr(self, name)
       if not isinstance(value, str) or (name != 'opening' and _CONTENT not in value):
         raise UserError(f'Template.{name} = {value!r}: write a text with {_CONTENT} in it.')
@@ -52,20 +71,33 @@ class Template:
                       f'{MOST_STOPS}.')
     object.__setattr__(self, 'stop', tuple(self.stop))
 
-  def spans(self, messages: Sequence[Message]) -> list[Span]:
-    """The texts of the prompt that asks for the assistant's next turn."""
-    turns = {'system': self.system, 'user': self.user, 'assistant': self.assistant}
+  def spans(self, messages: Sequence[Message], tools: Sequence[str] = ()) -> list[Span]:
+    """The texts of the prompt that asks for the assistant's next turn.
+
+    Args:
+      messages: the turns so far.
+      tools: the descriptions of the tools that may be called, as JSON.
+    """
+    turns = {'system': self.system, 'user': self.user, 'assistant': self.assistant,
+             'tool': self.tool}
+    offer = _filled(self.tools, [Span('\n'.join(tools), False)]) if tools else []
     spans = []
+    if offer and not any(m.role == 'system' for m in messages):
+      messages = [Message('system', ''), *messages]
     for message in messages:
-      first, *others = turns[message.role].split(_CONTENT)
-      spans.append(Span(first, True))
-      for text in others:
-        spans += [Span(message.content, False), Span(text, True)]
+      content = [Span(message.content, False)]
+      if message.role == 'system' and offer:
+        content += [Span('\n\n', True)] * bool(message.content) + offer
+        offer = []
+      for i, call in enumerate(message.calls):
+        content += _call(call, '\n' if message.content or i else '')
+      spans += _filled(turns[message.role], content)
     return [*spans, Span(self.opening, True)]
 
-  def prompt(self, tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
+  def prompt(self, tokenizer: Tokenizer, messages: Sequence[Message],
+             tools: Sequence[str] = ()) -> list[int]:
     """The prompt's tokens, with special tokens only where the template has them."""
-    return begun(tokenizer, template_text.encode(tokenizer, self.spans(messages)))
+    return begun(tokenizer, template_text.encode(tokenizer, self.spans(messages, tools)))
 
   def stops(self, tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[str, ...]]:
     """The stop tokens and stop texts of an answer: special tokens end it as tokens, not as texts.
@@ -80,6 +112,20 @@ class Template:
         raise UserError(f'Template.stop = {text!r} holds a special token beside other text, which '
                         'no answer can spell: write the token alone.')
     return tuple(special[text] for text in self.stop if text in special), texts
+
+
+def _filled(turn: str, content: Sequence[Span]) -> list[Span]:
+  """A text of the template with `content` in each of its places."""
+  first, *others = turn.split(_CONTENT)
+  spans = [Span(first, True)]
+  for text in others:
+    spans += [*content, Span(text, True)]
+  return spans
+
+
+def _call(call: Call, before: str) -> list[Span]:
+  said = f'{{"name": {json.dumps(call.name, ensure_ascii=False)}, "arguments": {call.arguments}}}'
+  return [Span(f'{before}{CALLS.start}\n', True), Span(said, False), Span(f'\n{CALLS.end}', True)]
 
 
 def read_template(path: Path) -> Template:

@@ -1,12 +1,34 @@
 """Answers requests in the calling thread and hands out their text as it is drawn."""
 
 from collections.abc import Generator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
+from jaxrl_pt import config as cfg
 from jaxrl_pt.data.tokenizer import Tokenizer
 from jaxrl_pt.errors import UserError
-from jaxrl_pt.sampling.engine import Engine, Request, Response
+from jaxrl_pt.sampling.engine import Request, Response
 from jaxrl_pt.serving.text import TextStream
+
+
+class Draws(Protocol):
+  """What `stream` needs of an engine; `sampling.engine.Engine` says what its methods do."""
+
+  config: cfg.Engine
+
+  def check(self, request: Request) -> None:
+    ...
+
+  def room(self) -> int:
+    ...
+
+  def submit(self, request: Request) -> int:
+    ...
+
+  def cancel(self, handle: int) -> None:
+    ...
+
+  def advance(self) -> list[tuple[int, Response]]:
+    ...
 
 
 class Piece(NamedTuple):
@@ -17,7 +39,7 @@ class Piece(NamedTuple):
   response: Response  # the response so far
 
 
-def stream(engine: Engine, tokenizer: Tokenizer, requests: Sequence[Request], *,
+def stream(engine: Draws, tokenizer: Tokenizer, requests: Sequence[Request], *,
            starts_text: Sequence[bool] = (), table: Sequence[bytes] = ()) -> Generator[Piece]:
   """Answers requests; closing the iterator cancels what is under way.
 

@@ -14,10 +14,13 @@ from jaxrl_pt.data.tokenizer import Tokenizer
 
 
 class Markers(NamedTuple):
-  """The texts that enclose thinking at the start of a response."""
+  """Two texts that enclose a part of a response: by default thinking, at its start."""
 
   start: str = '<think>'
   end: str = '</think>'
+
+
+CALLS = Markers('<tool_call>', '</tool_call>')  # around each tool call
 
 
 def encode_marker(tokenizer: Tokenizer, marker: str) -> tuple[int, ...]:
@@ -26,15 +29,18 @@ def encode_marker(tokenizer: Tokenizer, marker: str) -> tuple[int, ...]:
 
 
 def spelled(tokenizer: Tokenizer, markers: Markers) -> list[bytes]:
-  """The tokenizer's `token_bytes`, in which markers that are special tokens spell themselves."""
+  """The tokenizer's `token_bytes`, in which markers that are special tokens spell themselves.
+
+  These are the given markers of thinking and those of tool calls.
+  """
   table = tokenizer.token_bytes()
-  for marker in markers:
+  for marker in (*markers, *CALLS):
     if (token := tokenizer.special_tokens.get(marker)) is not None:
       table[token] = marker.encode()
   return table
 
 
-def _num_held(text: AnyStr, patterns: Sequence[AnyStr]) -> int:
+def num_held(text: AnyStr, patterns: Sequence[AnyStr]) -> int:
   """Length of the longest end of `text` that could grow into one of the patterns."""
   longest = max((len(p) - 1 for p in patterns), default=0)
   return next((n for n in range(min(longest, len(text)), 0, -1)
@@ -94,7 +100,7 @@ class TextStream:
     if finish == 'stop_string':
       end = self._stop_start(before)
     elif not finish:
-      end -= _num_held(bytes(self._bytes[self._shown:]), self._stop_strings)
+      end -= num_held(bytes(self._bytes[self._shown:]), self._stop_strings)
     text = self._decoder.decode(bytes(self._bytes[self._shown:end]), final=bool(finish))
     self._shown = max(end, self._shown)
     return text, self._given(finish)
@@ -167,7 +173,7 @@ class ThoughtSplitter:
       # All that follows is the answer, in which a second marker is text.
       self._markers = Markers('\0', '\0')
       return thought
-    keep = 0 if last else _num_held(self._held, [self._markers.end])
+    keep = 0 if last else num_held(self._held, [self._markers.end])
     shown, self._held = self._held[:len(self._held) - keep], self._held[len(self._held) - keep:]
     return shown
 

@@ -43,6 +43,7 @@ class Worker:
     self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
     self._lock = threading.Lock()
     self._room = engine.room()  # rows that are not promised to any job
+    self._masks = engine.config.constrained  # of these, rows that may have a constraint
     self._jobs: dict[int, tuple[Job, int]] = {}  # handle → job, number of the request in it
     self._left: dict[int, int] = {}  # handle → responses under way
     self._has_begun = self._is_short = False
@@ -72,12 +73,20 @@ class Worker:
     num, most = sum(r.num_samples for r in requests), self._engine.config.queue
     if num > most:
       raise UserError(f'{num} responses are asked for at once and at most {most} are taken.')
+    num_held, most_held = sum(map(_num_held, requests)), self._engine.config.constrained
+    if num_held > most_held:
+      raise UserError(f'{num_held} responses of a format are asked for at once and at most '
+                      f'{most_held} are taken.')
     with self._lock:
       if self.failure is not None:
         raise Stopped(str(self.failure)) from self.failure
       if num > self._room:
         raise Busy(f'{most - self._room} responses are under way and at most {most} are taken')
+      if num_held > self._masks:
+        raise Busy(f'{most_held - self._masks} responses of a format are under way and at most '
+                   f'{most_held} are taken')
       self._room -= num
+      self._masks -= num_held
       job = Job(requests, listener)
       self._inbox.put(lambda: self._begin(job))
     return job
@@ -145,7 +154,7 @@ class Worker:
       return
     for number, request in enumerate(job.requests):
       if job.is_cancelled:
-        self._give_back(request.num_samples)
+        self._give_back(request, request.num_samples)
         continue
       handle = self._engine.submit(request)
       job.handles.append(handle)
@@ -168,13 +177,19 @@ class Worker:
   def _deliver(self, handle: int, response: Response) -> None:
     job, number = self._jobs[handle]
     if response.finish:
-      self._give_back(1)
+      self._give_back(job.requests[number], 1)
       self._left[handle] -= 1
       if not self._left[handle]:
         del self._left[handle], self._jobs[handle]
     if not job.is_cancelled:
       job.listener(number, response)
 
-  def _give_back(self, num: int) -> None:
+  def _give_back(self, request: Request, num: int) -> None:
     with self._lock:
       self._room += num
+      self._masks += num if request.constraint is not None else 0
+
+
+def _num_held(request: Request) -> int:
+  """The responses of a request that are held to a constraint."""
+  return request.num_samples if request.constraint is not None else 0

@@ -186,14 +186,25 @@ def runs(module: Module) -> list[Run]:
     for instruction in computation.values():
       visited.append(Run(instruction, computation, times))
       if instruction.opcode == 'while':
+        known = in_all(instruction.op_name.removesuffix('/while'))
         trips = trip_count(module, computation, instruction)
-        visit(_called(instruction)[0], times * trips)
+        visit(_called(instruction)[0], times * trips if known is None else known)
       elif instruction.opcode in ('call', 'conditional'):
         for called in _called(instruction):
           visit(called, times)
 
   visit(module.entry, 1)
   return visited
+
+
+def in_all(name: str) -> int | None:
+  """How often a loop runs in all if the last scope of its name says so (`sampling.slots.in_all`).
+
+  Args:
+    name: the scopes round the loop, with slashes between them.
+  """
+  found = re.search(r'(?:^|/)at_most_(\d+)_in_all$', name)
+  return int(found[1]) if found else None
 
 
 def _called(instruction: Instruction) -> list[str]:
@@ -218,14 +229,27 @@ def trip_count(module: Module, computation: Computation, loop: Instruction) -> i
       return max(0, int(re.findall(r'-?\d+', bound.rest)[0]) - start)
   for instruction in test.values():  # The comparison may be inside a fusion.
     if instruction.opcode == 'fusion':
-      bounds = [test[name] for name in instruction.operands
-                if test[name].opcode == 'constant']
-      inner = module.computations[_called(instruction)[0]].values()
-      compares = [i for i in inner if i.opcode == 'compare' and 'direction=LT' in i.rest]
-      bounds += [i for i in inner if i.opcode == 'constant' and i.type.startswith('s32')]
-      if compares and bounds:
-        return int(re.findall(r'-?\d+', bounds[0].rest)[0])
+      inner = module.computations[_called(instruction)[0]]
+      bounds = [_constant(inner, name, test, instruction) for compare in inner.values()
+                if compare.opcode == 'compare' and 'direction=LT' in compare.rest
+                for name in compare.operands[1:]]
+      if any(bound is not None for bound in bounds):
+        return max(bound for bound in bounds if bound is not None)
   return 1
+
+
+def _constant(inner: Computation, name: str, outer: Computation,
+              fusion: Instruction) -> int | None:
+  """The value of a constant inside a fusion or among its operands, else None."""
+  found = inner.get(name)
+  while found and found.opcode in ('bitcast', 'broadcast', 'copy'):
+    found = inner.get(found.operands[0])
+  if found and found.opcode == 'parameter':
+    number = int(re.findall(r'\d+', found.rest)[0])
+    found = outer.get(fusion.operands[number])
+  if found is None or found.opcode != 'constant':
+    return None
+  return int(re.findall(r'-?\d+', found.rest)[0])
 
 
 def _initial(computation: Computation, loop: Instruction, counter: Instruction) -> int:

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 from jax.extend import core
 
+from jaxrl_pt.tpu import hlo
 from jaxrl_pt.tpu.chips import Chip
 from pallas_kernels.tuning import Operand
 
@@ -77,7 +78,8 @@ def multiply_adds(jaxpr: core.Jaxpr, times: int = 1) -> MultiplyAdds:
       case 'cond':
         total += _largest([multiply_adds(b.jaxpr, times) for b in eqn.params['branches']])
       case name:
-        repeats = times * _repeats(name, eqn)
+        in_all = hlo.in_all(str(eqn.source_info.name_stack)) if name == 'while' else None
+        repeats = times * _repeats(name, eqn) if in_all is None else in_all
         for program in inner(eqn):
           count = multiply_adds(program, repeats)
           total += _causal(count, eqn) if _is_splash(name, eqn) else count

@@ -20,8 +20,8 @@ import optax
 
 from jaxrl_pt import config as cfg
 from jaxrl_pt.models.base import Model
-from jaxrl_pt.sampling import decode
-from jaxrl_pt.sampling.rollouts import make_sampler
+from jaxrl_pt.sampling.groups import NO_STOP, make_sampler
+from jaxrl_pt.sampling.prefill import Prefilled, prefill
 from jaxrl_pt.train import update
 from jaxrl_pt.types import (
   Array,
@@ -50,7 +50,7 @@ class PolicyVerifier:
   stop_id: the token that ends a response.
   """
 
-  verify: Callable[[Model, TrainState, decode.Prefilled | None, Prompts, RolloutBatch], Verdict]
+  verify: Callable[[Model, TrainState, Prefilled | None, Prompts, RolloutBatch], Verdict]
   after: Callable[[TrainState, TrainState], TrainState]
   stop_id: int
 
@@ -73,7 +73,7 @@ def reads_reference(algorithm: cfg.Algorithm) -> bool:
 
 def make_fused_step(model: Model, optimizer: optax.GradientTransformation, run: cfg.Run,
                     method: cfg.Reinforced, verifier: Verify | PolicyVerifier,
-                    stop_id: int = decode.NO_STOP, *, by_token: bool = False) -> FusedStep:
+                    stop_id: int = NO_STOP, *, by_token: bool = False) -> FusedStep:
   """step(state, reference policy's parameters, prompts) → (state, metrics, rollouts, verdict).
 
   The step is to be jitted with the state donated. A loss or gradient that is not finite leaves the
@@ -125,4 +125,4 @@ def _share(model: Model, params: Params, prompts: Prompts, accumulation: int,
   not let them."""
   if not update.shares(accumulation, algorithm):
     return None
-  return update.Shared(*jax.vjp(lambda p: decode.prefill(model, p, prompts.tokens), params))
+  return update.Shared(*jax.vjp(lambda p: prefill(model, p, prompts.tokens), params))

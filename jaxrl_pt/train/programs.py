@@ -11,7 +11,7 @@ from jaxrl_pt import config as cfg
 from jaxrl_pt.parallel import model as models
 from jaxrl_pt.parallel import rules
 from jaxrl_pt.sampling import weight_sync as syncing
-from jaxrl_pt.sampling.rollouts import make_sampler
+from jaxrl_pt.sampling.groups import make_sampler
 from jaxrl_pt.train import fused, update
 from jaxrl_pt.types import Params
 from jaxrl_pt.verifiers.base import DeviceVerifier
@@ -32,8 +32,8 @@ def fused_step(run: cfg.Run, mesh: Mesh, method: cfg.Reinforced,
 
 def sampler(run: cfg.Run, mesh: Mesh, rollouts: cfg.Rollouts, stop_id: int) -> Any:
   """The jitted sample(parameters after the weight sync, prompts, batch, version) → RolloutBatch."""
-  model = models.build(run.model, run.compute, mesh, rules.SAMPLE)
-  return jax.jit(make_sampler(model, run.seed, rollouts, stop_id))
+  model = models.build(run.model, run.compute, mesh, rules.SHARD)
+  return jax.jit(make_sampler(model, run.seed, rollouts, stop_id, mesh if mesh.size > 1 else None))
 
 
 def learner_step(run: cfg.Run, mesh: Mesh, optimizer: optax.GradientTransformation,

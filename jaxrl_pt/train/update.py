@@ -28,7 +28,8 @@ from jaxrl_pt.models.base import Model
 from jaxrl_pt.models.logprobs import TokenScores, token_logprobs
 from jaxrl_pt.rl import kl, objectives, ratios, tables, token_advantages
 from jaxrl_pt.rl.advantages import Scored
-from jaxrl_pt.sampling import branch, decode, policies
+from jaxrl_pt.sampling import branch, policies
+from jaxrl_pt.sampling.prefill import Prefilled
 from jaxrl_pt.train import accumulate, optim
 from jaxrl_pt.train.state import ValueHead, value_optimizer
 from jaxrl_pt.types import (
@@ -52,9 +53,9 @@ BY_TOKEN = 'trainer_logp'
 class Shared(NamedTuple):
   """The policy's forward pass over the documents, with its backward pass."""
 
-  prefilled: decode.Prefilled
+  prefilled: Prefilled
   # The function from jax.vjp: gradients of `prefilled` → gradients of the parameters.
-  pull_back: Callable[[decode.Prefilled], tuple[Params]]
+  pull_back: Callable[[Prefilled], tuple[Params]]
 
 
 class Learn(Protocol):
@@ -278,7 +279,7 @@ def make_loss(model: Model, sampler: cfg.Sampler, algorithm: cfg.Algorithm, loss
   correct = tables.CORRECTIONS[type(algorithm.correction)].compute
 
   def loss(trained: tuple[Params, Any], batch: TrainBatch,
-           prefilled: decode.Prefilled | None = None) -> tuple[Array, Metrics]:
+           prefilled: Prefilled | None = None) -> tuple[Array, Metrics]:
     params, head = trained
     mask, on_mask = batch.loss_mask, lambda x: jnp.where(batch.loss_mask > 0, x, 0.0)
     hidden = branch.response_hidden(model, params, batch.prompts, batch.tokens, prefilled)

@@ -31,7 +31,8 @@ from jaxrl_pt.nn import quant as quantisers
 from jaxrl_pt.nn.linear import linear, matmul
 from jaxrl_pt.nn.norm import rms_norm
 from jaxrl_pt.nn.ops import Ops
-from jaxrl_pt.sampling import branch, decode, engine, resa, resa_speculate
+from jaxrl_pt.sampling import branch, engine, groups, resa, resa_speculate
+from jaxrl_pt.sampling.prefill import prefill
 from jaxrl_pt.train import losses, step, update
 from jaxrl_pt.types import Batch, Prompts, TrainBatch, TrainState
 
@@ -239,7 +240,7 @@ def learner_gradient(compute, is_shared):
   def gradient(params):
     if not is_shared:
       return jax.grad(loss, has_aux=True)((params, {}), batch)[0][0]
-    shared = update.Shared(*jax.vjp(lambda p: decode.prefill(model, p, tokens), params))
+    shared = update.Shared(*jax.vjp(lambda p: prefill(model, p, tokens), params))
     return update._through(loss, (params, {}), batch, shared)[1][0]
 
   return gradient(params)
@@ -281,7 +282,7 @@ def of_tokens(tokens_NGS):
 
 
 def dense(params, key):
-  return decode.generate(MODEL, params, PROMPTS, key, sampler=cfg.Sampler(), **DRAWN)
+  return groups.generate(MODEL, params, PROMPTS, key, sampler=cfg.Sampler(), **DRAWN)
 
 
 def sparse(params, key):

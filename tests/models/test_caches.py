@@ -47,11 +47,13 @@ def by_pages(model, params, chunks, dtype=jnp.float32, page=4):
   per_row = -(-T // page)
   order = np.random.default_rng(0).permutation(np.arange(1, 1 + B * per_row))
   table = jnp.asarray(order.reshape(B, per_row))
-  cache = paged_cache.init(model.config, 1 + B * per_row, page, dtype)
+  cache = model.init_pages(1 + B * per_row, page, dtype)
 
   @jax.jit
   def extend(params, tokens, positions, cache):
-    return model.extend(params, tokens, positions, cache, paged_cache.paged(table, positions))
+    starts, counts = positions[:, 0], jnp.full(B, tokens.shape[1])
+    return model.extend(params, tokens, positions, cache,
+                        paged_cache.paged(model.ops, table, starts, counts))
 
   outs = []
   for start, end in chunks:
@@ -130,11 +132,11 @@ def test_int8_codes_of_vectors(shape):
 
 def test_padding_writes_to_nobodys_page():
   model, params, _ = make('plain', 'llama')
-  cache = paged_cache.init(model.config, 4, 4, jnp.float32)
+  cache = model.init_pages(4, 4, jnp.float32)
   positions = jnp.arange(6)[None]
   table = jnp.array([[2, 3]])
   _, cache = model.extend(params, TOKENS[:1, :6], positions, cache,
-                          paged_cache.paged(table, positions, positions < 5))
-  pages = np.asarray(cache.pages)
+                          paged_cache.paged(model.ops, table, jnp.array([0]), jnp.array([5])))
+  pages = np.asarray(cache.pages).reshape(-1, model.config.num_layers, 4, *cache.pages.shape[2:])
   assert (pages[:, :, 1] == 0).all() and (pages[:, :, 3, :, 1:] == 0).all()
   assert (pages[:, :, 3, :, 0] != 0).any() and (pages[:, :, 0] != 0).any()

@@ -11,7 +11,8 @@ from jaxrl_pt import config as cfg
 from jaxrl_pt import params as P
 from jaxrl_pt.config import Sampler
 from jaxrl_pt.models import transformer
-from jaxrl_pt.sampling import branch, decode
+from jaxrl_pt.sampling import branch, groups
+from jaxrl_pt.sampling.prefill import prefill
 from jaxrl_pt.types import Prompts
 
 VOCAB, STOP, T = 19, 12, 10
@@ -57,26 +58,14 @@ def independent(suffix):
 def test_equals_independent_prompts(suffix, sampler):
   model, params = make()
   asked = dict(sampler=sampler, num_samples=3, num_tokens=7, stop_id=STOP)
-  run = jax.jit(functools.partial(decode.generate, model, **asked))
+  run = jax.jit(functools.partial(groups.generate, model, **asked))
   together = run(params, branches(suffix), KEY)
-  apart = jax.jit(functools.partial(decode.generate, model, **asked))(
+  apart = jax.jit(functools.partial(groups.generate, model, **asked))(
       params, independent(suffix), KEY)
   np.testing.assert_array_equal(together.tokens, apart.tokens)
   np.testing.assert_array_equal(together.in_response, apart.in_response)
   np.testing.assert_array_equal(together.sampled, together.in_response)
   np.testing.assert_allclose(together.logp, apart.logp, atol=2e-5)
-
-
-def test_many_tokens_grow_the_cache_in_stages(monkeypatch):
-  model, params = make()
-  asked = dict(sampler=Sampler(), num_samples=2, num_tokens=30)
-  whole = jax.jit(functools.partial(decode.generate, model, **asked))(
-      params, branches((4,)), KEY)
-  monkeypatch.setattr(decode, 'FIRST_SLOTS', 4)
-  assert decode._stages(29) == [4, 8, 16, 29] and decode._stages(0) == []
-  staged = jax.jit(functools.partial(decode.generate, model, **asked))(
-      params, branches((4,)), KEY)
-  np.testing.assert_array_equal(whole.tokens, staged.tokens)
 
 
 def packed(model, params, own):
@@ -86,7 +75,7 @@ def packed(model, params, own):
 
 def in_two(model, params, own):
   """The documents first, as a sampler prefills them; the branches go on from there."""
-  prefilled = decode.prefill(model, params, jnp.asarray(DOCUMENTS))
+  prefilled = prefill(model, params, jnp.asarray(DOCUMENTS))
   hidden = branch.own_hidden(model, params, prefilled, jnp.asarray(LENGTHS), own)
   return jax.nn.log_softmax(hidden @ model.head(params))
 
@@ -124,7 +113,7 @@ def test_the_sampler_agrees_with_the_tree_forward(activations):
   """Teacher-forced: the learner's log-probabilities of what the sampler drew."""
   model, params = make('ternary', activations)
   rollout = jax.jit(functools.partial(
-      decode.generate, model, sampler=Sampler(), num_samples=2, num_tokens=6))(
+      groups.generate, model, sampler=Sampler(), num_samples=2, num_tokens=6))(
           params, branches((4, 9)), KEY)
   hidden = branch.response_hidden(model, params, branches((4, 9)), rollout.tokens)
   logp = jnp.take_along_axis(jax.nn.log_softmax(hidden @ model.head(params)),
@@ -140,8 +129,8 @@ def test_a_document_is_prefilled_once():
   lengths = jnp.arange(49, 65)[None]
   asked = dict(sampler=Sampler(), num_samples=1, num_tokens=1)
   flops = lambda f, *args: jax.jit(f).lower(params, *args, KEY).compile().cost_analysis()['flops']
-  shared = flops(functools.partial(decode.generate, model, **asked), branch.documents(
+  shared = flops(functools.partial(groups.generate, model, **asked), branch.documents(
       document, lengths, lengths))
   prompts = Prompts(jnp.zeros((16, 64), jnp.int32), lengths[0], lengths[0])
-  apart = flops(functools.partial(decode.generate, model, **asked), prompts)
+  apart = flops(functools.partial(groups.generate, model, **asked), prompts)
   assert apart > 10 * shared

@@ -13,7 +13,7 @@ from jaxrl_pt import config as cfg
 from jaxrl_pt.interop import llama2c
 from jaxrl_pt.models import transformer
 from jaxrl_pt.models.logprobs import token_logprobs
-from jaxrl_pt.sampling import branch, decode, engine
+from jaxrl_pt.sampling import branch, engine, groups
 
 WEIGHTS = Path(__file__).parents[3] / 'shared' / 'data' / 'weights-stories260k'
 NUM_TOKENS = 256
@@ -81,7 +81,7 @@ def test_branches_write_the_documented_text(key):
   tokens = tokenizer.encode(documented)
   lengths = jnp.array([[1, 5, 40, 63]])
   rollout = jax.jit(functools.partial(
-      decode.generate, model, sampler=cfg.Sampler(0.0), num_samples=2, num_tokens=60))(
+      groups.generate, model, sampler=cfg.Sampler(0.0), num_samples=2, num_tokens=60))(
           params, branch.documents(jnp.array([tokens[:64]]), lengths, lengths), jax.random.key(0))
   for drawn, length in zip(np.asarray(rollout.tokens), (1, 5, 40, 63)):
     text = tokenizer.decode([*tokens[:length], *drawn[0].tolist()])
@@ -110,9 +110,8 @@ def test_log_probabilities_equal_the_trainers(key, kv):
 def test_generate_equals_the_documented_text(key):
   model, params, tokenizer, documented = key
   rollout = jax.jit(functools.partial(
-      decode.generate, model, sampler=cfg.Sampler(0.0), num_samples=1, num_tokens=NUM_TOKENS))(
+      groups.generate, model, sampler=cfg.Sampler(0.0), num_samples=1, num_tokens=NUM_TOKENS))(
           params, branch.documents(jnp.array([[llama2c.BOS]]), jnp.ones((1, 1), jnp.int32),
                                    jnp.zeros((1, 1), jnp.int32)),
           jax.random.key(0))
-  assert decode.FIRST_SLOTS < NUM_TOKENS  # so that the cache grows on the way
   assert tokenizer.decode(rollout.tokens[0, 0].tolist()) == documented

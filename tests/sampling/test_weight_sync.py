@@ -12,7 +12,7 @@ from jaxrl_pt import config as cfg
 from jaxrl_pt import params as P
 from jaxrl_pt.models import transformer
 from jaxrl_pt.parallel.mesh import make_mesh
-from jaxrl_pt.sampling import branch, decode, engine, weight_sync
+from jaxrl_pt.sampling import branch, engine, groups, weight_sync
 
 CONFIG = cfg.Model(num_layers=2, d_model=16, d_ff=32, num_heads=2, num_kv_heads=1, head_dim=8,
                    vocab_size=19, quant=cfg.Quant('ternary', 'int8'))
@@ -63,7 +63,7 @@ def test_a_policy_rounded_on_the_way_draws_the_same(weights):
       weights, 'int8' if weights == 'ternary' else 'none')), cfg.Compute(dtype='bfloat16'))
   prompts = branch.documents(jnp.array([[1, 2, 3]]), jnp.array([[3, 2]]), jnp.array([[0, 1]]))
   draw = jax.jit(functools.partial(
-      decode.generate, model, sampler=cfg.Sampler(), num_samples=2, num_tokens=6))
+      groups.generate, model, sampler=cfg.Sampler(), num_samples=2, num_tokens=6))
   whole, rounded = (weight_sync.make_weight_sync(model, MESH, False, dtype)(PARAMS, 0)
                     for dtype in ('float32', 'bfloat16'))
   layer = rounded.params['layers']

@@ -68,7 +68,7 @@ def running(engine: Engine, token: str | None = None, *,
             log: Callable[[str], None] | None = None, most: int | None = None,
             header_seconds: float = connections.HEADER_SECONDS,
             **settings: Any) -> Iterator[Running]:
-  service = Service('tiny', TOKENIZER, engine.config, **settings)
+  service = Service('tiny', TOKENIZER, engine.config, MODEL.config.vocab_size, **settings)
   worker = Worker(engine)
   server = uvicorn.Server(connections.server_config(
       make_app(service, worker, token, log), shutdown_seconds=20, most=most,
@@ -94,4 +94,5 @@ def engine() -> Engine:
 def server(engine: Engine) -> Iterator[Running]:
   with running(engine) as it:
     yield it
-    assert it.wait_until_free()['pages_in_use'] <= -(-SIZES.prompt_len // SIZES.page_size)
+    counters = it.wait_until_free()
+    assert counters['pages_in_use'] == counters['kept_pages']

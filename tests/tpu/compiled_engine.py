@@ -13,16 +13,17 @@ import jax.numpy as jnp
 from jaxrl_pt import config as cfg
 from jaxrl_pt import params as P
 from jaxrl_pt.parallel import model as models
-from jaxrl_pt.sampling import slots
-from jaxrl_pt.sampling.policies import RowSamplers
+from jaxrl_pt.sampling import engine_rows, slots, state
+from jaxrl_pt.sampling.prefix_cache import PrefixCache
+from jaxrl_pt.sampling.requests import Shape, Vocabulary
 from jaxrl_pt.token_bytes import TokenBytes
 from jaxrl_pt.tpu import hlo
 from tests.tpu.one_chip import one_chip
 
 VOCAB = 512
-SHAPE = slots.Shape(slots=8, page_size=16, num_pages=8192, queue=16, prompt_len=256,
-                    response_len=256, prefill_chunk=64, num_stop=2, num_forced=2, num_strings=1,
-                    string_len=8, num_banned=2, vocab_size=VOCAB)
+SHAPE = Shape(slots=8, page_size=16, num_pages=8192, documents=20, queue=16, document_len=256,
+              tail_len=1, response_len=256, lanes=2, chunk=64, vocab_size=VOCAB, num_stop=2,
+              num_forced=2, num_strings=1, string_len=8, num_banned=2)
 
 
 def main(topology: str, dtype: str) -> None:
@@ -31,24 +32,19 @@ def main(topology: str, dtype: str) -> None:
   model = models.build(cfg.Model(2, 256, 512, 2, 2, 128, VOCAB), cfg.Compute(dtype='bfloat16'),
                        mesh)
   spelled = place(TokenBytes(jax.ShapeDtypeStruct((VOCAB, 4), jnp.uint8), ints(VOCAB)))
-  vocabulary = lambda spelled: slots.Vocabulary((5, 6), spelled, jnp.ones(VOCAB, bool))
-  state = place(jax.eval_shape(lambda: slots.init(
+  vocabulary = lambda spelled: Vocabulary((5, 6), spelled, jnp.ones(VOCAB, bool))
+  slots_now = place(jax.eval_shape(lambda: state.init(
       model, SHAPE, vocabulary(spelled), jnp.dtype(dtype))))
-  q = SHAPE.queue
-  requests = slots.Requests(
-      ints(q, SHAPE.prompt_len), *(ints(q) for _ in range(7)), ints(q, 2), ints(q), ints(q, 2),
-      place(jax.ShapeDtypeStruct((q, 1, 8), jnp.uint8)), ints(q, 1),
-      place(RowSamplers.of([cfg.Sampler()] * q, VOCAB, 2)),
-      place(jax.ShapeDtypeStruct((q,), jnp.bool_)))
+  empty = engine_rows.empty_queue(SHAPE, PrefixCache(SHAPE.documents, SHAPE.document_len))
+  queue = place(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), empty))
   key = place(jax.eval_shape(lambda: jax.random.key(0)))
 
-  def run(params, key, queue, state, steps, spelled):
-    return slots.advance(model, SHAPE, vocabulary(spelled), params, key, queue, state, steps)
+  def run(params, key, queue, state, turns, spelled):
+    return slots.advance(model, SHAPE, vocabulary(spelled), params, key, 0, queue, state, turns)
 
   compiled = jax.jit(run, donate_argnums=3).trace(
-      place(P.abstract(model.specs)), key, slots.Queue(requests, ints(q), ints()), state, ints(),
-      spelled).lower().compile()
-  pool = state.cache.pages
+      place(P.abstract(model.specs)), key, queue, slots_now, ints(), spelled).lower().compile()
+  pool = slots_now.cache.pages
   shape = f'[{",".join(map(str, pool.shape))}]'
   module = hlo.parse(compiled.as_text())
   copies = [i.name for computation in module.computations.values() for i in computation.values()

@@ -13,8 +13,8 @@ from jaxrl_pt import config as cfg
 from jaxrl_pt import params as P
 from jaxrl_pt.models import transformer
 from jaxrl_pt.rl import advantages
-from jaxrl_pt.sampling import decode
-from jaxrl_pt.sampling.rollouts import make_sampler
+from jaxrl_pt.sampling import groups
+from jaxrl_pt.sampling.groups import make_sampler
 from jaxrl_pt.train import fused, optim, update
 from jaxrl_pt.train import state as states
 from jaxrl_pt.types import Array, Prompts, RolloutBatch, TrainBatch, TrainState, Verdict
@@ -145,7 +145,7 @@ def test_a_prompt_that_stands_in_a_batch_again_draws_further_samples():
   np.testing.assert_array_equal(got[[0, 2]], drawn().tokens[:2])  # As if nothing were repeated.
   key = jax.random.fold_in(jax.random.key(1), 0)
   more = jax.jit(functools.partial(
-      decode.generate, MODEL, sampler=cfg.Sampler(), num_samples=3 * G, num_tokens=S, stop_id=0))(
+      groups.generate, MODEL, sampler=cfg.Sampler(), num_samples=3 * G, num_tokens=S, stop_id=0))(
           PARAMS, PROMPTS, key=key).tokens[0]
   np.testing.assert_array_equal(got[[0, 1, 3]].reshape(3 * G, S), more)
   assert (got[0] != got[1]).any() and (got[1] != got[3]).any() and (got[0] != got[3]).any()

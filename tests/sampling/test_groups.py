@@ -1,4 +1,4 @@
-"""generate against a slow loop that runs the whole model for every token."""
+"""`groups.generate` against a slow loop that runs the whole model for every token."""
 
 import dataclasses
 import functools
@@ -12,7 +12,7 @@ from jaxrl_pt import config as cfg
 from jaxrl_pt import params as P
 from jaxrl_pt.config import Sampler
 from jaxrl_pt.models import transformer
-from jaxrl_pt.sampling import decode, policies
+from jaxrl_pt.sampling import groups, policies
 from jaxrl_pt.types import Prompts
 
 VOCAB = 19
@@ -42,7 +42,7 @@ STOP = 12
 @functools.lru_cache
 def compiled(sampler, num_samples, num_tokens, stop_id):
   return jax.jit(functools.partial(
-      decode.generate, MODEL, sampler=sampler, num_samples=num_samples, num_tokens=num_tokens,
+      groups.generate, MODEL, sampler=sampler, num_samples=num_samples, num_tokens=num_tokens,
       stop_id=stop_id, version=5))
 
 
@@ -104,6 +104,24 @@ def test_equals_a_whole_forward_per_token(sampler):
     assert len(lengths) > 1  # Some responses stopped and some did not: both were compared.
 
 
+@pytest.mark.parametrize('slots', [
+    cfg.Slots(slots=1, page_size=4), cfg.Slots(slots=5, page_size=1, prefill_chunk=3),
+    cfg.Slots(slots=3, page_size=4, num_pages=10, prefill_tokens=4), cfg.Slots(page_size=2)],
+    ids=lambda s: f'{s.slots}slots{s.page_size}page{s.num_pages}pages')
+@pytest.mark.parametrize('suffix', [(), (4, 2)])
+def test_slots_and_pages_do_not_matter(slots, suffix):
+  """Of 24 responses few at a time, even in a pool that holds hardly one of them."""
+  prompts = make_prompts([*TOKENS, *TOKENS])
+  if suffix:
+    prompts = dataclasses.replace(prompts, suffix=jnp.array([suffix] * 8, jnp.int32))
+  asked = dict(sampler=Sampler(), num_samples=3, num_tokens=9, stop_id=STOP)
+  whole, refilled = (jax.jit(functools.partial(groups.generate, MODEL, slots=s, **asked))(
+      PARAMS, prompts, KEY) for s in (cfg.Slots(), slots))
+  np.testing.assert_array_equal(refilled.tokens, whole.tokens)
+  np.testing.assert_array_equal(refilled.in_response, whole.in_response)
+  np.testing.assert_allclose(refilled.logp, whole.logp, atol=1e-5)
+
+
 def test_order_batch_and_padding_do_not_matter():
   whole = generate(make_prompts(TOKENS))
   order = np.array([2, 0, 3, 1])
@@ -149,20 +167,19 @@ def test_the_loop_ends_when_every_row_has_stopped():
     return MODEL.extend(params, tokens, *rest)
 
   run = jax.jit(functools.partial(
-      decode.generate, MODEL._replace(extend=extend), sampler=Sampler(0.0), num_samples=2,
+      groups.generate, MODEL._replace(extend=extend), sampler=Sampler(0.0), num_samples=2,
       num_tokens=6, stop_id=first))
   rollout = jax.block_until_ready(run(PARAMS, make_prompts([TOKENS[0]]), KEY))
   jax.effects_barrier()
-  assert len(calls) == 1  # The prefill alone.
+  assert calls == [8, 1]  # The prefill, and the step that draws the first token.
   np.testing.assert_array_equal(rollout.in_response[0], [[1, 0, 0, 0, 0, 0]] * 2)
   assert int(rollout.tokens[0, 0, 0]) == first
 
 
 @pytest.mark.parametrize('suffix', [(), (4, 4, 2)])
-def test_a_lone_row_equals_its_row_in_a_batch(monkeypatch, suffix):
-  """One row has a cache of another kind. It grows on the way and has a suffix or none."""
-  monkeypatch.setattr(decode, 'FIRST_SLOTS', 2)
-  draw = jax.jit(functools.partial(decode.generate, MODEL, sampler=Sampler(), num_samples=1,
+def test_a_lone_row_equals_its_row_in_a_batch(suffix):
+  """One slot has the layers' weights apart."""
+  draw = jax.jit(functools.partial(groups.generate, MODEL, sampler=Sampler(), num_samples=1,
                                      num_tokens=9, stop_id=STOP))
 
   def ask(which):

@@ -1,0 +1,91 @@
+"""The state of the sampler's program, which each call takes over from the call before."""
+
+import dataclasses
+from typing import Any
+
+from flax import struct
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from jaxrl_pt.models import paged_cache
+from jaxrl_pt.models.base import Model
+from jaxrl_pt.sampling import admission
+from jaxrl_pt.sampling.admission import Places
+from jaxrl_pt.sampling.requests import Shape, Vocabulary
+from jaxrl_pt.types import Array
+
+RUNNING, STOP, LENGTH, STOP_STRING, CANCELLED = range(5)  # values of Responses.finish
+
+
+@struct.dataclass
+class Responses:
+  """The responses, with rows like those of `Requests`. Entries from `count` on are garbage."""
+
+  tokens: Array  # i32[Q, S]
+  sampled: Array  # f32[Q, S] 1 where a token was drawn, 0 where it was forced
+  logp: Array  # f32[Q, S] under the distribution that was drawn from; 0 where forced
+  version: Array  # i32[Q, S] version of the parameters that each token was drawn by
+  top_tokens: Any  # i32[Q, S, num_top] the likeliest tokens, falling; () where nobody asks
+  top_logp: Any  # f32[Q, S, num_top]
+  count: Array  # i32[Q] tokens
+  finish: Array  # i32[Q] RUNNING, or why the response has ended
+
+
+@struct.dataclass
+class Decoding:
+  """How far the sequence of each slot is."""
+
+  length: Array  # i32[B] tokens of the sequence that are cached
+  newest: Array  # i32[B] the token that goes through the model next
+  fed: Array  # i32[B] tokens of the tail before the newest one
+  # Thinking; () where the vocabulary has no end marker.
+  thought: Any = ()  # i32[B] tokens drawn since thinking began; −1 once it has ended
+  closing: Any = ()  # i32[B] forced tokens of the end marker of thinking; −1 if it is not forced
+  answered: Any = ()  # i32[B] tokens since thinking ended
+  recent: Any = ()  # i32[B, M] newest tokens, M being the length of the end marker
+  window: Any = ()  # u8[B, W + longest token] newest bytes; () where nobody has stop strings
+
+
+@struct.dataclass
+class Counters:
+  """Sums since the state was made."""
+
+  steps: Array  # i32[] decode steps
+  busy: Array  # i32[] slots that were extended, summed over steps
+  prefilled: Array  # i32[] tokens of documents that went through the model
+  reused: Array  # i32[] tokens of documents that were found in the pages of their parents
+
+
+@struct.dataclass
+class Slots:
+  """The program's state, which each call takes over from the call before."""
+
+  cache: paged_cache.PagedCache
+  places: Places
+  decoding: Decoding
+  responses: Responses
+  counters: Counters
+
+
+def init(model: Model, shape: Shape, vocabulary: Vocabulary, dtype: DTypeLike) -> Slots:
+  """A state of idle slots and an empty cache, whose pages have type `dtype`."""
+  slots, rows, length = shape.slots, shape.queue, shape.response_len
+  ints = lambda *dims: jnp.zeros(dims, jnp.int32)
+  floats = lambda *dims: jnp.zeros(dims, jnp.float32)
+  decoding = Decoding(ints(slots), ints(slots), ints(slots))
+  if vocabulary.think_end:
+    decoding = dataclasses.replace(
+        decoding, thought=ints(slots) - 1, closing=ints(slots) - 1, answered=ints(slots),
+        recent=ints(slots, len(vocabulary.think_end)) - 1)
+  if shape.num_strings:
+    assert vocabulary.spelled is not None
+    width = shape.string_len + vocabulary.spelled.bytes.shape[1]
+    decoding = dataclasses.replace(decoding, window=jnp.zeros((slots, width), jnp.uint8))
+  return Slots(
+      model.init_pages(shape.num_pages, shape.page_size, dtype),
+      admission.init(shape), decoding,
+      Responses(ints(rows, length), floats(rows, length), floats(rows, length), ints(rows, length),
+                ints(rows, length, shape.num_top) if shape.num_top else (),
+                floats(rows, length, shape.num_top) if shape.num_top else (), ints(rows),
+                ints(rows)),
+      Counters(ints(), ints(), ints(), ints()))

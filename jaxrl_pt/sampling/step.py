@@ -1,0 +1,222 @@
+"""One decode step of the sampler's program: a token of each slot goes in, and the next is drawn."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from jaxrl_pt.models import paged_cache
+from jaxrl_pt.models.base import Model
+from jaxrl_pt.sampling import admission
+from jaxrl_pt.sampling.admission import FILLED, IDLE, Places
+from jaxrl_pt.sampling.endings import ends_in, shift_in
+from jaxrl_pt.sampling.policies import RowSamplers, draw, filtered_logits, filtered_rows
+from jaxrl_pt.sampling.requests import NO_MASK, Queue, Requests, Shape, Vocabulary
+from jaxrl_pt.sampling.state import (
+  CANCELLED,
+  LENGTH,
+  RUNNING,
+  STOP,
+  STOP_STRING,
+  Decoding,
+  Slots,
+)
+from jaxrl_pt.types import Array, Params
+
+
+def is_due(requests: Requests, places: Places) -> Array:
+  """bool[]: some slot can be extended, or its request has been cancelled."""
+  cancelled = requests.cancelled[jnp.maximum(places.row, 0)]
+  return ((places.row != IDLE) & (~places.is_fresh | cancelled)).any()
+
+
+def step(model: Model, shape: Shape, vocabulary: Vocabulary, params: Params, key: Array,
+          version: Array | int, queue: Queue, slots: Slots) -> Slots:
+  """Feeds the newest token of each slot, draws the next one, and ends the responses that are over.
+
+  Args:
+    model, shape, vocabulary, params, key, version, queue: as for `slots.advance`.
+    slots: the state, whose admission is done.
+  """
+  places, decoding, requests = slots.places, slots.decoding, queue.rows
+  active = admission.active(places)
+  row = jnp.maximum(places.row, 0)
+  asked = jax.tree.map(lambda x: x[row], requests)
+  # The keys and values of idle slots go to page NOBODY.
+  hidden, cache = model.extend(
+      params, decoding.newest[:, None], decoding.length[:, None], slots.cache,
+      paged_cache.paged(model.ops, places.table, decoding.length, active.astype(jnp.int32)))
+  length = decoding.length + active
+  slots = dataclasses.replace(slots, cache=cache,
+                              decoding=dataclasses.replace(decoding, length=length))
+  logits = jnp.matmul(hidden[:, 0], model.head(params), preferred_element_type=jnp.float32)
+  # Tokens of the tail are known, and belong to no response.
+  in_tail = decoding.fed + 1 < asked.num_tail
+  filtered = _filtered(shape, vocabulary, queue, asked, logits)
+  token, logp, drawn, slots = _choose(shape, vocabulary, key, asked, filtered, slots,
+                                      slots.responses.count[row], active & ~in_tail)
+  if shape.num_top:
+    slots = _report_top(shape, slots, asked, jnp.where(active & ~in_tail, row, shape.queue),
+                        filtered)
+  next_of_tail = jnp.take_along_axis(
+      asked.tail, jnp.minimum(decoding.fed + 1, shape.tail_len - 1)[:, None], 1)[:, 0]
+  slots, finish = _record(shape, slots, asked, row, active & ~in_tail, token, logp, drawn,
+                          vocabulary, version)
+  newest = jnp.where(in_tail, next_of_tail, token)
+  decoding = dataclasses.replace(
+      slots.decoding, newest=jnp.where(active, newest, decoding.newest),
+      fed=decoding.fed + (active & in_tail))
+  ended = (places.row != IDLE) & (((finish != RUNNING) & active & ~in_tail) | asked.cancelled)
+  counters = dataclasses.replace(slots.counters, steps=slots.counters.steps + 1,
+                                 busy=slots.counters.busy + active.sum())
+  slots = dataclasses.replace(slots, decoding=decoding, counters=counters)
+  return _release(shape, slots, asked, ended)
+
+
+def _filtered(shape: Shape, vocabulary: Vocabulary, queue: Queue, asked: Requests,
+              logits_BV: Array) -> Array:
+  """f32[B, V]: logits of the distribution that each slot draws from."""
+  if shape.sampler is not None:
+    return filtered_logits(logits_BV, shape.sampler)
+  assert isinstance(asked.samplers, RowSamplers) and vocabulary.is_token is not None
+  allowed = vocabulary.is_token
+  if shape.num_masks:
+    words = queue.masks[jnp.maximum(asked.mask, 0)]
+    tokens = jnp.arange(shape.vocab_size)
+    bits = (words[:, tokens // 32] >> (tokens % 32).astype(jnp.uint32)) & 1
+    allowed &= (bits == 1) | (asked.mask == NO_MASK)[:, None]
+  return filtered_rows(logits_BV, asked.samplers, allowed)
+
+
+def _report_top(shape: Shape, slots: Slots, asked: Requests, row: Array,
+                filtered_BV: Array) -> Slots:
+  """Notes the likeliest tokens of the slots that ask for them."""
+  responses = slots.responses
+  wants, count = asked.wants_top, responses.count[jnp.minimum(row, shape.queue - 1)]
+
+  def likeliest() -> tuple[Array, Array]:
+    logp, tokens = jax.lax.top_k(jax.nn.log_softmax(filtered_BV), shape.num_top)
+    return logp, tokens
+
+  nothing = lambda: (jnp.zeros((shape.slots, shape.num_top)),
+                     jnp.zeros((shape.slots, shape.num_top), jnp.int32))
+  logp, tokens = jax.lax.cond((wants & (row < shape.queue)).any(), likeliest, nothing)
+  at = jnp.where(wants, row, shape.queue), count
+  return dataclasses.replace(slots, responses=dataclasses.replace(
+      responses, top_tokens=responses.top_tokens.at[at].set(tokens, mode='drop'),
+      top_logp=responses.top_logp.at[at].set(logp, mode='drop')))
+
+
+def _choose(shape: Shape, vocabulary: Vocabulary, key: Array, asked: Requests, filtered_BV: Array,
+            slots: Slots, count: Array, is_response: Array
+            ) -> tuple[Array, Array, Array, Slots]:
+  """Chooses the next token of each slot.
+
+  Args:
+    shape, vocabulary, key, asked, slots: as in `_step`.
+    filtered_BV: f32[B, V] from `_filtered`.
+    count: i32[B] tokens of each slot's response so far.
+    is_response: bool[B] whether the next token belongs to a response.
+
+  Returns:
+    tokens i32[B], their log-probabilities f32[B] (0 where forced), bool[B] whether they were
+    drawn and not forced, and the slots with what has been forced of the end marker.
+  """
+  decoding = slots.decoding
+  keys = jax.vmap(jax.random.fold_in, (None, 0))(key, asked.ids)
+  keys = jax.vmap(jax.random.fold_in)(keys, asked.samples)
+  token, logp = draw(jax.vmap(jax.random.fold_in)(keys, decoding.length), filtered_BV)
+
+  is_forced = jnp.zeros(token.shape, bool)
+  if shape.num_forced:
+    is_forced = count < asked.num_forced
+    forced = jnp.take_along_axis(
+        asked.forced, jnp.minimum(count, shape.num_forced - 1)[:, None], -1)[:, 0]
+    token = jnp.where(is_forced, forced, token)
+  if vocabulary.think_end:
+    marker = jnp.array(vocabulary.think_end, jnp.int32)
+    closing, thought = decoding.closing, decoding.thought
+    out_of_thought = (thought >= asked.max_thought) & (thought >= 0) & ~is_forced
+    closing = jnp.where(out_of_thought & (closing < 0), 0, closing)
+    is_closing = (closing >= 0) & is_response
+    token = jnp.where(is_closing, marker[jnp.clip(closing, 0, len(marker) - 1)], token)
+    is_forced |= is_closing
+    closing = jnp.where(is_closing, closing + 1, decoding.closing)
+    decoding = dataclasses.replace(decoding, closing=closing)
+  return (token, jnp.where(is_forced, 0.0, logp), ~is_forced,
+          dataclasses.replace(slots, decoding=decoding))
+
+
+def _record(shape: Shape, slots: Slots, asked: Requests, row: Array, is_response: Array,
+            token: Array, logp: Array, drawn: Array, vocabulary: Vocabulary,
+            version: Array | int) -> tuple[Slots, Array]:
+  """Appends tokens to responses and counts thinking.
+
+  Returns:
+    The slots, and why each slot's response ends here: i32[B], RUNNING where it goes on.
+  """
+  responses, decoding = slots.responses, slots.decoding
+  count, matched = responses.count[row], jnp.zeros(token.shape, bool)
+  # A cancelled response gets no more tokens.
+  row = jnp.where(is_response & ~asked.cancelled, row, shape.queue)
+  put = lambda x, value: x.at[row, count].set(value, mode='drop')
+  stops = (token[:, None] == asked.stop).any(-1) & drawn
+  full = count + 1 >= asked.max_tokens
+  if vocabulary.think_end:
+    decoding = _thinking(vocabulary, decoding, is_response, token, drawn)
+    full |= (asked.max_thought >= 0) & (decoding.answered >= asked.max_answer)
+  if shape.num_strings:
+    assert vocabulary.spelled is not None
+    spelled, length = vocabulary.spelled.bytes[token], vocabulary.spelled.lengths[token]
+    length = jnp.where(is_response, length, 0)
+    decoding = dataclasses.replace(decoding, window=shift_in(decoding.window, spelled, length))
+    matched = ends_in(decoding.window, asked.strings, asked.string_lens, length)
+  finish = jnp.where(full, LENGTH, RUNNING)
+  finish = jnp.where(matched & drawn, STOP_STRING, finish)
+  finish = jnp.where(stops, STOP, finish)
+  responses = dataclasses.replace(
+      responses, tokens=put(responses.tokens, token), logp=put(responses.logp, logp),
+      sampled=put(responses.sampled, drawn.astype(jnp.float32)),
+      version=put(responses.version, version),
+      count=responses.count.at[row].add(1, mode='drop'),
+      finish=responses.finish.at[row].set(finish, mode='drop'))
+  return dataclasses.replace(slots, responses=responses, decoding=decoding), finish
+
+
+def _thinking(vocabulary: Vocabulary, decoding: Decoding, is_response: Array, token: Array,
+              drawn: Array) -> Decoding:
+  """Counts the tokens of thought and answer."""
+  recent = jnp.concatenate([decoding.recent[:, 1:], token[:, None]], 1)
+  was_thinking = decoding.thought >= 0
+  ended = (recent == jnp.array(vocabulary.think_end)).all(-1) & was_thinking
+  only = lambda new, old: jnp.where(is_response.reshape(-1, *[1] * (old.ndim - 1)), new, old)
+  return dataclasses.replace(
+      decoding, recent=only(recent, decoding.recent),
+      thought=only(jnp.where(ended, -1, decoding.thought + (was_thinking & drawn)),
+                   decoding.thought),
+      closing=only(jnp.where(ended, -1, decoding.closing), decoding.closing),
+      answered=only(decoding.answered + ~was_thinking, decoding.answered))
+
+
+def _release(shape: Shape, slots: Slots, asked: Requests, ended: Array) -> Slots:
+  """Makes slots idle. Their pages become a document where that is asked for, or are given up."""
+  places, decoding = slots.places, slots.decoding
+  cached = -(-decoding.length // shape.page_size)
+  kept = ended & (asked.keep >= 0) & ~asked.cancelled
+  goes_on = kept[:, None] & (jnp.arange(shape.table_len) < cached[:, None])
+  kept_table = jnp.where(goes_on, places.table, paged_cache.NOBODY)
+  holders, table = admission.release(places.holders, places.table, ended[:, None] & ~goes_on)
+  into = jnp.where(kept, asked.keep, shape.documents)
+  finish = slots.responses.finish.at[
+      jnp.where(ended & asked.cancelled, places.row, shape.queue)].set(CANCELLED, mode='drop')
+  places = dataclasses.replace(
+      places, holders=holders, row=jnp.where(ended, IDLE, places.row),
+      table=jnp.where(ended[:, None], paged_cache.NOBODY, table),
+      is_fresh=places.is_fresh & ~ended,
+      pages=places.pages.at[into].set(kept_table, mode='drop'),
+      state=places.state.at[into].set(FILLED, mode='drop'),
+      stamp=places.stamp.at[into].set(places.turns, mode='drop'))
+  return dataclasses.replace(
+      slots, places=places, decoding=dataclasses.replace(
+          decoding, length=jnp.where(ended, 0, decoding.length)),
+      responses=dataclasses.replace(slots.responses, finish=finish))
