@@ -115,6 +115,17 @@ def make_parser() -> argparse.ArgumentParser:
 def _add_rl_commands(add: Callable[[str, str, str], argparse.ArgumentParser]) -> None:
   add('methods', 'The methods of reinforcement learning: equation, paper, gin file, experiment.',
       'jaxrl-pt methods')
+  play = add('play', 'Play an environment of several turns at the terminal, as a policy would.',
+             'jaxrl-pt play --environment guess_number --prompt "game 7"')
+  play.description = (
+      f'{play.description} A line is a text; one that ends with \\ goes on in the next. Ends with '
+      '1 if the episode was not played to its end, or the environment failed.')
+  play.add_argument('--environment', type=_text, metavar='NAME', help='a shipped one, '
+                    'gin/environment/NAME.gin: calculator, guess_number, python or text_arena')
+  _add_gin(play, 'the settings of cfg.Interactive')
+  play.add_argument('--prompt', type=_text, default='', help='the problem, e.g. a question')
+  play.add_argument('--reference', type=_text, default='', help='the reference answer')
+  _add_json(play)
   replay = add('replay', 'One half of an RL step alone: learn from kept rollouts, or only draw.',
                'jaxrl-pt replay --workdir runs/opo_tiny --only learner --step 10')
   _add_workdir(replay)

@@ -1,4 +1,4 @@
-"""Builds one `config.Run` from gin files; the only module that imports gin.
+"""Builds one `config.Run`, or another type, from gin files; the only module that imports gin.
 
 Only fields of the dataclasses of `config` can be bound, as `cfg.<Type>.<field>`, and a method is
 chosen by choosing a type: `cfg.Run.objective = @cfg.RPT()`. Where a run holds two values of one
@@ -20,7 +20,7 @@ from pathlib import Path
 import re
 import sysconfig
 import tokenize
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import gin
 from gin import config_parser
@@ -32,6 +32,8 @@ _TYPES: dict[str, type] = {
     if isinstance(value, type) and dataclasses.is_dataclass(value)}
 for _type in _TYPES.values():
   gin.register(_type, module='cfg')
+
+Value = TypeVar('Value')
 
 # Names of settings in earlier versions, and their names now.
 _RENAMED = {
@@ -279,8 +281,8 @@ def _leaves(value: Any) -> Iterator[Any]:
     yield value
 
 
-def _read_names(final: Iterable[_Binding]) -> set[str]:
-  """Names of the bindings that building a Run reads.
+def _read_names(final: Iterable[_Binding], root: type) -> set[str]:
+  """Names of the bindings that building a value of type `root` reads.
 
   As in gin, a value in a scope reads the bindings of this scope and, for the fields that these
   leave out, the bindings without a scope.
@@ -291,7 +293,7 @@ def _read_names(final: Iterable[_Binding]) -> set[str]:
     by_owner.setdefault((binding.scope, owner), {})[binding.field] = binding
   names: set[str] = set()
   seen: set[tuple[str, str]] = set()
-  todo = [('', 'Run')]
+  todo = [('', root.__name__)]
   while todo:
     node = todo.pop()
     if node in seen:
@@ -311,7 +313,7 @@ def _read_names(final: Iterable[_Binding]) -> set[str]:
   return names
 
 
-def _live(bindings: list[_Binding]) -> tuple[list[_Binding], list[_Binding]]:
+def _live(bindings: list[_Binding], root: type) -> tuple[list[_Binding], list[_Binding]]:
   """The bindings that the run reads, and those that a later choice of a type has made void.
 
   If a type was chosen and later replaced (`schedule = @cfg.WSD()`, then `@cfg.Cosine()`), the
@@ -321,10 +323,10 @@ def _live(bindings: list[_Binding]) -> tuple[list[_Binding], list[_Binding]]:
     UserError: a binding is not read, and would not have been read when it was made.
   """
   final = _final(bindings)
-  live = _read_names(final)
+  live = _read_names(final, root)
   kept = [b for b in final if b.name in live]
   dropped = [b for b in final if b.name not in live]
-  dead = [b for b in dropped if not _was_live(b, bindings)]
+  dead = [b for b in dropped if not _was_live(b, bindings, root)]
   if dead:
     names = ', '.join(f'{b.name} ({b.where})' for b in dead)
     first = dead[0]
@@ -338,10 +340,10 @@ def _final(bindings: Iterable[_Binding]) -> list[_Binding]:
   return list({binding.name: binding for binding in bindings}.values())
 
 
-def _was_live(binding: _Binding, bindings: list[_Binding]) -> bool:
+def _was_live(binding: _Binding, bindings: list[_Binding], root: type) -> bool:
   """Whether the run, cut off at or after this binding, would have read it."""
   made = max(i for i, b in enumerate(bindings) if b.name == binding.name)
-  return any(binding.name in _read_names(_final(bindings[:end]))
+  return any(binding.name in _read_names(_final(bindings[:end]), root)
              for end in range(made + 1, len(bindings) + 1))
 
 
@@ -367,14 +369,14 @@ def _check_values(bindings: list[_Binding]) -> None:
 # --- Build ------------------------------------------------------------------------
 
 
-def _build(bindings: list[_Binding]) -> cfg.Run:
+def _build(bindings: list[_Binding], root: type[Value]) -> Value:
   where: dict[str, list[str]] = {}
   for b in bindings:
     where.setdefault(f'{b.owner}.{b.field}', []).append(b.where)
   gin.clear_config()
   try:
     gin.parse_config([f'{b.name} = {b.value!r}' for b in bindings])
-    run = gin.get_configurable(cfg.Run)()
+    value = gin.get_configurable(root)()
   except UserError as e:
     message = str(e).split('\n')[0]  # The other lines are gin's, about its place in the tree.
     # With scopes a field may be bound in several places, of which the value tells the right one.
@@ -388,8 +390,8 @@ def _build(bindings: list[_Binding]) -> cfg.Run:
                     'look for a field set to its own type.') from e
   finally:
     gin.clear_config()
-  assert isinstance(run, cfg.Run)
-  return run
+  assert isinstance(value, root)
+  return value
 
 
 def _raise_missing(error: TypeError) -> NoReturn:
@@ -415,6 +417,31 @@ def _without_texts(bindings: list[_Binding]) -> list[_Binding]:
           if b.value == _Macro(_REQUIRED) and is_text(b) else b for b in bindings]
 
 
+def parse(gin_files: Iterable[str], bindings: Iterable[str]) -> list[_Binding]:
+  """The bindings of some gin files, and of statements that come after them."""
+  parsed: list[_Binding] = []
+  for name in gin_files:
+    parsed += _parse_file(str(name), _find(str(name), None), ())
+  for text in bindings:
+    parsed += _parse(text, _COMMAND_LINE, None, ())
+  return parsed
+
+
+def load_value(root: type[Value], gin_files: Iterable[str], bindings: Iterable[str]) -> Value:
+  """Builds a value of a type of `config` that is no run, such as the settings of one command.
+
+  Args:
+    root: the type.
+    gin_files, bindings: as in `resolve`.
+
+  Raises:
+    UserError: as in `resolve`.
+  """
+  kept, _ = _live(parse(gin_files, bindings), root)
+  _check_values(kept)
+  return _build(kept, root)
+
+
 def resolve(gin_files: Iterable[str], bindings: Iterable[str], *, without_data: bool = False
             ) -> tuple[cfg.Run, tuple[str, ...]]:
   """Builds the run of some gin files and bindings.
@@ -431,19 +458,15 @@ def resolve(gin_files: Iterable[str], bindings: Iterable[str], *, without_data: 
     UserError: an unknown name, a wrong value, a missing required value, a binding that nothing
       reads, or an unreadable file; the message names file and line.
   """
-  parsed: list[_Binding] = []
-  for name in gin_files:
-    parsed += _parse_file(str(name), _find(str(name), None), ())
-  for text in bindings:
-    parsed += _parse(text, _COMMAND_LINE, None, ())
+  parsed = parse(gin_files, bindings)
   if not parsed:
     raise UserError('No settings given: add --gin_file gin/run/pretrain_tiny.gin or another '
                     'run file.')
-  kept, dropped = _live(parsed)
+  kept, dropped = _live(parsed, cfg.Run)
   if without_data:
     kept = _without_texts(kept)
   _check_values(kept)
-  return _build(kept), tuple(b.name for b in dropped)
+  return _build(kept, cfg.Run), tuple(b.name for b in dropped)
 
 
 def load(gin_files: Iterable[str], bindings: Iterable[str]) -> tuple[cfg.Run, str]:

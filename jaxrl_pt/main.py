@@ -193,6 +193,24 @@ def _methods(args: argparse.Namespace) -> int:
   return 0
 
 
+def _play(args: argparse.Namespace) -> int:
+  files = list(args.gin_file)
+  if args.environment is not None:
+    files.insert(0, f'gin/environment/{args.environment}.gin')
+  if not files and not args.gin_bindings:
+    raise UserError('No environment given: add --environment guess_number, or --gin_file with the '
+                    'settings of cfg.Interactive.')
+  with _importing():
+    from jaxrl_pt import gin_bindings
+    from jaxrl_pt.environments import play
+    from jaxrl_pt.environments.interactive import Problem
+    from jaxrl_pt.serving import terminal
+  settings = gin_bindings.load_value(cfg.Interactive, files, args.gin_bindings)
+  is_over = play.play(settings, Problem(args.prompt, args.reference),
+                      play.joined(terminal.read_lines('> ')), sys.stdout, args.json)
+  return 0 if is_over else 1
+
+
 def _replay(args: argparse.Namespace) -> int:
   with _importing():
     from jaxrl_pt.jobs import replay
@@ -252,7 +270,7 @@ def _kernels(args: argparse.Namespace) -> int:
 
 
 _COMMANDS = {'quickstart': _quickstart, 'train': _train, 'sample': _sample, 'chat': _chat,
-             'serve': _serve, 'eval': _eval, 'methods': _methods, 'replay': _replay,
+             'serve': _serve, 'eval': _eval, 'methods': _methods, 'play': _play, 'replay': _replay,
              'doctor': _doctor, 'kernels': _kernels, 'preflight': _preflight}
 
 
@@ -286,7 +304,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv: the arguments after the program's name; None takes the process's own.
 
   Returns:
-    The exit code: 0 for success, 1 if `doctor`, `preflight` or `kernels` found a failure, 2 for a
+    The exit code: 0 for success, 1 if `doctor`, `preflight`, `kernels` or `play` failed, 2 for a
     user's mistake, 75 for a run that a signal stopped after it saved a checkpoint, 130 for an
     interruption, 141 for a closed pipe.
   """

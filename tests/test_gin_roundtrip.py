@@ -3,6 +3,7 @@
 import dataclasses
 from pathlib import Path
 import re
+from typing import get_args
 
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
@@ -17,7 +18,9 @@ from tests import random_config
 from tests.test_config import ALL, RUN
 
 # Arguments of functions, which no run holds.
-ELSEWHERE = {cfg.Engine, cfg.ReSA, cfg.RefreshEvery, cfg.RefreshNever}
+ELSEWHERE = {cfg.Engine, cfg.ReSA, cfg.RefreshEvery, cfg.RefreshNever, cfg.Interactive,
+             *get_args(cfg.Environment), *get_args(cfg.Tool)}
+SHIPPED = sorted((Path(__file__).resolve().parents[1] / 'gin' / 'environment').glob('*.gin'))
 
 
 def assert_loads_equal(run: cfg.Run) -> None:
@@ -54,6 +57,17 @@ def test_any_run_loads_again(run):
 def test_verifiers_of_one_type_with_other_settings_load_again(verifiers):
   weights = tuple((-0.5) ** i for i in range(len(verifiers)))
   assert_loads_equal(random_config.holding(cfg.Composite(tuple(verifiers), weights)))
+
+
+@pytest.mark.parametrize('path', SHIPPED, ids=lambda path: path.stem)
+def test_the_shipped_environments_load_alone_and_beside_other_settings(path):
+  settings = gin_bindings.load_value(cfg.Interactive, [str(path)], [])
+  assert isinstance(settings, cfg.Interactive)
+  longer = ['cfg.Interactive.max_turns = 99']
+  changed = gin_bindings.load_value(cfg.Interactive, [str(path)], longer)
+  assert changed == dataclasses.replace(settings, max_turns=99)
+  with pytest.raises(UserError, match='Nothing reads cfg.Run.seed'):
+    gin_bindings.load_value(cfg.Interactive, [str(path)], ['cfg.Run.seed = 1'])
 
 
 def composite(*verifiers: cfg.Part) -> cfg.Run:

@@ -23,7 +23,8 @@ import numpy as np
 from jaxrl_pt import config as cfg
 from jaxrl_pt import params as P
 from jaxrl_pt.models import transformer
-from jaxrl_pt.sampling import branch, decode
+from jaxrl_pt.sampling import branch, groups
+from jaxrl_pt.sampling.prefill import prefill as prefill_documents
 from jaxrl_pt.types import Prompts
 
 RESULT = Path(__file__).parent / 'results' / 'branches.json'
@@ -44,7 +45,7 @@ def main() -> None:
                               jnp.asarray(ids)[None])
   asked = dict(sampler=cfg.Sampler(), num_samples=SAMPLES, num_tokens=NEW)
   key = jax.random.key(0)
-  generate = jax.jit(functools.partial(decode.generate, model, **asked))
+  generate = jax.jit(functools.partial(groups.generate, model, **asked))
 
   def prompts(rows: slice) -> Prompts:
     """One prompt a position, padded to the longest of these."""
@@ -67,7 +68,7 @@ def main() -> None:
       seconds[name].append(time.perf_counter() - start)
 
   # Unrolled: XLA counts the body of a loop over layers once.
-  prefill = jax.jit(functools.partial(decode.prefill, transformer.build(
+  prefill = jax.jit(functools.partial(prefill_documents, transformer.build(
       SHAPE, cfg.Compute(unroll=0))))
   count = lambda tokens: prefill.lower(params, tokens).compile().cost_analysis()['flops']
   flops = {'branch': count(branches.tokens), 'prompts': sum(count(b.tokens) for b in batches)}

@@ -61,14 +61,14 @@ def jaxrl_pt(shape: Shape, rows: int) -> Run:
   from jaxrl_pt import config as cfg
   from jaxrl_pt import params as P
   from jaxrl_pt.models import transformer
-  from jaxrl_pt.sampling import decode
+  from jaxrl_pt.sampling import groups
   from jaxrl_pt.types import Prompts
 
   model = transformer.build(cfg.Model(*shape))
   params = jax.jit(lambda key: P.init(model.specs, key))(jax.random.key(0))
   prompts = Prompts(jnp.asarray(prompt_ids(shape, rows)), jnp.full(rows, PROMPT),
                     jnp.arange(rows))
-  generate = jax.jit(functools.partial(decode.generate, model, sampler=cfg.Sampler(),
+  generate = jax.jit(functools.partial(groups.generate, model, sampler=cfg.Sampler(),
                                        num_samples=1, num_tokens=NEW))
   return lambda: generate(params, prompts, jax.random.key(0)).tokens.block_until_ready()
 

@@ -13,7 +13,7 @@ from jaxrl_pt.config import checks
 from jaxrl_pt.config.algorithm import Algorithm, NoCorrection
 from jaxrl_pt.config.problems import Problems
 from jaxrl_pt.config.rollouts import AllGroups, OneStepOff, OnPolicy, Rollouts
-from jaxrl_pt.config.verifiers import Verifier, VerifierPool
+from jaxrl_pt.config.verifiers import Verifier, VerifierPool, programs_of
 from jaxrl_pt.errors import UserError
 
 
@@ -231,6 +231,12 @@ class RL:
     checks.instance(self, 'problems', Problems)
     checks.instance(self, 'verifier', *get_args(Verifier))
     checks.instance(self, 'pool', VerifierPool)
+    for programs in programs_of(self.verifier):
+      if programs.wall_seconds >= self.pool.wall_seconds:
+        raise UserError(f'Interpreter.wall_seconds = {programs.wall_seconds:g} leaves a program as '
+                        'long as its verification may take (VerifierPool.wall_seconds = '
+                        f'{self.pool.wall_seconds:g}), so that a slow one would be masked instead '
+                        'of being wrong: lower it, or raise the other.')
     checks.instance(self, 'rollouts', Rollouts)
     checks.instance(self, 'algorithm', Algorithm)
     _check_method('RL', self.rollouts, self.algorithm)

@@ -112,7 +112,39 @@ class RedundantChecks:
     checks.integer(self, 'seed', 0)
 
 
-ProblemSource = JsonlProblems | KnightsAndKnaves | ReasoningGym | Arithmetic | RedundantChecks
+@dataclass(frozen=True)
+class CodeProblems:
+  """Programming problems in JSON-lines files of MBPP's format, whose asserts a program must pass.
+
+  shown_tests: how many of a problem's asserts the prompt shows; the first one names the function.
+    The others are hidden, so that a policy cannot answer their inputs one by one.
+  """
+
+  glob: str
+  shown_tests: int = 1
+
+  def __post_init__(self) -> None:
+    checks.text(self, 'glob')
+    checks.integer(self, 'shown_tests', 0)
+
+
+@dataclass(frozen=True)
+class NumberedGames:
+  """Games whose environment draws from the problem all that there is to know of it.
+
+  Problem i is called `game seed.i`.
+  """
+
+  size: int
+  seed: int = 0
+
+  def __post_init__(self) -> None:
+    checks.size(self, 'size', 1, MOST_PROBLEMS, 256, 'the problems')
+    checks.integer(self, 'seed', 0)
+
+
+ProblemSource = (JsonlProblems | KnightsAndKnaves | ReasoningGym | Arithmetic | RedundantChecks
+                 | CodeProblems | NumberedGames)
 
 
 @dataclass(frozen=True)

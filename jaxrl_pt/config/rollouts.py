@@ -128,7 +128,7 @@ class Engine:
     checks.size(self, 'num_pages', 0, 2**26, 4 * self.page_size, 'the pages')
     checks.size(self, 'top_logprobs', 0, 1000, 8 * checks.units(self, 'queue', 'response_len'),
                 'the likeliest tokens')
-    checks.integer(self, 'constrained', 1)
+    checks.size(self, 'constrained', 1, 2**20, 2**12, 'the masks of their tokens')
     checks.choice(self, 'kv', Literal['model', 'int8'])
     # Pages for one response, for the prompt that is kept for sharing, and page 0, which nobody has.
     pages = lambda tokens: -(-tokens // self.page_size)

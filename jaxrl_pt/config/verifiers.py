@@ -1,12 +1,13 @@
 """Verifiers of responses, and the processes that they run in."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from jaxrl_pt.config import checks
 
 AnswerFormat = Literal['boxed', 'gsm8k', 'last_number']
 GymAnswer = Literal['tags', 'text']
+CodeAnswer = Literal['fence', 'text']
 
 
 @dataclass(frozen=True)
@@ -132,8 +133,55 @@ class PythonVerifier:
     checks.number(self, 'max_score', self.min_score)
 
 
+@dataclass(frozen=True)
+class Interpreter:
+  """A Python process in isolation, fresh for each program, and what a program may cost there.
+
+  It has the standard library and an empty folder /tmp, and no network, no other file and no second
+  process (docs/environments.md).
+
+  cpu_seconds: processor time.
+  wall_seconds: time of the clock, for a program that waits.
+  memory_mib: address space; the interpreter itself takes about 30 MiB.
+  disk_mib: the size of /tmp, which lies in memory.
+  threads: threads that it may start.
+  output_bytes: the first bytes of its output that are kept.
+  """
+
+  cpu_seconds: int = 2
+  wall_seconds: float = 5.0
+  memory_mib: int = 256
+  disk_mib: int = 16
+  threads: int = 8
+  output_bytes: int = 8192
+
+  def __post_init__(self) -> None:
+    checks.integer(self, 'cpu_seconds', 1, 86_400)
+    checks.number(self, 'wall_seconds', 0.1, 86_400)
+    checks.integer(self, 'memory_mib', 64, 2**20)
+    checks.integer(self, 'disk_mib', 1, 2**16)
+    checks.integer(self, 'threads', 0, 1024)
+    checks.integer(self, 'output_bytes', 1, 2**20)
+
+
+@dataclass(frozen=True)
+class CodeVerifier:
+  """A Python program passes all asserts of its problem (`CodeProblems`), in isolation.
+
+  answer: 'fence' runs the last block between ``` fences, 'text' the whole response.
+  interpreter: what the program may cost.
+  """
+
+  answer: CodeAnswer = 'fence'
+  interpreter: Interpreter = field(default_factory=Interpreter)
+
+  def __post_init__(self) -> None:
+    checks.choice(self, 'answer', CodeAnswer)
+    checks.instance(self, 'interpreter', Interpreter)
+
+
 Part = (MathVerifier | LogicVerifier | GymVerifier | WordVerifier | FormatVerifier
-        | LengthVerifier | PythonVerifier)
+        | LengthVerifier | CodeVerifier | PythonVerifier)
 
 
 @dataclass(frozen=True)
@@ -157,6 +205,12 @@ class Composite:
 
 HostVerifier = Part | Composite
 Verifier = AnswerMatch | HostVerifier
+
+
+def programs_of(verifier: Verifier) -> tuple[Interpreter, ...]:
+  """The limits of the programs that a verifier runs."""
+  parts = verifier.verifiers if isinstance(verifier, Composite) else (verifier,)
+  return tuple(part.interpreter for part in parts if isinstance(part, CodeVerifier))
 
 
 @dataclass(frozen=True)

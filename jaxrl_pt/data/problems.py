@@ -20,6 +20,7 @@ import numpy as np
 
 from jaxrl_pt import config
 from jaxrl_pt.data import (
+    code_problems,
     generated,
     gym_questions,
     knights,
@@ -130,6 +131,10 @@ def _problems(source: config.ProblemSource) -> Iterator[Problem]:
       return (knights.puzzle(source, i) for i in range(size))
     case config.ReasoningGym():
       return _reasoning_gym(source)
+    case config.CodeProblems():
+      return code_problems.problems(source)
+    case config.NumberedGames(size=size, seed=seed):
+      return (Problem(i, f'game {seed}.{i}', '', f'game {i}') for i in range(size))
     case config.Arithmetic(size=size) | config.RedundantChecks(size=size):
       return (generated.problem(source, i) for i in range(size))
 

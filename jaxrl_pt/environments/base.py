@@ -1,4 +1,4 @@
-"""An environment: batches of prompts by number, a verifier, and a measure on held-out prompts."""
+"""A task: batches of prompts by number, a verifier, and a measure on held-out prompts."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from jaxrl_pt.verifiers.base import PendingVerdict, Verifier
 
 
 @dataclass(frozen=True)
-class Environment:
+class Task:
   """What a policy is reinforced on.
 
   take: b → (prompts as numpy arrays, reference answers) of batch b = 0, 1, …, which depend on b

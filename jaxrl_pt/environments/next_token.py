@@ -21,7 +21,7 @@ from jaxrl_pt import config as cfg
 from jaxrl_pt import metrics
 from jaxrl_pt.data import loader, next_token, splits, template_text, templates
 from jaxrl_pt.data.tokenizer import Tokenizer
-from jaxrl_pt.environments.base import Environment
+from jaxrl_pt.environments.base import Task
 from jaxrl_pt.environments.rlp import Markers, policy_verifier
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.models.base import Model
@@ -43,7 +43,7 @@ EVALUATION_SAMPLES = 8  # sampled responses to each held-out prompt
 
 
 def make_environment(session: sessions.Session, method: cfg.RPT, model: Model,
-                     reference_params: Params) -> Environment:
+                     reference_params: Params) -> Task:
   """Chooses positions under the proxy and makes them an environment.
 
   Args:
@@ -71,7 +71,7 @@ def make_environment(session: sessions.Session, method: cfg.RPT, model: Model,
   else:
     response_verifier = DeviceVerifier(
         verifier.device_verifier(table, method.reward, template.marker))
-  return Environment(
+  return Task(
       take, response_verifier,
       _make_scorer(session, method, model, table, tokenizer.eos_id, template, held_out),
       _digest(positions))

@@ -11,7 +11,7 @@ import numpy as np
 from jaxrl_pt import config as cfg
 from jaxrl_pt.data import loader, problems, splits
 from jaxrl_pt.data.tokenizer import Tokenizer
-from jaxrl_pt.environments.base import Environment, settled
+from jaxrl_pt.environments.base import Task, settled
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.parallel import rules
 from jaxrl_pt.parallel.hosts import on_host
@@ -29,7 +29,7 @@ EVALUATION_STREAM = 2**31 - 1
 
 
 @contextlib.contextmanager
-def open_environment(session: sessions.Session, method: cfg.RL) -> Iterator[Environment]:
+def open_environment(session: sessions.Session, method: cfg.RL) -> Iterator[Task]:
   """The problems of `method` and their verifier, whose processes run as long as the context lasts.
 
   Args:
@@ -56,7 +56,7 @@ def open_environment(session: sessions.Session, method: cfg.RL) -> Iterator[Envi
       held_out_set = problems.encode(held_out[:method.eval_problems], tokenizer,
                                      rollouts.prompt_len, on_device, template)
       score = _make_scorer(session, rollouts, verifier, held_out_set)
-    yield Environment(take, verifier, score, training_set.digest)
+    yield Task(take, verifier, score, training_set.digest)
 
 
 @contextlib.contextmanager

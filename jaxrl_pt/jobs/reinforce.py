@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jaxrl_pt import config as cfg
 from jaxrl_pt import metrics
 from jaxrl_pt.checksum import checksum
-from jaxrl_pt.environments.base import Environment
+from jaxrl_pt.environments.base import Task
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.parallel import memory
 from jaxrl_pt.rollouts import mismatch, record
@@ -49,7 +49,7 @@ class Reinforcement:
   agrees_at_once = True
 
   def __init__(self, session: sessions.Session, method: cfg.Reinforced, reference_params: Params,
-               environment: Environment, new_method: Callable[[Params], Any]) -> None:
+               environment: Task, new_method: Callable[[Params], Any]) -> None:
     """Compiles nothing yet.
 
     Args:

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 
 from jaxrl_pt import config as cfg
-from jaxrl_pt.environments.base import Environment, settled
+from jaxrl_pt.environments.base import Task, settled
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.parallel.hosts import on_host
 from jaxrl_pt.rl import kl, selection
@@ -65,7 +65,7 @@ def resamples(rollouts: cfg.Rollouts, step: int) -> bool:
 class Stages:
   """The compiled programs of one run and the clock of their stages. Final."""
 
-  def __init__(self, session: sessions.Session, environment: Environment, reference_params: Params,
+  def __init__(self, session: sessions.Session, environment: Task, reference_params: Params,
                optimizer: optax.GradientTransformation, method: cfg.Reinforced) -> None:
     """Compiles nothing yet.
 

@@ -1,19 +1,17 @@
 """Makes host verifiers from their settings. The pool's child processes import it: no JAX here."""
 
-from collections.abc import Mapping, Sequence
-import dataclasses
+from collections.abc import Sequence
 import functools
 import importlib
-from typing import Any, get_args
+from typing import Any
 
 from jaxrl_pt import config as cfg
 from jaxrl_pt.errors import UserError
-from jaxrl_pt.verifiers import gym, logic, text
+from jaxrl_pt.verifiers import code, gym, logic, text
 from jaxrl_pt.verifiers import math as mathematics
 from jaxrl_pt.verifiers.response_verdict import UNVERIFIED, HostVerifier, Outcome, ResponseVerdict
 
 MAX_DETAIL = 2000  # characters of a verdict's reason
-_KINDS: Mapping[str, type] = {kind.__name__: kind for kind in get_args(cfg.HostVerifier)}
 
 
 def host_verifier(settings: cfg.HostVerifier) -> HostVerifier:
@@ -35,6 +33,8 @@ def host_verifier(settings: cfg.HostVerifier) -> HostVerifier:
       return lambda response, _: text.verify_format(response, tags)
     case cfg.LengthVerifier(min_chars=low, max_chars=high):
       return lambda response, _: text.verify_length(response, low, high)
+    case cfg.CodeVerifier():
+      return code.verifier(settings)
     case cfg.PythonVerifier(target=target):
       return _imported(target)
     case cfg.Composite():
@@ -141,8 +141,9 @@ def _imported(target: str) -> HostVerifier:
 
 
 def is_tight(part: cfg.HostVerifier) -> bool:
-  """Whether it can run in `sandbox.enter_tight`, as all verifiers but the user's functions can."""
-  return not isinstance(part, cfg.PythonVerifier)
+  """Whether it can run in `sandbox.enter_tight`, where no function of the user's can be trusted to
+  run and no process be started."""
+  return not isinstance(part, cfg.PythonVerifier | cfg.CodeVerifier)
 
 
 def evaluates(settings: cfg.HostVerifier, reference: str) -> bool:
@@ -163,23 +164,6 @@ def preload(settings: cfg.HostVerifier) -> None:
 
 
 # --- To a child process and back --------------------------------------------------
-
-
-def to_json(settings: cfg.HostVerifier) -> dict[str, Any]:
-  """The settings as JSON, {"kind": type, "fields": …}."""
-  fields = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)}
-  if isinstance(settings, cfg.Composite):
-    fields['verifiers'] = [to_json(v) for v in settings.verifiers]
-  return {'kind': type(settings).__name__, 'fields': fields}
-
-
-def from_json(data: dict[str, Any]) -> cfg.HostVerifier:
-  """The settings that `to_json` has written."""
-  fields = dict(data['fields'])
-  if data['kind'] == 'Composite':
-    fields['verifiers'] = [from_json(v) for v in fields['verifiers']]
-  settings: cfg.HostVerifier = _KINDS[data['kind']](**fields)
-  return settings
 
 
 def encoded(verdict: ResponseVerdict) -> dict[str, Any]:

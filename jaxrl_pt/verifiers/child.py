@@ -1,10 +1,10 @@
-"""The supervisor of a verifying process: `python -m jaxrl_pt.verifiers.child FD`.
+"""The supervisor of worker processes: `python -m jaxrl_pt.verifiers.child FD` for verifiers.
 
-    trainer ── socket ── supervisor ── pipes ── worker (`worker.py`), which runs the verifier
+    trainer ── socket ── supervisor ── pipes ── worker (`worker.py`), which runs the handler
 
-The supervisor runs no verifier. It forks the worker, hands it one response at a time, ends it at
-the deadline and starts another. It adopts every process that the worker leaves behind, in whatever
-session, and ends it with the worker. It imports the libraries of the built-in verifiers once, so
+The supervisor runs no handler. It forks the workers, hands them one request at a time, ends them at
+the deadline and starts others. It adopts every process that a worker leaves behind, in whatever
+session, and ends it with the worker. It imports the libraries of the built-in handlers once, so
 that a new worker costs only a fork. A worker that has evaluated a response as an expression is
 replaced.
 
@@ -13,7 +13,7 @@ manager sends to every process), because the trainer finishes its step first. It
 trainer.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 import os
 import secrets
 import select
@@ -26,7 +26,7 @@ from typing import Any
 
 from jaxrl_pt import config as cfg
 from jaxrl_pt.errors import UserError
-from jaxrl_pt.verifiers import build, sandbox, worker
+from jaxrl_pt.verifiers import sandbox, settings_json, worker
 from jaxrl_pt.verifiers.channel import (
   MAX_REQUEST,
   MAX_RESULT,
@@ -36,7 +36,8 @@ from jaxrl_pt.verifiers.channel import (
   receive,
   send,
 )
-from jaxrl_pt.verifiers.response_verdict import Outcome, ResponseVerdict
+from jaxrl_pt.verifiers.service import Failure, Role, Service
+from jaxrl_pt.verifiers.verifying import Verifying
 
 START_SECONDS = 120.0  # A busy machine may take long to import a verifier's libraries.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -47,7 +48,7 @@ _FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, s
 
 
 class _LostError(Exception):
-  """The worker was killed from outside or did not start: its response may be verified again."""
+  """The worker was killed from outside or did not start: its request may be asked again."""
 
 
 class _OrphanedError(Exception):
@@ -57,27 +58,28 @@ class _OrphanedError(Exception):
 class _Worker:
   """One forked worker process and the pipes to it. Final."""
 
-  def __init__(self, parts: Sequence[cfg.HostVerifier], limits: cfg.VerifierPool,
+  def __init__(self, service: Service, role: Role, limits: cfg.VerifierPool,
                channel: socket.socket, trainer: int) -> None:
     """Forks the worker and waits until it is ready.
 
     Args:
-      parts: verifiers that share a sandbox.
-      limits: what verifying one response may cost.
+      service: for its name and the size of its answers.
+      role: what the worker does.
+      limits: what one answer may cost.
       channel: the socket to the trainer; when it closes, all waiting ends.
       trainer: process id of the trainer; when it dies, all waiting ends.
 
     Raises:
-      UserError: the worker refuses the verifier's settings.
+      UserError: the worker refuses the service's settings.
       _LostError: the worker did not start.
       _OrphanedError: the trainer is gone.
     """
-    self._parts, self._limits = parts, limits
+    self._noun, self._most, self._limits = service.kind.noun, service.max_answer, limits
     self._channel, self._trainer = channel.fileno(), trainer
     self._words = b''
     pipes = [os.pipe() for _ in range(3)]
     (requests, self._requests), (self._results, results), (self._errors, errors) = pipes
-    self._pid = _forked(parts, limits, requests, results, errors)
+    self._pid = _forked(role, limits, requests, results, errors)
     for fd in (requests, results, errors):
       os.close(fd)
     for fd in (self._requests, self._results, self._errors):
@@ -88,7 +90,7 @@ class _Worker:
       said = receive(self._results, Deadline(START_SECONDS), MAX_RESULT, self)
     except (TimeoutError, Closed, Malformed) as error:
       self.end(1.0)
-      raise _LostError(f'a verifier process did not start: '
+      raise _LostError(f'a {self._noun} process did not start: '
                        f'{self._last_words() or "it said nothing"}') from error
     if 'error' in said:
       raise UserError(str(said['error']))
@@ -123,61 +125,53 @@ class _Worker:
     if os.getppid() != self._trainer:
       raise _OrphanedError
 
-  # --- Verifying --------------------------------------------------------------------------
+  # --- Answers ----------------------------------------------------------------------------
 
   @property
   def alive(self) -> bool:
-    """Whether the worker can verify another response."""
+    """Whether the worker can answer another request."""
     return self._reap(os.WNOHANG) is None
 
-  def verify(self, request: dict[str, Any], deadline: Deadline) -> list[ResponseVerdict]:
-    """The verdict of each of the worker's verifiers on one response.
-
-    If the worker fails, all verdicts are TIMEOUT or CRASH, and the worker is dead.
+  def ask(self, request: Any, deadline: Deadline) -> Any:
+    """The worker's answer to a request.
 
     Raises:
+      Failure: it gave none, and is dead unless the reason is 'raised'.
       _LostError: the worker was killed from outside.
       _OrphanedError: the trainer is gone.
     """
     nonce = secrets.token_hex(16)
     try:
-      send(self._requests, {**request, 'nonce': nonce}, deadline, self)
-      answer = receive(self._results, deadline, MAX_RESULT, self)
-      verdicts = answer.get('verdicts')
-      if answer.get('nonce') != nonce or not isinstance(verdicts, list):
-        raise Malformed('a message that is not a verdict')
-      return [build.decoded(data, part) for data, part in zip(verdicts, self._parts, strict=True)]
-    except TimeoutError:
+      send(self._requests, {'request': request, 'nonce': nonce}, deadline, self)
+      answer = receive(self._results, deadline, self._most, self)
+      if answer.get('nonce') != nonce or not answer.keys() & {'answer', 'raised'}:
+        raise Malformed('a message that is not an answer')
+    except TimeoutError as error:
       self.end(0.0)
-      return self._all(Outcome.TIMEOUT, f'{self._limits.wall_seconds:g} s went by')
-    except (Malformed, ValueError) as error:
+      raise Failure('timeout', f'{self._limits.wall_seconds:g} s went by') from error
+    except Malformed as error:
       self.end(0.0)
-      return self._all(Outcome.CRASH, f'the verifier process sent {error}')
-    except Closed:
-      return self._explained(self.end(1.0))
+      raise Failure('crash', f'the {self._noun} process sent {error}') from error
+    except Closed as error:
+      raise self._explained(self.end(1.0)) from error
+    if 'raised' in answer:
+      raise Failure('raised', str(answer['raised'])[:worker.MAX_REASON])
+    return answer['answer']
 
-  def _explained(self, code: int | None) -> list[ResponseVerdict]:
-    """The verdicts on the response during which the worker ended.
+  def _explained(self, code: int | None) -> Exception:
+    """Why there is no answer: a Failure, or _LostError where the worker was killed from outside.
 
     Args:
       code: the worker's exit code; None if it had to be killed.
-
-    Raises:
-      _LostError: the worker was killed from outside.
     """
     if code == -signal.SIGPROF:
-      return self._all(Outcome.TIMEOUT, f'{self._limits.cpu_seconds:g} s of processor time used')
+      return Failure('timeout', f'{self._limits.cpu_seconds:g} s of processor time used')
     words = self._last_words()
     said = f': {words}' if words else ''
     if code is None:
-      return self._all(Outcome.CRASH, f'the verifier process closed its channel{said}')
-    detail = f'the verifier process ended with code {code}{said}'
-    if -code in _FROM_OUTSIDE:
-      raise _LostError(detail)
-    return self._all(Outcome.CRASH, detail)
-
-  def _all(self, outcome: Outcome, detail: str) -> list[ResponseVerdict]:
-    return [ResponseVerdict(outcome, detail=detail)] * len(self._parts)
+      return Failure('crash', f'the {self._noun} process closed its channel{said}')
+    detail = f'the {self._noun} process ended with code {code}{said}'
+    return _LostError(detail) if -code in _FROM_OUTSIDE else Failure('crash', detail)
 
   def _last_words(self) -> str:
     return self._words.decode(errors='replace').strip()
@@ -219,13 +213,13 @@ class _Worker:
     self._errors, self._hears_errors = -1, False
 
 
-def _forked(parts: Sequence[cfg.HostVerifier], limits: cfg.VerifierPool, *pipes: int) -> int:
+def _forked(role: Role, limits: cfg.VerifierPool, *pipes: int) -> int:
   """Forks a worker and returns its process id."""
   me = os.getpid()
   pid = os.fork()
   if pid == 0:
     try:
-      worker.run(parts, limits, me, *pipes)
+      worker.run(role, limits, me, *pipes)
     except BaseException:
       traceback.print_exc()
     finally:
@@ -234,36 +228,38 @@ def _forked(parts: Sequence[cfg.HostVerifier], limits: cfg.VerifierPool, *pipes:
 
 
 class _Supervisor:
-  """The workers of one verifier: two where a Composite needs both sandboxes, else one."""
+  """The workers of one service."""
 
-  def __init__(self, settings: cfg.HostVerifier, limits: cfg.VerifierPool,
-               channel: socket.socket, trainer: int) -> None:
-    self._settings, self._limits = settings, limits
+  def __init__(self, service: Service, limits: cfg.VerifierPool, channel: socket.socket,
+               trainer: int) -> None:
+    self._service, self._limits = service, limits
     self._channel, self._trainer = channel, trainer
-    parts = build.parts_of(settings)
-    by_sandbox = [[i for i, part in enumerate(parts) if build.is_tight(part) == tight]
-                  for tight in (True, False)]
-    self._places = [places for places in by_sandbox if places]  # in `_parts`, for each worker
-    self._parts = parts
+    self._roles = service.roles()
     self._workers: list[_Worker] = []
 
   def ready(self) -> None:
     """Starts all workers again if one is not alive; it raises what `_Worker` raises."""
-    if len(self._workers) == len(self._places) and all(w.alive for w in self._workers):
+    if len(self._workers) == len(self._roles) and all(w.alive for w in self._workers):
       return
     self.end()
-    for places in self._places:
-      self._workers.append(_Worker([self._parts[i] for i in places], self._limits, self._channel,
+    for role in self._roles:
+      self._workers.append(_Worker(self._service, role, self._limits, self._channel,
                                    self._trainer))
 
-  def verify(self, request: dict[str, Any]) -> ResponseVerdict:
-    """The verdict on one response, under one deadline; it raises what `_Worker.verify` raises."""
+  def answer(self, request: Any) -> dict[str, Any]:
+    """The answer to a request, under one deadline; it raises what `_Worker.ask` raises of others.
+    """
     self.ready()
     deadline = Deadline(self._limits.wall_seconds)
-    verdicts: dict[int, ResponseVerdict] = {}
-    for process, places in zip(self._workers, self._places, strict=True):
-      verdicts |= dict(zip(places, process.verify(request, deadline), strict=True))
-    return build.combined(self._settings, [verdicts[i] for i in range(len(self._parts))])
+    try:
+      return self._service.serve(lambda role, asked: self._workers[role].ask(asked, deadline),
+                                 request)
+    except Failure as failure:
+      return self._service.failed(failure)
+    except ValueError as error:
+      self.end()
+      return self._service.failed(
+          Failure('crash', f'the {self._service.kind.noun} process sent {error}'))
 
   def end(self) -> None:
     """Ends the workers and every process that they started."""
@@ -281,14 +277,14 @@ class _Supervisor:
     while True:
       request = receive(fd, Deadline(None), MAX_REQUEST, _Trainer(self._trainer))
       try:
-        answer = build.encoded(self.verify(request))
+        answer = self.answer(request)
       except (_LostError, UserError) as error:
         answer = {'lost': str(error)}
       send(fd, answer, Deadline(None), _Trainer(self._trainer))
-      if build.evaluates(self._settings, request['reference']):
+      if self._service.is_spent(request):
         self.end()
       try:
-        self.ready()  # The trainer is busy meanwhile. `verify` tries again what fails here.
+        self.ready()  # The trainer is busy meanwhile. `answer` tries again what fails here.
       except (_LostError, UserError):
         pass
 
@@ -312,8 +308,13 @@ class _Trainer:
       raise _OrphanedError
 
 
-def main(channel: socket.socket) -> None:
-  """Serves the trainer at the other end of `channel`, then ends every process below this one."""
+def main(channel: socket.socket, make: Callable[[Any], Service]) -> None:
+  """Serves the trainer at the other end of `channel`, then ends every process below this one.
+
+  Args:
+    channel: the socket to the trainer, whose first message holds the settings.
+    make: makes the service from its settings.
+  """
   for number in STOP_SIGNALS:
     signal.signal(number, signal.SIG_IGN)
   signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
@@ -322,10 +323,11 @@ def main(channel: socket.socket) -> None:
   fd = channel.fileno()
   try:
     first = receive(fd, Deadline(None), MAX_REQUEST)
-    settings, limits = build.from_json(first['verifier']), cfg.VerifierPool(**first['limits'])
-    supervisor = _Supervisor(settings, limits, channel, first['parent'])
+    service = make(settings_json.decoded(first['settings']))
+    limits = settings_json.decoded(first['limits'])
+    supervisor = _Supervisor(service, limits, channel, first['parent'])
     try:
-      build.preload(settings)
+      service.preload()
       supervisor.ready()
     except UserError as error:
       send(fd, {'error': str(error)}, Deadline(None))
@@ -340,4 +342,4 @@ def main(channel: socket.socket) -> None:
 
 
 if __name__ == '__main__':
-  main(socket.socket(fileno=int(sys.argv[1])))
+  main(socket.socket(fileno=int(sys.argv[1])), Verifying)

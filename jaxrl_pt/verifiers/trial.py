@@ -12,7 +12,7 @@ from typing import Any
 
 from jaxrl_pt import config as cfg
 from jaxrl_pt.errors import UserError
-from jaxrl_pt.verifiers import gym, pool
+from jaxrl_pt.verifiers import code, gym, pool
 from jaxrl_pt.verifiers import math as mathematics
 from jaxrl_pt.verifiers.response_verdict import UNVERIFIED, Outcome, ResponseVerdict
 
@@ -42,13 +42,14 @@ def tried(settings: cfg.HostVerifier, reference: str, demonstration: str, place:
   and need only give a verdict.
   """
   first = settings.verifiers[0] if isinstance(settings, cfg.Composite) else settings
-  response = _right_response(first, reference)
+  response = _right_response(first, reference, demonstration)
   if response is None:
     return Tried(demonstration or reference, reference, place, False)
   return Tried(response, reference, place, True)
 
 
-def _right_response(settings: cfg.HostVerifier, reference: str) -> str | None:
+def _right_response(settings: cfg.HostVerifier, reference: str, demonstration: str
+                    ) -> str | None:
   """A response that the verifier must find correct; None where its form is not known."""
   match settings:
     case cfg.MathVerifier(answer='boxed'):
@@ -69,6 +70,10 @@ def _right_response(settings: cfg.HostVerifier, reference: str) -> str | None:
       return ''.join(f'<{tag}></{tag}>' for tag in tags)
     case cfg.LengthVerifier():
       return ''
+    case cfg.CodeVerifier(answer='fence') if demonstration:
+      return demonstration
+    case cfg.CodeVerifier() if demonstration:
+      return code.extract(demonstration, 'fence')
     case _:
       return None
 

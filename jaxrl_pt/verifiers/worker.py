@@ -1,11 +1,10 @@
-"""The process that runs verifiers: the pool's supervisor forks it, bounds it and does not trust it.
+"""The process that runs a handler: the pool's supervisor forks it, bounds it and does not trust it.
 
-It reads requests from one pipe and writes verdicts to another. Each verdict carries the nonce of
-its request, so that bytes which other code writes there are not taken for a verdict. The only other
+It reads requests from one pipe and writes answers to another. Each answer carries the nonce of its
+request, so that bytes which other code writes there are not taken for an answer. The only other
 open descriptor is its error output, of which the supervisor keeps the last bytes.
 """
 
-from collections.abc import Sequence
 import os
 import random
 import signal
@@ -14,20 +13,21 @@ from typing import Any, NoReturn
 
 from jaxrl_pt import config as cfg
 from jaxrl_pt.errors import UserError
-from jaxrl_pt.verifiers import build, sandbox
+from jaxrl_pt.verifiers import sandbox
 from jaxrl_pt.verifiers.channel import MAX_REQUEST, Closed, Deadline, receive, send
-from jaxrl_pt.verifiers.response_verdict import HostVerifier, Outcome, ResponseVerdict
+from jaxrl_pt.verifiers.service import Handle, Role
 
 _REQUESTS, _RESULTS = 3, 4  # descriptors
+MAX_REASON = 2000  # characters of the reason why a handler raised an exception
 
 
-def run(parts: Sequence[cfg.HostVerifier], limits: cfg.VerifierPool, parent: int, requests: int,
-        results: int, errors: int) -> NoReturn:
-  """Verifies until the requests end. It is called in a fresh fork and never returns.
+def run(role: Role, limits: cfg.VerifierPool, parent: int, requests: int, results: int,
+        errors: int) -> NoReturn:
+  """Answers requests until they end. It is called in a fresh fork and never returns.
 
   Args:
-    parts: verifiers that share a sandbox.
-    limits: what verifying one response may cost.
+    role: makes the handler, and says which sandbox it needs.
+    limits: what one answer may cost.
     parent: process id of the supervisor.
     requests, results, errors: descriptors of the pipes to the supervisor.
   """
@@ -35,11 +35,11 @@ def run(parts: Sequence[cfg.HostVerifier], limits: cfg.VerifierPool, parent: int
   os.setsid()
   _keep_only(requests, results, errors)
   try:
-    verifiers = [build.host_verifier(part) for part in parts]
+    handle = role.make()
   except UserError as error:
     send(_RESULTS, {'error': str(error)}, Deadline(None))
     os._exit(0)
-  if all(build.is_tight(part) for part in parts):
+  if role.is_tight:
     sandbox.enter_tight(limits.memory_mib)
   else:
     sandbox.enter_open(limits.memory_mib)
@@ -48,10 +48,8 @@ def run(parts: Sequence[cfg.HostVerifier], limits: cfg.VerifierPool, parent: int
   try:
     while True:
       request = receive(_REQUESTS, Deadline(None), MAX_REQUEST)
-      verdicts = [_verify(verify, part, request, limits.cpu_seconds)
-                  for verify, part in zip(verifiers, parts, strict=True)]
-      send(_RESULTS, {'nonce': request['nonce'], 'verdicts': list(map(build.encoded, verdicts))},
-           Deadline(None))
+      answer = _answered(handle, request['request'], limits.cpu_seconds)
+      send(_RESULTS, {'nonce': request['nonce'], **answer}, Deadline(None))
   except Closed:
     os._exit(0)
 
@@ -72,21 +70,15 @@ def _keep_only(requests: int, results: int, errors: int) -> None:
   os.closerange(_RESULTS + 1, os.sysconf('SC_OPEN_MAX'))
 
 
-def _verify(verify: HostVerifier, part: cfg.HostVerifier, request: dict[str, Any],
-            cpu_seconds: float) -> ResponseVerdict:
-  random.seed(0)  # A verifier's random numbers must not depend on what was verified before.
+def _answered(handle: Handle, request: Any, cpu_seconds: float) -> dict[str, Any]:
+  """{"answer": …}, or {"raised": why} where the handler raised an exception."""
+  random.seed(0)  # A handler's random numbers must not depend on what was asked before.
   try:
     signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
-    verdict = verify(request['response'], request['reference'])
-    if not isinstance(verdict, ResponseVerdict):
-      return ResponseVerdict(
-          Outcome.CRASH, detail=f'the verifier returned {type(verdict).__name__}, '
-                                'not a ResponseVerdict')
-    return build.checked(verdict, part)
-  except Exception as error:  # Whatever a verifier raises is an outcome.
+    return {'answer': handle(request)}
+  except Exception as error:  # Whatever a handler raises is an outcome.
     where = traceback.extract_tb(error.__traceback__)[-1]
-    detail = (f'{type(error).__name__}: {error} '
-              f'({os.path.basename(where.filename)}:{where.lineno})')
-    return ResponseVerdict(Outcome.CRASH, detail=detail)
+    return {'raised': f'{type(error).__name__}: {error} '
+                      f'({os.path.basename(where.filename)}:{where.lineno})'[:MAX_REASON]}
   finally:
     signal.setitimer(signal.ITIMER_PROF, 0)

@@ -11,7 +11,7 @@ import pytest
 from jaxrl_pt import config as cfg
 from jaxrl_pt import params as P
 from jaxrl_pt.data.tokenizer import ByteTokenizer
-from jaxrl_pt.environments.base import Environment
+from jaxrl_pt.environments.base import Task
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.jobs import open as opening
 from jaxrl_pt.jobs import rpt
@@ -31,7 +31,7 @@ AHEAD = dataclasses.replace(
 @pytest.fixture
 def reopened(monkeypatch):
   """reopened(objective) → its job, as a context. RPT's positions are chosen by nobody."""
-  monkeypatch.setattr(rpt.next_token, 'make_environment', lambda *_: Environment(
+  monkeypatch.setattr(rpt.next_token, 'make_environment', lambda *_: Task(
       lambda batch: (None, ()), DeviceVerifier(lambda prompts, rollouts: None), lambda _: {},
       'positions'))
 

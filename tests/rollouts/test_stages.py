@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxrl_pt import config as cfg
-from jaxrl_pt.environments.base import Environment
+from jaxrl_pt.environments.base import Task
 from jaxrl_pt.parallel.mesh import make_mesh
 from jaxrl_pt.rollouts import stages
 from jaxrl_pt.run import session as sessions
@@ -59,7 +59,7 @@ def make(selection, verify=even_prompts_teach):
   optimizer = optim.make_optimizer(session.run.optimizer, 9, model.specs)
   state = states.init_state(model, optimizer, session.mesh, 0)
   state = state.replace(method=states.new_method(rollouts, method.algorithm, MODEL.d_model))
-  environment = Environment(take, DeviceVerifier(verify), lambda params: {}, '')
+  environment = Task(take, DeviceVerifier(verify), lambda params: {}, '')
   return stages.Stages(session, environment, state.params, optimizer, method), state
 
 
@@ -126,7 +126,7 @@ def make_apart(kl: cfg.KL):
   state, other = (states.init_state(model, optimizer, session.mesh, seed) for seed in (0, 1))
   state = state.replace(method=states.new_method(rollouts, method.algorithm, MODEL.d_model))
   reference = {**other.params, 'embed': 30 * other.params['embed']}
-  environment = Environment(take, DeviceVerifier(short_is_right), lambda params: {}, '')
+  environment = Task(take, DeviceVerifier(short_is_right), lambda params: {}, '')
   found = stages.Stages(session, environment, reference, optimizer, method)
   return found, state, reference, session, optimizer
 

@@ -11,13 +11,13 @@ import time
 import pytest
 
 from jaxrl_pt import config as cfg
-from jaxrl_pt.verifiers import build, expressions, sandbox
+from jaxrl_pt.verifiers import build, expressions, sandbox, seccomp
 from jaxrl_pt.verifiers.pool import Pool
 from jaxrl_pt.verifiers.response_verdict import Outcome
 
 ROOT = Path(__file__).resolve().parents[2]
 # Whether this kernel filters system calls, on a machine whose numbers we know.
-FILTERS = sys.platform == 'linux' and platform.machine() in sandbox.MACHINES and (
+FILTERS = sys.platform == 'linux' and platform.machine() in seccomp.MACHINES and (
     'Seccomp:' in Path('/proc/self/status').read_text(encoding='utf-8'))
 FILTERED = pytest.mark.skipif(not FILTERS, reason='this kernel filters no system calls')
 LINUX = pytest.mark.skipif(sys.platform != 'linux', reason='bounds that only Linux keeps')
@@ -224,7 +224,7 @@ def test_the_tight_process_computes_and_reads_and_nothing_else(tmp_path):
 def test_built_in_verifiers_run_in_the_tight_process(settings):
   with Pool(settings, cfg.VerifierPool(num_workers=1)) as pool:
     pool.submit([('42', '42')]).result()
-    supervisor = next(iter(pool._children.values()))._process.pid
+    supervisor = next(iter(pool._processes._children.values()))._process.pid
     worker, = sandbox.descendants(supervisor)
     status = Path(f'/proc/{worker}/status').read_text(encoding='utf-8')
     names = sorted(os.readlink(f'/proc/{worker}/fd/{fd}').split(':')[0]

@@ -16,7 +16,7 @@ from jaxrl_pt import config as cfg
 from jaxrl_pt.data.tokenizer import ByteTokenizer
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.types import RolloutBatch
-from jaxrl_pt.verifiers import build, host, sandbox
+from jaxrl_pt.verifiers import build, host, sandbox, settings_json
 from jaxrl_pt.verifiers.pool import Pool
 from jaxrl_pt.verifiers.response_verdict import Outcome, ResponseVerdict
 
@@ -96,7 +96,7 @@ def test_a_child_killed_from_outside_costs_at_most_its_own_item(pool):
 
 def _below(pool) -> list[int]:
   """Process ids of the pool's supervisors and of all below them."""
-  supervisors = [child._process.pid for child in pool._children.values()]
+  supervisors = [child._process.pid for child in pool._processes._children.values()]
   return [pid for each in supervisors for pid in (each, *sandbox.descendants(each))]
 
 
@@ -199,7 +199,7 @@ def test_a_module_that_kills_the_child_is_named_in_the_error():
     cfg.WordVerifier(1, 2), MISBEHAVING,
     cfg.Composite((cfg.LogicVerifier(), cfg.LengthVerifier(1, 2)), (1.0, 0.5))])
 def test_settings_travel_whole(settings):
-  assert build.from_json(build.to_json(settings)) == settings
+  assert settings_json.decoded(settings_json.encoded(settings)) == settings
 
 
 # --- No process left --------------------------------------------------------------
