@@ -16,7 +16,7 @@ import pytest
 from jaxrl_pt import params as P
 from jaxrl_pt.sampling.engine import Engine
 from jaxrl_pt.serving.conversation import Template
-from tests.serving.conftest import MODEL, TOKENIZER, Running, running
+from tests.serving.conftest import MODEL, SIZES, TOKENIZER, Running, running
 
 EOS = TOKENIZER.eos_id
 TEMPLATE = Template('{content};', 'U{content};', 'A{content};', 'T{content};', 'F{content}', 'A:',
@@ -206,7 +206,7 @@ def test_broken_requests_leave_nothing_behind(server: Running):
       assert client.post(f'{server.url}/v1/completions', json=body).status_code == status
   counters = server.wait_until_free()
   assert counters['pages_in_use'] == counters['kept_pages']
-  assert server.worker._room == 8 and server.worker._masks == 16
+  assert (server.worker._room, server.worker._masks) == (SIZES.queue, SIZES.constrained)
 
 
 # --- Tools ----------------------------------------------------------------------------
@@ -242,8 +242,11 @@ def test_tools_are_told_in_the_prompt(server: Running):
 
 
 def test_too_many_constrained_responses(server: Running):
-  body = {'prompt': ['x'] * 9, 'guided_regex': 'a'}
-  assert 'at once and at most 8' in post(server, status=400, **body)['error']['message']
+  body = {'prompt': ['x'] * 7, 'guided_regex': 'a'}
+  said = post(server, status=400, **body)['error']['message']
+  assert said == '7 responses of a format are asked for at once and at most 6 are taken.'
+  said = post(server, status=400, prompt='x', n=7, guided_regex='a')['error']['message']
+  assert '7 constrained responses at once; at most 6 are taken' in said
 
 
 def test_found_prefixes_are_counted(server: Running):
