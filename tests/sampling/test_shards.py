@@ -9,7 +9,6 @@ import pytest
 
 from tests import xla_flags
 
-
 SOME = '8,1,1', '1,4,2', '2,1,4'
 OTHERS = '1,1,8', '1,2,4', '1,8,1', '2,2,2', '2,4,1', '4,1,2', '4,2,1'
 
