@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 from jaxrl_pt.config import ActivationQuant
 from jaxrl_pt.nn import quant
 from jaxrl_pt.nn.attention import branch_attention, causal_attention
+from jaxrl_pt.nn.paged_attention import paged_attention
 from jaxrl_pt.types import Array
 from pallas_kernels.hadamard_quantize import reference
 
@@ -27,6 +28,8 @@ Rotated = Callable[[Array, Array | None, float, ActivationQuant], tuple[Array, A
 Attention = Callable[[Array, Array, Array, Array], Array]
 # branches(q_NRSHE, k_NKTE, v_NKTE, lengths_NR, k_own_NKRCE, v_own_NKRCE, step) → out_NRSHE
 Branches = Callable[[Array, Array, Array, Array, Array, Array, Array | int], Array]
+# paged(q_BSHE, pages, scales or None, table_BP, starts_B, counts_B) → out_BSHE
+Paged = Callable[[Array, Array, Array | None, Array, Array, Array], Array]
 
 
 def product(x_codes: Array, x_scale: Array, w_codes: Array, w_scale: Array,
@@ -79,3 +82,4 @@ class Ops(NamedTuple):
   rotated: Rotated = rotated
   attention: Attention = causal_attention
   branches: Branches = branch_attention
+  paged: Paged = paged_attention
