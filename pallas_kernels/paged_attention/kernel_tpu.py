@@ -9,7 +9,7 @@ Queries of one key/value head lie side by side, query by query, as `rows` of a m
 every query of the block sees take the first of two loops, which masks nothing.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 import functools
 import math
 from typing import Any, NamedTuple
@@ -24,7 +24,13 @@ from pallas_kernels.paged_attention import tuning
 Array = jax.Array
 Ref = Any
 LANES, SUBLANES = 128, 8
+PART_KEYS = 256  # The fewest keys of a part of a step.
+UNROLLED = 4  # Pages that a turn of the loop over copies takes.
 LOG2_E = math.log2(math.e)
+
+
+def round_up(n: int, multiple: int) -> int:
+  return -(-n // multiple) * multiple
 
 
 def check(shape: tuning.Shape) -> None:
@@ -53,12 +59,11 @@ def paged_attention(q_BSHE: Array, pages: Array, scales: Array | None, table_BP:
   num_rows, num_new, num_heads, width = q_BSHE.shape
   heads = blocks.heads
   query_blocks, head_blocks = pl.cdiv(num_new, blocks.queries), shape.num_groups // heads
-  rows = _round_up(blocks.queries * shape.group, SUBLANES)
+  rows = round_up(blocks.queries * shape.group, SUBLANES)
   if shape.beside:
     pages = pages[:, :, None]
   _, _, parts, page_size, lanes = pages.shape
-  whole = LANES // math.gcd(page_size, LANES)  # Pages of whole lanes of scores.
-  per_step = _round_up(max(1, min(blocks.keys // page_size, table_BP.shape[1])), whole)
+  per_step, part = pages_of_step(shape, blocks, table_BP.shape[1])
   # Keys beside values in one line of lanes are multiplied by queries beside zeros.
   line = lanes if width % LANES else width
   q = _lines(q_BSHE, shape, blocks, rows, line)
@@ -66,7 +71,7 @@ def paged_attention(q_BSHE: Array, pages: Array, scales: Array | None, table_BP:
   cores = math.gcd(num_cores, items)
   on_core = items // cores
   layout = _Layout(query_blocks, head_blocks, heads, blocks.queries, shape.group, width,
-                   scales is not None)
+                   part, scales is not None)
 
   def table(ahead: int) -> pl.BlockSpec:
     """Page numbers of this item's row, or of that of the core's next item."""
@@ -104,6 +109,17 @@ def paged_attention(q_BSHE: Array, pages: Array, scales: Array | None, table_BP:
   return out.transpose(0, 2, 1, 3, 4).reshape(q_BSHE.shape)
 
 
+def pages_of_step(shape: tuning.Shape, blocks: tuning.Blocks, table_len: int) -> tuple[int, int]:
+  """Pages of a step, and of a part of it: a row that ends early in a step pays for some parts.
+
+  Both hold whole lanes of scores, and parts divide the step."""
+  whole = LANES // math.gcd(shape.page_size, LANES)
+  per_step = round_up(max(1, min(blocks.keys // shape.page_size, table_len)), whole)
+  part = next(n for n in range(whole, per_step + 1, whole) if per_step % n == 0
+              and (n * shape.page_size >= PART_KEYS or n == per_step))
+  return per_step, part
+
+
 class _Layout(NamedTuple):
   """How work is cut into items."""
 
@@ -113,6 +129,7 @@ class _Layout(NamedTuple):
   queries: int  # new tokens of an item
   group: int  # query heads of a key/value head
   width: int  # channels of a head
+  part: int  # pages of a part of a masked step
   quantised: bool
 
   def place(self, item: Array) -> tuple[Array, Array, Array]:
@@ -142,10 +159,6 @@ def _lines(q_BSHE: Array, shape: tuning.Shape, blocks: tuning.Blocks, rows: int,
   return jnp.pad(q, ((0, 0),) * 3 + ((0, rows - q.shape[3]), (0, 0)))
 
 
-def _round_up(n: int, multiple: int) -> int:
-  return -(-n // multiple) * multiple
-
-
 def _iota(shape: tuple[int, ...], axis: int) -> Array:
   return jax.lax.broadcasted_iota(jnp.int32, shape, axis)
 
@@ -173,6 +186,7 @@ def _body(starts_ref: Ref, counts_ref: Ref, table_ref: Ref, next_table_ref: Ref,
   _, per_step, heads, _, page_size, _ = buffer_ref.shape
   j, on_core = pl.program_id(1), pl.num_programs(1)
   item = pl.program_id(0) * on_core + j
+  part_keys = layout.part * page_size
   step_keys, capacity = per_step * page_size, table_ref.shape[1] * page_size
 
   def extent(item: Array) -> _Extent:
@@ -189,20 +203,33 @@ def _body(starts_ref: Ref, counts_ref: Ref, table_ref: Ref, next_table_ref: Ref,
   pages_to_come = jnp.where(j + 1 < on_core, following.num_pages, 0)
   steps = jax.lax.div(this.num_pages + per_step - 1, per_step)
 
-  def copies(head: Array | int, page: Array | int, slot: Array, n: Array | int) -> Iterator[Any]:
-    of = lambda ref: ref.at[pl.ds(head, heads), page]
-    yield pltpu.make_async_copy(of(pages_ref), buffer_ref.at[slot, n], arrived.at[slot])
+  def copies(head: Array | int, slot: Array) -> Callable[[Array | int, Array | int], list[Any]]:
+    """What copies page `page` to place n. Addresses are made in two steps, which leaves less to
+    do for each page: scalar work is what bounds few heads."""
+    pairs = [(pages_ref.at[pl.ds(head, heads)], buffer_ref.at[slot])]
     if layout.quantised:
-      yield pltpu.make_async_copy(of(scales_ref), scale_buffer_ref.at[slot, n],
-                                  arrived.at[slot])
+      pairs.append((scales_ref.at[pl.ds(head, heads)], scale_buffer_ref.at[slot]))
+    return lambda page, n: [
+        pltpu.make_async_copy(source.at[:, page], target.at[n], arrived.at[slot])
+        for source, target in pairs]
 
   def fetch(head: Array, num_pages: Array, slot: Array, page_of: Callable[[Array], Array]
             ) -> None:
     """Starts the copies of the first so many pages, of those that a step takes."""
+    copy_page = copies(head, slot)
+    num_pages = jnp.minimum(num_pages, per_step)
+
     def start(n: Array, _: None) -> None:
-      for copy in copies(head, page_of(n), slot, n):
+      for copy in copy_page(page_of(n), n):
         copy.start()
-    jax.lax.fori_loop(0, jnp.minimum(num_pages, per_step), start, None)
+
+    def start_some(i: Array, _: None) -> None:
+      for n in range(UNROLLED):
+        start(i * UNROLLED + n, None)
+
+    unrolled = jax.lax.div(num_pages, UNROLLED)
+    jax.lax.fori_loop(0, unrolled, start_some, None)
+    jax.lax.fori_loop(unrolled * UNROLLED, num_pages, start, None)
 
   def fetch_next(step: Array, slot: Array) -> None:
     """The step after this one, which may be the next item's first."""
@@ -219,13 +246,15 @@ def _body(starts_ref: Ref, counts_ref: Ref, table_ref: Ref, next_table_ref: Ref,
       pltpu.make_async_copy(ref.at[slot], ref.at[slot], arrived.at[slot]).wait()
 
   def wait_for(num_pages: Array, slot: Array) -> None:
+    copy_page = copies(0, slot)
+
     def wait(n: Array, _: None) -> None:
-      for copy in copies(0, 0, slot, n):
+      for copy in copy_page(0, n):
         copy.wait()
     jax.lax.fori_loop(0, jnp.minimum(num_pages, per_step), wait, None)
 
-  def clear(num_keys: Array, slot: Array) -> None:
-    """Zeroes the values of slots beyond the last key, which may hold anything: their weights
+  def clear(begin: Array, end: Array, num_keys: Array, slot: Array) -> None:
+    """Zeroes the values beyond the last key in some pages, which may hold anything: their weights
     are zero, but zero times NaN is NaN."""
     def clear_page(n: Array, _: None) -> None:
       for h in range(heads):
@@ -233,11 +262,11 @@ def _body(starts_ref: Ref, counts_ref: Ref, table_ref: Ref, next_table_ref: Ref,
         live = n * page_size + _iota(values.shape, 0) < num_keys
         # Narrow types have no comparison of their own.
         values[...] = jnp.where(live, values[...].astype(jnp.float32), 0).astype(values.dtype)
-    jax.lax.fori_loop(jax.lax.div(num_keys, page_size), per_step, clear_page, None)
+    jax.lax.fori_loop(begin, end, clear_page, None)
 
-  def attend(slot: Array, seen: Array | None) -> None:
-    _attend(q_ref, buffer_ref, scale_buffer_ref, highest_ref, sum_ref, acc_ref, layout, slot,
-            seen)
+  def attend(slot: Array, begin: Array | int, num_pages: int, seen: Array | None) -> None:
+    _attend(q_ref, buffer_ref, scale_buffer_ref, highest_ref, sum_ref, acc_ref, layout,
+            (slot, pl.ds(begin, num_pages)), seen)
 
   @pl.when(j == 0)
   def fetch_first() -> None:
@@ -257,17 +286,25 @@ def _body(starts_ref: Ref, counts_ref: Ref, table_ref: Ref, next_table_ref: Ref,
     slot = (parity + step) & 1
     fetch_next(step, 1 - slot)
     wait_for_all(slot)
-    attend(slot, None)
+    attend(slot, 0, per_step, None)
 
   def masked_step(step: Array, _: None) -> None:
     slot = (parity + step) & 1
     fetch_next(step, 1 - slot)
     wait_for(this.num_pages - step * per_step, slot)
-    clear(this.num_keys - step * step_keys, slot)
+    keys_here = jnp.minimum(this.num_keys - step * step_keys, step_keys)
+    parts = jax.lax.div(keys_here + part_keys - 1, part_keys)
+    clear(jax.lax.div(keys_here, page_size), parts * layout.part, keys_here, slot)
     rows = q_ref.shape[1]
     query = this.first + jax.lax.div(_iota((rows, 1), 0), layout.group)
     last = jnp.minimum(query, this.num_keys - 1) - step * step_keys
-    attend(slot, _iota((heads * rows, step_keys), 1) <= jnp.concatenate([last] * heads, 0))
+    last = jnp.concatenate([last] * heads, 0)
+
+    def masked_part(part: Array, _: None) -> None:
+      keys = part * part_keys + _iota((heads * rows, part_keys), 1)
+      attend(slot, part * layout.part, layout.part, keys <= last)
+
+    jax.lax.fori_loop(0, parts, masked_part, None)
 
   seen_by_all = jnp.minimum(jax.lax.div(this.first + 1, step_keys), steps)
   jax.lax.fori_loop(0, seen_by_all, whole_step, None)
@@ -287,20 +324,19 @@ def _values_of(buffer_ref: Ref, width: int, slot: Array, page: Any, head: int) -
 
 
 def _attend(q_ref: Ref, buffer_ref: Ref, scale_buffer_ref: Ref, highest_ref: Ref, sum_ref: Ref,
-            acc_ref: Ref, layout: _Layout, slot: Array, seen: Array | None) -> None:
-  """One step of the online softmax, for all heads together."""
-  _, per_step, heads, _, page_size, _ = buffer_ref.shape
-  rows, dtype = q_ref.shape[1], q_ref.dtype
-  every = slice(None)
+            acc_ref: Ref, layout: _Layout, at: tuple[Array, pl.Slice], seen: Array | None) -> None:
+  """Some pages of the buffer, in the online softmax of all heads together."""
+  slot, pages = at
+  heads, rows, dtype = layout.heads, q_ref.shape[1], q_ref.dtype
 
   def scale_row(head: int, part: int) -> Array:
     """f32[1, keys]."""
-    return jnp.concatenate([scale_buffer_ref[slot, n, head, pl.ds(part, 1)]
-                            for n in range(per_step)], 1)
+    return jnp.concatenate([scale_buffer_ref[slot, pages.start + n, head, pl.ds(part, 1)]
+                            for n in range(pages.size)], 1)
 
   scores = []
   for h in range(heads):
-    keys = buffer_ref[slot, :, h, 0, :, pl.ds(0, q_ref.shape[2])]
+    keys = buffer_ref[slot, pages, h, 0, :, pl.ds(0, q_ref.shape[2])]
     product = _dot(q_ref[h], keys.reshape(-1, q_ref.shape[2]).astype(dtype), 1)
     factor = LOG2_E / math.sqrt(layout.width)  # exp(x) is 2^(x log₂ e).
     scores.append(product * (factor * scale_row(h, 0) if layout.quantised else factor))
@@ -315,7 +351,7 @@ def _attend(q_ref: Ref, buffer_ref: Ref, scale_buffer_ref: Ref, highest_ref: Ref
   sum_ref[...] = sum_ref[...] * decay + _lane_sums(weights)
   outs = []
   for h in range(heads):
-    values = _values_of(buffer_ref, layout.width, slot, every, h)[...]
+    values = _values_of(buffer_ref, layout.width, slot, pages, h)[...]
     weight = weights[h * rows:(h + 1) * rows]
     if layout.quantised:
       weight = weight * scale_row(h, 1)
