@@ -42,10 +42,14 @@ def _array(*shape: int, of: Any = 'bfloat16') -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(shape, jnp.dtype(of))
 
 
+def _shape(heads: _Heads, num_new: int, page: int, dtype: str) -> Shape:
+  return Shape(num_new, heads.num_groups, heads.num_heads // heads.num_groups, heads.width, page,
+               dtype, beside=heads.width < kernel_tpu.LANES)
+
+
 def _case(generation: Generation, heads: _Heads, rows: int, num_new: int, page: int, dtype: str,
           choice: Blocks | None = None) -> tuning.Case:
-  shape = Shape(num_new, heads.num_groups, heads.num_heads // heads.num_groups, heads.width, page,
-                dtype, heads.width < kernel_tpu.LANES)
+  shape = _shape(heads, num_new, page, dtype)
   choice = choice or blocks(shape, generation)
   per_row, int8 = CONTEXT // page, dtype == 'int8'
   of_page = (page, 2 * heads.width) if shape.beside else (2, page, heads.width)
@@ -146,20 +150,18 @@ def cases(generation: Generation) -> list[tuning.Case]:
 
 
 def candidates(generation: Generation) -> dict[str, list[tuple[dict[str, int], tuning.Case]]]:
-  """Per tuning key, block choices and their cases."""
+  """Per tuning key, block choices and their cases: chunks of a prompt alone.
+
+  Decoding is bound by memory with the default; larger steps would have fewer cycles that
+  nobody waits for, and cost rows whose context is shorter than a step."""
   found: dict[str, list[tuple[dict[str, int], tuning.Case]]] = {}
-  for heads, num_new, page, dtype in (
-      (BITNET, 1, 64, 'bfloat16'), (BITNET, 1, 16, 'bfloat16'), (BITNET, 1, 128, 'int8'),
-      (QWEN_32B, 1, 64, 'bfloat16'), (QWEN_32B, 1, 128, 'int8'), (SMALL, 1, 64, 'bfloat16'),
-      (BITNET, 256, 64, 'bfloat16'), (BITNET, 256, 128, 'int8'), (QWEN_32B, 256, 64, 'bfloat16')):
-    shape = Shape(num_new, heads.num_groups, heads.num_heads // heads.num_groups, heads.width,
-                  page, dtype, heads.width < kernel_tpu.LANES)
+  for heads, page, dtype in ((BITNET, 64, 'bfloat16'), (BITNET, 128, 'int8'),
+                             (QWEN_32B, 64, 'bfloat16')):
+    shape = _shape(heads, 256, page, dtype)
     base = default(shape)
-    choices = [base._replace(keys=keys) for keys in (512, 1024, 2048)]
-    if num_new > 1:
-      choices += [base._replace(keys=1024, queries=2 * base.queries),
-                  base._replace(keys=2048, queries=base.queries // 2)]
-    found[shape.key] = [(choice._asdict(), _case(generation, heads, 32 if num_new == 1 else 1,
-                                                 num_new, page, dtype, choice))
+    choices = [base, base._replace(keys=512), base._replace(keys=2048),
+               base._replace(queries=2 * base.queries),
+               base._replace(keys=2048, queries=base.queries // 2)]
+    found[shape.key] = [(choice._asdict(), _case(generation, heads, 1, 256, page, dtype, choice))
                         for choice in choices]
   return found
