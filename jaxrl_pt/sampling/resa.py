@@ -24,8 +24,8 @@ from jaxrl_pt import config as cfg
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.models.base import Model
 from jaxrl_pt.sampling import policies, resa_attention
-from jaxrl_pt.sampling.groups import NO_STOP
 from jaxrl_pt.sampling.policies import sample_keys
+from jaxrl_pt.sampling.requests import NO_TOKEN
 from jaxrl_pt.sampling.resa_attention import NOBODY, SparseCache
 from jaxrl_pt.types import Array, Params, Prompts, RolloutBatch, SelectedBlocks
 from pallas_kernels.dispatch import Generation
@@ -184,7 +184,7 @@ class _Decoding:
 
 
 def generate(model: Model, params: Params, prompts: Prompts, key: Array, *, sampler: cfg.Sampler,
-             resa: cfg.ReSA, num_samples: int, num_tokens: int, stop_id: int = NO_STOP,
+             resa: cfg.ReSA, num_samples: int, num_tokens: int, stop_id: int = NO_TOKEN,
              version: Array | int = 0, first_samples: Array | None = None,
              generation: Generation | None = None) -> RolloutBatch:
   """`groups.generate` with rectified sparse attention.
