@@ -26,7 +26,7 @@ from jax.typing import DTypeLike
 from jaxrl_pt.config import ActivationQuant
 from jaxrl_pt.nn import ops
 from jaxrl_pt.nn.attention import branch_attention, causal_attention
-from jaxrl_pt.nn.paged_attention import paged_attention
+from jaxrl_pt.nn.paged_attention import paged_attention, write_pages
 from jaxrl_pt.parallel.rules import TRAIN, Rules, partition_spec
 from jaxrl_pt.types import Array
 from pallas_kernels import branch_decode as branch_kernel
@@ -43,7 +43,10 @@ _BLOCKS = (512, 256, 128)
 def make_ops(mesh: Mesh, rules: Rules = TRAIN) -> ops.Ops:
   """The operations for the mesh's devices: kernels on TPUs, XLA on everything else."""
   generation = dispatch.generation_of(mesh.devices.flat[0])
-  return ops.Ops() if generation is None else kernel_ops(mesh, rules, generation)
+  made = ops.Ops() if generation is None else kernel_ops(mesh, rules, generation)
+  if mesh.size == 1:
+    return made
+  return made._replace(write_pages=lambda *args: _write_pages(_here(mesh, rules), *args))
 
 
 def kernel_ops(mesh: Mesh, rules: Rules, generation: Generation,
@@ -258,3 +261,13 @@ def _paged(place: _Place, generation: Generation, interpret: bool, q_BSHE: Array
                             interpret=interpret)
   sharded = place.shard_map(local, (q_spec, pool, pool, *[PartitionSpec()] * 3), q_spec)
   return sharded(q_BSHE, pages, scales, table_BP, starts_B, counts_B)
+
+
+def _write_pages(place: _Place, pool: Array, new_BSK: Array, pages_BS: Array,
+                 offsets_BS: Array) -> Array:
+  """Each chip writes the heads that it holds, for which XLA alone would join all chips."""
+  heads = place.rules['kv_heads'] or None
+  written: Array = place.shard_map(
+      write_pages, (PartitionSpec(heads), PartitionSpec(None, None, heads), PartitionSpec(),
+                    PartitionSpec()), PartitionSpec(heads))(pool, new_BSK, pages_BS, offsets_BS)
+  return written
