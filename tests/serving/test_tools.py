@@ -91,6 +91,12 @@ def test_what_is_no_call_is_plain_text(text: str, sizes: list[int]):
   assert split(text, sizes) == (text, [])
 
 
+def test_an_end_marker_is_quoted_a_few_times_at_most():
+  """Each costs another reading of the whole call."""
+  text = lambda num: written('clock', json.dumps({'a': '</tool_call>' * num}))
+  assert [len(split(text(num), [9])[1]) for num in (15, 16, 17, 40)] == [1, 1, 0, 0]
+
+
 def test_a_call_after_one_that_is_none():
   text = f'<tool_call>x</tool_call>\n{written("clock", "{}")}'
   assert split(text, [1]) == ('<tool_call>x</tool_call>', [NOW])
