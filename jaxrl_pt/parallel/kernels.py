@@ -252,6 +252,7 @@ def _branches(place: _Place, generation: Generation, interpret: bool, q_NRSHE: A
 def _paged(place: _Place, generation: Generation, interpret: bool, q_BSHE: Array, pages: Array,
            scales: Array | None, table_BP: Array, starts_B: Array, counts_B: Array) -> Array:
   """Attention over pages by a kernel; heads are split, rows and the pool are each chip's own."""
+  paged_kernel.check(q_BSHE, pages)
   heads, kv_heads = (place.rules[name] or None for name in ('heads', 'kv_heads'))
   q_spec = PartitionSpec(None, None, heads, None)
   pool = PartitionSpec(kv_heads)

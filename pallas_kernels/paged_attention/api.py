@@ -48,13 +48,25 @@ def paged_attention(q_BSHE: Array, pages: Array, scales: Array | None, table_BP:
   implementations = [dispatch.Implementation('reference', reference.paged_attention)]
   if generation is not None:
     def run(*args: Any) -> Array:
+      check(q_BSHE, pages)
       shape = tuning.shape_of(q_BSHE, pages)
-      kernel_tpu.check(shape)
       return kernel_tpu.paged_attention(
           *args, blocks=blocks or tuning.blocks(shape, generation),
           num_cores=2 if generation in ('v4', 'v5p') else 1, interpret=interpret)
     implementations.insert(0, dispatch.Implementation('tpu', run))
   return dispatch.first_supported('paged_attention', implementations, *args)
+
+
+def check(q_BSHE: Array, pages: Array) -> None:
+  """Checks that the kernel takes queries and pages, whichever of their heads a chip has.
+
+  A caller with a definition of its own asks here first; `paged_attention` falls back on one that
+  gathers all pages of the table at once.
+
+  Raises:
+    NotImplementedError: only the definition takes them; says what the kernel takes.
+  """
+  kernel_tpu.check(tuning.shape_of(q_BSHE, pages))
 
 
 def _validate(q: Array, pages: Array, scales: Array | None, table: Array, starts: Array,
