@@ -208,6 +208,7 @@ def _body(starts_ref: Ref, counts_ref: Ref, table_ref: Ref, next_table_ref: Ref,
     do for each page: scalar work is what bounds few heads."""
     pairs = [(pages_ref.at[pl.ds(head, heads)], buffer_ref.at[slot])]
     if layout.quantised:
+      assert scales_ref is not None and scale_buffer_ref is not None
       pairs.append((scales_ref.at[pl.ds(head, heads)], scale_buffer_ref.at[slot]))
     return lambda page, n: [
         pltpu.make_async_copy(source.at[:, page], target.at[n], arrived.at[slot])
@@ -324,7 +325,7 @@ def _values_of(buffer_ref: Ref, width: int, slot: Array, page: Any, head: int) -
 
 
 def _attend(q_ref: Ref, buffer_ref: Ref, scale_buffer_ref: Ref, highest_ref: Ref, sum_ref: Ref,
-            acc_ref: Ref, layout: _Layout, at: tuple[Array, pl.Slice], seen: Array | None) -> None:
+            acc_ref: Ref, layout: _Layout, at: tuple[Array, Any], seen: Array | None) -> None:
   """Some pages of the buffer, in the online softmax of all heads together."""
   slot, pages = at
   heads, rows, dtype = layout.heads, q_ref.shape[1], q_ref.dtype
@@ -334,13 +335,13 @@ def _attend(q_ref: Ref, buffer_ref: Ref, scale_buffer_ref: Ref, highest_ref: Ref
     return jnp.concatenate([scale_buffer_ref[slot, pages.start + n, head, pl.ds(part, 1)]
                             for n in range(pages.size)], 1)
 
-  scores = []
+  products = []
   for h in range(heads):
     keys = buffer_ref[slot, pages, h, 0, :, pl.ds(0, q_ref.shape[2])]
     product = _dot(q_ref[h], keys.reshape(-1, q_ref.shape[2]).astype(dtype), 1)
     factor = LOG2_E / math.sqrt(layout.width)  # exp(x) is 2^(x log₂ e).
-    scores.append(product * (factor * scale_row(h, 0) if layout.quantised else factor))
-  scores = jnp.concatenate(scores, 0)
+    products.append(product * (factor * scale_row(h, 0) if layout.quantised else factor))
+  scores = jnp.concatenate(products, 0)
   if seen is not None:
     scores = jnp.where(seen, scores, -jnp.inf)
   before = highest_ref[:, :1]
