@@ -19,6 +19,7 @@ from jaxrl_pt.run.policy import Policy, load_policy
 from jaxrl_pt.sampling.engine import Engine
 from jaxrl_pt.serving import terminal
 from jaxrl_pt.serving.conversation import Template, read_template
+from jaxrl_pt.serving.lines import read_lines
 from jaxrl_pt.serving.text import Markers, encode_marker
 from jaxrl_pt.serving.worker import Worker
 
@@ -84,7 +85,7 @@ def sample(workdir: Path, prompts: list[str] | None, *, step: int | None, as_jso
   if prompts is not None:
     show(prompts)
     return
-  for line in terminal.read_lines('prompt> '):
+  for line in read_lines('prompt> '):
     try:
       line.encode()
       show([line])
@@ -137,7 +138,7 @@ def chat(workdir: Path, *, step: int | None, prompt_len: int, template: Path | N
   if console.is_terminal:
     console.print(f'{_name(workdir)}, step {policy.step}. Ctrl-C stops an answer, /new starts a '
                   'new conversation, Ctrl-D leaves.', style='dim', markup=False)
-  terminal.talk(engine, talk, terminal.read_lines('you> '), console)
+  terminal.talk(engine, talk, read_lines('you> '), console)
 
 
 def _template(path: Path | None) -> Template:

@@ -19,6 +19,25 @@ def pages_per_turn(table_len: int, page_size: int) -> int:
   return min(max(1, BLOCK // page_size, -(-table_len // MOST_TURNS)), table_len)
 
 
+def write_pages(pool: Array, new_BSK: Array, pages_BS: Array, offsets_BS: Array) -> Array:
+  """Writes what belongs to S new tokens of each row to their places in a pool of pages.
+
+  Args:
+    pool: [K, N, 2, page, …], the keys, values or scales of every page.
+    new_BSK: [B, S, K, 2, …] in the pool's type.
+    pages_BS: i32[B, S] each token's page, as an index into the pool.
+    offsets_BS: i32[B, S] its place in the page.
+
+  Returns:
+    The pool.
+  """
+  # Every axis but the last is indexed: an axis left whole between them, or mapped, would make the
+  # TPU's scatter ask for another layout, and the whole pool be copied there and back in each layer.
+  heads_K1, both = jnp.arange(pool.shape[0])[:, None], jnp.arange(2)
+  return pool.at[heads_K1, pages_BS[..., None, None], both, offsets_BS[..., None, None]].set(
+      new_BSK)
+
+
 def paged_attention(q_BSHE: Array, pages: Array, scales: Array | None, table_BP: Array,
                     starts_B: Array, counts_B: Array) -> Array:
   """Attention of S new tokens of each row to the tokens of its pages.
@@ -47,17 +66,18 @@ def paged_attention(q_BSHE: Array, pages: Array, scales: Array | None, table_BP:
   q = q_BSHE.reshape(num_rows, num_new, num_groups, -1, width).transpose(0, 2, 3, 1, 4)
   q = q.reshape(num_rows, num_groups, -1, width)
   positions_BQ = jnp.tile(starts_B[:, None] + jnp.arange(num_new), num_heads // num_groups)
-  heads = jnp.arange(num_groups)[:, None]
 
   def read(block: Array, which: int) -> Array:
     """f[B, K, C, E]: the keys (0) or the values (1) of a block.
 
-    They are read apart: out of one copy of both, XLA would read each with a stride.
+    They are read apart: out of one copy of both, XLA would read each with a stride. Heads are
+    mapped over, so that chips which hold different heads read their own and no more.
     """
-    listed = jax.lax.dynamic_slice_in_dim(table_BP, block * at_once, at_once, 1)[:, None]
-    numbers = pages[heads, listed, which].astype(q.dtype)
+    listed = jax.lax.dynamic_slice_in_dim(table_BP, block * at_once, at_once, 1)
+    of_heads = jax.vmap(lambda of_head: of_head[listed, which], out_axes=1)
+    numbers = of_heads(pages).astype(q.dtype)
     if scales is not None:
-      numbers = numbers * scales[heads, listed, which][..., None].astype(q.dtype)
+      numbers = numbers * of_heads(scales)[..., None].astype(q.dtype)
     return numbers.reshape(num_rows, num_groups, -1, width)
 
   def turn(block: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:

@@ -40,7 +40,7 @@ class Reading(NamedTuple):
 
 
 def sparse_attention(q_BHE: Array, pages: Array, bounds_LBKPD: Array, layer: Array,
-                     table_BP: Array, lengths_B: Array, *, selection: Selection,
+                     table_BP: Array, lengths_B: Array, selection: Selection, *,
                      scores: Scores = block_scores) -> Reading:
   """Attention of one new token of each row to its selected blocks.
 
@@ -105,26 +105,24 @@ def _attend_listed(q_BHE: Array, pages: Array, table_BP: Array, lengths_B: Array
   Lists are ascending, and P and greater numbers stand for no block.
   """
   num_rows, num_heads, width = q_BHE.shape
-  num_groups, num_pages, _, block, _ = pages.shape
-  q = q_BHE.reshape(num_rows * num_groups, num_heads // num_groups, width)
+  num_groups, _, _, block, _ = pages.shape
+  q = q_BHE.reshape(num_rows, num_groups, num_heads // num_groups, width)
   q = (q * width**-0.5).astype(q.dtype)
-  lengths = jnp.repeat(lengths_B, num_groups)
   table_len = table_BP.shape[1]
-  per_turn = pages_per_turn(q.shape[0], blocks_BKN.shape[-1], math.prod(pages.shape[2:]))
+  per_turn = pages_per_turn(num_rows * num_groups, blocks_BKN.shape[-1],
+                            math.prod(pages.shape[2:]))
   blocks = jnp.pad(blocks_BKN, ((0, 0), (0, 0), (0, -blocks_BKN.shape[-1] % per_turn)),
                    constant_values=table_len)
-  listed = jnp.take_along_axis(table_BP[:, None], blocks, 2, mode='clip')
-  ids = (jnp.arange(num_groups)[:, None] * num_pages + listed).reshape(q.shape[0], -1)
-  blocks = blocks.reshape(ids.shape)
-  flat = pages.reshape(-1, *pages.shape[2:])
+  ids = jnp.take_along_axis(table_BP[:, None], blocks, 2, mode='clip')
 
   def turn(masked: bool, i: Array, state: _Softmax) -> _Softmax:
-    part = lambda x: jax.lax.dynamic_slice_in_dim(x, i * per_turn, per_turn, 1)
-    k, v = (_copied(flat, part(ids), which) for which in (0, 1))
-    scores = jnp.einsum('xqe,xce->xqc', q, k.astype(q.dtype), preferred_element_type=jnp.float32)
+    part = lambda x: jax.lax.dynamic_slice_in_dim(x, i * per_turn, per_turn, 2)
+    k, v = (_copied(pages, part(ids), which) for which in (0, 1))
+    scores = jnp.einsum('bkge,bkce->bkgc', q, k.astype(q.dtype),
+                        preferred_element_type=jnp.float32)
     if masked:
       at = part(blocks)[..., None] * block + jnp.arange(block)
-      seen = at.reshape(q.shape[0], 1, -1) < lengths[:, None, None]
+      seen = at.reshape(num_rows, num_groups, 1, -1) < lengths_B[:, None, None, None]
       scores = jnp.where(seen, scores, MASKED)
     return state.add(scores, v)
 
@@ -140,34 +138,39 @@ def _attend_listed(q_BHE: Array, pages: Array, table_BP: Array, lengths_B: Array
 
 
 class _Softmax(NamedTuple):
-  """A softmax-weighted sum over the keys so far, of X lists with Q queries each."""
+  """A softmax-weighted sum over the keys so far, of the G queries of each list."""
 
-  highest: Array  # f32[X, Q]
-  total: Array  # f32[X, Q] Σ exp(score − highest)
-  out: Array  # f32[X, Q, E]
+  highest: Array  # f32[B, K, G]
+  total: Array  # f32[B, K, G] Σ exp(score − highest)
+  out: Array  # f32[B, K, G, E]
 
   @classmethod
   def empty(cls, *shape: int) -> '_Softmax':
-    return cls(jnp.full(shape[:2], MASKED), jnp.zeros(shape[:2]), jnp.zeros(shape))
+    return cls(jnp.full(shape[:3], MASKED), jnp.zeros(shape[:3]), jnp.zeros(shape))
 
-  def add(self, scores_XQC: Array, v_XCE: Array) -> '_Softmax':
-    highest = jnp.maximum(self.highest, scores_XQC.max(-1))
-    weights = jnp.exp(scores_XQC - highest[..., None])
+  def add(self, scores_BKGC: Array, v_BKCE: Array) -> '_Softmax':
+    highest = jnp.maximum(self.highest, scores_BKGC.max(-1))
+    weights = jnp.exp(scores_BKGC - highest[..., None])
     kept = jnp.exp(self.highest - highest)
-    new = jnp.einsum('xqc,xce->xqe', weights.astype(v_XCE.dtype), v_XCE,
+    new = jnp.einsum('bkgc,bkce->bkge', weights.astype(v_BKCE.dtype), v_BKCE,
                      preferred_element_type=jnp.float32)
     return _Softmax(highest, self.total * kept + weights.sum(-1),
                     self.out * kept[..., None] + new)
 
 
-def _copied(pages_N2PE: Array, ids_XN: Array, which: int) -> Array:
-  """f[X, N · page, E]: the keys (0) or values (1) of the pages with these ids.
+def _copied(pages: Array, ids_BKN: Array, which: int) -> Array:
+  """f[B, K, N · page, E]: the keys (0) or values (1) of the pages with these ids.
 
-  Keys and values are copied apart: out of one copy, XLA would read each with a stride.
+  Keys and values are copied apart: out of one copy, XLA would read each with a stride. Heads are
+  mapped over, so that chips which hold different heads read their own and no more.
   """
   numbers = jax.lax.GatherDimensionNumbers(offset_dims=(2, 3), collapsed_slice_dims=(0, 1),
                                            start_index_map=(0, 1))
-  at = jnp.stack([ids_XN, jnp.full_like(ids_XN, which)], -1)
-  out = jax.lax.gather(pages_N2PE, at, numbers, (1, 1, *pages_N2PE.shape[2:]),
-                       mode=jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS)
-  return out.reshape(ids_XN.shape[0], -1, pages_N2PE.shape[-1])
+
+  def of_head(pages_N2PE: Array, ids_BN: Array) -> Array:
+    at = jnp.stack([ids_BN, jnp.full_like(ids_BN, which)], -1)
+    return jax.lax.gather(pages_N2PE, at, numbers, (1, 1, *pages_N2PE.shape[2:]),
+                          mode=jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS)
+
+  copied = jax.vmap(of_head, in_axes=(0, 1), out_axes=1)(pages, ids_BKN)
+  return copied.reshape(*ids_BKN.shape[:2], -1, pages.shape[-1])

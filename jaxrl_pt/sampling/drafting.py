@@ -126,7 +126,7 @@ def _drawn_sparsely(model: Model, shape: Shape, vocabulary: Vocabulary, params: 
                                 i + 1 < most_B)
     logits = jnp.matmul(hidden, model.head(params), preferred_element_type=jnp.float32)
     likely = drawing.filtered(shape, vocabulary, queue, asked, logits)
-    token = drawing.drawn(key, asked, first + i + 1, likely).token
+    token = drawing.drawn(model, key, asked, first + i + 1, likely).token
     return tokens.at[:, i + 1].set(token), cache
 
   tokens = jnp.zeros((shape.slots, shape.num_fed), jnp.int32).at[:, 0].set(slots.decoding.newest)

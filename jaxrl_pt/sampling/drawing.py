@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from jaxrl_pt.models.base import Model
 from jaxrl_pt.sampling.policies import Drawn, RowSamplers, draw, filtered_logits, filtered_rows
 from jaxrl_pt.sampling.requests import NO_MASK, Queue, Requests, Shape, Vocabulary
 from jaxrl_pt.types import Array
@@ -23,8 +24,10 @@ def filtered(shape: Shape, vocabulary: Vocabulary, queue: Queue, asked: Requests
   return filtered_rows(logits_BV, asked.samplers, allowed)
 
 
-def drawn(key: Array, asked: Requests, positions_B: Array, filtered_BV: Array) -> Drawn:
+def drawn(model: Model, key: Array, asked: Requests, positions_B: Array, filtered_BV: Array
+          ) -> Drawn:
   """The tokens at these positions, whose noise is addressed by (key, id, sample, position)."""
   keys = jax.vmap(jax.random.fold_in, (None, 0))(key, asked.ids)
   keys = jax.vmap(jax.random.fold_in)(keys, asked.samples)
-  return draw(jax.vmap(jax.random.fold_in)(keys, positions_B), filtered_BV)
+  whole = lambda x: model.constrain(x, (None,) * x.ndim)
+  return draw(jax.vmap(jax.random.fold_in)(keys, positions_B), filtered_BV, whole)

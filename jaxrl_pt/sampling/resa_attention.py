@@ -89,7 +89,7 @@ def dense(ops: Ops, rows_R: Array, starts_R: Array, counts_R: Array, *,
     counts = jnp.where(rows_R < num_rows, counts_R, 0)
     table = jnp.take(cache.table, rows_R, axis=0, mode='fill', fill_value=NOBODY)
     offsets = jnp.arange(num_new)
-    pool = paged_cache.write(cache.pool, layer, table, starts_R[:, None] + offsets,
+    pool = paged_cache.write(ops, cache.pool, layer, table, starts_R[:, None] + offsets,
                              offsets < counts[:, None], k, v)
     # Of parameters that are not stacked, the layer is an int.
     cache = describe(dataclasses.replace(cache, pool=pool), jnp.asarray(layer)[None], rows_R,
@@ -115,14 +115,14 @@ def sparse(ops: Ops, resa: cfg.ReSA, positions_B: Array, active_B: Array,
   """
   def attend(q: Array, k: Array, v: Array, cache: SparseCache,
              layer: Array) -> tuple[Array, SparseCache]:
-    pool = paged_cache.write(cache.pool, layer, cache.table, positions_B[:, None],
+    pool = paged_cache.write(ops, cache.pool, layer, cache.table, positions_B[:, None],
                              active_B[:, None], k, v)
     bounds = _updated(cache, layer, k[:, 0], positions_B, active_B)
     cache = dataclasses.replace(cache, pool=pool, bounds=bounds)
     table = cache.table + layer * pool.num_pages
     is_sparse = active_B & ~jnp.asarray(is_dense_B)
     read = ops.sparse(q[:, 0], pool.pages, bounds, layer, table,
-                      jnp.where(is_sparse, positions_B + 1, 0), selection=selection_of(resa))
+                      jnp.where(is_sparse, positions_B + 1, 0), selection_of(resa))
     out, cache = read.out[:, None], _noted(cache, layer, read)
     if is_dense_B is False:
       return out, cache

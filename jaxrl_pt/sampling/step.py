@@ -83,7 +83,7 @@ def _draw_next(model: Model, shape: Shape, vocabulary: Vocabulary, params: Param
         slots.sparse, jnp.where(drawing, row, shape.queue), slots.responses.count[row],
         fed.selected))
   likely = filtered(shape, vocabulary, queue, asked, logits)
-  token, logp, is_drawn, slots = _choose(shape, vocabulary, key, asked, likely, slots,
+  token, logp, is_drawn, slots = _choose(model, shape, vocabulary, key, asked, likely, slots,
                                          slots.responses.count[row], going & ~in_tail)
   if shape.num_top:
     slots = _report_top(shape, slots, asked, jnp.where(going & ~in_tail, row, shape.queue), likely)
@@ -120,13 +120,13 @@ def _report_top(shape: Shape, slots: Slots, asked: Requests, row: Array,
       top_logp=responses.top_logp.at[at].set(logp, mode='drop')))
 
 
-def _choose(shape: Shape, vocabulary: Vocabulary, key: Array, asked: Requests, filtered_BV: Array,
-            slots: Slots, count: Array, is_response: Array
+def _choose(model: Model, shape: Shape, vocabulary: Vocabulary, key: Array, asked: Requests,
+            filtered_BV: Array, slots: Slots, count: Array, is_response: Array
             ) -> tuple[Array, Array, Array, Slots]:
   """Chooses the next token of each slot.
 
   Args:
-    shape, vocabulary, key, asked, slots: as in `step`.
+    model, shape, vocabulary, key, asked, slots: as in `step`.
     filtered_BV: f32[B, V] from `drawing.filtered`.
     count: i32[B] tokens of each slot's response so far.
     is_response: bool[B] whether the next token belongs to a response.
@@ -136,7 +136,7 @@ def _choose(shape: Shape, vocabulary: Vocabulary, key: Array, asked: Requests, f
     drawn and not forced, and the slots with what has been forced of the end marker.
   """
   decoding = slots.decoding
-  token, logp = drawn(key, asked, decoding.length, filtered_BV)
+  token, logp = drawn(model, key, asked, decoding.length, filtered_BV)
 
   is_forced = jnp.zeros(token.shape, bool)
   if shape.num_forced:
