@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jaxrl_pt import config as cfg
 from jaxrl_pt import params as P
 from jaxrl_pt.parallel import model as models
-from jaxrl_pt.sampling import resa
-from jaxrl_pt.tpu import chips, hlo
+from jaxrl_pt.sampling import groups
+from jaxrl_pt.tpu import hlo
 from jaxrl_pt.types import Prompts
 from tests.tpu.one_chip import one_chip
 
@@ -29,8 +29,8 @@ def main(topology: str) -> None:
   model = models.build(config, cfg.Compute(dtype='bfloat16'), mesh)
   prompts = Prompts(ints(ROWS, LENGTH), ints(ROWS), ints(ROWS))
   draw = functools.partial(
-      resa.generate, model, sampler=cfg.Sampler(), resa=cfg.ReSA(block=BLOCK), num_samples=1,
-      num_tokens=NEW, generation=chips.generation_of_topology(topology))
+      groups.generate, model, sampler=cfg.Sampler(), sparse=cfg.ReSA(block=BLOCK), num_samples=1,
+      num_tokens=NEW)
   compiled = jax.jit(draw).trace(place(P.abstract(model.specs)), prompts, place(
       jax.eval_shape(lambda: jax.random.key(0)))).lower().compile()
   module = hlo.parse(compiled.as_text())
