@@ -23,6 +23,7 @@ from jax.typing import DTypeLike
 from jaxrl_pt import config as cfg
 from jaxrl_pt.models.kv_cache import Attend
 from jaxrl_pt.nn.attention import MASKED
+from jaxrl_pt.nn.page_writes import write_tokens
 from jaxrl_pt.sampling import resa_selection
 from jaxrl_pt.types import Array
 from pallas_kernels import sparse_decode as kernels
@@ -164,18 +165,11 @@ def _noted(cache: SparseCache, layer: Array, blocks_BKN: Array, counts_B: Array)
 
 def _write(cache: SparseCache, layer: Array, table_RP: Array, positions_RS: Array,
            is_token_RS: Array, k_RSKE: Array, v_RSKE: Array) -> SparseCache:
-  pages = jnp.take_along_axis(table_RP, positions_RS // cache.block, 1, mode='clip')
-  pages = jnp.where(is_token_RS, pages, NOBODY) + layer * cache.pages_per_layer
+  first = layer * cache.pages_per_layer
   new_RSK2E = jnp.stack([k_RSKE, v_RSKE], 3).astype(cache.pages.dtype)
-  if pages.size == 1:
-    # XLA would fuse a single update into each operation that reads it, and copy the cache for that.
-    pages = jnp.concatenate([pages, jnp.full_like(pages, NOBODY)])
-    positions_RS, new_RSK2E = (jnp.concatenate([x, x]) for x in (positions_RS, new_RSK2E))
-  # All axes but the last are indexed, as in `models.paged_cache`, or a TPU would copy the pages.
-  heads_K1, both = jnp.arange(new_RSK2E.shape[2])[:, None], jnp.arange(2)
-  offsets = positions_RS % cache.block
-  at = cache.pages.at[heads_K1, pages[..., None, None], both, offsets[..., None, None]]
-  return dataclasses.replace(cache, pages=at.set(new_RSK2E))
+  return dataclasses.replace(cache, pages=write_tokens(
+      cache.pages, table_RP + first, positions_RS[:, 0], is_token_RS.sum(1), new_RSK2E,
+      NOBODY + first))
 
 
 # --- Descriptors ------------------------------------------------------------------
