@@ -11,7 +11,8 @@ import sys
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec as Spec
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as Spec
 
 from jaxrl_pt import config as cfg
 from jaxrl_pt.nn.page_writes import write_pages
