@@ -12,7 +12,7 @@ from typing import ClassVar, get_args
 from jaxrl_pt.config import checks
 from jaxrl_pt.config.algorithm import Algorithm, NoCorrection
 from jaxrl_pt.config.problems import Problems
-from jaxrl_pt.config.rollouts import AllGroups, OneStepOff, OnPolicy, Rollouts
+from jaxrl_pt.config.rollouts import AllGroups, Dense, OneStepOff, OnPolicy, Rollouts
 from jaxrl_pt.config.verifiers import Verifier, VerifierPool, programs_of
 from jaxrl_pt.errors import UserError
 
@@ -127,6 +127,14 @@ def _check_method(name: str, rollouts: Rollouts, algorithm: Algorithm) -> None:
   if rollouts.mode == OneStepOff() and algorithm.correction == NoCorrection():
     raise UserError(f'{name} draws one step off-policy: choose an Algorithm.correction, such as '
                     '@cfg.TokenTIS(), or Rollouts.mode = @cfg.OnPolicy().')
+  if rollouts.sparse != Dense() and not rollouts.is_replayed and (
+      algorithm.correction == NoCorrection()):
+    raise UserError(f'{name} draws by sparse attention and learns by dense attention, which is '
+                    'another policy: choose an Algorithm.correction, such as @cfg.TokenTIS(), or '
+                    'ReSA.replay = True.')
+  if rollouts.is_replayed and (rollouts.mode != OnPolicy() or rollouts.dump_every):
+    raise UserError('ReSA.replay = True needs Rollouts.mode = @cfg.OnPolicy() and '
+                    'Rollouts.dump_every = 0: what each token was drawn from is not kept.')
 
 
 @dataclass(frozen=True)
