@@ -70,6 +70,7 @@ VALID: dict[type, dict[str, Any]] = {
     cfg.ToolUse: {'tools': (cfg.Calculator(),), 'verifier': cfg.MathVerifier()},
     cfg.TextArena: {'game': 'a'},
     cfg.PythonEnvironment: {'target': 'module:Class'},
+    cfg.ChatTemplate: {},
     cfg.Interactive: {'environment': cfg.PythonEnvironment('module:Class')},
     cfg.WordVerifier: {'min_words': 2, 'max_words': 5},
     cfg.LengthVerifier: {'min_chars': 2, 'max_chars': 5},
