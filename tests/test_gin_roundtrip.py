@@ -18,8 +18,7 @@ from tests import random_config
 from tests.test_config import ALL, RUN
 
 # Arguments of functions, which no run holds.
-ELSEWHERE = {cfg.Engine, cfg.ReSA, cfg.RefreshEvery, cfg.RefreshNever, cfg.Interactive,
-             *get_args(cfg.Environment), *get_args(cfg.Tool)}
+ELSEWHERE = {cfg.Engine, cfg.ReSA, cfg.RefreshEvery, cfg.RefreshNever}
 SHIPPED = sorted((Path(__file__).resolve().parents[1] / 'gin' / 'environment').glob('*.gin'))
 
 

@@ -159,7 +159,7 @@ class Player:
     return Engine(
         model, params, engine_config(rollouts, self._settings), seed=run.seed,
         token_bytes=[*self._transcript.tokenizer.token_bytes(), *padding],
-        unused_ids=rollouts.sampler.banned)
+        unused_ids=rollouts.sampler.banned, mesh=self._session.mesh)
 
   def score(self, held_out: Sequence[problems.Problem], params: Params) -> dict[str, float]:
     """validation/{accuracy,reward,response_length,turns} and the same with _argmax.
