@@ -3,7 +3,6 @@
 import dataclasses
 from pathlib import Path
 import re
-from typing import get_args
 
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st

@@ -16,14 +16,17 @@ from jaxrl_pt import params as P
 from jaxrl_pt.data.problems import Problem
 from jaxrl_pt.data.tokenizer import ByteTokenizer
 from jaxrl_pt.environments import interactive, multi_turn, turns
+from jaxrl_pt.environments.base import Task
 from jaxrl_pt.environments.episodes import EpisodePool, Outcome
 from jaxrl_pt.environments.transcript import make_transcript
 from jaxrl_pt.models import transformer
 from jaxrl_pt.parallel.mesh import make_mesh
+from jaxrl_pt.rollouts import stages
 from jaxrl_pt.run import session as sessions
 from jaxrl_pt.sampling import engine, groups
-from jaxrl_pt.train import update
-from jaxrl_pt.types import Prompts
+from jaxrl_pt.train import optim, update
+from jaxrl_pt.train import state as states
+from jaxrl_pt.types import Prompts, TrainState
 
 TOKENIZER = ByteTokenizer()
 MODEL = cfg.Model(num_layers=1, d_model=16, d_ff=32, num_heads=2, num_kv_heads=1, head_dim=8,
@@ -31,7 +34,7 @@ MODEL = cfg.Model(num_layers=1, d_model=16, d_ff=32, num_heads=2, num_kv_heads=1
 MODULE = transformer.build(MODEL)
 PARAMS = P.init(MODULE.specs, jax.random.key(0))
 PARAMS = {**PARAMS, 'embed': PARAMS['embed'] * 8}  # A random model has no opinions.
-# Each ends after a turn of 5 tokens, or where it writes a letter of the second half of the alphabet.
+# A text ends after 5 tokens, or with a `t`.
 TEMPLATE = cfg.ChatTemplate('{content}|', 'U{content}|', 'A', '|', ('t',))
 SETTINGS = cfg.Interactive(cfg.PythonEnvironment('tests.environments.talking:Talking'), max_turns=5,
                            turn_tokens=5, observation_tokens=16, template=TEMPLATE)
@@ -60,7 +63,7 @@ SIZES = multi_turn.engine_config(ROLLOUTS, SETTINGS)
 def make_player(pool, texts, settings=SETTINGS, rollouts=ROLLOUTS, sizes=SIZES):
   problems = [Problem(100 + i, text, '', text) for i, text in enumerate(texts)]
   method = cfg.RL('somewhere', cfg.Problems(cfg.NumberedGames(9)), settings, rollouts=rollouts,
-                  algorithm=cfg.Algorithm(advantage=cfg.DrGRPO()))
+                  algorithm=cfg.Algorithm(advantage=cfg.OPOBatch()))
   run = cfg.Run(seed=SEED, model=MODEL, objective=method,
                 data=cfg.Data(source=cfg.PythonStdlib(), tokenizer=cfg.Bytes(), seq_len=16),
                 optimizer=cfg.AdamW(schedule=cfg.ConstantRate(0.01)), train=cfg.Train(9))
@@ -207,6 +210,36 @@ def test_log_probabilities_of_later_turns_are_those_of_a_whole_forward(whole):
   gap = np.abs(np.asarray(scores.logp) - rollouts.logp)
   assert np.exp(gap[later]).mean() <= 1 + 1e-5
   assert np.exp(gap[rollouts.sampled > 0]).mean() <= 1 + 1e-5
+
+
+def test_a_step_learns_from_what_was_drawn_and_from_nothing_else(pool, whole):
+  player, prompts, _, _ = whole
+  session, method = player._session, player._session.run.objective
+  optimizer = optim.make_optimizer(session.run.optimizer, 9, MODULE.specs)
+  new_method = states.new_method(method.rollouts, method.algorithm, MODEL.d_model)
+  staged = stages.Stages(session, Task(lambda batch: (prompts, ()), player, lambda params: {}, ''),
+                         PARAMS, optimizer, method)
+
+  def learn(change):
+    start = jax.tree.map(jnp.copy, PARAMS)
+    state = TrainState(jnp.zeros((), jnp.int32), start, optimizer.init(start), new_method)
+    taken, references = staged.take(BATCH)
+    rollouts, pending = staged.draw_verified(start, taken, references, BATCH, VERSION)
+    verdict = staged.settle(pending)
+    return staged.learn(state, taken, references, change(rollouts), verdict, False)
+
+  state, done = learn(lambda rollouts: rollouts)
+  values = {name: float(value.mean()) for name, value in done.metrics.items()}
+  assert 1 <= values['mismatch'] <= 1 + 1e-5
+  assert values['verified'] == 1 and values['outcome/ok'] == 0.75
+  assert values['turns'] == np.asarray(whole[3].measures['turns']).mean() > 2
+  observed = lambda r: r.in_response * (1 - r.sampled)
+  assert values['observation_tokens'] == observed(whole[2]).sum() / 8
+  assert not (np.asarray(state.params['embed']) == np.asarray(PARAMS['embed'])).all()
+  # Log-probabilities of tokens that nobody has drawn are read by nobody.
+  other, _ = learn(lambda r: dataclasses.replace(r, logp=r.logp + 9.0 * (1 - r.sampled)))
+  for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(other.params), strict=True):
+    np.testing.assert_array_equal(a, b)
 
 
 # --- Hostile environments ---------------------------------------------------------------
