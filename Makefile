@@ -39,7 +39,7 @@ seqio: $(STAMP) ## adds seqio (with TensorFlow), for the tests of its tasks
 libtpu: $(STAMP) ## adds the TPU compiler, for `jaxrl-pt preflight` and `kernels` and their tests
 	@$(BIN)/python -m pip install -qq -r requirements/libtpu.txt -c $(LOCK)
 
-verifiers: $(STAMP) ## adds sympy and reasoning-gym, for their verifiers and the tests of them
+verifiers: $(STAMP) ## adds sympy, reasoning-gym and textarena, for their verifiers, games and tests
 	@$(BIN)/python -m pip install -qq -r requirements/verifiers.txt -c $(LOCK)
 
 mutate: $(STAMP) ## makes deliberate mistakes one by one and runs the nearest tests: an hour or more

@@ -20,6 +20,7 @@ from jaxrl_pt.sampling.engine import Engine
 from jaxrl_pt.sampling.resa_engine import ResaEngine
 from jaxrl_pt.serving import terminal
 from jaxrl_pt.serving.conversation import Template, read_template
+from jaxrl_pt.serving.lines import read_lines
 from jaxrl_pt.serving.text import Markers, encode_marker
 from jaxrl_pt.serving.worker import Worker
 
@@ -83,7 +84,7 @@ def sample(workdir: Path, prompts: list[str] | None, *, step: int | None, as_jso
   if prompts is not None:
     show(prompts)
     return
-  for line in terminal.read_lines('prompt> '):
+  for line in read_lines('prompt> '):
     try:
       line.encode()
       show([line])
@@ -135,7 +136,7 @@ def chat(workdir: Path, *, step: int | None, prompt_len: int, template: Path | N
   if console.is_terminal:
     console.print(f'{_name(workdir)}, step {policy.step}. Ctrl-C stops an answer, /new starts a '
                   'new conversation, Ctrl-D leaves.', style='dim', markup=False)
-  terminal.talk(engine, talk, terminal.read_lines('you> '), console)
+  terminal.talk(engine, talk, read_lines('you> '), console)
 
 
 def _template(path: Path | None) -> Template:

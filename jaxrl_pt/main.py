@@ -204,10 +204,10 @@ def _play(args: argparse.Namespace) -> int:
     from jaxrl_pt import gin_bindings
     from jaxrl_pt.environments import play
     from jaxrl_pt.environments.interactive import Problem
-    from jaxrl_pt.serving import terminal
+    from jaxrl_pt.serving.lines import read_lines
   settings = gin_bindings.load_value(cfg.Interactive, files, args.gin_bindings)
   is_over = play.play(settings, Problem(args.prompt, args.reference),
-                      play.joined(terminal.read_lines('> ')), sys.stdout, args.json)
+                      play.joined(read_lines('> ')), sys.stdout, args.json)
   return 0 if is_over else 1
 
 

@@ -56,6 +56,21 @@ class Prompts:
 
 
 @struct.dataclass
+class SelectedBlocks:
+  """What rectified sparse attention read of its context, so that a learner can read the same.
+
+  Positions of a row (prompt, then response) are cut into blocks. Entry s belongs to the step whose
+  hidden state response token s was drawn from. The first token comes from a dense forward pass,
+  and its entry is 0. After every `window` tokens that a step has taken in, their keys and values
+  become those of a dense forward pass.
+  """
+
+  bits: Array  # u32[N, G, S, L, K, W] bit i % 32 of word i // 32 says whether block i was read
+  block: int = struct.field(pytree_node=False)  # tokens of a block
+  window: int = struct.field(pytree_node=False)  # tokens between rectifications; 0 for none
+
+
+@struct.dataclass
 class RolloutBatch:
   """Responses with what the sampler knew when it drew them.
 
@@ -71,6 +86,7 @@ class RolloutBatch:
   version: Array  # i32[N, G, S] steps that the parameters had taken when they drew the token
   turn: Array  # i32[N, G, S] number of the turn, that is of the call of the policy, from 0
   mode: Any = ()  # i32[N, G] number of the response's mode, or () in a run without modes
+  selected: Any = ()  # SelectedBlocks if a learner is to replay sparse reading, else ()
 
   @classmethod
   def of_one_turn(cls, tokens: Array, in_response: Array, logp: Array, version: Array | int
@@ -122,6 +138,7 @@ class TrainBatch:
   advantage: Array  # f32[N, G, S]
   returns: Array  # f32[N, G, S] targets of the value head
   weights: Array  # f32[N, G, S] weights of the aggregation: the loss is Σ weights · terms
+  selected: Any = ()  # SelectedBlocks that the policy's forward pass is to read, or ()
   # i32[N], each row's place in the whole batch, if the trainer's log-probability of every token is
   # to be among the metrics, else ().
   rows: Any = ()

@@ -34,11 +34,16 @@ class Cost:
 
 @dataclass(frozen=True)
 class Call:
-  """A function of abstract arguments, and its cost."""
+  """A function of abstract arguments, and its cost.
+
+  dynamic_trips: how often a loop runs whose bound only the data decide, in order of the
+    schedule, where the kernel has such loops.
+  """
 
   run: Callable[..., Any]
   args: tuple[Any, ...]  # of jax.ShapeDtypeStruct
   cost: Cost
+  dynamic_trips: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -48,8 +53,6 @@ class Case:
   kernel, variant, activations, shape: the row's labels ('' where one does not apply).
   minimum_bytes: operands and results once each: what any implementation must move.
   alternatives: by name, e.g. 'xla_bf16' and 'xla_int8'.
-  dynamic_trips: how often a loop runs whose bound only the data decide, in order of the
-    schedule, where the kernel has such loops.
   """
 
   kernel: str
@@ -59,7 +62,6 @@ class Case:
   call: Call
   minimum_bytes: int
   alternatives: Mapping[str, Call] = field(default_factory=dict)
-  dynamic_trips: tuple[int, ...] = ()
 
   @property
   def name(self) -> str:

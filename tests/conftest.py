@@ -19,7 +19,7 @@ def _missing(*names: str) -> list[str]:
 
 _PARITY = _missing('torch', 'transformers')
 _SEQIO = _missing('seqio')
-_VERIFIERS = _missing('sympy', 'reasoning_gym')
+_VERIFIERS = _missing('sympy', 'reasoning_gym', 'textarena')
 collect_ignore_glob = ['parity/*'] if _PARITY else []
 
 

@@ -89,6 +89,7 @@ OWNERS = _owners()
 _BESIDE: dict[type, dict[type, dict[str, Any]]] = {
     cfg.InformationGain: {cfg.RPT: {'prediction': cfg.Reason()}},
     cfg.RL: {cfg.Run: {'train': _WITHOUT_ROWS}},
+    cfg.ReSA: {cfg.RPT: {'algorithm': cfg.Algorithm(correction=cfg.TokenTIS())}},
     cfg.OneStepOff: {cfg.RPT: {'algorithm': cfg.Algorithm(correction=cfg.TokenTIS())}},
 }
 

@@ -55,7 +55,7 @@ VALID: dict[type, dict[str, Any]] = {
         cfg.CISPO, cfg.TokenMean,
         cfg.SequenceMeanTokenSum, cfg.SequenceMeanTokenMean, cfg.NoCorrection, cfg.TokenTIS,
         cfg.SequenceTIS, cfg.Rejection, cfg.NoKL, cfg.NoShaping, cfg.ShortRL, cfg.Kimi,
-        cfg.Algorithm, cfg.OnPolicy, cfg.OneStepOff, cfg.AllGroups, cfg.DynamicSampling,
+        cfg.Algorithm, cfg.Dense, cfg.OnPolicy, cfg.OneStepOff, cfg.AllGroups, cfg.DynamicSampling,
         cfg.Rollouts)},
     cfg.ConstantDivisor: {'num_tokens': 8},
     cfg.KLInLoss: {'coef': 0.1},
@@ -237,6 +237,7 @@ REFUSED: list[tuple[type, str, list[Any], str]] = [
     (cfg.ReSA, 'active', [-0.1, 0, 1.1, NAN], '0'),
     (cfg.ReSA, 'local_blocks', [-1, 17], 'from 0 to 16'),
     (cfg.ReSA, 'refresh', [32, None], 'one of @cfg.RefreshEvery(), @cfg.RefreshNever()'),
+    (cfg.ReSA, 'replay', [1, None], 'True or False'),
     *((cfg.Engine, name, [0, 1.5], 'at least 1') for name in (
         'slots', 'queue', 'prompt_len', 'response_len', 'page_size', 'prefill_chunk',
         'prefill_rows', 'steps_per_call', 'constrained')),
@@ -286,7 +287,8 @@ REFUSED: list[tuple[type, str, list[Any], str]] = [
     (cfg.DynamicSampling, 'max_rounds', [0, 0.5], 'at least 1'),
     *((cfg.Rollouts, name, [0, 1.5], 'at least 1')
       for name in ('num_prompts', 'group_size', 'prompt_len', 'response_tokens')),
-    *((cfg.Rollouts, name, [None, 'x'], '@cfg.') for name in ('sampler', 'mode', 'selection')),
+    *((cfg.Rollouts, name, [None, 'x'], '@cfg.')
+      for name in ('sampler', 'mode', 'selection', 'sparse')),
     (cfg.Rollouts, 'dump_every', [-1, 0.5], 'at least 0'),
     (cfg.Rollouts, 'slots', [None, 3], 'one of @cfg.Slots()'),
     (cfg.Rollouts, 'mismatch_gate', [-1, 0.5, NAN, None], 'at least '),
@@ -393,6 +395,11 @@ def test_every_field_has_a_row():
                         'train': cfg.Train(4, batch_size=2, accumulation=2)}),
      'Train.accumulation = 2 does not divide the 3 prompts'),
     (lambda: cfg.RPT('a', cfg.Rollouts(mode=cfg.OneStepOff())), 'choose an Algorithm.correction'),
+    (lambda: cfg.RPT('a', cfg.Rollouts(sparse=cfg.ReSA())), 'or ReSA.replay = True'),
+    *((lambda other=other: cfg.RPT('a', cfg.Rollouts(sparse=cfg.ReSA(replay=True), **other),
+                                   cfg.Algorithm(correction=cfg.TokenTIS())),
+       'needs Rollouts.mode = @cfg.OnPolicy() and Rollouts.dump_every = 0')
+      for other in ({'mode': cfg.OneStepOff()}, {'dump_every': 1})),
     *((lambda sampler=sampler: cfg.RPT('a', cfg.Rollouts(sampler=sampler)),
        'leaves the likeliest token alone')
       for sampler in (cfg.Sampler(0), cfg.Sampler(top_k=1), cfg.Sampler(min_p=1.0))),

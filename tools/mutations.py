@@ -316,6 +316,47 @@ _VERIFIERS = [
          ('verdicts_of_anybody', "if answer.get('nonce') != nonce or not", 'if not')),
 ]
 
+_HOSTILE_PROGRAMS = 'tests/verifiers/test_code.py::'
+_REACHES = _HOSTILE_PROGRAMS + 'test_a_program_reaches_nothing'
+_EPISODES = 'tests/environments/test_episodes.py::'
+_PROGRAMS = [
+    *_of('jaxrl_pt/verifiers/seccomp.py', _REACHES,
+         ('programs_open_sockets', "'socketpair': (53, 199),", "'socketpair': (41, 198),"),
+         ('programs_start_processes', "_step(_JUMP_SET, _CLONE_THREAD, 1),",
+          "_step(_JUMP_SET, 0xffffffff, 1),")),
+    *_of('jaxrl_pt/verifiers/isolated.py', _REACHES,
+         ('programs_see_the_host', "'/etc/ld.so.cache'):", "'/etc/ld.so.cache', '/etc/passwd'):")),
+    *_of('jaxrl_pt/verifiers/isolated.py',
+         _HOSTILE_PROGRAMS + 'test_a_plain_user_isolates_programs_too',
+         ('programs_write_to_the_root', "  _restrict('/', _NO_DEVICES, 0)\n", '')),
+    *_of('jaxrl_pt/verifiers/isolated.py', _HOSTILE_PROGRAMS
+         + 'test_a_program_is_a_user_of_its_own_and_finds_nothing_of_the_caller',
+         ('programs_inherit_descriptors', "  os.closerange(_STATUS + 1, os.sysconf('SC_OPEN_MAX'))",
+          '  pass')),
+    *_of('jaxrl_pt/verifiers/interpreter.py', _HOSTILE_PROGRAMS
+         + 'test_a_value_of_no_plain_type_equals_nothing',
+         ('unknown_values_are_equal', '    return False\n\n  __hash__',
+          '    return True\n\n  __hash__')),
+    *_of('jaxrl_pt/verifiers/code.py', _HOSTILE_PROGRAMS
+         + 'test_no_other_program_passes_and_none_disturbs_the_next',
+         ('half_the_asserts_are_enough', 'is_right = len(found.values) == len(expected) and all(',
+          'expected = expected[:len(found.values)]\n    is_right = all(')),
+    *_of('jaxrl_pt/environments/interactive.py', _EPISODES
+         + 'test_one_that_answers_otherwise_when_played_again_is_refused',
+         ('replays_are_believed', 'if _checksum(_stepped(environment, earlier)) != checksum:',
+          'if _stepped(environment, earlier) is None:')),
+    *_of('jaxrl_pt/environments/episodes.py', _EPISODES
+         + 'test_one_that_never_ends_is_ended_at_the_turn_limit',
+         ('episodes_never_end', "num_turns >= max_turns", 'num_turns > max_turns')),
+    *_of('jaxrl_pt/environments/playing.py', _EPISODES
+         + 'test_every_misdeed_has_its_outcome_and_disturbs_no_other_row',
+         ('observations_of_any_size', '  if num_bytes > most:', '  if False:')),
+    *_of('jaxrl_pt/environments/tools.py',
+         'tests/environments/test_tools.py::test_calls_of_one_text_are_answered_in_order_up_to_a_bound',
+         ('calls_without_bound', 'if number >= settings.max_calls:\n      found',
+          'if False:\n      found')),
+]
+
 _KERNELS = _of(
     'jaxrl_pt/parallel/kernels.py', 'tests/parallel/test_kernels.py',
     ('splash_without_scale', 'q = (q * head_dim**-0.5).astype(q.dtype)', 'q = q.astype(q.dtype)'),
@@ -328,4 +369,4 @@ _KERNELS = _of(
 
 MUTATIONS: tuple[Mutation, ...] = (
     *_ADVANTAGES, *_TOKEN_ADVANTAGES, *_OBJECTIVES, *_KL, *_SHAPING, *_LEARNER, *_NUMERICS,
-    *_SAMPLER, *_DATA, *_CHECKPOINT, *_VERIFIERS, *_KERNELS)
+    *_SAMPLER, *_DATA, *_CHECKPOINT, *_VERIFIERS, *_PROGRAMS, *_KERNELS)

@@ -31,7 +31,7 @@ def search(topology: str, kernel: str, only: str, dump: Path) -> dict[str, dict]
     results = []
     for choice, case in choices:
       try:
-        row = kernels.measure_call(case.call, chip, device, dump, case.dynamic_trips)
+        row = kernels.measure_call(case.call, chip, device, dump)
       except Exception as e:  # Too large for VMEM, say: this choice is out.
         print(f'  {key} {choice}: {str(e).splitlines()[0][:120]}', flush=True)
         continue

@@ -31,7 +31,7 @@ import jax.numpy as jnp
 from jaxrl_pt import config as cfg
 from jaxrl_pt import params as P
 from jaxrl_pt.models import kv_cache, transformer
-from jaxrl_pt.sampling import resa, resa_attention, resa_bytes
+from jaxrl_pt.sampling import resa, resa_attention, resa_bytes, resa_selection
 from pallas_kernels.sparse_decode import Selection
 from pallas_kernels.sparse_decode.reference import block_scores
 
@@ -170,10 +170,10 @@ def one_layer(context: int, rounds: int) -> dict:
   selection = Selection(RESA.active, RESA.min_blocks, RESA.local_blocks)
   layer, position = jnp.zeros((), jnp.int32), jnp.array([context - 1])
   q, blocks_B = synthetic((1, 1, MODEL.num_heads, width)), jnp.array([context // block])
-  scores = lambda q, c: resa_attention._score_layer(block_scores, q[:, 0], c.bounds, layer,
+  scores = lambda q, c: resa_selection.score_layer(block_scores, q[:, 0], c.bounds, layer,
                                                     blocks_B[0])
   values = jax.jit(scores)(q, cache)
-  blocks, counts = jax.jit(lambda s: resa_attention.select(s, blocks_B, selection))(values)
+  blocks, counts = jax.jit(lambda s: resa_selection.select(s, blocks_B, selection))(values)
 
   def attend(q, cache, blocks, positions, first_masked, end):
     lists = resa_attention.PageLists(blocks, cache.table, first_masked, end)
@@ -184,7 +184,7 @@ def one_layer(context: int, rounds: int) -> dict:
   wide = synthetic((1, WINDOW, MODEL.num_heads, width))
   parts = {
       'scores of all blocks': timed(scores, q, cache, rounds=rounds),
-      'selection': timed(lambda s: resa_attention.select(s, blocks_B, selection), values,
+      'selection': timed(lambda s: resa_selection.select(s, blocks_B, selection), values,
                          rounds=rounds),
       'selection by jax.lax.top_k': timed(
           lambda s: jnp.sort(jax.lax.top_k(s, blocks.shape[-1])[1]), values, rounds=rounds),

@@ -13,7 +13,7 @@ from jaxrl_pt.config import checks
 from jaxrl_pt.config.algorithm import Algorithm, NoCorrection
 from jaxrl_pt.config.environments import Interactive
 from jaxrl_pt.config.problems import Problems
-from jaxrl_pt.config.rollouts import AllGroups, OneStepOff, OnPolicy, Rollouts
+from jaxrl_pt.config.rollouts import AllGroups, Dense, OneStepOff, OnPolicy, Rollouts
 from jaxrl_pt.config.verifiers import Verifier, VerifierPool, programs_of
 from jaxrl_pt.errors import UserError
 
@@ -128,6 +128,14 @@ def _check_method(name: str, rollouts: Rollouts, algorithm: Algorithm) -> None:
   if rollouts.mode == OneStepOff() and algorithm.correction == NoCorrection():
     raise UserError(f'{name} draws one step off-policy: choose an Algorithm.correction, such as '
                     '@cfg.TokenTIS(), or Rollouts.mode = @cfg.OnPolicy().')
+  if rollouts.sparse != Dense() and not rollouts.is_replayed and (
+      algorithm.correction == NoCorrection()):
+    raise UserError(f'{name} draws by sparse attention and learns by dense attention, which is '
+                    'another policy: choose an Algorithm.correction, such as @cfg.TokenTIS(), or '
+                    'ReSA.replay = True.')
+  if rollouts.is_replayed and (rollouts.mode != OnPolicy() or rollouts.dump_every):
+    raise UserError('ReSA.replay = True needs Rollouts.mode = @cfg.OnPolicy() and '
+                    'Rollouts.dump_every = 0: what each token was drawn from is not kept.')
 
 
 @dataclass(frozen=True)
@@ -246,10 +254,19 @@ class RL:
     checks.instance(self, 'algorithm', Algorithm)
     _check_method('RL', self.rollouts, self.algorithm)
     checks.integer(self, 'eval_problems', 1)
-    if isinstance(self.verifier, Interactive) and self.rollouts.mode == OneStepOff():
-      raise UserError('RL.verifier = @cfg.Interactive() rewards an episode while it is drawn, so '
-                      'that nothing is left to do beside the next batch: choose Rollouts.mode = '
-                      '@cfg.OnPolicy().')
+    if isinstance(self.verifier, Interactive):
+      _check_turns(self.rollouts)
+
+
+def _check_turns(rollouts: Rollouts) -> None:
+  """Refuses settings that rollouts of several turns do not have."""
+  if rollouts.mode == OneStepOff():
+    raise UserError('RL.verifier = @cfg.Interactive() rewards an episode while it is drawn, so that '
+                    'nothing is left to do beside the next batch: choose Rollouts.mode = '
+                    '@cfg.OnPolicy().')
+  if rollouts.sparse != Dense():
+    raise UserError('RL.verifier = @cfg.Interactive() draws by dense attention: leave '
+                    'Rollouts.sparse at @cfg.Dense().')
 
 
 # Objectives that draw responses and learn from their rewards.

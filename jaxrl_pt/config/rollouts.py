@@ -58,6 +58,11 @@ class RefreshNever:
 
 
 @dataclass(frozen=True)
+class Dense:
+  """A step reads the whole KV cache of a row."""
+
+
+@dataclass(frozen=True)
 class ReSA:
   """Rectified sparse attention (2506.04108): a step reads only some blocks of the KV cache.
 
@@ -66,6 +71,9 @@ class ReSA:
   min_blocks: the smallest number of blocks that a step reads, if there are so many.
   local_blocks: how many of the last blocks are always among those that a step reads.
   refresh: when keys and values of drawn tokens are computed again by dense attention.
+  replay: whether the learner's forward pass reads the blocks that the sampler read, so that both
+    compute one policy. It takes two forward passes over the responses, and one bit for each block,
+    key/value head, layer and token.
   """
 
   block: int = 16
@@ -73,6 +81,7 @@ class ReSA:
   min_blocks: int = 16
   local_blocks: int = 1
   refresh: RefreshEvery | RefreshNever = field(default_factory=RefreshEvery)
+  replay: bool = False
 
   def __post_init__(self) -> None:
     checks.size(self, 'block', 1, MOST_TOKENS, 4, 'the tokens of one block')
@@ -82,6 +91,12 @@ class ReSA:
     checks.integer(self, 'min_blocks', 1)
     checks.integer(self, 'local_blocks', 0, self.min_blocks)
     checks.instance(self, 'refresh', RefreshEvery, RefreshNever)
+    checks.flag(self, 'replay')
+
+  @property
+  def window(self) -> int:
+    """Tokens between two rectifications of a row; 0 where there is none."""
+    return self.refresh.tokens if isinstance(self.refresh, RefreshEvery) else 0
 
 
 @dataclass(frozen=True)
@@ -215,7 +230,9 @@ class Rollouts:
   dump_every: steps between rollouts that are kept in the work directory for replay; 0 keeps none.
   mismatch_gate: a step whose sampler–trainer mismatch, mean exp|log π_train − log π_sampler|, is
     larger stops the run and leaves its worst responses in the work directory; 0 switches the gate
-    off. One step off-policy there is no gate, since the two policies differ on purpose.
+    off. There is no gate where the two policies differ on purpose: one step off-policy, and where
+    responses are drawn by sparse attention that the learner does not replay.
+  sparse: whether responses are drawn by sparse attention.
   """
 
   num_prompts: int = 32
@@ -228,6 +245,7 @@ class Rollouts:
   slots: Slots = field(default_factory=Slots)
   dump_every: int = 0
   mismatch_gate: float = 1.05
+  sparse: Dense | ReSA = field(default_factory=Dense)
 
   def __post_init__(self) -> None:
     for name, high, beside, what in (
@@ -245,6 +263,7 @@ class Rollouts:
     checks.instance(self, 'sampler', Sampler)
     checks.instance(self, 'mode', *get_args(Mode))
     checks.instance(self, 'selection', *get_args(Selection))
+    checks.instance(self, 'sparse', Dense, ReSA)
     checks.instance(self, 'slots', Slots)
     checks.integer(self, 'dump_every', 0)
     checks.number(self, 'mismatch_gate', 0.0)
@@ -255,6 +274,12 @@ class Rollouts:
                       'needs, which @cfg.OneStepOff() cannot foresee: choose @cfg.OnPolicy().')
 
   @property
+  def is_replayed(self) -> bool:
+    """Whether the learner reads the blocks that the sampler read."""
+    return isinstance(self.sparse, ReSA) and self.sparse.replay
+
+  @property
   def is_gated(self) -> bool:
     """Whether a mismatch can stop the run."""
-    return self.mismatch_gate > 0 and self.mode == OnPolicy()
+    same = self.sparse == Dense() or self.is_replayed
+    return self.mismatch_gate > 0 and self.mode == OnPolicy() and same

@@ -96,14 +96,21 @@ def replayed(make: Callable[[], Environment]) -> Game:
     environment = make()
     environment.reset(problem)
     for turn, (earlier, checksum) in enumerate(state or ()):
-      if _checksum(environment.step(earlier)) != checksum:
+      if _checksum(_stepped(environment, earlier)) != checksum:
         raise NotDeterministicError(
             f'the environment answers the text of turn {turn + 1} otherwise than before: its '
             'answers must depend on the problem and the texts alone')
-    step = environment.step(text)
+    step = _stepped(environment, text)
     return step, [*(state or ()), [text, _checksum(step)]]
 
   return Game(lambda problem: make().reset(problem), advance)
+
+
+def _stepped(environment: Environment, text: str) -> Step:
+  step: object = environment.step(text)
+  if not isinstance(step, Step):
+    raise TypeError(f'step must return a Step, not {type(step).__name__}')
+  return step
 
 
 def _checksum(step: Step) -> int:

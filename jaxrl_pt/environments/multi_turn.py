@@ -11,6 +11,7 @@ import hashlib
 import json
 from typing import Any
 
+from jax.sharding import Mesh
 import numpy as np
 
 from jaxrl_pt import config as cfg
@@ -192,6 +193,13 @@ def engine_config(rollouts: cfg.Rollouts, settings: cfg.Interactive) -> cfg.Engi
       steps_per_call=STEPS_PER_CALL, top_logprobs=0, constrained=1)
 
 
+def check_mesh(mesh: Mesh) -> None:
+  """Raises UserError if there are several devices."""
+  if mesh.size > 1:
+    raise UserError(f'RL.verifier = @cfg.Interactive() draws on one device, and the mesh has '
+                    f'{mesh.size}: set the axes of cfg.Mesh to 1.')
+
+
 @contextlib.contextmanager
 def open_environment(session: sessions.Session, method: cfg.RL) -> Iterator[Task]:
   """The problems of `method` and the environment in which they are played.
@@ -204,9 +212,7 @@ def open_environment(session: sessions.Session, method: cfg.RL) -> Iterator[Task
   """
   settings = method.verifier
   assert isinstance(settings, cfg.Interactive)
-  if session.mesh.size > 1:
-    raise UserError(f'RL.verifier = @cfg.Interactive() draws on one device, and the mesh has '
-                    f'{session.mesh.size}: set the axes of cfg.Mesh to 1.')
+  check_mesh(session.mesh)
   training, held_out = problems.load(method.problems)
   measured = held_out[:method.eval_problems]
   with EpisodePool(settings, method.pool) as pool:

@@ -166,9 +166,7 @@ def _opening(messages: Any, most: int) -> dict[str, Any]:
   return _unfit(texts, most) or {'messages': [[m.role, m.content] for m in messages]}
 
 
-def _observed(step: Any, state: Any, most: int) -> dict[str, Any]:
-  if not isinstance(step, Step):
-    raise TypeError(f'step must return a Step, not {type(step).__name__}')
+def _observed(step: Step, state: Any, most: int) -> dict[str, Any]:
   reward = float(step.reward)
   if not math.isfinite(reward) or abs(reward) > MAX_REWARD:
     raise ValueError(f'the reward {reward!r} is no number from {-MAX_REWARD:g} to {MAX_REWARD:g}')

@@ -36,6 +36,7 @@ class Model(NamedTuple):
   init_cache(num_rows, num_slots) → empty KVCache
   init_pages(num_pages, page_size, dtype) → empty PagedCache
   ops: the operations that have kernels, which the block and some attends call.
+  constrain: constrains the layout of an activation on the mesh.
   """
 
   config: ModelConfig
@@ -46,6 +47,7 @@ class Model(NamedTuple):
   init_cache: Callable[[int, int], KVCache]
   init_pages: Callable[[int, int, DTypeLike], PagedCache]
   ops: Ops
+  constrain: Constrain
 
 
 def unstacked(params: Params, num_layers: int) -> Params:

@@ -183,7 +183,7 @@ def tree(ops: Ops, prefix_len: int, prefix_lengths_NR: Array) -> Attend:
     out_doc = ops.attention(q[:, :prefix_len], k_doc, v_doc, one_segment)
     if q.shape[1] == prefix_len:  # No branch has tokens of its own.
       return out_doc, cache
-    out_own = _whole_branches(q[:, prefix_len:], k[:, prefix_len:], v[:, prefix_len:],
+    out_own = whole_branches(q[:, prefix_len:], k[:, prefix_len:], v[:, prefix_len:],
                               jnp.swapaxes(k_doc, 1, 2), jnp.swapaxes(v_doc, 1, 2),
                               prefix_lengths_NR)
     return jnp.concatenate([out_doc, out_own], 1), cache
@@ -197,13 +197,13 @@ def branches_of(prefix: KVCache, prefix_lengths_NR: Array) -> Attend:
   Rows hold the R · S tokens of a document's branches. It is differentiable in the prefix, too.
   """
   def attend(q: Array, k: Array, v: Array, cache: Any, layer: Array) -> tuple[Array, Any]:
-    out = _whole_branches(q, k, v, prefix.k[layer], prefix.v[layer], prefix_lengths_NR)
+    out = whole_branches(q, k, v, prefix.k[layer], prefix.v[layer], prefix_lengths_NR)
     return out, cache
 
   return attend
 
 
-def _whole_branches(q: Array, k: Array, v: Array, k_NKTE: Array, v_NKTE: Array,
+def whole_branches(q: Array, k: Array, v: Array, k_NKTE: Array, v_NKTE: Array,
                     prefix_lengths_NR: Array) -> Array:
   """Attention of branches that lie side by side, each over its document and itself."""
   own = (*prefix_lengths_NR.shape, -1)

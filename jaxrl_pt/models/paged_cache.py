@@ -59,7 +59,7 @@ def paged(ops: Ops, table_BP: Array, starts_B: Array, counts_B: Array) -> Attend
   def attend(q: Array, k: Array, v: Array, cache: PagedCache,
              layer: Array) -> tuple[Array, PagedCache]:
     offsets = jnp.arange(q.shape[1])
-    cache = write(cache, layer, table_BP, starts_B[:, None] + offsets,
+    cache = write(ops, cache, layer, table_BP, starts_B[:, None] + offsets,
                   offsets < counts_B[:, None], k, v)
     out = ops.paged(q, cache.pages, cache.scales, table_BP + layer * cache.num_pages, starts_B,
                     counts_B)
@@ -68,7 +68,7 @@ def paged(ops: Ops, table_BP: Array, starts_B: Array, counts_B: Array) -> Attend
   return attend
 
 
-def write(cache: PagedCache, layer: Array, table_BP: Array, positions_BS: Array,
+def write(ops: Ops, cache: PagedCache, layer: Array, table_BP: Array, positions_BS: Array,
           is_token_BS: Array, k_BSKE: Array, v_BSKE: Array) -> PagedCache:
   """Writes keys and values of S tokens of each row to their pages, and padding to page NOBODY."""
   pages = jnp.take_along_axis(table_BP, positions_BS // cache.page_size, 1, mode='clip')
@@ -78,16 +78,13 @@ def write(cache: PagedCache, layer: Array, table_BP: Array, positions_BS: Array,
     # XLA would fuse a single update into each operation that reads it, and copy the cache for that.
     pages = jnp.concatenate([pages, jnp.full_like(pages, NOBODY)])
     offsets, new_BSK2E = (jnp.concatenate([x, x]) for x in (offsets, new_BSK2E))
-  # Every axis but the last is indexed: an axis left whole between them would make the TPU's
-  # scatter ask for another layout, and the whole pool be copied there and back in each layer.
-  heads_K1, both = jnp.arange(new_BSK2E.shape[2])[:, None], jnp.arange(2)
-  at = (heads_K1, pages[..., None, None], both, offsets[..., None, None])
   if cache.scales is None:
+    new_BSK2E = new_BSK2E.astype(cache.pages.dtype)
     return dataclasses.replace(
-        cache, pages=cache.pages.at[at].set(new_BSK2E.astype(cache.pages.dtype)))
+        cache, pages=ops.write_pages(cache.pages, new_BSK2E, pages, offsets))
   codes, scales = quantise(new_BSK2E)
-  return dataclasses.replace(cache, pages=cache.pages.at[at].set(codes),
-                             scales=cache.scales.at[at].set(scales))
+  return dataclasses.replace(cache, pages=ops.write_pages(cache.pages, codes, pages, offsets),
+                             scales=ops.write_pages(cache.scales, scales, pages, offsets))
 
 
 def quantise(x: Array) -> tuple[Array, Array]:
@@ -97,10 +94,12 @@ def quantise(x: Array) -> tuple[Array, Array]:
   return jnp.round(x / scale[..., None]).astype(jnp.int8), scale
 
 
-def write_rows(cache: PagedCache, table_BP: Array, rows: KVCache, lengths_B: Array) -> PagedCache:
+def write_rows(ops: Ops, cache: PagedCache, table_BP: Array, rows: KVCache, lengths_B: Array
+               ) -> PagedCache:
   """Writes the first tokens of whole rows of another cache to pages, in all layers at once.
 
   Args:
+    ops: the model's operations.
     cache: the pool.
     table_BP: i32[B, P] the pages of each row.
     rows: f[L, B, K, T, E] keys and values.
@@ -114,7 +113,7 @@ def write_rows(cache: PagedCache, table_BP: Array, rows: KVCache, lengths_B: Arr
   flat = lambda x_LBKTE: jnp.swapaxes(x_LBKTE, 2, 3).reshape(-1, length, num_heads,
                                                              x_LBKTE.shape[-1])
   table = (table_BP + of_layer).reshape(-1, table_BP.shape[1])
-  return write(cache, jnp.zeros((), jnp.int32), table, per_layer(positions),
+  return write(ops, cache, jnp.zeros((), jnp.int32), table, per_layer(positions),
                per_layer(positions < lengths_B[:, None]), flat(rows.k), flat(rows.v))
 
 

@@ -100,7 +100,8 @@ def build(config: cfg.Model, compute: cfg.Compute = cfg.Compute(),
     by_heads = lambda x: constrain(x, ('kv_heads', *[None] * (x.ndim - 1)))
     return jax.tree.map(by_heads, pages)
 
-  return Model(config, _specs(config), apply, extend, head, init_cache, init_pages, ops)
+  return Model(config, _specs(config), apply, extend, head, init_cache, init_pages, ops,
+               constrain)
 
 
 def _check_rotations(config: cfg.Model) -> None:

@@ -13,6 +13,25 @@ from jaxrl_pt.types import Array
 BLOCK = 64
 
 
+def write_pages(pool: Array, new_BSK: Array, pages_BS: Array, offsets_BS: Array) -> Array:
+  """Writes what belongs to S new tokens of each row to their places in a pool of pages.
+
+  Args:
+    pool: [K, N, 2, page, …], the keys, values or scales of every page.
+    new_BSK: [B, S, K, 2, …] in the pool's type.
+    pages_BS: i32[B, S] each token's page, as an index into the pool.
+    offsets_BS: i32[B, S] its place in the page.
+
+  Returns:
+    The pool.
+  """
+  # Every axis but the last is indexed: an axis left whole between them, or mapped, would make the
+  # TPU's scatter ask for another layout, and the whole pool be copied there and back in each layer.
+  heads_K1, both = jnp.arange(pool.shape[0])[:, None], jnp.arange(2)
+  return pool.at[heads_K1, pages_BS[..., None, None], both, offsets_BS[..., None, None]].set(
+      new_BSK)
+
+
 def paged_attention(q_BSHE: Array, pages: Array, scales: Array | None, table_BP: Array,
                     starts_B: Array, counts_B: Array) -> Array:
   """Attention of S new tokens of each row to the tokens of its pages.
@@ -41,11 +60,11 @@ def paged_attention(q_BSHE: Array, pages: Array, scales: Array | None, table_BP:
   q = q_BSHE.reshape(num_rows, num_new, num_groups, -1, width).transpose(0, 2, 3, 1, 4)
   q = q.reshape(num_rows, num_groups, -1, width)
   positions_BQ = jnp.tile(starts_B[:, None] + jnp.arange(num_new), num_heads // num_groups)
-  heads = jnp.arange(num_groups)[:, None]
 
   def read(leaf: Array, block: Array) -> Array:
     listed = jax.lax.dynamic_slice_in_dim(table_BP, block * at_once, at_once, 1)
-    return leaf[heads, listed[:, None]]  # [B, K, pages, 2, page, …]
+    # Mapped over the heads, so that chips which hold different heads read their own and no more.
+    return jax.vmap(lambda of_head: of_head[listed], out_axes=1)(leaf)  # [B, K, pages, 2, page, …]
 
   def turn(block: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
     highest, total, out = carry

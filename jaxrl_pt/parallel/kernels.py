@@ -1,5 +1,9 @@
 """The operations of a transformer block on a TPU mesh: Pallas kernels, each under `shard_map`.
 
+A compiler cannot split a kernel, so every axis of the mesh is taken apart where it is called. The
+caller may be inside a `shard_map` over some axes itself, as a sampler's shards are: these axes
+are then one part each, whatever the rules say of them.
+
 A weight is quantised where it is stored, and its codes are gathered over the axis `fsdp`, four to a
 byte. A product whose contraction is split over the axis `tensor` sums exact integers across chips
 before it applies the scales.
@@ -8,7 +12,7 @@ before it applies the scales.
 from collections.abc import Callable
 import functools
 import math
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 from jax.experimental.pallas.ops.tpu.splash_attention import (
@@ -16,16 +20,18 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
   splash_attention_mask,
 )
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jax.typing import DTypeLike
 
 from jaxrl_pt.config import ActivationQuant
 from jaxrl_pt.nn import ops
 from jaxrl_pt.nn.attention import branch_attention, causal_attention
+from jaxrl_pt.nn.paged_attention import paged_attention, write_pages
 from jaxrl_pt.parallel.rules import TRAIN, Rules, partition_spec
 from jaxrl_pt.types import Array
 from pallas_kernels import branch_decode as branch_kernel
 from pallas_kernels import dispatch
+from pallas_kernels import paged_attention as paged_kernel
 from pallas_kernels.dispatch import Generation, Implementation
 from pallas_kernels.hadamard_quantize import hadamard_quantize, reference
 from pallas_kernels.ternary_matmul import pack_planar, ternary_matmul, unpack_planar
@@ -37,23 +43,48 @@ _BLOCKS = (512, 256, 128)
 def make_ops(mesh: Mesh, rules: Rules = TRAIN) -> ops.Ops:
   """The operations for the mesh's devices: kernels on TPUs, XLA on everything else."""
   generation = dispatch.generation_of(mesh.devices.flat[0])
-  return ops.Ops() if generation is None else kernel_ops(mesh, rules, generation)
+  made = ops.Ops() if generation is None else kernel_ops(mesh, rules, generation)
+  if mesh.size == 1:
+    return made
+  return made._replace(write_pages=lambda *args: _write_pages(_here(mesh, rules), *args))
 
 
 def kernel_ops(mesh: Mesh, rules: Rules, generation: Generation,
                interpret: bool = False) -> ops.Ops:
   """The kernels of a TPU generation on a mesh; `interpret` runs them on a CPU, for tests."""
-  bind = functools.partial
-  product = bind(_product, mesh, rules, generation, interpret)
-  rotated = bind(_rotated, mesh, rules, generation, interpret)
+  def on_tpu(op: Callable[..., Any], name: str = 'tpu') -> Implementation:
+    return Implementation(name, lambda *args: op(_here(mesh, rules), generation, interpret, *args))
+
   return ops.Ops(
-      _or_xla('ternary_matmul', Implementation('tpu', product), ops.product),
-      _or_xla('hadamard_quantize', Implementation('tpu', rotated), ops.rotated),
-      _or_xla('attention', Implementation('splash', bind(_attention, mesh, rules, interpret)),
-              causal_attention),
-      _or_xla('branch_decode',
-              Implementation('tpu', bind(_branches, mesh, rules, generation, interpret)),
-              branch_attention))
+      _or_xla('ternary_matmul', on_tpu(_product), ops.product),
+      _or_xla('hadamard_quantize', on_tpu(_rotated), ops.rotated),
+      _or_xla('attention', on_tpu(_attention, 'splash'), causal_attention),
+      _or_xla('branch_decode', on_tpu(_branches), branch_attention),
+      _or_xla('paged_attention', on_tpu(_paged), paged_attention))
+
+
+class _Place(NamedTuple):
+  """Where an operation is called: the mesh, and what the rules split over its free axes."""
+
+  mesh: Mesh | AbstractMesh
+  rules: Rules
+  axes: frozenset[str]  # Those that no `shard_map` round the operation has taken apart.
+
+  def shard_map(self, local: Callable[..., Any], in_specs: Any, out_specs: Any
+                ) -> Callable[..., Any]:
+    """`local` on each part; every free axis is taken apart."""
+    return jax.shard_map(local, mesh=self.mesh, axis_names=set(self.axes), in_specs=in_specs,
+                         out_specs=out_specs, check_vma=False)
+
+
+def _here(mesh: Mesh, rules: Rules) -> _Place:
+  """Inside a `shard_map`, JAX asks for the mesh of the context, which knows the axes taken apart;
+  outside there is none, and the mesh of the operations is meant."""
+  taken = set(jax.sharding.get_abstract_mesh().manual_axes)
+  free = {name: tuple(axis for axis in axes if axis not in taken)
+          for name, axes in rules.items()}
+  return _Place(jax.sharding.get_abstract_mesh() if taken else mesh, free,
+                frozenset(mesh.axis_names) - taken)
 
 
 def _or_xla(op: str, kernel: Implementation, definition: Callable[..., Any]
@@ -66,7 +97,7 @@ def _or_xla(op: str, kernel: Implementation, definition: Callable[..., Any]
 # --- The quantised product ------------------------------------------------------
 
 
-def _product(mesh: Mesh, rules: Rules, generation: Generation, interpret: bool, x_codes: Array,
+def _product(place: _Place, generation: Generation, interpret: bool, x_codes: Array,
              x_scale: Array, w_codes: Array, w_scale: Array, kind: ActivationQuant,
              axes: ops.Axes, dtype: DTypeLike) -> Array:
   if kind == 'none':
@@ -75,11 +106,11 @@ def _product(mesh: Mesh, rules: Rules, generation: Generation, interpret: bool, 
     raise NotImplementedError('v4 has no 2-bit integers')
   activations: Literal['int8', 'int4'] = 'int8' if kind == 'int8' else 'int4'
   # Weights are stored split along `embed` and are whole when they are used.
-  whole = {**rules, 'embed': ()}
-  split, stored = whole[axes[0]], rules['embed']
-  rows = _leading(x_codes, rules)
+  whole = {**place.rules, 'embed': ()}
+  split, stored = whole[axes[0]], place.rules['embed']
+  rows = _leading(x_codes, place.rules)
   x_spec = PartitionSpec(*rows, split or None)
-  _check_divides(mesh, x_codes.shape, x_spec)
+  _check_divides(place.mesh, x_codes.shape, x_spec)
   y_spec = PartitionSpec(*rows, whole[axes[1]] or None)
 
   def local(x_codes: Array, x_scale: Array, w_codes: Array, w_scale: Array) -> Array:
@@ -93,10 +124,9 @@ def _product(mesh: Mesh, rules: Rules, generation: Generation, interpret: bool, 
       return (sums.reshape(*x_codes.shape[:-1], -1) * scale).astype(dtype)
     return multiply(out_dtype=dtype).reshape(*x_codes.shape[:-1], -1)
 
-  sharded = jax.shard_map(
-      local, mesh=mesh, check_vma=False, out_specs=y_spec,
-      in_specs=(x_spec, PartitionSpec(*rows, None), partition_spec(axes, rules),
-                PartitionSpec(None, None)))
+  sharded = place.shard_map(
+      local, (x_spec, PartitionSpec(*rows, None), partition_spec(axes, place.rules),
+              PartitionSpec(None, None)), y_spec)
   # XLA takes only 2-bit arrays of many rows, and a chip's part of a weight may have few.
   w_type = jnp.int8 if stored else jnp.int2
   return sharded(x_codes.astype(jnp.int8 if kind == 'int8' else jnp.int4), x_scale,
@@ -121,7 +151,7 @@ def _leading(x: Array, rules: Rules) -> tuple[tuple[str, ...] | None, ...]:
   return tuple((rules[name] or None) if name else None for name in names)
 
 
-def _check_divides(mesh: Mesh, shape: tuple[int, ...], spec: PartitionSpec) -> None:
+def _check_divides(mesh: Mesh | AbstractMesh, shape: tuple[int, ...], spec: PartitionSpec) -> None:
   for size, axes in zip(shape, spec, strict=True):
     names = (axes,) if isinstance(axes, str) else axes or ()
     parts = math.prod(mesh.shape[axis] for axis in names)
@@ -132,13 +162,13 @@ def _check_divides(mesh: Mesh, shape: tuple[int, ...], spec: PartitionSpec) -> N
 # --- The rotated input ----------------------------------------------------------
 
 
-def _rotated(mesh: Mesh, rules: Rules, generation: Generation, interpret: bool, x: Array,
+def _rotated(place: _Place, generation: Generation, interpret: bool, x: Array,
              gain: Array | None, epsilon: float,
              kind: ActivationQuant) -> tuple[Array, Array, Array]:
   if kind == 'none':
     raise NotImplementedError('activations are not quantised')
-  spec = PartitionSpec(*_leading(x, rules), None)  # Every row is whole on its chip.
-  _check_divides(mesh, x.shape, spec)
+  spec = PartitionSpec(*_leading(x, place.rules), None)  # Every row is whole on its chip.
+  _check_divides(place.mesh, x.shape, spec)
 
   def local(x: Array, gain: Array | None) -> tuple[Array, Array]:
     codes, scale = hadamard_quantize(x.reshape(-1, x.shape[-1]), gain, activations=kind,
@@ -146,8 +176,7 @@ def _rotated(mesh: Mesh, rules: Rules, generation: Generation, interpret: bool, 
                                      interpret=interpret)
     return codes.reshape(x.shape), scale.reshape(*x.shape[:-1], 1)
 
-  sharded = jax.shard_map(local, mesh=mesh, check_vma=False, in_specs=(spec, PartitionSpec(None)),
-                          out_specs=(spec, spec))
+  sharded = place.shard_map(local, (spec, PartitionSpec(None)), (spec, spec))
   codes, scale = sharded(jax.lax.stop_gradient(x), jax.lax.stop_gradient(gain))
   # Only the derivative of x_r is used; the compiler drops its rotation from the forward pass.
   x_r = reference.rotated(x, gain, epsilon).astype(x.dtype)
@@ -157,20 +186,22 @@ def _rotated(mesh: Mesh, rules: Rules, generation: Generation, interpret: bool, 
 # --- Attention ------------------------------------------------------------------
 
 
-def _attention(mesh: Mesh, rules: Rules, interpret: bool, q: Array, k: Array, v: Array,
-               segments_BT: Array) -> Array:
+def _attention(place: _Place, generation: Generation, interpret: bool, q: Array, k: Array,
+               v: Array, segments_BT: Array) -> Array:
   """JAX's splash attention, causal inside segments, with a kernel for its gradient, too."""
+  del generation  # It is the same on all.
   _, length, _, head_dim = q.shape
   blocks = [b for b in _BLOCKS if length % b == 0]
   if not blocks:
     raise NotImplementedError(f'a length of {length} is no multiple of {_BLOCKS[-1]}')
   if head_dim % 128:
     raise NotImplementedError(f'a head of {head_dim} channels is no multiple of 128')
+  mesh, rules = place.mesh, place.rules
   if any(mesh.shape[axis] > 1 for axis in rules['sequence']):
     raise NotImplementedError('the sequence is split over chips')
   spec = PartitionSpec(rules['batch'] or None, None, rules['heads'] or None, None)
-  _check_divides(mesh, q.shape, spec)
-  _check_divides(mesh, k.shape, spec)
+  _check_divides(place.mesh, q.shape, spec)
+  _check_divides(place.mesh, k.shape, spec)
   block = blocks[0]
   sizes = splash_attention_kernel.BlockSizes(
       block_q=block, block_kv=block, block_kv_compute=block, block_q_dkv=block,
@@ -187,22 +218,22 @@ def _attention(mesh: Mesh, rules: Rules, interpret: bool, q: Array, k: Array, v:
     out_BHTE = jax.vmap(kernel)(heads_first(q), heads_first(k), heads_first(v), segments)
     return heads_first(out_BHTE)
 
-  sharded = jax.shard_map(local, mesh=mesh, check_vma=False, out_specs=spec,
-                          in_specs=(spec, spec, spec, PartitionSpec(rules['batch'] or None, None)))
+  sharded = place.shard_map(
+      local, (spec, spec, spec, PartitionSpec(rules['batch'] or None, None)), spec)
   return sharded(q, k, v, segments_BT)
 
 
-def _branches(mesh: Mesh, rules: Rules, generation: Generation, interpret: bool, q_NRSHE: Array,
+def _branches(place: _Place, generation: Generation, interpret: bool, q_NRSHE: Array,
               k_prefix: Array, v_prefix: Array, lengths_NR: Array, k_own: Array, v_own: Array,
               step: Array | int) -> Array:
   """Attention of one new token of each branch by a kernel; documents and heads are split."""
   if q_NRSHE.shape[2] != 1:
     raise NotImplementedError('the kernel takes one new token a branch')
-  rows, heads, kv_heads = (rules[name] or None for name in ('batch', 'heads', 'kv_heads'))
+  rows, heads, kv_heads = (place.rules[name] or None for name in ('batch', 'heads', 'kv_heads'))
   q_spec = PartitionSpec(rows, None, None, heads, None)
   keys, own = PartitionSpec(rows, kv_heads), PartitionSpec(rows, kv_heads)
   for x, spec in ((q_NRSHE, q_spec), (k_prefix, PartitionSpec(rows, kv_heads, None, None))):
-    _check_divides(mesh, x.shape, spec)
+    _check_divides(place.mesh, x.shape, spec)
 
   def local(q: Array, k_prefix: Array, v_prefix: Array, lengths_NR: Array, k_own: Array,
             v_own: Array, step: Array) -> Array:
@@ -212,8 +243,32 @@ def _branches(mesh: Mesh, rules: Rules, generation: Generation, interpret: bool,
         jnp.broadcast_to(step + 1, lengths_NR.shape), generation=generation, interpret=interpret)
     return out_NHRE.transpose(0, 2, 1, 3)[:, :, None]
 
-  sharded = jax.shard_map(
-      local, mesh=mesh, check_vma=False, out_specs=q_spec,
-      in_specs=(q_spec, keys, keys, PartitionSpec(rows), own, own, PartitionSpec()))
+  sharded = place.shard_map(
+      local, (q_spec, keys, keys, PartitionSpec(rows), own, own, PartitionSpec()), q_spec)
   return sharded(q_NRSHE, k_prefix, v_prefix, lengths_NR, k_own, v_own,
                  jnp.asarray(step, jnp.int32))
+
+
+def _paged(place: _Place, generation: Generation, interpret: bool, q_BSHE: Array, pages: Array,
+           scales: Array | None, table_BP: Array, starts_B: Array, counts_B: Array) -> Array:
+  """Attention over pages by a kernel; heads are split, rows and the pool are each chip's own."""
+  paged_kernel.check(q_BSHE, pages)
+  heads, kv_heads = (place.rules[name] or None for name in ('heads', 'kv_heads'))
+  q_spec = PartitionSpec(None, None, heads, None)
+  pool = PartitionSpec(kv_heads)
+  _check_divides(place.mesh, q_BSHE.shape, q_spec)
+  _check_divides(place.mesh, pages.shape[:1], pool)
+  local = functools.partial(paged_kernel.paged_attention, generation=generation,
+                            interpret=interpret)
+  sharded = place.shard_map(local, (q_spec, pool, pool, *[PartitionSpec()] * 3), q_spec)
+  return sharded(q_BSHE, pages, scales, table_BP, starts_B, counts_B)
+
+
+def _write_pages(place: _Place, pool: Array, new_BSK: Array, pages_BS: Array,
+                 offsets_BS: Array) -> Array:
+  """Each chip writes the heads that it holds, for which XLA alone would join all chips."""
+  heads = place.rules['kv_heads'] or None
+  written: Array = place.shard_map(
+      write_pages, (PartitionSpec(heads), PartitionSpec(None, None, heads), PartitionSpec(),
+                    PartitionSpec()), PartitionSpec(heads))(pool, new_BSK, pages_BS, offsets_BS)
+  return written

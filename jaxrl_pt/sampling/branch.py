@@ -12,8 +12,9 @@ import jax.numpy as jnp
 
 from jaxrl_pt.models import kv_cache
 from jaxrl_pt.models.base import Model
+from jaxrl_pt.sampling import resa_replay
 from jaxrl_pt.sampling.prefill import Prefilled
-from jaxrl_pt.types import Array, Params, Prompts
+from jaxrl_pt.types import Array, Params, Prompts, SelectedBlocks
 
 
 def documents(tokens_DT: Array, lengths_DP: Array, ids_DP: Array, suffix_DM: Array | tuple[()] = ()
@@ -30,12 +31,16 @@ def documents(tokens_DT: Array, lengths_DP: Array, ids_DP: Array, suffix_DM: Arr
 
 
 def response_hidden(model: Model, params: Params, prompts: Prompts, tokens_NGS: Array,
-                    prefilled: Prefilled | None = None) -> Array:
+                    prefilled: Prefilled | None = None,
+                    selected: SelectedBlocks | tuple[()] = ()) -> Array:
   """f[N, G, S, E]: the hidden state that each response token is predicted from.
 
   Each document goes through the model once, or not at all where `prefilled` holds its forward pass
-  by the same parameters. The result is differentiable in `prefilled`, too.
+  by the same parameters. The result is differentiable in `prefilled`, too. With `selected`, a token
+  sees no more of its context than the sampler's sparse attention did (`resa_replay`).
   """
+  if isinstance(selected, SelectedBlocks) and tokens_NGS.shape[-1] > 1:
+    return resa_replay.response_hidden(model, params, prompts, tokens_NGS, selected, prefilled)
   num_docs, (num_samples, num_tokens) = prompts.tokens.shape[0], tokens_NGS.shape[1:]
   lengths_DR = jnp.repeat(prompts.lengths.reshape(num_docs, -1), num_samples, 1)
   own = tokens_NGS.reshape(num_docs, -1, num_tokens)

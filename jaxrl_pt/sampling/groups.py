@@ -5,7 +5,7 @@ requests, runs `slots.advance` to the end, and turns the responses into a Rollou
 """
 
 import functools
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxrl_pt import config as cfg
 from jaxrl_pt.models.base import Model, unstacked
 from jaxrl_pt.parallel.rules import ROWS
+from jaxrl_pt.sampling import resa
 from jaxrl_pt.sampling import slots as program
 from jaxrl_pt.sampling.admission import own_pages
 from jaxrl_pt.sampling.prefill import Prefilled, prefill
@@ -62,21 +63,28 @@ def make_sampler(model: Model, seed: int, rollouts: cfg.Rollouts, stop_id: int,
       its own, draws the responses to its own prompts, and waits for no other shard; the model must
       be made for `rules.SHARD`.
   """
-  draw = functools.partial(
-      generate, model, sampler=rollouts.sampler, num_samples=rollouts.group_size,
-      num_tokens=rollouts.response_tokens, stop_id=stop_id, slots=rollouts.slots)
+  draw: Any = functools.partial(generate, model, slots=rollouts.slots)
+  if isinstance(rollouts.sparse, cfg.ReSA):
+    draw = functools.partial(resa.generate, model, resa=rollouts.sparse)
+  draw = functools.partial(draw, sampler=rollouts.sampler, num_samples=rollouts.group_size,
+                           num_tokens=rollouts.response_tokens, stop_id=stop_id)
 
   def sample(params: Params, prompts: Prompts, batch: Array, version: Array,
              prefilled: Prefilled | None = None) -> RolloutBatch:
     key = jax.random.fold_in(jax.random.key(seed), batch)
     first = occurrences(prompts.ids) * rollouts.group_size
     if mesh is None:
-      return draw(params, prompts, key, version=version, first_samples=first, prefilled=prefilled)
+      shared = {} if prefilled is None or rollouts.sparse != cfg.Dense() else {
+          'prefilled': prefilled}
+      drawn: RolloutBatch = draw(params, prompts, key, version=version, first_samples=first,
+                                 **shared)
+      return drawn
     assert prefilled is None  # Only the fused step has it, which runs on one device.
 
     def draw_shard(params: Params, prompts: Prompts, key: Array, version: Array,
                    first: Array) -> RolloutBatch:
-      return draw(params, prompts, key, version=version, first_samples=first)
+      drawn: RolloutBatch = draw(params, prompts, key, version=version, first_samples=first)
+      return drawn
 
     rows, whole = PartitionSpec(ROWS), PartitionSpec()
     return jax.shard_map(

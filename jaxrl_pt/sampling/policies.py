@@ -6,7 +6,7 @@ the same distribution. `RowSamplers` holds such settings as arrays with one row 
 for batches of unlike requests. `draw` draws a token from filtered logits.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from flax import struct
@@ -144,6 +144,8 @@ def _edge_of_nucleus(descending: Array, top_p: Array | np.float32) -> Array:
 # Tokens of a block in `draw`. √V would need the fewest random numbers, but with one width for all
 # vocabularies a vocabulary can be padded and draw the same tokens.
 BLOCK = 64
+# Chips over which a vocabulary is split at most, for which its blocks should divide.
+_MOST_SHARDS = 8
 
 
 class Drawn(NamedTuple):
@@ -153,7 +155,7 @@ class Drawn(NamedTuple):
   logp: Array  # f32[...]
 
 
-def draw(keys: Array, logits: Array) -> Drawn:
+def draw(keys: Array, logits: Array, whole: Callable[[Array], Array] = lambda x: x) -> Drawn:
   """Draws a token from the softmax of each row: first a block of tokens, then a token of the block.
 
     b = argmax_b log Σ_{v ∈ b} e^{z_v} + Gumbel_b,   v = argmax_{v ∈ b} z_v + Gumbel_v
@@ -166,17 +168,21 @@ def draw(keys: Array, logits: Array) -> Drawn:
   Args:
     keys: key[...], one for each row.
     logits: f32[..., V]; some of a row may be `MASKED`, but not all.
+    whole: keeps an array whole on every chip where the vocabulary is split over chips. XLA would
+      split the noise and then move its pieces by a collective that joins all chips.
   """
   shape, vocab_size = logits.shape[:-1], logits.shape[-1]
   num_blocks = -(-vocab_size // BLOCK)
+  if vocab_size % (BLOCK * _MOST_SHARDS):
+    logits = whole(logits)  # Whole blocks do not divide over the chips.
   z_BNW = jnp.pad(logits.reshape(-1, vocab_size), [(0, 0), (0, num_blocks * BLOCK - vocab_size)],
                   constant_values=MASKED).reshape(-1, num_blocks, BLOCK)
   top_B = z_BNW.max((1, 2))
   mass_BN = jnp.exp(z_BNW - top_B[:, None, None]).sum(-1)
   noise = jax.vmap(lambda key: jax.random.gumbel(key, (BLOCK + num_blocks,)))(keys.reshape(-1))
-  block_B = (jnp.log(mass_BN) + noise[:, BLOCK:]).argmax(-1)
+  block_B = (jnp.log(mass_BN) + whole(noise[:, BLOCK:])).argmax(-1)
   z_BW = jnp.take_along_axis(z_BNW, block_B[:, None, None], 1)[:, 0]
-  inside_B = (z_BW + noise[:, :BLOCK]).argmax(-1)
+  inside_B = (z_BW + whole(noise[:, :BLOCK])).argmax(-1)
   drawn_B = jnp.take_along_axis(z_BW, inside_B[:, None], -1)[:, 0]
   logp_B = drawn_B - top_B - jnp.log(mass_BN.sum(-1))
   token_B = block_B * BLOCK + inside_B

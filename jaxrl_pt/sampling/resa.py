@@ -14,6 +14,7 @@ whole buffer, and in leaving finished rows alone.
 """
 
 import dataclasses
+from typing import Any
 
 from flax import struct
 import jax
@@ -23,10 +24,10 @@ from jaxrl_pt import config as cfg
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.models.base import Model
 from jaxrl_pt.sampling import policies, resa_attention
-from jaxrl_pt.sampling.groups import NO_STOP
 from jaxrl_pt.sampling.policies import sample_keys
+from jaxrl_pt.sampling.requests import NO_TOKEN
 from jaxrl_pt.sampling.resa_attention import NOBODY, SparseCache
-from jaxrl_pt.types import Array, Params, Prompts, RolloutBatch
+from jaxrl_pt.types import Array, Params, Prompts, RolloutBatch, SelectedBlocks
 from pallas_kernels.dispatch import Generation
 
 PREFILL_TOKENS = 512  # tokens of each row in one forward pass of the prefill
@@ -178,25 +179,29 @@ class _Decoding:
   logp: Array  # f32[B, S]
   done: Array  # bool[B]
   fresh: Array  # i32[B] response tokens whose keys and values are those of dense decoding
+  selected: Any  # u32[B, S, L, K, W] blocks that each token was drawn from, or ()
   cache: SparseCache
 
 
 def generate(model: Model, params: Params, prompts: Prompts, key: Array, *, sampler: cfg.Sampler,
-             resa: cfg.ReSA, num_samples: int, num_tokens: int, stop_id: int = NO_STOP,
-             version: Array | int = 0, generation: Generation | None = None) -> RolloutBatch:
+             resa: cfg.ReSA, num_samples: int, num_tokens: int, stop_id: int = NO_TOKEN,
+             version: Array | int = 0, first_samples: Array | None = None,
+             generation: Generation | None = None) -> RolloutBatch:
   """`groups.generate` with rectified sparse attention.
 
   Args:
     resa: how blocks are selected and when rows are rectified. With an active share of 1 the
       result is that of `groups.generate`.
+    first_samples: as there.
     generation: the generation of the TPU that runs it; None for any other device.
 
   Returns:
-    RolloutBatch, whose logp is under the sparse distribution that a token was drawn from.
+    RolloutBatch, whose logp is under the sparse distribution that a token was drawn from. With
+    `resa.replay` it says which blocks each token was drawn from.
   """
   hidden_BD, cache = start(model, params, prompts, num_samples, num_tokens - 1, resa.block)
   starts_B = jnp.repeat(prompts.lengths, num_samples)
-  keys_B = sample_keys(key, prompts.ids, num_samples)
+  keys_B = sample_keys(key, prompts.ids, num_samples, first_samples)
   head_DV = model.head(params)
   fill = max(stop_id, 0)
 
@@ -204,8 +209,12 @@ def generate(model: Model, params: Params, prompts: Prompts, key: Array, *, samp
     drawn = draw(hidden_BD, head_DV, keys_B, starts_B + state.step, sampler)
     running = ~state.done
     token = jnp.where(running, drawn.token, fill)
+    selected = state.selected
+    if resa.replay:
+      selected = selected.at[:, state.step].set(state.cache.selected.swapaxes(0, 1))
     return dataclasses.replace(
-        state, step=state.step + 1, tokens=state.tokens.at[:, state.step].set(token),
+        state, step=state.step + 1, selected=selected,
+        tokens=state.tokens.at[:, state.step].set(token),
         mask=state.mask.at[:, state.step].set(running.astype(jnp.float32)),
         logp=state.logp.at[:, state.step].set(jnp.where(running, drawn.logp, 0.0)),
         done=state.done | (token == stop_id))
@@ -219,14 +228,23 @@ def generate(model: Model, params: Params, prompts: Prompts, key: Array, *, samp
     return record(state, hidden)
 
   empty = jnp.zeros((starts_B.shape[0], num_tokens), jnp.float32)
+  selected: Any = ()
+  if resa.replay:
+    cache = resa_attention.noting(cache)
+    rows, *words = cache.selected.swapaxes(0, 1).shape
+    selected = jnp.zeros((rows, num_tokens, *words), jnp.uint32)
   state = record(_Decoding(
       jnp.zeros((), jnp.int32), jnp.full(empty.shape, fill, jnp.int32), empty, empty,
-      jnp.zeros(starts_B.shape, bool), jnp.zeros_like(starts_B), cache), hidden_BD)
+      jnp.zeros(starts_B.shape, bool), jnp.zeros_like(starts_B), selected, cache), hidden_BD)
   # The last token needs no slot, since nothing is drawn after it.
   state = jax.lax.while_loop(lambda s: (s.step < num_tokens) & ~s.done.all(), step, state)
-  tokens, mask, logp = (x.reshape(-1, num_samples, num_tokens)
-                        for x in (state.tokens, state.mask, state.logp))
-  return RolloutBatch.of_one_turn(tokens, mask, logp, version)
+  by_prompt = lambda x: x.reshape(-1, num_samples, *x.shape[1:])
+  rollouts = RolloutBatch.of_one_turn(by_prompt(state.tokens), by_prompt(state.mask),
+                                      by_prompt(state.logp), version)
+  if not resa.replay:
+    return rollouts
+  return dataclasses.replace(rollouts, selected=SelectedBlocks(
+      by_prompt(state.selected), resa.block, resa.window))
 
 
 def _refresh(model: Model, params: Params, refresh: cfg.RefreshEvery | cfg.RefreshNever,

@@ -10,11 +10,10 @@ that memory does not grow with the context.
 Source: 2506.04108 section 2.
 """
 
-from collections.abc import Callable
 import dataclasses
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from flax import struct
 import jax
@@ -24,17 +23,16 @@ from jax.typing import DTypeLike
 from jaxrl_pt import config as cfg
 from jaxrl_pt.models.kv_cache import Attend
 from jaxrl_pt.nn.attention import MASKED
+from jaxrl_pt.sampling import resa_selection
 from jaxrl_pt.types import Array
+from pallas_kernels import sparse_decode as kernels
 from pallas_kernels.dispatch import Generation
-from pallas_kernels.sparse_decode import Selection, sparse_decode, update_descriptors
+from pallas_kernels.sparse_decode import Selection, tuning
 from pallas_kernels.sparse_decode.reference import block_scores, num_blocks
 
 NOBODY = 0  # The page of each layer that belongs to no row.
 # How many copied keys and values, and how many scores, one turn of the loop over pages may hold.
 COPIED_NUMBERS, SCORES = 2**21, 2**20
-
-# scores(q_BHE, bounds_BKPD) → f32[B, K, P]
-Scores = Callable[[Array, Array], Array]
 
 
 @struct.dataclass
@@ -44,6 +42,9 @@ class SparseCache:
   pages: Array  # f[K, L · N, 2, b, E] keys, then values; a layer's pages side by side
   bounds: Array  # f[L, B, K, P, 2E] descriptors: maxima, then minima, of each block's keys
   table: Array  # i32[B, P] page of each block, counted inside a layer
+  # u32[L, B, K, W] the blocks that the newest sparse step read (`resa_selection.packed`), or () if
+  # nobody asks for them.
+  selected: Any = ()
 
   @property
   def block(self) -> int:
@@ -63,6 +64,13 @@ def init(config: cfg.Model, table_BP: Array, num_pages: int, block: int,
   pages = jnp.zeros((heads, layers * num_pages, 2, block, width), dtype)
   bounds = jnp.zeros((layers, table_BP.shape[0], heads, table_BP.shape[1], 2 * width), dtype)
   return SparseCache(pages, bounds, table_BP)
+
+
+def noting(cache: SparseCache) -> SparseCache:
+  """The same cache, which from now on says which blocks the newest sparse step read."""
+  layers, rows, heads, num_blocks, _ = cache.bounds.shape
+  words = resa_selection.num_words(num_blocks)
+  return dataclasses.replace(cache, selected=jnp.zeros((layers, rows, heads, words), jnp.uint32))
 
 
 def rows_of_pages(num_rows: int, num_blocks: int) -> tuple[Array, int]:
@@ -101,7 +109,8 @@ def dense(rows_R: Array, positions_RS: Array, is_token_RS: Array) -> Attend:
 
 
 def sparse(resa: cfg.ReSA, positions_B: Array, active_B: Array,
-           generation: Generation | None = None, scores: Scores = block_scores) -> Attend:
+           generation: Generation | None = None,
+           scores: resa_selection.Scores = block_scores) -> Attend:
   """Attention of one new token of each row to the blocks selected for each key/value head.
 
     out = softmax(q k_Sᵀ / √E) v_S,  S = the n = min(M, max(n_min, ⌈M p⌉)) highest of
@@ -123,19 +132,34 @@ def sparse(resa: cfg.ReSA, positions_B: Array, active_B: Array,
     cache = dataclasses.replace(cache, bounds=bounds)
     lengths = jnp.where(active_B, positions_B + 1, 0)
     if generation is not None:
-      out, _ = sparse_decode(q[:, 0], cache.pages, bounds,
-                             cache.table + layer * cache.pages_per_layer, lengths, layer,
-                             selection=selection, generation=generation)
-      return out[:, None], cache
+      tuned = tuning.blocks(generation, cache.block)
+      values = kernels.block_scores(q[:, 0], bounds, layer, generation=generation, blocks=tuned)
+      blocks, counts = kernels.select_blocks(values, lengths, page_size=cache.block,
+                                             selection=selection, generation=generation)
+      out, _ = kernels.sparse_attention(
+          q[:, 0], cache.pages, blocks, counts, cache.table + layer * cache.pages_per_layer,
+          lengths, generation=generation, blocks=tuned)
+      return out[:, None], _noted(cache, layer, blocks, counts)
     num_scored = num_blocks(lengths, cache.block)
-    blocks, counts = select(_score_layer(scores, q[:, 0], bounds, layer, num_scored.max()),
-                            num_scored, selection)
+    values = resa_selection.score_layer(scores, q[:, 0], bounds, layer, num_scored.max())
+    blocks, counts = resa_selection.select(values, num_scored, selection)
+    cache = _noted(cache, layer, blocks, counts)
     lists = PageLists(
         blocks, cache.table, end=counts.max(),
         first_masked=jnp.where(active_B, counts, blocks.shape[-1]).min() - 1)
     return attend_pages(q, positions_B[:, None], cache, layer, lists), cache
 
   return attend
+
+
+def _noted(cache: SparseCache, layer: Array, blocks_BKN: Array, counts_B: Array) -> SparseCache:
+  """The cache with the blocks that this layer reads, where somebody asks for them."""
+  if isinstance(cache.selected, tuple):
+    return cache
+  num_blocks = cache.table.shape[1]
+  is_read = jnp.arange(blocks_BKN.shape[-1]) < counts_B[:, None, None]
+  bits = resa_selection.packed(jnp.where(is_read, blocks_BKN, num_blocks), num_blocks)
+  return dataclasses.replace(cache, selected=cache.selected.at[layer].set(bits))
 
 
 def _write(cache: SparseCache, layer: Array, table_RP: Array, positions_RS: Array,
@@ -193,95 +217,10 @@ def _updated(cache: SparseCache, layer: Array, k_BKE: Array, positions_B: Array,
   num_rows, table_len = cache.table.shape
   at = (layer, jnp.arange(num_rows), slice(None), positions_B // cache.block)
   old_BKD = cache.bounds.at[at].get(mode='clip')
-  new_BKD = update_descriptors(old_BKD[:, :, None], k_BKE, positions_B % cache.block,
+  new_BKD = kernels.update_descriptors(old_BKD[:, :, None], k_BKE, positions_B % cache.block,
                                page_size=cache.block)[:, :, 0]
   blocks = jnp.where(active_B, positions_B // cache.block, table_len)
   return cache.bounds.at[layer, jnp.arange(num_rows), :, blocks].set(new_BKD, mode='drop')
-
-
-# --- Selection --------------------------------------------------------------------
-
-
-def scored_per_turn(num_lists: int, table_len: int, width: int) -> int:
-  """Descriptors of each list that one turn of the scoring loop reads."""
-  turns = -(-num_lists * table_len * width // COPIED_NUMBERS)
-  return -(-table_len // turns)
-
-
-def _score_layer(scores: Scores, q_BHE: Array, bounds_LBKPD: Array, layer: Array,
-                 end: Array) -> Array:
-  """f32[B, K, P]: scores of a layer's blocks before `end`.
-
-  They are computed a part at a time, so that only a part of the descriptors is ever copied.
-  """
-  _, num_rows, num_groups, table_len, width = bounds_LBKPD.shape
-  size = scored_per_turn(num_rows * num_groups, table_len, width)
-
-  def turn(i: Array, values: Array) -> Array:
-    # The last part may begin early; it then computes some scores again.
-    part = jax.lax.dynamic_slice(bounds_LBKPD, (layer, 0, 0, i * size, 0),
-                                 (1, num_rows, num_groups, size, width))[0]
-    return jax.lax.dynamic_update_slice(values, scores(q_BHE, part), (0, 0, i * size))
-
-  return jax.lax.fori_loop(0, -(-end // size), turn,
-                           jnp.zeros((num_rows, num_groups, table_len)))
-
-
-def select(scores_BKP: Array, blocks_B: Array, selection: Selection) -> tuple[Array, Array]:
-  """The n highest-scored of each row's M blocks in ascending order; the first of equal scores win.
-
-  The result is that of `pallas_kernels.sparse_decode.select_blocks`, but nothing is sorted: the
-  n-th highest score is found by bisection on the bits of the scores, which counts a row 32 times.
-
-  Args:
-    scores_BKP: f32[B, K, P], without NaN in a row's blocks.
-    blocks_B: i32[B] M, the number of blocks of each row.
-    selection: the rule that gives n and the last blocks that are always selected.
-
-  Returns:
-    blocks i32[B, K, N], which are P from a row's count on, and the counts n, i32[B].
-  """
-  capacity = scores_BKP.shape[-1]
-  counts_B = selection.num_selected(blocks_B).astype(jnp.int32)
-  num_listed = selection.num_selected(capacity)
-  index, blocks = jnp.arange(capacity), blocks_B[:, None, None]
-  lowest, highest = jnp.iinfo(jnp.int32).min, jnp.iinfo(jnp.int32).max
-  # Integers with the order of the scores. Adding 0 turns −0 into the 0 that it equals.
-  bits = jax.lax.bitcast_convert_type(scores_BKP.astype(jnp.float32) + 0.0, jnp.int32)
-  order = jnp.where(bits < 0, bits ^ highest, bits)
-  order = jnp.where(index >= blocks - selection.local_blocks, highest, order)
-  order = jnp.where(index >= blocks, lowest, order)
-  threshold = _nth_highest(order, counts_B[:, None])[..., None]
-  above, equal = order > threshold, (order == threshold) & (index < blocks)
-  still_free = counts_B[:, None, None] - above.sum(-1, keepdims=True)
-  chosen = above | (equal & (_running_count(equal) <= still_free))
-  place = jnp.where(chosen, _running_count(chosen) - 1, num_listed)
-  listed = jnp.full((*scores_BKP.shape[:2], num_listed), capacity, jnp.int32)
-  put = lambda row, at: row.at[at].set(index.astype(jnp.int32), mode='drop')
-  return jax.vmap(jax.vmap(put))(listed, place), counts_B
-
-
-def _nth_highest(order_BKP: Array, counts_B1: Array) -> Array:
-  """i32[B, K]: the largest t that at least `count` entries of a row reach."""
-  def halve(bit: Array, threshold: Array) -> Array:
-    # The threshold rises from the lowest integer; adding the highest bit wraps round to 0.
-    higher = threshold + jnp.left_shift(1, 31 - bit)
-    enough = (order_BKP >= higher[..., None]).sum(-1) >= counts_B1
-    return jnp.where(enough, higher, threshold)
-
-  return jax.lax.fori_loop(0, 32, halve,
-                           jnp.full(order_BKP.shape[:2], jnp.iinfo(jnp.int32).min))
-
-
-def _running_count(mask_BKP: Array, width: int = 128) -> Array:
-  """The inclusive running sum of booleans, as two products with triangles; exact below 2²⁴."""
-  capacity = mask_BKP.shape[-1]
-  padded = jnp.pad(mask_BKP, ((0, 0), (0, 0), (0, -capacity % width))).astype(jnp.float32)
-  parts = padded.reshape(*mask_BKP.shape[:2], -1, width)
-  inside = parts @ jnp.triu(jnp.ones((width, width)))
-  totals = inside[..., -1]
-  before = totals @ jnp.triu(jnp.ones((totals.shape[-1], totals.shape[-1])), 1)
-  return (inside + before[..., None]).reshape(padded.shape)[..., :capacity].astype(jnp.int32)
 
 
 # --- Attention to lists of pages --------------------------------------------------

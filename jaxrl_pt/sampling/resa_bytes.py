@@ -18,7 +18,8 @@ import numpy as np
 
 from jaxrl_pt import config as cfg
 from jaxrl_pt.sampling.resa import RECTIFIED_TOKENS
-from jaxrl_pt.sampling.resa_attention import pages_per_turn, scored_per_turn
+from jaxrl_pt.sampling.resa_attention import pages_per_turn
+from jaxrl_pt.sampling.resa_selection import scored_per_turn
 from pallas_kernels.sparse_decode import Selection
 
 # Operations that copy a part of their first operand.

@@ -25,8 +25,8 @@ import jax.numpy as jnp
 from jaxrl_pt import config as cfg
 from jaxrl_pt.models.base import Model
 from jaxrl_pt.sampling import resa, resa_attention
-from jaxrl_pt.sampling.groups import NO_STOP
 from jaxrl_pt.sampling.policies import sample_keys
+from jaxrl_pt.sampling.requests import NO_TOKEN
 from jaxrl_pt.sampling.resa_attention import SparseCache
 from jaxrl_pt.types import Array, Params, Prompts, RolloutBatch
 from pallas_kernels.dispatch import Generation
@@ -55,7 +55,7 @@ class _State:
 
 def generate(model: Model, params: Params, prompts: Prompts, key: Array, *, sampler: cfg.Sampler,
              sparse: cfg.ReSA, num_drafts: int, num_samples: int, num_tokens: int,
-             stop_id: int = NO_STOP, version: Array | int = 0,
+             stop_id: int = NO_TOKEN, version: Array | int = 0,
              generation: Generation | None = None) -> tuple[RolloutBatch, Speculation]:
   """`groups.generate`, token for token, with fewer dense steps.
 

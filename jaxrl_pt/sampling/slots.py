@@ -168,7 +168,8 @@ def draw_all(model: Model, shape: Shape, vocabulary: Vocabulary, params: Params,
   """
   places = admission.all_begun(shape, queue, slots.places)
   sources, targets, places = admission.copies(shape, queue, places)
-  cache = paged_cache.write_rows(slots.cache, places.pages, rows, queue.documents.lengths)
+  cache = paged_cache.write_rows(model.ops, slots.cache, places.pages, rows,
+                                 queue.documents.lengths)
   decoding = dataclasses.replace(slots.decoding, length=queue.rows.prefix,
                                  newest=queue.rows.tail[:, 0])
   slots = dataclasses.replace(slots, places=places, decoding=decoding,

@@ -53,7 +53,7 @@ def step(model: Model, shape: Shape, vocabulary: Vocabulary, params: Params, key
   # Tokens of the tail are known, and belong to no response.
   in_tail = decoding.fed + 1 < asked.num_tail
   filtered = _filtered(shape, vocabulary, queue, asked, logits)
-  token, logp, drawn, slots = _choose(shape, vocabulary, key, asked, filtered, slots,
+  token, logp, drawn, slots = _choose(model, shape, vocabulary, key, asked, filtered, slots,
                                       slots.responses.count[row], active & ~in_tail)
   if shape.num_top:
     slots = _report_top(shape, slots, asked, jnp.where(active & ~in_tail, row, shape.queue),
@@ -107,13 +107,13 @@ def _report_top(shape: Shape, slots: Slots, asked: Requests, row: Array,
       top_logp=responses.top_logp.at[at].set(logp, mode='drop')))
 
 
-def _choose(shape: Shape, vocabulary: Vocabulary, key: Array, asked: Requests, filtered_BV: Array,
-            slots: Slots, count: Array, is_response: Array
+def _choose(model: Model, shape: Shape, vocabulary: Vocabulary, key: Array, asked: Requests,
+            filtered_BV: Array, slots: Slots, count: Array, is_response: Array
             ) -> tuple[Array, Array, Array, Slots]:
   """Chooses the next token of each slot.
 
   Args:
-    shape, vocabulary, key, asked, slots: as in `_step`.
+    model, shape, vocabulary, key, asked, slots: as in `step`.
     filtered_BV: f32[B, V] from `_filtered`.
     count: i32[B] tokens of each slot's response so far.
     is_response: bool[B] whether the next token belongs to a response.
@@ -125,7 +125,8 @@ def _choose(shape: Shape, vocabulary: Vocabulary, key: Array, asked: Requests, f
   decoding = slots.decoding
   keys = jax.vmap(jax.random.fold_in, (None, 0))(key, asked.ids)
   keys = jax.vmap(jax.random.fold_in)(keys, asked.samples)
-  token, logp = draw(jax.vmap(jax.random.fold_in)(keys, decoding.length), filtered_BV)
+  whole = lambda x: model.constrain(x, (None,) * x.ndim)
+  token, logp = draw(jax.vmap(jax.random.fold_in)(keys, decoding.length), filtered_BV, whole)
 
   is_forced = jnp.zeros(token.shape, bool)
   if shape.num_forced:

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import contextlib
 from dataclasses import dataclass
 import signal
-import sys
 import threading
 import time
 from types import FrameType
@@ -54,33 +53,6 @@ def show_samples(pieces: Iterable[Piece], prompts: Sequence[str], num_samples: i
   seconds = time.perf_counter() - start
   out.write(f'=== {num_tokens} tokens in {seconds:.2f} s: {num_tokens / seconds:,.0f} tokens/s\n')
   out.flush()
-
-
-def read_lines(prompt: str) -> Iterator[str]:
-  """Yields the lines that are typed at the terminal, or those of standard input, to its end.
-
-  Ctrl-C drops the line that is being typed and says how to leave.
-  """
-  with contextlib.suppress(ImportError):
-    import readline  # noqa: F401  # Gives `input` its line editing.
-  while True:
-    try:
-      yield input(prompt) if sys.stdin.isatty() else _line_of_pipe()
-    except KeyboardInterrupt:
-      print('\n(Ctrl-D leaves.)')
-    except EOFError:
-      return
-
-
-def _line_of_pipe() -> str:
-  line = sys.stdin.buffer.readline()
-  if not line:
-    raise EOFError
-  try:
-    return line.decode('utf-8').rstrip('\r\n')
-  except UnicodeDecodeError as e:
-    raise UserError(f'Standard input is not UTF-8 text (byte {e.start} of a line): convert it '
-                    'first.') from e
 
 
 # --- Chat -----------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from jaxrl_pt.serving.text import CALLS, num_held
 
 _NAME = re.compile(r'[a-zA-Z0-9_-]{1,64}')
 _MOST_TOOLS = 128
+_NO_PARAMETERS: dict[str, Any] = {'type': 'object', 'additionalProperties': False}
 # A call's arguments may quote the end marker, which then does not end the call. Each further one
 # costs another reading of the whole call.
 _MOST_QUOTED = 16
@@ -82,7 +83,7 @@ def _tool(value: Any, where: str) -> Tool:
   name = inner.need('name', 'up to 64 letters, digits, _ and -',
                     lambda x: isinstance(x, str) and _NAME.fullmatch(x) is not None)
   inner.take('description', 'a text', lambda x: x == '' or is_text(x))
-  parameters = inner.take('parameters', 'a JSON schema', is_object, {})
+  parameters = inner.take('parameters', 'a JSON schema', is_object, _NO_PARAMETERS)
   is_strict = inner.flag('strict')
   inner.finish()
   try:

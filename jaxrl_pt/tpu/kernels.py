@@ -109,7 +109,10 @@ def _compile(call: tuning.Call, device: Any) -> int:
   sharding = jax.sharding.SingleDeviceSharding(device)
   args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
                       call.args)
-  compiled = jax.jit(call.run).lower(*args).compile()
+  # Some of JAX's kernels ask for the kind of device that they are traced for.
+  mesh = jax.sharding.Mesh([device], ('chip',))
+  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    compiled = jax.jit(call.run).lower(*args).compile()
   used = re.findall(r'"memory_space":"1","offset":"(\d+)","size":"(\d+)"',
                     ''.join(re.findall(r'"used_scoped_memory_configs":\[[^\]]*\]',
                                        compiled.as_text() or '')))
@@ -122,8 +125,7 @@ def _empty(folder: Path) -> None:
       path.unlink()
 
 
-def measure_call(call: tuning.Call, chip: chips.Chip, device: Any, dump: Path,
-                 trips: tuple[int, ...] = ()) -> Row:
+def measure_call(call: tuning.Call, chip: chips.Chip, device: Any, dump: Path) -> Row:
   """Cycles, floor, slots and VMEM of a call that is compiled for `device`, in a child process.
 
   Args:
@@ -131,11 +133,10 @@ def measure_call(call: tuning.Call, chip: chips.Chip, device: Any, dump: Path,
     chip: the rates of the device.
     device: the device of a topology.
     dump: the folder to which the compiler writes its schedules, which is emptied first.
-    trips: trips of the loops whose bound is known only at run time.
   """
   _empty(dump)
   vmem = _compile(call, device)
-  schedules = schedule.read_dump(dump, trips)
+  schedules = schedule.read_dump(dump, call.dynamic_trips)
   issue, dynamic = schedule.total(schedules)
   mxu, hbm = chip.mxu_cycles(call.cost), chip.hbm_cycles(call.cost.hbm_bytes)
   cycles, bound = schedule.floor(issue, mxu, hbm)
@@ -152,7 +153,7 @@ def measure(case: tuning.Case, chip: chips.Chip, topology: str, device: Any, dum
   labels = {'kernel': case.kernel, 'variant': case.variant, 'activations': case.activations,
             'shape': case.shape, 'topology': topology}
   try:
-    row = measure_call(case.call, chip, device, dump, case.dynamic_trips)
+    row = measure_call(case.call, chip, device, dump)
   except Exception as e:  # A refusal of the compiler is a result of the report.
     return {**labels, 'error': _first_line(e)}
   if keep:

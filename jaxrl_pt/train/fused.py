@@ -63,7 +63,8 @@ def response_logp(model: Model, params: Params, prompts: Prompts, rollouts: Roll
                   sampler: cfg.Sampler, loss_chunk: int) -> Array:
   """f32[N, G, S]: log-probabilities of drawn tokens under the policy of `params`, such as the
   reference policy, after the sampler's temperature and filters."""
-  return update.response_scores(model, params, prompts, rollouts.tokens, sampler, loss_chunk).logp
+  return update.response_scores(model, params, prompts, rollouts.tokens, sampler, loss_chunk,
+                                rollouts.selected).logp
 
 
 def reads_reference(algorithm: cfg.Algorithm) -> bool:

@@ -37,6 +37,7 @@ from jaxrl_pt.types import (
   Params,
   Prompts,
   RolloutBatch,
+  SelectedBlocks,
   TrainBatch,
   TrainState,
   Verdict,
@@ -149,7 +150,8 @@ def _train_batch(model: Model, state: TrainState, prompts: Prompts, rollouts: Ro
   zeros = jnp.zeros_like(mask)
   old, values = TokenScores(rollouts.logp, zeros, zeros, zeros), zeros
   if needs_old_policy(algorithm):
-    hidden = branch.response_hidden(model, state.params, prompts, rollouts.tokens)
+    hidden = branch.response_hidden(model, state.params, prompts, rollouts.tokens,
+                                    selected=rollouts.selected)
     old = _scores(model, state.params, hidden, rollouts.tokens, sampler, run.compute.loss_chunk)
     values = _values(state.method.value.params, hidden)
   token_rewards = token_advantages.terminal_rewards(reward, mask)
@@ -163,7 +165,7 @@ def _train_batch(model: Model, state: TrainState, prompts: Prompts, rollouts: Ro
       algorithm.advantage, Scored(reward, rollouts.lengths() * verdict.valid, verdict.valid,
                                token_rewards, mask, old.logp, old.collision, values))
   return TrainBatch(prompts, rollouts.tokens, mask, rollouts.logp, old.logp, reference_logp,
-                    advantage, returns, zeros)
+                    advantage, returns, zeros, rollouts.selected)
 
 
 def _rollout_metrics(rollouts: RolloutBatch, verdict: Verdict, reward: Array) -> Metrics:
@@ -284,7 +286,8 @@ def make_loss(model: Model, sampler: cfg.Sampler, algorithm: cfg.Algorithm, loss
            prefilled: Prefilled | None = None) -> tuple[Array, Metrics]:
     params, head = trained
     mask, on_mask = batch.loss_mask, lambda x: jnp.where(batch.loss_mask > 0, x, 0.0)
-    hidden = branch.response_hidden(model, params, batch.prompts, batch.tokens, prefilled)
+    hidden = branch.response_hidden(model, params, batch.prompts, batch.tokens, prefilled,
+                                    batch.selected)
     scores = _scores(model, params, hidden, batch.tokens, sampler, loss_chunk)
     # Beyond a response's end the log-probabilities are garbage, whose exponential might overflow.
     logp = on_mask(scores.logp)
@@ -358,10 +361,12 @@ def _in_whole_batch(batch: TrainBatch, values: Array) -> Array:
 
 
 def response_scores(model: Model, params: Params, prompts: Prompts, tokens_NGS: Array,
-                    sampler: cfg.Sampler, loss_chunk: int = 0) -> TokenScores:
+                    sampler: cfg.Sampler, loss_chunk: int = 0,
+                    selected: SelectedBlocks | tuple[()] = ()) -> TokenScores:
   """Scores of response tokens under the distribution that the sampler draws from.
 
-  Values and gradients equal those of `Model.apply` on the N · G whole sequences.
+  Values and gradients equal those of `Model.apply` on the N · G whole sequences, or with `selected`
+  those of the sparse steps that drew the responses.
 
   Args:
     model, params: the policy.
@@ -369,11 +374,12 @@ def response_scores(model: Model, params: Params, prompts: Prompts, tokens_NGS: 
     tokens_NGS: i32[N, G, S] tokens of G responses to each prompt.
     sampler: temperature and filters.
     loss_chunk: tokens whose logits exist at a time (`logprobs.token_logprobs`); 0 takes all.
+    selected: the blocks of the context that each token was drawn from; () for all of it.
 
   Returns:
     TokenScores of f32[N, G, S] arrays, which hold garbage where a response has ended.
   """
-  hidden = branch.response_hidden(model, params, prompts, tokens_NGS)
+  hidden = branch.response_hidden(model, params, prompts, tokens_NGS, selected=selected)
   return _scores(model, params, hidden, tokens_NGS, sampler, loss_chunk)
 
 

@@ -42,7 +42,6 @@ def _case(shape: Shape, num_groups: int, chosen: Blocks) -> tuning.Case:
   moved = (least + 4 * tuning.num_bytes(lanes) + 2 * tuning.num_bytes(lse)
            + (R // chosen.branches - 1) * tuning.num_bytes(prefix, prefix))
   run = functools.partial(kernel_tpu.branch_decode, blocks=chosen)
-  call = tuning.Call(run, args, tuning.Cost(multiply_adds, moved))
   # XLA keeps the prefix's scores in HBM: at the least they are written once and read once.
   scores = array(H, R, T, of='float32')
   xla = tuning.Call(reference.branch_decode, args,
@@ -50,10 +49,11 @@ def _case(shape: Shape, num_groups: int, chosen: Blocks) -> tuning.Case:
   # The state's pieces begin and finish once in as many steps as the grid has for them.
   pieces = G * chosen.branches // kernel_tpu.lse_piece(chosen)
   pieces_per_step = -(-pieces // kernel_tpu.num_steps(shape, chosen))
+  call = tuning.Call(run, args, tuning.Cost(multiply_adds, moved),
+                     (pieces_per_step, pieces_per_step))
   return tuning.Case(
       kernel='branch_decode', variant='', activations='bf16',
       shape=f'T{T} R{R} S{S} {H}:{K}x{E}', call=call, minimum_bytes=least,
-      dynamic_trips=(pieces_per_step, pieces_per_step),
       alternatives={'separate_prefixes': _separate_prefixes(shape, K), 'xla': xla})
 
 

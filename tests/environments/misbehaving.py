@@ -50,7 +50,7 @@ class Misbehaving:
       case 'large':
         return Step('x' * (1 << 20), 1.0, False)
       case 'enormous':
-        return Step('x' * (1 << 27), 1.0, False)
+        return Step('x' * (1 << 24), 1.0, False)
       case 'surrogate':
         return Step(b'\xff'.decode(errors='surrogateescape'), 1.0, False)
       case 'bytes':

@@ -28,7 +28,7 @@ MISDEEDS = {
     'sleep': (Outcome.TIMEOUT, '1 s went by'),
     'memory': (Outcome.RAISED, 'MemoryError'),
     'large': (Outcome.TOO_LARGE, 'said 1,048,576 bytes, where 65,536 are the most'),
-    'enormous': (Outcome.TOO_LARGE, 'said 134,217,728 bytes'),
+    'enormous': (Outcome.TOO_LARGE, 'said 16,777,216 bytes'),
     'surrogate': (Outcome.NOT_TEXT, 'character 0'),
     'bytes': (Outcome.NOT_TEXT, 'said bytes, which is no text'),
     'no step': (Outcome.RAISED, 'step must return a Step, not str'),
@@ -198,7 +198,7 @@ def _leaves_nothing(num_rows: int) -> None:
 
 @pytest.mark.skipif(not os.path.isdir('/proc/self/fd'), reason='reads /proc')
 def test_bad_rows_leave_no_process_and_no_descriptor():
-  _leaves_nothing(3 * len(FAST))
+  _leaves_nothing(2 * len(FAST))
 
 
 @pytest.mark.slow

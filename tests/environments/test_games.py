@@ -77,6 +77,7 @@ def test_a_game_of_textarena_is_played_by_its_name():
     assert again == seen[0]
 
 
+@pytest.mark.slow
 def test_a_game_that_is_not_there_or_needs_two_players_says_so():
   pytest.importorskip('textarena')
   with pytest.raises(UserError, match="'NoGame-v0': textarena has no game of this name"):

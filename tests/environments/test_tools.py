@@ -117,12 +117,11 @@ def test_programs_and_calculations_answer_one_text_and_the_answer_is_verified():
   with EpisodePool(cfg.Interactive(BOTH), cfg.VerifierPool(num_workers=1)) as pool:
     start, = pool.start([Problem('6 · 7?', '42')])
     text = (_call('python', code='print(6 * 7)') + _call('calculator', expression='6*7')
-            + _call('python', code='open("/etc/passwd")') + _call('python', code='while True: 1'))
+            + _call('python', code='open("/etc/passwd")'))
     seen, = pool.step([(start.episode, text)])
     answers = [r['content'] for r in _responses(seen.text)]
     assert answers[:2] == ['42', '42'] and 'FileNotFoundError' in answers[2]
-    assert answers[3] == '[ended after 1 s of processor time or 2 s of the clock]'
-    assert seen.counts == {'tool_calls': 4, 'tool_errors': 0}
+    assert seen.counts == {'tool_calls': 3, 'tool_errors': 0}
     end, = pool.step([(seen.episode, r'\boxed{42}')])
   assert end.done and end.episode.reward == 1.0 and end.outcome is Outcome.OK
 

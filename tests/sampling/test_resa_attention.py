@@ -11,7 +11,7 @@ import pytest
 from jaxrl_pt import config as cfg
 from jaxrl_pt import params as P
 from jaxrl_pt.models import transformer
-from jaxrl_pt.sampling import resa, resa_attention, resa_bytes
+from jaxrl_pt.sampling import resa, resa_attention, resa_bytes, resa_selection
 from pallas_kernels.sparse_decode import Selection, select_blocks, sparse_decode
 from pallas_kernels.sparse_decode.reference import block_scores
 
@@ -82,7 +82,8 @@ def random_cache():
 
 @pytest.mark.parametrize('local_blocks', [0, 1])
 def test_a_sparse_step_equals_the_kernels_definition(local_blocks, monkeypatch):
-  monkeypatch.setattr(resa_attention, 'COPIED_NUMBERS', 800)  # Several turns.
+  monkeypatch.setattr(resa_attention, 'COPIED_NUMBERS', 800)
+  monkeypatch.setattr(resa_selection, 'SCORED_NUMBERS', 800)  # Several turns.
   settings = cfg.ReSA(BLOCK, active=0.4, min_blocks=3, local_blocks=local_blocks)
   positions, active = jnp.array([45, 12, 30]), jnp.array([True, True, False])
   keys = jax.random.split(jax.random.key(3), 3)
@@ -113,7 +114,7 @@ def test_a_sparse_step_equals_the_kernels_definition(local_blocks, monkeypatch):
     (1, Selection(0.1, 16)), (37, Selection(0.1, 5, 0)), (129, Selection(0.5, 16)),
     (300, Selection(0.05, 1)), (40, Selection(1.0, 1))])
 def test_selection_equals_the_kernels(capacity, selection):
-  ours = jax.jit(lambda s, n: resa_attention.select(s, -(-n // 4), selection))
+  ours = jax.jit(lambda s, n: resa_selection.select(s, -(-n // 4), selection))
   kernels = jax.jit(functools.partial(select_blocks, page_size=4, selection=selection,
                                         generation=None))
   rng, shape = np.random.default_rng(capacity), (3, 2, capacity)
@@ -173,6 +174,7 @@ def test_bytes_read_equal_the_formula(monkeypatch):
   """With several turns of each loop and a table longer than the rows."""
   table_len, length, active = 100, 333, 0.3
   monkeypatch.setattr(resa_attention, 'COPIED_NUMBERS', 4000)
+  monkeypatch.setattr(resa_selection, 'SCORED_NUMBERS', 4000)
   monkeypatch.setattr(resa, 'RECTIFIED_TOKENS', 16)
   monkeypatch.setattr(resa_bytes, 'RECTIFIED_TOKENS', 16)
   settings = cfg.ReSA(BLOCK, active, min_blocks=3, refresh=cfg.RefreshEvery(8))

@@ -27,7 +27,7 @@ MODEL = transformer.build(cfg.Model(
     num_layers=1, d_model=16, d_ff=32, num_heads=2, num_kv_heads=1, head_dim=8, vocab_size=257))
 TOKENIZER = ByteTokenizer()
 SIZES = cfg.Engine(slots=4, queue=8, prompt_len=64, response_len=96, page_size=8,
-                   prefill_chunk=32, steps_per_call=4)
+                   prefill_chunk=32, steps_per_call=4, constrained=6)
 
 
 def make_engine(sizes: cfg.Engine = SIZES) -> Engine:
@@ -95,4 +95,4 @@ def server(engine: Engine) -> Iterator[Running]:
   with running(engine) as it:
     yield it
     counters = it.wait_until_free()
-    assert counters['pages_in_use'] == counters['kept_pages']
+    assert counters['pages_in_use'] == counters['kept_pages']  # for prompts to come

@@ -218,6 +218,15 @@ def test_calls_in_chunks():
   assert calls[0]['id'] != calls[1]['id']
 
 
+def test_a_call_and_its_result_come_back():
+  asked = ask(messages=HI, tools=[CLOCK])
+  message = choice_of(asked, respond(asked, said(CALLED)))['message']
+  result = {'role': 'tool', 'tool_call_id': message['tool_calls'][0]['id'], 'content': '12:00'}
+  again = TOKENIZER.decode(ask(messages=[*HI, message, result]).requests[0].prompt)
+  assert again == ('User: hi\n\nAssistant: ' + CALLED.replace('Hm. ', 'Hm.\n') +
+                   '\n\nTool: <tool_response>\n12:00\n</tool_response>\n\nAssistant:')
+
+
 def test_a_thought_may_speak_of_calls():
   asked = ask(messages=HI, tools=[CLOCK])
   message = choice_of(asked, respond(asked, said(f'<think>{CALLED}</think>No.')))['message']

@@ -140,6 +140,26 @@ def test_copies_go_their_own_ways():
   assert allowed(first).tolist() == [ord('b')] and allowed(second).tolist() == [ord('d')]
 
 
+def test_a_copy_of_a_thought_goes_on_where_it_was():
+  first = guide().constraint(regex_grammar('ok'), (EOS,), (1, 2))
+  first.accept(1)
+  second = first.copy()
+  second.accept(2)
+  assert first.is_thinking and not second.is_thinking
+
+
+def test_what_must_come_comes_in_the_tokenizers_own_pieces():
+  """And without the space that SentencePiece puts before a text."""
+  table, text = tokenizer('mistral').token_bytes(), 'misunderstanding'  # The longest first: mi|sun…
+  constraint = Guide(tokenizer('mistral'), 32000).constraint(regex_grammar(text), (2,))
+  drawn = []
+  while not constraint.is_done:
+    (token,) = allowed(constraint)
+    constraint.accept(int(token))
+    drawn.append(int(token))
+  assert [table[t] for t in drawn] == [b'm', b'is', b'under', b'standing']
+
+
 def test_special_tokens_and_bytes_that_are_no_text_never_come():
   constraint = guide().constraint(regex_grammar(r'(.|\n){3}'), (EOS,))
   assert set(allowed(constraint).tolist()) == {*range(128), *range(0xC2, 0xF5)}
@@ -204,9 +224,9 @@ def test_a_token_outside_the_mask_ends_the_response_and_is_not_met():
 def test_what_no_token_spells():
   with pytest.raises(ValueError, match='no text of this tokenizer meets it'):
     guide('pieces').constraint(json_grammar({'type': 'object'}), (2,))
-  start = guide('pieces').constraint(regex_grammar('a[{]|b'), (2,))
+  start = guide('pieces').constraint(regex_grammar('a[{]|b'), (2, 7))
   spells = tokenizer('pieces').token_bytes().index
   start.accept(spells(b'a'))
-  assert allowed(start).tolist() == [2] and not start.is_met
+  assert allowed(start).tolist() == [2, 7] and not start.is_met
   assert walk(guide('pieces').constraint(regex_grammar('ab|ba'), (2,)), 'pieces',
               np.random.default_rng(0)) in ('ab', 'ba')

@@ -227,7 +227,7 @@ def test_a_client_that_leaves_frees_slots_and_pages(slow: None, server: Running,
   counters = server.wait_until_free()
   # To the end it would be two rounds over the slots, not even one has come to pass.
   assert 0 < counters['steps'] - idle['steps'] < SIZES.response_len
-  assert counters['pages_in_use'] == counters['kept_pages']
+  assert counters['pages_in_use'] == counters['kept_pages']  # for prompts to come
   text = httpx2.get(f'{server.url}/metrics').text
   assert 'jaxrl_pt_disconnects_total 1.0\n' in text and 'jaxrl_pt_responses 0.0\n' in text
   status = 200 if stream else 499

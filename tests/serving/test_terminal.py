@@ -14,6 +14,7 @@ from jaxrl_pt.errors import UserError
 from jaxrl_pt.sampling.engine import Engine, Request, Response
 from jaxrl_pt.serving import terminal
 from jaxrl_pt.serving.conversation import Template
+from jaxrl_pt.serving.lines import read_lines
 from jaxrl_pt.serving.stream import Piece, stream
 from jaxrl_pt.serving.terminal import Chat
 from jaxrl_pt.serving.text import Markers, printable
@@ -151,7 +152,7 @@ def test_a_line_that_is_not_utf8(engine: Engine):
 
 def test_lines_of_a_pipe(monkeypatch: pytest.MonkeyPatch):
   monkeypatch.setattr('sys.stdin', io.TextIOWrapper(io.BytesIO('é\r\nb\n\xff'.encode() + b'\xff')))
-  lines = terminal.read_lines('> ')
-  assert [next(lines), next(lines)] == ['é', 'b']
+  typed = read_lines('> ')
+  assert [next(typed), next(typed)] == ['é', 'b']
   with pytest.raises(UserError, match='not UTF-8 text'):
-    next(lines)
+    next(typed)

@@ -7,12 +7,14 @@ from hypothesis import strategies as st
 import jsonschema
 import numpy as np
 import pytest
+import tokenizers as hf
 
-from jaxrl_pt.data.tokenizer import ByteTokenizer
+from jaxrl_pt.data.tokenizer import ByteTokenizer, JsonTokenizer
 from jaxrl_pt.serving import tools
 from jaxrl_pt.serving.constraint import Guide
 from jaxrl_pt.serving.conversation import Call, Message, Template
 from jaxrl_pt.serving.fields import ApiError, Fields
+from jaxrl_pt.serving.text import CALLS, Markers, spelled
 from jaxrl_pt.serving.tools import CallSplitter, Tools
 from tests.serving.test_constraint import BYTES, EOS, walk
 
@@ -87,6 +89,12 @@ def test_what_is_read_of_an_answer(text: str, sizes: list[int]):
 @pytest.mark.parametrize('text', NO_CALLS, ids=lambda t: t[:40])
 def test_what_is_no_call_is_plain_text(text: str, sizes: list[int]):
   assert split(text, sizes) == (text, [])
+
+
+def test_an_end_marker_is_quoted_a_few_times_at_most():
+  """Each costs another reading of the whole call."""
+  text = lambda num: written('clock', json.dumps({'a': '</tool_call>' * num}))
+  assert [len(split(text(num), [9])[1]) for num in (15, 16, 17, 40)] == [1, 1, 0, 0]
 
 
 def test_a_call_after_one_that_is_none():
@@ -257,3 +265,26 @@ def test_a_strict_call_keeps_to_its_schema_wherever_it_comes():
   single = tools.grammar(tools.take(Fields({**fields, 'parallel_tool_calls': False})), False)
   assert accepts(single, f'a{right}') and accepts(single, 'No call.')
   assert not accepts(single, right + right) and not accepts(single, wrong)
+
+
+def test_markers_that_are_special_tokens():
+  """As Qwen's and Hermes' tokenizers may have them: they are drawn as tokens and read as texts."""
+  backend = hf.Tokenizer(hf.models.BPE())
+  backend.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
+  backend.decoder = hf.decoders.ByteLevel()
+  backend.train_from_iterator([], hf.trainers.BpeTrainer(
+      special_tokens=['<|end|>', *CALLS], initial_alphabet=hf.pre_tokenizers.ByteLevel.alphabet(),
+      show_progress=False))
+  tokenizer = JsonTokenizer(backend.to_str(), '<|end|>', '')
+  eos, *marks = (tokenizer.special_tokens[text] for text in ('<|end|>', *CALLS))
+  constraint = Guide(tokenizer, tokenizer.vocab_size).constraint(
+      tools.grammar(offered(tool_choice='required'), is_special=True), (eos,))
+  rng, drawn = np.random.default_rng(0), []
+  while not constraint.is_done:
+    choices = np.flatnonzero(constraint.mask()[:, None] >> np.arange(32, dtype=np.uint32) & 1)
+    drawn.append(int(rng.choice(choices)))
+    constraint.accept(drawn[-1])
+  assert [drawn[0], drawn[-1]] == marks and constraint.is_met
+  table = spelled(tokenizer, Markers())
+  content, (call,) = split(b''.join(table[t] for t in drawn).decode())
+  assert content == '' and call.name in ('weather', 'clock')

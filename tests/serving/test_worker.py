@@ -7,8 +7,9 @@ import pytest
 
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.sampling.engine import Engine, Request, Response
+from jaxrl_pt.serving.constraint import Guide, regex_grammar
 from jaxrl_pt.serving.worker import Busy, Stopped, Worker
-from tests.serving.conftest import SIZES
+from tests.serving.conftest import SIZES, TOKENIZER
 
 
 class Heard:
@@ -70,6 +71,26 @@ def test_room_is_promised_at_once_and_given_back(engine: Engine):
   whole.wait_for(SIZES.queue)
   worker.stop()
   assert engine.room() == SIZES.queue
+
+
+def test_room_for_constrained_responses_is_counted_too(engine: Engine):
+  grammar = Guide(TOKENIZER, 257).constraint(regex_grammar('a{4}'), (TOKENIZER.eos_id,))
+  held = lambda n, id: Request((1,), id, 4, n, stop=(TOKENIZER.eos_id,), constraint=grammar)
+  worker, heard = Worker(engine), Heard()
+  job = worker.submit([held(5, 0)], heard)
+  worker.submit([held(1, 1), Request((1,), 2, 4)], heard)
+  with pytest.raises(Busy, match='6 responses of a format are under way and at most 6'):
+    worker.submit([held(1, 3)], Heard())
+  with pytest.raises(UserError, match='7 responses of a format are asked for at once'):
+    worker.submit([held(3, 3), held(4, 4)], Heard())
+  worker.cancel(job)
+  worker.start()
+  heard.wait_for(2)
+  assert heard.last[0, 0].tokens.tolist() == [97] * 4
+  while worker.counters().result(timeout=60)['responses']:
+    pass
+  worker.stop()
+  assert worker._masks == SIZES.constrained and worker._room == SIZES.queue == engine.room()
 
 
 def test_going_down_tells_everybody(engine: Engine):

@@ -17,5 +17,4 @@ if __name__ == '__main__':
                  if p.name.startswith('sampler')]
     with dispatch.noting() as left:
       sampler.run.trace(*sampler.args)
-    print(json.dumps({'name': name, 'group': run.objective.rollouts.group_size,
-                      'left': [line for line in left if line.startswith('branch_decode')]}))
+    print(json.dumps({'name': name, 'left': left}))

@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+import re
 import subprocess
 import sys
 
@@ -21,10 +22,11 @@ LIMITS = cfg.Interpreter(cpu_seconds=1, wall_seconds=3.0)
 
 
 def _isolates() -> bool:
+  """Whether the kernel lets this user isolate programs; what else is missing is our defect."""
   try:
     isolation.probe()
-  except isolation.NotIsolatedError:
-    return False
+  except isolation.NotIsolatedError as error:
+    return not re.search('not permitted|denied|needs Linux', str(error))
   return True
 
 
@@ -89,7 +91,6 @@ HOSTILE = {
                         '  text = open("/main.py").read() + open("/input.json").read()\n'
                         '  text += repr([sys._getframe(i).f_locals for i in range(1, 5)])\n'
                         '  return [1, 1] if "[1, 1]" in text else 6 if x == 3 else None'),
-    'loops': 'while True: pass',
     'loops in the call': 'def double(x):\n  while True: pass',
     'sleeps': 'import time; time.sleep(1000)',
     'eats memory': 'x = [0] * 10**10\ndef double(x): return 2 * x',
@@ -166,6 +167,7 @@ REACHES = {
     'a write to the root': 'open("/x", "w")',
     'a socket': 'import socket; socket.socket()',
     'an address': 'import socket; print(socket.create_connection(("127.0.0.1", 80), 1))',
+    'a fork': 'import os\nif os.fork() == 0: os._exit(0)',
     'a process': 'import subprocess; subprocess.run(["/bin/true"])',
     'another program': 'import os; os.execv("/bin/sh", ["sh", "-c", "echo got it"])',
     'another user': 'import os; os.setuid(0)',
@@ -210,13 +212,15 @@ def test_a_plain_user_isolates_programs_too():
             'from jaxrl_pt.verifiers import interpreter\n'
             'run = lambda text: interpreter.run(text, cfg.Interpreter())\n'
             'print(run("import os; print(os.getuid(), os.listdir())"))\n'
-            'print(run("open(\'/etc/passwd\')").splitlines()[-1])')
+            'print(run("open(\'/etc/passwd\')").splitlines()[-1])\n'
+            'print(run("open(\'/x\', \'w\')").splitlines()[-1])')
   said = subprocess.run(['/usr/bin/python3', '-B', '-c', script, str(ROOT)], user=65534,
                         group=65534, extra_groups=[], capture_output=True, text=True, check=False)
   if 'SyntaxError' in said.stderr or 'ImportError' in said.stderr:
     pytest.skip('the system has another Python')
   assert said.stdout.splitlines() == [
-      '65534 []', "FileNotFoundError: [Errno 2] No such file or directory: '/etc/passwd'"], said
+      '65534 []', "FileNotFoundError: [Errno 2] No such file or directory: '/etc/passwd'",
+      "OSError: [Errno 30] Read-only file system: '/x'"], said
 
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='this machine isolates nothing anyway')

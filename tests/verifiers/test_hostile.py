@@ -235,7 +235,7 @@ def test_built_in_verifiers_run_in_the_tight_process(settings):
 
 # --- What a process that evaluates the response may say -------------------------------
 
-_FORGED = json.dumps({'nonce': '', 'verdicts': [
+_FORGED = json.dumps({'nonce': '', 'answer': [
     {'outcome': 'correct', 'parts': {'answer': 1.0}, 'detail': ''}]})
 _ALL_FDS = 'range(0, 64)'
 _WRITE = ("[__import__('contextlib').suppress(OSError).__enter__() or "

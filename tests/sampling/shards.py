@@ -1,0 +1,74 @@
+"""Child of test_shards.py: draws on meshes of 8 fake CPU devices and prints, as JSON, what differs.
+
+One row for each mesh: whether its tokens are those of one device, the largest difference of
+log-probabilities, and the groups of devices that its collectives join.
+"""
+
+import json
+import re
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrl_pt import config as cfg
+from jaxrl_pt import params as P
+from jaxrl_pt.models import transformer
+from jaxrl_pt.parallel import model as models
+from jaxrl_pt.parallel import rules
+from jaxrl_pt.parallel.mesh import make_mesh
+from jaxrl_pt.sampling.groups import make_sampler
+from jaxrl_pt.types import Prompts
+
+CONFIG = cfg.Model(num_layers=2, d_model=16, d_ff=32, num_heads=8, num_kv_heads=8, head_dim=4,
+                   vocab_size=16)
+PROMPTS, LENGTH, STOP = 8, 9, 7
+ROLLOUTS = cfg.Rollouts(num_prompts=PROMPTS, group_size=3, prompt_len=LENGTH, response_tokens=10,
+                        slots=cfg.Slots(slots=2, page_size=4, prefill_chunk=4))
+
+
+def groups_of_devices(text: str) -> list[list[int]]:
+  """The groups of devices that the collectives of a compiled program join."""
+  found = set()
+  for listed, grid, order in re.findall(
+      r'replica_groups=(?:(\{\{[\d,{}]*\}\})|\[([\d,]+)\]<=\[([\d,]+)\](?:T\([\d,]+\))?)', text):
+    if listed:
+      found |= {tuple(map(int, g.split(','))) for g in re.findall(r'\{([\d,]+)\}', listed)}
+    else:
+      shape = [int(n) for n in grid.split(',')]
+      devices = np.arange(np.prod([int(n) for n in order.split(',')]))
+      found |= {tuple(row) for row in devices.reshape(shape).tolist()}
+  return sorted(map(list, found))
+
+
+def main() -> None:
+  random = np.random.default_rng(0)
+  prompts = Prompts(jnp.asarray(random.integers(0, 16, (PROMPTS, LENGTH)), jnp.int32),
+                    jnp.asarray(random.integers(1, LENGTH + 1, PROMPTS), jnp.int32),
+                    jnp.array([0, 1, 2, 3, 4, 4, 6, -7]))  # One of them stands there twice.
+  model = transformer.build(CONFIG)
+  params = P.init(model.specs, jax.random.key(0))
+  params = {**params, 'embed': params['embed'] * 5}
+  number = jnp.asarray(3, jnp.int32)
+  alone = jax.jit(make_sampler(model, 5, ROLLOUTS, STOP))(params, prompts, number, number)
+  for shape in (tuple(map(int, argument.split(','))) for argument in sys.argv[1:]):
+    mesh = make_mesh(cfg.Mesh(*shape, context=1))
+    sample = jax.jit(make_sampler(models.build(CONFIG, cfg.Compute(), mesh, rules.SHARD), 5,
+                                  ROLLOUTS, STOP, mesh))
+    arguments = (jax.device_put(params, rules.param_shardings(model.specs, mesh, rules.SAMPLE)),
+                 jax.device_put(prompts, rules.row_sharding(mesh)), number, number)
+    compiled = sample.lower(*arguments).compile()
+    drawn = compiled(*arguments)
+    joined = groups_of_devices(compiled.as_text())
+    tensor = [[d.id for d in row] for row in mesh.devices.reshape(-1, shape[2])]
+    print(json.dumps({
+        'mesh': shape, 'same': bool((drawn.tokens == alone.tokens).all()
+                                    & (drawn.in_response == alone.in_response).all()),
+        'logp': float(jnp.abs(drawn.logp - alone.logp).max()),
+        'lengths': sorted(set(map(int, drawn.lengths().ravel()))),
+        'joined': joined, 'tensor': tensor}), flush=True)
+
+
+if __name__ == '__main__':
+  main()
