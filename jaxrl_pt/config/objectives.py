@@ -261,8 +261,8 @@ class RL:
 def _check_turns(rollouts: Rollouts) -> None:
   """Refuses settings that rollouts of several turns do not have."""
   if rollouts.mode == OneStepOff():
-    raise UserError('RL.verifier = @cfg.Interactive() rewards an episode while it is drawn, so that '
-                    'nothing is left to do beside the next batch: choose Rollouts.mode = '
+    raise UserError('RL.verifier = @cfg.Interactive() rewards an episode while it is drawn, so '
+                    'that nothing is left to do beside the next batch: choose Rollouts.mode = '
                     '@cfg.OnPolicy().')
   if rollouts.sparse != Dense():
     raise UserError('RL.verifier = @cfg.Interactive() draws by dense attention: leave '

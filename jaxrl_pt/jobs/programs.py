@@ -95,7 +95,8 @@ def _engine(run: cfg.Run, mesh: Mesh, method: cfg.RL, settings: cfg.Interactive,
             ) -> Program:
   """The program of the engine that draws episodes of several turns."""
   multi_turn.check_mesh(mesh)
-  model, everywhere = models.build(run.model, run.compute, mesh, rules.SHARD), rules.replicated(mesh)
+  model = models.build(run.model, run.compute, mesh, rules.SHARD)
+  everywhere = rules.replicated(mesh)
   config = multi_turn.engine_config(method.rollouts, settings)
   shape = engine_rows.shape(config, run.model.vocab_size)
   vocabulary = Vocabulary((), longest_tokens(run.model), jnp.ones(run.model.vocab_size, bool))
