@@ -19,12 +19,14 @@ from jaxrl_pt.environments import interactive, multi_turn, turns
 from jaxrl_pt.environments.base import Task
 from jaxrl_pt.environments.episodes import EpisodePool, Outcome
 from jaxrl_pt.environments.transcript import make_transcript
+from jaxrl_pt.errors import UserError
+from jaxrl_pt.jobs import open as opening
 from jaxrl_pt.models import transformer
 from jaxrl_pt.parallel.mesh import make_mesh
 from jaxrl_pt.rollouts import stages
 from jaxrl_pt.run import session as sessions
 from jaxrl_pt.sampling import engine, groups
-from jaxrl_pt.train import optim, update
+from jaxrl_pt.train import optim
 from jaxrl_pt.train import state as states
 from jaxrl_pt.types import Prompts, TrainState
 
@@ -201,17 +203,6 @@ def test_responses_of_one_turn_are_those_of_the_sampler(pool):
 # --- Learning ---------------------------------------------------------------------------
 
 
-def test_log_probabilities_of_later_turns_are_those_of_a_whole_forward(whole):
-  _, prompts, rollouts, _ = whole
-  scores = update.response_scores(MODULE, PARAMS, jax.tree.map(jnp.asarray, prompts),
-                                  jnp.asarray(rollouts.tokens), ROLLOUTS.sampler)
-  later = rollouts.sampled * (rollouts.turn > 0) > 0
-  assert later.sum() > 20
-  gap = np.abs(np.asarray(scores.logp) - rollouts.logp)
-  assert np.exp(gap[later]).mean() <= 1 + 1e-5
-  assert np.exp(gap[rollouts.sampled > 0]).mean() <= 1 + 1e-5
-
-
 def test_a_step_learns_from_what_was_drawn_and_from_nothing_else(pool, whole):
   player, prompts, _, _ = whole
   session, method = player._session, player._session.run.objective
@@ -231,6 +222,11 @@ def test_a_step_learns_from_what_was_drawn_and_from_nothing_else(pool, whole):
   state, done = learn(lambda rollouts: rollouts)
   values = {name: float(value.mean()) for name, value in done.metrics.items()}
   assert 1 <= values['mismatch'] <= 1 + 1e-5
+  # The learner's forward pass is over whole sequences.
+  later = whole[2].sampled * (whole[2].turn > 0) > 0
+  gap = np.abs(np.asarray(done.by_token.sum) - whole[2].logp)
+  assert later.sum() > 20 and np.exp(gap[later]).mean() <= 1 + 1e-5
+  np.testing.assert_array_equal(done.by_token.count, whole[2].sampled)
   assert values['verified'] == 1 and values['outcome/ok'] == 0.75
   assert values['turns'] == np.asarray(whole[3].measures['turns']).mean() > 2
   observed = lambda r: r.in_response * (1 - r.sampled)
@@ -240,6 +236,33 @@ def test_a_step_learns_from_what_was_drawn_and_from_nothing_else(pool, whole):
   other, _ = learn(lambda r: dataclasses.replace(r, logp=r.logp + 9.0 * (1 - r.sampled)))
   for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(other.params), strict=True):
     np.testing.assert_array_equal(a, b)
+
+
+def test_preflight_compiles_the_program_that_the_run_draws_with(pool):
+  player, _ = make_player(pool, TEXTS)
+  run, mesh = player._session.run, player._session.mesh
+  first, *others = opening.kind(run.objective).programs(run, mesh)
+  assert first.name == 'engine: prefill and decode of turns'
+  assert [p.name for p in others][0] == 'learner: advantages and updates'
+  shapes = lambda tree: [(x.shape, x.dtype) for x in jax.tree.leaves(tree)]
+  params, _, _, queue, slots, _ = first.args
+  made = player._engine
+  assert shapes(params) == shapes(PARAMS) and shapes(slots.cache) == shapes(made._slots.cache)
+  assert shapes(queue) == shapes(jax.tree.map(np.asarray, made._queue))
+  assert shapes(first.run.eval_shape(*first.args)) == shapes(slots)
+
+
+def test_what_several_turns_do_not_have_is_refused(pool):
+  method = make_player(pool, TEXTS)[0]._session.run.objective
+  changed = lambda **rollouts: dataclasses.replace(
+      method, rollouts=dataclasses.replace(method.rollouts, **rollouts),
+      algorithm=dataclasses.replace(method.algorithm, correction=cfg.TokenTIS()))
+  with pytest.raises(UserError, match='choose Rollouts.mode = @cfg.OnPolicy'):
+    changed(mode=cfg.OneStepOff())
+  with pytest.raises(UserError, match='draws by dense attention'):
+    changed(sparse=cfg.ReSA())
+  with pytest.raises(UserError, match='draws on one device, and the mesh has 2'):
+    multi_turn.check_mesh(types.SimpleNamespace(size=2))
 
 
 # --- Hostile environments ---------------------------------------------------------------
