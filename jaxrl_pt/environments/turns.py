@@ -129,11 +129,10 @@ def draw_turns(engine: Engine, pool: EpisodePool, transcript: Transcript,
 
 def _drain(engine: Engine, drawing: Mapping[int, Row]) -> None:
   """Ends what is under way after an error, so that the engine can go on with other parameters."""
-  left = set(drawing)
-  for handle in left:
+  for handle in drawing:
     engine.cancel(handle)
-  while left:
-    left -= {handle for handle, response in engine.advance(1) if response.finish}
+  while engine.room() < engine.config.queue:
+    engine.advance(1)
 
 
 def _request(row: Row, transcript: Transcript, bounds: Bounds, sampler: cfg.Sampler) -> Request:

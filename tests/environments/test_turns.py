@@ -121,6 +121,7 @@ def by_hand(pool, problem, sample, rollouts=ROLLOUTS, settings=SETTINGS):
 # --- Rows of several turns --------------------------------------------------------------
 
 
+FEW = {'slots': 3, 'page_size': 4, 'prefill_chunk': 5}
 TEXTS = ['end 1', 'slow 3', 'end 2', 'never 9']
 
 
@@ -157,7 +158,7 @@ def test_rows_of_one_and_of_several_turns_equal_a_plain_loop(pool, whole):
 
 
 def test_slots_and_pages_change_no_token(pool, whole):
-  _, _, other, verdict = drawn(pool, slots=3, page_size=4, prefill_chunk=5)
+  _, _, other, verdict = drawn(pool, **FEW)
   np.testing.assert_array_equal(other.tokens, whole[2].tokens)
   np.testing.assert_array_equal(other.sampled, whole[2].sampled)
   np.testing.assert_array_equal(verdict.reward, whole[3].reward)
@@ -317,14 +318,17 @@ def test_a_thousand_hostile_episodes_leave_nothing(pool, whole):
 
 
 def test_after_an_error_the_engine_goes_on(pool, whole, monkeypatch):
-  player, prompts, rollouts, _ = whole
+  """With three slots, rows are under way, queued and just ended when it happens."""
+  player, prompts, _, _ = drawn(pool, **FEW)
 
   def broken(*_):
     raise KeyboardInterrupt
 
-  with monkeypatch.context() as patch:
-    patch.setattr(turns, '_goes_on', broken)
-    with pytest.raises(KeyboardInterrupt):
-      player.draw(PARAMS, prompts, BATCH, VERSION)
+  for function in ('_take', '_goes_on'):
+    with monkeypatch.context() as patch:
+      patch.setattr(turns, function, broken)
+      with pytest.raises(KeyboardInterrupt):
+        player.draw(PARAMS, prompts, BATCH, VERSION)
+    assert player._engine.room() == SIZES.queue
   again, _ = player.draw(PARAMS, prompts, BATCH, VERSION)
-  np.testing.assert_array_equal(again.tokens, rollouts.tokens)
+  np.testing.assert_array_equal(again.tokens, whole[2].tokens)
