@@ -1,4 +1,4 @@
-"""Rectification restores the dense cache; generation and speculation equal decode.generate."""
+"""Rectification restores the dense cache; generation and speculation equal groups.generate."""
 
 import functools
 from pathlib import Path
@@ -14,7 +14,9 @@ from jaxrl_pt.config import RefreshEvery, RefreshNever, ReSA, Sampler
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.interop import llama2c
 from jaxrl_pt.models import transformer
-from jaxrl_pt.sampling import decode, resa, resa_attention, resa_speculate
+from jaxrl_pt.sampling import groups, resa, resa_attention, resa_speculate
+from jaxrl_pt.sampling.policies import sample_keys
+from jaxrl_pt.sampling.prefill import prefill as prefill_documents
 from jaxrl_pt.types import Prompts
 
 CONFIG = cfg.Model(num_layers=2, d_model=16, d_ff=32, num_heads=4, num_kv_heads=2, head_dim=8,
@@ -42,7 +44,7 @@ def prompts(lengths=(11, 8, 3), ids=(4, 7, 9), width=11):
 
 
 prefill = jax.jit(functools.partial(resa.prefill, MODEL))
-dense_prefill = jax.jit(functools.partial(decode.prefill, MODEL))
+dense_prefill = jax.jit(functools.partial(prefill_documents, MODEL))
 
 
 def keys_and_values(cache, length):
@@ -130,7 +132,7 @@ DRAW = dict(sampler=Sampler(0.9, top_p=0.95), num_samples=2, num_tokens=14, stop
 
 @functools.cache
 def dense_rollout():
-  return jax.jit(functools.partial(decode.generate, MODEL, version=3, **DRAW))(
+  return jax.jit(functools.partial(groups.generate, MODEL, version=3, **DRAW))(
       PARAMS, prompts(), KEY)
 
 
@@ -164,7 +166,7 @@ def test_generation_equals_a_slow_loop_and_rows_do_not_matter():
   head = MODEL.head(PARAMS)
   step = jax.jit(functools.partial(resa.decode, MODEL, resa=settings))
   rectify = jax.jit(functools.partial(resa.rectify, MODEL))
-  keys = decode.sample_keys(KEY, prompts().ids, 2)
+  keys = sample_keys(KEY, prompts().ids, 2)
   table, num_pages = resa_attention.rows_of_pages(1, 7)
   for n, g in ((0, 1), (1, 0), (2, 1)):
     length = int(prompts().lengths[n])
@@ -190,7 +192,7 @@ def test_generation_equals_a_slow_loop_and_rows_do_not_matter():
 @pytest.mark.parametrize('sampler', [Sampler(0.0), Sampler(0.9, top_p=0.95)])
 def test_speculation_draws_the_very_tokens_of_dense_decoding(sampler):
   options = {**DRAW, 'sampler': sampler}
-  expected = jax.jit(functools.partial(decode.generate, MODEL, version=3, **options))(
+  expected = jax.jit(functools.partial(groups.generate, MODEL, version=3, **options))(
       PARAMS, prompts(), KEY)
   speculate = functools.partial(resa_speculate.generate, MODEL, version=3, num_drafts=3, **options)
   rollout, drafting = jax.jit(functools.partial(

@@ -9,6 +9,7 @@ from jaxrl_pt.tpu import child
 
 @pytest.mark.skipif(importlib.util.find_spec('libtpu') is None,
                     reason='libtpu is not installed: make libtpu')
+@pytest.mark.slow
 def test_no_step_and_no_rectification_copies_the_pages():
   (row,) = child.rows('tests.tpu.compiled_resa', 'v5e:2x2')
   assert row['copies'] == [] and row['pages'] > 2**24
