@@ -11,6 +11,7 @@ from jaxrl_pt.jobs.open import load_state
 from tests.e2e.conftest import RL, Job
 from tests.e2e.test_rl_killed import LAST, assert_drawn_again, assert_replayed, die
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 # A guess is one byte. Three guesses and their answers fit into a response, so that rows of one, two
 # and three turns stand in one batch.
 GUESSES = RL.replace('cfg.RL.verifier = @cfg.LengthVerifier()', """
@@ -44,7 +45,6 @@ def whole(make_job: Callable[..., Job], pretrained: Job) -> Job:
   return job
 
 
-@pytest.mark.timeout(900)
 def test_a_run_learns_evaluates_and_is_replayed(whole: Job):
   rows = whole.rows()
   assert len(rows) == LAST + 1
@@ -60,8 +60,6 @@ def test_a_run_learns_evaluates_and_is_replayed(whole: Job):
   assert_drawn_again(whole.workdir, 4)
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_a_run_that_was_killed_goes_on_to_the_bit(make_job: Callable[..., Job], pretrained: Job,
                                                   whole: Job):
   job = make_job(GUESSES, start_from=str(pretrained.workdir), bindings=BINDINGS)
