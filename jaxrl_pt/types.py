@@ -116,6 +116,9 @@ class Verdict:
   correct: Array  # f32[N, G] 1 where the answer is right, whatever its reward
   # Parts of the reward by name, f32[N, G] each, which are logged as reward/NAME.
   parts: dict[str, Array] = struct.field(default_factory=dict)
+  # Numbers by name, f32[N, G] each, which are logged as NAME, of responses that were not verified
+  # too: what became of an episode.
+  measures: dict[str, Array] = struct.field(default_factory=dict)
 
 
 @struct.dataclass

@@ -70,6 +70,7 @@ VALID: dict[type, dict[str, Any]] = {
     cfg.ToolUse: {'tools': (cfg.Calculator(),), 'verifier': cfg.MathVerifier()},
     cfg.TextArena: {'game': 'a'},
     cfg.PythonEnvironment: {'target': 'module:Class'},
+    cfg.ChatTemplate: {},
     cfg.Interactive: {'environment': cfg.PythonEnvironment('module:Class')},
     cfg.WordVerifier: {'min_words': 2, 'max_words': 5},
     cfg.LengthVerifier: {'min_chars': 2, 'max_chars': 5},
@@ -178,6 +179,12 @@ REFUSED: list[tuple[type, str, list[Any], str]] = [
     (cfg.TextArena, 'game', ['', None], 'a non-empty string'),
     (cfg.PythonEnvironment, 'target', ['', None, 'module', 'a:b:c'], 'expected'),
     (cfg.Interactive, 'environment', [None, cfg.MathVerifier()], '@cfg.GuessNumber()'),
+    (cfg.Interactive, 'template', [None, '{content}'], '@cfg.ChatTemplate()'),
+    *((cfg.ChatTemplate, name, ['', 'a', '{content}{content}', None], 'expected')
+      for name in ('system', 'user')),
+    *((cfg.ChatTemplate, name, [None, 3, '\0'], 'a string') for name in ('opening', 'ending')),
+    (cfg.ChatTemplate, 'stop', [None, 'a', ('',), ('a', 'b', 'c', 'd'), ('x' * 33,), ('\0',)],
+     'a list of at most three texts'),
     *((cfg.Interactive, name, [0, None, 2**40], 'a whole number of at')
       for name in ('max_turns', 'turn_tokens', 'observation_tokens', 'max_observation_bytes')),
     (cfg.VerifierPool, 'num_workers', [0, 1.5], 'at least 1'),

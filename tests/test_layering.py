@@ -46,7 +46,7 @@ ALLOWED: dict[str, set[str]] = {
     'interop': _MODEL,
     'train': _DRAWN,
     'run': _TRAINED | _FILES | {'serving'},
-    'environments': _RUN,
+    'environments': _RUN | {'serving'},
     'rollouts': _RUN | {'environments'},
     'jobs': _RUN | {'environments', 'rollouts'},
     'tpu': _EVERYTHING,

@@ -367,6 +367,43 @@ _KERNELS = _of(
     ('int4_for_int8', "'int8' if kind == 'int8' else 'int4'",
      "'int4' if kind == 'int8' else 'int8'"))
 
+_SERVING = [
+    *_of('jaxrl_pt/serving/constraint.py', 'tests/serving/test_constraint.py',
+         ('formats_end_by_one_token', 'words | self.only_stops if self._matcher.is_accepting()',
+          'words if self._matcher.is_accepting()'),
+         ('formats_have_dead_ends', 'or not (words & ~self.only_stops).any()', ''),
+         ('formats_of_one_matcher', 'self._matcher.deep_copy(), self._num_words, self._stops,\n',
+          'self._matcher, self._num_words, self._stops,\n'),
+         ('white_space_without_end', "overrides={'whitespace_pattern': _WHITE_SPACE}",
+          'overrides={}'),
+         ('pieces_with_a_space', 'if ids[:num_lead] == self._lead:', 'if False:')),
+    *_of('jaxrl_pt/serving/tools.py', 'tests/serving/test_tools.py',
+         ('calls_of_any_name', "or value['name'] not in names", ''),
+         ('calls_end_in_quotations', "return e.msg.startswith('Unterminated string')",
+          'return False'),
+         ('what_is_no_call_is_lost',
+          'before = self._held[:start].rstrip() if call else self._held[:after]',
+          'before = self._held[:start].rstrip()'),
+         ('required_calls_of_any_arguments', '(tool.parameters if holds else {})', '{}')),
+    *_of('jaxrl_pt/serving/conversation.py', 'tests/serving/test_tools.py',
+         ('tools_with_special_tokens', "[Span('\\n'.join(tools), False)]",
+          "[Span('\\n'.join(tools), True)]")),
+    *_of('jaxrl_pt/serving/answers.py', 'tests/serving/test_answers.py',
+         ('what_meets_no_format_stops', "response.finish == 'stop' and not self._is_met(response)",
+          'False'),
+         ('best_of_by_sums', 'key=lambda c: -c.mean_logp',
+          'key=lambda c: -c.mean_logp * c.num_tokens'),
+         ('forced_tokens_in_the_mean', '/ max(drawn, 1)', '/ len(response.tokens)')),
+    *_of('jaxrl_pt/serving/logprobs.py', 'tests/serving/test_answers.py',
+         ('infinite_scores', 'return max(logp, _LEAST)', 'return logp'),
+         ('the_less_likely_token_of_a_text', 'top.setdefault(self.text(other), logp)',
+          'top[self.text(other)] = logp')),
+    *_of('jaxrl_pt/serving/worker.py', 'tests/serving/test_worker.py',
+         ('constraints_without_room', 'if num_held > self._masks:', 'if False:'),
+         ('constraints_are_not_given_back',
+          'self._masks += num if request.constraint is not None else 0', 'pass')),
+]
+
 MUTATIONS: tuple[Mutation, ...] = (
     *_ADVANTAGES, *_TOKEN_ADVANTAGES, *_OBJECTIVES, *_KL, *_SHAPING, *_LEARNER, *_NUMERICS,
-    *_SAMPLER, *_DATA, *_CHECKPOINT, *_VERIFIERS, *_PROGRAMS, *_KERNELS)
+    *_SAMPLER, *_DATA, *_CHECKPOINT, *_VERIFIERS, *_PROGRAMS, *_KERNELS, *_SERVING)

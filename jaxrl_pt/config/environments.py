@@ -95,6 +95,38 @@ class PythonEnvironment:
       checks.fail(self, 'target', "'module:Class'")
 
 
+@dataclass(frozen=True)
+class ChatTemplate:
+  """How the messages of an episode are written as text.
+
+  system, user: a message of that role; `{content}` stands for what it says. Observations are the
+    user's.
+  opening, ending: what stands before and after a text of the policy. What the policy itself has
+    drawn of the ending is not written again.
+  stop: texts that end a text of the policy, beside the end of text; at most three.
+
+  Special tokens that are written here are those tokens; in what is said they are text.
+  """
+
+  system: str = '{content}\n\n'
+  user: str = 'User: {content}\n\n'
+  opening: str = 'Assistant:'
+  ending: str = '\n\n'
+  stop: tuple[str, ...] = ('\nUser:',)
+
+  def __post_init__(self) -> None:
+    for name in ('system', 'user'):
+      checks.text(self, name)
+      if getattr(self, name).count('{content}') != 1:
+        checks.fail(self, name, 'a text with {content} in it once')
+    checks.text(self, 'opening', empty=True)
+    checks.text(self, 'ending', empty=True)
+    if not isinstance(self.stop, (list, tuple)) or len(self.stop) > 3 or not all(
+        checks.is_text(s) and 1 <= len(s.encode()) <= 32 for s in self.stop):
+      checks.fail(self, 'stop', 'a list of at most three texts of 1 to 32 bytes each')
+    object.__setattr__(self, 'stop', tuple(self.stop))
+
+
 Environment = ToolUse | GuessNumber | TextArena | PythonEnvironment
 
 
@@ -107,6 +139,7 @@ class Interactive:
   turn_tokens: tokens that the policy draws in a turn.
   observation_tokens: tokens of an observation that the policy reads; a longer one is cut.
   max_observation_bytes: bytes of an observation; a longer one ends the episode unrewarded.
+  template: how messages and observations are written for the policy.
   """
 
   environment: Environment
@@ -114,9 +147,11 @@ class Interactive:
   turn_tokens: int = 256
   observation_tokens: int = 256
   max_observation_bytes: int = 65_536
+  template: ChatTemplate = field(default_factory=ChatTemplate)
 
   def __post_init__(self) -> None:
     checks.instance(self, 'environment', *get_args(Environment))
+    checks.instance(self, 'template', ChatTemplate)
     checks.size(self, 'max_turns', 1, 4096, 4, 'the turns of an episode')
     checks.size(self, 'turn_tokens', 1, MOST_TOKENS, 4, 'so many tokens of a row')
     checks.size(self, 'observation_tokens', 1, MOST_TOKENS, 4, 'so many tokens of a row')

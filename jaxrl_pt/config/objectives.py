@@ -11,6 +11,7 @@ from typing import ClassVar, get_args
 
 from jaxrl_pt.config import checks
 from jaxrl_pt.config.algorithm import Algorithm, NoCorrection
+from jaxrl_pt.config.environments import Interactive
 from jaxrl_pt.config.problems import Problems
 from jaxrl_pt.config.rollouts import AllGroups, Dense, OneStepOff, OnPolicy, Rollouts
 from jaxrl_pt.config.verifiers import Verifier, VerifierPool, programs_of
@@ -219,14 +220,17 @@ class RL:
   """Reinforcement learning on problems whose answers can be verified.
 
   start_from: the work directory of the policy to begin with, which is also the reference policy.
-  pool: the processes of a verifier that reads text; a verifier on the device does not read it.
+  verifier: what rewards a response; or @cfg.Interactive(), an environment that answers the policy
+    and rewards an episode of several turns, all of which are one response.
+  pool: the processes of a verifier that reads text, or of the environment; a verifier on the device
+    does not read it.
   eval_problems: the number of held-out problems that are measured, once sampled as in training and
     once greedily.
   """
 
   start_from: str
   problems: Problems
-  verifier: Verifier
+  verifier: Verifier | Interactive
   pool: VerifierPool = field(default_factory=VerifierPool)
   rollouts: Rollouts = field(default_factory=Rollouts)
   algorithm: Algorithm = field(default_factory=Algorithm)
@@ -237,9 +241,10 @@ class RL:
   def __post_init__(self) -> None:
     checks.text(self, 'start_from')
     checks.instance(self, 'problems', Problems)
-    checks.instance(self, 'verifier', *get_args(Verifier))
+    checks.instance(self, 'verifier', *get_args(Verifier), Interactive)
     checks.instance(self, 'pool', VerifierPool)
-    for programs in programs_of(self.verifier):
+    of_verifier = () if isinstance(self.verifier, Interactive) else programs_of(self.verifier)
+    for programs in of_verifier:
       if programs.wall_seconds >= self.pool.wall_seconds:
         raise UserError(f'Interpreter.wall_seconds = {programs.wall_seconds:g} leaves a program as '
                         'long as its verification may take (VerifierPool.wall_seconds = '
@@ -249,6 +254,19 @@ class RL:
     checks.instance(self, 'algorithm', Algorithm)
     _check_method('RL', self.rollouts, self.algorithm)
     checks.integer(self, 'eval_problems', 1)
+    if isinstance(self.verifier, Interactive):
+      _check_turns(self.rollouts)
+
+
+def _check_turns(rollouts: Rollouts) -> None:
+  """Refuses settings that rollouts of several turns do not have."""
+  if rollouts.mode == OneStepOff():
+    raise UserError('RL.verifier = @cfg.Interactive() rewards an episode while it is drawn, so '
+                    'that nothing is left to do beside the next batch: choose Rollouts.mode = '
+                    '@cfg.OnPolicy().')
+  if rollouts.sparse != Dense():
+    raise UserError('RL.verifier = @cfg.Interactive() draws by dense attention: leave '
+                    'Rollouts.sparse at @cfg.Dense().')
 
 
 # Objectives that draw responses and learn from their rewards.

@@ -11,6 +11,10 @@ from jaxrl_pt.parallel.hosts import agreed
 from jaxrl_pt.types import Params, Prompts, Verdict
 from jaxrl_pt.verifiers.base import PendingVerdict, Verifier
 
+# Stands in place of a batch's number, so that every evaluation draws the same noise, which no
+# training batch draws.
+EVALUATION_STREAM = 2**31 - 1
+
 
 @dataclass(frozen=True)
 class Task:

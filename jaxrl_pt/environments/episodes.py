@@ -28,10 +28,12 @@ from jaxrl_pt.verifiers.processes import Asked, Pending, ProcessPool
 
 
 class Outcome(enum.Enum):
-  """What became of one row of `start` or `step`."""
+  """What became of one row of `start` or `step`, or of an episode as a whole."""
 
   OK = 'ok'
   TURN_LIMIT = 'turn_limit'  # The last turn that is allowed did not end the episode.
+  OUT_OF_TOKENS = 'out_of_tokens'  # `Rollouts.response_tokens` left no room for another turn.
+  LONG_PROMPT = 'long_prompt'  # Its first messages are longer than `Rollouts.prompt_len`.
   TIMEOUT = 'timeout'  # The environment used up its time.
   CRASH = 'crash'  # Its process died, or sent nonsense.
   RAISED = 'raised'  # It raised an exception, or returned what it must not.
@@ -41,7 +43,7 @@ class Outcome(enum.Enum):
   @property
   def is_valid(self) -> bool:
     """Whether the reward says something about the policy, and not about the environment."""
-    return self in (Outcome.OK, Outcome.TURN_LIMIT)
+    return self in (Outcome.OK, Outcome.TURN_LIMIT, Outcome.OUT_OF_TOKENS)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import numpy as np
 from jaxrl_pt import config as cfg
 from jaxrl_pt.data import loader, problems, splits
 from jaxrl_pt.data.tokenizer import Tokenizer
-from jaxrl_pt.environments.base import Task, settled
+from jaxrl_pt.environments.base import EVALUATION_STREAM, Task, settled
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.parallel import rules
 from jaxrl_pt.parallel.hosts import on_host
@@ -22,10 +22,6 @@ from jaxrl_pt.types import Params, Prompts
 from jaxrl_pt.verifiers import exact, pool, trial
 from jaxrl_pt.verifiers.base import DeviceVerifier
 from jaxrl_pt.verifiers.host import PoolVerifier
-
-# Stands in place of a batch's number, so that every evaluation draws the same noise, which no
-# training batch draws.
-EVALUATION_STREAM = 2**31 - 1
 
 
 @contextlib.contextmanager
@@ -71,6 +67,7 @@ def _open_verifier(method: cfg.RL, tokenizer: Tokenizer, vocab_size: int,
       table = token_table(tokenizer.token_bytes(), vocab_size)
       yield DeviceVerifier(exact.device_verifier(table, marker.encode(), tokenizer.eos_id))
     case verifier:
+      assert not isinstance(verifier, cfg.Interactive)  # `multi_turn` opens those.
       with pool.Pool(verifier, method.pool) as verifiers:
         stride = max(1, len(all_problems) // trial.NUM_TRIED)
         chosen = all_problems[::stride][:trial.NUM_TRIED]

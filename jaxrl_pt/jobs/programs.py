@@ -1,17 +1,24 @@
 """The programs of a step of reinforcement learning with abstract arguments, for preflight."""
 
+import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 import optax
 
 from jaxrl_pt import config as cfg
+from jaxrl_pt import params as P
+from jaxrl_pt.environments import multi_turn
 from jaxrl_pt.jobs.kind import Program, abstract
 from jaxrl_pt.parallel import model as models
 from jaxrl_pt.parallel import rules
 from jaxrl_pt.rollouts.stages import is_fused, resamples
-from jaxrl_pt.sampling import weight_sync
+from jaxrl_pt.sampling import engine_rows, slots, weight_sync
+from jaxrl_pt.sampling import state as engine_state
+from jaxrl_pt.sampling.prefix_cache import PrefixCache
+from jaxrl_pt.sampling.requests import Vocabulary
 from jaxrl_pt.token_bytes import TokenBytes, token_table
 from jaxrl_pt.train import optim, programs
 from jaxrl_pt.train import state as states
@@ -76,10 +83,32 @@ def _stages(run: cfg.Run, mesh: Mesh, method: cfg.Reinforced, prompts: Prompts,
                           (state.params,), 0.0, beside=beside))
     beside = [reference_params, state]
     synced = weight_sync.abstract(model, mesh, packed, run.compute.dtype)
+  if isinstance(method, cfg.RL) and isinstance(method.verifier, cfg.Interactive):
+    return [_engine(run, mesh, method, method.verifier, beside), *others]
   sample = programs.sampler(run, mesh, rollouts, STOP_ID)
   return [Program('sampler: prefill and decode', sample, (synced, prompts, number, number), 1 / 4,
                   beside=beside),
           *others]
+
+
+def _engine(run: cfg.Run, mesh: Mesh, method: cfg.RL, settings: cfg.Interactive, beside: Any
+            ) -> Program:
+  """The program of the engine that draws episodes of several turns."""
+  multi_turn.check_mesh(mesh)
+  model = models.build(run.model, run.compute, mesh, rules.SHARD)
+  everywhere = rules.replicated(mesh)
+  config = multi_turn.engine_config(method.rollouts, settings)
+  shape = engine_rows.shape(config, run.model.vocab_size)
+  vocabulary = Vocabulary((), longest_tokens(run.model), jnp.ones(run.model.vocab_size, bool))
+  dtype = jnp.dtype(jnp.int8) if config.kv == 'int8' else model.init_cache(1, 1).k.dtype
+  placed = lambda tree: jax.tree.map(lambda x: abstract(x.shape, x.dtype, everywhere), tree)
+  now = placed(jax.eval_shape(lambda: engine_state.init(model, shape, vocabulary, dtype)))
+  queue = placed(engine_rows.empty_queue(shape, PrefixCache(shape.documents, shape.document_len)))
+  number, key = abstract((), jnp.int32, everywhere), jax.eval_shape(lambda: jax.random.key(0))
+  advance = functools.partial(slots.advance, model, shape, vocabulary)
+  return Program('engine: prefill and decode of turns', jax.jit(advance, donate_argnums=4),
+                 (placed(P.abstract(model.specs)), placed(key), number, queue, now, number), 1 / 4,
+                 beside=beside)
 
 
 def longest_tokens(model: cfg.Model) -> TokenBytes:

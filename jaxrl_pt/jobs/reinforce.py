@@ -166,8 +166,9 @@ class Reinforcement:
     prompts, references = stages.take(batch)
     rollouts, self._ahead = self._ahead, None
     if rollouts is None:
-      rollouts = stages.draw(state.params, prompts, batch, step)
-    pending = stages.submit(prompts, rollouts, references)
+      rollouts, pending = stages.draw_verified(state.params, prompts, references, batch, step)
+    else:
+      pending = stages.submit(prompts, rollouts, references)
     if self._draws_ahead:  # The verifier works on this batch while the next is drawn.
       self._ahead = stages.draw(state.params, stages.take(batch + 1)[0], batch + 1, step)
     verdict = stages.settle(pending)

@@ -85,8 +85,9 @@ def sampler(workdir: Path, step: int | None = None) -> dict[str, Any]:
   """
   with _opened(workdir, step) as (stages, state, batch, session):
     prompts, references = stages.take(batch)
-    rollouts = stages.draw(state.params, prompts, batch, int(state.step))
-    verdict = stages.settle(stages.submit(prompts, rollouts, references))
+    rollouts, pending = stages.draw_verified(state.params, prompts, references, batch,
+                                             int(state.step))
+    verdict = stages.settle(pending)
     trees = on_host({'prompts': prompts, 'rollouts': rollouts, 'verdict': verdict})
     found = {'step': int(state.step), 'batch': batch,
              'reward': float((trees['verdict'].reward * trees['verdict'].valid).sum()

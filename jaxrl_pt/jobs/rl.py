@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxrl_pt import config as cfg
-from jaxrl_pt.environments import problems
+from jaxrl_pt.environments import multi_turn, problems
 from jaxrl_pt.jobs import programs, reinforce
 from jaxrl_pt.jobs.kind import Kind, Program
 from jaxrl_pt.run import session as sessions
@@ -44,7 +44,9 @@ def _reopen(session: sessions.Session, reference_params: Params
             ) -> Iterator[reinforce.Reinforcement]:
   """The job; its verifier's processes run as long as the context lasts."""
   method = _method(session.run)
-  with problems.open_environment(session, method) as environment:
+  several_turns = isinstance(method.verifier, cfg.Interactive)
+  opened = multi_turn.open_environment if several_turns else problems.open_environment
+  with opened(session, method) as environment:
     yield reinforce.Reinforcement(session, method, reference_params, environment,
                                   lambda params: reinforce.new_method(session.run, params))
 

@@ -58,9 +58,7 @@ def paged(ops: Ops, table_BP: Array, starts_B: Array, counts_B: Array) -> Attend
   """
   def attend(q: Array, k: Array, v: Array, cache: PagedCache,
              layer: Array) -> tuple[Array, PagedCache]:
-    offsets = jnp.arange(q.shape[1])
-    cache = write(ops, cache, layer, table_BP, starts_B[:, None] + offsets,
-                  offsets < counts_B[:, None], k, v)
+    cache = write(ops, cache, layer, table_BP, starts_B, counts_B, k, v)
     out = ops.paged(q, cache.pages, cache.scales, table_BP + layer * cache.num_pages, starts_B,
                     counts_B)
     return out, cache
@@ -68,23 +66,19 @@ def paged(ops: Ops, table_BP: Array, starts_B: Array, counts_B: Array) -> Attend
   return attend
 
 
-def write(ops: Ops, cache: PagedCache, layer: Array, table_BP: Array, positions_BS: Array,
-          is_token_BS: Array, k_BSKE: Array, v_BSKE: Array) -> PagedCache:
-  """Writes keys and values of S tokens of each row to their pages, and padding to page NOBODY."""
-  pages = jnp.take_along_axis(table_BP, positions_BS // cache.page_size, 1, mode='clip')
-  pages = jnp.where(is_token_BS, pages, NOBODY) + layer * cache.num_pages
-  offsets, new_BSK2E = positions_BS % cache.page_size, jnp.stack([k_BSKE, v_BSKE], 3)
-  if pages.size == 1:
-    # XLA would fuse a single update into each operation that reads it, and copy the cache for that.
-    pages = jnp.concatenate([pages, jnp.full_like(pages, NOBODY)])
-    offsets, new_BSK2E = (jnp.concatenate([x, x]) for x in (offsets, new_BSK2E))
+def write(ops: Ops, cache: PagedCache, layer: Array | int, table_BP: Array, starts_B: Array,
+          counts_B: Array, k_BSKE: Array, v_BSKE: Array) -> PagedCache:
+  """Writes keys and values of S tokens of each row to their pages; arguments as for `paged`."""
+  new_BSK2E, first = jnp.stack([k_BSKE, v_BSKE], 3), layer * cache.num_pages
+
+  def put(leaf: Array, new: Array) -> Array:
+    return ops.write_pages(leaf, table_BP + first, starts_B, counts_B, new, NOBODY + first)
+
   if cache.scales is None:
-    new_BSK2E = new_BSK2E.astype(cache.pages.dtype)
-    return dataclasses.replace(
-        cache, pages=ops.write_pages(cache.pages, new_BSK2E, pages, offsets))
+    return dataclasses.replace(cache, pages=put(cache.pages, new_BSK2E.astype(cache.pages.dtype)))
   codes, scales = quantise(new_BSK2E)
-  return dataclasses.replace(cache, pages=ops.write_pages(cache.pages, codes, pages, offsets),
-                             scales=ops.write_pages(cache.scales, scales, pages, offsets))
+  return dataclasses.replace(cache, pages=put(cache.pages, codes),
+                             scales=put(cache.scales, scales))
 
 
 def quantise(x: Array) -> tuple[Array, Array]:
@@ -105,16 +99,13 @@ def write_rows(ops: Ops, cache: PagedCache, table_BP: Array, rows: KVCache, leng
     rows: f[L, B, K, T, E] keys and values.
     lengths_B: i32[B] how many tokens of each row are written; at most T.
   """
-  num_layers, num_rows, num_heads, length, _ = rows.k.shape
-  positions = jnp.broadcast_to(jnp.arange(length), (num_rows, length))
-  # The layers stand where `write` has rows: it writes B · L rows of an only layer.
-  per_layer = lambda x: jnp.broadcast_to(x, (num_layers, *x.shape)).reshape(-1, *x.shape[1:])
+  num_layers, _, num_heads, length, width = rows.k.shape
+  # `write` takes the rows of all layers as rows of the first one.
   of_layer = jnp.arange(num_layers)[:, None, None] * cache.num_pages
-  flat = lambda x_LBKTE: jnp.swapaxes(x_LBKTE, 2, 3).reshape(-1, length, num_heads,
-                                                             x_LBKTE.shape[-1])
   table = (table_BP + of_layer).reshape(-1, table_BP.shape[1])
-  return write(ops, cache, jnp.zeros((), jnp.int32), table, per_layer(positions),
-               per_layer(positions < lengths_B[:, None]), flat(rows.k), flat(rows.v))
+  flat = lambda x_LBKTE: jnp.swapaxes(x_LBKTE, 2, 3).reshape(-1, length, num_heads, width)
+  return write(ops, cache, 0, table, jnp.zeros(len(table), jnp.int32),
+               jnp.tile(lengths_B, num_layers), flat(rows.k), flat(rows.v))
 
 
 def copy_pages(cache: PagedCache, sources_C: Array, targets_C: Array) -> PagedCache:

@@ -14,7 +14,8 @@ from jax.typing import DTypeLike
 from jaxrl_pt.config import ActivationQuant
 from jaxrl_pt.nn import quant
 from jaxrl_pt.nn.attention import branch_attention, causal_attention
-from jaxrl_pt.nn.paged_attention import paged_attention, write_pages
+from jaxrl_pt.nn.page_writes import write_tokens
+from jaxrl_pt.nn.paged_attention import paged_attention
 from jaxrl_pt.nn.sparse_attention import Reading, sparse_attention
 from jaxrl_pt.types import Array
 from pallas_kernels.hadamard_quantize import reference
@@ -32,8 +33,8 @@ Attention = Callable[[Array, Array, Array, Array], Array]
 Branches = Callable[[Array, Array, Array, Array, Array, Array, Array | int], Array]
 # paged(q_BSHE, pages, scales or None, table_BP, starts_B, counts_B) → out_BSHE
 Paged = Callable[[Array, Array, Array | None, Array, Array, Array], Array]
-# write_pages(pool, new_BSK2…, pages_BS, offsets_BS) → pool
-WritePages = Callable[[Array, Array, Array, Array], Array]
+# write_pages(pool, table_BP, starts_B, counts_B, new_BSK2…, nobody) → pool
+WritePages = Callable[[Array, Array, Array, Array, Array, Array | int], Array]
 
 
 class ReadSparsely(Protocol):
@@ -94,5 +95,5 @@ class Ops(NamedTuple):
   attention: Attention = causal_attention
   branches: Branches = branch_attention
   paged: Paged = paged_attention
-  write_pages: WritePages = write_pages
+  write_pages: WritePages = write_tokens
   sparse: ReadSparsely = sparse_attention

@@ -1,13 +1,36 @@
-"""Writing consecutive new tokens of each row to the pages of a pool, whole pages at a time."""
+"""Writing new tokens of each row to the pages of a pool: token by token, or whole pages."""
 
 import jax.numpy as jnp
 
 from jaxrl_pt.types import Array
 
 
+def write_tokens(leaf: Array, table_BP: Array, starts_B: Array, counts_B: Array, new_BSK2: Array,
+                 nobody: Array | int) -> Array:
+  """The pool with the first tokens of each row at the positions start … start + count − 1.
+
+  The others are written to page `nobody`. Arguments and result as for `write_pages`, the definition
+  of which this is.
+  """
+  num_new, page_size = new_BSK2.shape[1], leaf.shape[3]
+  positions_BS = starts_B[:, None] + jnp.arange(num_new)
+  pages_BS = jnp.take_along_axis(table_BP, positions_BS // page_size, 1, mode='clip')
+  pages_BS = jnp.where(jnp.arange(num_new) < counts_B[:, None], pages_BS, nobody)
+  offsets_BS = positions_BS % page_size
+  if pages_BS.size == 1:
+    # XLA would fuse a single update into each operation that reads it, and copy the cache for that.
+    pages_BS = jnp.concatenate([pages_BS, jnp.full_like(pages_BS, nobody)])
+    offsets_BS, new_BSK2 = (jnp.concatenate([x, x]) for x in (offsets_BS, new_BSK2))
+  # Every axis but the last is indexed: an axis left whole between them would make the TPU's
+  # scatter ask for another layout, and the whole pool be copied there and back in each layer.
+  heads_K1, both = jnp.arange(leaf.shape[0])[:, None], jnp.arange(2)
+  at = heads_K1, pages_BS[..., None, None], both, offsets_BS[..., None, None]
+  return leaf.at[at].set(new_BSK2)
+
+
 def write_pages(leaf: Array, table_BP: Array, starts_B: Array, counts_B: Array, new_BSK2: Array,
                 nobody: Array | int) -> Array:
-  """The pool with the first tokens of each row at the positions start … start + count − 1.
+  """What `write_tokens` comes to, for TPUs.
 
   Pages that the tokens touch are read, changed and written as wholes. A TPU writes them by few
   long copies, where one update a token and head takes longer than the attention of a chunk; and

@@ -19,25 +19,6 @@ def pages_per_turn(table_len: int, page_size: int) -> int:
   return min(max(1, BLOCK // page_size, -(-table_len // MOST_TURNS)), table_len)
 
 
-def write_pages(pool: Array, new_BSK: Array, pages_BS: Array, offsets_BS: Array) -> Array:
-  """Writes what belongs to S new tokens of each row to their places in a pool of pages.
-
-  Args:
-    pool: [K, N, 2, page, …], the keys, values or scales of every page.
-    new_BSK: [B, S, K, 2, …] in the pool's type.
-    pages_BS: i32[B, S] each token's page, as an index into the pool.
-    offsets_BS: i32[B, S] its place in the page.
-
-  Returns:
-    The pool.
-  """
-  # Every axis but the last is indexed: an axis left whole between them, or mapped, would make the
-  # TPU's scatter ask for another layout, and the whole pool be copied there and back in each layer.
-  heads_K1, both = jnp.arange(pool.shape[0])[:, None], jnp.arange(2)
-  return pool.at[heads_K1, pages_BS[..., None, None], both, offsets_BS[..., None, None]].set(
-      new_BSK)
-
-
 def paged_attention(q_BSHE: Array, pages: Array, scales: Array | None, table_BP: Array,
                     starts_B: Array, counts_B: Array) -> Array:
   """Attention of S new tokens of each row to the tokens of its pages.

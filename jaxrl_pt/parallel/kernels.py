@@ -26,7 +26,8 @@ from jax.typing import DTypeLike
 from jaxrl_pt.config import ActivationQuant
 from jaxrl_pt.nn import ops
 from jaxrl_pt.nn.attention import branch_attention, causal_attention
-from jaxrl_pt.nn.paged_attention import paged_attention, write_pages
+from jaxrl_pt.nn.page_writes import write_pages
+from jaxrl_pt.nn.paged_attention import paged_attention
 from jaxrl_pt.nn.sparse_attention import Reading, sparse_attention
 from jaxrl_pt.parallel.rules import TRAIN, Rules, partition_spec
 from jaxrl_pt.types import Array
@@ -49,7 +50,8 @@ def make_ops(mesh: Mesh, rules: Rules = TRAIN) -> ops.Ops:
   made = ops.Ops() if generation is None else kernel_ops(mesh, rules, generation)
   if mesh.size == 1:
     return made
-  return made._replace(write_pages=lambda *args: _write_pages(_here(mesh, rules), *args))
+  return made._replace(
+      write_pages=lambda *args: _write_pages(_here(mesh, rules), made.write_pages, *args))
 
 
 def kernel_ops(mesh: Mesh, rules: Rules, generation: Generation,
@@ -63,8 +65,8 @@ def kernel_ops(mesh: Mesh, rules: Rules, generation: Generation,
       _or_xla('hadamard_quantize', on_tpu(_rotated), ops.rotated),
       _or_xla('attention', on_tpu(_attention, 'splash'), causal_attention),
       _or_xla('branch_decode', on_tpu(_branches), branch_attention),
-      _or_xla('paged_attention', on_tpu(_paged), paged_attention),
-      sparse=_or_xla('sparse_decode', on_tpu(_sparse), sparse_attention))
+      _or_xla('paged_attention', on_tpu(_paged), paged_attention), write_pages,
+      _or_xla('sparse_decode', on_tpu(_sparse), sparse_attention))
 
 
 class _Place(NamedTuple):
@@ -268,13 +270,15 @@ def _paged(place: _Place, generation: Generation, interpret: bool, q_BSHE: Array
   return sharded(q_BSHE, pages, scales, table_BP, starts_B, counts_B)
 
 
-def _write_pages(place: _Place, pool: Array, new_BSK: Array, pages_BS: Array,
-                 offsets_BS: Array) -> Array:
+def _write_pages(place: _Place, write: ops.WritePages, pool: Array, table_BP: Array,
+                 starts_B: Array, counts_B: Array, new_BSK: Array, nobody: Array | int) -> Array:
   """Each chip writes the heads that it holds, for which XLA alone would join all chips."""
-  heads = place.rules['kv_heads'] or None
-  written: Array = place.shard_map(
-      write_pages, (PartitionSpec(heads), PartitionSpec(None, None, heads), PartitionSpec(),
-                    PartitionSpec()), PartitionSpec(heads))(pool, new_BSK, pages_BS, offsets_BS)
+  heads, whole = place.rules['kv_heads'] or None, PartitionSpec()
+  sharded = place.shard_map(
+      write, (PartitionSpec(heads), whole, whole, whole, PartitionSpec(None, None, heads), whole),
+      PartitionSpec(heads))
+  written: Array = sharded(pool, table_BP, starts_B, counts_B, new_BSK,
+                           jnp.asarray(nobody, jnp.int32))
   return written
 
 

@@ -79,8 +79,9 @@ def load(path: Path) -> tuple[Prompts, RolloutBatch, Verdict]:
       values = {name: arrays[name] for name in arrays.files}
     prompts, verdict = _below(values, 'prompts/'), _below(values, 'verdict/')
     extras, parts = _below(prompts, 'extras/'), _below(verdict, 'parts/')
+    measures = _below(verdict, 'measures/')
     return (Prompts(**_flat(prompts), extras=extras), RolloutBatch(**_below(values, 'rollouts/')),
-            Verdict(**_flat(verdict), parts=parts))
+            Verdict(**_flat(verdict), parts=parts, measures=measures))
   except (OSError, KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile) as error:
     raise UserError(f'{path} holds no rollouts ({type(error).__name__}): train with '
                     'Rollouts.dump_every = 1 to keep them.') from error

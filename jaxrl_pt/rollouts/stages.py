@@ -17,6 +17,7 @@ import optax
 
 from jaxrl_pt import config as cfg
 from jaxrl_pt.environments.base import Task, settled
+from jaxrl_pt.environments.multi_turn import Player
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.parallel.hosts import on_host
 from jaxrl_pt.rl import kl, selection
@@ -116,6 +117,25 @@ class Stages:
                                           jnp.asarray(version, jnp.int32))
     return rollouts
 
+  def draw_verified(self, params: Params, prompts: Prompts, references: Sequence[str], batch: int,
+                    version: int) -> tuple[RolloutBatch, PendingVerdict]:
+    """Draws responses to the prompts of batch `batch`, and hands them to the verifier.
+
+    Episodes of several turns are drawn and rewarded at once, for which this waits.
+
+    Args:
+      params, prompts, batch, version: as for `draw`.
+      references: the prompts' reference answers.
+    """
+    verifier: Any = self._environment.verifier
+    if not isinstance(verifier, Player):
+      rollouts = self.draw(params, prompts, batch, version)
+      return rollouts, self.submit(prompts, rollouts, references)
+    started = time.perf_counter()
+    played, pending = verifier.draw(self._sync_weights(params, version), prompts, batch, version)
+    self.clock('generate', started)
+    return self._session.put_rows(played), pending
+
   # --- Verify -----------------------------------------------------------------------
 
   def submit(self, prompts: Prompts, rollouts: RolloutBatch, references: Sequence[str]
@@ -177,8 +197,9 @@ class Stages:
     others: list[Any] = []
     for num_batches in range(1, sampling.max_rounds + 1):
       prompts, references = self.take(batch + num_batches - 1)
-      rollouts = self.draw(params, prompts, batch + num_batches - 1, version)
-      verdict = self.settle(self.submit(prompts, rollouts, references))
+      rollouts, pending = self.draw_verified(params, prompts, references, batch + num_batches - 1,
+                                             version)
+      verdict = self.settle(pending)
       rows = on_host((prompts, rollouts, verdict))
       verified = rows[2]
       keep = np.asarray(selection.informative_groups(verified.correct, verified.valid)) > 0

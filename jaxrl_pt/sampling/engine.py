@@ -95,7 +95,7 @@ class Engine:
     """
     self.config, self._params = config, params
     self.version = version
-    self._key = jax.random.key(seed)
+    self._run_key = self._key = jax.random.key(seed)
     self._shape = engine_rows.shape(config, model.config.vocab_size)
     self._vocabulary = engine_rows.vocabulary(token_bytes, unused_ids, model.config.vocab_size,
                                               think_end)
@@ -158,7 +158,7 @@ class Engine:
       scored = self._scorer.score(self._params, request.prompt, request.top_logprobs)
     if request.max_tokens == 0:
       self._scored += [(handle, self._nothing_drawn(request, g, scored))
-                       for g in range(request.num_samples)]
+                       for g in _samples(request)]
       return handle
     found = self._documents.find(request.prompt[:-1], request.num_samples)
     self._num_hits += found.hit > 0
@@ -167,7 +167,7 @@ class Engine:
     # The last keys and values of sparse attention have not been rectified.
     is_kept = request.num_samples == 1 and self._shape.sparse is None
     keep = self._documents.reserve() if is_kept else NO_DOCUMENT
-    for sample in range(request.num_samples):
+    for sample in _samples(request):
       row, mask, constraint = self._free.pop(), NO_MASK, None
       if request.constraint is not None:
         mask, constraint = self._free_masks.pop(), request.constraint.copy()
@@ -281,8 +281,14 @@ class Engine:
           done[numbers[handle]].append(response)
     return [sorted(group, key=lambda r: r.sample) for group in done]
 
-  def load(self, params: Params, version: int) -> None:
-    """Replaces the parameters by others of the same shapes.
+  def load(self, params: Params, version: int, batch: int | None = None) -> None:
+    """Replaces the parameters by others of the same shapes, and forgets what they have cached.
+
+    Args:
+      params: the policy's parameters.
+      version: the optimiser step of `params`.
+      batch: the number of a batch of rollouts, which then addresses the noise beside the seed, as
+        it does in `groups.make_sampler`. None for noise that no batch addresses.
 
     Raises:
       UserError: a response is under way, and two policies would mix in its group.
@@ -291,6 +297,7 @@ class Engine:
       raise UserError(f'{len(self._rows)} responses of version {self.version} are under way: '
                       f'collect or cancel them before loading version {version}.')
     self._params, self.version = params, version
+    self._key = self._run_key if batch is None else jax.random.fold_in(self._run_key, batch)
     self._documents.clear()
     self._on_device = None
 
@@ -316,3 +323,8 @@ class Engine:
             'drafted': int(counters.drafted), 'agreed': int(counters.agreed),
             'pages_in_use': int(in_use.sum()),
             'kept_pages': int((in_use & ~running[1:]).sum())}
+
+
+def _samples(request: Request) -> range:
+  """The numbers of a request's responses among the samples of its id."""
+  return range(request.first_sample, request.first_sample + request.num_samples)

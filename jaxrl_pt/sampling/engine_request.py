@@ -49,6 +49,8 @@ class Request:
   top_logprobs: for how many of the likeliest tokens log-probabilities are given.
   prompt_logprobs: whether those of the prompt's tokens are given; `max_tokens` may then be 0.
   constraint: what the response has to look like; each sample goes on with a copy of it.
+  first_sample: the number of the first response among the samples of `id`, which addresses the
+    randomness too.
   """
 
   prompt: tuple[int, ...]
@@ -64,6 +66,7 @@ class Request:
   top_logprobs: int = 0
   prompt_logprobs: bool = False
   constraint: Constraint | None = None
+  first_sample: int = 0
 
 
 def check(request: Request, shape: Shape, think_end: tuple[int, ...]) -> None:
@@ -87,6 +90,8 @@ def check(request: Request, shape: Shape, think_end: tuple[int, ...]) -> None:
            'taken, or raise Engine.constrained')
   if not 1 <= request.num_samples <= shape.queue:
     refuse(f'num_samples = {request.num_samples}; write 1 to {shape.queue}')
+  if not 0 <= request.first_sample <= 2**31 - 1 - request.num_samples:
+    refuse(f'first_sample = {request.first_sample}; write 0 or more')
   for name, ids in (('prompt', request.prompt), ('forced', request.forced),
                     ('stop', request.stop), ('banned', request.sampler.banned)):
     for token in ids:

@@ -88,9 +88,7 @@ def dense(ops: Ops, rows_R: Array, starts_R: Array, counts_R: Array, *,
     num_rows, num_new = cache.table.shape[0], q.shape[1]
     counts = jnp.where(rows_R < num_rows, counts_R, 0)
     table = jnp.take(cache.table, rows_R, axis=0, mode='fill', fill_value=NOBODY)
-    offsets = jnp.arange(num_new)
-    pool = paged_cache.write(ops, cache.pool, layer, table, starts_R[:, None] + offsets,
-                             offsets < counts[:, None], k, v)
+    pool = paged_cache.write(ops, cache.pool, layer, table, starts_R, counts, k, v)
     # Of parameters that are not stacked, the layer is an int.
     cache = describe(dataclasses.replace(cache, pool=pool), jnp.asarray(layer)[None], rows_R,
                      starts_R, starts_R + counts, num_new)
@@ -115,8 +113,8 @@ def sparse(ops: Ops, resa: cfg.ReSA, positions_B: Array, active_B: Array,
   """
   def attend(q: Array, k: Array, v: Array, cache: SparseCache,
              layer: Array) -> tuple[Array, SparseCache]:
-    pool = paged_cache.write(ops, cache.pool, layer, cache.table, positions_B[:, None],
-                             active_B[:, None], k, v)
+    pool = paged_cache.write(ops, cache.pool, layer, cache.table, positions_B,
+                             active_B.astype(jnp.int32), k, v)
     bounds = _updated(cache, layer, k[:, 0], positions_B, active_B)
     cache = dataclasses.replace(cache, pool=pool, bounds=bounds)
     table = cache.table + layer * pool.num_pages

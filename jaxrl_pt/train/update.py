@@ -177,6 +177,8 @@ def _rollout_metrics(rollouts: RolloutBatch, verdict: Verdict, reward: Array) ->
       'response_length': Weighted.of(rollouts.lengths(), verdict.valid),
       **{f'reward/{name}': Weighted.of(part, verdict.valid)
          for name, part in verdict.parts.items()},
+      **{name: Weighted.of(measure, jnp.ones_like(measure))
+         for name, measure in verdict.measures.items()},
   }
 
 

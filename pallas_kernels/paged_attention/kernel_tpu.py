@@ -180,7 +180,7 @@ def _lane_sums(x: Array) -> Array:
 
 def _body(starts_ref: Ref, counts_ref: Ref, table_ref: Ref, next_table_ref: Ref, q_ref: Ref,
           pages_ref: Ref, *refs: Ref, layout: _Layout) -> None:
-  scales_ref = refs[0] if layout.quantised else None
+  scales_ref: Ref = refs[0] if layout.quantised else None
   (out_ref, buffer_ref, scale_buffer_ref, arrived, parity_ref, highest_ref, sum_ref,
    acc_ref) = refs[-8:]
   _, per_step, heads, _, page_size, _ = buffer_ref.shape
@@ -208,7 +208,6 @@ def _body(starts_ref: Ref, counts_ref: Ref, table_ref: Ref, next_table_ref: Ref,
     do for each page: scalar work is what bounds few heads."""
     pairs = [(pages_ref.at[pl.ds(head, heads)], buffer_ref.at[slot])]
     if layout.quantised:
-      assert scales_ref is not None and scale_buffer_ref is not None
       pairs.append((scales_ref.at[pl.ds(head, heads)], scale_buffer_ref.at[slot]))
     return lambda page, n: [
         pltpu.make_async_copy(source.at[:, page], target.at[n], arrived.at[slot])
@@ -267,7 +266,7 @@ def _body(starts_ref: Ref, counts_ref: Ref, table_ref: Ref, next_table_ref: Ref,
 
   def attend(slot: Array, begin: Array | int, num_pages: int, seen: Array | None) -> None:
     _attend(q_ref, buffer_ref, scale_buffer_ref, highest_ref, sum_ref, acc_ref, layout,
-            (slot, pl.ds(begin, num_pages)), seen)
+            slot, begin, num_pages, seen)
 
   @pl.when(j == 0)
   def fetch_first() -> None:
@@ -325,15 +324,16 @@ def _values_of(buffer_ref: Ref, width: int, slot: Array, page: Any, head: int) -
 
 
 def _attend(q_ref: Ref, buffer_ref: Ref, scale_buffer_ref: Ref, highest_ref: Ref, sum_ref: Ref,
-            acc_ref: Ref, layout: _Layout, at: tuple[Array, Any], seen: Array | None) -> None:
+            acc_ref: Ref, layout: _Layout, slot: Array, begin: Array | int, num_pages: int,
+            seen: Array | None) -> None:
   """Some pages of the buffer, in the online softmax of all heads together."""
-  slot, pages = at
   heads, rows, dtype = layout.heads, q_ref.shape[1], q_ref.dtype
+  pages = pl.ds(begin, num_pages)
 
   def scale_row(head: int, part: int) -> Array:
     """f32[1, keys]."""
-    return jnp.concatenate([scale_buffer_ref[slot, pages.start + n, head, pl.ds(part, 1)]
-                            for n in range(pages.size)], 1)
+    return jnp.concatenate([scale_buffer_ref[slot, begin + n, head, pl.ds(part, 1)]
+                            for n in range(num_pages)], 1)
 
   products = []
   for h in range(heads):

@@ -1,11 +1,11 @@
-"""Whole pages written at a time hold what single tokens written one after another leave."""
+"""Pages hold what single tokens written one after another leave, however they are written."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_pt.nn.page_writes import write_pages
+from jaxrl_pt.nn.page_writes import write_pages, write_tokens
 
 NOBODY, PAGE = 0, 4
 
@@ -21,7 +21,8 @@ def one_after_another(leaf, table, starts, counts, new):
 
 @pytest.mark.parametrize('tail', [(), (3,)], ids=['scales', 'keys and values'])
 @pytest.mark.parametrize('num_new', [1, 2, 9])
-def test_pages_hold_what_tokens_one_by_one_leave(num_new, tail):
+@pytest.mark.parametrize('write', [write_pages, write_tokens])
+def test_pages_hold_what_tokens_one_by_one_leave(write, num_new, tail):
   draw = np.random.default_rng(num_new)
   rows, heads, table_len, pool = 5, 2, 4, 24
   leaf = draw.normal(size=(heads, pool, 2, PAGE, *tail)).astype(np.float32)
@@ -30,7 +31,7 @@ def test_pages_hold_what_tokens_one_by_one_leave(num_new, tail):
   starts = np.array([3, table_len * PAGE - num_new, 4, 0, 15])
   counts = np.array([num_new, num_new, max(1, num_new - 1), 0, 0])
   new = draw.normal(size=(rows, num_new, heads, 2, *tail)).astype(np.float32)
-  found = jax.jit(write_pages)(leaf, *(jnp.asarray(x, jnp.int32) for x in (table, starts, counts)),
+  found = jax.jit(write)(leaf, *(jnp.asarray(x, jnp.int32) for x in (table, starts, counts)),
                                new, NOBODY)
   expected = one_after_another(leaf, table, starts, counts, new)
   np.testing.assert_array_equal(found[:, 1:], expected[:, 1:])

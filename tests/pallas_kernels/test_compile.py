@@ -11,19 +11,22 @@ from jaxrl_pt.tpu import kernels
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec('libtpu') is None,
                                 reason='libtpu is not installed: make libtpu')
-# Two minutes of compilation each.
-TOPOLOGIES = [pytest.param(name, marks=pytest.mark.slow)
-              for name in ('v4:2x2x1', 'v5p:2x2x1', 'v6e:2x2', 'tpu7x:2x2x1')] + ['v5e:2x2']
+# Two minutes of compilation each. What is left to the slow run of v5e are shapes of paged attention
+# whose programs differ from others' in sizes alone.
+TOPOLOGIES = [pytest.param(name, '', marks=pytest.mark.slow, id=name)
+              for name in ('v4:2x2x1', 'v5e:2x2', 'v5p:2x2x1', 'v6e:2x2', 'tpu7x:2x2x1')]
+TOPOLOGIES.append(pytest.param(
+    'v5e:2x2', r'^(?!paged_)|2B4T .* 32x1 .*(64|128)$|32B .* 1x256 |small heads', id='v5e, some'))
 VMEM_BYTES = {'v4': 16 << 20, 'v5e': 128 << 20, 'v5p': 64 << 20, 'v6e': 128 << 20,
               'tpu7x': 64 << 20}
 
 
 # In two parts, for two workers.
 @pytest.mark.parametrize('part', [0, 1])
-@pytest.mark.parametrize('topology', TOPOLOGIES)
-def test_every_shape_of_every_kernel_compiles(topology, part, record_property):
+@pytest.mark.parametrize('topology, only', TOPOLOGIES)
+def test_every_shape_of_every_kernel_compiles(topology, only, part, record_property):
   expected, names = set(kernels.KERNELS[part::2]), set()
-  for row in kernels.rows_of_compiles(topology, sorted(expected), ''):
+  for row in kernels.rows_of_compiles(topology, sorted(expected), only):
     assert not row['error'], f'{row["name"]}: {row["error"]}'
     assert 0 < row['vmem_bytes'] <= VMEM_BYTES[topology.partition(':')[0]], row['name']
     record_property(f'{row["name"]} VMEM bytes', row['vmem_bytes'])

@@ -88,18 +88,18 @@ def check_kernel(args, blocks, dtype, num_cores=1):
 
 
 def test_decoding_with_idle_rows():
-  """One whole step and a part of the next, idle rows first, between and last, a row of a single
-  token, a row that ends with a step; heads in two items, items on two cores."""
-  args = arguments([0, 141, 0, 0, 127, 3], [0, 1, 0, 1, 1, 0], table_len=9)
-  check_kernel(args, Blocks(128, 1, 1), 'float32', num_cores=2)
+  """A whole step and a part of the next, a step of two parts, a row that ends with a step; idle
+  rows first, between and last; heads in two items, items on two cores."""
+  args = arguments([0, 600, 0, 0, 299, 511, 3], [0, 1, 0, 1, 1, 1, 0], page=64, table_len=10)
+  check_kernel(args, Blocks(512, 1, 1), 'float32', num_cores=2)
 
 
 @pytest.mark.slow
 def test_a_chunk_in_blocks_of_queries():
   """Whole steps, steps of several parts, diagonals; padding; a row of a block's first query."""
-  args = arguments([300, 5, 250], [11, 6, 9], num_new=11, groups=1, page=64, table_len=5,
+  args = arguments([700, 5, 250], [11, 6, 9], num_new=11, groups=1, page=64, table_len=12,
                    pages='bfloat16')
-  check_kernel(args, Blocks(256, 8, 1), 'bfloat16')
+  check_kernel(args, Blocks(512, 8, 1), 'bfloat16')
 
 
 def test_a_chunk_of_int8_pages():
@@ -123,13 +123,13 @@ def test_any_shape(data):
   pages = pick('float32', 'bfloat16', 'int8')
   page = 128 if pages == 'int8' else pick(16, 32, 48, 128)
   groups, num_new, width = pick(1, 2, 4), pick(1, 2, 7), pick(64, 128)
-  table_len = data.draw(st.integers(1, 400 // page))
+  table_len = data.draw(st.integers(1, 700 // page))
   rows = data.draw(st.integers(1, 3))
   counts = [data.draw(st.integers(0, num_new)) for _ in range(rows)]
   starts = [data.draw(st.integers(0, page * table_len - max(count, 1))) for count in counts]
   args = arguments(starts, counts, num_new, groups * pick(1, 3), groups, width, page, table_len,
                    pages, beside=width < 128 or pick(False, True), seed=rows)
-  check_kernel(args, Blocks(pick(128, 256), pick(1, 2, 7), math.gcd(groups, pick(1, 2, 4))),
+  check_kernel(args, Blocks(pick(128, 512), pick(1, 2, 7), math.gcd(groups, pick(1, 2, 4))),
                pages, pick(1, 2))
 
 

@@ -5,6 +5,7 @@ log-probabilities, and the groups of devices that its collectives join.
 """
 
 import json
+import math
 import re
 import sys
 
@@ -28,18 +29,45 @@ ROLLOUTS = cfg.Rollouts(num_prompts=PROMPTS, group_size=3, prompt_len=LENGTH, re
                         slots=cfg.Slots(slots=2, page_size=4, prefill_chunk=4))
 
 
+COLLECTIVE = re.compile(r' (?:all-|reduce-scatter|collective-|ragged-all)[\w-]*\(')
+
+
 def groups_of_devices(text: str) -> list[list[int]]:
-  """The groups of devices that the collectives of a compiled program join."""
-  found = set()
-  for listed, grid, order in re.findall(
-      r'replica_groups=(?:(\{\{[\d,{}]*\}\})|\[([\d,]+)\]<=\[([\d,]+)\](?:T\([\d,]+\))?)', text):
-    if listed:
-      found |= {tuple(map(int, g.split(','))) for g in re.findall(r'\{([\d,]+)\}', listed)}
-    else:
-      shape = [int(n) for n in grid.split(',')]
-      devices = np.arange(np.prod([int(n) for n in order.split(',')]))
-      found |= {tuple(row) for row in devices.reshape(shape).tolist()}
+  """The groups of devices that the collectives in loops of a compiled program join.
+
+  Before it decodes, the program may join what it likes: it looks once for prompts that stand in
+  the batch several times. A permute has pairs of a source and a target in place of groups.
+  """
+  found: set[tuple[int, ...]] = set()
+  for line in text.splitlines():
+    name = re.search(r'op_name="([^"]*)"', line)
+    in_loop = name is None or '/while/' in name[1]
+    if in_loop and COLLECTIVE.search(line) and '-done(' not in line:
+      found |= set(map(tuple, groups_of(line)))
   return sorted(map(list, found))
+
+
+def groups_of(line: str) -> list[list[int]]:
+  """The groups of one collective, in any of the notations that XLA has for them."""
+  numbers = lambda text: [int(n) for n in re.findall(r'\d+', text)]
+  if 'replica_groups={}' in line:  # All of them.
+    return [list(range(len(jax.devices())))]
+  if named := re.search(r"replica_groups=mesh\[(.*?)\] \{([^}]*)\}", line):
+    assert ' device_ids=' not in named[1], line  # The devices in another order than 0, 1, 2, ….
+    sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
+    joined = re.findall(r"'(\w+)'", named[2])
+    order = [list(sizes).index(name) for name in [*(n for n in sizes if n not in joined), *joined]]
+    grid = np.arange(math.prod(sizes.values())).reshape(list(sizes.values()))
+    return grid.transpose(order).reshape(-1, math.prod(sizes[n] for n in joined)).tolist()
+  if iota := re.search(r'replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?', line):
+    dims = numbers(iota[2])
+    grid = np.arange(math.prod(dims)).reshape(dims)
+    if iota[3]:
+      grid = grid.transpose(numbers(iota[3]))
+    return grid.reshape(numbers(iota[1])).tolist()
+  listed = re.search(r'(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})\}', line)
+  assert listed, line
+  return [numbers(group) for group in re.findall(r'\{([\d,]+)\}', listed[1])]
 
 
 def main() -> None:

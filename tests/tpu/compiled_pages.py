@@ -15,7 +15,6 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
 from jaxrl_pt import config as cfg
-from jaxrl_pt.nn.page_writes import write_pages
 from jaxrl_pt.parallel import kernels, rules
 from jaxrl_pt.parallel.mesh import make_mesh
 from jaxrl_pt.tpu import chips, hlo
@@ -41,7 +40,7 @@ def main(topology: str, dtype: str, num_new: str) -> None:
       q = (x @ wq).reshape(-1, new, HEADS, WIDTH)
       kv = (x @ wkv).reshape(-1, new, GROUPS, 2, WIDTH)
       of_layer = table + index * PAGES
-      put = lambda leaf, values: write_pages(leaf, of_layer, starts, counts,
+      put = lambda leaf, values: ops.write_pages(leaf, of_layer, starts, counts,
                                              values.astype(leaf.dtype), index * PAGES)
       if scales is not None:
         scales = put(scales, jnp.abs(kv).max(-1))
