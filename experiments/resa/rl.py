@@ -88,7 +88,7 @@ def fit_start(model, wanted: float):
   for number in range(6000):
     params, moments, share = step(params, moments, jnp.asarray(
         random.integers(0, LETTERS, (64, LENGTH))))
-    if number % 20 == 0 and share > wanted:
+    if share > wanted:
       return params, number
   raise SystemExit(f'the start policy stays at {float(share):.2f}')
 

@@ -6,6 +6,8 @@ A small grouped-query model (2 key/value heads × 4 queries of width 64) decodes
 synthetic caches. Arms of a setting run in turns, on the same machine at the same time:
 
     ReSA         windows of f = 32 sparse steps and their rectification, on the sampler's pages
+    ReSA, deep   the same, but the rectification also reads what the last layer attends to, which is
+                 needless: with two layers it costs a layer what it costs in a model of any depth
     pages        steps that read every page of the same cache
     contiguous   steps on one contiguous array of keys and one of values for each layer, by each of
                  several programs (`DENSE`); the fastest in this setting is the contender
@@ -127,6 +129,9 @@ def contiguous(attention, position):
 # --- Arms -----------------------------------------------------------------------------
 
 
+LARGE = 2**20  # Tokens of context of all rows above which only one arm's cache is held at a time.
+
+
 class Arm(NamedTuple):
   """A jitted function (cache, token) → (cache, token), the cache it takes, and its tokens."""
 
@@ -152,8 +157,22 @@ def full_cache(config, batch: int, context: int):
   return jax.jit(make)()
 
 
+def rectify_all_layers(model, params, cache, tokens_BF, starts_B):
+  """The rectification whose last layer reads its keys and values too; the sum of its results."""
+  def some(rows_R, state):
+    cache, total = state
+    at = jnp.minimum(rows_R, tokens_BF.shape[0] - 1)
+    attend = resa_attention.dense(model.ops, rows_R, starts_B[at], jnp.full_like(at, WINDOW))
+    hidden, cache = model.extend(params, tokens_BF[at], starts_B[at][:, None] + jnp.arange(WINDOW),
+                                 cache, attend)
+    return cache, total + hidden.sum()
+
+  return resa_attention.of_rows(starts_B >= 0, resa.RECTIFIED_TOKENS // WINDOW, some,
+                                (cache, jnp.zeros(())))
+
+
 def arms(model, params, batch: int, context: int) -> tuple[dict[str, Arm], dict[str, Any]]:
-  """The contenders and their caches, which each call donates and returns."""
+  """The contenders, and functions that make their caches, which each call donates and returns."""
   config, rows = model.config, jnp.arange(batch)
   start = context - 2 * WINDOW  # Every call decodes the same positions.
   num_dense = WINDOW if batch * context <= 2**16 else 4
@@ -163,15 +182,16 @@ def arms(model, params, batch: int, context: int) -> tuple[dict[str, Arm], dict[
   def greedy(hidden):
     return (hidden @ model.head(params)).argmax(-1).astype(jnp.int32)
 
-  @functools.partial(jax.jit, donate_argnums=0)
-  def window(cache, token):
+  def window(is_deep, cache, token):
     def step(carry, i):
       cache, token = carry
       hidden, cache = resa.decode(model, flat, RESA, cache, token, at(i), rows >= 0)
       return (cache, greedy(hidden)), token
     (cache, token), fed = jax.lax.scan(step, (cache, token), jnp.arange(WINDOW))
-    cache = resa.rectify(model, flat, cache, fed.T, at(0), jnp.full(batch, WINDOW))
-    return cache, token
+    if not is_deep:
+      return resa.rectify(model, flat, cache, fed.T, at(0), jnp.full(batch, WINDOW)), token
+    cache, total = rectify_all_layers(model, flat, cache, fed.T, at(0))
+    return cache, jnp.where(jnp.isnan(total), 0, token)  # XLA leaves out what nobody reads.
 
   def dense(attend_at):
     def step(carry, i):
@@ -183,25 +203,33 @@ def arms(model, params, batch: int, context: int) -> tuple[dict[str, Arm], dict[
         step, (cache, token), jnp.arange(num_dense))[0], donate_argnums=0)
 
   pages = lambda i: resa_attention.dense(model.ops, rows, at(i), jnp.ones(batch, jnp.int32))
-  found = {'ReSA': Arm(window, 'pages', WINDOW), 'pages': Arm(dense(pages), 'pages', num_dense)}
+  sparse = lambda is_deep: jax.jit(functools.partial(window, is_deep), donate_argnums=0)
+  found = {'ReSA': Arm(sparse(False), 'pages', WINDOW),
+           'ReSA, deep': Arm(sparse(True), 'pages', WINDOW),
+           'pages': Arm(dense(pages), 'pages', num_dense)}
   for name, attention in DENSE.items():
     found[name] = Arm(dense(functools.partial(
         lambda attention, i: contiguous(attention, start + i), attention)), 'rows', num_dense)
   shape = batch, config.num_kv_heads, context, config.head_dim
   layer = jax.jit(lambda: (synthetic(shape), synthetic(shape)))
-  return found, {'pages': full_cache(config, batch, context),
-                 'rows': tuple(layer() for _ in range(config.num_layers))}
+  return found, {'pages': lambda: full_cache(config, batch, context),
+                 'rows': lambda: tuple(layer() for _ in range(config.num_layers))}
 
 
 def measure(model, params, batch: int, context: int, rounds: int, pages: bool = True) -> dict:
   """Milliseconds a token of each arm, wall clock and CPU, in every round; arms take turns."""
-  contenders, held = arms(model, params, batch, context)
+  contenders, makers = arms(model, params, batch, context)
   if not pages:
     del contenders['pages']
+  held: dict[str, Any] = {}
   times: dict[str, list] = {name: [] for name in contenders}
   token = jnp.zeros(batch, jnp.int32)
   for number in range(rounds + 1):  # The first compiles.
     for name, arm in contenders.items():
+      if arm.cache not in held:
+        if batch * context > LARGE:
+          held.clear()
+        held[arm.cache] = jax.block_until_ready(makers[arm.cache]())
       wall, cpu = time.perf_counter(), time.process_time()
       held[arm.cache], token = arm.step(held[arm.cache], token)
       jax.block_until_ready(token)
@@ -215,7 +243,8 @@ def measure(model, params, batch: int, context: int, rounds: int, pages: bool = 
     result[kind] = {
         'ms': {name: float(np.median(spent)) for name, spent in of.items()},
         'all ms': {name: spent.round(3).tolist() for name, spent in of.items()},
-        'best contiguous': best, 'faster': ratio(of[best], of['ReSA'])}
+        'best contiguous': best, 'faster': ratio(of[best], of['ReSA']),
+        'faster, deep': ratio(of[best], of['ReSA, deep'])}
     if pages:
       result[kind]['faster than pages'] = ratio(of['pages'], of['ReSA'])
   return result
@@ -231,9 +260,9 @@ def ratio(others, mine) -> dict:
           'high': float(high)}
 
 
-def crossover(settings: list[dict], kind: str) -> float | None:
+def crossover(settings: list[dict], kind: str, which: str = 'faster, deep') -> float | None:
   """Tokens of context from which on ReSA is the faster one, interpolated in their logarithm."""
-  points = [(math.log(s['context']), math.log(s[kind]['faster']['ratio'])) for s in settings]
+  points = [(math.log(s['context']), math.log(s[kind][which]['ratio'])) for s in settings]
   below = [i for i, (_, y) in enumerate(points) if y < 0]
   if not below:
     return None
@@ -378,10 +407,12 @@ def plot(results: dict) -> None:
 
 def show(row: dict) -> None:
   text = '  '.join(
-      f'{kind}: ReSA {row[kind]["ms"]["ReSA"]:.2f} ms, {row[kind]["best contiguous"]} '
+      f'{kind}: ReSA {row[kind]["ms"]["ReSA"]:.2f} ms, deep '
+      f'{row[kind]["ms"]["ReSA, deep"]:.2f} ms, {row[kind]["best contiguous"]} '
       f'{row[kind]["ms"][row[kind]["best contiguous"]]:.2f} ms, faster '
       f'{row[kind]["faster"]["ratio"]:.2f} [{row[kind]["faster"]["low"]:.2f}, '
-      f'{row[kind]["faster"]["high"]:.2f}]' for kind in ('wall', 'cpu'))
+      f'{row[kind]["faster"]["high"]:.2f}], deep {row[kind]["faster, deep"]["ratio"]:.2f}'
+      for kind in ('wall', 'cpu'))
   print(f'batch {row["batch"]}, context {row["context"]}, load {row["load_average"]:.1f}: {text}',
         flush=True)
 
