@@ -9,8 +9,8 @@ synthetic caches. Arms of a setting run in turns, on the same machine at the sam
     ReSA, deep   the same, but the rectification also reads what the last layer attends to, which is
                  needless: with two layers it costs a layer what it costs in a model of any depth
     pages        steps that read every page of the same cache
-    contiguous   steps on one contiguous array of keys and one of values for each layer, by each of
-                 several programs (`DENSE`); the fastest in this setting is the contender
+    contiguous   steps that read one contiguous array of keys and one of values for each layer, by
+                 each of several programs (`DENSE`); the fastest in this setting is the contender
 
 The caches of different arms are different arrays, so that no arm finds its own in a processor's
 cache. Also: what the parts of one layer cost; the same ratio with 1, 2, 4 and 8 queries to a
@@ -53,26 +53,44 @@ BOOTSTRAPS = 4000
 # --- Dense attention to contiguous keys and values ------------------------------------
 
 
-def _queries_first(q_BKGE, k_BKCE, v_BKCE):
+class Part(NamedTuple):
+  """The softmax-weighted sum over a part of the tokens."""
+
+  highest: jax.Array  # f32[B, K, G]
+  total: jax.Array  # f32[B, K, G] Σ exp(score − highest)
+  out: jax.Array  # f32[B, K, G, E]
+
+
+def joined(one: Part, other: Part) -> Part:
+  highest = jnp.maximum(one.highest, other.highest)
+  shares = [jnp.exp(part.highest - highest) for part in (one, other)]
+  return Part(highest, *(sum(x * share.reshape(*share.shape, *[1] * (x.ndim - 3))
+                             for x, share in zip(of_both, shares, strict=True))
+                         for of_both in zip(one[1:], other[1:], strict=True)))
+
+
+def _one_product(q_BKGE, k_BKCE, v_BKCE, seen_C=None):
   scores = jnp.einsum('bkge,bkce->bkgc', q_BKGE, k_BKCE)
-  weights = jnp.exp(scores - scores.max(-1, keepdims=True))
-  out = jnp.einsum('bkgc,bkce->bkge', weights, v_BKCE)
-  return out / weights.sum(-1)[..., None]
+  if seen_C is not None:
+    scores = jnp.where(seen_C, scores, -1e30)
+  highest = scores.max(-1)
+  weights = jnp.exp(scores - highest[..., None])
+  return Part(highest, weights.sum(-1), jnp.einsum('bkgc,bkce->bkge', weights, v_BKCE))
 
 
 def _keys_first(q_BKGE, k_BKCE, v_BKCE):
   scores = jnp.einsum('bkce,bkge->bkcg', k_BKCE, q_BKGE)
-  weights = jnp.exp(scores - scores.max(2, keepdims=True))
-  out = jnp.einsum('bkcg,bkce->bkge', weights, v_BKCE)
-  return out / weights.sum(2)[..., None]
+  highest = scores.max(2)
+  weights = jnp.exp(scores - highest[:, :, None])
+  return Part(highest, weights.sum(2), jnp.einsum('bkcg,bkce->bkge', weights, v_BKCE))
 
 
 def _elementwise(q_BKGE, k_BKCE, v_BKCE):
   """Products as loops that read each key and value once for all queries of its head."""
   scores = (q_BKGE[:, :, :, None] * k_BKCE[:, :, None]).sum(-1)
-  weights = jnp.exp(scores - scores.max(-1, keepdims=True))
-  out = (weights[..., None] * v_BKCE[:, :, None]).sum(3)
-  return out / weights.sum(-1)[..., None]
+  highest = scores.max(-1)
+  weights = jnp.exp(scores - highest[..., None])
+  return Part(highest, weights.sum(-1), (weights[..., None] * v_BKCE[:, :, None]).sum(3))
 
 
 def _splits(num, q_BKGE, k_BKCE, v_BKCE):
@@ -83,45 +101,44 @@ def _splits(num, q_BKGE, k_BKCE, v_BKCE):
   weights = jnp.exp(scores - highest[..., None])
   out = jnp.einsum('bkngc,bknce->bknge', weights, parts(v_BKCE))
   share = jnp.exp(highest - highest.max(2, keepdims=True))
-  return (out * share[..., None]).sum(2) / (weights.sum(-1) * share).sum(2)[..., None]
+  return Part(highest.max(2), (weights.sum(-1) * share).sum(2), (out * share[..., None]).sum(2))
 
 
 def _running(size, q_BKGE, k_BKCE, v_BKCE):
   """Blocks one after the other with a running softmax, so that scores stay in the caches."""
-  num_blocks = k_BKCE.shape[2] // min(size, k_BKCE.shape[2])
+  num_blocks = max(1, round(k_BKCE.shape[2] / size))
   block = k_BKCE.shape[2] // num_blocks
+  assert block * num_blocks == k_BKCE.shape[2]
 
-  def turn(i, carry):
-    highest, total, out = carry
+  def turn(i, part):
     k, v = (jax.lax.dynamic_slice_in_dim(x, i * block, block, 2) for x in (k_BKCE, v_BKCE))
-    scores = jnp.einsum('bkge,bkce->bkgc', q_BKGE, k)
-    now = jnp.maximum(highest, scores.max(-1))
-    weights, fading = jnp.exp(scores - now[..., None]), jnp.exp(highest - now)
-    product = jnp.einsum('bkgc,bkce->bkge', weights, v)
-    return now, total * fading + weights.sum(-1), out * fading[..., None] + product
+    return joined(part, _one_product(q_BKGE, k, v))
 
-  first = jnp.full(q_BKGE.shape[:3], -1e30), jnp.zeros(q_BKGE.shape[:3]), jnp.zeros(q_BKGE.shape)
-  _, total, out = jax.lax.fori_loop(0, num_blocks, turn, first)
-  return out / total[..., None]
+  shape = q_BKGE.shape
+  return jax.lax.fori_loop(0, num_blocks, turn, Part(
+      jnp.full(shape[:3], -1e30), jnp.zeros(shape[:3]), jnp.zeros(shape)))
 
 
-DENSE = {'one product': _queries_first, 'keys first': _keys_first, 'loops': _elementwise,
-         '16 splits': functools.partial(_splits, 16), 'blocks of 8K': functools.partial(
-             _running, 8192)}
+DENSE = {'one product': _one_product, 'keys first': _keys_first, 'loops': _elementwise,
+         '16 splits': functools.partial(_splits, 16),
+         'blocks of 8K': functools.partial(_running, 8192)}
 
 
-def contiguous(attention, position):
-  """Attention over one array of keys and one of values a layer, f[B, K, C, E], written in place."""
-  def attend(q, k, v, cache, layer):
-    def put(x, new):
-      return jax.lax.dynamic_update_slice(x, jnp.swapaxes(new, 1, 2), (0, 0, position, 0))
+def contiguous(attention, context, i):
+  """Attention to one array of keys and one of values for each layer, f[B, K, C, E].
 
-    keys, values = (put(x, new) for x, new in zip(cache[layer], (k, v), strict=True))
+  Tokens of this window lie in arrays of their own, so that nothing as large as the context is
+  written: XLA copies what a loop both reads and writes.
+  """
+  def attend(q, k, v, tails, layer):
+    put = lambda x, new: jax.lax.dynamic_update_slice(x, jnp.swapaxes(new, 1, 2), (0, 0, i, 0))
+    tail = tuple(put(x, new) for x, new in zip(tails[layer], (k, v), strict=True))
     num_rows, _, num_heads, width = q.shape
-    grouped = q.reshape(num_rows, keys.shape[1], -1, width) * width**-0.5
-    # All slots are read: those beyond the position hold numbers like any others.
-    out = attention(grouped, keys, values).reshape(num_rows, 1, num_heads, width)
-    return out, (*cache[:layer], (keys, values), *cache[layer + 1:])
+    grouped = q.reshape(num_rows, k.shape[2], -1, width) * width**-0.5
+    _, total, out = joined(attention(grouped, *context[layer]),
+                           _one_product(grouped, *tail, seen_C=jnp.arange(WINDOW) <= i))
+    out = (out / total[..., None]).reshape(num_rows, 1, num_heads, width)
+    return out, (*tails[:layer], tail, *tails[layer + 1:])
 
   return attend
 
@@ -193,27 +210,38 @@ def arms(model, params, batch: int, context: int) -> tuple[dict[str, Arm], dict[
     cache, total = rectify_all_layers(model, flat, cache, fed.T, at(0))
     return cache, jnp.where(jnp.isnan(total), 0, token)  # XLA leaves out what nobody reads.
 
-  def dense(attend_at):
+  def decode(attend, cache, token, i):
+    hidden, cache = model.extend(flat, token[:, None], at(i)[:, None], cache, attend)
+    return cache, greedy(hidden[:, 0])
+
+  @functools.partial(jax.jit, donate_argnums=0)
+  def of_pages(cache, token):
     def step(carry, i):
-      cache, token = carry
-      hidden, cache = model.extend(flat, token[:, None], at(i)[:, None], cache, attend_at(i))
-      return (cache, greedy(hidden[:, 0])), None
+      return decode(resa_attention.dense(model.ops, rows, at(i), jnp.ones(batch, jnp.int32)),
+                    *carry, i), None
+    return jax.lax.scan(step, (cache, token), jnp.arange(num_dense))[0]
 
-    return jax.jit(lambda cache, token: jax.lax.scan(
-        step, (cache, token), jnp.arange(num_dense))[0], donate_argnums=0)
+  def of_rows(attention, cache, token):
+    held, tails = cache
 
-  pages = lambda i: resa_attention.dense(model.ops, rows, at(i), jnp.ones(batch, jnp.int32))
+    def step(carry, i):
+      return decode(contiguous(attention, held, i), *carry, i), None
+    (tails, token), _ = jax.lax.scan(step, (tails, token), jnp.arange(num_dense))
+    return (held, tails), token
+
   sparse = lambda is_deep: jax.jit(functools.partial(window, is_deep), donate_argnums=0)
   found = {'ReSA': Arm(sparse(False), 'pages', WINDOW),
            'ReSA, deep': Arm(sparse(True), 'pages', WINDOW),
-           'pages': Arm(dense(pages), 'pages', num_dense)}
+           'pages': Arm(of_pages, 'pages', num_dense)}
   for name, attention in DENSE.items():
-    found[name] = Arm(dense(functools.partial(
-        lambda attention, i: contiguous(attention, start + i), attention)), 'rows', num_dense)
-  shape = batch, config.num_kv_heads, context, config.head_dim
-  layer = jax.jit(lambda: (synthetic(shape), synthetic(shape)))
+    found[name] = Arm(jax.jit(functools.partial(of_rows, attention), donate_argnums=0), 'rows',
+                      num_dense)
+  shape = lambda length: (batch, config.num_kv_heads, length, config.head_dim)
+  layer = jax.jit(lambda length: (synthetic(shape(length)), synthetic(shape(length))),
+                  static_argnums=0)
+  layers = lambda length: tuple(layer(length) for _ in range(config.num_layers))
   return found, {'pages': lambda: full_cache(config, batch, context),
-                 'rows': lambda: tuple(layer() for _ in range(config.num_layers))}
+                 'rows': lambda: (layers(start), layers(WINDOW))}
 
 
 def measure(model, params, batch: int, context: int, rounds: int, pages: bool = True) -> dict:
