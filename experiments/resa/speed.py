@@ -380,12 +380,14 @@ def plot(results: dict) -> None:
   """Milliseconds a token by context, and the ratio."""
   from matplotlib.figure import Figure
   figure = Figure(figsize=(11, 4), layout='constrained')
-  axes = figure.subplots(1, 3)
   batches = sorted({r['batch'] for r in results['settings']})
+  axes = figure.subplots(1, len(batches) + 1)
   for axis, batch in zip(axes, batches, strict=False):
     mine = [r for r in results['settings'] if r['batch'] == batch]
     contexts = [r['context'] for r in mine]
     axis.loglog(contexts, [r['cpu']['ms']['ReSA'] for r in mine], 'o-', label='ReSA')
+    axis.loglog(contexts, [r['cpu']['ms']['ReSA, deep'] for r in mine], 'o:',
+                label='ReSA, deep')
     axis.loglog(contexts, [r['cpu']['ms'][r['cpu']['best contiguous']] for r in mine], 's-',
                 label='best contiguous')
     axis.set(xlabel='context, tokens', ylabel='ms of CPU time a step', title=f'batch {batch}')
@@ -396,13 +398,13 @@ def plot(results: dict) -> None:
       faster = [r[kind]['faster'] for r in mine]
       middle = np.array([f['ratio'] for f in faster])
       bars = [middle - [f['low'] for f in faster], [f['high'] for f in faster] - middle]
-      axes[2].errorbar([r['context'] for r in mine], middle, np.maximum(bars, 0), fmt=style,
+      axes[-1].errorbar([r['context'] for r in mine], middle, np.maximum(bars, 0), fmt=style,
                        label=f'batch {batch}, {"wall clock" if kind == "wall" else "CPU time"}')
-  axes[2].set(xscale='log', xlabel='context, tokens', title='best contiguous dense over ReSA',
+  axes[-1].set(xscale='log', xlabel='context, tokens', title='best contiguous dense over ReSA',
               ylim=(0, None))
   for level in (1, 2.42):
-    axes[2].axhline(level, color='gray', linewidth=0.8)
-  axes[2].legend()
+    axes[-1].axhline(level, color='gray', linewidth=0.8)
+  axes[-1].legend()
   for axis in axes:
     axis.grid(alpha=0.3)
     axis.set_xticks([2**10, 2**12, 2**14, 2**16, 2**18], ['1K', '4K', '16K', '64K', '256K'])
