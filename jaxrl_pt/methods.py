@@ -39,6 +39,8 @@ _OTHERS = (
            '2510.01265', 'rlp'),
     Method('OPO, reasoning-gym', "the same under a host's scorer, of any of the library's tasks",
            '2505.23585', 'opo', 'opo_gym'),
+    Method('OPO, several turns', 'the same of episodes with an environment that answers',
+           '2505.23585', 'opo', 'guess'),
 )
 # Stem of a method's gin file → the folder in experiments where the method was measured.
 _EXPERIMENTS: Mapping[str, str] = {
