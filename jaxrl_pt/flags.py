@@ -257,6 +257,9 @@ def _add_resa(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--resa_drafts', type=_at_least(1), metavar='TOKENS',
                       help='tokens that sparse attention drafts before a dense pass checks them: '
                       'the texts of dense decoding, in fewer dense steps')
+  parser.add_argument('--lookup_drafts', type=_at_least(1), metavar='TOKENS',
+                      help='tokens that are looked up in the text so far before a dense pass '
+                      'checks them: the texts of dense decoding, in fewer steps where texts repeat')
 
 
 def _add_chat_format(parser: argparse.ArgumentParser) -> None:

@@ -17,7 +17,6 @@ from jaxrl_pt.errors import UserError
 from jaxrl_pt.run import interrupt, samples
 from jaxrl_pt.run.policy import Policy, load_policy
 from jaxrl_pt.sampling.engine import Engine
-from jaxrl_pt.sampling.resa_engine import ResaEngine
 from jaxrl_pt.serving import terminal
 from jaxrl_pt.serving.conversation import Template, read_template
 from jaxrl_pt.serving.lines import read_lines
@@ -60,7 +59,7 @@ def _json_prompt(line: str, where: str) -> str:
 
 
 def sample(workdir: Path, prompts: list[str] | None, *, step: int | None, as_json: bool,
-           prompt_len: int, seed: int, sparse: samples.Sparse | None, stop: tuple[str, ...],
+           prompt_len: int, seed: int, reading: samples.Reading, stop: tuple[str, ...],
            **settings: Any) -> None:
   """Prints continuations as they are drawn, or all of them as JSON.
 
@@ -71,13 +70,15 @@ def sample(workdir: Path, prompts: list[str] | None, *, step: int | None, as_jso
     as_json: whether to print one JSON list at the end.
     prompt_len: most tokens of a prompt that is typed at the terminal.
     seed: the seed of the noise; equal seeds draw equal samples.
-    sparse: how sparse attention samples; None samples by dense attention.
+    reading: how the cache is read.
     stop: texts that end a sample.
     settings: the sampler, num_tokens and num_samples of `samples.stream_samples`.
   """
   policy = load_policy(workdir, step)
-  engine = samples.engine_for(policy, prompts or [], seed=seed, sparse=sparse,
-                              prompt_len=1 if prompts else prompt_len, **settings)
+  engine = samples.engine_for(
+      policy, prompts or [], seed=seed, reading=reading, prompt_len=1 if prompts else prompt_len,
+      num_tokens=settings['num_tokens'], num_samples=settings['num_samples'])
+
   def show(some: list[str]) -> None:
     _show_samples(policy, engine, as_json, some, stop=stop, **settings)
 
@@ -94,16 +95,17 @@ def sample(workdir: Path, prompts: list[str] | None, *, step: int | None, as_jso
       print(f'jaxrl-pt: {e}', file=sys.stderr)
 
 
-def _show_samples(policy: Policy, engine: Engine | ResaEngine, as_json: bool,
+def _show_samples(policy: Policy, engine: Engine, as_json: bool,
                   prompts: list[str], **settings: Any) -> None:
   pieces = samples.stream_samples(engine, policy, prompts, **settings)
   if as_json:
     print(json.dumps(samples.collect(prompts, pieces), ensure_ascii=False, indent=2))
     return
   terminal.show_samples(pieces, prompts, settings['num_samples'], sys.stdout)
-  if isinstance(engine, ResaEngine) and (drafts := engine.drafts).drafted:
-    print(f'=== of {drafts.drafted} drafted tokens {drafts.agreed} were kept '
-          f'({drafts.agreed / drafts.drafted:.0%}), in {drafts.rounds} checks')
+  counters = engine.counters()
+  if drafted := counters['drafted']:
+    print(f'=== of {drafted} drafted tokens {counters["agreed"]} were kept '
+          f'({counters["agreed"] / drafted:.0%}), in {counters["steps"]} steps')
 
 
 # --- chat -----------------------------------------------------------------------------

@@ -96,24 +96,21 @@ def _join_hosts() -> None:
 
 
 def _sample(args: argparse.Namespace) -> int:
-  sampler, resa = _sampler(args), _resa(args)
+  sampler, reading = _sampler(args), _reading(args)
   if args.prompt is not None and args.prompt_file is not None:
     raise UserError('Give prompts as --prompt or as --prompt_file, not both.')
   prompts = args.prompt
   if prompts is None and args.prompt_file is None and not sys.stdin.isatty():
     prompts = [_read_stdin()]
-  if resa is not None and args.stop:
-    raise UserError('--resa takes no --stop: leave one of them out.')
   with _importing():
     from jaxrl_pt import frontends
     from jaxrl_pt.run import samples
   if args.prompt_file is not None:
     prompts = frontends.read_prompts(args.prompt_file)
-  sparse = None if resa is None else samples.Sparse(resa, args.resa_drafts or 0)
   frontends.sample(
       args.workdir, prompts, step=args.step, as_json=args.json, prompt_len=1024, seed=args.seed,
-      sparse=sparse, stop=tuple(args.stop), sampler=sampler, num_tokens=args.num_tokens,
-      num_samples=args.num_samples)
+      reading=samples.Reading(*reading), stop=tuple(args.stop), sampler=sampler,
+      num_tokens=args.num_tokens, num_samples=args.num_samples)
   return 0
 
 
@@ -121,18 +118,26 @@ def _sampler(args: argparse.Namespace) -> cfg.Sampler:
   return cfg.Sampler(args.temperature, args.top_k, args.top_p, args.min_p)
 
 
-def _resa(args: argparse.Namespace) -> cfg.ReSA | None:
-  """The settings of rectified sparse attention, None without --resa."""
+def _reading(args: argparse.Namespace) -> tuple[cfg.Dense | cfg.ReSA, cfg.Drafts]:
+  """How the cache is read: by sparse attention or not, with or without drafts."""
   every = None if args.resa_every is None else cfg.RefreshEvery(args.resa_every)
   given: dict[str, Any] = {name: value for name, value in (
       ('block', args.resa_block), ('active', args.resa_share), ('refresh', every))
            if value is not None}
+  drafts: cfg.Drafts = cfg.NoDrafts()
+  if args.lookup_drafts is not None:
+    if args.resa:
+      raise UserError('--lookup_drafts are checked by dense attention, which --resa replaces: '
+                      'leave one of them out, or draft with --resa --resa_drafts.')
+    drafts = cfg.PromptLookup(args.lookup_drafts)
+  if args.resa and args.resa_drafts is not None:
+    return cfg.Dense(), cfg.SparseDrafts(args.resa_drafts, cfg.ReSA(**given))
   if args.resa:
-    return cfg.ReSA(**given)
+    return cfg.ReSA(**given), drafts
   if given or args.resa_drafts is not None:
     raise UserError('--resa_block, --resa_share, --resa_every and --resa_drafts do nothing without '
                     '--resa: add it.')
-  return None
+  return cfg.Dense(), drafts
 
 
 def _chat(args: argparse.Namespace) -> int:

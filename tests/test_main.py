@@ -87,7 +87,8 @@ def test_help_imports_neither_jax_nor_numpy():
     (('sample', '--workdir', 'x', '--resa', '--resa_every', '99999999999'), 'at most 2147483647'),
     (('sample', '--workdir', 'x', '--resa_share', '0.2'), 'without --resa: add it'),
     (('sample', '--workdir', 'x', '--resa_drafts', '4'), 'without --resa: add it'),
-    (('sample', '--workdir', 'x', '--resa', '--prompt', 'a', '--stop', 'b'), 'no --stop'),
+    (('sample', '--workdir', 'x', '--resa', '--lookup_drafts', '4'), 'leave one of them out'),
+    (('sample', '--workdir', 'x', '--lookup_drafts', '65'), 'PromptLookup.tokens = 65'),
     *(((command, '--workdir', bad, *more), f'--workdir: expected a path, not {bad!r}')
       for command, more in (
           ('train', ()), ('sample', ()), ('chat', ()), ('serve', ()), ('eval', ()),

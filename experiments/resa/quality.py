@@ -15,10 +15,12 @@ results/quality.json and results/quality.png.
 """
 
 import argparse
+import functools
 import json
 from pathlib import Path
 import time
 
+import caches
 import facts
 import jax
 import jax.numpy as jnp
@@ -26,6 +28,7 @@ import numpy as np
 
 from jaxrl_pt import config as cfg
 from jaxrl_pt.models import transformer
+from jaxrl_pt.nn.sparse_attention import sparse_attention
 from jaxrl_pt.sampling import resa, resa_attention
 from pallas_kernels.sparse_decode.reference import block_scores
 
@@ -58,10 +61,11 @@ def decode(model, params, tokens, cache, settings: cfg.ReSA, scores=block_scores
   every = isinstance(settings.refresh, cfg.RefreshEvery)
   window = settings.refresh.tokens if every else WINDOW
   rows = jnp.arange(ROWS)
+  ops = model.ops._replace(sparse=functools.partial(sparse_attention, scores=scores))
 
   def step(cache, i):
     positions = jnp.full(ROWS, PROMPT) + i
-    attend = resa_attention.sparse(settings, positions, rows >= 0, scores=scores)
+    attend = resa_attention.sparse(ops, settings, positions, rows >= 0)
     hidden, cache = model.extend(params, tokens[rows, positions][:, None], positions[:, None],
                                  cache, attend)
     logits = hidden[:, 0] @ model.head(params)
@@ -137,10 +141,8 @@ def main() -> None:
     curve.write_text(json.dumps(trained))
   params, model = facts.load(weights), transformer.build(facts.MODEL)
   tokens, told = documents(texts)
-  table, num_pages = resa_attention.rows_of_pages(ROWS, -(-(PROMPT + STEPS) // BLOCK))
-  cache = resa_attention.init(facts.MODEL, table, num_pages, BLOCK, jnp.float32)
-  _, cache = jax.jit(lambda c: resa.prefill(model, params, c, tokens[:, :PROMPT],
-                                            jnp.full(ROWS, PROMPT)))(cache)
+  cache = caches.empty(facts.MODEL, ROWS, -(-(PROMPT + STEPS) // BLOCK), BLOCK)
+  cache = jax.jit(functools.partial(caches.prefill, model, params))(cache, tokens[:, :PROMPT])
 
   def settings(share, refresh, local_blocks=1):
     return cfg.ReSA(BLOCK, share, MIN_BLOCKS, local_blocks, refresh)

@@ -100,6 +100,73 @@ class ReSA:
 
 
 @dataclass(frozen=True)
+class NoDrafts:
+  """The tokens of a response go through the model one by one."""
+
+
+MOST_DRAFTS = 64
+
+
+@dataclass(frozen=True)
+class PromptLookup:
+  """Drafts are what followed the newest `ngram` tokens when they last stood in the text.
+
+  A dense forward pass checks them, so that the responses are those of NoDrafts.
+
+  tokens: the number of drafts.
+  """
+
+  tokens: int = 4
+  ngram: int = 3
+
+  def __post_init__(self) -> None:
+    checks.integer(self, 'tokens', 1, MOST_DRAFTS)
+    checks.integer(self, 'ngram', 1, MOST_DRAFTS)
+
+
+@dataclass(frozen=True)
+class SparseDrafts:
+  """Drafts are what sparse attention draws (2506.04108 section 4.4).
+
+  A dense forward pass checks them, so that the responses are those of NoDrafts. It also rectifies
+  the cache, so that `ReSA.refresh` and `ReSA.replay` are not read.
+
+  tokens: the number of drafts.
+  resa: which blocks are read.
+  """
+
+  tokens: int = 4
+  resa: ReSA = field(default_factory=ReSA)
+
+  def __post_init__(self) -> None:
+    checks.integer(self, 'tokens', 1, MOST_DRAFTS)
+    checks.instance(self, 'resa', ReSA)
+    if self.resa.replay:
+      raise UserError('SparseDrafts.resa has replay = True, but what is drawn is dense: leave it '
+                      'out.')
+
+
+Drafts = NoDrafts | PromptLookup | SparseDrafts
+
+
+def block_of(sparse: Dense | ReSA, drafts: Drafts) -> int:
+  """Tokens of a block where sparse attention draws or drafts, else 0."""
+  if isinstance(drafts, SparseDrafts):
+    return drafts.resa.block
+  return sparse.block if isinstance(sparse, ReSA) else 0
+
+
+def _check_reading(sparse: Dense | ReSA, drafts: Drafts, kv: str) -> None:
+  """Refuses what does not go with sparse attention."""
+  if kv == 'int8' and (sparse != Dense() or isinstance(drafts, SparseDrafts)):
+    raise UserError("Sparse attention reads pages in the model's type: set kv = 'model', or choose "
+                    '@cfg.Dense() and no @cfg.SparseDrafts().')
+  if sparse != Dense() and drafts != NoDrafts():
+    raise UserError('Drafts are checked by dense attention, which @cfg.ReSA() replaces: choose '
+                    '@cfg.NoDrafts(), or @cfg.SparseDrafts() with @cfg.Dense().')
+
+
+@dataclass(frozen=True)
 class Engine:
   """Sizes of the continuous-batching engine, for which its program is compiled once.
 
@@ -114,6 +181,8 @@ class Engine:
   steps_per_call: decode steps of one call, after which the host sees the new tokens.
   top_logprobs: the most of the likeliest tokens whose log-probabilities a request may ask for.
   constrained: the largest number of constrained responses at a time.
+  sparse: whether responses are drawn by sparse attention, whose blocks are the pages.
+  drafts: whether tokens are drafted, of which several then go through the model at once.
   """
 
   slots: int = 32
@@ -128,6 +197,8 @@ class Engine:
   steps_per_call: int = 16
   top_logprobs: int = 20
   constrained: int = 16
+  sparse: Dense | ReSA = field(default_factory=Dense)
+  drafts: Drafts = field(default_factory=NoDrafts)
 
   def __post_init__(self) -> None:
     for name, high, beside, what in (
@@ -145,6 +216,13 @@ class Engine:
                 'the likeliest tokens')
     checks.size(self, 'constrained', 1, 2**20, 2**12, 'the masks of their tokens')
     checks.choice(self, 'kv', Literal['model', 'int8'])
+    checks.instance(self, 'sparse', Dense, ReSA)
+    checks.instance(self, 'drafts', *get_args(Drafts))
+    _check_reading(self.sparse, self.drafts, self.kv)
+    block = block_of(self.sparse, self.drafts)
+    if block and block != self.page_size:
+      raise UserError(f'Engine.page_size = {self.page_size} is not ReSA.block = {block}, but a '
+                      'block is a page: set both to one number.')
     # Pages for one response, for the prompt that is kept for sharing, and page 0, which nobody has.
     pages = lambda tokens: -(-tokens // self.page_size)
     least = pages(self.prompt_len + self.response_len) + pages(self.prompt_len) + 1
@@ -159,11 +237,13 @@ class Slots:
   """How rollouts are decoded: slots that are refilled as responses end, over a cache in pages.
 
   slots: the number of responses that are decoded at once on each data shard; 0 for all of them.
-  page_size: tokens of a page of the KV cache.
+  page_size: tokens of a page of the KV cache. With sparse attention a page is a block of
+    ReSA.block tokens.
   num_pages: the number of pages of each data shard; 0 for as many as its slots could need.
   prefill_chunk: tokens of a prompt that go through the model in one forward pass.
   prefill_tokens: tokens of all prompts that go through the model in one forward pass.
   kv: how keys and values are stored: in the model's type, or as int8.
+  drafts: whether tokens are drafted, of which several then go through the model at once.
   """
 
   slots: int = 0
@@ -172,8 +252,11 @@ class Slots:
   prefill_chunk: int = 256
   prefill_tokens: int = 1024
   kv: Literal['model', 'int8'] = 'model'
+  drafts: Drafts = field(default_factory=NoDrafts)
 
   def __post_init__(self) -> None:
+    checks.instance(self, 'drafts', *get_args(Drafts))
+    _check_reading(Dense(), self.drafts, self.kv)
     checks.size(self, 'slots', 0, 2**20, 4, 'the slots')
     for name in ('page_size', 'prefill_chunk', 'prefill_tokens'):
       checks.size(self, name, 1, MOST_TOKENS, 4, 'so many tokens')
@@ -232,7 +315,7 @@ class Rollouts:
     larger stops the run and leaves its worst responses in the work directory; 0 switches the gate
     off. There is no gate where the two policies differ on purpose: one step off-policy, and where
     responses are drawn by sparse attention that the learner does not replay.
-  sparse: whether responses are drawn by sparse attention.
+  sparse: whether responses are drawn by sparse attention, which does not take pages of int8.
   """
 
   num_prompts: int = 32
@@ -272,6 +355,8 @@ class Rollouts:
     if self.mode == OneStepOff() and self.selection != AllGroups():
       raise UserError('Rollouts.selection = @cfg.DynamicSampling() draws until it has what it '
                       'needs, which @cfg.OneStepOff() cannot foresee: choose @cfg.OnPolicy().')
+
+    _check_reading(self.sparse, self.slots.drafts, self.slots.kv)
 
   @property
   def is_replayed(self) -> bool:

@@ -5,7 +5,7 @@ in their place. A model does not know which of the two it was given.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +16,10 @@ from jaxrl_pt.nn import quant
 from jaxrl_pt.nn.attention import branch_attention, causal_attention
 from jaxrl_pt.nn.page_writes import write_tokens
 from jaxrl_pt.nn.paged_attention import paged_attention
+from jaxrl_pt.nn.sparse_attention import Reading, sparse_attention
 from jaxrl_pt.types import Array
 from pallas_kernels.hadamard_quantize import reference
+from pallas_kernels.sparse_decode import Selection
 
 # Logical names of a weight's two dimensions, e.g. ('embed', 'heads').
 Axes = tuple[str, str]
@@ -33,6 +35,13 @@ Branches = Callable[[Array, Array, Array, Array, Array, Array, Array | int], Arr
 Paged = Callable[[Array, Array, Array | None, Array, Array, Array], Array]
 # write_pages(pool, table_BP, starts_B, counts_B, new_BSK2…, nobody) → pool
 WritePages = Callable[[Array, Array, Array, Array, Array, Array | int], Array]
+
+
+class ReadSparsely(Protocol):
+  """The signature of `sparse_attention`."""
+
+  def __call__(self, q_BHE: Array, pages: Array, bounds_LBKPD: Array, layer: Array,
+               table_BP: Array, lengths_B: Array, selection: Selection) -> Reading: ...
 
 
 def product(x_codes: Array, x_scale: Array, w_codes: Array, w_scale: Array,
@@ -87,3 +96,4 @@ class Ops(NamedTuple):
   branches: Branches = branch_attention
   paged: Paged = paged_attention
   write_pages: WritePages = write_tokens
+  sparse: ReadSparsely = sparse_attention

@@ -9,8 +9,14 @@ from jaxrl_pt.nn.attention import MASKED
 from jaxrl_pt.types import Array
 
 # Tokens that one turn of the loop reads. Fewer make the loop's own cost show, and with more a short
-# sequence pays for reading what lies beyond its end.
-BLOCK = 64
+# sequence pays for reading what lies beyond its end. A table for long sequences is read in no more
+# than so many turns.
+BLOCK, MOST_TURNS = 64, 256
+
+
+def pages_per_turn(table_len: int, page_size: int) -> int:
+  """Pages of each row that one turn of the loop reads."""
+  return min(max(1, BLOCK // page_size, -(-table_len // MOST_TURNS)), table_len)
 
 
 def paged_attention(q_BSHE: Array, pages: Array, scales: Array | None, table_BP: Array,
@@ -35,24 +41,29 @@ def paged_attention(q_BSHE: Array, pages: Array, scales: Array | None, table_BP:
   """
   num_rows, num_new, num_heads, width = q_BSHE.shape
   num_groups, _, _, page_size, _ = pages.shape
-  at_once = min(max(1, BLOCK // page_size), table_BP.shape[1])
+  at_once = pages_per_turn(table_BP.shape[1], page_size)
   table_BP = jnp.pad(table_BP, ((0, 0), (0, -table_BP.shape[1] % at_once)))
   # Queries of one key/value head lie side by side: [B, K, H / K · S, E].
   q = q_BSHE.reshape(num_rows, num_new, num_groups, -1, width).transpose(0, 2, 3, 1, 4)
   q = q.reshape(num_rows, num_groups, -1, width)
   positions_BQ = jnp.tile(starts_B[:, None] + jnp.arange(num_new), num_heads // num_groups)
 
-  def read(leaf: Array, block: Array) -> Array:
+  def read(block: Array, which: int) -> Array:
+    """f[B, K, C, E]: the keys (0) or the values (1) of a block.
+
+    They are read apart: out of one copy of both, XLA would read each with a stride. Heads are
+    mapped over, so that chips which hold different heads read their own and no more.
+    """
     listed = jax.lax.dynamic_slice_in_dim(table_BP, block * at_once, at_once, 1)
-    # Mapped over the heads, so that chips which hold different heads read their own and no more.
-    return jax.vmap(lambda of_head: of_head[listed], out_axes=1)(leaf)  # [B, K, pages, 2, page, …]
+    of_heads = jax.vmap(lambda of_head: of_head[listed, which], out_axes=1)
+    numbers = of_heads(pages).astype(q.dtype)
+    if scales is not None:
+      numbers = numbers * of_heads(scales)[..., None].astype(q.dtype)
+    return numbers.reshape(num_rows, num_groups, -1, width)
 
   def turn(block: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
     highest, total, out = carry
-    kv = read(pages, block).astype(q.dtype)
-    if scales is not None:
-      kv = kv * read(scales, block)[..., None].astype(q.dtype)
-    k, v = (kv[:, :, :, i].reshape(num_rows, num_groups, -1, width) for i in range(2))
+    k, v = (read(block, which) for which in (0, 1))
     scores = jnp.einsum('bkqe,bkce->bkqc', q, k, preferred_element_type=jnp.float32)
     key_positions = block * at_once * page_size + jnp.arange(at_once * page_size)
     seen = key_positions <= positions_BQ[..., None]

@@ -28,13 +28,16 @@ from jaxrl_pt.nn import ops
 from jaxrl_pt.nn.attention import branch_attention, causal_attention
 from jaxrl_pt.nn.page_writes import write_pages
 from jaxrl_pt.nn.paged_attention import paged_attention
+from jaxrl_pt.nn.sparse_attention import Reading, sparse_attention
 from jaxrl_pt.parallel.rules import TRAIN, Rules, partition_spec
 from jaxrl_pt.types import Array
 from pallas_kernels import branch_decode as branch_kernel
 from pallas_kernels import dispatch
 from pallas_kernels import paged_attention as paged_kernel
+from pallas_kernels import sparse_decode as sparse_kernels
 from pallas_kernels.dispatch import Generation, Implementation
 from pallas_kernels.hadamard_quantize import hadamard_quantize, reference
+from pallas_kernels.sparse_decode import Selection, tuning
 from pallas_kernels.ternary_matmul import pack_planar, ternary_matmul, unpack_planar
 
 # Queries and keys of one step of splash attention, of which the sequence must be a multiple.
@@ -62,7 +65,8 @@ def kernel_ops(mesh: Mesh, rules: Rules, generation: Generation,
       _or_xla('hadamard_quantize', on_tpu(_rotated), ops.rotated),
       _or_xla('attention', on_tpu(_attention, 'splash'), causal_attention),
       _or_xla('branch_decode', on_tpu(_branches), branch_attention),
-      _or_xla('paged_attention', on_tpu(_paged), paged_attention), write_pages)
+      _or_xla('paged_attention', on_tpu(_paged), paged_attention), write_pages,
+      _or_xla('sparse_decode', on_tpu(_sparse), sparse_attention))
 
 
 class _Place(NamedTuple):
@@ -276,3 +280,37 @@ def _write_pages(place: _Place, write: ops.WritePages, pool: Array, table_BP: Ar
   written: Array = sharded(pool, table_BP, starts_B, counts_B, new_BSK,
                            jnp.asarray(nobody, jnp.int32))
   return written
+
+
+# --- Sparse attention over pages --------------------------------------------------
+
+
+def _sparse(place: _Place, generation: Generation, interpret: bool, q_BHE: Array, pages: Array,
+            bounds_LBKPD: Array, layer: Array, table_BP: Array, lengths_B: Array,
+            selection: Selection) -> Reading:
+  """Sparse attention by kernels; heads are split, rows and the pool are each chip's own."""
+  if interpret:
+    raise NotImplementedError('it is called by functions that do not interpret kernels')
+  heads, kv_heads = (place.rules[name] or None for name in ('heads', 'kv_heads'))
+  q_spec, lists = PartitionSpec(None, heads), PartitionSpec(None, kv_heads)
+  _check_divides(place.mesh, q_BHE.shape[:2], q_spec)
+  _check_divides(place.mesh, pages.shape[:1], PartitionSpec(kv_heads))
+  page_size = pages.shape[3]
+  tuned = tuning.blocks(generation, page_size)
+
+  def local(q: Array, pages: Array, bounds: Array, layer: Array, table: Array,
+            lengths: Array) -> Reading:
+    values = sparse_kernels.block_scores(q, bounds, layer, generation=generation, blocks=tuned)
+    blocks, counts = sparse_kernels.select_blocks(
+        values, lengths, page_size=page_size, selection=selection, generation=generation)
+    out, _ = sparse_kernels.sparse_attention(q, pages, blocks, counts, table, lengths,
+                                             generation=generation, blocks=tuned)
+    return Reading(out, blocks, counts)
+
+  whole = PartitionSpec()
+  specs: Any = Reading(q_spec, lists, whole)  # type: ignore[arg-type]  # The same tree.
+  sharded = place.shard_map(
+      local, (q_spec, PartitionSpec(kv_heads), PartitionSpec(None, None, kv_heads), whole, whole,
+              whole), specs)
+  read: Reading = sharded(q_BHE, pages, bounds_LBKPD, jnp.asarray(layer), table_BP, lengths_B)
+  return read

@@ -6,24 +6,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxrl_pt import config as cfg
-from jaxrl_pt.data.tokenizer import begun, drawable
+from jaxrl_pt.data.tokenizer import begun
 from jaxrl_pt.run.policy import Policy, load_policy
 from jaxrl_pt.sampling.engine import Engine, Request, Response
-from jaxrl_pt.sampling.resa_engine import ResaEngine
 from jaxrl_pt.serving import stream
-from pallas_kernels.dispatch import generation_of
 
 
-class Sparse(NamedTuple):
-  """Sampling by rectified sparse attention.
+class Reading(NamedTuple):
+  """How the engine reads its cache; `cfg.Engine` says what the fields mean."""
 
-  resa: its settings; with an active share of 1 the texts are those of dense attention.
-  num_drafts: the number of tokens that sparse attention drafts before a dense forward pass checks
-    them, which makes the texts those of dense attention too; 0 keeps what sparse attention draws.
-  """
+  sparse: cfg.Dense | cfg.ReSA = cfg.Dense()
+  drafts: cfg.Drafts = cfg.NoDrafts()
 
-  resa: cfg.ReSA
-  num_drafts: int = 0
+
+DENSE = Reading()
 
 
 def make_engine(policy: Policy, config: cfg.Engine, *, seed: int,
@@ -35,32 +31,25 @@ def make_engine(policy: Policy, config: cfg.Engine, *, seed: int,
                 version=policy.step, mesh=policy.session.mesh)
 
 
-def engine_for(policy: Policy, prompts: list[str], *, sampler: cfg.Sampler, num_tokens: int,
-               num_samples: int, seed: int, prompt_len: int = 1, sparse: Sparse | None = None
-               ) -> Engine | ResaEngine:
+def engine_for(policy: Policy, prompts: list[str], *, num_tokens: int, num_samples: int, seed: int,
+               prompt_len: int = 1, reading: Reading = DENSE) -> Engine:
   """An engine of the right size for `stream_samples`.
 
   Args:
-    policy, sampler, num_tokens, num_samples: as in `stream_samples`.
+    policy, num_tokens, num_samples: as in `stream_samples`.
     prompts: the prompts that are known; others may follow.
     seed: the seed of the noise; equal seeds draw equal samples.
     prompt_len: most tokens of the prompts that are not yet known.
-    sparse: how sparse attention samples; None samples by dense attention.
+    reading: how the cache is read.
   """
-  tokenizer, mesh = policy.session.data.tokenizer, policy.session.mesh
+  tokenizer = policy.session.data.tokenizer
   total = max(1, len(prompts)) * num_samples
   longest = max([prompt_len, *(len(begun(tokenizer, tokenizer.encode(p))) for p in prompts)])
   config = cfg.Engine(
       slots=min(total, 32), queue=max(num_samples, min(total, 256)), prompt_len=longest,
-      response_len=num_tokens, prefill_chunk=min(longest, 128), steps_per_call=8)
-  if sparse is None:
-    return make_engine(policy, config, seed=seed)
-  return ResaEngine(
-      policy.model, policy.params, config, sparse.resa, num_drafts=sparse.num_drafts,
-      sampler=drawable(sampler, tokenizer, policy.model.config.vocab_size),
-      num_samples=num_samples, stop_id=tokenizer.eos_id, seed=seed, version=policy.step,
-      # The kernels read the pages of one chip; a mesh of several takes XLA's path.
-      generation=generation_of(mesh.devices.flat[0]) if mesh.size == 1 else None)
+      response_len=num_tokens, prefill_chunk=min(longest, 128), steps_per_call=8,
+      page_size=cfg.block_of(*reading) or 16, sparse=reading.sparse, drafts=reading.drafts)
+  return make_engine(policy, config, seed=seed)
 
 
 def sample_workdir(workdir: Path, prompts: list[str], *, sampler: cfg.Sampler, num_tokens: int,
@@ -81,8 +70,7 @@ def sample(policy: Policy, prompts: list[str], *, sampler: cfg.Sampler, num_toke
   Returns:
     What `collect` returns.
   """
-  engine = engine_for(policy, prompts, sampler=sampler, num_tokens=num_tokens,
-                      num_samples=num_samples, seed=seed)
+  engine = engine_for(policy, prompts, num_tokens=num_tokens, num_samples=num_samples, seed=seed)
   return collect(prompts, stream_samples(engine, policy, prompts, sampler=sampler, stop=stop,
                                          num_tokens=num_tokens, num_samples=num_samples))
 

@@ -164,7 +164,9 @@ class Engine:
     self._num_hits += found.hit > 0
     self._num_hit_tokens += found.hit
     # What a lone response becomes is kept for the next turn of its conversation.
-    keep = self._documents.reserve() if request.num_samples == 1 else NO_DOCUMENT
+    # The last keys and values of sparse attention have not been rectified.
+    is_kept = request.num_samples == 1 and self._shape.sparse is None
+    keep = self._documents.reserve() if is_kept else NO_DOCUMENT
     for sample in _samples(request):
       row, mask, constraint = self._free.pop(), NO_MASK, None
       if request.constraint is not None:
@@ -306,7 +308,8 @@ class Engine:
       steps: decode steps; prefilled: prompt tokens that went through the model before their
       responses began; prefix_hits, prefix_hit_tokens: requests whose prompt began like something
       that was kept, and the tokens they had in common; occupancy: the share of slots that held a
-      response, over all steps; pages_in_use; kept_pages: those of them that no response under way
+      response, over all steps; drafted, agreed: drafts that went through the model, and how many of
+      them were right; pages_in_use; kept_pages: those of them that no response under way
       holds.
     """
     counters, holders, table = jax.device_get(
@@ -317,6 +320,7 @@ class Engine:
     return {'steps': int(counters.steps), 'prefilled': int(counters.prefilled),
             'prefix_hits': self._num_hits, 'prefix_hit_tokens': self._num_hit_tokens,
             'occupancy': float(counters.busy) / max(1, int(counters.steps) * self.config.slots),
+            'drafted': int(counters.drafted), 'agreed': int(counters.agreed),
             'pages_in_use': int(in_use.sum()),
             'kept_pages': int((in_use & ~running[1:]).sum())}
 

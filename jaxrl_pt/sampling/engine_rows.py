@@ -35,7 +35,9 @@ def shape(config: cfg.Engine, vocab_size: int) -> Shape:
       document_len=config.prompt_len, tail_len=1, response_len=config.response_len,
       lanes=config.prefill_rows, chunk=config.prefill_chunk, vocab_size=vocab_size,
       num_stop=4, num_forced=16, num_strings=8, string_len=32, num_banned=16,
-      num_top=min(config.top_logprobs, vocab_size), num_masks=config.constrained)
+      num_top=min(config.top_logprobs, vocab_size), num_masks=config.constrained,
+      sparse=config.sparse if isinstance(config.sparse, cfg.ReSA) else None,
+      drafts=None if isinstance(config.drafts, cfg.NoDrafts) else config.drafts)
   # Pages for every slot's longest sequence, for the next prompt, and page 0.
   most = config.slots * shape.table_len + pages_of(config.prompt_len, config.page_size) + 1
   return shape if config.num_pages else shape._replace(num_pages=most)
@@ -46,6 +48,9 @@ def layout(mesh: Mesh, slots: Slots) -> Any:
   everywhere = NamedSharding(mesh, PartitionSpec())
   by_heads = NamedSharding(mesh, PartitionSpec(SAMPLE['kv_heads']))
   layout = jax.tree.map(lambda _: everywhere, slots)
+  if not isinstance(slots.sparse, tuple):
+    bounds = NamedSharding(mesh, PartitionSpec(None, None, SAMPLE['kv_heads']))
+    layout = dataclasses.replace(layout, sparse=dataclasses.replace(layout.sparse, bounds=bounds))
   return dataclasses.replace(layout, cache=jax.tree.map(lambda _: by_heads, slots.cache))
 
 

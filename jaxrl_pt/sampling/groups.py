@@ -4,8 +4,9 @@
 requests, runs `slots.advance` to the end, and turns the responses into a RolloutBatch.
 """
 
+import dataclasses
 import functools
-from typing import Any, Protocol
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,6 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxrl_pt import config as cfg
 from jaxrl_pt.models.base import Model, unstacked
 from jaxrl_pt.parallel.rules import ROWS
-from jaxrl_pt.sampling import resa
 from jaxrl_pt.sampling import slots as program
 from jaxrl_pt.sampling.admission import own_pages
 from jaxrl_pt.sampling.prefill import Prefilled, prefill
@@ -29,10 +29,10 @@ from jaxrl_pt.sampling.requests import (
   pages_of,
 )
 from jaxrl_pt.sampling.state import init
-from jaxrl_pt.types import Array, Params, Prompts, RolloutBatch
+from jaxrl_pt.types import Array, Params, Prompts, RolloutBatch, SelectedBlocks
 
 NO_STOP = NO_TOKEN
-ALL_SLOTS = cfg.Slots()
+ALL_SLOTS, DENSE = cfg.Slots(), cfg.Dense()
 
 
 class Sample(Protocol):
@@ -63,28 +63,22 @@ def make_sampler(model: Model, seed: int, rollouts: cfg.Rollouts, stop_id: int,
       its own, draws the responses to its own prompts, and waits for no other shard; the model must
       be made for `rules.SHARD`.
   """
-  draw: Any = functools.partial(generate, model, slots=rollouts.slots)
-  if isinstance(rollouts.sparse, cfg.ReSA):
-    draw = functools.partial(resa.generate, model, resa=rollouts.sparse)
-  draw = functools.partial(draw, sampler=rollouts.sampler, num_samples=rollouts.group_size,
-                           num_tokens=rollouts.response_tokens, stop_id=stop_id)
+  draw = functools.partial(
+      generate, model, sampler=rollouts.sampler, num_samples=rollouts.group_size,
+      num_tokens=rollouts.response_tokens, stop_id=stop_id, slots=rollouts.slots,
+      sparse=rollouts.sparse)
 
   def sample(params: Params, prompts: Prompts, batch: Array, version: Array,
              prefilled: Prefilled | None = None) -> RolloutBatch:
     key = jax.random.fold_in(jax.random.key(seed), batch)
     first = occurrences(prompts.ids) * rollouts.group_size
     if mesh is None:
-      shared = {} if prefilled is None or rollouts.sparse != cfg.Dense() else {
-          'prefilled': prefilled}
-      drawn: RolloutBatch = draw(params, prompts, key, version=version, first_samples=first,
-                                 **shared)
-      return drawn
+      return draw(params, prompts, key, version=version, first_samples=first, prefilled=prefilled)
     assert prefilled is None  # Only the fused step has it, which runs on one device.
 
     def draw_shard(params: Params, prompts: Prompts, key: Array, version: Array,
                    first: Array) -> RolloutBatch:
-      drawn: RolloutBatch = draw(params, prompts, key, version=version, first_samples=first)
-      return drawn
+      return draw(params, prompts, key, version=version, first_samples=first)
 
     rows, whole = PartitionSpec(ROWS), PartitionSpec()
     return jax.shard_map(
@@ -97,7 +91,8 @@ def make_sampler(model: Model, seed: int, rollouts: cfg.Rollouts, stop_id: int,
 def generate(model: Model, params: Params, prompts: Prompts, key: Array, *, sampler: cfg.Sampler,
              num_samples: int, num_tokens: int, stop_id: int = NO_STOP,
              version: Array | int = 0, prefilled: Prefilled | None = None,
-             first_samples: Array | None = None, slots: cfg.Slots = ALL_SLOTS) -> RolloutBatch:
+             first_samples: Array | None = None, slots: cfg.Slots = ALL_SLOTS,
+             sparse: cfg.Dense | cfg.ReSA = DENSE) -> RolloutBatch:
   """Draws `num_samples` responses of at most `num_tokens` to each prompt.
 
     token_{n,g,s} = draw(k, filtered_logits(z))   with the key
@@ -123,12 +118,17 @@ def generate(model: Model, params: Params, prompts: Prompts, key: Array, *, samp
     first_samples: i32[N] the number first_n of each prompt's first sample; None for 0. Prompts
       with equal ids and equal sample numbers get equal responses.
     slots: how many responses are decoded at once, and in how many pages.
+    sparse: how sparse attention draws responses, whose logp is then under the distribution that it
+      drew from. Prompts are read densely. With an active share of 1 the result is that of dense
+      attention, up to rounding.
 
   Returns:
-    RolloutBatch. After a response's end its tokens are `stop_id`, its masks and logp 0.
+    RolloutBatch. After a response's end its tokens are `stop_id`, its masks and logp 0. With
+    `ReSA.replay` it says which blocks each token was drawn from.
   """
   num_prompts = prompts.lengths.shape[0]
-  shape = shape_of(model.config.vocab_size, prompts, num_samples, num_tokens, sampler, slots)
+  shape = shape_of(model.config.vocab_size, prompts, num_samples, num_tokens, sampler, slots,
+                   sparse)
   queue = queue_of(prompts, num_samples, num_tokens, stop_id, first_samples)
   state = init(model, shape, Vocabulary(), _page_dtype(model, slots))
   if shape.slots == shape.queue:
@@ -144,10 +144,15 @@ def generate(model: Model, params: Params, prompts: Prompts, key: Array, *, samp
                             most_turns(shape, has_all_pages=not slots.num_pages))
   there = jnp.arange(num_tokens) < state.responses.count[:, None]
   whole = lambda x: x.reshape(num_prompts, num_samples, num_tokens)
-  return RolloutBatch.of_one_turn(
+  rollouts = RolloutBatch.of_one_turn(
       whole(jnp.where(there, state.responses.tokens, max(stop_id, 0))),
       whole(there.astype(jnp.float32)), whole(jnp.where(there, state.responses.logp, 0.0)),
       version)
+  if not (isinstance(sparse, cfg.ReSA) and sparse.replay):
+    return rollouts
+  bits = state.sparse.selected
+  return dataclasses.replace(rollouts, selected=SelectedBlocks(
+      bits.reshape(num_prompts, num_samples, *bits.shape[1:]), sparse.block, sparse.window))
 
 
 def _page_dtype(model: Model, slots: cfg.Slots) -> jnp.dtype:
@@ -156,22 +161,27 @@ def _page_dtype(model: Model, slots: cfg.Slots) -> jnp.dtype:
 
 
 def shape_of(vocab_size: int, prompts: Prompts, num_samples: int, num_tokens: int,
-             sampler: cfg.Sampler, slots: cfg.Slots) -> Shape:
+             sampler: cfg.Sampler, slots: cfg.Slots, sparse: cfg.Dense | cfg.ReSA = DENSE
+             ) -> Shape:
   """The sizes of the program that draws `num_samples` responses to each prompt."""
   num_docs, document_len = prompts.tokens.shape
   num_rows = prompts.lengths.shape[0] * num_samples
   num_slots = min(slots.slots or num_rows, num_rows)
   chunk = min(slots.prefill_chunk, document_len)
+  resa = sparse if isinstance(sparse, cfg.ReSA) else None
+  drafts = None if isinstance(slots.drafts, cfg.NoDrafts) else slots.drafts
+  page_size = cfg.block_of(sparse, slots.drafts) or slots.page_size
   shape = Shape(
-      slots=num_slots, page_size=slots.page_size, num_pages=slots.num_pages, documents=num_docs,
+      slots=num_slots, page_size=page_size, num_pages=slots.num_pages, documents=num_docs,
       queue=num_rows, document_len=document_len, tail_len=1 + prompts.num_suffix,
       response_len=num_tokens, lanes=min(num_docs, max(1, slots.prefill_tokens // chunk)),
-      chunk=chunk, vocab_size=vocab_size, sampler=sampler)
+      chunk=chunk, vocab_size=vocab_size, sampler=sampler, sparse=resa,
+      drafts=drafts)
   if slots.num_pages and num_slots < num_rows:
     return shape
   kept = num_docs if num_slots == num_rows else min(num_docs, num_slots + shape.lanes)
   return shape._replace(num_pages=1 + num_slots * own_pages(shape) + kept * pages_of(
-      document_len, slots.page_size))
+      document_len, page_size))
 
 
 def most_turns(shape: Shape, *, has_all_pages: bool) -> int:

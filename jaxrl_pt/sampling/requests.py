@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from flax import struct
 
-from jaxrl_pt.config import Sampler
+from jaxrl_pt.config import PromptLookup, ReSA, Sampler, SparseDrafts
 from jaxrl_pt.sampling.policies import RowSamplers
 from jaxrl_pt.token_bytes import TokenBytes
 from jaxrl_pt.types import Array
@@ -42,11 +42,18 @@ class Shape(NamedTuple):
   num_top: int = 0  # likeliest tokens whose log-probabilities are reported, for requests that ask
   num_masks: int = 0  # the largest number of constrained responses at a time
   sampler: Sampler | None = None  # of all requests; None where each has its own
+  sparse: ReSA | None = None  # how sparse attention draws responses; None for dense attention
+  drafts: PromptLookup | SparseDrafts | None = None  # how dense attention speculates, if it does
 
   @property
   def table_len(self) -> int:
     """P, the pages of the longest sequence. A response's last token is never fed."""
     return pages_of(self.document_len + self.tail_len + self.response_len - 1, self.page_size)
+
+  @property
+  def num_fed(self) -> int:
+    """J, the largest number of tokens of a slot that go through the model at once."""
+    return 1 if self.drafts is None else 1 + self.drafts.tokens
 
   @property
   def most_chunks(self) -> int:

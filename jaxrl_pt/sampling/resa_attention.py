@@ -1,175 +1,175 @@
-"""Rectified sparse attention over pages: its cache and the two attentions that fill and read it.
+"""The cache of rectified sparse attention over pages, and the attentions that fill and read it.
 
     dense   S new tokens see everything before them; the descriptors of the blocks that they
-            touch are computed again. It serves prefill, rectification and verification of drafts.
+            touch are computed again. It serves rectification and verification of drafts.
     sparse  one new token sees the blocks whose descriptors promise the largest logits.
 
-A block is a page. Both attentions read lists of whole pages in one loop with a running softmax, so
-that memory does not grow with the context.
+A block is a page.
 
 Source: 2506.04108 section 2.
 """
 
+from collections.abc import Callable
 import dataclasses
-import functools
-import math
-from typing import Any, NamedTuple
+from typing import Any, TypeVar
 
 from flax import struct
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 
 from jaxrl_pt import config as cfg
+from jaxrl_pt.models import paged_cache
 from jaxrl_pt.models.kv_cache import Attend
-from jaxrl_pt.nn.attention import MASKED
-from jaxrl_pt.nn.page_writes import write_tokens
-from jaxrl_pt.sampling import resa_selection
+from jaxrl_pt.models.paged_cache import NOBODY, PagedCache
+from jaxrl_pt.nn import block_selection
+from jaxrl_pt.nn.ops import Ops
+from jaxrl_pt.nn.sparse_attention import Reading
 from jaxrl_pt.types import Array
 from pallas_kernels import sparse_decode as kernels
-from pallas_kernels.dispatch import Generation
-from pallas_kernels.sparse_decode import Selection, tuning
-from pallas_kernels.sparse_decode.reference import block_scores, num_blocks
+from pallas_kernels.sparse_decode import Selection
 
-NOBODY = 0  # The page of each layer that belongs to no row.
-# How many copied keys and values, and how many scores, one turn of the loop over pages may hold.
-COPIED_NUMBERS, SCORES = 2**21, 2**20
+Tree = TypeVar('Tree')
 
 
 @struct.dataclass
 class SparseCache:
-  """N pages of b tokens in each layer, B rows' tables of P pages, and their descriptors."""
+  """A pool of pages, B rows' tables of P pages, and the descriptors of the rows' blocks."""
 
-  pages: Array  # f[K, L · N, 2, b, E] keys, then values; a layer's pages side by side
+  pool: PagedCache  # in the model's type
+  table: Array  # i32[B, P] page of each block; NOBODY where a row has none
   bounds: Array  # f[L, B, K, P, 2E] descriptors: maxima, then minima, of each block's keys
-  table: Array  # i32[B, P] page of each block, counted inside a layer
-  # u32[L, B, K, W] the blocks that the newest sparse step read (`resa_selection.packed`), or () if
+  # u32[L, B, K, W] the blocks that the newest sparse step read (`block_selection.packed`), or () if
   # nobody asks for them.
   selected: Any = ()
 
   @property
   def block(self) -> int:
     """Tokens of a block."""
-    return self.pages.shape[3]
-
-  @property
-  def pages_per_layer(self) -> int:
-    """N, the pages of each layer."""
-    return self.pages.shape[1] // self.bounds.shape[0]
+    return self.pool.page_size
 
 
-def init(config: cfg.Model, table_BP: Array, num_pages: int, block: int,
-         dtype: DTypeLike) -> SparseCache:
-  """An empty cache for the rows of `table_BP`; page `NOBODY` is one of the `num_pages`."""
-  layers, heads, width = config.num_layers, config.num_kv_heads, config.head_dim
-  pages = jnp.zeros((heads, layers * num_pages, 2, block, width), dtype)
-  bounds = jnp.zeros((layers, table_BP.shape[0], heads, table_BP.shape[1], 2 * width), dtype)
-  return SparseCache(pages, bounds, table_BP)
+def descriptors(config: cfg.Model, num_rows: int, table_len: int, dtype: Any) -> Array:
+  """Descriptors of no keys, f[L, B, K, P, 2E]."""
+  return jnp.zeros((config.num_layers, num_rows, config.num_kv_heads, table_len,
+                    2 * config.head_dim), dtype)
 
 
 def noting(cache: SparseCache) -> SparseCache:
   """The same cache, which from now on says which blocks the newest sparse step read."""
-  layers, rows, heads, num_blocks, _ = cache.bounds.shape
-  words = resa_selection.num_words(num_blocks)
-  return dataclasses.replace(cache, selected=jnp.zeros((layers, rows, heads, words), jnp.uint32))
+  *lists, table_len, _ = cache.bounds.shape
+  words = block_selection.num_words(table_len)
+  return dataclasses.replace(cache, selected=jnp.zeros((*lists, words), jnp.uint32))
 
 
-def rows_of_pages(num_rows: int, num_blocks: int) -> tuple[Array, int]:
-  """A table in which each row has pages of its own, side by side, and the number of all pages."""
-  table = 1 + jnp.arange(num_rows * num_blocks, dtype=jnp.int32).reshape(num_rows, num_blocks)
-  return table, 1 + num_rows * num_blocks
+def selection_of(resa: cfg.ReSA) -> Selection:
+  """How many blocks a step reads."""
+  return Selection(resa.active, resa.min_blocks, resa.local_blocks)
 
 
 # --- The two attentions -----------------------------------------------------------
 
 
-def dense(rows_R: Array, positions_RS: Array, is_token_RS: Array) -> Attend:
-  """Attention of S consecutive new tokens of some rows to all tokens before them.
+def dense(ops: Ops, rows_R: Array, starts_R: Array, counts_R: Array, *,
+          last_is_read: bool = True) -> Attend:
+  """Attention of consecutive new tokens of some rows to all tokens before them.
 
   It writes their keys and values and the descriptors of the blocks that they touch.
 
   Args:
+    ops: the model's operations.
     rows_R: i32[R] distinct rows of the cache; B stands for no row, and its results mean nothing.
-    positions_RS: i32[R, S], rising by one.
-    is_token_RS: bool[R, S], False for the padding on the right.
+    starts_R: i32[R] the position of each row's first new token.
+    counts_R: i32[R] new tokens of each row; the rest is padding.
+    last_is_read: whether the result of the last layer is used. Without it, what the last layer
+      attends to is not read, since its keys and values do not depend on that.
   """
   def attend(q: Array, k: Array, v: Array, cache: SparseCache,
              layer: Array) -> tuple[Array, SparseCache]:
+    num_rows, num_new = cache.table.shape[0], q.shape[1]
+    counts = jnp.where(rows_R < num_rows, counts_R, 0)
     table = jnp.take(cache.table, rows_R, axis=0, mode='fill', fill_value=NOBODY)
-    cache = _write(cache, layer, table, positions_RS, is_token_RS, k, v)
-    lengths = positions_RS[:, 0] + is_token_RS.sum(1)
-    cache = describe(cache, layer[None], rows_R, positions_RS[:, 0], lengths, k.shape[1])
-    last = jnp.where(is_token_RS, positions_RS, 0).max()
-    lists = PageLists(
-        jnp.broadcast_to(jnp.arange(table.shape[1]), (table.shape[0], 1, table.shape[1])), table,
-        first_masked=jnp.where(is_token_RS[:, 0], positions_RS[:, 0], last).min() // cache.block,
-        end=last // cache.block + 1)
-    return attend_pages(q, positions_RS, cache, layer, lists), cache
+    pool = paged_cache.write(ops, cache.pool, layer, table, starts_R, counts, k, v)
+    # Of parameters that are not stacked, the layer is an int.
+    cache = describe(dataclasses.replace(cache, pool=pool), jnp.asarray(layer)[None], rows_R,
+                     starts_R, starts_R + counts, num_new)
+    is_read = last_is_read | (layer < cache.bounds.shape[0] - 1)
+    out = ops.paged(q, pool.pages, None, table + layer * pool.num_pages, starts_R,
+                    jnp.where(is_read, counts, 0))
+    return out, cache
 
   return attend
 
 
-def sparse(resa: cfg.ReSA, positions_B: Array, active_B: Array,
-           generation: Generation | None = None,
-           scores: resa_selection.Scores = block_scores) -> Attend:
+def sparse(ops: Ops, resa: cfg.ReSA, positions_B: Array, active_B: Array,
+           is_dense_B: Array | bool = False) -> Attend:
   """Attention of one new token of each row to the blocks selected for each key/value head.
 
-    out = softmax(q k_Sᵀ / √E) v_S,  S = the n = min(M, max(n_min, ⌈M p⌉)) highest of
-    score_i = Σ_j max(q̄_j kmax_ij, q̄_j kmin_ij), the last n_local of the M blocks forced
-
   Args:
+    ops: the model's operations.
     resa: how many blocks are selected.
     positions_B: i32[B].
     active_B: bool[B]; the other rows write nothing, and their results mean nothing.
-    generation: the generation of the TPU whose kernels are called; None computes with XLA.
-    scores: the function that scores blocks; control experiments take another one.
+    is_dense_B: bool[B] the rows whose token sees everything before it, as in a prefill.
   """
-  selection = Selection(resa.active, resa.min_blocks, resa.local_blocks)
-
   def attend(q: Array, k: Array, v: Array, cache: SparseCache,
              layer: Array) -> tuple[Array, SparseCache]:
-    cache = _write(cache, layer, cache.table, positions_B[:, None], active_B[:, None], k, v)
+    pool = paged_cache.write(ops, cache.pool, layer, cache.table, positions_B,
+                             active_B.astype(jnp.int32), k, v)
     bounds = _updated(cache, layer, k[:, 0], positions_B, active_B)
-    cache = dataclasses.replace(cache, bounds=bounds)
-    lengths = jnp.where(active_B, positions_B + 1, 0)
-    if generation is not None:
-      tuned = tuning.blocks(generation, cache.block)
-      values = kernels.block_scores(q[:, 0], bounds, layer, generation=generation, blocks=tuned)
-      blocks, counts = kernels.select_blocks(values, lengths, page_size=cache.block,
-                                             selection=selection, generation=generation)
-      out, _ = kernels.sparse_attention(
-          q[:, 0], cache.pages, blocks, counts, cache.table + layer * cache.pages_per_layer,
-          lengths, generation=generation, blocks=tuned)
-      return out[:, None], _noted(cache, layer, blocks, counts)
-    num_scored = num_blocks(lengths, cache.block)
-    values = resa_selection.score_layer(scores, q[:, 0], bounds, layer, num_scored.max())
-    blocks, counts = resa_selection.select(values, num_scored, selection)
-    cache = _noted(cache, layer, blocks, counts)
-    lists = PageLists(
-        blocks, cache.table, end=counts.max(),
-        first_masked=jnp.where(active_B, counts, blocks.shape[-1]).min() - 1)
-    return attend_pages(q, positions_B[:, None], cache, layer, lists), cache
+    cache = dataclasses.replace(cache, pool=pool, bounds=bounds)
+    table = cache.table + layer * pool.num_pages
+    is_sparse = active_B & ~jnp.asarray(is_dense_B)
+    read = ops.sparse(q[:, 0], pool.pages, bounds, layer, table,
+                      jnp.where(is_sparse, positions_B + 1, 0), selection_of(resa))
+    out, cache = read.out[:, None], _noted(cache, layer, read)
+    if is_dense_B is False:
+      return out, cache
+    return _dense_where(ops, active_B & is_dense_B, q, cache, table, positions_B, out), cache
 
   return attend
 
 
-def _noted(cache: SparseCache, layer: Array, blocks_BKN: Array, counts_B: Array) -> SparseCache:
-  """The cache with the blocks that this layer reads, where somebody asks for them."""
+def _dense_where(ops: Ops, wanted_B: Array, q_BSHE: Array, cache: SparseCache, table_BP: Array,
+                 positions_B: Array, out_BSHE: Array) -> Array:
+  """The results of dense attention in the wanted rows, and those given in the others."""
+  def turn(rows_R: Array, out: Array) -> Array:
+    at = jnp.minimum(rows_R, wanted_B.shape[0] - 1)
+    new = ops.paged(q_BSHE[at], cache.pool.pages, None, table_BP[at], positions_B[at],
+                    (rows_R == at).astype(jnp.int32))
+    return out.at[rows_R].set(new, mode='drop')
+
+  return of_rows(wanted_B, FEW_ROWS, turn, out_BSHE)
+
+
+FEW_ROWS = 4  # Rows that join or are read densely at once. They are few, and the others wait.
+
+
+def of_rows(wanted_B: Array, at_once: int, change: Callable[[Array, Tree], Tree],
+            state: Tree) -> Tree:
+  """change(rows, state) for some wanted rows at a time; the other rows cost nothing.
+
+  Args:
+    wanted_B: bool[B].
+    at_once: R, the number of rows of a turn.
+    change: (i32[R] wanted rows, B for none; state) → state.
+    state: any tree.
+  """
+  num_rows = wanted_B.shape[0]
+  size = min(num_rows, at_once)
+  rows = jnp.where(wanted_B, jnp.arange(num_rows), num_rows)
+  rows = jnp.pad(jnp.sort(rows), (0, -num_rows % size), constant_values=num_rows)
+  turn = lambda i, state: change(jax.lax.dynamic_slice_in_dim(rows, i * size, size), state)
+  return jax.lax.fori_loop(0, -(-wanted_B.sum() // size), turn, state)
+
+
+def _noted(cache: SparseCache, layer: Array, read: Reading) -> SparseCache:
+  """The cache with the blocks that a layer has read, where somebody asks for them."""
   if isinstance(cache.selected, tuple):
     return cache
   num_blocks = cache.table.shape[1]
-  is_read = jnp.arange(blocks_BKN.shape[-1]) < counts_B[:, None, None]
-  bits = resa_selection.packed(jnp.where(is_read, blocks_BKN, num_blocks), num_blocks)
+  is_read = jnp.arange(read.blocks.shape[-1]) < read.counts[:, None, None]
+  bits = block_selection.packed(jnp.where(is_read, read.blocks, num_blocks), num_blocks)
   return dataclasses.replace(cache, selected=cache.selected.at[layer].set(bits))
-
-
-def _write(cache: SparseCache, layer: Array, table_RP: Array, positions_RS: Array,
-           is_token_RS: Array, k_RSKE: Array, v_RSKE: Array) -> SparseCache:
-  first = layer * cache.pages_per_layer
-  new_RSK2E = jnp.stack([k_RSKE, v_RSKE], 3).astype(cache.pages.dtype)
-  return dataclasses.replace(cache, pages=write_tokens(
-      cache.pages, table_RP + first, positions_RS[:, 0], is_token_RS.sum(1), new_RSK2E,
-      NOBODY + first))
 
 
 # --- Descriptors ------------------------------------------------------------------
@@ -194,8 +194,8 @@ def describe(cache: SparseCache, layers_L: Array, rows_R: Array, starts_R: Array
   pages = jnp.take_along_axis(table, touched, 1, mode='clip')
   positions = touched[..., None] * cache.block + jnp.arange(cache.block)
   seen = (positions < lengths_R[:, None, None])[None, None, :, :, :, None]
-  at = layers_L[:, None, None] * cache.pages_per_layer + pages
-  k = cache.pages[:, at, 0].swapaxes(0, 1)  # [L', K, R, T, b, E]
+  at = layers_L[:, None, None] * cache.pool.num_pages + pages
+  k = cache.pool.pages[:, at, 0].swapaxes(0, 1)  # [L', K, R, T, b, E]
   bounds = jnp.concatenate([jnp.where(seen, k, -jnp.inf).max(-2),
                             jnp.where(seen, k, jnp.inf).min(-2)], -1)
   has_keys = (touched * cache.block < lengths_R[:, None]) & (rows_R < num_rows)[:, None]
@@ -205,6 +205,26 @@ def describe(cache: SparseCache, layers_L: Array, rows_R: Array, starts_R: Array
       bounds.transpose(0, 2, 3, 1, 4), mode='drop'))
 
 
+DESCRIBED_TOKENS = 1024  # of each row and layer, in one turn of `describe_rows`
+
+
+def describe_rows(cache: SparseCache, is_row_B: Array, lengths_B: Array) -> SparseCache:
+  """Computes the descriptors of all blocks of some rows."""
+  size = min(cache.table.shape[1], max(1, DESCRIBED_TOKENS // cache.block)) * cache.block
+  num_layers = cache.bounds.shape[0]
+
+  def some(rows_R: Array, cache: SparseCache) -> SparseCache:
+    lengths = lengths_B.at[rows_R].get(mode='fill', fill_value=0)
+
+    def turn(i: Array, cache: SparseCache) -> SparseCache:
+      starts = jnp.full(rows_R.shape, i // num_layers * size)
+      return describe(cache, (i % num_layers)[None], rows_R, starts, lengths, size - cache.block)
+
+    return jax.lax.fori_loop(0, -(-lengths.max() // size) * num_layers, turn, cache)
+
+  return of_rows(is_row_B, FEW_ROWS, some, cache)
+
+
 def _updated(cache: SparseCache, layer: Array, k_BKE: Array, positions_B: Array,
              active_B: Array) -> Array:
   """Descriptors of all layers after one layer has one more key of each active row."""
@@ -212,120 +232,6 @@ def _updated(cache: SparseCache, layer: Array, k_BKE: Array, positions_B: Array,
   at = (layer, jnp.arange(num_rows), slice(None), positions_B // cache.block)
   old_BKD = cache.bounds.at[at].get(mode='clip')
   new_BKD = kernels.update_descriptors(old_BKD[:, :, None], k_BKE, positions_B % cache.block,
-                               page_size=cache.block)[:, :, 0]
+                                       page_size=cache.block)[:, :, 0]
   blocks = jnp.where(active_B, positions_B // cache.block, table_len)
   return cache.bounds.at[layer, jnp.arange(num_rows), :, blocks].set(new_BKD, mode='drop')
-
-
-# --- Attention to lists of pages --------------------------------------------------
-
-
-class PageLists(NamedTuple):
-  """Which blocks a row's queries read, in ascending order."""
-
-  blocks: Array  # i32[B, K or 1, N]; P and greater numbers stand for no block
-  table: Array  # i32[B, P] page of each block
-  first_masked: Array  # i32[] entries before it hold only keys that all queries see
-  end: Array  # i32[] no row reads the entries from here on
-
-
-def pages_per_turn(num_lists: int, num_queries: int, num_listed: int, page_numbers: int,
-                   block: int) -> int:
-  """Pages of each list that one turn of the loop reads; all turns read about equally many."""
-  most = min(COPIED_NUMBERS // (num_lists * page_numbers),
-             SCORES // (num_lists * num_queries * block))
-  turns = -(-num_listed // max(1, most))
-  return -(-num_listed // turns)
-
-
-def attend_pages(q_BSHE: Array, positions_BS: Array, cache: SparseCache, layer: Array,
-                 lists: PageLists) -> Array:
-  """softmax(q kᵀ / √E) v over the keys of the listed blocks up to each query's position.
-
-  Each query must see a key of its list's first block.
-
-  Args:
-    q_BSHE: f[B, S, H, E].
-    positions_BS: i32[B, S].
-    cache: the pages.
-    layer: i32[].
-    lists: the blocks that each row's queries read.
-
-  Returns:
-    f[B, S, H, E] in q's dtype; the softmax is float32.
-  """
-  num_rows, num_new, num_heads, width = q_BSHE.shape
-  num_groups, block = cache.pages.shape[0], cache.block
-  group = num_heads // num_groups
-  q = q_BSHE.reshape(num_rows, num_new, num_groups, group, width)
-  q = q.transpose(0, 2, 3, 1, 4).reshape(num_rows * num_groups, group * num_new, width)
-  q = (q * width**-0.5).astype(q.dtype)
-  positions = jnp.broadcast_to(positions_BS[:, None, None],
-                               (num_rows, num_groups, group, num_new)).reshape(q.shape[:2])
-  blocks = jnp.broadcast_to(lists.blocks, (num_rows, num_groups, lists.blocks.shape[-1]))
-  page_numbers = math.prod(cache.pages.shape[2:])
-  per_turn = pages_per_turn(q.shape[0], q.shape[1], blocks.shape[-1], page_numbers, block)
-  none = lists.table.shape[1]
-  blocks = jnp.pad(blocks, ((0, 0), (0, 0), (0, -blocks.shape[-1] % per_turn)),
-                   constant_values=none)
-  ids = _page_ids(cache, layer, lists.table, blocks).reshape(q.shape[0], -1)
-  blocks = blocks.reshape(ids.shape)
-  pages = cache.pages.reshape(-1, *cache.pages.shape[2:])
-
-  def turn(masked: bool, i: Array, state: _Softmax) -> _Softmax:
-    part = lambda x: jax.lax.dynamic_slice_in_dim(x, i * per_turn, per_turn, 1)
-    copied = _copy_pages(pages, part(ids))
-    k, v = (copied[:, :, i].reshape(q.shape[0], -1, width) for i in (0, 1))
-    scores = jnp.einsum('xqe,xce->xqc', q, k.astype(q.dtype),
-                        preferred_element_type=jnp.float32)
-    if masked:
-      at = part(blocks)[..., None] * block + jnp.arange(block)
-      seen = at.reshape(q.shape[0], 1, -1) <= positions[..., None]
-      scores = jnp.where(seen, scores, MASKED)
-    return state.add(scores, v)
-
-  turns = -(-lists.end // per_turn)
-  unmasked = jnp.clip(lists.first_masked // per_turn, 0, turns)
-  state = _Softmax.empty(*q.shape)
-  state = jax.lax.fori_loop(0, unmasked, functools.partial(turn, False), state)
-  state = jax.lax.fori_loop(unmasked, turns, functools.partial(turn, True), state)
-  out = state.out / jnp.maximum(state.total, 1e-30)[..., None]
-  out = out.reshape(num_rows, num_groups, group, num_new, width).transpose(0, 3, 1, 2, 4)
-  return out.reshape(q_BSHE.shape).astype(q_BSHE.dtype)
-
-
-class _Softmax(NamedTuple):
-  """A softmax-weighted sum over the keys so far, of X lists with Q queries each."""
-
-  highest: Array  # f32[X, Q]
-  total: Array  # f32[X, Q] Σ exp(score − highest)
-  out: Array  # f32[X, Q, E]
-
-  @classmethod
-  def empty(cls, *shape: int) -> '_Softmax':
-    return cls(jnp.full(shape[:2], MASKED), jnp.zeros(shape[:2]), jnp.zeros(shape))
-
-  def add(self, scores_XQC: Array, v_XCE: Array) -> '_Softmax':
-    highest = jnp.maximum(self.highest, scores_XQC.max(-1))
-    weights = jnp.exp(scores_XQC - highest[..., None])
-    kept = jnp.exp(self.highest - highest)
-    new = jnp.einsum('xqc,xce->xqe', weights.astype(v_XCE.dtype), v_XCE,
-                     preferred_element_type=jnp.float32)
-    return _Softmax(highest, self.total * kept + weights.sum(-1),
-                    self.out * kept[..., None] + new)
-
-
-def _page_ids(cache: SparseCache, layer: Array, table_BP: Array, blocks_BKN: Array) -> Array:
-  """i32[B, K, N]: where the blocks' pages lie among those of all heads and layers."""
-  pages = jnp.take_along_axis(table_BP[:, None], blocks_BKN, 2, mode='clip')
-  pages = jnp.where(blocks_BKN < table_BP.shape[1], pages, NOBODY)
-  heads = jnp.arange(blocks_BKN.shape[1])[:, None] * cache.pages.shape[1]
-  return heads + layer * cache.pages_per_layer + pages
-
-
-def _copy_pages(pages_N2PE: Array, ids_XN: Array) -> Array:
-  """f[X, N, 2, b, E]: the pages with these ids, copied whole."""
-  numbers = jax.lax.GatherDimensionNumbers(offset_dims=(2, 3, 4), collapsed_slice_dims=(0,),
-                                           start_index_map=(0,))
-  return jax.lax.gather(pages_N2PE, ids_XN[..., None], numbers, (1, *pages_N2PE.shape[1:]),
-                        mode=jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS)

@@ -17,9 +17,9 @@ from jax.extend import core
 import numpy as np
 
 from jaxrl_pt import config as cfg
+from jaxrl_pt.nn import paged_attention
+from jaxrl_pt.nn.sparse_attention import pages_per_turn, scored_per_turn
 from jaxrl_pt.sampling.resa import RECTIFIED_TOKENS
-from jaxrl_pt.sampling.resa_attention import pages_per_turn
-from jaxrl_pt.sampling.resa_selection import scored_per_turn
 from pallas_kernels.sparse_decode import Selection
 
 # Operations that copy a part of their first operand.
@@ -66,26 +66,26 @@ def attention_bytes(model: cfg.Model, resa: cfg.ReSA, num_rows: int, length: int
     itemsize: bytes of a cached number.
   """
   lists, width = num_rows * model.num_kv_heads, model.head_dim
-  group = model.num_heads // model.num_kv_heads
   page = 2 * resa.block * width
   num_blocks = -(-length // resa.block)
   selection = Selection(resa.active, resa.min_blocks, resa.local_blocks)
   scored = scored_per_turn(lists, table_len, 2 * width)
   descriptors = _whole_turns(num_blocks, scored) + 1  # The new key updates one more.
-  per_turn = pages_per_turn(lists, group, selection.num_selected(table_len), page, resa.block)
+  per_turn = pages_per_turn(lists, selection.num_selected(table_len), page)
   pages = _whole_turns(selection.num_selected(num_blocks), per_turn)
   rectified = 0
   if isinstance(resa.refresh, cfg.RefreshEvery):
     window = resa.refresh.tokens
     rows = min(num_rows, max(1, RECTIFIED_TOKENS // window))
-    due_lists = rows * model.num_kv_heads
-    per_turn = pages_per_turn(due_lists, group * window, table_len, page, resa.block)
+    per_turn = paged_attention.pages_per_turn(table_len, resa.block)
     touched = (-(-window // resa.block) + 1) * page // 2  # Descriptors read keys alone.
-    forward = due_lists * (_whole_turns(num_blocks, per_turn) * page + touched)
-    rectified = -(-num_rows // rows) * forward
+    # Nothing depends on what the last layer attends to, of which the loop reads one turn.
+    layers = (model.num_layers - 1) * _whole_turns(num_blocks, per_turn) + per_turn
+    forward = layers * page + model.num_layers * touched
+    rectified = itemsize * -(-num_rows // rows) * rows * model.num_kv_heads * forward
   scale = model.num_layers * itemsize
   return AttentionBytes(scale * lists * descriptors * 2 * width, scale * lists * pages * page,
-                        scale * rectified)
+                        rectified)
 
 
 def _whole_turns(num: int, per_turn: int) -> int:

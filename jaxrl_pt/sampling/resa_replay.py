@@ -25,8 +25,8 @@ import jax.numpy as jnp
 
 from jaxrl_pt.models import kv_cache
 from jaxrl_pt.models.base import Model
+from jaxrl_pt.nn import block_selection
 from jaxrl_pt.nn.attention import BRANCH_BLOCK, MASKED
-from jaxrl_pt.sampling import resa_selection
 from jaxrl_pt.sampling.prefill import Prefilled
 from jaxrl_pt.types import Array, Params, Prompts, SelectedBlocks
 
@@ -231,7 +231,7 @@ def _some_chunks(dense: _Dense, q: Array, k: Array, v: Array, bits: Array, first
 
 def _seen(bits_DRCFKW: Array, first: Array, length: int, block: int, streams: _Streams) -> Array:
   """bool[D, R, C, F, K, T + O + F]: which keys of document, own tokens and chunk a query sees."""
-  is_read = resa_selection.unpacked(bits_DRCFKW)
+  is_read = block_selection.unpacked(bits_DRCFKW)
   num_chunks, window = bits_DRCFKW.shape[2:4]
   starts_C = (first + jnp.arange(num_chunks)) * window  # Response tokens before each chunk.
   ends_DR1 = streams.lengths_DR[..., None]

@@ -7,9 +7,10 @@ from flax import struct
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from jaxrl_pt.config import SparseDrafts
 from jaxrl_pt.models import paged_cache
 from jaxrl_pt.models.base import Model
-from jaxrl_pt.sampling import admission
+from jaxrl_pt.sampling import admission, resa
 from jaxrl_pt.sampling.admission import Places
 from jaxrl_pt.sampling.requests import Shape, Vocabulary
 from jaxrl_pt.types import Array
@@ -54,6 +55,8 @@ class Counters:
   busy: Array  # i32[] slots that were extended, summed over steps
   prefilled: Array  # i32[] tokens of documents that went through the model
   reused: Array  # i32[] tokens of documents that were found in the pages of their parents
+  drafted: Array  # i32[] drafts that were fed
+  agreed: Array  # i32[] of these, how many were right, and nothing before them wrong
 
 
 @struct.dataclass
@@ -65,6 +68,7 @@ class Slots:
   decoding: Decoding
   responses: Responses
   counters: Counters
+  sparse: Any = ()  # resa.Sparse where sparse attention draws, else ()
 
 
 def init(model: Model, shape: Shape, vocabulary: Vocabulary, dtype: DTypeLike) -> Slots:
@@ -73,6 +77,7 @@ def init(model: Model, shape: Shape, vocabulary: Vocabulary, dtype: DTypeLike) -
   ints = lambda *dims: jnp.zeros(dims, jnp.int32)
   floats = lambda *dims: jnp.zeros(dims, jnp.float32)
   decoding = Decoding(ints(slots), ints(slots), ints(slots))
+  resa_config = shape.drafts.resa if isinstance(shape.drafts, SparseDrafts) else shape.sparse
   if vocabulary.think_end:
     decoding = dataclasses.replace(
         decoding, thought=ints(slots) - 1, closing=ints(slots) - 1, answered=ints(slots),
@@ -88,4 +93,6 @@ def init(model: Model, shape: Shape, vocabulary: Vocabulary, dtype: DTypeLike) -
                 ints(rows, length, shape.num_top) if shape.num_top else (),
                 floats(rows, length, shape.num_top) if shape.num_top else (), ints(rows),
                 ints(rows)),
-      Counters(ints(), ints(), ints(), ints()))
+      Counters(*(ints() for _ in dataclasses.fields(Counters))),
+      () if resa_config is None else resa.init(model.config, resa_config, slots, rows, length,
+                                               shape.table_len, dtype))

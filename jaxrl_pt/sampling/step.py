@@ -1,17 +1,20 @@
 """One decode step of the sampler's program: a token of each slot goes in, and the next is drawn."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 
+from jaxrl_pt import config as cfg
 from jaxrl_pt.models import paged_cache
 from jaxrl_pt.models.base import Model
-from jaxrl_pt.sampling import admission
+from jaxrl_pt.sampling import admission, drafting
 from jaxrl_pt.sampling.admission import FILLED, IDLE, Places
+from jaxrl_pt.sampling.drawing import drawn, filtered
 from jaxrl_pt.sampling.endings import ends_in, shift_in
-from jaxrl_pt.sampling.policies import RowSamplers, draw, filtered_logits, filtered_rows
-from jaxrl_pt.sampling.requests import NO_MASK, Queue, Requests, Shape, Vocabulary
+from jaxrl_pt.sampling.feeding import Fed, feed, note_selection
+from jaxrl_pt.sampling.requests import Queue, Requests, Shape, Vocabulary
 from jaxrl_pt.sampling.state import (
   CANCELLED,
   LENGTH,
@@ -31,61 +34,71 @@ def is_due(requests: Requests, places: Places) -> Array:
 
 
 def step(model: Model, shape: Shape, vocabulary: Vocabulary, params: Params, key: Array,
-          version: Array | int, queue: Queue, slots: Slots) -> Slots:
+         version: Array | int, queue: Queue, slots: Slots) -> Slots:
   """Feeds the newest token of each slot, draws the next one, and ends the responses that are over.
+
+  With drafts, several tokens are fed at once, and as many may be drawn.
 
   Args:
     model, shape, vocabulary, params, key, version, queue: as for `slots.advance`.
     slots: the state, whose admission is done.
   """
-  places, decoding, requests = slots.places, slots.decoding, queue.rows
+  places, before = slots.places, slots.decoding.length
   active = admission.active(places)
-  row = jnp.maximum(places.row, 0)
-  asked = jax.tree.map(lambda x: x[row], requests)
-  # The keys and values of idle slots go to page NOBODY.
-  hidden, cache = model.extend(
-      params, decoding.newest[:, None], decoding.length[:, None], slots.cache,
-      paged_cache.paged(model.ops, places.table, decoding.length, active.astype(jnp.int32)))
-  length = decoding.length + active
-  slots = dataclasses.replace(slots, cache=cache,
-                              decoding=dataclasses.replace(decoding, length=length))
-  logits = jnp.matmul(hidden[:, 0], model.head(params), preferred_element_type=jnp.float32)
+  asked = jax.tree.map(lambda x: x[jnp.maximum(places.row, 0)], queue.rows)
+  fed, slots = feed(model, shape, vocabulary, params, key, queue, slots)
+  draw_next = functools.partial(_draw_next, model, shape, vocabulary, params, key, version, queue,
+                                asked, fed)
+  slots, going, ended = draw_next(0, (slots, active, jnp.zeros_like(active)))
+  if shape.drafts is not None:
+    slots, _, ended = jax.lax.fori_loop(1, shape.num_fed, draw_next, (slots, going, ended))
+  if isinstance(shape.drafts, cfg.SparseDrafts):
+    slots = drafting.forget_wrong(slots, before, shape.num_fed)
+  counters = dataclasses.replace(
+      slots.counters, steps=slots.counters.steps + 1, busy=slots.counters.busy + active.sum(),
+      drafted=slots.counters.drafted + jnp.maximum(fed.counts - 1, 0).sum(),
+      agreed=slots.counters.agreed + jnp.maximum(slots.decoding.length - before - 1, 0).sum())
+  slots = dataclasses.replace(slots, counters=counters)
+  return _release(shape, slots, asked, ended | ((places.row != IDLE) & asked.cancelled))
+
+
+def _draw_next(model: Model, shape: Shape, vocabulary: Vocabulary, params: Params, key: Array,
+               version: Array | int, queue: Queue, asked: Requests, fed: Fed, j: Array | int,
+               carry: tuple[Slots, Array, Array]) -> tuple[Slots, Array, Array]:
+  """Draws the token after the j-th one that was fed.
+
+  The carry is the slots; bool[B] which of them have drawn what was fed up to here; and bool[B]
+  which responses have ended.
+  """
+  slots, going, ended = carry
+  decoding, row = slots.decoding, jnp.maximum(slots.places.row, 0)
+  slots = dataclasses.replace(
+      slots, decoding=dataclasses.replace(decoding, length=decoding.length + going))
+  logits = jnp.matmul(fed.hidden[:, j], model.head(params), preferred_element_type=jnp.float32)
   # Tokens of the tail are known, and belong to no response.
   in_tail = decoding.fed + 1 < asked.num_tail
-  filtered = _filtered(shape, vocabulary, queue, asked, logits)
-  token, logp, drawn, slots = _choose(model, shape, vocabulary, key, asked, filtered, slots,
-                                      slots.responses.count[row], active & ~in_tail)
+  if not isinstance(fed.selected, tuple):
+    drawing = going & ~in_tail & ~asked.cancelled
+    slots = dataclasses.replace(slots, sparse=note_selection(
+        slots.sparse, jnp.where(drawing, row, shape.queue), slots.responses.count[row],
+        fed.selected))
+  likely = filtered(shape, vocabulary, queue, asked, logits)
+  token, logp, is_drawn, slots = _choose(model, shape, vocabulary, key, asked, likely, slots,
+                                         slots.responses.count[row], going & ~in_tail)
   if shape.num_top:
-    slots = _report_top(shape, slots, asked, jnp.where(active & ~in_tail, row, shape.queue),
-                        filtered)
+    slots = _report_top(shape, slots, asked, jnp.where(going & ~in_tail, row, shape.queue), likely)
   next_of_tail = jnp.take_along_axis(
       asked.tail, jnp.minimum(decoding.fed + 1, shape.tail_len - 1)[:, None], 1)[:, 0]
-  slots, finish = _record(shape, slots, asked, row, active & ~in_tail, token, logp, drawn,
+  slots, finish = _record(shape, slots, asked, row, going & ~in_tail, token, logp, is_drawn,
                           vocabulary, version)
   newest = jnp.where(in_tail, next_of_tail, token)
-  decoding = dataclasses.replace(
-      slots.decoding, newest=jnp.where(active, newest, decoding.newest),
-      fed=decoding.fed + (active & in_tail))
-  ended = (places.row != IDLE) & (((finish != RUNNING) & active & ~in_tail) | asked.cancelled)
-  counters = dataclasses.replace(slots.counters, steps=slots.counters.steps + 1,
-                                 busy=slots.counters.busy + active.sum())
-  slots = dataclasses.replace(slots, decoding=decoding, counters=counters)
-  return _release(shape, slots, asked, ended)
-
-
-def _filtered(shape: Shape, vocabulary: Vocabulary, queue: Queue, asked: Requests,
-              logits_BV: Array) -> Array:
-  """f32[B, V]: logits of the distribution that each slot draws from."""
-  if shape.sampler is not None:
-    return filtered_logits(logits_BV, shape.sampler)
-  assert isinstance(asked.samplers, RowSamplers) and vocabulary.is_token is not None
-  allowed = vocabulary.is_token
-  if shape.num_masks:
-    words = queue.masks[jnp.maximum(asked.mask, 0)]
-    tokens = jnp.arange(shape.vocab_size)
-    bits = (words[:, tokens // 32] >> (tokens % 32).astype(jnp.uint32)) & 1
-    allowed &= (bits == 1) | (asked.mask == NO_MASK)[:, None]
-  return filtered_rows(logits_BV, asked.samplers, allowed)
+  ended |= (finish != RUNNING) & going & ~in_tail
+  slots = dataclasses.replace(slots, decoding=dataclasses.replace(
+      slots.decoding, newest=jnp.where(going, newest, decoding.newest),
+      fed=decoding.fed + (going & in_tail)))
+  following = fed.tokens[:, jnp.minimum(j + 1, fed.tokens.shape[1] - 1)]
+  going &= ~ended & ~asked.cancelled & (j + 1 < fed.counts) & (newest == following)
+  return slots, going, ended
 
 
 def _report_top(shape: Shape, slots: Slots, asked: Requests, row: Array,
@@ -114,7 +127,7 @@ def _choose(model: Model, shape: Shape, vocabulary: Vocabulary, key: Array, aske
 
   Args:
     model, shape, vocabulary, key, asked, slots: as in `step`.
-    filtered_BV: f32[B, V] from `_filtered`.
+    filtered_BV: f32[B, V] from `drawing.filtered`.
     count: i32[B] tokens of each slot's response so far.
     is_response: bool[B] whether the next token belongs to a response.
 
@@ -123,10 +136,7 @@ def _choose(model: Model, shape: Shape, vocabulary: Vocabulary, key: Array, aske
     drawn and not forced, and the slots with what has been forced of the end marker.
   """
   decoding = slots.decoding
-  keys = jax.vmap(jax.random.fold_in, (None, 0))(key, asked.ids)
-  keys = jax.vmap(jax.random.fold_in)(keys, asked.samples)
-  whole = lambda x: model.constrain(x, (None,) * x.ndim)
-  token, logp = draw(jax.vmap(jax.random.fold_in)(keys, decoding.length), filtered_BV, whole)
+  token, logp = drawn(model, key, asked, decoding.length, filtered_BV)
 
   is_forced = jnp.zeros(token.shape, bool)
   if shape.num_forced:

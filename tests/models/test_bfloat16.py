@@ -31,7 +31,7 @@ from jaxrl_pt.nn import quant as quantisers
 from jaxrl_pt.nn.linear import linear, matmul
 from jaxrl_pt.nn.norm import rms_norm
 from jaxrl_pt.nn.ops import Ops
-from jaxrl_pt.sampling import branch, engine, groups, resa, resa_speculate
+from jaxrl_pt.sampling import branch, engine, groups
 from jaxrl_pt.sampling.prefill import prefill
 from jaxrl_pt.train import losses, step, update
 from jaxrl_pt.types import Batch, Prompts, TrainBatch, TrainState
@@ -286,13 +286,13 @@ def dense(params, key):
 
 
 def sparse(params, key):
-  return resa.generate(MODEL, params, PROMPTS, key, sampler=cfg.Sampler(),
-                       resa=cfg.ReSA(4, 1.0), **DRAWN)
+  return groups.generate(MODEL, params, PROMPTS, key, sampler=cfg.Sampler(),
+                         sparse=cfg.ReSA(4, 1.0), **DRAWN)
 
 
 def drafted(params, key):
-  return resa_speculate.generate(MODEL, params, PROMPTS, key, sampler=cfg.Sampler(),
-                                 sparse=cfg.ReSA(4, 1.0), num_drafts=2, **DRAWN)[0]
+  slots = cfg.Slots(drafts=cfg.SparseDrafts(2, cfg.ReSA(4, 1.0)))
+  return groups.generate(MODEL, params, PROMPTS, key, sampler=cfg.Sampler(), slots=slots, **DRAWN)
 
 
 @pytest.mark.parametrize('draws', [dense, sparse, drafted])

@@ -205,7 +205,9 @@ def test_a_mesh_of_tpus_gets_kernels_and_any_other_the_definitions():
   for kind in ('TPU v4', 'TPU v5 lite', 'TPU v5', 'TPU v6 lite', 'TPU7x'):
     made = kernels.make_ops(mesh_of(kind))
     assert made.write_pages is write_pages
-    for op, definition in zip(made[:-1], ops.Ops()[:-1], strict=True):
+    for op, definition in zip(made, ops.Ops(), strict=True):
+      if op is write_pages:
+        continue
       _, implementations = op.args
       assert [i.run for i in implementations][-1] is definition
       assert len(implementations) == 2 and implementations[0].name in ('tpu', 'splash')

@@ -1,4 +1,4 @@
-"""Rectification restores the dense cache; generation and speculation equal groups.generate."""
+"""Rectification restores the dense cache; rollouts equal a slow loop, and drafts change nothing."""
 
 import functools
 from pathlib import Path
@@ -14,10 +14,11 @@ from jaxrl_pt.config import RefreshEvery, RefreshNever, ReSA, Sampler
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.interop import llama2c
 from jaxrl_pt.models import transformer
-from jaxrl_pt.sampling import groups, resa, resa_attention, resa_speculate
-from jaxrl_pt.sampling.policies import sample_keys
-from jaxrl_pt.sampling.prefill import prefill as prefill_documents
+from jaxrl_pt.nn import sparse_attention
+from jaxrl_pt.sampling import groups, policies, resa, resa_attention
+from jaxrl_pt.sampling import prefill as prefilling
 from jaxrl_pt.types import Prompts
+from tests.sampling.sparse_rows import keys_and_values, prefill, sparse_rows
 
 CONFIG = cfg.Model(num_layers=2, d_model=16, d_ff=32, num_heads=4, num_kv_heads=2, head_dim=8,
                    vocab_size=19, tied_head=False)
@@ -37,36 +38,28 @@ BLOCK, ROWS = 4, 3
 KEY = jax.random.key(7)
 
 
-
 def prompts(lengths=(11, 8, 3), ids=(4, 7, 9), width=11):
   tokens = jax.random.randint(jax.random.key(1), (3, 11), 0, 19)[:, :width]
   return Prompts(tokens, jnp.array(lengths), jnp.array(ids))
 
 
-prefill = jax.jit(functools.partial(resa.prefill, MODEL))
-dense_prefill = jax.jit(functools.partial(prefill_documents, MODEL))
-
-
-def keys_and_values(cache, length):
-  """f[2, L, B, K, T, E] as a row of slots would hold them."""
-  at = cache.table + (jnp.arange(CONFIG.num_layers) * cache.pages_per_layer)[:, None, None]
-  kv = cache.pages[:, at].transpose(4, 1, 2, 0, 3, 5, 6)
-  return kv.reshape(*kv.shape[:4], -1, kv.shape[-1])[..., :length, :]
+dense_prefill = jax.jit(functools.partial(prefilling.prefill, MODEL))
+sparse_prefill = jax.jit(functools.partial(prefill, MODEL))
 
 
 # --- Rectification --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('window', [1, 16, 32, 128])
+@pytest.mark.parametrize('window', [
+    1, 32, *(pytest.param(window, marks=pytest.mark.slow) for window in (16, 128))])
 def test_after_each_rectification_the_cache_is_the_dense_one(window):
   """Rows at different phases: each has its own length and its own count since the last time."""
   prompt_lens, total = jnp.array([20, 33, 27]), 33 + window + 40
   tokens = jax.random.randint(jax.random.key(2), (ROWS, total), 0, 19)
   hidden, plain = dense_prefill(PARAMS, tokens)
-  table, num_pages = resa_attention.rows_of_pages(ROWS, -(-total // BLOCK))
-  cache = resa_attention.init(CONFIG, table, num_pages, BLOCK, jnp.float32)
+  cache = sparse_rows(CONFIG, ROWS, -(-total // BLOCK), BLOCK)
   settings = ReSA(BLOCK, 0.1, min_blocks=2)
-  last, cache = prefill(PARAMS, cache, tokens[:, :33], prompt_lens)
+  last, cache = sparse_prefill(PARAMS, cache, tokens[:, :33], prompt_lens)
   np.testing.assert_allclose(last, hidden[jnp.arange(ROWS), prompt_lens - 1], atol=1e-5)
 
   @jax.jit
@@ -110,10 +103,9 @@ def test_trailing_windows_of_any_length():
   """Counts below the window's width: each row ends with the dense cache of its own tokens."""
   tokens = jax.random.randint(jax.random.key(3), (ROWS, 24), 0, 19)
   _, plain = dense_prefill(PARAMS, tokens)
-  table, num_pages = resa_attention.rows_of_pages(ROWS, 6)
-  cache = resa_attention.init(CONFIG, table, num_pages, BLOCK, jnp.float32)
+  cache = sparse_rows(CONFIG, ROWS, 6, BLOCK)
   starts, counts = jnp.array([16, 10, 13]), jnp.array([7, 0, 1])
-  _, cache = prefill(PARAMS, cache, tokens, starts)
+  _, cache = sparse_prefill(PARAMS, cache, tokens, starts)
   window = jnp.take_along_axis(tokens, starts[:, None] + jnp.arange(8), 1)
   rectified = jax.jit(functools.partial(resa.rectify, MODEL))(PARAMS, cache, window, starts,
                                                                 counts)
@@ -131,9 +123,9 @@ DRAW = dict(sampler=Sampler(0.9, top_p=0.95), num_samples=2, num_tokens=14, stop
 
 
 @functools.cache
-def dense_rollout():
-  return jax.jit(functools.partial(groups.generate, MODEL, version=3, **DRAW))(
-      PARAMS, prompts(), KEY)
+def generator(settings=groups.DENSE, slots=groups.ALL_SLOTS, **changed):
+  return jax.jit(functools.partial(groups.generate, MODEL, sparse=settings, slots=slots, version=3,
+                                   **{**DRAW, **changed}))
 
 
 def assert_same(rollout, expected):
@@ -145,60 +137,89 @@ def assert_same(rollout, expected):
   assert (rollout.version == 3).all()
 
 
-@functools.cache
-def generator(settings):
-  return jax.jit(functools.partial(resa.generate, MODEL, resa=settings, version=3, **DRAW))
-
-
 def test_all_blocks_reproduce_dense_decoding():
   rollout = generator(ReSA(BLOCK, active=1.0, min_blocks=1, refresh=RefreshEvery(5)))(
       PARAMS, prompts(), KEY)
-  assert_same(rollout, dense_rollout())
+  assert_same(rollout, generator()(PARAMS, prompts(), KEY))
   lengths = rollout.lengths()
   assert lengths.min() < 14 <= lengths.max()  # Some stopped and some did not.
 
 
-def test_generation_equals_a_slow_loop_and_rows_do_not_matter():
+SPARSE = ReSA(BLOCK, 0.1, min_blocks=1, refresh=RefreshEvery(4))
+
+
+def test_rollouts_equal_a_slow_loop():
   """One row at a time, a step at a time, rectified by hand."""
-  settings, window = ReSA(BLOCK, 0.1, min_blocks=1, refresh=RefreshEvery(4)), 4
-  rollout = generator(settings)(PARAMS, prompts(), KEY)
-  assert np.abs(np.asarray(rollout.logp - dense_rollout().logp)).max() > 1e-3  # It is sparse.
+  rollout, dense = (generator(s)(PARAMS, prompts(), KEY) for s in (SPARSE, cfg.Dense()))
+  assert np.abs(np.asarray(rollout.logp - dense.logp)).max() > 1e-3  # It is sparse.
   head = MODEL.head(PARAMS)
-  step = jax.jit(functools.partial(resa.decode, MODEL, resa=settings))
+  step = jax.jit(functools.partial(resa.decode, MODEL, resa=SPARSE))
   rectify = jax.jit(functools.partial(resa.rectify, MODEL))
-  keys = sample_keys(KEY, prompts().ids, 2)
-  table, num_pages = resa_attention.rows_of_pages(1, 7)
+  keys = policies.sample_keys(KEY, prompts().ids, 2)
   for n, g in ((0, 1), (1, 0), (2, 1)):
     length = int(prompts().lengths[n])
-    cache = resa_attention.init(CONFIG, table, num_pages, BLOCK, jnp.float32)
-    hidden, cache = prefill(PARAMS, cache, prompts().tokens[n:n + 1], jnp.array([length]))
+    cache = sparse_rows(CONFIG, 1, 7, BLOCK)
+    hidden, cache = sparse_prefill(PARAMS, cache, prompts().tokens[n:n + 1], jnp.array([length]))
     drawn = []
     for i in range(14):
-      token, logp = resa.draw(hidden, head, keys[2 * n + g:2 * n + g + 1],
-                              jnp.array([length + i]), DRAW['sampler'])
+      key = jax.random.fold_in(keys[2 * n + g], length + i)
+      token, logp = policies.draw(key[None], policies.filtered_logits(
+          hidden @ head, DRAW['sampler']))
       drawn.append(int(token[0]))
       np.testing.assert_allclose(rollout.logp[n, g, i], logp[0], atol=2e-5)
       if drawn[-1] == 15:
         break
       hidden, cache = step(PARAMS, cache=cache, tokens_B=token, positions_B=jnp.array([length + i]),
                            active_B=jnp.array([True]))
-      if len(drawn) % window == 0:
-        start = jnp.array([length + len(drawn) - window])
-        cache = rectify(PARAMS, cache, jnp.array([drawn[-window:]]), start, jnp.array([window]))
+      if len(drawn) % 4 == 0:
+        start = jnp.array([length + len(drawn) - 4])
+        cache = rectify(PARAMS, cache, jnp.array([drawn[-4:]]), start, jnp.array([4]))
     np.testing.assert_array_equal(rollout.tokens[n, g, :len(drawn)], drawn)
     assert int(rollout.lengths()[n, g]) == len(drawn)
 
 
-@pytest.mark.parametrize('sampler', [Sampler(0.0), Sampler(0.9, top_p=0.95)])
-def test_speculation_draws_the_very_tokens_of_dense_decoding(sampler):
-  options = {**DRAW, 'sampler': sampler}
-  expected = jax.jit(functools.partial(groups.generate, MODEL, version=3, **options))(
-      PARAMS, prompts(), KEY)
-  speculate = functools.partial(resa_speculate.generate, MODEL, version=3, num_drafts=3, **options)
-  rollout, drafting = jax.jit(functools.partial(
-      speculate, sparse=ReSA(BLOCK, 0.1, min_blocks=1)))(PARAMS, prompts(), KEY)
-  assert_same(rollout, expected)
-  assert 0 < int(drafting.agreed) < int(drafting.drafted) == 3 * int(drafting.rounds)
+@pytest.mark.parametrize('slots', [
+    cfg.Slots(slots=2, prefill_chunk=3),
+    pytest.param(cfg.Slots(slots=4, num_pages=16, prefill_tokens=4), marks=pytest.mark.slow),
+    pytest.param(cfg.Slots(slots=1), marks=pytest.mark.slow)],
+    ids=lambda s: f'{s.slots}slots{s.num_pages}pages')
+def test_slots_that_are_refilled_draw_the_same(slots):
+  settings = ReSA(BLOCK, 0.1, min_blocks=1, refresh=RefreshEvery(4), replay=True)
+  whole, refilled = (generator(settings, s)(PARAMS, prompts(), KEY) for s in (cfg.Slots(), slots))
+  assert_same(refilled, whole)
+  words = whole.selected.bits.shape[-1]  # Tables may have different lengths.
+  drawn = np.asarray(whole.sampled)[..., None, None, None] > 0
+  np.testing.assert_array_equal(np.where(drawn, refilled.selected.bits[..., :words], 0),
+                                np.where(drawn, whole.selected.bits, 0))
+
+
+def test_documents_and_suffixes_are_read_as_prompts():
+  """Three prompts of one document with a suffix each draw what they draw alone."""
+  document = jax.random.randint(jax.random.key(1), (1, 11), 0, 19)
+  suffix, lengths, ids = jnp.array([[3, 5]]), np.array([11, 6, 2]), jnp.array([4, 7, 9])
+  shared = Prompts(document, jnp.array(lengths), ids, suffix)
+  alone = np.zeros((3, 13), np.int32)
+  for row, length in zip(alone, lengths):
+    row[:length + 2] = [*document[0, :length], *suffix[0]]
+  draw = generator(SPARSE)
+  assert_same(draw(PARAMS, shared, KEY),
+              draw(PARAMS, Prompts(jnp.asarray(alone), jnp.array(lengths + 2), ids), KEY))
+
+
+# --- Drafts ---------------------------------------------------------------------------
+
+LOOKUP, SELF = cfg.PromptLookup(3, ngram=1), cfg.SparseDrafts(3, ReSA(BLOCK, 0.1, min_blocks=1))
+
+
+@pytest.mark.parametrize('drafts, slots, sampler', [
+    (LOOKUP, 0, Sampler(0.9, top_p=0.95)), (SELF, 2, Sampler(0.9, top_p=0.95)),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+        (LOOKUP, 2, Sampler(0.0)), (SELF, 0, Sampler(0.0)), (LOOKUP, 1, Sampler())))],
+    ids=str)
+def test_drafts_draw_the_very_tokens_of_dense_decoding(drafts, slots, sampler):
+  expected = generator(sampler=sampler)(PARAMS, prompts(), KEY)
+  drafting = cfg.Slots(slots=slots, drafts=drafts)
+  assert_same(generator(slots=drafting, sampler=sampler)(PARAMS, prompts(), KEY), expected)
 
 
 @pytest.mark.parametrize('settings', [
@@ -209,13 +230,6 @@ def test_bad_settings_say_what_to_write(settings):
     ReSA(**settings)
   with pytest.raises(UserError, match=r'RefreshEvery\.tokens = 0'):
     RefreshEvery(0)
-
-
-def test_branches_of_shared_documents_are_refused():
-  branches = prompts().replace(lengths=jnp.full(6, 3), ids=jnp.arange(6))
-  for refused in (branches, prompts().replace(suffix=jnp.ones((3, 2), jnp.int32))):
-    with pytest.raises(UserError, match='one document a prompt and no suffix'):
-      resa.start(MODEL, PARAMS, refused, 2, 4, BLOCK)
 
 
 # --- Real weights ---------------------------------------------------------------------
@@ -234,7 +248,7 @@ def stories():
 def story(model, params, settings, num_tokens, sampler, num_samples=1):
   bos = Prompts(jnp.full((1, 1), llama2c.BOS), jnp.ones(1, jnp.int32), jnp.zeros(1, jnp.int32))
   return jax.jit(functools.partial(
-      resa.generate, model, sampler=sampler, resa=settings, num_samples=num_samples,
+      groups.generate, model, sampler=sampler, sparse=settings, num_samples=num_samples,
       num_tokens=num_tokens))(params, bos, KEY)
 
 
@@ -276,9 +290,8 @@ def test_controls_are_detectably_worse(stories):
   settings = ReSA(4, 0.1, min_blocks=4)
   tokens = story(model, params, ReSA(8, 1.0), 241, Sampler(0.8), num_samples=8).tokens[0]
   num_rows, start = 8, 200
-  table, num_pages = resa_attention.rows_of_pages(num_rows, 62)
-  cache = resa_attention.init(model.config, table, num_pages, 4, jnp.float32)
-  _, cache = resa.prefill(model, params, cache, tokens, jnp.full(num_rows, start))
+  cache = sparse_rows(model.config, num_rows, 62, 4)
+  _, cache = prefill(model, params, cache, tokens, jnp.full(num_rows, start))
   rows = jnp.arange(num_rows)
 
   def random_scores(q, bounds):
@@ -293,8 +306,10 @@ def test_controls_are_detectably_worse(stories):
       return cache, jax.nn.log_softmax(hidden[:, 0] @ model.head(params))
     return jax.jit(lambda c: jax.lax.scan(step, c, start + jnp.arange(40))[1])(cache)
 
-  sparse = functools.partial(resa_attention.sparse, active_B=rows >= 0)
-  use = lambda settings, **options: lambda at: sparse(settings, positions_B=at, **options)
+  def use(settings, **options):
+    ops = model.ops._replace(sparse=functools.partial(sparse_attention.sparse_attention, **options))
+    return lambda at: resa_attention.sparse(ops, settings, at, rows >= 0)
+
   every = logits(cache, use(ReSA(4, 1.0)))
   divergence = lambda other: float((jnp.exp(every) * (every - other)).sum(-1).mean())
   kl = divergence(logits(cache, use(settings)))

@@ -12,8 +12,8 @@ from jaxrl_pt import config as cfg
 from jaxrl_pt import params as P
 from jaxrl_pt.config import RefreshEvery, RefreshNever, ReSA, Sampler
 from jaxrl_pt.models import transformer
-from jaxrl_pt.nn import attention
-from jaxrl_pt.sampling import policies, prefill, resa, resa_replay, resa_selection
+from jaxrl_pt.nn import attention, block_selection
+from jaxrl_pt.sampling import groups, policies, prefill, resa_replay
 from jaxrl_pt.train import fused, optim, scores
 from jaxrl_pt.train import state as states
 from jaxrl_pt.types import Prompts, TrainState, Verdict
@@ -46,7 +46,7 @@ def settings(refresh):
 @functools.cache
 def rollout(refresh):
   return jax.jit(functools.partial(
-      resa.generate, MODEL, sampler=SAMPLER, resa=settings(refresh), num_samples=2,
+      groups.generate, MODEL, sampler=SAMPLER, sparse=settings(refresh), num_samples=2,
       num_tokens=NUM_TOKENS, stop_id=STOP))(PARAMS, PROMPTS, jax.random.key(7))
 
 
@@ -73,7 +73,7 @@ def test_the_learner_computes_the_policy_of_the_sampler(refresh):
 def test_what_is_recorded():
   """n of the M blocks of each drawn token's context, the newest always; none of the first token."""
   drawn = rollout(RefreshEvery(4))
-  bits = np.asarray(resa_selection.unpacked(drawn.selected.bits))
+  bits = np.asarray(block_selection.unpacked(drawn.selected.bits))
   assert bits.shape[:6] == (3, 2, NUM_TOKENS, 2, 2, 32) and not bits[:, :, 0].any()
   for n, length in enumerate(LENGTHS):
     for s in range(1, NUM_TOKENS):
@@ -89,10 +89,10 @@ def test_what_is_recorded():
 
 def test_bits_of_lists():
   blocks = jnp.array([[0, 5, 31], [32, 69, 70], [70, 70, 71]])
-  bits = resa_selection.packed(blocks, 70)
+  bits = block_selection.packed(blocks, 70)
   assert bits.shape == (3, 3)
   expected = [[0, 5, 31], [32, 69], []]
-  assert [np.flatnonzero(row).tolist() for row in resa_selection.unpacked(bits)] == expected
+  assert [np.flatnonzero(row).tolist() for row in block_selection.unpacked(bits)] == expected
 
 
 # --- Slow definition --------------------------------------------------------------------
@@ -120,7 +120,7 @@ def slow_logp(params, drawn, n, g, window):
   """One token at a time, rectified after every `window`; it attends to the recorded blocks."""
   length, num_drawn = LENGTHS[n], int(drawn.in_response[n, g].sum())
   tokens = np.concatenate([PROMPTS.tokens[n, :length], drawn.tokens[n, g, :num_drawn]])
-  is_read = np.asarray(resa_selection.unpacked(drawn.selected.bits[n, g]))  # [S, L, K, blocks]
+  is_read = np.asarray(block_selection.unpacked(drawn.selected.bits[n, g]))  # [S, L, K, blocks]
   places = np.arange(len(tokens))
 
   def extend(cache, start, end, read=True):

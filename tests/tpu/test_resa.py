@@ -13,6 +13,6 @@ from jaxrl_pt.tpu import child
 def test_no_step_and_no_rectification_copies_the_pages():
   (row,) = child.rows('tests.tpu.compiled_resa', 'v5e:2x2')
   assert row['copies'] == [] and row['pages'] > 2**24
-  # Two layers, 63 steps: the first token comes from the prefill.
+  # Two layers, 64 steps: the first feeds the prompt's last token.
   assert {name: row['kernels'][f'sparse_decode_{name}'] for name in (
-      'scores', 'select', 'attention')} == dict.fromkeys(('scores', 'select', 'attention'), 126)
+      'scores', 'select', 'attention')} == dict.fromkeys(('scores', 'select', 'attention'), 128)

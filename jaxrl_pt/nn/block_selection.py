@@ -1,9 +1,4 @@
-"""Which blocks a sparse step reads: scores, the n highest of them, and the choice as bits.
-
-Source: 2506.04108 section 2.
-"""
-
-from collections.abc import Callable
+"""Which blocks a sparse step reads: those of the n highest scores, as a list and as bits."""
 
 import jax
 import jax.numpy as jnp
@@ -11,37 +6,7 @@ import jax.numpy as jnp
 from jaxrl_pt.types import Array
 from pallas_kernels.sparse_decode import Selection
 
-# How many numbers of descriptors one turn of the scoring loop may hold.
-SCORED_NUMBERS = 2**21
 WORD = 32  # bits
-
-# scores(q_BHE, bounds_BKPD) → f32[B, K, P]
-Scores = Callable[[Array, Array], Array]
-
-
-def scored_per_turn(num_lists: int, table_len: int, width: int) -> int:
-  """Descriptors of each list that one turn of the scoring loop reads."""
-  turns = -(-num_lists * table_len * width // SCORED_NUMBERS)
-  return -(-table_len // turns)
-
-
-def score_layer(scores: Scores, q_BHE: Array, bounds_LBKPD: Array, layer: Array,
-                 end: Array) -> Array:
-  """f32[B, K, P]: scores of a layer's blocks before `end`.
-
-  They are computed a part at a time, so that only a part of the descriptors is ever copied.
-  """
-  _, num_rows, num_groups, table_len, width = bounds_LBKPD.shape
-  size = scored_per_turn(num_rows * num_groups, table_len, width)
-
-  def turn(i: Array, values: Array) -> Array:
-    # The last part may begin early; it then computes some scores again.
-    part = jax.lax.dynamic_slice(bounds_LBKPD, (layer, 0, 0, i * size, 0),
-                                 (1, num_rows, num_groups, size, width))[0]
-    return jax.lax.dynamic_update_slice(values, scores(q_BHE, part), (0, 0, i * size))
-
-  return jax.lax.fori_loop(0, -(-end // size), turn,
-                           jnp.zeros((num_rows, num_groups, table_len)))
 
 
 def select(scores_BKP: Array, blocks_B: Array, selection: Selection) -> tuple[Array, Array]:
