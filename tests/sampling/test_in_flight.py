@@ -19,7 +19,7 @@ from jaxrl_pt.train import update
 from jaxrl_pt.types import Prompts
 
 VOCAB, STOP, SEED = 19, 12, 3
-CONFIG = cfg.Model(num_layers=2, d_model=16, d_ff=32, num_heads=2, num_kv_heads=1, head_dim=8,
+CONFIG = cfg.Model(num_layers=1, d_model=16, d_ff=32, num_heads=2, num_kv_heads=1, head_dim=8,
                    vocab_size=VOCAB)
 MODEL = transformer.build(CONFIG)
 NUM_PROMPTS, GROUP, PROMPT, RESPONSE, STEPS = 2, 3, 6, 16, 6
@@ -30,18 +30,23 @@ def rollouts_config(staleness, slots, **fields):
                       slots=slots, **fields)
 
 
-FEW = cfg.Slots(slots=4, page_size=4, prefill_chunk=4, prefill_tokens=4)
+# A document goes through the model in one piece, and so under one version.
+FEW = cfg.Slots(slots=13, page_size=4, prefill_chunk=8, prefill_tokens=8)
 CONFIGS = {
     'few_slots': rollouts_config(2, FEW),
     'a_slot_for_each': rollouts_config(1, cfg.Slots(page_size=8)),
-    'few_pages': rollouts_config(1, dataclasses.replace(FEW, slots=3, num_pages=12)),
-    'look_up': rollouts_config(2, dataclasses.replace(FEW, drafts=cfg.PromptLookup(2, 1)))}
+    'few_pages': rollouts_config(3, dataclasses.replace(FEW, slots=3, num_pages=12, kv='int8')),
+    'look_up': rollouts_config(2, dataclasses.replace(FEW, drafts=cfg.PromptLookup(2, 1))),
+    'self_drafts': rollouts_config(1, dataclasses.replace(FEW, drafts=cfg.SparseDrafts(
+        2, cfg.ReSA(block=4, min_blocks=1, local_blocks=1, refresh=cfg.RefreshNever()))))}
+OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in CONFIGS if name != 'few_slots']
 
 
 @functools.cache
 def params_of(version):
   """Parameters far enough apart that a token of another version shows."""
-  params = P.init(MODEL.specs, jax.random.key(version))
+  start, change = (P.init(MODEL.specs, jax.random.key(seed)) for seed in (0, 1 + version))
+  params = jax.tree.map(lambda a, b: a + 0.3 * b, start, change)
   return {**params, 'embed': params['embed'] * 20}
 
 
@@ -66,7 +71,7 @@ def programs(name):
 def steps(name, params, first=0, sampler=None):
   """Yields (batch, what was drawn) for each step."""
   enqueue, draw = programs(name)
-  sampler = in_flight.init(MODEL, CONFIGS[name]) if sampler is None else sampler
+  sampler = jax.jit(lambda: in_flight.init(MODEL, CONFIGS[name]))() if sampler is None else sampler
   for batch in range(first, STEPS):
     for number in in_flight.entering(CONFIGS[name], batch):
       sampler = enqueue(sampler, prompts_of(number), jnp.asarray(number))
@@ -81,9 +86,10 @@ def run(name):
   return [drawn for _, drawn in steps(name, params_of)]
 
 
-@pytest.mark.parametrize('name', list(CONFIGS))
+@pytest.mark.parametrize('name', ['few_slots', *OTHERS])
 def test_constant_parameters_draw_what_the_on_policy_sampler_draws(name):
-  config = dataclasses.replace(CONFIGS[name], mode=cfg.OnPolicy(), slots=cfg.Slots())
+  kv = CONFIGS[name].slots.kv
+  config = dataclasses.replace(CONFIGS[name], mode=cfg.OnPolicy(), slots=cfg.Slots(kv=kv))
   sample = jax.jit(groups.make_sampler(MODEL, SEED, config, STOP))
   carried = 0
   for batch, drawn in steps(name, lambda _: params_of(0)):
@@ -92,7 +98,7 @@ def test_constant_parameters_draw_what_the_on_policy_sampler_draws(name):
       np.testing.assert_array_equal(getattr(drawn.rollouts, field), getattr(whole, field))
     np.testing.assert_allclose(drawn.rollouts.logp, whole.logp, atol=2e-5)
     carried += float(drawn.metrics['carried_responses'].sum)
-  assert carried > 0
+  assert carried > 0 or name == 'a_slot_for_each'
 
 
 def replayed(name, batch, n, g):
@@ -148,29 +154,27 @@ def test_every_token_was_drawn_by_its_version():
 
 def test_importance_weights_under_mixed_versions_equal_a_hand_computation():
   """min(π_now / π_drawn, cap), where each token's π_drawn is that of the version that drew it."""
-  batch = mixed('few_slots')[0][0]
+  batches = [b for b, _, _ in mixed('few_slots')]
+  batch = max(set(batches), key=batches.count)
   rollouts, prompts, now = run('few_slots')[batch].rollouts, prompts_of(batch), params_of(batch)
   scores = jax.jit(functools.partial(update.response_scores, MODEL, sampler=cfg.Sampler()))(
       now, prompts, rollouts.tokens)
-  correction = cfg.TokenTIS(2.0)
+  correction = cfg.TokenTIS(1.5)
   weights = tables.CORRECTIONS[cfg.TokenTIS].compute(correction, scores.logp, rollouts.logp,
                                                      rollouts.sampled)
-  capped = 0
+  by_hand = []
   for n, g in [(n, g) for b, n, g in mixed('few_slots') if b == batch]:
     _, drawn = replayed('few_slots', batch, n, g)
     length, count = int(prompts.lengths[n]), len(drawn)
     text = [*prompts.tokens[n, :length].tolist(), *rollouts.tokens[n, g, :count].tolist()]
     padded = np.array([text + [0] * (PROMPT + RESPONSE - len(text))])
     logits = apply(now, padded)
-    by_hand = []
     for i, logp in enumerate(drawn):
       z = np.asarray(logits[length + i - 1], np.float64)
       log_now = z[text[length + i]] - np.log(np.exp(z - z.max()).sum()) - z.max()
-      by_hand.append(min(np.exp(log_now - logp), 2.0))
-    np.testing.assert_allclose(weights[n, g, :count], by_hand, rtol=1e-3)
-    capped += sum(weight == 2.0 for weight in by_hand)
-    assert min(by_hand) < 0.9
-  assert capped
+      by_hand.append(min(np.exp(log_now - logp), 1.5))
+      np.testing.assert_allclose(weights[n, g, i], by_hand[-1], rtol=1e-3)
+  assert min(by_hand) < 0.7 and 0.7 < np.median(by_hand) < 1.5 and max(by_hand) == 1.5
 
 
 @jax.jit
@@ -179,7 +183,7 @@ def apply(params, tokens):
   return MODEL.apply(params, tokens, positions, jnp.ones_like(tokens))[0] @ MODEL.head(params)
 
 
-@pytest.mark.parametrize('name', ['few_slots', 'a_slot_for_each'])
+@pytest.mark.parametrize('name', ['few_slots', OTHERS[0]])
 def test_no_token_is_older_than_the_bound(name):
   most, bound = 0, CONFIGS[name].mode.staleness
   for batch, drawn in enumerate(run(name)):
