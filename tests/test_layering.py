@@ -70,6 +70,7 @@ EXCEPTIONS = {
     'jaxrl_pt/main.py': 'the flags and the one function of every command',
     'jaxrl_pt/gin_bindings.py': 'reads, checks and prints one language, and alone imports gin',
     'jaxrl_pt/tpu/hlo.py': 'one parser and the few questions put to what it reads',
+    'Engine': 'each is a size or a switch of one compiled program, whatever the others are',
     'Model': 'norm_epsilon is there for imported models only',
 }
 

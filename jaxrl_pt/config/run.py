@@ -21,6 +21,9 @@ class Train:
     the proxy of RPT scores at once. RL leaves it at 0, since Rollouts.num_prompts says what a step
     takes.
   accumulation: the number of micro-batches of an update.
+  group_parts: the number of rows of the learner that share out the responses to each prompt, where
+    a whole group is too long for one. More of them need less memory together with accumulation, and
+    read the prompt more often.
   log_every, eval_every: steps between two records of metrics, and between two evaluations.
   eval_batches: the number of validation batches of an evaluation; 0 takes all of them.
   tensorboard: whether metrics are written for TensorBoard, too.
@@ -29,13 +32,14 @@ class Train:
   num_steps: int
   batch_size: int = 0
   accumulation: int = 1
+  group_parts: int = 1
   log_every: int = 10
   eval_every: int = 100
   eval_batches: int = 16
   tensorboard: bool = True
 
   def __post_init__(self) -> None:
-    for name in ('num_steps', 'accumulation', 'log_every', 'eval_every'):
+    for name in ('num_steps', 'accumulation', 'group_parts', 'log_every', 'eval_every'):
       checks.integer(self, name, 1)
     checks.size(self, 'batch_size', 0, 2**24, 4, 'one token of each sequence')
     checks.integer(self, 'eval_batches', 0)
@@ -99,14 +103,19 @@ class Run:
 
 
 def _check_rollouts(run: Run) -> None:
-  """Checks that the prompts of an update divide into micro-batches."""
+  """Checks that the rows of an update divide into micro-batches."""
   objective, parts = run.objective, run.train.accumulation
   if objective.rollouts is None or objective.algorithm is None:
     return
-  rows = objective.rollouts.num_prompts // objective.algorithm.minibatches
+  group_size, group_parts = objective.rollouts.group_size, run.train.group_parts
+  if group_size % group_parts:
+    raise UserError(f'Train.group_parts = {group_parts} does not divide Rollouts.group_size = '
+                    f'{group_size}: change one.')
+  rows = objective.rollouts.num_prompts // objective.algorithm.minibatches * group_parts
   if rows % parts:
-    raise UserError(f'Train.accumulation = {parts} does not divide the {rows} prompts of an '
-                    'update (Rollouts.num_prompts / Algorithm.minibatches): change one.')
+    raise UserError(f'Train.accumulation = {parts} does not divide the {rows} rows of an update '
+                    '(Rollouts.num_prompts / Algorithm.minibatches × Train.group_parts): change '
+                    'one.')
   shared = objective.positions_per_document
   if shared > 1 and parts > 1:
     raise UserError(f'{type(objective).__name__}.positions_per_document = {shared} keeps prompts '
@@ -128,6 +137,8 @@ def _check_read(run: Run) -> None:
                      '@cfg.AnswerMatch() works on the device, without processes'))
   else:
     checks.integer(run.train, 'batch_size', 1)
+  if run.objective.rollouts is None:
+    unread.append(('Train.group_parts', run.train.group_parts, 1, 'it draws no groups'))
   if run.objective.rollouts is not None:
     unread += [
         ('Train.eval_batches', run.train.eval_batches, Train(1).eval_batches,

@@ -73,7 +73,7 @@ def _stages(run: cfg.Run, mesh: Mesh, method: cfg.Reinforced, prompts: Prompts,
                     (state, prompts, drawn, Verdict(group, group, group), reals), 3 / 4,
                     beside=reference_params),
             Program('reference policy: log-probabilities for KL',
-                    programs.reference_logp(run, mesh, rollouts.sampler),
+                    programs.reference_logp(run, mesh, rollouts, algorithm),
                     (reference_params, prompts, drawn), 1 / 4, beside=state)]
   synced, beside = state.params, [reference_params, moments]
   if mesh.size > 1:

@@ -61,7 +61,7 @@ def least_bytes(run: cfg.Run) -> dict[str, int]:
   documents_len = rollouts.prompt_len // run.objective.positions_per_document
   tokens = rollouts.num_prompts * (documents_len + rollouts.group_size * rollouts.response_tokens)
   cache = width * 2 * model.num_kv_heads * model.head_dim * model.num_layers
-  parts = algorithm.minibatches * run.train.accumulation
+  parts = algorithm.minibatches * run.train.accumulation  # Prompts in several parts count once.
   return {'Model': 4 * weights, 'Rollouts': max(tokens * cache, tokens // parts * stream)}
 
 

@@ -112,9 +112,11 @@ def check_divides(run: cfg.Run, mesh: Mesh) -> None:
   prompts: tuple[tuple[str, int, str, int], ...] = ()
   rollouts, algorithm = run.objective.rollouts, run.objective.algorithm
   if rollouts is not None and algorithm is not None:
-    at_once = rollouts.num_prompts // algorithm.minibatches // run.train.accumulation
-    prompts = (('Rollouts.num_prompts / Algorithm.minibatches / Train.accumulation', at_once,
-                *batch),)
+    at_once = (rollouts.num_prompts // algorithm.minibatches * run.train.group_parts
+               // run.train.accumulation)
+    prompts = (('Rollouts.num_prompts', rollouts.num_prompts, *batch),
+               ('Rollouts.num_prompts / Algorithm.minibatches × Train.group_parts / '
+                'Train.accumulation', at_once, *batch))
     shared = run.objective.positions_per_document
     if shared > 1:
       name = f'{type(run.objective).__name__}.positions_per_document'

@@ -87,7 +87,8 @@ class Stages:
     self._sample = programs.sampler(run, mesh, method.rollouts, stop_id)
     self._sync_weights = programs.weight_sync(run, mesh)
     self._learn = programs.learner_step(run, mesh, optimizer, method.rollouts, method.algorithm)
-    self._reference_logp = programs.reference_logp(run, mesh, method.rollouts.sampler)
+    self._reference_logp = programs.reference_logp(run, mesh, method.rollouts,
+                                                     method.algorithm)
     verifier: Any = environment.verifier
     self.fused = is_fused(verifier, method.rollouts, mesh.size)
     if self.fused:

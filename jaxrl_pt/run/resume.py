@@ -29,8 +29,8 @@ from jaxrl_pt.errors import UserError
 # rounding.
 FREE = frozenset((
     'Train.num_steps',  # later steps follow the schedule of the new length
-    'Train.accumulation', 'Train.log_every', 'Train.eval_every', 'Train.eval_batches',
-    'Train.tensorboard',
+    'Train.accumulation', 'Train.group_parts', 'Train.log_every', 'Train.eval_every',
+    'Train.eval_batches', 'Train.tensorboard',
     'Checkpoint.every', 'Checkpoint.keep', 'Checkpoint.keep_every',
     'Mesh.data', 'Mesh.fsdp', 'Mesh.tensor', 'Mesh.context',
     'Compute.remat', 'Compute.unroll', 'Compute.loss_chunk',

@@ -32,6 +32,36 @@ def split(batch: Tree, parts: int, groups: int | None = None) -> Tree:
   return sliced
 
 
+def join(sliced: Tree, groups: int | None = None) -> Tree:
+  """The inverse of `split`: [parts, N / parts, …] → [N, …].
+
+  Args:
+    sliced: tree of arrays with a leading axis of slices.
+    groups: as for `split`.
+  """
+  def each(x: Array) -> Array:
+    parts, num = x.shape[0], x.shape[0] * x.shape[1] if groups is None else groups
+    grouped = x.reshape(parts, num // parts, -1, *x.shape[2:])
+    return jnp.moveaxis(grouped, 0, 1).reshape(parts * x.shape[1], *x.shape[2:])
+
+  whole: Tree = jax.tree.map(each, sliced)
+  return whole
+
+
+def mapped(function: Callable[[Any], Tree], batch: Any, num_micro: int,
+           groups: int | None = None) -> Tree:
+  """`function(batch)` for a function of rows, computed one micro-batch after the other.
+
+  Args:
+    function: a batch → a tree of arrays, with a row for each row of the batch.
+    batch, num_micro: as for `gradient`.
+    groups: as for `split`.
+  """
+  if num_micro == 1:
+    return function(batch)
+  return join(jax.lax.map(function, split(batch, num_micro, groups)), groups)
+
+
 def gradient(value_and_grad: Callable[[Any, Any], Any], params: Any, batch: Any, num_micro: int,
              split: Callable[[Any, int], Any] = split) -> Any:
   """Computes `value_and_grad(params, batch)` one micro-batch after the other.

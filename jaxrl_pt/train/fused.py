@@ -60,11 +60,16 @@ class PolicyVerifier:
 
 
 def response_logp(model: Model, params: Params, prompts: Prompts, rollouts: RolloutBatch,
-                  sampler: cfg.Sampler, loss_chunk: int) -> Array:
+                  run: cfg.Run, sampler: cfg.Sampler, algorithm: cfg.Algorithm) -> Array:
   """f32[N, G, S]: log-probabilities of drawn tokens under the policy of `params`, such as the
   reference policy, after the sampler's temperature and filters."""
-  return update.response_scores(model, params, prompts, rollouts.tokens, sampler, loss_chunk,
-                                rollouts.selected).logp
+  def logp(prompts: Prompts, tokens: Array, selected: Any) -> Array:
+    return update.response_scores(model, params, prompts, tokens, sampler, run.compute.loss_chunk,
+                                  selected).logp
+
+  found: Array = update.by_rows(logp, run.train, algorithm, prompts, rollouts.tokens,
+                                rollouts.selected)
+  return found
 
 
 def reads_reference(algorithm: cfg.Algorithm) -> bool:
@@ -98,7 +103,7 @@ def make_fused_step(model: Model, optimizer: optax.GradientTransformation, run: 
 
   def step(state: TrainState, reference_params: Params, prompts: Prompts
            ) -> tuple[TrainState, Metrics, RolloutBatch, Verdict]:
-    shared = _share(model, state.params, prompts, run.train.accumulation, method.algorithm)
+    shared = _share(model, state.params, prompts, run.train, method.algorithm)
     prefilled = None if shared is None else shared.prefilled
     rollouts = sample(state.params, prompts, state.step, state.step, prefilled)
     if isinstance(verifier, PolicyVerifier):
@@ -107,8 +112,8 @@ def make_fused_step(model: Model, optimizer: optax.GradientTransformation, run: 
       verdict = verifier(prompts, rollouts)
     reference_logp = jnp.zeros_like(rollouts.logp)
     if reads_reference(method.algorithm):
-      reference_logp = response_logp(model, reference_params, prompts, rollouts,
-                                     method.rollouts.sampler, run.compute.loss_chunk)
+      reference_logp = response_logp(model, reference_params, prompts, rollouts, run,
+                                     method.rollouts.sampler, method.algorithm)
     new, metrics = learn(state, prompts, rollouts, verdict, reference_logp, shared)
     if policy_verifier:
       finite = metrics['nonfinite'].sum == 0
@@ -120,10 +125,10 @@ def make_fused_step(model: Model, optimizer: optax.GradientTransformation, run: 
   return step
 
 
-def _share(model: Model, params: Params, prompts: Prompts, accumulation: int,
+def _share(model: Model, params: Params, prompts: Prompts, train: cfg.Train,
            algorithm: cfg.Algorithm) -> update.Shared | None:
   """The forward pass over the prompts that sampler and update share; None if the algorithm does
   not let them."""
-  if not update.shares(accumulation, algorithm):
+  if not update.shares(train, algorithm):
     return None
   return update.Shared(*jax.vjp(lambda p: prefill(model, p, prompts.tokens), params))

@@ -66,11 +66,12 @@ def learner_step(run: cfg.Run, mesh: Mesh, optimizer: optax.GradientTransformati
                                      by_token=rollouts.is_gated), donate_argnums=0)
 
 
-def reference_logp(run: cfg.Run, mesh: Mesh, sampler: cfg.Sampler) -> Any:
+def reference_logp(run: cfg.Run, mesh: Mesh, rollouts: cfg.Rollouts, algorithm: cfg.Algorithm
+                   ) -> Any:
   """The jitted logp(reference policy's parameters, prompts, rollouts) → f32[N, G, S]."""
   model = models.build(run.model, run.compute, mesh)
-  return jax.jit(lambda params, prompts, rollouts: fused.response_logp(
-      model, params, prompts, rollouts, sampler, run.compute.loss_chunk))
+  return jax.jit(lambda params, prompts, drawn: fused.response_logp(
+      model, params, prompts, drawn, run, rollouts.sampler, algorithm))
 
 
 def weight_sync(run: cfg.Run, mesh: Mesh) -> Callable[[Params, int], Params]:

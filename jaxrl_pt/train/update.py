@@ -30,7 +30,7 @@ from jaxrl_pt.rl import kl, objectives, ratios, tables, token_advantages
 from jaxrl_pt.rl.advantages import Scored
 from jaxrl_pt.sampling import branch, policies
 from jaxrl_pt.sampling.prefill import Prefilled
-from jaxrl_pt.train import accumulate, optim
+from jaxrl_pt.train import accumulate, group_parts, optim
 from jaxrl_pt.train.state import ValueHead, value_optimizer
 from jaxrl_pt.types import (
   Array,
@@ -77,12 +77,13 @@ def needs_old_policy(algorithm: cfg.Algorithm) -> bool:
   return corrected or tables.ADVANTAGES[type(algorithm.advantage)].needs_policy
 
 
-def shares(accumulation: int, algorithm: cfg.Algorithm) -> bool:
+def shares(train: cfg.Train, algorithm: cfg.Algorithm) -> bool:
   """Whether the update can go on from the sampler's forward pass over the documents.
 
   It can if there is one update, of the whole batch at once, and no forward pass before it.
   """
-  return algorithm.updates == 1 and accumulation == 1 and not needs_old_policy(algorithm)
+  at_once = train.accumulation == 1 and train.group_parts == 1
+  return algorithm.updates == 1 and at_once and not needs_old_policy(algorithm)
 
 
 def make_learner(model: Model, optimizer: optax.GradientTransformation, run: cfg.Run,
@@ -111,7 +112,8 @@ def make_learner(model: Model, optimizer: optax.GradientTransformation, run: cfg
 
   def learn(state: TrainState, prompts: Prompts, rollouts: RolloutBatch, verdict: Verdict,
             reference_logp: Array, shared: Shared | None = None) -> tuple[TrainState, Metrics]:
-    assert shared is None or shares(run.train.accumulation, algorithm)
+    assert shared is None or shares(run.train, algorithm)
+    num_docs = prompts.tokens.shape[0]
     bonus, gate, shaping_metrics = shape_reward(
         algorithm.shaping, verdict, rollouts.lengths() * verdict.valid, state.method.gate)
     reward = verdict.reward if bonus is None else verdict.reward + bonus
@@ -119,10 +121,14 @@ def make_learner(model: Model, optimizer: optax.GradientTransformation, run: cfg
                          rollout_config.sampler, algorithm)
     zero_advantage = objectives.zero_advantage_groups(
         jnp.abs(batch.advantage * batch.loss_mask).sum(-1), verdict.valid)
+    batch = group_parts.split(batch, run.train.group_parts)
     if by_token:
-      num_rows = rollouts.tokens.shape[0]
+      num_rows = batch.tokens.shape[0]
       batch = dataclasses.replace(batch, rows=jnp.arange(num_rows), num_rows=num_rows)
-    new, values, first = _updates(update, state, batch, algorithm, shared)
+    new, values, first = _updates(update, state, batch, algorithm, num_docs, shared)
+    if by_token:
+      first[BY_TOKEN] = group_parts.join_responses(first[BY_TOKEN], num_docs,
+                                                   run.train.group_parts)
     finite = values['nonfinite'].sum == 0
     new = dataclasses.replace(new, step=state.step + 1,
                               method=dataclasses.replace(new.method, gate=gate))
@@ -150,10 +156,13 @@ def _train_batch(model: Model, state: TrainState, prompts: Prompts, rollouts: Ro
   zeros = jnp.zeros_like(mask)
   old, values = TokenScores(rollouts.logp, zeros, zeros, zeros), zeros
   if needs_old_policy(algorithm):
-    hidden = branch.response_hidden(model, state.params, prompts, rollouts.tokens,
-                                    selected=rollouts.selected)
-    old = _scores(model, state.params, hidden, rollouts.tokens, sampler, run.compute.loss_chunk)
-    values = _values(state.method.value.params, hidden)
+    def scores(prompts: Prompts, tokens: Array, selected: Any) -> tuple[TokenScores, Array]:
+      hidden = branch.response_hidden(model, state.params, prompts, tokens, selected=selected)
+      return (_scores(model, state.params, hidden, tokens, sampler, run.compute.loss_chunk),
+              _values(state.method.value.params, hidden))
+
+    old, values = by_rows(scores, run.train, algorithm, prompts, rollouts.tokens,
+                          rollouts.selected)
   token_rewards = token_advantages.terminal_rewards(reward, mask)
   match algorithm.kl:
     case cfg.KLInReward(coef=coef, estimator=estimator):
@@ -186,14 +195,32 @@ def _rollout_metrics(rollouts: RolloutBatch, verdict: Verdict, reward: Array) ->
 
 
 def _split(batch: TrainBatch, parts: int) -> Any:
-  """[N, …] → [parts, N / parts, …], where the prompts of a document stay together."""
+  """[N, …] → [parts, N / parts, …], where the prompts of a row stay together."""
   return accumulate.split(batch, parts, groups=batch.prompts.tokens.shape[0])
 
 
+def by_rows(function: Callable[[Prompts, Array, Any], Any], train: cfg.Train,
+            algorithm: cfg.Algorithm, prompts: Prompts, tokens_NGS: Array, selected: Any) -> Any:
+  """function(prompts, tokens, selected), computed for as few responses at a time as an update's.
+
+  Args:
+    function: its results are arrays [N, G, …].
+    train, algorithm: the settings that cut a batch into micro-batches.
+    prompts, tokens_NGS: the batch's prompts and responses.
+    selected: the blocks of the context that the tokens were drawn from, or ().
+  """
+  num_docs, parts = prompts.tokens.shape[0], train.group_parts
+  rows = group_parts.repeat(prompts, parts), *group_parts.split_responses(
+      (tokens_NGS, selected), num_docs, parts)
+  results = accumulate.mapped(lambda rows: function(*rows), rows,
+                              algorithm.minibatches * train.accumulation, num_docs * parts)
+  return group_parts.join_responses(results, num_docs, parts)
+
+
 def _updates(update: Callable[..., tuple[TrainState, Metrics]], state: TrainState,
-             batch: TrainBatch, algorithm: cfg.Algorithm, shared: Shared | None
+             batch: TrainBatch, algorithm: cfg.Algorithm, num_docs: int, shared: Shared | None
              ) -> tuple[TrainState, Metrics, Metrics]:
-  """Makes all updates of a batch.
+  """Makes all updates of a batch. All rows of one of its `num_docs` documents are in one of them.
 
   Returns:
     The new state; the metrics, added up over the updates; and of the first update alone those
@@ -203,7 +230,7 @@ def _updates(update: Callable[..., tuple[TrainState, Metrics]], state: TrainStat
   if algorithm.updates == 1:
     state, values = update(state, batch, shared)
     return state, values, {name: values.pop(name) for name in names}
-  passes = [_split(batch, algorithm.minibatches)] * algorithm.epochs
+  passes = [accumulate.split(batch, algorithm.minibatches, num_docs)] * algorithm.epochs
   parts = jax.tree.map(lambda *x: jnp.concatenate(x), *passes)
   state, every = jax.lax.scan(update, state, parts)
   first = jax.tree.map(lambda x: x[0], {name: every.pop(name) for name in names})

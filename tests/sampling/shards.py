@@ -4,10 +4,11 @@ One row for each mesh: whether its tokens are those of one device, the largest d
 log-probabilities, and the groups of devices that its collectives join.
 """
 
+import argparse
+import dataclasses
 import json
 import math
 import re
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,7 @@ CONFIG = cfg.Model(num_layers=2, d_model=16, d_ff=32, num_heads=8, num_kv_heads=
 PROMPTS, LENGTH, STOP = 8, 9, 7
 ROLLOUTS = cfg.Rollouts(num_prompts=PROMPTS, group_size=3, prompt_len=LENGTH, response_tokens=10,
                         slots=cfg.Slots(slots=2, page_size=4, prefill_chunk=4))
+SPARSE = cfg.ReSA(4, 0.1, min_blocks=1, refresh=cfg.RefreshEvery(3), replay=True)
 
 
 COLLECTIVE = re.compile(r' (?:all-|reduce-scatter|collective-|ragged-all)[\w-]*\(')
@@ -71,6 +73,11 @@ def groups_of(line: str) -> list[list[int]]:
 
 
 def main() -> None:
+  parser = argparse.ArgumentParser()
+  parser.add_argument('meshes', nargs='+')
+  parser.add_argument('--sparse', action='store_true')
+  args = parser.parse_args()
+  rollouts = dataclasses.replace(ROLLOUTS, sparse=SPARSE) if args.sparse else ROLLOUTS
   random = np.random.default_rng(0)
   prompts = Prompts(jnp.asarray(random.integers(0, 16, (PROMPTS, LENGTH)), jnp.int32),
                     jnp.asarray(random.integers(1, LENGTH + 1, PROMPTS), jnp.int32),
@@ -79,11 +86,11 @@ def main() -> None:
   params = P.init(model.specs, jax.random.key(0))
   params = {**params, 'embed': params['embed'] * 5}
   number = jnp.asarray(3, jnp.int32)
-  alone = jax.jit(make_sampler(model, 5, ROLLOUTS, STOP))(params, prompts, number, number)
-  for shape in (tuple(map(int, argument.split(','))) for argument in sys.argv[1:]):
+  alone = jax.jit(make_sampler(model, 5, rollouts, STOP))(params, prompts, number, number)
+  for shape in (tuple(map(int, argument.split(','))) for argument in args.meshes):
     mesh = make_mesh(cfg.Mesh(*shape, context=1))
     sample = jax.jit(make_sampler(models.build(CONFIG, cfg.Compute(), mesh, rules.SHARD), 5,
-                                  ROLLOUTS, STOP, mesh))
+                                  rollouts, STOP, mesh))
     arguments = (jax.device_put(params, rules.param_shardings(model.specs, mesh, rules.SAMPLE)),
                  jax.device_put(prompts, rules.row_sharding(mesh)), number, number)
     compiled = sample.lower(*arguments).compile()

@@ -189,7 +189,10 @@ def test_bytes_come_close_to_the_papers_model():
   dense = resa_bytes.dense_bytes(model, length, 4)
   assert dense == 2 * 2 * 2 * 64 * length * 4
   np.testing.assert_allclose(modelled / dense, 1 / 16 + 0.1 + 1 / 32, rtol=1e-3)
-  assert 1 <= exact / modelled < 1.1
+  # The model counts what the last layer attends to in a rectification, which nobody reads.
+  unread = dense / model.num_layers / 32
+  assert 1 <= (exact + unread) / modelled < 1.1
+  assert exact < modelled
 
 
 def test_a_rows_blocks_are_described_when_it_joins(monkeypatch):

@@ -65,3 +65,11 @@ def test_which_rows_a_part_has():
   together = accumulate.split(rows, 3, groups=GROUPS)
   assert together['group'].tolist() == [[0, 3], [1, 4], [2, 5]]
   assert together['row'].tolist() == [[0, 1, 6, 7], [2, 3, 8, 9], [4, 5, 10, 11]]
+
+
+def test_results_of_slices_stand_in_the_order_of_their_rows():
+  batch = make_batch()
+  of_rows = lambda b: b['x'] * jnp.repeat(b['shared'], b['x'].shape[0] // b['shared'].shape[0], 0)
+  for num_micro in (1, 2, 3, 6):
+    got = accumulate.mapped(of_rows, batch, num_micro, GROUPS)
+    np.testing.assert_array_equal(got, of_rows(batch))

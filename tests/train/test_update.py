@@ -46,7 +46,7 @@ class Verified(NamedTuple):
     return self.rollouts.sampled * self.verdict.valid[..., None]
 
 
-def make_run(method: cfg.Algorithm, accumulation=1, **rollouts) -> cfg.Run:
+def make_run(method: cfg.Algorithm, accumulation=1, group_parts=1, **rollouts) -> cfg.Run:
   objective = cfg.RL(
       'unused', cfg.Problems(cfg.Arithmetic(9)), cfg.AnswerMatch(), algorithm=method,
       rollouts=cfg.Rollouts(num_prompts=N, group_size=G, prompt_len=3, response_tokens=S,
@@ -55,7 +55,7 @@ def make_run(method: cfg.Algorithm, accumulation=1, **rollouts) -> cfg.Run:
       seed=1, model=CONFIG, objective=objective,
       data=cfg.Data(source=cfg.PythonStdlib(), tokenizer=cfg.Bytes(), seq_len=16),
       optimizer=cfg.AdamW(schedule=cfg.ConstantRate(0.01), weight_decay=0.0, clip_norm=0.0),
-      train=cfg.Train(num_steps=9, accumulation=accumulation))
+      train=cfg.Train(num_steps=9, accumulation=accumulation, group_parts=group_parts))
 
 
 def make_state(run: cfg.Run) -> tuple[TrainState, object]:
@@ -79,16 +79,16 @@ def verified(reference_logp=None, correct=None) -> Verified:
   return Verified(PROMPTS, drawn(), Verdict(correct, valid, correct, {'a': correct}), reference)
 
 
-def make_step(method: cfg.Algorithm, accumulation=1, **rollouts):
+def make_step(method: cfg.Algorithm, accumulation=1, group_parts=1, **rollouts):
   """The compiled learner and the state that it begins with."""
-  run = make_run(method, accumulation, **rollouts)
+  run = make_run(method, accumulation, group_parts, **rollouts)
   state, optimizer = make_state(run)
   learn_from = update.make_learner(MODEL, optimizer, run, run.objective.rollouts, method)
   return jax.jit(lambda state, batch: learn_from(state, *batch)), state
 
 
-def learn(method: cfg.Algorithm, batch=None, accumulation=1, steps=1, **rollouts):
-  step, state = make_step(method, accumulation, **rollouts)
+def learn(method: cfg.Algorithm, batch=None, accumulation=1, group_parts=1, steps=1, **rollouts):
+  step, state = make_step(method, accumulation, group_parts, **rollouts)
   for _ in range(steps):
     state, metrics = step(state, verified() if batch is None else batch)
   return state, {name: float(value.mean()) for name, value in metrics.items()}
@@ -112,7 +112,7 @@ def test_going_on_from_the_samplers_forward_pass_is_the_same_step(method):
   learn = update.make_learner(MODEL, optimizer, run, run.objective.rollouts, method)
 
   def through(state, batch):
-    return learn(state, *batch, fused._share(MODEL, state.params, PROMPTS, 1, method))
+    return learn(state, *batch, fused._share(MODEL, state.params, PROMPTS, cfg.Train(1), method))
 
   batch = verified(drawn().logp - 0.1)
   (got, got_metrics), (want, want_metrics) = (
@@ -127,8 +127,11 @@ def test_going_on_from_the_samplers_forward_pass_is_the_same_step(method):
 def test_the_forward_pass_is_not_shared_where_the_learner_needs_another():
   several = cfg.Algorithm(surrogate=cfg.PPOClip(), epochs=2)
   with_head = cfg.Algorithm(advantage=cfg.GAE())
-  for accumulation, method in ((2, cfg.Algorithm()), (1, several), (1, with_head)):
-    assert fused._share(MODEL, PARAMS, PROMPTS, accumulation, method) is None
+  for train, method in (
+      (cfg.Train(1, accumulation=2), cfg.Algorithm()),
+      (cfg.Train(1, group_parts=2), cfg.Algorithm()), (cfg.Train(1), several),
+      (cfg.Train(1), with_head)):
+    assert fused._share(MODEL, PARAMS, PROMPTS, train, method) is None
 
 
 # --- What is drawn ---------------------------------------------------------------
@@ -318,12 +321,13 @@ def test_the_value_head_teaches_itself_and_not_the_policy():
   assert all(np.abs(gradient).max() > 0 for gradient in jax.tree.leaves(own))
 
 
-@pytest.mark.parametrize('options, accumulation', [
-    ({}, 1), ({}, 2), ({'epochs': 2, 'minibatches': 2}, 1)], ids=str)
-def test_the_trainers_log_probabilities_come_out_by_token(options, accumulation):
+@pytest.mark.parametrize('options, accumulation, group_parts', [
+    ({}, 1, 1), ({}, 2, 1), ({'epochs': 2, 'minibatches': 2}, 1, 1),
+    ({'epochs': 2, 'minibatches': 2}, 1, 2)], ids=str)
+def test_the_trainers_log_probabilities_come_out_by_token(options, accumulation, group_parts):
   """Those of the first update; of a row that it had no part in, none."""
   method = cfg.Algorithm(surrogate=cfg.PPOClip(), **options)
-  run = make_run(method, accumulation)
+  run = make_run(method, accumulation, group_parts)
   state, optimizer = make_state(run)
   batch = verified()
   _, metrics = jax.jit(update.make_learner(
@@ -414,13 +418,17 @@ def test_nothing_reads_the_log_probabilities_of_a_forced_token(method):
 # --- Slices and several updates -------------------------------------------------
 
 
-@pytest.mark.parametrize('aggregation', [cfg.TokenMean(), cfg.SequenceMeanTokenMean()],
-                         ids=lambda a: type(a).__name__)
-def test_accumulation_is_exact(aggregation):
+@pytest.mark.parametrize('aggregation, options, slices', [
+    (cfg.TokenMean(), {}, {'accumulation': 2}),
+    (cfg.SequenceMeanTokenMean(), {}, {'accumulation': 4, 'group_parts': 2}),
+    (cfg.TokenMean(), {'minibatches': 2, 'correction': cfg.TokenTIS(2.0)},
+     {'accumulation': 4, 'group_parts': 4})], ids=str)
+def test_accumulation_is_exact(aggregation, options, slices):
+  """Micro-batches, also of groups in parts, change nothing; nor do they in what is read first."""
   method = cfg.Algorithm(advantage=cfg.GAE(), aggregation=aggregation,
-                         surrogate=cfg.GSPO(), entropy_coef=0.1)
+                         surrogate=cfg.GSPO(), entropy_coef=0.1, **options)
   whole, metrics = learn(method)
-  sliced, sliced_metrics = learn(method, accumulation=2)
+  sliced, sliced_metrics = learn(method, **slices)
   assert_same(sliced.opt_state[1].mu, whole.opt_state[1].mu)
   assert_same(sliced.method.value.opt_state[0].mu, whole.method.value.opt_state[0].mu)
   for name, value in metrics.items():
