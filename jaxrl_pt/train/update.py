@@ -232,8 +232,19 @@ def _updates(update: Callable[..., tuple[TrainState, Metrics]], state: TrainStat
     return state, values, {name: values.pop(name) for name in names}
   passes = [accumulate.split(batch, algorithm.minibatches, num_docs)] * algorithm.epochs
   parts = jax.tree.map(lambda *x: jnp.concatenate(x), *passes)
-  state, every = jax.lax.scan(update, state, parts)
-  first = jax.tree.map(lambda x: x[0], {name: every.pop(name) for name in names})
+
+  def next_update(carry: tuple[TrainState, Metrics, Array], part: TrainBatch
+                  ) -> tuple[tuple[TrainState, Metrics, Array], Metrics]:
+    state, first, is_first = carry
+    state, values = update(state, part)
+    measured = {name: values.pop(name) for name in names}
+    first = jax.tree.map(lambda new, old: jnp.where(is_first, new, old), measured, first)
+    return (state, first, jnp.zeros((), bool)), values
+
+  # They are carried and not stacked, since the largest of them is as large as the whole batch.
+  one = jax.eval_shape(update, state, jax.tree.map(lambda x: x[0], parts))[1]
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), {name: one[name] for name in names})
+  (state, first, _), every = jax.lax.scan(next_update, (state, zeros, jnp.ones((), bool)), parts)
   return state, jax.tree.map(lambda x: x.sum(0), every), first
 
 
