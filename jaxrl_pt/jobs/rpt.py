@@ -55,7 +55,8 @@ def _reopen(session: sessions.Session, reference_params: Params
 def _new_method(run: cfg.Run, params: Params) -> Any:
   method = _method(run)
   average = params if isinstance(method.reward, cfg.InformationGain) else ()
-  return states.new_method(method.rollouts, method.algorithm, run.model.d_model, average)
+  return states.new_method(method.rollouts, method.algorithm, run.model.d_model, average,
+                           reinforce.sampler_between_steps(run))
 
 
 def _programs(run: cfg.Run, mesh: Mesh) -> list[Program]:

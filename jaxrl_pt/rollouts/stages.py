@@ -6,6 +6,7 @@ been dispatched while the host waits for a verdict; `seconds` says where the tim
 """
 
 from collections.abc import Sequence
+import dataclasses
 import sys
 import time
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from jaxrl_pt.parallel.hosts import on_host
 from jaxrl_pt.rl import kl, selection
 from jaxrl_pt.rollouts.unparsed import FirstBatches
 from jaxrl_pt.run import session as sessions
+from jaxrl_pt.sampling import in_flight
 from jaxrl_pt.train import fused, programs
 from jaxrl_pt.train.update import BY_TOKEN
 from jaxrl_pt.types import Array, Params, Prompts, RolloutBatch, TrainState, Verdict, Weighted
@@ -79,6 +81,9 @@ class Stages:
     run, mesh, stop_id = session.run, session.mesh, session.data.tokenizer.eos_id
     self._session, self._environment, self._method = session, environment, method
     self._reference_params = reference_params
+    if isinstance(method.rollouts.mode, cfg.InFlight):
+      in_flight.check_mesh(mesh)
+      self._in_flight = programs.in_flight_sampler(run, mesh, method.rollouts, stop_id)
     self._sample = programs.sampler(run, mesh, method.rollouts, stop_id)
     self._sync_weights = programs.weight_sync(run, mesh)
     self._learn = programs.learner_step(run, mesh, optimizer, method.rollouts, method.algorithm)
@@ -136,6 +141,26 @@ class Stages:
     played, pending = verifier.draw(self._sync_weights(params, version), prompts, batch, version)
     self.clock('generate', started)
     return self._session.put_rows(played), pending
+
+  def draw_in_flight(self, state: TrainState, batch: int, version: int
+                     ) -> tuple[TrainState, RolloutBatch, dict[str, Weighted]]:
+    """Dispatches the sampler that goes on from step to step, until batch `batch` is drawn.
+
+    Args:
+      state: the state with the sampler, which is donated.
+      batch, version: as for `draw`; batches must be drawn one after the other.
+
+    Returns:
+      The state with the sampler as it goes on, the responses, and metrics of the sampler.
+    """
+    sampler = state.method.pending
+    for number in in_flight.entering(self._method.rollouts, batch):
+      sampler = self._in_flight.enqueue(sampler, self.take(number)[0], jnp.asarray(number))
+    drawn: in_flight.Drawn = self._in_flight.draw(
+        self._sync_weights(state.params, version), sampler, jnp.asarray(batch),
+        jnp.asarray(version))
+    method = dataclasses.replace(state.method, pending=drawn.in_flight)
+    return dataclasses.replace(state, method=method), drawn.rollouts, drawn.metrics
 
   # --- Verify -----------------------------------------------------------------------
 

@@ -28,7 +28,7 @@ from jaxrl_pt.sampling.requests import (
   Vocabulary,
   pages_of,
 )
-from jaxrl_pt.sampling.state import init
+from jaxrl_pt.sampling.state import Responses, init
 from jaxrl_pt.types import Array, Params, Prompts, RolloutBatch, SelectedBlocks
 
 NO_STOP = NO_TOKEN
@@ -130,7 +130,7 @@ def generate(model: Model, params: Params, prompts: Prompts, key: Array, *, samp
   shape = shape_of(model.config.vocab_size, prompts, num_samples, num_tokens, sampler, slots,
                    sparse)
   queue = queue_of(prompts, num_samples, num_tokens, stop_id, first_samples)
-  state = init(model, shape, Vocabulary(), _page_dtype(model, slots))
+  state = init(model, shape, Vocabulary(), page_dtype(model, slots))
   if shape.slots == shape.queue:
     if prefilled is None:
       prefilled = prefill(model, params, prompts.tokens)
@@ -142,12 +142,7 @@ def generate(model: Model, params: Params, prompts: Prompts, key: Array, *, samp
   else:
     state = program.advance(model, shape, Vocabulary(), params, key, version, queue, state,
                             most_turns(shape, has_all_pages=not slots.num_pages))
-  there = jnp.arange(num_tokens) < state.responses.count[:, None]
-  whole = lambda x: x.reshape(num_prompts, num_samples, num_tokens)
-  rollouts = RolloutBatch.of_one_turn(
-      whole(jnp.where(there, state.responses.tokens, max(stop_id, 0))),
-      whole(there.astype(jnp.float32)), whole(jnp.where(there, state.responses.logp, 0.0)),
-      version)
+  rollouts = rollouts_of(state.responses, num_prompts, stop_id, version)
   if not (isinstance(sparse, cfg.ReSA) and sparse.replay):
     return rollouts
   bits = state.sparse.selected
@@ -155,7 +150,27 @@ def generate(model: Model, params: Params, prompts: Prompts, key: Array, *, samp
       bits.reshape(num_prompts, num_samples, *bits.shape[1:]), sparse.block, sparse.window))
 
 
-def _page_dtype(model: Model, slots: cfg.Slots) -> jnp.dtype:
+def rollouts_of(responses: Responses, num_prompts: int, stop_id: int, version: Array | int
+                ) -> RolloutBatch:
+  """Responses as groups. After a response's end its tokens are `stop_id`, its masks and logp 0.
+
+  Args:
+    responses: the rows of all groups, prompt by prompt.
+    num_prompts: N.
+    stop_id: the token that ends a response, or `NO_STOP`.
+    version: i32[] the version that stands after a response's end.
+  """
+  num_tokens = responses.tokens.shape[1]
+  there = jnp.arange(num_tokens) < responses.count[:, None]
+  whole = lambda x: x.reshape(num_prompts, -1, num_tokens)
+  return RolloutBatch.of_one_turn(
+      whole(jnp.where(there, responses.tokens, max(stop_id, 0))),
+      whole(there.astype(jnp.float32)), whole(jnp.where(there, responses.logp, 0.0)),
+      whole(jnp.where(there, responses.version, version)))
+
+
+def page_dtype(model: Model, slots: cfg.Slots) -> jnp.dtype:
+  """The type of keys and values in pages."""
   kind = jax.eval_shape(lambda: model.init_cache(1, 1)).k.dtype
   return jnp.dtype(jnp.int8) if slots.kv == 'int8' else kind
 

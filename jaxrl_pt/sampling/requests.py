@@ -44,6 +44,7 @@ class Shape(NamedTuple):
   sampler: Sampler | None = None  # of all requests; None where each has its own
   sparse: ReSA | None = None  # how sparse attention draws responses; None for dense attention
   drafts: PromptLookup | SparseDrafts | None = None  # how dense attention speculates, if it does
+  due: int = 0  # the first rows of the queue, for which a call waits; 0 for all of them
 
   @property
   def table_len(self) -> int:
@@ -57,17 +58,21 @@ class Shape(NamedTuple):
 
   @property
   def most_chunks(self) -> int:
-    """The largest number of forward passes over the documents if all lanes are always busy."""
-    return -(-self.documents // self.lanes) * -(-self.document_len // self.chunk)
+    """The largest number of forward passes over the documents if all lanes are always busy.
+
+    Where a call waits for some of the rows, so many of the documents are theirs.
+    """
+    documents = self.documents * (self.due or self.queue) // self.queue
+    return -(-documents // self.lanes) * -(-self.document_len // self.chunk)
 
   @property
   def most_steps(self) -> int:
-    """The largest number of decode steps of the whole queue if there are pages for all slots.
+    """The largest number of decode steps of the rows in question if there are pages for all slots.
 
-    All slots decode until the queue is empty, and then the last responses end.
+    All slots decode until these rows have begun, and then the last responses end.
     """
     each = self.tail_len + self.response_len - 1
-    return each + (self.queue - self.slots) * each // self.slots
+    return each + max((self.due or self.queue) - self.slots, 0) * each // self.slots
 
 
 def pages_of(num_tokens: Any, page_size: int) -> Any:
@@ -116,6 +121,7 @@ class Requests:
   samplers: RowSamplers | tuple[()] = ()
   wants_top: Any = ()  # bool[Q] whether the likeliest tokens are reported
   mask: Any = ()  # i32[Q] row of `Queue.masks` that the next token must satisfy, or NO_MASK
+  batch: Any = ()  # i32[Q] the prompt's batch, which addresses the randomness; () if all share one
 
 
 @struct.dataclass

@@ -12,6 +12,7 @@ one, so that no response waits for the longest one of a batch. The noise of a to
 (key, prompt id, sample, position) and not by slot, batch or time.
 """
 
+from collections.abc import Callable
 import dataclasses
 import functools
 from typing import Any
@@ -36,10 +37,20 @@ def has_work(queue: Queue, slots: Slots) -> Array:
 
 
 def advance(model: Model, shape: Shape, vocabulary: Vocabulary, params: Params, key: Array,
-            version: Array | int, queue: Queue, slots: Slots, max_turns: Array | int) -> Slots:
+            version: Array | int, queue: Queue, slots: Slots, max_turns: Array | int,
+            wanted: Callable[[Slots], Array] | None = None) -> Slots:
   """Makes turns until there are `max_turns` of them or nothing is left to do.
 
   A turn feeds at most one token to each slot, and one chunk to each lane.
+
+  Args:
+    model, params: the policy.
+    shape, vocabulary: sizes of the program, and what it must know of the tokenizer.
+    key: the noise's key.
+    version: the number that the tokens drawn here get in `Responses.version`.
+    queue, slots: the requests, and the state that the last call left.
+    max_turns: i32[].
+    wanted: slots → bool[], False once the turns may stop although there is work; None for never.
   """
   begin = slots.places.turns
   admit = functools.partial(_admit, shape, queue)
@@ -56,8 +67,12 @@ def advance(model: Model, shape: Shape, vocabulary: Vocabulary, params: Params, 
     return dataclasses.replace(slots, places=places)
 
   slots = dataclasses.replace(slots, places=admission.forget(queue, slots.places))
-  return jax.lax.while_loop(
-      lambda s: has_work(queue, s) & (s.places.turns - begin < max_turns), turn, slots)
+
+  def goes_on(slots: Slots) -> Array:
+    more = has_work(queue, slots) & (slots.places.turns - begin < max_turns)
+    return more if wanted is None else more & wanted(slots)
+
+  return jax.lax.while_loop(goes_on, turn, slots)
 
 
 def in_all(times: int) -> str:

@@ -1,7 +1,8 @@
 """The jitted programs of reinforcement learning: a run dispatches them, preflight compiles them."""
 
 from collections.abc import Callable
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -10,6 +11,7 @@ import optax
 from jaxrl_pt import config as cfg
 from jaxrl_pt.parallel import model as models
 from jaxrl_pt.parallel import rules
+from jaxrl_pt.sampling import in_flight
 from jaxrl_pt.sampling import weight_sync as syncing
 from jaxrl_pt.sampling.groups import make_sampler
 from jaxrl_pt.train import fused, update
@@ -34,6 +36,23 @@ def sampler(run: cfg.Run, mesh: Mesh, rollouts: cfg.Rollouts, stop_id: int) -> A
   """The jitted sample(parameters after the weight sync, prompts, batch, version) → RolloutBatch."""
   model = models.build(run.model, run.compute, mesh, rules.SHARD)
   return jax.jit(make_sampler(model, run.seed, rollouts, stop_id, mesh if mesh.size > 1 else None))
+
+
+class InFlightSampler(NamedTuple):
+  """The jitted programs of `sampling.in_flight`, to which the sampler's state is donated."""
+
+  enqueue: Any  # (InFlight, prompts, batch) → InFlight
+  draw: Any  # (parameters after the weight sync, InFlight, batch, version) → Drawn
+
+
+def in_flight_sampler(run: cfg.Run, mesh: Mesh, rollouts: cfg.Rollouts, stop_id: int
+                      ) -> InFlightSampler:
+  """The sampler whose responses are under way over several steps."""
+  model = models.build(run.model, run.compute, mesh, rules.SHARD)
+  return InFlightSampler(
+      jax.jit(functools.partial(in_flight.enqueue, rollouts, stop_id), donate_argnums=0),
+      jax.jit(functools.partial(in_flight.draw, model, run.seed, rollouts, stop_id),
+              donate_argnums=1))
 
 
 def learner_step(run: cfg.Run, mesh: Mesh, optimizer: optax.GradientTransformation,

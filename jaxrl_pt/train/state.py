@@ -32,7 +32,7 @@ class MethodState:
 
   gate: Any  # f32[] accuracy with which Short-RL's gate compares, or {}
   value: ValueHead
-  pending: Any  # RolloutBatch drawn ahead of its update (one-step-off), or {}
+  pending: Any  # RolloutBatch drawn a step ahead, the sampler where it is in flight, or {}
   average: Any  # parameters of RLP's average policy, or {}
 
 
@@ -52,13 +52,14 @@ def no_method(params: Params) -> Any:
 
 
 def new_method(rollouts: cfg.Rollouts, algorithm: cfg.Algorithm, d_model: int,
-               average: Any = ()) -> MethodState:
+               average: Any = (), sampler: Any = ()) -> MethodState:
   """`TrainState.method` of a run of reinforcement learning before its first step.
 
   Args:
     rollouts, algorithm: the settings of the run's objective.
     d_model: the model's width, which is the value head's number of inputs.
     average: the policy's parameters where the method keeps an average of them, else ().
+    sampler: `in_flight.InFlight` where responses are under way over several steps, else ().
   """
   head: Any = {}
   if isinstance(algorithm.advantage, cfg.GAE):
@@ -69,6 +70,8 @@ def new_method(rollouts: cfg.Rollouts, algorithm: cfg.Algorithm, d_model: int,
     shape = rollouts.num_prompts, rollouts.group_size, rollouts.response_tokens
     reals, ints = (lambda: jnp.zeros(shape)), (lambda: jnp.zeros(shape, jnp.int32))
     pending = RolloutBatch(ints(), reals(), reals(), reals(), ints(), ints())
+  elif sampler:
+    pending = sampler
   # The average is a copy, because the step donates both the parameters and the average.
   return MethodState(gate, ValueHead(head, value_optimizer(algorithm.advantage).init(head)),
                      pending, jax.tree.map(jnp.copy, average) if average else {})

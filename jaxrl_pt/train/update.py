@@ -133,7 +133,7 @@ def make_learner(model: Model, optimizer: optax.GradientTransformation, run: cfg
                               method=dataclasses.replace(new.method, gate=gate))
     new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
     # The mismatch is that of the first update, since later updates move away from the sampler on
-    # purpose. One step off-policy the same number is called staleness: the sampler's parameters
+    # purpose. Off-policy the same number is called staleness: the sampler's parameters
     # are then older than the trainer's, which is no fault of the arithmetic.
     name = 'mismatch' if rollout_config.mode == cfg.OnPolicy() else 'staleness'
     return new, {**values, name: first.pop('mismatch'), **first,
