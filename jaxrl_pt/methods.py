@@ -41,7 +41,7 @@ _OTHERS = (
            '2505.23585', 'opo', 'opo_gym'),
     Method('OPO, several turns', 'the same of episodes with an environment that answers',
            '2505.23585', 'opo', 'guess'),
-    Method('in flight', 'term × min(π_train / π_version, cap), with the version that drew the token',
+    Method('in flight', "term × min(π_train / π_version, cap), with each token's own version",
            '2509.19128', 'in_flight', 'opo_in_flight'),
 )
 # Stem of a method's gin file → the folder in experiments where the method was measured.
