@@ -205,7 +205,7 @@ def most_turns(shape: Shape, *, has_all_pages: bool) -> int:
   In a turn the lanes prefill, or all slots decode, or the queue is empty and the last responses
   end. With too few pages perhaps only one slot decodes.
   """
-  each = shape.tail_len + shape.response_len - 1
+  each = shape.most_fed
   at_once = shape.slots if has_all_pages else 1
   chunks = shape.documents * -(-shape.document_len // shape.chunk)
   return chunks + each + shape.queue * each // at_once

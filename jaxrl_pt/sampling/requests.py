@@ -48,8 +48,13 @@ class Shape(NamedTuple):
 
   @property
   def table_len(self) -> int:
-    """P, the pages of the longest sequence. A response's last token is never fed."""
-    return pages_of(self.document_len + self.tail_len + self.response_len - 1, self.page_size)
+    """P, the pages of the longest sequence."""
+    return pages_of(self.document_len + self.most_fed, self.page_size)
+
+  @property
+  def most_fed(self) -> int:
+    """The most tokens of a tail and a response that are fed, which the last one never is."""
+    return self.tail_len + self.response_len - 1
 
   @property
   def num_fed(self) -> int:
@@ -71,7 +76,7 @@ class Shape(NamedTuple):
 
     All slots decode until these rows have begun, and then the last responses end.
     """
-    each = self.tail_len + self.response_len - 1
+    each = self.most_fed
     return each + max((self.due or self.queue) - self.slots, 0) * each // self.slots
 
 
@@ -122,6 +127,12 @@ class Requests:
   wants_top: Any = ()  # bool[Q] whether the likeliest tokens are reported
   mask: Any = ()  # i32[Q] row of `Queue.masks` that the next token must satisfy, or NO_MASK
   batch: Any = ()  # i32[Q] the prompt's batch, which addresses the randomness; () if all share one
+
+
+def cached_len(requests: Requests, row: Any = slice(None)) -> Array:
+  """i32: the tokens that are cached when a response is as long as it may be, in some rows."""
+  tail_and_response = requests.num_tail[row] + requests.max_tokens[row] - 1
+  return requests.prefix[row] + tail_and_response
 
 
 @struct.dataclass

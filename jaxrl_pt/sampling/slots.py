@@ -100,8 +100,6 @@ def _admit(shape: Shape, queue: Queue, slots: Slots) -> Slots:
   """Admits documents and requests, copies the pages that they share in part, clears their rows."""
   before = slots.places
   places = admission.admit(shape, queue, before)
-  begun = (before.lane == IDLE) & (places.lane != IDLE)
-  reused = slots.counters.reused + jnp.where(begun, places.filled, 0).sum()
   is_new = (before.row == IDLE) & (places.row != IDLE)
   requests, row = queue.rows, jnp.maximum(places.row, 0)
   sources, targets, places = admission.copies(shape, queue, places)
@@ -122,9 +120,7 @@ def _admit(shape: Shape, queue: Queue, slots: Slots) -> Slots:
         closing=new(-1, old.closing), answered=new(0, old.answered), recent=new(-1, old.recent))
   if not isinstance(old.window, tuple):
     decoding = dataclasses.replace(decoding, window=new(0, old.window))
-  slots = dataclasses.replace(
-      slots, places=places, decoding=decoding,
-      counters=dataclasses.replace(slots.counters, reused=reused))
+  slots = dataclasses.replace(slots, places=places, decoding=decoding)
   return _once(slots, places.head != before.head,
                functools.partial(_clear, shape, queue, before.head))
 
@@ -190,7 +186,7 @@ def draw_all(model: Model, shape: Shape, vocabulary: Vocabulary, params: Params,
   slots = dataclasses.replace(slots, places=places, decoding=decoding,
                               cache=paged_cache.copy_pages(cache, sources, targets))
   # Counted from the loop's beginning, so that `tpu.roofline` can read the largest number of steps.
-  most = shape.tail_len + shape.response_len - 1
+  most = shape.most_fed
   one_step = functools.partial(step, model, shape, vocabulary, params, key, version, queue)
   return jax.lax.while_loop(
       lambda s: (s.places.row != IDLE).any() & (s.counters.steps < most), one_step, slots)
