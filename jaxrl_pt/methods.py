@@ -39,7 +39,7 @@ _OTHERS = (
            '2510.01265', 'rlp'),
     Method('OPO, reasoning-gym', "the same under a host's scorer, of any of the library's tasks",
            '2505.23585', 'opo', 'opo_gym'),
-    Method('in flight', 'term × min(π_train / π_version, cap), with the version that drew the token',
+    Method('in flight', 'term × min(π_train / π_version, cap), the version being the one that drew',
            '2509.19128', 'in_flight', 'opo_in_flight'),
 )
 # Stem of a method's gin file → the folder in experiments where the method was measured.

@@ -64,8 +64,7 @@ def prompts_of(batch):
 @functools.cache
 def programs(name):
   config = CONFIGS[name]
-  return (jax.jit(functools.partial(in_flight.enqueue, config, STOP)),
-          jax.jit(functools.partial(in_flight.draw, MODEL, SEED, config, STOP)))
+  return list(map(jax.jit, in_flight.make_sampler(MODEL, SEED, config, STOP)))
 
 
 def steps(name, params, first=0, sampler=None):
@@ -108,8 +107,8 @@ def replayed(name, batch, n, g):
   """
   rollouts, prompts = run(name)[batch].rollouts, prompts_of(batch)
   row = (batch % in_flight.num_batches(CONFIGS[name])) * NUM_PROMPTS + n
-  is_filled = [bool((s.in_flight.slots.places.state[row] == FILLED)
-                    & (s.in_flight.slots.places.content[row] == batch + 1)) for s in run(name)]
+  is_filled = [bool((s.in_flight.slots.places.state[0, row] == FILLED)
+                    & (s.in_flight.slots.places.content[0, row] == batch + 1)) for s in run(name)]
   filled_in = is_filled.index(True)
   length, count = int(prompts.lengths[n]), int(rollouts.in_response[n, g].sum())
   cache = MODEL.init_cache(1, PROMPT + RESPONSE)
