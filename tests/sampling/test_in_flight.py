@@ -119,13 +119,21 @@ def replayed(name, batch, n, g):
     key = jax.random.fold_in(key, part)
   newest, logps, tokens = prompts.tokens[n, length - 1], [], []
   for i in range(count):
-    hidden, cache = extend(params_of(int(rollouts.version[n, g, i])), newest[None, None],
-                           jnp.array([[length - 1 + i]]), cache)
-    logits = hidden[0, 0] @ MODEL.head(params_of(int(rollouts.version[n, g, i])))
-    newest = rollouts.tokens[n, g, i]
-    logps.append(float(jax.nn.log_softmax(logits)[newest]))
-    tokens.append(int(policies.draw(jax.random.fold_in(key, length + i), logits).token))
+    fed, newest = newest, rollouts.tokens[n, g, i]
+    token, logp, cache = draw_one(params_of(int(rollouts.version[n, g, i])), fed, newest, key,
+                                  length + i, cache)
+    tokens.append(int(token))
+    logps.append(float(logp))
   return tokens, logps
+
+
+@jax.jit
+def draw_one(params, fed, newest, key, position, cache):
+  """The token that the noise draws at a position, and the logp there of the newest one."""
+  hidden, cache = extend(params, fed[None, None], jnp.full((1, 1), position - 1), cache)
+  logits = hidden[0, 0] @ MODEL.head(params)
+  token = policies.draw(jax.random.fold_in(key, position), logits).token
+  return token, jax.nn.log_softmax(logits)[newest], cache
 
 
 @jax.jit
@@ -212,7 +220,7 @@ def test_every_token_counts_once_and_nothing_leaks():
 def test_a_checkpoint_in_the_middle_changes_no_bit(tmp_path):
   """The sampler goes through Orbax between any two steps."""
   whole = run('few_slots')
-  for stop in (1, 4):
+  for stop in (1, 4):  # Before the first batches have all begun, and with all parts taken.
     path = tmp_path / str(stop)
     with ocp.StandardCheckpointer() as checkpointer:
       checkpointer.save(path, whole[stop - 1].in_flight)
