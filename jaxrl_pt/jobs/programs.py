@@ -16,7 +16,7 @@ from jaxrl_pt.jobs.kind import Program, abstract
 from jaxrl_pt.parallel import model as models
 from jaxrl_pt.parallel import rules
 from jaxrl_pt.rollouts.stages import is_fused, resamples
-from jaxrl_pt.sampling import engine_rows, in_flight, slots, weight_sync
+from jaxrl_pt.sampling import engine_rows, slots, weight_sync
 from jaxrl_pt.sampling import state as engine_state
 from jaxrl_pt.sampling.prefix_cache import PrefixCache
 from jaxrl_pt.sampling.requests import Vocabulary
@@ -87,7 +87,6 @@ def _stages(run: cfg.Run, mesh: Mesh, method: cfg.Reinforced, prompts: Prompts,
   if isinstance(method, cfg.RL) and isinstance(method.verifier, cfg.Interactive):
     return [_engine(run, mesh, method, method.verifier, beside), *others]
   if isinstance(rollouts.mode, cfg.InFlight):
-    in_flight.check_mesh(mesh)
     continued = programs.in_flight_sampler(run, mesh, rollouts, STOP_ID).draw
     others_of_method = dataclasses.replace(state.method, pending={})
     return [Program('sampler in flight: prefill and decode', continued,

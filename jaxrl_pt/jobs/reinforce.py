@@ -24,6 +24,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from jaxrl_pt import config as cfg
 from jaxrl_pt import metrics
@@ -111,6 +112,11 @@ class Reinforcement:
     if position['task'] != self._environment.digest:
       raise UserError('The problems are not those that this run began with: put them back, or '
                       'use a new --workdir.')
+    shards, ours = position.get('shards', 1), in_flight.num_shards(self.session.mesh)
+    if isinstance(self._method.rollouts.mode, cfg.InFlight) and shards != ours:
+      raise UserError(f'The checkpoint holds rollouts under way on {shards} shards of the data '
+                      f'(Mesh.data × Mesh.fsdp), and this mesh has {ours}: resume on a mesh with '
+                      f'{shards}, or use a new --workdir.')
     if self._draws_ahead and position.get('pending') != _PENDING:
       raise UserError('The checkpoint is of an earlier version, which kept rollouts that were '
                       'drawn ahead in another form: finish the run with that version, or use a '
@@ -129,7 +135,8 @@ class Reinforcement:
       state = dataclasses.replace(
           state, method=dataclasses.replace(state.method, pending=self._ahead))
     return state, {'step': step, 'batches': self._batch, 'start': self._digest,
-                   'task': self._environment.digest, 'pending': _PENDING, **self._order}
+                   'task': self._environment.digest, 'pending': _PENDING,
+                   'shards': in_flight.num_shards(self.session.mesh), **self._order}
 
   @property
   def _draws_ahead(self) -> bool:
@@ -253,19 +260,19 @@ def model_flops(run: cfg.Run) -> float:
   return 4 * r.num_prompts * (of_prompt + r.group_size * of_response)
 
 
-def new_method(run: cfg.Run, params: Params) -> Any:
+def new_method(run: cfg.Run, mesh: Mesh, params: Params) -> Any:
   """`TrainState.method` before the first step, for methods without an average policy."""
   del params
   objective = run.objective
   assert objective.rollouts is not None and objective.algorithm is not None
   return states.new_method(objective.rollouts, objective.algorithm, run.model.d_model,
-                           sampler=sampler_between_steps(run))
+                           sampler=sampler_between_steps(run, mesh))
 
 
-def sampler_between_steps(run: cfg.Run) -> Any:
+def sampler_between_steps(run: cfg.Run, mesh: Mesh) -> Any:
   """The idle sampler of a run whose responses are under way over several steps, else ()."""
   rollouts = run.objective.rollouts
   assert rollouts is not None
   if not isinstance(rollouts.mode, cfg.InFlight):
     return ()
-  return in_flight.init(transformer.build(run.model, run.compute), rollouts)
+  return in_flight.init(transformer.build(run.model, run.compute), rollouts, mesh)

@@ -82,7 +82,6 @@ class Stages:
     self._session, self._environment, self._method = session, environment, method
     self._reference_params = reference_params
     if isinstance(method.rollouts.mode, cfg.InFlight):
-      in_flight.check_mesh(mesh)
       self._in_flight = programs.in_flight_sampler(run, mesh, method.rollouts, stop_id)
     self._sample = programs.sampler(run, mesh, method.rollouts, stop_id)
     self._sync_weights = programs.weight_sync(run, mesh)

@@ -18,22 +18,24 @@ With constant parameters the responses are those of the on-policy sampler. The n
 address: (seed, batch, prompt id, sample, position).
 """
 
+from collections.abc import Callable
 import dataclasses
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 from flax import struct
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxrl_pt import config as cfg
-from jaxrl_pt.errors import UserError
 from jaxrl_pt.models.base import Model
+from jaxrl_pt.parallel.rules import ROWS
 from jaxrl_pt.sampling import groups
 from jaxrl_pt.sampling import slots as program
 from jaxrl_pt.sampling.admission import IDLE
 from jaxrl_pt.sampling.requests import Queue, Shape, Vocabulary
-from jaxrl_pt.sampling.state import RUNNING, Counters, Slots
+from jaxrl_pt.sampling.state import RUNNING, Slots
 from jaxrl_pt.sampling.state import init as init_slots
 from jaxrl_pt.types import Array, Params, Prompts, RolloutBatch, Weighted
 
@@ -42,7 +44,9 @@ from jaxrl_pt.types import Array, Params, Prompts, RolloutBatch, Weighted
 class InFlight:
   """The sampler between two steps: W = K + 1 batches of requests, and how far each of them is.
 
-  Batch b has the (b mod W)-th part of the rows of documents, requests and responses.
+  Batch b has the (b mod W)-th part of the rows of documents, requests and responses. Every array
+  begins with an axis of shards of the data, each of which is a sampler with prompts, slots and
+  pages of its own.
   """
 
   queue: Queue
@@ -57,11 +61,62 @@ class Drawn(NamedTuple):
   metrics: dict[str, Weighted]
 
 
-def check_mesh(mesh: Mesh) -> None:
-  """Raises UserError if there are several devices."""
-  if mesh.size > 1:
-    raise UserError('Rollouts.mode = @cfg.InFlight() keeps its sampler on one device, and the mesh '
-                    f'has {mesh.size}: set the axes of cfg.Mesh to 1, or choose @cfg.OneStepOff().')
+class Sampler(NamedTuple):
+  """The functions that `make_sampler` returns."""
+
+  enqueue: Callable[[InFlight, Prompts, Array], InFlight]
+  draw: Callable[[Params, InFlight, Array, Array], Drawn]
+
+
+def make_sampler(model: Model, seed: int, rollouts: cfg.Rollouts, stop_id: int,
+                 mesh: Mesh | None = None) -> Sampler:
+  """Returns enqueue(in_flight, prompts, batch) and draw(params, in_flight, batch, version).
+
+  `enqueue` appends a batch's requests in the rows of the batch W before it, whose responses must
+  have been taken; each prompt has a document of its own. `draw` decodes until all responses of a
+  batch have ended, which is the one after the batch that was drawn last; the batches up to
+  batch + K must have been appended. `version` is the number of steps that `params` have taken.
+
+  Args:
+    model: the policy's model; on several devices made for `rules.SHARD`.
+    seed: the run's seed.
+    rollouts: the settings.
+    stop_id: the token that ends a response.
+    mesh: the devices, if there are several. No shard waits for another while it decodes.
+  """
+  own = dataclasses.replace(rollouts, num_prompts=rollouts.num_prompts // num_shards(mesh))
+  rows, whole = PartitionSpec(ROWS), PartitionSpec()
+
+  def on_shards(function: Any, *specs: PartitionSpec) -> Any:
+    if mesh is None:
+      return function
+    return jax.shard_map(function, mesh=mesh, axis_names=set(ROWS), check_vma=False, in_specs=specs,
+                         out_specs=rows)
+
+  def enqueue(in_flight: InFlight, prompts: Prompts, batch: Array) -> InFlight:
+    def enqueue_shard(state: InFlight, prompts: Prompts, first: Array, batch: Array) -> InFlight:
+      return _of_shards(_enqueue(own, stop_id, _of_shard(state), prompts, first, batch))
+
+    first = groups.occurrences(prompts.ids) * rollouts.group_size
+    return on_shards(enqueue_shard, rows, rows, rows, whole)(in_flight, prompts, first, batch)
+
+  def draw(params: Params, in_flight: InFlight, batch: Array, version: Array) -> Drawn:
+    def draw_shard(params: Params, state: InFlight, batch: Array, version: Array
+                   ) -> tuple[InFlight, RolloutBatch, _Counts]:
+      state, drawn, counts = _draw(model, seed, own, stop_id, params, _of_shard(state), batch,
+                                   version)
+      return _of_shards(state), drawn, _of_shards(counts)
+
+    state, drawn, counts = on_shards(draw_shard, whole, rows, whole, whole)(
+        params, in_flight, batch, version)
+    return Drawn(state, drawn, _metrics(counts, drawn, version))
+
+  return Sampler(enqueue, draw)
+
+
+def num_shards(mesh: Mesh | None) -> int:
+  """The number of shards of the data, each of which has a sampler."""
+  return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in ROWS)
 
 
 def num_batches(rollouts: cfg.Rollouts) -> int:
@@ -76,38 +131,50 @@ def entering(rollouts: cfg.Rollouts, batch: int) -> range:
   return range(batch + most - 1 if batch else 0, batch + most)
 
 
-def shape_of(vocab_size: int, rollouts: cfg.Rollouts) -> Shape:
-  """The sizes of the program, whose queue holds W batches."""
-  prompts = _empty_prompts(rollouts, num_batches(rollouts))
-  shape = groups.shape_of(vocab_size, prompts, rollouts.group_size, rollouts.response_tokens,
-                          rollouts.sampler, rollouts.slots)
-  return shape._replace(due=_num_rows(rollouts))
-
-
-def init(model: Model, rollouts: cfg.Rollouts) -> InFlight:
-  """An idle sampler with an empty queue."""
-  shape = shape_of(model.config.vocab_size, rollouts)
-  queue = _requests(rollouts, _empty_prompts(rollouts, num_batches(rollouts)), 0, groups.NO_STOP)
-  empty = dataclasses.replace(queue, tail=jnp.zeros((), jnp.int32), documents=dataclasses.replace(
+def init(model: Model, rollouts: cfg.Rollouts, mesh: Mesh | None = None) -> InFlight:
+  """An idle sampler with an empty queue, for each shard of the data."""
+  shards = num_shards(mesh)
+  own = dataclasses.replace(rollouts, num_prompts=rollouts.num_prompts // shards)
+  prompts, none = _empty_prompts(own, num_batches(own)), jnp.zeros((), jnp.int32)
+  queue = _requests(own, prompts, jnp.zeros_like(prompts.ids), 0, groups.NO_STOP)
+  empty = dataclasses.replace(queue, tail=none, documents=dataclasses.replace(
       queue.documents, asked=jnp.zeros_like(queue.documents.asked)))
-  return InFlight(empty, init_slots(model, shape, Vocabulary(),
-                                    groups.page_dtype(model, rollouts.slots)))
+  state = InFlight(empty, init_slots(model, _shape_of(model.config.vocab_size, own), Vocabulary(),
+                                     groups.page_dtype(model, own.slots)))
+  return jax.tree.map(lambda x: jnp.repeat(x[None], shards, 0), state)
 
 
-def enqueue(rollouts: cfg.Rollouts, stop_id: int, in_flight: InFlight, prompts: Prompts,
-            batch: Array) -> InFlight:
-  """Appends the requests of a batch, in the rows of the batch that was W batches before it.
+def shardings(in_flight: InFlight, mesh: Mesh) -> InFlight:
+  """The NamedSharding of every array: shards over data and fsdp, pages also by heads over tensor.
 
   Args:
-    rollouts: the settings.
-    stop_id: the token that ends a response.
-    in_flight: the sampler, to which batch − 1 was the last to be appended; all responses of batch
-      − W have been taken.
-    prompts: the batch's prompts, each with a document of its own.
-    batch: i32[] its number.
+    in_flight: the arrays, or their shapes.
+    mesh: the devices.
   """
+  rows, heads = PartitionSpec(ROWS), PartitionSpec(ROWS, 'tensor')
+  of_all: InFlight = jax.tree.map(lambda _: NamedSharding(mesh, rows), in_flight)
+  pages = jax.tree.map(lambda _: NamedSharding(mesh, heads), in_flight.slots.cache)
+  return dataclasses.replace(of_all, slots=dataclasses.replace(of_all.slots, cache=pages))
+
+
+# --- One shard ------------------------------------------------------------------------
+
+
+class _Counts(NamedTuple):
+  """What the sampler did in one step; i32[] in a shard, i32[shards] outside."""
+
+  tokens: Array  # drawn
+  carried: Array  # responses that are left in slots
+  steps: Array  # decode steps
+  busy: Array  # slots that were extended, summed over steps
+  slots: Array  # slots × steps
+
+
+def _enqueue(rollouts: cfg.Rollouts, stop_id: int, in_flight: InFlight, prompts: Prompts,
+             first: Array, batch: Array) -> InFlight:
+  """Appends a batch; `first` is i32[N], the number of each prompt's first sample."""
   queue, part = in_flight.queue, batch % num_batches(rollouts)
-  new = _requests(rollouts, prompts, batch, stop_id)
+  new = _requests(rollouts, prompts, first, batch, stop_id)
   documents, rows = new.documents, new.rows
   # A content's number is never 0, which an empty row has.
   documents = dataclasses.replace(
@@ -125,49 +192,53 @@ def enqueue(rollouts: cfg.Rollouts, stop_id: int, in_flight: InFlight, prompts: 
       dataclasses.replace(in_flight.slots, responses=responses))
 
 
-def draw(model: Model, seed: int, rollouts: cfg.Rollouts, stop_id: int, params: Params,
-         in_flight: InFlight, batch: Array, version: Array) -> Drawn:
-  """Decodes until all responses of a batch have ended.
-
-  Args:
-    model: the policy's model.
-    seed: the run's seed.
-    rollouts: the settings.
-    stop_id: the token that ends a response.
-    params: the policy's parameters.
-    in_flight: the sampler, to which the batches up to batch + K have been appended.
-    batch: i32[] the number of the batch to draw, which follows the one that was drawn last.
-    version: i32[] steps that the parameters have taken.
-  """
-  shape = shape_of(model.config.vocab_size, rollouts)
+def _draw(model: Model, seed: int, rollouts: cfg.Rollouts, stop_id: int, params: Params,
+          in_flight: InFlight, batch: Array, version: Array
+          ) -> tuple[InFlight, RolloutBatch, _Counts]:
+  """Decodes until no response of the batch is under way."""
+  shape = _shape_of(model.config.vocab_size, rollouts)
   part, num_rows, before = batch % num_batches(rollouts), _num_rows(rollouts), in_flight.slots
   is_under_way = lambda slots: (_part(slots.responses.finish, part, num_rows) == RUNNING).any()
-  slots = program.advance(
+  after = program.advance(
       model, shape, Vocabulary(), params, jax.random.key(seed), version, in_flight.queue, before,
       groups.most_turns(shape, has_all_pages=not rollouts.slots.num_pages), is_under_way)
-  of_batch = jax.tree.map(lambda x: _part(x, part, num_rows), slots.responses)
+  of_batch = jax.tree.map(lambda x: _part(x, part, num_rows), after.responses)
   drawn = groups.rollouts_of(of_batch, rollouts.num_prompts, stop_id, version)
-  return Drawn(InFlight(in_flight.queue, slots), drawn, _metrics(shape, before, slots, drawn,
-                                                                  version))
+  steps = after.counters.steps - before.counters.steps
+  counts = _Counts(after.responses.count.sum() - before.responses.count.sum(),
+                   (after.places.row != IDLE).sum(), steps,
+                   after.counters.busy - before.counters.busy, steps * shape.slots)
+  return InFlight(in_flight.queue, after), drawn, counts
 
 
-def _metrics(shape: Shape, before: Slots, after: Slots, drawn: RolloutBatch, version: Array
-             ) -> dict[str, Weighted]:
+def _metrics(counts: _Counts, drawn: RolloutBatch, version: Array) -> dict[str, Weighted]:
   """How old what is learned from is, and what the sampler did in this step."""
   behind = (version - drawn.version) * (drawn.sampled > 0)
-  of_step = Counters(**{field.name: getattr(after.counters, field.name)
-                        - getattr(before.counters, field.name)
-                        for field in dataclasses.fields(Counters)})
-  num_tokens = lambda responses: responses.count.sum()
+  real = lambda count: count.sum().astype(jnp.float32)
   return {
       'versions_behind': Weighted.of(behind.astype(jnp.float32), drawn.sampled),
       'most_versions_behind': Weighted.single(behind.max()),
-      'drawn_tokens': Weighted.single(num_tokens(after.responses) - num_tokens(before.responses)),
-      'carried_responses': Weighted.single((after.places.row != IDLE).sum()),
-      'decode_steps': Weighted.single(of_step.steps),
-      'slot_occupancy': Weighted(of_step.busy.astype(jnp.float32),
-                                 (of_step.steps * shape.slots).astype(jnp.float32)),
+      'drawn_tokens': Weighted.single(real(counts.tokens)),
+      'carried_responses': Weighted.single(real(counts.carried)),
+      'decode_steps': Weighted.single(counts.steps.max()),
+      'slot_occupancy': Weighted(real(counts.busy), real(counts.slots)),
   }
+
+
+def _shape_of(vocab_size: int, rollouts: cfg.Rollouts) -> Shape:
+  """The sizes of the program, whose queue holds W batches."""
+  prompts = _empty_prompts(rollouts, num_batches(rollouts))
+  shape = groups.shape_of(vocab_size, prompts, rollouts.group_size, rollouts.response_tokens,
+                          rollouts.sampler, rollouts.slots)
+  return shape._replace(due=_num_rows(rollouts))
+
+
+def _of_shard(tree: Any) -> Any:
+  return jax.tree.map(lambda x: x[0], tree)
+
+
+def _of_shards(tree: Any) -> Any:
+  return jax.tree.map(lambda x: x[None], tree)
 
 
 # --- Rows -----------------------------------------------------------------------------
@@ -189,9 +260,10 @@ def _empty_prompts(rollouts: cfg.Rollouts, times: int) -> Prompts:
   return Prompts(jnp.zeros((num_prompts, rollouts.prompt_len), jnp.int32), each + 1, each)
 
 
-def _requests(rollouts: cfg.Rollouts, prompts: Prompts, batch: Array | int, stop_id: int) -> Queue:
+def _requests(rollouts: cfg.Rollouts, prompts: Prompts, first: Array, batch: Array | int,
+              stop_id: int) -> Queue:
   """`groups.queue_of` with the batch's number in every row."""
   queue = groups.queue_of(prompts, rollouts.group_size, rollouts.response_tokens, stop_id,
-                          groups.occurrences(prompts.ids) * rollouts.group_size)
+                          first)
   rows = dataclasses.replace(queue.rows, batch=jnp.full_like(queue.rows.ids, batch))
   return dataclasses.replace(queue, rows=rows)

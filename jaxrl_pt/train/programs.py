@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
 import optax
 
 from jaxrl_pt import config as cfg
+from jaxrl_pt.models import transformer
 from jaxrl_pt.parallel import model as models
 from jaxrl_pt.parallel import rules
 from jaxrl_pt.sampling import in_flight
@@ -38,21 +39,22 @@ def sampler(run: cfg.Run, mesh: Mesh, rollouts: cfg.Rollouts, stop_id: int) -> A
   return jax.jit(make_sampler(model, run.seed, rollouts, stop_id, mesh if mesh.size > 1 else None))
 
 
-class InFlightSampler(NamedTuple):
-  """The jitted programs of `sampling.in_flight`, to which the sampler's state is donated."""
+def in_flight_sampler(run: cfg.Run, mesh: Mesh, rollouts: cfg.Rollouts, stop_id: int) -> Any:
+  """The jitted enqueue and draw of `in_flight.make_sampler`, to which its state is donated.
 
-  enqueue: Any  # (InFlight, prompts, batch) → InFlight
-  draw: Any  # (parameters after the weight sync, InFlight, batch, version) → Drawn
-
-
-def in_flight_sampler(run: cfg.Run, mesh: Mesh, rollouts: cfg.Rollouts, stop_id: int
-                      ) -> InFlightSampler:
-  """The sampler whose responses are under way over several steps."""
+  The parameters are those after the weight sync.
+  """
   model = models.build(run.model, run.compute, mesh, rules.SHARD)
-  return InFlightSampler(
-      jax.jit(functools.partial(in_flight.enqueue, rollouts, stop_id), donate_argnums=0),
-      jax.jit(functools.partial(in_flight.draw, model, run.seed, rollouts, stop_id),
-              donate_argnums=1))
+  enqueue, draw = in_flight.make_sampler(model, run.seed, rollouts, stop_id,
+                                         mesh if mesh.size > 1 else None)
+  # Each program leaves the state as the next one takes it.
+  there = in_flight.shardings(jax.eval_shape(functools.partial(
+      in_flight.init, transformer.build(run.model, run.compute), rollouts, mesh)), mesh)
+  return in_flight.Sampler(
+      jax.jit(enqueue, donate_argnums=0, out_shardings=there),
+      # None lets the compiler choose.
+      jax.jit(draw, donate_argnums=1,
+              out_shardings=in_flight.Drawn._make((there, None, None))))
 
 
 def learner_step(run: cfg.Run, mesh: Mesh, optimizer: optax.GradientTransformation,

@@ -13,6 +13,7 @@ from jaxrl_pt import config as cfg
 from jaxrl_pt import params as P
 from jaxrl_pt.models.base import Model
 from jaxrl_pt.parallel import rules
+from jaxrl_pt.sampling import in_flight
 from jaxrl_pt.types import Params, RolloutBatch, TrainState
 
 # --- What a method of reinforcement learning keeps between steps ------------------
@@ -89,6 +90,8 @@ def _method_shardings(method: Any, mesh: Mesh, param_shardings: Any) -> Any:
   shardings = jax.tree.map(lambda _: everywhere, method)
   if isinstance(method, MethodState) and isinstance(method.pending, RolloutBatch):
     shardings = shardings.replace(pending=jax.tree.map(lambda _: rows, method.pending))
+  if isinstance(method, MethodState) and isinstance(method.pending, in_flight.InFlight):
+    shardings = shardings.replace(pending=in_flight.shardings(method.pending, mesh))
   if isinstance(method, MethodState) and method.average:
     shardings = shardings.replace(average=param_shardings)
   return shardings

@@ -64,8 +64,7 @@ def prompts_of(batch):
 @functools.cache
 def programs(name):
   config = CONFIGS[name]
-  return (jax.jit(functools.partial(in_flight.enqueue, config, STOP)),
-          jax.jit(functools.partial(in_flight.draw, MODEL, SEED, config, STOP)))
+  return list(map(jax.jit, in_flight.make_sampler(MODEL, SEED, config, STOP)))
 
 
 def steps(name, params, first=0, sampler=None):
@@ -108,8 +107,8 @@ def replayed(name, batch, n, g):
   """
   rollouts, prompts = run(name)[batch].rollouts, prompts_of(batch)
   row = (batch % in_flight.num_batches(CONFIGS[name])) * NUM_PROMPTS + n
-  is_filled = [bool((s.in_flight.slots.places.state[row] == FILLED)
-                    & (s.in_flight.slots.places.content[row] == batch + 1)) for s in run(name)]
+  is_filled = [bool((s.in_flight.slots.places.state[0, row] == FILLED)
+                    & (s.in_flight.slots.places.content[0, row] == batch + 1)) for s in run(name)]
   filled_in = is_filled.index(True)
   length, count = int(prompts.lengths[n]), int(rollouts.in_response[n, g].sum())
   cache = MODEL.init_cache(1, PROMPT + RESPONSE)
@@ -120,13 +119,21 @@ def replayed(name, batch, n, g):
     key = jax.random.fold_in(key, part)
   newest, logps, tokens = prompts.tokens[n, length - 1], [], []
   for i in range(count):
-    hidden, cache = extend(params_of(int(rollouts.version[n, g, i])), newest[None, None],
-                           jnp.array([[length - 1 + i]]), cache)
-    logits = hidden[0, 0] @ MODEL.head(params_of(int(rollouts.version[n, g, i])))
-    newest = rollouts.tokens[n, g, i]
-    logps.append(float(jax.nn.log_softmax(logits)[newest]))
-    tokens.append(int(policies.draw(jax.random.fold_in(key, length + i), logits).token))
+    fed, newest = newest, rollouts.tokens[n, g, i]
+    token, logp, cache = draw_one(params_of(int(rollouts.version[n, g, i])), fed, newest, key,
+                                  length + i, cache)
+    tokens.append(int(token))
+    logps.append(float(logp))
   return tokens, logps
+
+
+@jax.jit
+def draw_one(params, fed, newest, key, position, cache):
+  """The token that the noise draws at a position, and the logp there of the newest one."""
+  hidden, cache = extend(params, fed[None, None], jnp.full((1, 1), position - 1), cache)
+  logits = hidden[0, 0] @ MODEL.head(params)
+  token = policies.draw(jax.random.fold_in(key, position), logits).token
+  return token, jax.nn.log_softmax(logits)[newest], cache
 
 
 @jax.jit
@@ -213,7 +220,7 @@ def test_every_token_counts_once_and_nothing_leaks():
 def test_a_checkpoint_in_the_middle_changes_no_bit(tmp_path):
   """The sampler goes through Orbax between any two steps."""
   whole = run('few_slots')
-  for stop in (1, 4):
+  for stop in (1, 4):  # Before the first batches have all begun, and with all parts taken.
     path = tmp_path / str(stop)
     with ocp.StandardCheckpointer() as checkpointer:
       checkpointer.save(path, whole[stop - 1].in_flight)
