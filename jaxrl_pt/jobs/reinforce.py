@@ -125,6 +125,8 @@ class Reinforcement:
   def resume(self, state: TrainState, position: dict[str, Any]) -> None:
     """Goes to the checkpoint's next batch, and takes over rollouts that had been drawn ahead."""
     self._batch = position['batches']
+    if self.stages.balance is not None:
+      self.stages.balance.resume(position.get('lengths', ()))
     if self._draws_ahead:
       # A copy, because the next step donates the state with its own pending rollouts.
       self._ahead = jax.tree.map(jnp.copy, state.method.pending)
@@ -136,7 +138,9 @@ class Reinforcement:
           state, method=dataclasses.replace(state.method, pending=self._ahead))
     return state, {'step': step, 'batches': self._batch, 'start': self._digest,
                    'task': self._environment.digest, 'pending': _PENDING,
-                   'shards': in_flight.num_shards(self.session.mesh), **self._order}
+                   'shards': in_flight.num_shards(self.session.mesh),
+                   'lengths': self.stages.balance.saved() if self.stages.balance else [],
+                   **self._order}
 
   @property
   def _draws_ahead(self) -> bool:

@@ -22,6 +22,7 @@ from jaxrl_pt.environments.multi_turn import Player
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.parallel.hosts import on_host
 from jaxrl_pt.rl import kl, selection
+from jaxrl_pt.rollouts.balance import Balance, is_balanced
 from jaxrl_pt.rollouts.unparsed import FirstBatches
 from jaxrl_pt.run import session as sessions
 from jaxrl_pt.sampling import in_flight
@@ -92,6 +93,9 @@ class Stages:
     self.fused = is_fused(verifier, method.rollouts, mesh.size)
     if self.fused:
       self._fused_step = programs.fused_step(run, mesh, method, optimizer, verifier, stop_id)
+    self.balance = (Balance(in_flight.num_shards(mesh), method.rollouts.num_prompts)
+                    if is_balanced(method, mesh) else None)
+    self._drawn_metrics: dict[str, Weighted] = {}  # of the newest draw
     self.seconds: dict[str, float] = {}
     # The share of parsed responses in the batch that the host verified last.
     self._parsed_share: float | None = None
@@ -118,8 +122,16 @@ class Stages:
       version: the number of steps that `params` have taken.
     """
     synced = self._sync_weights(params, version)
-    rollouts: RolloutBatch = self._sample(synced, prompts, jnp.asarray(batch, jnp.int32),
-                                          jnp.asarray(version, jnp.int32))
+    numbers = jnp.asarray(batch, jnp.int32), jnp.asarray(version, jnp.int32)
+    rollouts: RolloutBatch
+    if self.balance is None:
+      rollouts = self._sample(synced, prompts, *numbers)
+      return rollouts
+    ids = on_host(prompts.ids)
+    order = self.balance.order(ids)
+    rollouts = self._sample(synced, prompts, *numbers, None, jnp.asarray(order))
+    self.balance.note(ids, rollouts)
+    self._drawn_metrics = {'shard_imbalance': self.balance.imbalance(order, rollouts)}
     return rollouts
 
   def draw_verified(self, params: Params, prompts: Prompts, references: Sequence[str], batch: int,
@@ -256,6 +268,7 @@ class Stages:
     if measure or reads:
       reference_logp = self._reference_logp(self._reference_params, prompts, rollouts)
     state, values = self._learn(state, prompts, rollouts, verdict, reference_logp)
+    values = {**values, **self._drawn_metrics}
     if measure or reads:
       values = {**values, 'kl': _kl(rollouts, reference_logp)}
     by_token = values.pop(BY_TOKEN, None)

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxrl_pt import config as cfg
 from jaxrl_pt.models.base import Model, unstacked
@@ -39,12 +39,13 @@ class Sample(Protocol):
   """The function that `make_sampler` returns; its arguments are described there."""
 
   def __call__(self, params: Params, prompts: Prompts, batch: Array, version: Array,
-               prefilled: Prefilled | None = None) -> RolloutBatch: ...
+               prefilled: Prefilled | None = None, order: Array | None = None
+               ) -> RolloutBatch: ...
 
 
 def make_sampler(model: Model, seed: int, rollouts: cfg.Rollouts, stop_id: int,
                  mesh: Mesh | None = None) -> Sample:
-  """Returns sample(params, prompts, batch, version, prefilled) → RolloutBatch.
+  """Returns sample(params, prompts, batch, version, prefilled, order) → RolloutBatch.
 
   The noise is addressed by (seed, batch, prompt id, sample, position). The batch's number is in
   this address so that a prompt which comes again in a later epoch gets new responses. A prompt
@@ -52,7 +53,8 @@ def make_sampler(model: Model, seed: int, rollouts: cfg.Rollouts, stop_id: int,
   0) has the samples k · G … (k + 1) · G − 1.
 
   `prefilled` holds the prompts' documents where they have gone through the model already; without
-  it the sampler prefills them.
+  it the sampler prefills them. `order` is i32[N], where prompts have documents of their own: the
+  shards draw equal stretches of the prompts in this order, and the result is in the old one.
 
   Args:
     model: the model that draws the responses.
@@ -69,21 +71,29 @@ def make_sampler(model: Model, seed: int, rollouts: cfg.Rollouts, stop_id: int,
       sparse=rollouts.sparse)
 
   def sample(params: Params, prompts: Prompts, batch: Array, version: Array,
-             prefilled: Prefilled | None = None) -> RolloutBatch:
+             prefilled: Prefilled | None = None, order: Array | None = None) -> RolloutBatch:
     key = jax.random.fold_in(jax.random.key(seed), batch)
     first = occurrences(prompts.ids) * rollouts.group_size
     if mesh is None:
       return draw(params, prompts, key, version=version, first_samples=first, prefilled=prefilled)
     assert prefilled is None  # Only the fused step has it, which runs on one device.
+    if order is not None:
+      prompts, first = jax.tree.map(lambda x: x[order], (prompts, first))
 
     def draw_shard(params: Params, prompts: Prompts, key: Array, version: Array,
                    first: Array) -> RolloutBatch:
       return draw(params, prompts, key, version=version, first_samples=first)
 
     rows, whole = PartitionSpec(ROWS), PartitionSpec()
-    return jax.shard_map(
+    drawn = jax.shard_map(
         draw_shard, mesh=mesh, axis_names=set(ROWS), check_vma=False, out_specs=rows,
         in_specs=(whole, rows, whole, whole, rows))(params, prompts, key, version, first)
+    if order is None:
+      return drawn
+    old, sharding = jnp.argsort(order), NamedSharding(mesh, rows)
+    in_old_order: RolloutBatch = jax.tree.map(
+        lambda x: jax.lax.with_sharding_constraint(x[old], sharding), drawn)
+    return in_old_order
 
   return sample
 
