@@ -149,6 +149,9 @@ def _add_tpu_commands(add: Callable[[str, str, str], argparse.ArgumentParser]) -
                          '(default %(default)s)')
   preflight.add_argument('--no_search', action='store_true',
                          help='do not look for settings that fit when the run does not')
+  preflight.add_argument('--find_slots', action='store_true',
+                         help='look for the largest number of slots of the sampler '
+                         '(Rollouts.slots) that fits')
   _add_json(preflight)
 
   kernels = add('kernels', 'What the TPU compiler makes of each Pallas kernel: a static report.',

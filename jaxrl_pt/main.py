@@ -247,9 +247,11 @@ def _preflight(args: argparse.Namespace) -> int:
       print(compiling.text(row), flush=True)
   fits = all(row['fits'] for row in rows)
   found = None
-  if not fits and not args.no_search:
-    found = search.fitting(args.topology, args.gin_file, args.gin_bindings, say,
-                           args.slices)
+  if not fits and not args.no_search and not args.find_slots:
+    found = search.fitting(args.topology, args.gin_file, args.gin_bindings, say, args.slices,
+                           [row['program'] for row in rows if not row['fits']])
+  elif args.find_slots:
+    found = search.most_slots(args.topology, args.gin_file, args.gin_bindings, say, args.slices)
   if args.json:
     print(json.dumps({'programs': rows, 'fits': fits, 'fitting_bindings': found}, indent=2))
   elif found:

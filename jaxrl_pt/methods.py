@@ -39,12 +39,17 @@ _OTHERS = (
            '2510.01265', 'rlp'),
     Method('OPO, reasoning-gym', "the same under a host's scorer, of any of the library's tasks",
            '2505.23585', 'opo', 'opo_gym'),
+    Method('OPO, several turns', 'the same of episodes with an environment that answers',
+           '2505.23585', 'opo', 'guess'),
+    Method('in flight', "term × min(π_train / π_version, cap), with each token's own version",
+           '2509.19128', 'in_flight', 'opo_in_flight'),
 )
 # Stem of a method's gin file → the folder in experiments where the method was measured.
 _EXPERIMENTS: Mapping[str, str] = {
     'rpt': 'rpt', 'rpt_branches': 'sampler', 'rlp': 'rpt', 'opo': 'rl_core',
     'opo_leave_one_out': 'opo', 'rloo': 'opo', 'short_rl': 'short_rl', 'kimi': 'short_rl',
     'one_step_off': 'rl_core',
+    'in_flight': 'sampler',
 }
 _RUNS: Mapping[str, str] = {'one_step_off': 'opo_off'}
 

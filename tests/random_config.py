@@ -91,6 +91,7 @@ _BESIDE: dict[type, dict[type, dict[str, Any]]] = {
     cfg.RL: {cfg.Run: {'train': _WITHOUT_ROWS}},
     cfg.ReSA: {cfg.RPT: {'algorithm': cfg.Algorithm(correction=cfg.TokenTIS())}},
     cfg.OneStepOff: {cfg.RPT: {'algorithm': cfg.Algorithm(correction=cfg.TokenTIS())}},
+    cfg.InFlight: {cfg.RPT: {'algorithm': cfg.Algorithm(correction=cfg.TokenTIS())}},
 }
 
 

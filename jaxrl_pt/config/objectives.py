@@ -13,7 +13,7 @@ from jaxrl_pt.config import checks
 from jaxrl_pt.config.algorithm import Algorithm, NoCorrection
 from jaxrl_pt.config.environments import Interactive
 from jaxrl_pt.config.problems import Problems
-from jaxrl_pt.config.rollouts import AllGroups, Dense, OneStepOff, OnPolicy, Rollouts
+from jaxrl_pt.config.rollouts import AllGroups, Dense, InFlight, OnPolicy, Rollouts
 from jaxrl_pt.config.verifiers import Verifier, VerifierPool, programs_of
 from jaxrl_pt.errors import UserError
 
@@ -125,8 +125,8 @@ def _check_method(name: str, rollouts: Rollouts, algorithm: Algorithm) -> None:
   if rollouts.num_prompts % algorithm.minibatches:
     raise UserError(f'Algorithm.minibatches = {algorithm.minibatches} does not divide '
                     f'Rollouts.num_prompts = {rollouts.num_prompts}: change one of them.')
-  if rollouts.mode == OneStepOff() and algorithm.correction == NoCorrection():
-    raise UserError(f'{name} draws one step off-policy: choose an Algorithm.correction, such as '
+  if rollouts.mode != OnPolicy() and algorithm.correction == NoCorrection():
+    raise UserError(f'{name} draws off-policy: choose an Algorithm.correction, such as '
                     '@cfg.TokenTIS(), or Rollouts.mode = @cfg.OnPolicy().')
   if rollouts.sparse != Dense() and not rollouts.is_replayed and (
       algorithm.correction == NoCorrection()):
@@ -206,6 +206,10 @@ def _check_shared(method: RPT) -> None:
   shared, rollouts = method.positions_per_document, method.rollouts
   if shared == 1:
     return
+  if isinstance(rollouts.mode, InFlight):
+    raise UserError(f'RPT.positions_per_document = {shared} shares documents within a batch, which '
+                    'Rollouts.mode = @cfg.InFlight() does not: set it to 1, or choose '
+                    '@cfg.OnPolicy().')
   if rollouts.num_prompts % shared:
     raise UserError(f'RPT.positions_per_document = {shared} does not divide '
                     f'Rollouts.num_prompts = {rollouts.num_prompts}: change one of them.')
@@ -260,7 +264,7 @@ class RL:
 
 def _check_turns(rollouts: Rollouts) -> None:
   """Refuses settings that rollouts of several turns do not have."""
-  if rollouts.mode == OneStepOff():
+  if rollouts.mode != OnPolicy():
     raise UserError('RL.verifier = @cfg.Interactive() rewards an episode while it is drawn, so '
                     'that nothing is left to do beside the next batch: choose Rollouts.mode = '
                     '@cfg.OnPolicy().')

@@ -277,7 +277,29 @@ class OneStepOff:
   """
 
 
-Mode = OnPolicy | OneStepOff
+MOST_STALENESS = 64  # steps
+
+
+@dataclass(frozen=True)
+class InFlight:
+  """Responses are under way over several steps and go on with the parameters of each.
+
+  The sampler works on the batches of this step and of the next `staleness` ones, and a step ends
+  once its own batch is drawn. What is left of the others goes on in the next step (a partial
+  rollout) under newer parameters (an in-flight weight update, as in PipelineRL 2509.19128), so that
+  the longest responses of a batch are drawn beside the next batches. It needs a correction.
+
+  staleness: the most steps by which the parameters that drew a token may be older than those that
+    learn from it. So many batches are under way beside a step's own.
+  """
+
+  staleness: int = 1
+
+  def __post_init__(self) -> None:
+    checks.integer(self, 'staleness', 1, MOST_STALENESS)
+
+
+Mode = OnPolicy | OneStepOff | InFlight
 
 
 @dataclass(frozen=True)
@@ -313,8 +335,8 @@ class Rollouts:
   dump_every: steps between rollouts that are kept in the work directory for replay; 0 keeps none.
   mismatch_gate: a step whose sampler–trainer mismatch, mean exp|log π_train − log π_sampler|, is
     larger stops the run and leaves its worst responses in the work directory; 0 switches the gate
-    off. There is no gate where the two policies differ on purpose: one step off-policy, and where
-    responses are drawn by sparse attention that the learner does not replay.
+    off. There is no gate where the two policies differ on purpose: off-policy, and where responses
+    are drawn by sparse attention that the learner does not replay.
   sparse: whether responses are drawn by sparse attention, which does not take pages of int8.
   """
 
@@ -352,10 +374,13 @@ class Rollouts:
     checks.number(self, 'mismatch_gate', 0.0)
     if 0 < self.mismatch_gate < 1:
       checks.fail(self, 'mismatch_gate', 'at least 1, where both agree, or 0 for no gate')
-    if self.mode == OneStepOff() and self.selection != AllGroups():
+    if self.mode != OnPolicy() and self.selection != AllGroups():
       raise UserError('Rollouts.selection = @cfg.DynamicSampling() draws until it has what it '
-                      'needs, which @cfg.OneStepOff() cannot foresee: choose @cfg.OnPolicy().')
-
+                      f'needs, which @cfg.{type(self.mode).__name__}() cannot foresee: choose '
+                      '@cfg.OnPolicy().')
+    if isinstance(self.mode, InFlight) and self.sparse != Dense():
+      raise UserError('Rollouts.mode = @cfg.InFlight() draws by dense attention: leave '
+                      'Rollouts.sparse at @cfg.Dense().')
     _check_reading(self.sparse, self.slots.drafts, self.slots.kv)
 
   @property

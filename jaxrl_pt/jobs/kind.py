@@ -42,7 +42,7 @@ class Kind(NamedTuple):
     without data and for devices that are not there.
   num_tokens: run → the number of tokens that a step works on.
   model_flops: run → the model FLOPs of a step.
-  new_method: (run, parameters) → what `TrainState.method` holds before the first step.
+  new_method: (run, mesh, parameters) → what `TrainState.method` holds before the first step.
   reopen: (session of a checkpoint, reference policy's parameters) → a context with the
     `reinforce.Reinforcement` of that session, for a replay; None if the objective draws no
     rollouts.
@@ -52,5 +52,5 @@ class Kind(NamedTuple):
   programs: Callable[[cfg.Run, Mesh], list[Program]]
   num_tokens: Callable[[cfg.Run], int]
   model_flops: Callable[[cfg.Run], float]
-  new_method: Callable[[cfg.Run, Params], Any]
+  new_method: Callable[[cfg.Run, Mesh, Params], Any]
   reopen: Callable[[Session, Params], contextlib.AbstractContextManager[Any]] | None = None

@@ -68,7 +68,7 @@ def load_run(workdir: Path, step: int | None = None) -> tuple[Session, Restored]
   session = policy.open_run(workdir, step, cfg.Mesh())
   new_method = kind(session.run.objective).new_method
   return session, policy.restore(session, step, '',
-                                 lambda params: new_method(session.run, params))
+                                 lambda params: new_method(session.run, session.mesh, params))
 
 
 def load_state(workdir: Path, step: int | None = None) -> TrainState:

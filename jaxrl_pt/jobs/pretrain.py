@@ -138,8 +138,8 @@ def _abstract_batch(run: cfg.Run, mesh: Mesh) -> Batch:
                abstract((rows,), jnp.int32, shardings.ids))
 
 
-def _keeps_nothing(run: cfg.Run, params: Any) -> Any:
-  del run
+def _keeps_nothing(run: cfg.Run, mesh: Mesh, params: Any) -> Any:
+  del run, mesh
   return states.no_method(params)
 
 

@@ -1,5 +1,6 @@
 """The programs of a step of reinforcement learning with abstract arguments, for preflight."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -14,6 +15,7 @@ from jaxrl_pt.environments import multi_turn
 from jaxrl_pt.jobs.kind import Program, abstract
 from jaxrl_pt.parallel import model as models
 from jaxrl_pt.parallel import rules
+from jaxrl_pt.rollouts.balance import is_balanced
 from jaxrl_pt.rollouts.stages import is_fused, resamples
 from jaxrl_pt.sampling import engine_rows, slots, weight_sync
 from jaxrl_pt.sampling import state as engine_state
@@ -85,9 +87,17 @@ def _stages(run: cfg.Run, mesh: Mesh, method: cfg.Reinforced, prompts: Prompts,
     synced = weight_sync.abstract(model, mesh, packed, run.compute.dtype)
   if isinstance(method, cfg.RL) and isinstance(method.verifier, cfg.Interactive):
     return [_engine(run, mesh, method, method.verifier, beside), *others]
+  if isinstance(rollouts.mode, cfg.InFlight):
+    continued = programs.in_flight_sampler(run, mesh, rollouts, STOP_ID).draw
+    others_of_method = dataclasses.replace(state.method, pending={})
+    return [Program('sampler in flight: prefill and decode', continued,
+                    (synced, state.method.pending, number, number), 1 / 4,
+                    beside=[reference_params, state.opt_state, others_of_method]),
+            *others]
   sample = programs.sampler(run, mesh, rollouts, STOP_ID)
-  return [Program('sampler: prefill and decode', sample, (synced, prompts, number, number), 1 / 4,
-                  beside=beside),
+  order = abstract((rollouts.num_prompts,), jnp.int32, everywhere)
+  args = synced, prompts, number, number, None, order if is_balanced(method, mesh) else None
+  return [Program('sampler: prefill and decode', sample, args, 1 / 4, beside=beside),
           *others]
 
 

@@ -7,7 +7,9 @@ layout (`rollouts.stages`). A verifier that reads text works in processes of its
 - on-policy, each batch is drawn by the parameters that it updates, so that generation waits for
   the update and the update for the verdict;
 - one step off-policy, the next batch is drawn while this batch is verified. Its parameters are one
-  step old when it is learned from, for which the correction makes up.
+  step old when it is learned from, for which the correction makes up;
+- in flight, the sampler works on the next batches too and goes on with them in the next step, so
+  that no batch waits for its longest response alone (`sampling.in_flight`).
 
 A run that is killed at any point and started again goes on as if it had not been killed, bit for
 bit.
@@ -22,18 +24,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from jaxrl_pt import config as cfg
 from jaxrl_pt import metrics
 from jaxrl_pt.checksum import checksum
 from jaxrl_pt.environments.base import Task
 from jaxrl_pt.errors import UserError
+from jaxrl_pt.models import transformer
 from jaxrl_pt.parallel import memory
 from jaxrl_pt.rollouts import mismatch, record
 from jaxrl_pt.rollouts.stages import Stages, Step, resamples
 from jaxrl_pt.run import places, policy
 from jaxrl_pt.run import session as sessions
 from jaxrl_pt.run.job import Dispatched
+from jaxrl_pt.sampling import in_flight
 from jaxrl_pt.train import optim
 from jaxrl_pt.train import state as states
 from jaxrl_pt.types import Params, RolloutBatch, TrainState, Weighted
@@ -107,6 +112,11 @@ class Reinforcement:
     if position['task'] != self._environment.digest:
       raise UserError('The problems are not those that this run began with: put them back, or '
                       'use a new --workdir.')
+    shards, ours = position.get('shards', 1), in_flight.num_shards(self.session.mesh)
+    if isinstance(self._method.rollouts.mode, cfg.InFlight) and shards != ours:
+      raise UserError(f'The checkpoint holds rollouts under way on {shards} shards of the data '
+                      f'(Mesh.data × Mesh.fsdp), and this mesh has {ours}: resume on a mesh with '
+                      f'{shards}, or use a new --workdir.')
     if self._draws_ahead and position.get('pending') != _PENDING:
       raise UserError('The checkpoint is of an earlier version, which kept rollouts that were '
                       'drawn ahead in another form: finish the run with that version, or use a '
@@ -115,6 +125,8 @@ class Reinforcement:
   def resume(self, state: TrainState, position: dict[str, Any]) -> None:
     """Goes to the checkpoint's next batch, and takes over rollouts that had been drawn ahead."""
     self._batch = position['batches']
+    if self.stages.balance is not None:
+      self.stages.balance.resume(position.get('lengths', ()))
     if self._draws_ahead:
       # A copy, because the next step donates the state with its own pending rollouts.
       self._ahead = jax.tree.map(jnp.copy, state.method.pending)
@@ -125,7 +137,10 @@ class Reinforcement:
       state = dataclasses.replace(
           state, method=dataclasses.replace(state.method, pending=self._ahead))
     return state, {'step': step, 'batches': self._batch, 'start': self._digest,
-                   'task': self._environment.digest, 'pending': _PENDING, **self._order}
+                   'task': self._environment.digest, 'pending': _PENDING,
+                   'shards': in_flight.num_shards(self.session.mesh),
+                   'lengths': self.stages.balance.saved() if self.stages.balance else [],
+                   **self._order}
 
   @property
   def _draws_ahead(self) -> bool:
@@ -163,6 +178,9 @@ class Reinforcement:
       return state, done._replace(
           metrics={**done.metrics, 'rounds': Weighted.single(num_batches)})
 
+    if isinstance(self._method.rollouts.mode, cfg.InFlight):
+      self._batch += 1
+      return self._continue(state, batch, step, measure)
     prompts, references = stages.take(batch)
     rollouts, self._ahead = self._ahead, None
     if rollouts is None:
@@ -176,6 +194,15 @@ class Reinforcement:
       stages.wait(self._ahead)
     self._batch += 1
     return stages.learn(state, prompts, references, rollouts, verdict, measure)
+
+  def _continue(self, state: TrainState, batch: int, step: int, measure: bool
+                ) -> tuple[TrainState, Step]:
+    """A step whose sampler goes on from the step before, and leaves responses under way."""
+    prompts, references = self.stages.take(batch)
+    state, rollouts, drawn = self.stages.draw_in_flight(state, batch, step)
+    verdict = self.stages.settle(self.stages.submit(prompts, rollouts, references))
+    state, done = self.stages.learn(state, prompts, references, rollouts, verdict, measure)
+    return state, done._replace(metrics={**done.metrics, **drawn})
 
   def evaluate(self, state: TrainState, step: int) -> dict[str, float]:
     """The environment's metrics on its held-out prompts."""
@@ -237,9 +264,19 @@ def model_flops(run: cfg.Run) -> float:
   return 4 * r.num_prompts * (of_prompt + r.group_size * of_response)
 
 
-def new_method(run: cfg.Run, params: Params) -> Any:
+def new_method(run: cfg.Run, mesh: Mesh, params: Params) -> Any:
   """`TrainState.method` before the first step, for methods without an average policy."""
   del params
   objective = run.objective
   assert objective.rollouts is not None and objective.algorithm is not None
-  return states.new_method(objective.rollouts, objective.algorithm, run.model.d_model)
+  return states.new_method(objective.rollouts, objective.algorithm, run.model.d_model,
+                           sampler=sampler_between_steps(run, mesh))
+
+
+def sampler_between_steps(run: cfg.Run, mesh: Mesh) -> Any:
+  """The idle sampler of a run whose responses are under way over several steps, else ()."""
+  rollouts = run.objective.rollouts
+  assert rollouts is not None
+  if not isinstance(rollouts.mode, cfg.InFlight):
+    return ()
+  return in_flight.init(transformer.build(run.model, run.compute), rollouts, mesh)

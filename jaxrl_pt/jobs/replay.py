@@ -1,8 +1,8 @@
 """The two halves of a step, sampler and learner, each run without the other for debugging.
 
 `learner` learns from rollouts that a run has kept; `sampler` draws the batch that follows a
-checkpoint. On-policy and without dynamic sampling, both must repeat what the run did in the step
-after the checkpoint, so that a difference shows which half is wrong.
+checkpoint. On-policy or in flight, and without dynamic sampling, both must repeat what the run did
+in the step after the checkpoint, so that a difference shows which half is wrong.
 """
 
 from collections.abc import Iterator
@@ -21,6 +21,8 @@ from jaxrl_pt.rollouts.stages import Stages
 from jaxrl_pt.run import places
 from jaxrl_pt.run import policy as policies
 from jaxrl_pt.run import session as sessions
+from jaxrl_pt.sampling.in_flight import InFlight
+from jaxrl_pt.train.state import MethodState
 from jaxrl_pt.types import TrainState
 
 # --- The halves -----------------------------------------------------------------
@@ -85,8 +87,12 @@ def sampler(workdir: Path, step: int | None = None) -> dict[str, Any]:
   """
   with _opened(workdir, step) as (stages, state, batch, session):
     prompts, references = stages.take(batch)
-    rollouts, pending = stages.draw_verified(state.params, prompts, references, batch,
-                                             int(state.step))
+    if isinstance(state.method, MethodState) and isinstance(state.method.pending, InFlight):
+      rollouts = stages.draw_in_flight(state, batch, int(state.step))[1]
+      pending = stages.submit(prompts, rollouts, references)
+    else:
+      rollouts, pending = stages.draw_verified(state.params, prompts, references, batch,
+                                               int(state.step))
     verdict = stages.settle(pending)
     trees = on_host({'prompts': prompts, 'rollouts': rollouts, 'verdict': verdict})
     found = {'step': int(state.step), 'batch': batch,

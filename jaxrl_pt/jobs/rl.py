@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 import contextlib
+import functools
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -46,9 +47,9 @@ def _reopen(session: sessions.Session, reference_params: Params
   method = _method(session.run)
   several_turns = isinstance(method.verifier, cfg.Interactive)
   opened = multi_turn.open_environment if several_turns else problems.open_environment
+  new_method = functools.partial(reinforce.new_method, session.run, session.mesh)
   with opened(session, method) as environment:
-    yield reinforce.Reinforcement(session, method, reference_params, environment,
-                                  lambda params: reinforce.new_method(session.run, params))
+    yield reinforce.Reinforcement(session, method, reference_params, environment, new_method)
 
 
 def _programs(run: cfg.Run, mesh: Mesh) -> list[Program]:
@@ -60,7 +61,7 @@ def _programs(run: cfg.Run, mesh: Mesh) -> list[Program]:
   prompts = programs.abstract_prompts(method.rollouts, mesh, {
       'answer': ((_ANSWER_BYTES,), jnp.int32), 'answer_lengths': ((), jnp.int32)})
   return programs.of_step(run, mesh, method, prompts, verifier,
-                          lambda params: reinforce.new_method(run, params))
+                          functools.partial(reinforce.new_method, run, mesh))
 
 
 KIND = Kind(_open, _programs, reinforce.num_tokens, reinforce.model_flops, reinforce.new_method,

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 import contextlib
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +50,14 @@ def _reopen(session: sessions.Session, reference_params: Params
   environment = next_token.make_environment(session, method, session.model(session.run.model),
                                             reference_params)
   yield reinforce.Reinforcement(session, method, reference_params, environment,
-                                lambda params: _new_method(session.run, params))
+                                functools.partial(_new_method, session.run, session.mesh))
 
 
-def _new_method(run: cfg.Run, params: Params) -> Any:
+def _new_method(run: cfg.Run, mesh: Mesh, params: Params) -> Any:
   method = _method(run)
   average = params if isinstance(method.reward, cfg.InformationGain) else ()
-  return states.new_method(method.rollouts, method.algorithm, run.model.d_model, average)
+  return states.new_method(method.rollouts, method.algorithm, run.model.d_model, average,
+                           reinforce.sampler_between_steps(run, mesh))
 
 
 def _programs(run: cfg.Run, mesh: Mesh) -> list[Program]:
@@ -71,7 +73,7 @@ def _programs(run: cfg.Run, mesh: Mesh) -> list[Program]:
     marker = verifiers.NO_MARKER if method.prediction == cfg.Direct() else programs.STOP_ID + 1
     verifier = DeviceVerifier(verifiers.device_verifier(table, method.reward, marker))
   return programs.of_step(run, mesh, method, prompts, verifier,
-                          lambda params: _new_method(run, params))
+                          functools.partial(_new_method, run, mesh))
 
 
 KIND = Kind(_open, _programs, reinforce.num_tokens, reinforce.model_flops, _new_method, _reopen)

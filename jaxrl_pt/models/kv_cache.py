@@ -3,12 +3,11 @@
 A cache is a pytree that is carried through the layers. Each leaf has a leading layer axis, so a
 step writes its new entries in place and copies nothing. Each kind of cache comes with an `Attend`,
 a function that writes new keys and values and returns the attention over what it may see: whole
-sequences, prefill, decode, branches, pages and sparse reading differ in it alone. Keys are stored
+sequences, prefill, decode, trees, pages and sparse reading differ in it alone. Keys are stored
 after RoPE, heads before time, so that the keys of a head lie side by side.
 """
 
 from collections.abc import Callable
-import dataclasses
 from typing import Any
 
 from flax import struct
@@ -97,75 +96,6 @@ def write(cache_LBKCE: Array, new_BSKE: Array, positions_BS: Array, layer: Array
 
 
 # --- Branches that share a prefix ---------------------------------------------------
-
-
-@struct.dataclass
-class Branches:
-  """The cache of R branches of each of N documents.
-
-  It holds the keys and values of a document once, and those of each branch's own tokens. All
-  branches are at the same step, so that the entries of a step are one contiguous write.
-  """
-
-  prefix: KVCache  # f[L, N, K, T, E]
-  k: Array  # f[L, N, K, R, C, E]; slot s holds a branch's own token s
-  v: Array  # f[L, N, K, R, C, E]
-
-
-def branch(prefix: KVCache, num_branches: int, num_slots: int) -> Branches:
-  """Branches of a prefilled cache, with room for `num_slots` tokens of their own each."""
-  layers, num_docs, heads, _, width = prefix.k.shape
-  shape = (layers, num_docs, heads, num_branches, num_slots, width)
-  return Branches(prefix, jnp.zeros(shape, prefix.k.dtype), jnp.zeros(shape, prefix.k.dtype))
-
-
-def grow(cache: 'KVCache | Branches', num_slots: int) -> 'KVCache | Branches':
-  """Enlarges a cache: the same rows or branches, with room for `num_slots` tokens."""
-  def padded(x: Array) -> Array:
-    return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, num_slots - x.shape[-2]), (0, 0)])
-
-  return dataclasses.replace(cache, k=padded(cache.k), v=padded(cache.v))
-
-
-def joined(branches: Branches, prefix_len: Array) -> KVCache:
-  """Turns one branch of one document into a plain row: the positions it sees, then its own.
-
-  Args:
-    branches: the cache of one document with one branch.
-    prefix_len: i32[] positions of the document that the branch sees.
-  """
-  def join(prefix_L1KTE: Array, own_L1K1CE: Array) -> Array:
-    own = own_L1K1CE[:, :, :, 0]
-    room = jnp.pad(prefix_L1KTE, [(0, 0)] * 3 + [(0, own.shape[3]), (0, 0)])
-    return jax.lax.dynamic_update_slice(room, own, (0, 0, 0, prefix_len, 0))
-
-  return KVCache(join(branches.prefix.k, branches.k), join(branches.prefix.v, branches.v))
-
-
-def branched(ops: Ops, prefix_lengths_NR: Array, step: Array | int) -> Attend:
-  """Branch r of document n sees the document's positions below prefix_lengths[n, r] and its
-  own tokens; the S new ones are its tokens step, …, step + S − 1.
-
-  Rows of q, k and v are the N · R branches.
-  """
-  num_docs, num_branches = prefix_lengths_NR.shape
-
-  def attend(q: Array, k: Array, v: Array, cache: Branches,
-             layer: Array) -> tuple[Array, Branches]:
-    def own(x_BSKE: Array) -> Array:
-      x = x_BSKE.reshape(num_docs, num_branches, *x_BSKE.shape[1:])
-      return x.transpose(0, 3, 1, 2, 4)
-
-    start = (layer, 0, 0, 0, step, 0)
-    cache = dataclasses.replace(
-        cache, k=jax.lax.dynamic_update_slice(cache.k, own(k)[None].astype(cache.k.dtype), start),
-        v=jax.lax.dynamic_update_slice(cache.v, own(v)[None].astype(cache.v.dtype), start))
-    out = ops.branches(q.reshape(num_docs, num_branches, *q.shape[1:]), cache.prefix.k[layer],
-                       cache.prefix.v[layer], prefix_lengths_NR, cache.k[layer],
-                       cache.v[layer], step)
-    return out.reshape(q.shape), cache
-
-  return attend
 
 
 def tree(ops: Ops, prefix_len: int, prefix_lengths_NR: Array) -> Attend:

@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 
 from jaxrl_pt.config import ActivationQuant
 from jaxrl_pt.nn import quant
-from jaxrl_pt.nn.attention import branch_attention, causal_attention
+from jaxrl_pt.nn.attention import causal_attention
 from jaxrl_pt.nn.page_writes import write_tokens
 from jaxrl_pt.nn.paged_attention import paged_attention
 from jaxrl_pt.nn.sparse_attention import Reading, sparse_attention
@@ -29,8 +29,6 @@ Product = Callable[[Array, Array, Array, Array, ActivationQuant, Axes, DTypeLike
 Rotated = Callable[[Array, Array | None, float, ActivationQuant], tuple[Array, Array, Array]]
 # attention(q_BTHE, k_BTKE, v_BTKE, segments_BT) → out_BTHE
 Attention = Callable[[Array, Array, Array, Array], Array]
-# branches(q_NRSHE, k_NKTE, v_NKTE, lengths_NR, k_own_NKRCE, v_own_NKRCE, step) → out_NRSHE
-Branches = Callable[[Array, Array, Array, Array, Array, Array, Array | int], Array]
 # paged(q_BSHE, pages, scales or None, table_BP, starts_B, counts_B) → out_BSHE
 Paged = Callable[[Array, Array, Array | None, Array, Array, Array], Array]
 # write_pages(pool, table_BP, starts_B, counts_B, new_BSK2…, nobody) → pool
@@ -93,7 +91,6 @@ class Ops(NamedTuple):
   product: Product = product
   rotated: Rotated = rotated
   attention: Attention = causal_attention
-  branches: Branches = branch_attention
   paged: Paged = paged_attention
   write_pages: WritePages = write_tokens
   sparse: ReadSparsely = sparse_attention

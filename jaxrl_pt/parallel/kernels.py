@@ -25,13 +25,12 @@ from jax.typing import DTypeLike
 
 from jaxrl_pt.config import ActivationQuant
 from jaxrl_pt.nn import ops
-from jaxrl_pt.nn.attention import branch_attention, causal_attention
+from jaxrl_pt.nn.attention import causal_attention
 from jaxrl_pt.nn.page_writes import write_pages
 from jaxrl_pt.nn.paged_attention import paged_attention
 from jaxrl_pt.nn.sparse_attention import Reading, sparse_attention
 from jaxrl_pt.parallel.rules import TRAIN, Rules, partition_spec
 from jaxrl_pt.types import Array
-from pallas_kernels import branch_decode as branch_kernel
 from pallas_kernels import dispatch
 from pallas_kernels import paged_attention as paged_kernel
 from pallas_kernels import sparse_decode as sparse_kernels
@@ -64,7 +63,6 @@ def kernel_ops(mesh: Mesh, rules: Rules, generation: Generation,
       _or_xla('ternary_matmul', on_tpu(_product), ops.product),
       _or_xla('hadamard_quantize', on_tpu(_rotated), ops.rotated),
       _or_xla('attention', on_tpu(_attention, 'splash'), causal_attention),
-      _or_xla('branch_decode', on_tpu(_branches), branch_attention),
       _or_xla('paged_attention', on_tpu(_paged), paged_attention), write_pages,
       _or_xla('sparse_decode', on_tpu(_sparse), sparse_attention))
 
@@ -227,32 +225,6 @@ def _attention(place: _Place, generation: Generation, interpret: bool, q: Array,
   sharded = place.shard_map(
       local, (spec, spec, spec, PartitionSpec(rules['batch'] or None, None)), spec)
   return sharded(q, k, v, segments_BT)
-
-
-def _branches(place: _Place, generation: Generation, interpret: bool, q_NRSHE: Array,
-              k_prefix: Array, v_prefix: Array, lengths_NR: Array, k_own: Array, v_own: Array,
-              step: Array | int) -> Array:
-  """Attention of one new token of each branch by a kernel; documents and heads are split."""
-  if q_NRSHE.shape[2] != 1:
-    raise NotImplementedError('the kernel takes one new token a branch')
-  rows, heads, kv_heads = (place.rules[name] or None for name in ('batch', 'heads', 'kv_heads'))
-  q_spec = PartitionSpec(rows, None, None, heads, None)
-  keys, own = PartitionSpec(rows, kv_heads), PartitionSpec(rows, kv_heads)
-  for x, spec in ((q_NRSHE, q_spec), (k_prefix, PartitionSpec(rows, kv_heads, None, None))):
-    _check_divides(place.mesh, x.shape, spec)
-
-  def local(q: Array, k_prefix: Array, v_prefix: Array, lengths_NR: Array, k_own: Array,
-            v_own: Array, step: Array) -> Array:
-    out_NHRE, _ = branch_kernel.branch_decode(
-        q[:, :, 0].transpose(0, 2, 1, 3), k_prefix.astype(q.dtype), v_prefix.astype(q.dtype),
-        lengths_NR, k_own.astype(q.dtype), v_own.astype(q.dtype),
-        jnp.broadcast_to(step + 1, lengths_NR.shape), generation=generation, interpret=interpret)
-    return out_NHRE.transpose(0, 2, 1, 3)[:, :, None]
-
-  sharded = place.shard_map(
-      local, (q_spec, keys, keys, PartitionSpec(rows), own, own, PartitionSpec()), q_spec)
-  return sharded(q_NRSHE, k_prefix, v_prefix, lengths_NR, k_own, v_own,
-                 jnp.asarray(step, jnp.int32))
 
 
 def _paged(place: _Place, generation: Generation, interpret: bool, q_BSHE: Array, pages: Array,

@@ -6,6 +6,7 @@ been dispatched while the host waits for a verdict; `seconds` says where the tim
 """
 
 from collections.abc import Sequence
+import dataclasses
 import sys
 import time
 from typing import Any, NamedTuple
@@ -21,8 +22,10 @@ from jaxrl_pt.environments.multi_turn import Player
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.parallel.hosts import on_host
 from jaxrl_pt.rl import kl, selection
+from jaxrl_pt.rollouts.balance import Balance, is_balanced
 from jaxrl_pt.rollouts.unparsed import FirstBatches
 from jaxrl_pt.run import session as sessions
+from jaxrl_pt.sampling import in_flight
 from jaxrl_pt.train import fused, programs
 from jaxrl_pt.train.update import BY_TOKEN
 from jaxrl_pt.types import Array, Params, Prompts, RolloutBatch, TrainState, Verdict, Weighted
@@ -79,6 +82,8 @@ class Stages:
     run, mesh, stop_id = session.run, session.mesh, session.data.tokenizer.eos_id
     self._session, self._environment, self._method = session, environment, method
     self._reference_params = reference_params
+    if isinstance(method.rollouts.mode, cfg.InFlight):
+      self._in_flight = programs.in_flight_sampler(run, mesh, method.rollouts, stop_id)
     self._sample = programs.sampler(run, mesh, method.rollouts, stop_id)
     self._sync_weights = programs.weight_sync(run, mesh)
     self._learn = programs.learner_step(run, mesh, optimizer, method.rollouts, method.algorithm)
@@ -88,6 +93,9 @@ class Stages:
     self.fused = is_fused(verifier, method.rollouts, mesh.size)
     if self.fused:
       self._fused_step = programs.fused_step(run, mesh, method, optimizer, verifier, stop_id)
+    self.balance = (Balance(in_flight.num_shards(mesh), method.rollouts.num_prompts)
+                    if is_balanced(method, mesh) else None)
+    self._drawn_metrics: dict[str, Weighted] = {}  # of the newest draw
     self.seconds: dict[str, float] = {}
     # The share of parsed responses in the batch that the host verified last.
     self._parsed_share: float | None = None
@@ -114,8 +122,16 @@ class Stages:
       version: the number of steps that `params` have taken.
     """
     synced = self._sync_weights(params, version)
-    rollouts: RolloutBatch = self._sample(synced, prompts, jnp.asarray(batch, jnp.int32),
-                                          jnp.asarray(version, jnp.int32))
+    numbers = jnp.asarray(batch, jnp.int32), jnp.asarray(version, jnp.int32)
+    rollouts: RolloutBatch
+    if self.balance is None:
+      rollouts = self._sample(synced, prompts, *numbers)
+      return rollouts
+    ids = on_host(prompts.ids)
+    order = self.balance.order(ids)
+    rollouts = self._sample(synced, prompts, *numbers, None, jnp.asarray(order))
+    self.balance.note(ids, rollouts)
+    self._drawn_metrics = {'shard_imbalance': self.balance.imbalance(order, rollouts)}
     return rollouts
 
   def draw_verified(self, params: Params, prompts: Prompts, references: Sequence[str], batch: int,
@@ -136,6 +152,26 @@ class Stages:
     played, pending = verifier.draw(self._sync_weights(params, version), prompts, batch, version)
     self.clock('generate', started)
     return self._session.put_rows(played), pending
+
+  def draw_in_flight(self, state: TrainState, batch: int, version: int
+                     ) -> tuple[TrainState, RolloutBatch, dict[str, Weighted]]:
+    """Dispatches the sampler that goes on from step to step, until batch `batch` is drawn.
+
+    Args:
+      state: the state with the sampler, which is donated.
+      batch, version: as for `draw`; batches must be drawn one after the other.
+
+    Returns:
+      The state with the sampler as it goes on, the responses, and metrics of the sampler.
+    """
+    sampler = state.method.pending
+    for number in in_flight.entering(self._method.rollouts, batch):
+      sampler = self._in_flight.enqueue(sampler, self.take(number)[0], jnp.asarray(number))
+    drawn: in_flight.Drawn = self._in_flight.draw(
+        self._sync_weights(state.params, version), sampler, jnp.asarray(batch),
+        jnp.asarray(version))
+    method = dataclasses.replace(state.method, pending=drawn.in_flight)
+    return dataclasses.replace(state, method=method), drawn.rollouts, drawn.metrics
 
   # --- Verify -----------------------------------------------------------------------
 
@@ -232,6 +268,7 @@ class Stages:
     if measure or reads:
       reference_logp = self._reference_logp(self._reference_params, prompts, rollouts)
     state, values = self._learn(state, prompts, rollouts, verdict, reference_logp)
+    values = {**values, **self._drawn_metrics}
     if measure or reads:
       values = {**values, 'kl': _kl(rollouts, reference_logp)}
     by_token = values.pop(BY_TOKEN, None)

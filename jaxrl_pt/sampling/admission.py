@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_pt.models.paged_cache import NOBODY
-from jaxrl_pt.sampling.requests import NO_DOCUMENT, Queue, Shape, pages_of
+from jaxrl_pt.sampling.requests import NO_DOCUMENT, Queue, Shape, cached_len, pages_of
 from jaxrl_pt.types import Array
 
 IDLE = -1
@@ -37,7 +37,6 @@ class Places:
   row: Array  # i32[B] request of each slot, or IDLE
   is_fresh: Array  # bool[B] waits until its document is filled and its first page copied
   head: Array  # i32[] requests that have begun since the state was made
-  num_cancelled: Array  # i32[] of these, how many began nothing because they had been cancelled
   turns: Array  # i32[] turns of the program since the state was made
 
 
@@ -48,8 +47,7 @@ def init(shape: Shape) -> Places:
   return Places(
       ints(shape.num_pages).at[NOBODY].set(1), ints(docs, shape.table_len), ints(docs), ints(docs),
       ints(docs), ints(docs), ints(lanes) + IDLE, ints(lanes), ints(lanes),
-      ints(slots, shape.table_len), ints(slots) + IDLE, jnp.zeros(slots, bool), ints(), ints(),
-      ints())
+      ints(slots, shape.table_len), ints(slots) + IDLE, jnp.zeros(slots, bool), ints(), ints())
 
 
 def is_waiting(queue: Queue, places: Places) -> Array:
@@ -112,7 +110,7 @@ def all_begun(shape: Shape, queue: Queue, places: Places) -> Places:
   pages = jnp.where(entries < num_pages[:, None], first[:, None] + entries, NOBODY)
   rows = queue.rows
   full = (rows.prefix // size)[:, None]
-  end = pages_of(rows.prefix + rows.num_tail + rows.max_tokens - 1, size)[:, None]
+  end = pages_of(cached_len(rows), size)[:, None]
   first = 1 + most * shape.documents + own_pages(shape) * jnp.arange(shape.queue)[:, None]
   own = jnp.where(entries < end, first + entries - full, NOBODY)
   table = jnp.where(entries < full, pages[rows.document], own)
@@ -125,7 +123,7 @@ def all_begun(shape: Shape, queue: Queue, places: Places) -> Places:
 
 def own_pages(shape: Shape) -> int:
   """The largest number of pages of a response: the first may begin with tokens of its document."""
-  return pages_of(shape.tail_len + shape.response_len - 1, shape.page_size) + 1
+  return pages_of(shape.most_fed, shape.page_size) + 1
 
 
 # --- Who may begin --------------------------------------------------------------------
@@ -157,11 +155,10 @@ def _look(shape: Shape, queue: Queue, places: Places) -> _Next:
   has_parent = (parent != NO_DOCUMENT) & (places.state[parent] != ABSENT)
   ready = ~has_parent | (places.state[parent] == FILLED)
   shared = jnp.where(has_parent, queue.documents.shared[document], 0)
-  tokens = (requests.prefix[row] + requests.num_tail[row] + requests.max_tokens[row] - 1)
   size = shape.page_size
   needed = jnp.where(is_absent,
                      pages_of(queue.documents.lengths[document], size) - shared // size,
-                     pages_of(tokens, size) - requests.prefix[row] // size)
+                     pages_of(cached_len(requests, row), size) - requests.prefix[row] // size)
   has_pages = (places.holders == 0).sum() >= needed
   has_place = jnp.where(is_absent, (places.lane == IDLE).any() & ready,
                         (places.row == IDLE).any())
@@ -229,7 +226,7 @@ def _seat(shape: Shape, queue: Queue, places: Places, ahead: _Next) -> Places:
   begins = ahead.seats | ahead.drops
   row, requests, size = ahead.row, queue.rows, shape.page_size
   full = requests.prefix[row] // size
-  end = pages_of(requests.prefix[row] + requests.num_tail[row] + requests.max_tokens[row] - 1, size)
+  end = pages_of(cached_len(requests, row), size)
   holders, own = take(shape, places.holders, full, jnp.where(ahead.seats, end, 0))
   of_document = places.pages[ahead.document]
   is_shared = (jnp.arange(shape.table_len) < full) & ahead.seats
@@ -242,7 +239,7 @@ def _seat(shape: Shape, queue: Queue, places: Places, ahead: _Next) -> Places:
       served=places.served.at[ahead.document].add(begins.astype(jnp.int32)),
       stamp=places.stamp.at[ahead.document].set(
           jnp.where(begins, places.turns, places.stamp[ahead.document])),
-      head=places.head + begins, num_cancelled=places.num_cancelled + ahead.drops)
+      head=places.head + begins)
 
 
 # --- Copies of pages that are shared in part ------------------------------------------

@@ -26,8 +26,16 @@ def filtered(shape: Shape, vocabulary: Vocabulary, queue: Queue, asked: Requests
 
 def drawn(model: Model, key: Array, asked: Requests, positions_B: Array, filtered_BV: Array
           ) -> Drawn:
-  """The tokens at these positions, whose noise is addressed by (key, id, sample, position)."""
-  keys = jax.vmap(jax.random.fold_in, (None, 0))(key, asked.ids)
+  """The tokens at these positions.
+
+  Their noise is addressed by (key, batch, id, sample, position), or without the batch where the
+  requests name none.
+  """
+  if isinstance(asked.batch, tuple):
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, asked.ids)
+  else:
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, asked.batch)
+    keys = jax.vmap(jax.random.fold_in)(keys, asked.ids)
   keys = jax.vmap(jax.random.fold_in)(keys, asked.samples)
   whole = lambda x: model.constrain(x, (None,) * x.ndim)
   return draw(jax.vmap(jax.random.fold_in)(keys, positions_B), filtered_BV, whole)

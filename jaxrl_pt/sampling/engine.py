@@ -148,10 +148,9 @@ class Engine:
       BlockingIOError: the queue is full; try again after `advance`.
     """
     self.check(request)
-    if request.num_samples > len(self._free):
-      raise BlockingIOError(f'the queue has room for {len(self._free)} responses')
-    if request.constraint is not None and request.num_samples > len(self._free_masks):
-      raise BlockingIOError(f'there is room for {len(self._free_masks)} constrained responses')
+    if not self._has_room(request):
+      raise BlockingIOError(f'the queue has room for {len(self._free)} responses, of which '
+                            f'{len(self._free_masks)} may be constrained')
     handle, self._num_handles = self._num_handles, self._num_handles + 1
     scored = None
     if request.prompt_logprobs:
@@ -181,6 +180,10 @@ class Engine:
                              constraint, scored)
     self._on_device = None
     return handle
+
+  def _has_room(self, request: Request) -> bool:
+    masks = 0 if request.constraint is None else request.num_samples
+    return request.num_samples <= len(self._free) and masks <= len(self._free_masks)
 
   def _nothing_drawn(self, request: Request, sample: int, scored: Scored | None) -> Response:
     nothing = np.zeros(0, np.float32)
@@ -212,11 +215,12 @@ class Engine:
                             self._slots, np.int32(steps))
     if self._num_traces > 1:
       raise RuntimeError('the engine compiled again: its parameters changed their shapes')
-    places, out = self._slots.places, self._slots.responses
+    places, out = self._slots.places, dataclasses.replace(self._slots.responses, version=())
     if not any(note.request.top_logprobs for note in self._rows.values()):
       out = dataclasses.replace(out, top_tokens=(), top_logp=())  # They are not fetched.
     head, kept, out = jax.device_get((places.head, places.state, out))
     changed, self._scored = self._scored, []
+    new_masks = False
     for row, note in list(self._rows.items()):
       # A row holds an earlier response until the device has admitted its request.
       if note.serial >= head or (out.count[row] == note.seen and not out.finish[row]):
@@ -227,10 +231,13 @@ class Engine:
         for token in response.tokens[note.seen:].tolist():
           note.constraint.accept(token)
         self._queue.masks[note.mask] = note.constraint.mask()
-        self._on_device = None
+        new_masks = True
       note.seen = len(response.tokens)
       if response.finish:
         self._forget(row, note, response.tokens)
+    if new_masks:
+      self._on_device = dataclasses.replace(
+          self._on_device, masks=jax.device_put(self._queue.masks, self._everywhere))
     self._documents.report(kept)
     return changed
 
@@ -273,7 +280,7 @@ class Engine:
     numbers: dict[int, int] = {}
     done: list[list[Response]] = [[] for _ in requests]
     while waiting or self._rows or self._scored:
-      while waiting and requests[waiting[-1]].num_samples <= self.room():
+      while waiting and self._has_room(requests[waiting[-1]]):
         number = waiting.pop()
         numbers[self.submit(requests[number])] = number
       for handle, response in self.advance(None if waiting else self._shape.response_len):

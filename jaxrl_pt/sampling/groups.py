@@ -10,7 +10,7 @@ from typing import Protocol
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxrl_pt import config as cfg
 from jaxrl_pt.models.base import Model, unstacked
@@ -28,7 +28,7 @@ from jaxrl_pt.sampling.requests import (
   Vocabulary,
   pages_of,
 )
-from jaxrl_pt.sampling.state import init
+from jaxrl_pt.sampling.state import Responses, init
 from jaxrl_pt.types import Array, Params, Prompts, RolloutBatch, SelectedBlocks
 
 NO_STOP = NO_TOKEN
@@ -39,12 +39,13 @@ class Sample(Protocol):
   """The function that `make_sampler` returns; its arguments are described there."""
 
   def __call__(self, params: Params, prompts: Prompts, batch: Array, version: Array,
-               prefilled: Prefilled | None = None) -> RolloutBatch: ...
+               prefilled: Prefilled | None = None, order: Array | None = None
+               ) -> RolloutBatch: ...
 
 
 def make_sampler(model: Model, seed: int, rollouts: cfg.Rollouts, stop_id: int,
                  mesh: Mesh | None = None) -> Sample:
-  """Returns sample(params, prompts, batch, version, prefilled) → RolloutBatch.
+  """Returns sample(params, prompts, batch, version, prefilled, order) → RolloutBatch.
 
   The noise is addressed by (seed, batch, prompt id, sample, position). The batch's number is in
   this address so that a prompt which comes again in a later epoch gets new responses. A prompt
@@ -52,7 +53,8 @@ def make_sampler(model: Model, seed: int, rollouts: cfg.Rollouts, stop_id: int,
   0) has the samples k · G … (k + 1) · G − 1.
 
   `prefilled` holds the prompts' documents where they have gone through the model already; without
-  it the sampler prefills them.
+  it the sampler prefills them. `order` is i32[N], where prompts have documents of their own: the
+  shards draw equal stretches of the prompts in this order, and the result is in the old one.
 
   Args:
     model: the model that draws the responses.
@@ -69,21 +71,29 @@ def make_sampler(model: Model, seed: int, rollouts: cfg.Rollouts, stop_id: int,
       sparse=rollouts.sparse)
 
   def sample(params: Params, prompts: Prompts, batch: Array, version: Array,
-             prefilled: Prefilled | None = None) -> RolloutBatch:
+             prefilled: Prefilled | None = None, order: Array | None = None) -> RolloutBatch:
     key = jax.random.fold_in(jax.random.key(seed), batch)
     first = occurrences(prompts.ids) * rollouts.group_size
     if mesh is None:
       return draw(params, prompts, key, version=version, first_samples=first, prefilled=prefilled)
     assert prefilled is None  # Only the fused step has it, which runs on one device.
+    if order is not None:
+      prompts, first = jax.tree.map(lambda x: x[order], (prompts, first))
 
     def draw_shard(params: Params, prompts: Prompts, key: Array, version: Array,
                    first: Array) -> RolloutBatch:
       return draw(params, prompts, key, version=version, first_samples=first)
 
     rows, whole = PartitionSpec(ROWS), PartitionSpec()
-    return jax.shard_map(
+    drawn = jax.shard_map(
         draw_shard, mesh=mesh, axis_names=set(ROWS), check_vma=False, out_specs=rows,
         in_specs=(whole, rows, whole, whole, rows))(params, prompts, key, version, first)
+    if order is None:
+      return drawn
+    old, sharding = jnp.argsort(order), NamedSharding(mesh, rows)
+    in_old_order: RolloutBatch = jax.tree.map(
+        lambda x: jax.lax.with_sharding_constraint(x[old], sharding), drawn)
+    return in_old_order
 
   return sample
 
@@ -130,7 +140,7 @@ def generate(model: Model, params: Params, prompts: Prompts, key: Array, *, samp
   shape = shape_of(model.config.vocab_size, prompts, num_samples, num_tokens, sampler, slots,
                    sparse)
   queue = queue_of(prompts, num_samples, num_tokens, stop_id, first_samples)
-  state = init(model, shape, Vocabulary(), _page_dtype(model, slots))
+  state = init(model, shape, Vocabulary(), page_dtype(model, slots))
   if shape.slots == shape.queue:
     if prefilled is None:
       prefilled = prefill(model, params, prompts.tokens)
@@ -142,12 +152,7 @@ def generate(model: Model, params: Params, prompts: Prompts, key: Array, *, samp
   else:
     state = program.advance(model, shape, Vocabulary(), params, key, version, queue, state,
                             most_turns(shape, has_all_pages=not slots.num_pages))
-  there = jnp.arange(num_tokens) < state.responses.count[:, None]
-  whole = lambda x: x.reshape(num_prompts, num_samples, num_tokens)
-  rollouts = RolloutBatch.of_one_turn(
-      whole(jnp.where(there, state.responses.tokens, max(stop_id, 0))),
-      whole(there.astype(jnp.float32)), whole(jnp.where(there, state.responses.logp, 0.0)),
-      version)
+  rollouts = rollouts_of(state.responses, num_prompts, stop_id, version)
   if not (isinstance(sparse, cfg.ReSA) and sparse.replay):
     return rollouts
   bits = state.sparse.selected
@@ -155,7 +160,27 @@ def generate(model: Model, params: Params, prompts: Prompts, key: Array, *, samp
       bits.reshape(num_prompts, num_samples, *bits.shape[1:]), sparse.block, sparse.window))
 
 
-def _page_dtype(model: Model, slots: cfg.Slots) -> jnp.dtype:
+def rollouts_of(responses: Responses, num_prompts: int, stop_id: int, version: Array | int
+                ) -> RolloutBatch:
+  """Responses as groups. After a response's end its tokens are `stop_id`, its masks and logp 0.
+
+  Args:
+    responses: the rows of all groups, prompt by prompt.
+    num_prompts: N.
+    stop_id: the token that ends a response, or `NO_STOP`.
+    version: i32[] the version that stands after a response's end.
+  """
+  num_tokens = responses.tokens.shape[1]
+  there = jnp.arange(num_tokens) < responses.count[:, None]
+  whole = lambda x: x.reshape(num_prompts, -1, num_tokens)
+  return RolloutBatch.of_one_turn(
+      whole(jnp.where(there, responses.tokens, max(stop_id, 0))),
+      whole(there.astype(jnp.float32)), whole(jnp.where(there, responses.logp, 0.0)),
+      whole(jnp.where(there, responses.version, version)))
+
+
+def page_dtype(model: Model, slots: cfg.Slots) -> jnp.dtype:
+  """The type of keys and values in pages."""
   kind = jax.eval_shape(lambda: model.init_cache(1, 1)).k.dtype
   return jnp.dtype(jnp.int8) if slots.kv == 'int8' else kind
 
@@ -190,7 +215,7 @@ def most_turns(shape: Shape, *, has_all_pages: bool) -> int:
   In a turn the lanes prefill, or all slots decode, or the queue is empty and the last responses
   end. With too few pages perhaps only one slot decodes.
   """
-  each = shape.tail_len + shape.response_len - 1
+  each = shape.most_fed
   at_once = shape.slots if has_all_pages else 1
   chunks = shape.documents * -(-shape.document_len // shape.chunk)
   return chunks + each + shape.queue * each // at_once

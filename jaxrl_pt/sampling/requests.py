@@ -44,11 +44,17 @@ class Shape(NamedTuple):
   sampler: Sampler | None = None  # of all requests; None where each has its own
   sparse: ReSA | None = None  # how sparse attention draws responses; None for dense attention
   drafts: PromptLookup | SparseDrafts | None = None  # how dense attention speculates, if it does
+  due: int = 0  # the first rows of the queue, for which a call waits; 0 for all of them
 
   @property
   def table_len(self) -> int:
-    """P, the pages of the longest sequence. A response's last token is never fed."""
-    return pages_of(self.document_len + self.tail_len + self.response_len - 1, self.page_size)
+    """P, the pages of the longest sequence."""
+    return pages_of(self.document_len + self.most_fed, self.page_size)
+
+  @property
+  def most_fed(self) -> int:
+    """The most tokens of a tail and a response that are fed, which the last one never is."""
+    return self.tail_len + self.response_len - 1
 
   @property
   def num_fed(self) -> int:
@@ -57,17 +63,21 @@ class Shape(NamedTuple):
 
   @property
   def most_chunks(self) -> int:
-    """The largest number of forward passes over the documents if all lanes are always busy."""
-    return -(-self.documents // self.lanes) * -(-self.document_len // self.chunk)
+    """The largest number of forward passes over the documents if all lanes are always busy.
+
+    Where a call waits for some of the rows, so many of the documents are theirs.
+    """
+    documents = self.documents * (self.due or self.queue) // self.queue
+    return -(-documents // self.lanes) * -(-self.document_len // self.chunk)
 
   @property
   def most_steps(self) -> int:
-    """The largest number of decode steps of the whole queue if there are pages for all slots.
+    """The largest number of decode steps of the rows in question if there are pages for all slots.
 
-    All slots decode until the queue is empty, and then the last responses end.
+    All slots decode until these rows have begun, and then the last responses end.
     """
-    each = self.tail_len + self.response_len - 1
-    return each + (self.queue - self.slots) * each // self.slots
+    each = self.most_fed
+    return each + max((self.due or self.queue) - self.slots, 0) * each // self.slots
 
 
 def pages_of(num_tokens: Any, page_size: int) -> Any:
@@ -116,6 +126,13 @@ class Requests:
   samplers: RowSamplers | tuple[()] = ()
   wants_top: Any = ()  # bool[Q] whether the likeliest tokens are reported
   mask: Any = ()  # i32[Q] row of `Queue.masks` that the next token must satisfy, or NO_MASK
+  batch: Any = ()  # i32[Q] the prompt's batch, which addresses the randomness; () if all share one
+
+
+def cached_len(requests: Requests, row: Any = slice(None)) -> Array:
+  """i32: the tokens that are cached when a response is as long as it may be, in some rows."""
+  tail_and_response = requests.num_tail[row] + requests.max_tokens[row] - 1
+  return requests.prefix[row] + tail_and_response
 
 
 @struct.dataclass

@@ -12,6 +12,7 @@ one, so that no response waits for the longest one of a batch. The noise of a to
 (key, prompt id, sample, position) and not by slot, batch or time.
 """
 
+from collections.abc import Callable
 import dataclasses
 import functools
 from typing import Any
@@ -36,10 +37,20 @@ def has_work(queue: Queue, slots: Slots) -> Array:
 
 
 def advance(model: Model, shape: Shape, vocabulary: Vocabulary, params: Params, key: Array,
-            version: Array | int, queue: Queue, slots: Slots, max_turns: Array | int) -> Slots:
+            version: Array | int, queue: Queue, slots: Slots, max_turns: Array | int,
+            wanted: Callable[[Slots], Array] | None = None) -> Slots:
   """Makes turns until there are `max_turns` of them or nothing is left to do.
 
   A turn feeds at most one token to each slot, and one chunk to each lane.
+
+  Args:
+    model, params: the policy.
+    shape, vocabulary: sizes of the program, and what it must know of the tokenizer.
+    key: the noise's key.
+    version: the number that the tokens drawn here get in `Responses.version`.
+    queue, slots: the requests, and the state that the last call left.
+    max_turns: i32[].
+    wanted: slots → bool[], False once the turns may stop although there is work; None for never.
   """
   begin = slots.places.turns
   admit = functools.partial(_admit, shape, queue)
@@ -56,8 +67,12 @@ def advance(model: Model, shape: Shape, vocabulary: Vocabulary, params: Params, 
     return dataclasses.replace(slots, places=places)
 
   slots = dataclasses.replace(slots, places=admission.forget(queue, slots.places))
-  return jax.lax.while_loop(
-      lambda s: has_work(queue, s) & (s.places.turns - begin < max_turns), turn, slots)
+
+  def goes_on(slots: Slots) -> Array:
+    more = has_work(queue, slots) & (slots.places.turns - begin < max_turns)
+    return more if wanted is None else more & wanted(slots)
+
+  return jax.lax.while_loop(goes_on, turn, slots)
 
 
 def in_all(times: int) -> str:
@@ -85,8 +100,6 @@ def _admit(shape: Shape, queue: Queue, slots: Slots) -> Slots:
   """Admits documents and requests, copies the pages that they share in part, clears their rows."""
   before = slots.places
   places = admission.admit(shape, queue, before)
-  begun = (before.lane == IDLE) & (places.lane != IDLE)
-  reused = slots.counters.reused + jnp.where(begun, places.filled, 0).sum()
   is_new = (before.row == IDLE) & (places.row != IDLE)
   requests, row = queue.rows, jnp.maximum(places.row, 0)
   sources, targets, places = admission.copies(shape, queue, places)
@@ -107,9 +120,7 @@ def _admit(shape: Shape, queue: Queue, slots: Slots) -> Slots:
         closing=new(-1, old.closing), answered=new(0, old.answered), recent=new(-1, old.recent))
   if not isinstance(old.window, tuple):
     decoding = dataclasses.replace(decoding, window=new(0, old.window))
-  slots = dataclasses.replace(
-      slots, places=places, decoding=decoding,
-      counters=dataclasses.replace(slots.counters, reused=reused))
+  slots = dataclasses.replace(slots, places=places, decoding=decoding)
   return _once(slots, places.head != before.head,
                functools.partial(_clear, shape, queue, before.head))
 
@@ -175,7 +186,7 @@ def draw_all(model: Model, shape: Shape, vocabulary: Vocabulary, params: Params,
   slots = dataclasses.replace(slots, places=places, decoding=decoding,
                               cache=paged_cache.copy_pages(cache, sources, targets))
   # Counted from the loop's beginning, so that `tpu.roofline` can read the largest number of steps.
-  most = shape.tail_len + shape.response_len - 1
+  most = shape.most_fed
   one_step = functools.partial(step, model, shape, vocabulary, params, key, version, queue)
   return jax.lax.while_loop(
       lambda s: (s.places.row != IDLE).any() & (s.counters.steps < most), one_step, slots)

@@ -54,7 +54,6 @@ class Counters:
   steps: Array  # i32[] decode steps
   busy: Array  # i32[] slots that were extended, summed over steps
   prefilled: Array  # i32[] tokens of documents that went through the model
-  reused: Array  # i32[] tokens of documents that were found in the pages of their parents
   drafted: Array  # i32[] drafts that were fed
   agreed: Array  # i32[] of these, how many were right, and nothing before them wrong
 

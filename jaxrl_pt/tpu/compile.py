@@ -46,32 +46,34 @@ def load(gin_files: Sequence[str], bindings: Sequence[str]) -> cfg.Run:
 
 
 def compile_run(topology: str, gin_files: Sequence[str], bindings: Sequence[str],
-                slices: int = 1) -> Iterator[Row]:
+                slices: int = 1, only: str = '') -> Iterator[Row]:
   """Yields a row for each program of the run, as soon as a child process has compiled it.
 
   Args:
     topology: the topology of a slice, e.g. 'v5e:16x16'.
     gin_files, bindings: the settings of the run.
     slices: the number of slices.
+    only: what the names of the programs in question begin with.
 
   Raises:
     UserError: libtpu is missing, the topology is wrong, or the run's mesh does not cover it.
   """
   chips.generation_of_topology(topology)
   yield from child.rows('jaxrl_pt.tpu.compile', topology, json.dumps(list(gin_files)),
-                        json.dumps(list(bindings)), str(slices))
+                        json.dumps(list(bindings)), str(slices), only)
 
 
 # --- The child ----------------------------------------------------------------------
 
 
-def main(topology: str, gin_files: str, bindings: str, slices: str) -> None:
+def main(topology: str, gin_files: str, bindings: str, slices: str, only: str) -> None:
   """The child process: prints one JSON row for each program.
 
   Args:
     topology: the topology of a slice.
     gin_files, bindings: the settings of the run, as JSON lists.
     slices: the number of slices.
+    only: what the names of the programs in question begin with.
   """
   try:
     run = load(json.loads(gin_files), json.loads(bindings))
@@ -79,6 +81,8 @@ def main(topology: str, gin_files: str, bindings: str, slices: str) -> None:
     mesh = make_mesh(run.mesh, devices)
     chip = chips.chip(chips.generation_of_topology(topology))
     for program in jobs.programs(run, mesh):
+      if not program.name.startswith(only):
+        continue
       row = _examine(program, run, chip, len(devices))
       print(json.dumps({'program': program.name, 'topology': topology,
                         'num_devices': len(devices), 'num_slices': int(slices), **row}),

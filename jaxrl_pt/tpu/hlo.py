@@ -24,6 +24,8 @@ _CALLED = re.compile(r'(?:calls|to_apply|body|true_computation|false_computation
 _COLLECTIVES = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'ragged-all-to-all',
                 'collective-permute', 'collective-broadcast')
 KERNEL = 'tpu_custom_call'
+# Instructions that write a part of their first operand, and which operand that part is.
+_UPDATES = {'dynamic-update-slice': 1, 'scatter': 2}
 # Opcodes that name, select or wait for what another instruction computes.
 _NO_TRAFFIC = {'parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'while',
                'conditional', 'call', 'after-all', 'partition-id', 'replica-id', 'copy-done',
@@ -346,7 +348,8 @@ def hbm_bytes(module: Module) -> int:
   """Bytes that a step reads from and writes to HBM: the operands and results of all instructions.
 
   Arrays in VMEM cost nothing, a slice costs the part that it takes of its operand, and an update in
-  place costs the part that it writes. Each operand and result of a kernel counts once.
+  place costs the part that it writes. A kernel costs what it says itself (`pl.CostEstimate`), or
+  else each of its operands and results once.
   """
   return sum(run.times * _traffic(module, run) for run in runs(module))
 
@@ -358,6 +361,9 @@ def _traffic(module: Module, run: Run) -> int:
   if it.opcode.endswith('-done'):
     return 0
   result = _hbm_bytes(it.type)
+  stated = re.search(r'"bytes_accessed":"(\d+)"', it.rest) if it.opcode == 'custom-call' else None
+  if stated and int(stated[1]) > 0:
+    return int(stated[1])
   match it.opcode:
     case 'copy-start':
       return sum(x.padded_bytes for x in arrays(it.type)[:2] if x.in_hbm)
@@ -367,8 +373,8 @@ def _traffic(module: Module, run: Run) -> int:
       return moved.padded_bytes * ((source > 0) + moved.in_hbm)
     case 'dynamic-slice' | 'slice' | 'gather':
       return 2 * result
-    case 'dynamic-update-slice':
-      return 2 * _hbm_bytes(scope[it.operands[1]].type)
+    case 'dynamic-update-slice' | 'scatter':
+      return 2 * _hbm_bytes(scope[it.operands[_UPDATES[it.opcode]]].type)
     case 'fusion':
       return _fusion_traffic(module, it, scope)
   return result + sum(_hbm_bytes(scope[name].type) for name in it.operands)
@@ -385,9 +391,9 @@ def _fusion_traffic(module: Module, it: Instruction, scope: Computation) -> int:
       continue
     if whole and len(uses) == 1:
       use, read_as, place = uses[0]
-      if use.opcode == 'dynamic-update-slice' and use.operands[0] == read_as:
+      if use.opcode in _UPDATES and use.operands[0] == read_as:
         # It updates in place: only the update is written of the result, which `total` has whole.
-        total += _padded(place[use.operands[1]].type) - whole
+        total += _padded(place[use.operands[_UPDATES[use.opcode]]].type) - whole
         continue
     total += whole
   return max(total, 0)
@@ -460,7 +466,7 @@ def biggest(module: Module, limit: int = 8) -> list[Buffer]:
 def _updates_in_place(module: Module, it: Instruction) -> bool:
   """Whether it is a fusion whose result is its operand with a part written anew."""
   return it.opcode == 'fusion' and (
-      list(module.computations[_called(it)[0]].values())[-1].opcode == 'dynamic-update-slice')
+      list(module.computations[_called(it)[0]].values())[-1].opcode in _UPDATES)
 
 
 def kernels(module: Module) -> dict[str, tuple[int, int]]:

@@ -11,26 +11,35 @@ from jaxrl_pt.tpu import compile as compiling
 # Tokens of each device whose logits may exist at once.
 LOSS_CHUNK = 2048
 MAX_TRIES = 16
+# How the name of the program that draws rollouts begins.
+SAMPLER = 'sampler'
 
 
 def fitting(topology: str, gin_files: Sequence[str], bindings: Sequence[str],
-            say: Callable[[str], None], slices: int = 1) -> list[str]:
+            say: Callable[[str], None], slices: int = 1, failed: Sequence[str] = ()) -> list[str]:
   """The mildest change of the settings, of those that are tried, with which every program fits.
 
   Changes that keep the batch come first: rematerialisation, a loss in chunks, a state that is split
   over all devices, accumulation, tensor sharding. Then the batch is halved until it fits. Each try
   compiles the run's own programs; where much memory is lacking, the compiler says so within
-  seconds.
+  seconds. If the sampler does not fit, it first gets as many slots as do.
 
   Args:
     topology: the topology of a slice, e.g. 'v5e:16x16'.
     gin_files, bindings: the settings of the run.
     say: a function that gets a line for every try.
     slices: the number of slices.
+    failed: the names of the programs that do not fit.
 
   Returns:
     The bindings to add; [] where no change that was tried is enough.
   """
+  of_slots: list[str] = []
+  if any(name.startswith(SAMPLER) for name in failed):
+    of_slots = most_slots(topology, gin_files, bindings, say, slices)
+    if of_slots and all(name.startswith(SAMPLER) for name in failed):
+      return of_slots
+    bindings = [*bindings, *of_slots]
   run = compiling.load(gin_files, bindings)
   tries = 0
   for added in _attempts(run, slices * num_devices(topology)):
@@ -45,7 +54,7 @@ def fitting(topology: str, gin_files: Sequence[str], bindings: Sequence[str],
       continue
     if all(row['fits'] for row in rows):
       say('  fits' + _rows_at_once(compiling.load(gin_files, [*bindings, *added])))
-      return added
+      return [*of_slots, *added]
     worst = next(row for row in rows if not row['fits'])
     say(f'  does not fit: {worst["error"]}')
     if worst.get('state_too_big') and _splits_state(compiling.load(gin_files,
@@ -55,6 +64,52 @@ def fitting(topology: str, gin_files: Sequence[str], bindings: Sequence[str],
           'them.')
       break
   return []
+
+
+def most_slots(topology: str, gin_files: Sequence[str], bindings: Sequence[str],
+               say: Callable[[str], None], slices: int = 1) -> list[str]:
+  """The settings with the largest number of slots with which the sampler fits a slice.
+
+  A slot costs the pages of the longest response. Two programs with few slots say how much that is
+  and what is there besides; a third one shows that what follows from it is true.
+
+  Args:
+    topology, gin_files, bindings, say, slices: as for `fitting`.
+
+  Returns:
+    The bindings to add; [] where not even one slot fits, or where the settings give the number of
+    pages themselves, of which slots take none.
+  """
+  run = compiling.load(gin_files, bindings)
+  rollouts = run.objective.rollouts
+  if rollouts is None or rollouts.slots.num_pages or rollouts.sparse != cfg.Dense():
+    return []
+  shards = slices * num_devices(topology) // (run.mesh.tensor * run.mesh.context)
+  responses = max(1, rollouts.num_prompts // shards) * rollouts.group_size
+  total: dict[int, float] = {}
+  tried = min(2, responses - 1)
+
+  def fits(num_slots: int) -> bool:
+    added = _slots(num_slots)
+    [row] = compiling.compile_run(topology, gin_files, [*bindings, *added], slices, SAMPLER)
+    total[num_slots] = row['hbm'].get('total', float('inf'))
+    say(f'{num_slots} slots: ' + ('fits' if row['fits'] else f'does not fit: {row["error"]}'))
+    total[0] = row['capacity']
+    return bool(row['fits'])
+
+  if tried < 1 or not fits(1):
+    return []
+  if tried == 1 or not fits(tried):
+    return _slots(1)
+  each = max(1.0, (total[tried] - total[1]) / (tried - 1))
+  most = min(responses - 1, 1 + int((total[0] - total[1]) / each))
+  while most > tried and not fits(most):
+    most = max(tried, most - max(1, most // 16))
+  return _slots(most)
+
+
+def _slots(number: int) -> list[str]:
+  return ['cfg.Rollouts.slots = @cfg.Slots()', f'cfg.Slots.slots = {number}']
 
 
 def num_devices(topology: str) -> int:

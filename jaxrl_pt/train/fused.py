@@ -22,7 +22,7 @@ from jaxrl_pt import config as cfg
 from jaxrl_pt.models.base import Model
 from jaxrl_pt.sampling.groups import NO_STOP, make_sampler
 from jaxrl_pt.sampling.prefill import Prefilled, prefill
-from jaxrl_pt.train import update
+from jaxrl_pt.train import scores, update
 from jaxrl_pt.types import (
   Array,
   Params,
@@ -64,10 +64,10 @@ def response_logp(model: Model, params: Params, prompts: Prompts, rollouts: Roll
   """f32[N, G, S]: log-probabilities of drawn tokens under the policy of `params`, such as the
   reference policy, after the sampler's temperature and filters."""
   def logp(prompts: Prompts, tokens: Array, selected: Any) -> Array:
-    return update.response_scores(model, params, prompts, tokens, sampler, run.compute.loss_chunk,
+    return scores.response_scores(model, params, prompts, tokens, sampler, run.compute.loss_chunk,
                                   selected).logp
 
-  found: Array = update.by_rows(logp, run.train, algorithm, prompts, rollouts.tokens,
+  found: Array = scores.by_rows(logp, run.train, algorithm, prompts, rollouts.tokens,
                                 rollouts.selected)
   return found
 

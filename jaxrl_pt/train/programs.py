@@ -1,6 +1,7 @@
 """The jitted programs of reinforcement learning: a run dispatches them, preflight compiles them."""
 
 from collections.abc import Callable
+import functools
 from typing import Any
 
 import jax
@@ -8,8 +9,10 @@ from jax.sharding import Mesh
 import optax
 
 from jaxrl_pt import config as cfg
+from jaxrl_pt.models import transformer
 from jaxrl_pt.parallel import model as models
 from jaxrl_pt.parallel import rules
+from jaxrl_pt.sampling import in_flight
 from jaxrl_pt.sampling import weight_sync as syncing
 from jaxrl_pt.sampling.groups import make_sampler
 from jaxrl_pt.train import fused, update
@@ -34,6 +37,24 @@ def sampler(run: cfg.Run, mesh: Mesh, rollouts: cfg.Rollouts, stop_id: int) -> A
   """The jitted sample(parameters after the weight sync, prompts, batch, version) → RolloutBatch."""
   model = models.build(run.model, run.compute, mesh, rules.SHARD)
   return jax.jit(make_sampler(model, run.seed, rollouts, stop_id, mesh if mesh.size > 1 else None))
+
+
+def in_flight_sampler(run: cfg.Run, mesh: Mesh, rollouts: cfg.Rollouts, stop_id: int) -> Any:
+  """The jitted enqueue and draw of `in_flight.make_sampler`, to which its state is donated.
+
+  The parameters are those after the weight sync.
+  """
+  model = models.build(run.model, run.compute, mesh, rules.SHARD)
+  enqueue, draw = in_flight.make_sampler(model, run.seed, rollouts, stop_id,
+                                         mesh if mesh.size > 1 else None)
+  # Each program leaves the state as the next one takes it.
+  there = in_flight.shardings(jax.eval_shape(functools.partial(
+      in_flight.init, transformer.build(run.model, run.compute), rollouts, mesh)), mesh)
+  return in_flight.Sampler(
+      jax.jit(enqueue, donate_argnums=0, out_shardings=there),
+      # None lets the compiler choose.
+      jax.jit(draw, donate_argnums=1,
+              out_shardings=in_flight.Drawn._make((there, None, None))))
 
 
 def learner_step(run: cfg.Run, mesh: Mesh, optimizer: optax.GradientTransformation,

@@ -13,6 +13,7 @@ from jaxrl_pt import config as cfg
 from jaxrl_pt import params as P
 from jaxrl_pt.models.base import Model
 from jaxrl_pt.parallel import rules
+from jaxrl_pt.sampling import in_flight
 from jaxrl_pt.types import Params, RolloutBatch, TrainState
 
 # --- What a method of reinforcement learning keeps between steps ------------------
@@ -32,7 +33,7 @@ class MethodState:
 
   gate: Any  # f32[] accuracy with which Short-RL's gate compares, or {}
   value: ValueHead
-  pending: Any  # RolloutBatch drawn ahead of its update (one-step-off), or {}
+  pending: Any  # RolloutBatch drawn a step ahead, the sampler where it is in flight, or {}
   average: Any  # parameters of RLP's average policy, or {}
 
 
@@ -52,13 +53,14 @@ def no_method(params: Params) -> Any:
 
 
 def new_method(rollouts: cfg.Rollouts, algorithm: cfg.Algorithm, d_model: int,
-               average: Any = ()) -> MethodState:
+               average: Any = (), sampler: Any = ()) -> MethodState:
   """`TrainState.method` of a run of reinforcement learning before its first step.
 
   Args:
     rollouts, algorithm: the settings of the run's objective.
     d_model: the model's width, which is the value head's number of inputs.
     average: the policy's parameters where the method keeps an average of them, else ().
+    sampler: `in_flight.InFlight` where responses are under way over several steps, else ().
   """
   head: Any = {}
   if isinstance(algorithm.advantage, cfg.GAE):
@@ -69,6 +71,8 @@ def new_method(rollouts: cfg.Rollouts, algorithm: cfg.Algorithm, d_model: int,
     shape = rollouts.num_prompts, rollouts.group_size, rollouts.response_tokens
     reals, ints = (lambda: jnp.zeros(shape)), (lambda: jnp.zeros(shape, jnp.int32))
     pending = RolloutBatch(ints(), reals(), reals(), reals(), ints(), ints())
+  elif sampler:
+    pending = sampler
   # The average is a copy, because the step donates both the parameters and the average.
   return MethodState(gate, ValueHead(head, value_optimizer(algorithm.advantage).init(head)),
                      pending, jax.tree.map(jnp.copy, average) if average else {})
@@ -86,6 +90,8 @@ def _method_shardings(method: Any, mesh: Mesh, param_shardings: Any) -> Any:
   shardings = jax.tree.map(lambda _: everywhere, method)
   if isinstance(method, MethodState) and isinstance(method.pending, RolloutBatch):
     shardings = shardings.replace(pending=jax.tree.map(lambda _: rows, method.pending))
+  if isinstance(method, MethodState) and isinstance(method.pending, in_flight.InFlight):
+    shardings = shardings.replace(pending=in_flight.shardings(method.pending, mesh))
   if isinstance(method, MethodState) and method.average:
     shardings = shardings.replace(average=param_shardings)
   return shardings

@@ -25,19 +25,18 @@ import optax
 
 from jaxrl_pt import config as cfg
 from jaxrl_pt.models.base import Model
-from jaxrl_pt.models.logprobs import TokenScores, token_logprobs
+from jaxrl_pt.models.logprobs import TokenScores
 from jaxrl_pt.rl import kl, objectives, ratios, tables, token_advantages
 from jaxrl_pt.rl.advantages import Scored
-from jaxrl_pt.sampling import branch, policies
+from jaxrl_pt.sampling import branch
 from jaxrl_pt.sampling.prefill import Prefilled
-from jaxrl_pt.train import accumulate, group_parts, optim
+from jaxrl_pt.train import accumulate, group_parts, optim, scores
 from jaxrl_pt.train.state import ValueHead, value_optimizer
 from jaxrl_pt.types import (
   Array,
   Params,
   Prompts,
   RolloutBatch,
-  SelectedBlocks,
   TrainBatch,
   TrainState,
   Verdict,
@@ -134,7 +133,7 @@ def make_learner(model: Model, optimizer: optax.GradientTransformation, run: cfg
                               method=dataclasses.replace(new.method, gate=gate))
     new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
     # The mismatch is that of the first update, since later updates move away from the sampler on
-    # purpose. One step off-policy the same number is called staleness: the sampler's parameters
+    # purpose. Off-policy the same number is called staleness: the sampler's parameters
     # are then older than the trainer's, which is no fault of the arithmetic.
     name = 'mismatch' if rollout_config.mode == cfg.OnPolicy() else 'staleness'
     return new, {**values, name: first.pop('mismatch'), **first,
@@ -156,12 +155,13 @@ def _train_batch(model: Model, state: TrainState, prompts: Prompts, rollouts: Ro
   zeros = jnp.zeros_like(mask)
   old, values = TokenScores(rollouts.logp, zeros, zeros, zeros), zeros
   if needs_old_policy(algorithm):
-    def scores(prompts: Prompts, tokens: Array, selected: Any) -> tuple[TokenScores, Array]:
+    def read(prompts: Prompts, tokens: Array, selected: Any) -> tuple[TokenScores, Array]:
       hidden = branch.response_hidden(model, state.params, prompts, tokens, selected=selected)
-      return (_scores(model, state.params, hidden, tokens, sampler, run.compute.loss_chunk),
-              _values(state.method.value.params, hidden))
+      found = scores.of_hidden(model, state.params, hidden, tokens, sampler,
+                               run.compute.loss_chunk)
+      return found, scores.values(state.method.value.params, hidden)
 
-    old, values = by_rows(scores, run.train, algorithm, prompts, rollouts.tokens,
+    old, values = scores.by_rows(read, run.train, algorithm, prompts, rollouts.tokens,
                           rollouts.selected)
   token_rewards = token_advantages.terminal_rewards(reward, mask)
   match algorithm.kl:
@@ -199,24 +199,6 @@ def _split(batch: TrainBatch, parts: int) -> Any:
   return accumulate.split(batch, parts, groups=batch.prompts.tokens.shape[0])
 
 
-def by_rows(function: Callable[[Prompts, Array, Any], Any], train: cfg.Train,
-            algorithm: cfg.Algorithm, prompts: Prompts, tokens_NGS: Array, selected: Any) -> Any:
-  """function(prompts, tokens, selected), computed for as few responses at a time as an update's.
-
-  Args:
-    function: its results are arrays [N, G, …].
-    train, algorithm: the settings that cut a batch into micro-batches.
-    prompts, tokens_NGS: the batch's prompts and responses.
-    selected: the blocks of the context that the tokens were drawn from, or ().
-  """
-  num_docs, parts = prompts.tokens.shape[0], train.group_parts
-  rows = group_parts.repeat(prompts, parts), *group_parts.split_responses(
-      (tokens_NGS, selected), num_docs, parts)
-  results = accumulate.mapped(lambda rows: function(*rows), rows,
-                              algorithm.minibatches * train.accumulation, num_docs * parts)
-  return group_parts.join_responses(results, num_docs, parts)
-
-
 def _updates(update: Callable[..., tuple[TrainState, Metrics]], state: TrainState,
              batch: TrainBatch, algorithm: cfg.Algorithm, num_docs: int, shared: Shared | None
              ) -> tuple[TrainState, Metrics, Metrics]:
@@ -232,8 +214,19 @@ def _updates(update: Callable[..., tuple[TrainState, Metrics]], state: TrainStat
     return state, values, {name: values.pop(name) for name in names}
   passes = [accumulate.split(batch, algorithm.minibatches, num_docs)] * algorithm.epochs
   parts = jax.tree.map(lambda *x: jnp.concatenate(x), *passes)
-  state, every = jax.lax.scan(update, state, parts)
-  first = jax.tree.map(lambda x: x[0], {name: every.pop(name) for name in names})
+
+  def next_update(carry: tuple[TrainState, Metrics, Array], part: TrainBatch
+                  ) -> tuple[tuple[TrainState, Metrics, Array], Metrics]:
+    state, first, is_first = carry
+    state, values = update(state, part)
+    measured = {name: values.pop(name) for name in names}
+    first = jax.tree.map(lambda new, old: jnp.where(is_first, new, old), measured, first)
+    return (state, first, jnp.zeros((), bool)), values
+
+  # They are carried and not stacked, since the largest of them is as large as the whole batch.
+  one = jax.eval_shape(update, state, jax.tree.map(lambda x: x[0], parts))[1]
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), {name: one[name] for name in names})
+  (state, first, _), every = jax.lax.scan(next_update, (state, zeros, jnp.ones((), bool)), parts)
   return state, jax.tree.map(lambda x: x.sum(0), every), first
 
 
@@ -315,9 +308,9 @@ def make_loss(model: Model, sampler: cfg.Sampler, algorithm: cfg.Algorithm, loss
     mask, on_mask = batch.loss_mask, lambda x: jnp.where(batch.loss_mask > 0, x, 0.0)
     hidden = branch.response_hidden(model, params, batch.prompts, batch.tokens, prefilled,
                                     batch.selected)
-    scores = _scores(model, params, hidden, batch.tokens, sampler, loss_chunk)
+    read = scores.of_hidden(model, params, hidden, batch.tokens, sampler, loss_chunk)
     # Beyond a response's end the log-probabilities are garbage, whose exponential might overflow.
-    logp = on_mask(scores.logp)
+    logp = on_mask(read.logp)
     old_logp = jax.lax.stop_gradient(logp) if single_update else on_mask(batch.old_logp)
     correction = correct(algorithm.correction, old_logp, batch.sampler_logp, mask)
     surrogate = surrogate_of(algorithm.surrogate, logp, old_logp, batch.advantage, mask)
@@ -325,7 +318,7 @@ def make_loss(model: Model, sampler: cfg.Sampler, algorithm: cfg.Algorithm, loss
     terms = surrogate.terms * correction
     terms += _kl_terms(algorithm.kl, logp, reference_logp)
     if algorithm.entropy_coef:
-      terms -= algorithm.entropy_coef * scores.entropy
+      terms -= algorithm.entropy_coef * read.entropy
     total = (batch.weights * terms).sum()
     measured: Metrics = {}
     if batch.num_rows:
@@ -334,20 +327,20 @@ def make_loss(model: Model, sampler: cfg.Sampler, algorithm: cfg.Algorithm, loss
     if isinstance(algorithm.advantage, cfg.GAE):
       # No coefficient: the value head has its own Adam, whose step does not depend on the
       # gradient's scale.
-      error = 0.5 * jnp.square(_values(head, jax.lax.stop_gradient(hidden)) - batch.returns)
+      error = 0.5 * jnp.square(scores.values(head, jax.lax.stop_gradient(hidden)) - batch.returns)
       total += (batch.weights * error).sum()
       measured['value_loss'] = Weighted.of(error, mask)
     return total, {
         **measured,
         'mismatch': objectives.sampler_trainer_mismatch(logp, batch.sampler_logp, mask),
-        'entropy': Weighted.of(scores.entropy, mask),
+        'entropy': Weighted.of(read.entropy, mask),
         'correction': Weighted.of(correction, mask),
         'clip_fraction': Weighted.of(surrogate.clipped, mask),
         'bounded_ratios': Weighted.of(_beyond(
             algorithm, surrogate, logp, old_logp, batch.sampler_logp, reference_logp), mask),
         'gradient_variance': objectives.gradient_variance(
             batch.advantage,
-            token_advantages.score_norm(logp, scores.collision), mask),
+            token_advantages.score_norm(logp, read.collision), mask),
     }
 
   return loss
@@ -385,40 +378,3 @@ def _in_whole_batch(batch: TrainBatch, values: Array) -> Array:
   if values.shape[0] == batch.num_rows:
     return values
   return jnp.zeros((batch.num_rows, *values.shape[1:])).at[batch.rows].set(values)
-
-
-def response_scores(model: Model, params: Params, prompts: Prompts, tokens_NGS: Array,
-                    sampler: cfg.Sampler, loss_chunk: int = 0,
-                    selected: SelectedBlocks | tuple[()] = ()) -> TokenScores:
-  """Scores of response tokens under the distribution that the sampler draws from.
-
-  Values and gradients equal those of `Model.apply` on the N · G whole sequences, or with `selected`
-  those of the sparse steps that drew the responses.
-
-  Args:
-    model, params: the policy.
-    prompts: N prompts.
-    tokens_NGS: i32[N, G, S] tokens of G responses to each prompt.
-    sampler: temperature and filters.
-    loss_chunk: tokens whose logits exist at a time (`logprobs.token_logprobs`); 0 takes all.
-    selected: the blocks of the context that each token was drawn from; () for all of it.
-
-  Returns:
-    TokenScores of f32[N, G, S] arrays, which hold garbage where a response has ended.
-  """
-  hidden = branch.response_hidden(model, params, prompts, tokens_NGS, selected=selected)
-  return _scores(model, params, hidden, tokens_NGS, sampler, loss_chunk)
-
-
-def _scores(model: Model, params: Params, hidden: Array, tokens_NGS: Array, sampler: cfg.Sampler,
-            loss_chunk: int) -> TokenScores:
-  return token_logprobs(
-      hidden, model.head(params), tokens_NGS, loss_chunk,
-      lambda logits, tokens: policies.learner_logits(logits, tokens, sampler))
-
-
-def _values(head: Any, hidden_NGSD: Array) -> Array:
-  """f32[N, G, S]: the value head's predictions, linear in the hidden state; 0 without a head."""
-  if not head:
-    return jnp.zeros(hidden_NGSD.shape[:-1])
-  return hidden_NGSD.astype(jnp.float32) @ head['weight'] + head['bias']

@@ -64,6 +64,7 @@ def paged_attention(q_BSHE: Array, pages: Array, scales: Array | None, table_BP:
     pages = pages[:, :, None]
   _, _, parts, page_size, lanes = pages.shape
   per_step, part = pages_of_step(shape, blocks, table_BP.shape[1])
+  keys = table_BP.shape[1] * page_size
   # Keys beside values in one line of lanes are multiplied by queries beside zeros.
   line = lanes if width % LANES else width
   q = _lines(q_BSHE, shape, blocks, rows, line)
@@ -101,12 +102,23 @@ def paged_attention(q_BSHE: Array, pages: Array, scales: Array | None, table_BP:
       out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
       compiler_params=pltpu.CompilerParams(dimension_semantics=('parallel', 'arbitrary'),
                                            disable_bounds_checks=True),
+      cost_estimate=_cost(q_BSHE, pages, scales, query_blocks * table_BP.size, keys),
       name='paged_attention', interpret=interpret,
   )(starts_B, counts_B, table_BP[:, None], table_BP[:, None], q, pages,
     *([scales] if layout.quantised else []))
   out = out[:, :, :, :blocks.queries * shape.group, line - width:]
   out = out.reshape(num_rows, shape.num_groups, -1, shape.group, width)[:, :, :num_new]
   return out.transpose(0, 2, 1, 3, 4).reshape(q_BSHE.shape)
+
+
+def _cost(q_BSHE: Array, pages: Array, scales: Array | None, pages_read: int, keys: int
+          ) -> pl.CostEstimate:
+  """The work if every row fills its table; of the pool no more than that many pages are read."""
+  pools = [pages] if scales is None else [pages, scales]
+  page_bytes = sum(x.size // x.shape[1] * x.dtype.itemsize for x in pools)
+  return pl.CostEstimate(
+      flops=4 * q_BSHE.size * keys, transcendentals=q_BSHE.size // q_BSHE.shape[-1] * keys,
+      bytes_accessed=pages_read * page_bytes + 2 * q_BSHE.size * q_BSHE.dtype.itemsize)
 
 
 def pages_of_step(shape: tuning.Shape, blocks: tuning.Blocks, table_len: int) -> tuple[int, int]:

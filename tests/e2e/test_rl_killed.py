@@ -1,6 +1,8 @@
 """RL with a verifier on the host, killed with SIGKILL inside each stage, ends bit-identical."""
 
 from collections.abc import Callable
+import dataclasses
+import functools
 import json
 from pathlib import Path
 import signal
@@ -14,6 +16,7 @@ import pytest
 from jaxrl_pt import metrics
 from jaxrl_pt.jobs import replay
 from jaxrl_pt.jobs.open import load_state
+from tests import xla_flags
 from tests.e2e.conftest import RL, RPT, Job
 
 LAST = 8
@@ -21,10 +24,26 @@ LAST = 8
 ON_POLICY = [('draw', 'after', 3), ('settle', 'before', 3), ('learn', 'after', 2),
              ('save', 'after', 1)]
 ONE_STEP_OFF = [('settle', 'before', 3), ('learn', 'before', 3), ('save', 'before', 1)]
+# What is under way must come back from the checkpoint, wherever the process died.
+IN_FLIGHT = [('draw_in_flight', 'before', 2), ('draw_in_flight', 'after', 3),
+             ('settle', 'before', 3), ('learn', 'after', 2), ('save', 'before', 1)]
 OFF = ('cfg.Rollouts.mode = @cfg.OneStepOff()', 'cfg.RL.algorithm = @cfg.Algorithm()',
        'cfg.Algorithm.correction = @cfg.TokenTIS()',
        # A step that moves the policy far makes rollouts of the step before very stale.
        'cfg.Cosine.peak_rate = 0.002')
+
+# Three batches of 16 responses are under way in 12 slots.
+FLYING = ('cfg.Rollouts.mode = @cfg.InFlight()', 'cfg.InFlight.staleness = 2',
+          'cfg.Rollouts.slots = @cfg.Slots()', 'cfg.Slots.slots = 12', 'cfg.Slots.page_size = 8',
+          *OFF[1:])
+# Two shards of the data, which share out prompts that come again by how long their responses were.
+ON_SHARDS = 'cfg.Mesh.fsdp = 2', 'cfg.Arithmetic.size = 20'
+
+
+def on_devices(number: int, make_job: Callable[..., Job], *args, **kwargs) -> Job:
+  job = make_job(*args, **kwargs)
+  return dataclasses.replace(job, environment={
+      **job.environment, 'XLA_FLAGS': xla_flags.with_devices(number)})
 
 
 def die(job: Job, stage: str, when: str, call: int) -> None:
@@ -72,9 +91,13 @@ def test_rollouts_of_the_fused_program_are_those_of_the_stages(
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize('bindings, deaths', [
     pytest.param((), ON_POLICY, id='on_policy', marks=pytest.mark.slow),
-    pytest.param(OFF, ONE_STEP_OFF, id='one_step_off')])
+    pytest.param(OFF, ONE_STEP_OFF, id='one_step_off'),
+    pytest.param(FLYING, IN_FLIGHT, id='in_flight', marks=pytest.mark.slow),
+    pytest.param(ON_SHARDS, ON_POLICY, id='on_shards', marks=pytest.mark.slow)])
 def test_killed_in_each_stage_is_bit_identical(
     make_job: Callable[..., Job], pretrained: Job, bindings, deaths):
+  if bindings == ON_SHARDS:
+    make_job = functools.partial(on_devices, 2, make_job)
   whole = make_job(RL, start_from=str(pretrained.workdir),
                    bindings=(*bindings, 'cfg.Rollouts.dump_every = 1'))
   done = whole.run()
@@ -93,8 +116,15 @@ def test_killed_in_each_stage_is_bit_identical(
   # It has learned something, so that equality says something.
   first, last = load_state(whole.workdir, 4).params, other.params
   assert np.abs(np.asarray(first['embed']) - np.asarray(last['embed'])).max() > 0
-  assert_replayed(whole.workdir, 4)
-  if not bindings:
+  if bindings != ON_SHARDS:  # This process has one device.
+    assert_replayed(whole.workdir, 4)
+  if bindings not in (OFF, ON_SHARDS):
     assert_drawn_again(whole.workdir, 4)
-  name = 'staleness' if bindings else 'mismatch'
-  assert all(1 <= r[name] < (2 if bindings else 1.01) for r in rows[1][1:])
+  if bindings == FLYING:
+    assert sum(r['carried_responses'] for r in rows[1][1:]) > 0
+    assert 1 <= max(r['most_versions_behind'] for r in rows[1][1:]) <= 2
+  if bindings == ON_SHARDS:
+    assert all(1 <= r['shard_imbalance'] <= 2 for r in rows[1][1:])
+  is_off = bindings in (OFF, FLYING)
+  name = 'staleness' if is_off else 'mismatch'
+  assert all(1 <= r[name] < (2 if is_off else 1.01) for r in rows[1][1:])

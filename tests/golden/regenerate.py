@@ -23,6 +23,8 @@ _POD = ("cfg.ArrayRecord.glob = 'corpus/*.array_record'",
         "cfg.HuggingFaceTokenizer.begin_of_text = ''")
 # What a user must add to a run file that leaves values open.
 REQUIRED = {
+    'dapo_32b': (*_POD, "cfg.RL.start_from = 'runs/policy'",
+                 "cfg.JsonlProblems.glob = 'problems.jsonl'"),
     'grpo_7b': (*_POD, "cfg.RL.start_from = 'runs/policy'",
                 "cfg.JsonlProblems.glob = 'problems.jsonl'"),
     'opo_7b': (*_POD, "cfg.RL.start_from = 'runs/policy'",

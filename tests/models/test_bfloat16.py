@@ -300,7 +300,7 @@ def test_samplers_and_learner_take_float32_logits(draws):
   rollout = jax.jit(draws)(SILENT, jax.random.key(0))
   expected = of_tokens(rollout.tokens)
   np.testing.assert_allclose(rollout.logp, expected, atol=1e-4)
-  scores = jax.jit(lambda tokens: update.response_scores(
+  scores = jax.jit(lambda tokens: scores.response_scores(
       MODEL, SILENT, PROMPTS, tokens, cfg.Sampler(), 4))(rollout.tokens)
   np.testing.assert_allclose(scores.logp, expected, atol=1e-4)
 

@@ -9,7 +9,7 @@ import pytest
 
 from jaxrl_pt import config as cfg
 from jaxrl_pt import params as P
-from jaxrl_pt.models import kv_cache, paged_cache, transformer
+from jaxrl_pt.models import paged_cache, transformer
 from jaxrl_pt.nn import quant as quantisers
 
 B, T = 3, 11
@@ -62,32 +62,11 @@ def by_pages(model, params, chunks, dtype=jnp.float32, page=4):
   return jnp.concatenate(outs, 1)
 
 
-def by_branches(model, params, chunks):
-  """The first chunk as a document, the others as tokens of the one branch that it has."""
-  (_, first), *rest = chunks
-  prefix = model.init_cache(B, first)
-  hidden, prefix = jax.jit(lambda p, t, c: model.extend(
-      p, t, POSITIONS[:, :first], c, kv_cache.prompts(model.ops, B, first)))(
-          params, TOKENS[:, :first], prefix)
-  cache, outs = kv_cache.branch(prefix, 1, T - first), [hidden]
-  lengths = jnp.full((B, 1), first)
-
-  @jax.jit
-  def extend(params, tokens, positions, cache):
-    attend = kv_cache.branched(model.ops, lengths, positions[0, 0] - first)
-    return model.extend(params, tokens, positions, cache, attend)
-
-  for start, end in rest:
-    hidden, cache = extend(params, TOKENS[:, start:end], POSITIONS[:, start:end], cache)
-    outs.append(hidden)
-  return jnp.concatenate(outs, 1)
-
-
 CHUNKS = {'prefill and single tokens': [(0, 5), *((i, i + 1) for i in range(5, T))],
           'chunks': [(0, 3), (3, 7), (7, T)]}
 
 
-@pytest.mark.parametrize('cached', [by_slots, by_pages, by_branches])
+@pytest.mark.parametrize('cached', [by_slots, by_pages])
 @pytest.mark.parametrize('chunks, style', [('prefill and single tokens', 'llama'),
                                            ('chunks', 'bitnet')])
 @pytest.mark.parametrize('quant', QUANTS)
@@ -96,7 +75,7 @@ def test_equals_the_whole_forward(cached, chunks, style, quant):
   assert_close(cached(model, params, CHUNKS[chunks]), whole, quant)
 
 
-@pytest.mark.parametrize('cached', [by_slots, by_pages, by_branches])
+@pytest.mark.parametrize('cached', [by_slots, by_pages])
 def test_equals_it_on_packed_weights(cached):
   model, params, whole = make('int8', 'bitnet', packed=True)
   assert_close(cached(model, params, CHUNKS['chunks']), whole, 'int8')

@@ -53,17 +53,6 @@ def model(mesh, ops):
   return off(found, jax.jit(plain.apply)(params, tokens, positions, segments))
 
 
-def branches(mesh, ops):
-  keys = jax.random.split(jax.random.key(3), 5)
-  shapes = ((4, 16, 1, 4, 64), (4, 2, 128, 64), (4, 2, 128, 64), (4, 2, 16, 16, 64),
-            (4, 2, 16, 16, 64))
-  q, *kv = (jax.random.normal(k, s) for k, s in zip(keys, shapes, strict=True))
-  lengths = jax.random.randint(keys[0], (4, 16), 1, 129)
-  args = (q, *kv[:2], lengths, *kv[2:], jnp.int32(5))
-  found = sharded(mesh, ops.branches, (*[Spec(ROWS)] * 6, Spec()), Spec(ROWS))(*args)
-  return off(found, Ops().branches(*args))
-
-
 def paged(mesh, ops, num_new, dtype, outside=False):
   """Each shard has rows and a pool of its own; heads lie over the axis tensor."""
   shards, rows, heads, page = (1 if outside else mesh.size // 2), 2, 2, 128
@@ -117,7 +106,7 @@ def main(everything):
     found = {'product': product(mesh, trained), 'chunk': paged(mesh, shard, 5, 'int8')}
     if everything:
       found |= {'model': model(mesh, shard), 'model, other rules': model(mesh, trained),
-                'attention': attention(mesh, shard), 'branches': branches(mesh, trained),
+                'attention': attention(mesh, shard),
                 'decode': paged(mesh, trained, 1, 'float32'),
                 'outside': paged(mesh, trained, 1, 'float32', outside=True)}
   print(json.dumps({'off': found, 'passed over': passed_over}))

@@ -151,7 +151,7 @@ def model_of(o, bits, dtype='float32'):
 
 def kernels_of(jaxpr):
   """Names of the Pallas kernels in a program."""
-  return {name for name in ('splash', 'hadamard_quantize', 'ternary_matmul', 'branch_decode')
+  return {name for name in ('splash', 'hadamard_quantize', 'ternary_matmul')
           if name in str(jaxpr)}
 
 

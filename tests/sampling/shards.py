@@ -92,7 +92,8 @@ def main() -> None:
     sample = jax.jit(make_sampler(models.build(CONFIG, cfg.Compute(), mesh, rules.SHARD), 5,
                                   rollouts, STOP, mesh))
     arguments = (jax.device_put(params, rules.param_shardings(model.specs, mesh, rules.SAMPLE)),
-                 jax.device_put(prompts, rules.row_sharding(mesh)), number, number)
+                 jax.device_put(prompts, rules.row_sharding(mesh)), number, number, None,
+                 jnp.asarray(random.permutation(PROMPTS), jnp.int32))  # Laid out in any order.
     compiled = sample.lower(*arguments).compile()
     drawn = compiled(*arguments)
     joined = groups_of_devices(compiled.as_text())

@@ -74,10 +74,12 @@ class Alternating:
 
 
 def test_a_constraint_masks_before_the_draw_and_counts_in_the_log_probability():
-  one = make()
+  one = make(constrained=3)
   free = Request(PROMPTS[0], 0, 20, 3, Sampler(), (STOP,))
-  bound = Request(PROMPTS[1], 1, 20, 3, Sampler(), (STOP,), constraint=Alternating())
-  done = one.run([free, bound])
+  bound, later = (Request(PROMPTS[1], i, 20, 3, Sampler(), (STOP,), constraint=Alternating())
+                  for i in (1, 2))
+  done = one.run([free, bound, later])
+  assert all(r.tokens[-1] == STOP for r in done[2])  # It has waited for masks.
   for response in done[0]:  # The neighbours of constrained responses are as ever.
     np.testing.assert_array_equal(response.tokens, expected(Sampler())[0, response.sample][0])
   for response in done[1]:

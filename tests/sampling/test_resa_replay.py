@@ -14,7 +14,7 @@ from jaxrl_pt.config import RefreshEvery, RefreshNever, ReSA, Sampler
 from jaxrl_pt.models import transformer
 from jaxrl_pt.nn import attention, block_selection
 from jaxrl_pt.sampling import groups, policies, prefill, resa_replay
-from jaxrl_pt.train import fused, optim, update
+from jaxrl_pt.train import fused, optim, scores
 from jaxrl_pt.train import state as states
 from jaxrl_pt.types import Prompts, TrainState, Verdict
 
@@ -61,7 +61,7 @@ def mismatch(drawn, logp):
         *map(RefreshEvery, (1, 5, 13, 40)), RefreshNever()))], ids=str)
 def test_the_learner_computes_the_policy_of_the_sampler(refresh):
   drawn = rollout(refresh)
-  logp = lambda rollouts: update.response_scores(
+  logp = lambda rollouts: scores.response_scores(
       MODEL, PARAMS, PROMPTS, rollouts.tokens, SAMPLER, selected=rollouts.selected).logp
   replayed, dense = jax.jit(lambda r: (logp(r), logp(r.replace(selected=()))))(drawn)
   assert mismatch(drawn, replayed) < 1e-5
@@ -174,7 +174,7 @@ def test_value_and_gradient_equal_the_slow_definition(prefilled, at_once, monkey
     shared = prefill.prefill(MODEL, params, PROMPTS.tokens) if prefilled else None
     hidden = resa_replay.response_hidden(MODEL, params, PROMPTS, drawn.tokens, drawn.selected,
                                          shared)
-    logp = update._scores(MODEL, params, hidden, drawn.tokens, SAMPLER, 0).logp[n, g]
+    logp = scores.of_hidden(MODEL, params, hidden, drawn.tokens, SAMPLER, 0).logp[n, g]
     return (weights * logp).sum(), logp
 
   (_, logp), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(PARAMS)

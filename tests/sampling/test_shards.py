@@ -14,13 +14,14 @@ OTHERS = '1,1,8', '1,2,4', '1,8,1', '2,2,2', '2,4,1', '4,1,2', '4,2,1'
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize('meshes', [
-    SOME, pytest.param(OTHERS, marks=pytest.mark.slow),
-    pytest.param(('--sparse', *SOME), marks=pytest.mark.slow, id='sparse')])
-def test_every_mesh_draws_the_same_without_collectives_between_data_shards(meshes):
+@pytest.mark.parametrize('module, meshes', [
+    ('shards', SOME), pytest.param('shards', OTHERS, marks=pytest.mark.slow),
+    pytest.param('shards', ('--sparse', *SOME), marks=pytest.mark.slow, id='sparse'),
+    pytest.param('in_flight_shards', SOME, marks=pytest.mark.slow, id='in_flight')])
+def test_every_mesh_draws_the_same_without_collectives_between_data_shards(module, meshes):
   environment = {**os.environ, 'XLA_FLAGS': xla_flags.with_devices(8), 'JAX_PLATFORMS': 'cpu'}
-  done = subprocess.run([sys.executable, '-m', 'tests.sampling.shards', *meshes], env=environment,
-                        text=True, capture_output=True, timeout=550, check=False)
+  done = subprocess.run([sys.executable, '-m', f'tests.sampling.{module}', *meshes],
+                        env=environment, text=True, capture_output=True, timeout=550, check=False)
   assert done.returncode == 0, done.stderr[-4000:]
   rows = [json.loads(line) for line in done.stdout.splitlines()]
   assert len(rows) == len([argument for argument in meshes if argument != '--sparse'])

@@ -104,4 +104,11 @@ def test_a_product_that_takes_a_layer_inside_moves_that_layer(pod):
 
 
 def test_a_kernel_without_a_scope_has_its_name(pod):
-  assert hlo.kernels(pod) == {'flash': (1, 1)}
+  assert hlo.kernels(pod) == {'flash': (1, 1), 'paged': (1, 1)}
+
+
+def test_of_a_pool_only_what_is_written_and_read_moves(pod):
+  pool, kernel = ([r for r in hlo.runs(pod) if r.instruction.name == name][0]
+                  for name in ('pool', 'paged.6'))
+  assert hlo._traffic(pod, pool) == 4 * 256 * 128 * 4  # The new lines come from VMEM.
+  assert hlo._traffic(pod, kernel) == 5000  # As it says.

@@ -13,7 +13,7 @@ from jaxrl_pt import params as P
 from jaxrl_pt.models import transformer
 from jaxrl_pt.sampling import policies
 from jaxrl_pt.token_bytes import token_table
-from jaxrl_pt.train import fused, optim, update
+from jaxrl_pt.train import fused, optim, scores, update
 from jaxrl_pt.train import state as states
 from jaxrl_pt.types import Array, Prompts, RolloutBatch, TrainBatch, TrainState
 from jaxrl_pt.verifiers import next_token as verifier
@@ -100,8 +100,8 @@ def test_learner_equals_whole_sequences(num_tokens, sampler, chunk):
   loss = update.make_loss(MODEL, sampler, cfg.Algorithm(), chunk)
 
   def grouped(params):
-    scores = update.response_scores(MODEL, params, trajectory.prompts, rollouts.tokens, sampler)
-    return loss((params, {}), batch)[0], scores.logp
+    found = scores.response_scores(MODEL, params, trajectory.prompts, rollouts.tokens, sampler)
+    return loss((params, {}), batch)[0], found.logp
 
   plain = functools.partial(plain_loss, trajectory=trajectory, sampler=sampler)
   (got, got_logp), got_grad = jax.jit(jax.value_and_grad(grouped, has_aux=True))(PARAMS)

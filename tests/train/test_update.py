@@ -15,7 +15,7 @@ from jaxrl_pt.models import transformer
 from jaxrl_pt.rl import advantages
 from jaxrl_pt.sampling import groups
 from jaxrl_pt.sampling.groups import make_sampler
-from jaxrl_pt.train import fused, optim, update
+from jaxrl_pt.train import fused, optim, scores, update
 from jaxrl_pt.train import state as states
 from jaxrl_pt.types import Array, Prompts, RolloutBatch, TrainBatch, TrainState, Verdict
 
@@ -268,17 +268,17 @@ def test_kl_in_the_loss_pulls_towards_the_reference():
   method = cfg.Algorithm(kl=cfg.KLInLoss(1.0, 'k2'))
   state, metrics = learn(method, batch, steps=5)
   assert metrics['zero_advantage_groups'] == 1
-  scores = update.response_scores(MODEL, state.params, PROMPTS, batch.rollouts.tokens,
-                                  cfg.Sampler())
+  found = scores.response_scores(MODEL, state.params, PROMPTS, batch.rollouts.tokens,
+                                 cfg.Sampler())
   before, after = (float((jnp.square(batch.reference_logp - logp) * batch.rollouts.sampled).sum())
-                   for logp in (batch.rollouts.logp, scores.logp))
+                   for logp in (batch.rollouts.logp, found.logp))
   assert after < 0.9 * before
 
 
 def test_entropy_bonus_raises_entropy():
   batch = verified(correct=np.zeros((N, G)))
-  scores = update.response_scores(MODEL, PARAMS, PROMPTS, drawn().tokens, cfg.Sampler())
-  first = {'entropy': float((scores.entropy * batch.mask).sum() / batch.mask.sum())}
+  found = scores.response_scores(MODEL, PARAMS, PROMPTS, drawn().tokens, cfg.Sampler())
+  first = {'entropy': float((found.entropy * batch.mask).sum() / batch.mask.sum())}
   _, later = learn(cfg.Algorithm(entropy_coef=1.0), batch, steps=5)
   assert later['entropy'] > first['entropy'] + 0.01
 
@@ -295,9 +295,9 @@ def test_coefficients_by_the_definition_of_their_term(part, coef):
   mask = batch.mask
 
   def definition(params):
-    scores = update.response_scores(MODEL, params, PROMPTS, batch.rollouts.tokens, cfg.Sampler())
-    u = jnp.where(mask > 0, batch.reference_logp - scores.logp, 0.0)
-    term = {'k2': jnp.square(u) / 2, 'k3': jnp.exp(u) - 1 - u, 'entropy': -scores.entropy}[part]
+    found = scores.response_scores(MODEL, params, PROMPTS, batch.rollouts.tokens, cfg.Sampler())
+    u = jnp.where(mask > 0, batch.reference_logp - found.logp, 0.0)
+    term = {'k2': jnp.square(u) / 2, 'k3': jnp.exp(u) - 1 - u, 'entropy': -found.entropy}[part]
     return coef * (term * mask).sum() / mask.sum()
 
   chosen = ({'entropy_coef': coef} if part == 'entropy' else {'kl': cfg.KLInLoss(coef, part)})
@@ -333,12 +333,12 @@ def test_the_trainers_log_probabilities_come_out_by_token(options, accumulation,
   _, metrics = jax.jit(update.make_learner(
       MODEL, optimizer, run, run.objective.rollouts, method, by_token=True))(state, *batch)
   by_token = metrics[update.BY_TOKEN]
-  scores = jax.jit(functools.partial(update.response_scores, MODEL, sampler=cfg.Sampler()))(
+  found = jax.jit(functools.partial(scores.response_scores, MODEL, sampler=cfg.Sampler()))(
       PARAMS, PROMPTS, batch.rollouts.tokens)
   mask = np.array(batch.mask)
   mask[1::2] *= 'minibatches' not in options  # Documents 0 and 2 come first.
   np.testing.assert_array_equal(by_token.count, mask)
-  np.testing.assert_allclose(by_token.sum * mask, scores.logp * mask, atol=1e-4)
+  np.testing.assert_allclose(by_token.sum * mask, found.logp * mask, atol=1e-4)
   power = np.exp(np.abs(by_token.sum - batch.rollouts.logp)) * mask
   np.testing.assert_allclose(metrics['mismatch'].mean(), power.sum() / mask.sum(), rtol=1e-4)
 
@@ -388,8 +388,8 @@ def test_a_forced_token_is_of_the_response_and_not_learned_from():
   assert np.abs(want - without).max() > 0.01  # Its length is in OPO's baseline.
 
   def definition(params):
-    scores = update.response_scores(MODEL, params, PROMPTS, drawn().tokens, cfg.Sampler())
-    return -(want[..., None] * scores.logp * mask).sum() / mask.sum()
+    found = scores.response_scores(MODEL, params, PROMPTS, drawn().tokens, cfg.Sampler())
+    return -(want[..., None] * found.logp * mask).sum() / mask.sum()
 
   state, metrics = learn(method, batch)
   valid = np.asarray(batch.verdict.valid)
