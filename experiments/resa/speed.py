@@ -265,7 +265,8 @@ def ratio(others, mine) -> dict:
           'high': float(high)}
 
 
-def crossover(settings: list[dict], kind: str, which: str = 'faster, deep') -> float | None:
+def crossover(settings: list[dict], kind: str, which: str = 'faster, deep'
+              ) -> float | str | None:
   """Tokens of context from which on ReSA is the faster one, interpolated in their logarithm."""
   points = [(math.log(s['context']), math.log(s[kind][which]['ratio'])) for s in settings]
   below = [i for i, (_, y) in enumerate(points) if y < 0]
@@ -273,7 +274,7 @@ def crossover(settings: list[dict], kind: str, which: str = 'faster, deep') -> f
     return None
   i = max(below)
   if i + 1 == len(points):
-    return math.inf
+    return 'slower at the longest context'
   (x0, y0), (x1, y1) = points[i], points[i + 1]
   return math.exp(x0 - y0 * (x1 - x0) / (y1 - y0))
 
