@@ -148,6 +148,11 @@ def main() -> None:
                          for k, v in summary(curves[name][-1:]).items()}, flush=True)
   rows = {name: summary(c) for name, c in curves.items()}
   RESULT.write_text(json.dumps({'summary': rows, 'curves': curves}, indent=1) + '\n')
+  plot(curves)
+
+
+def plot(curves: dict[str, list[dict[str, list[float]]]]) -> None:
+  """Rewards over steps, and over decode steps."""
   figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout='constrained')
   for name, of_seeds in curves.items():
     steps = np.cumsum(np.mean([c['decode_steps'] for c in of_seeds], 0))
@@ -156,6 +161,7 @@ def main() -> None:
     right.plot(steps, rewards, label=name)
   left.set(xlabel='step', ylabel='reward, mean of three seeds')
   right.set(xlabel='decode steps of the sampler')
+  right.locator_params(axis='x', nbins=5)
   left.legend(frameon=False)
   figure.savefig(RESULT.with_suffix('.png'), dpi=120)
 
