@@ -100,3 +100,15 @@ def test_rollouts_that_an_earlier_version_drew_ahead_are_refused(reopened):
   with reopened(METHOD) as job:  # Nothing is drawn ahead.
     position = job.saved(None, 3)[1]
     job.check({name: value for name, value in position.items() if name != 'pending'})
+
+
+def test_rollouts_under_way_on_other_shards_are_refused(reopened):
+  flying = dataclasses.replace(AHEAD, rollouts=dataclasses.replace(
+      METHOD.rollouts, mode=cfg.InFlight(2), slots=cfg.Slots(4)))
+  with reopened(flying) as job:
+    saved = job.saved(None, 3)[1]
+    job.check(saved)
+    with pytest.raises(UserError, match='under way on 2 shards of the data'):
+      job.check({**saved, 'shards': 2})
+  with reopened(METHOD) as job:  # Nothing is under way between its steps.
+    job.check({**job.saved(None, 3)[1], 'shards': 2})

@@ -15,6 +15,7 @@ from jaxrl_pt.models import kv_cache, transformer
 from jaxrl_pt.rl import tables
 from jaxrl_pt.sampling import groups, in_flight, policies
 from jaxrl_pt.sampling.admission import FILLED
+from jaxrl_pt.sampling.state import RUNNING
 from jaxrl_pt.train import update
 from jaxrl_pt.types import Prompts
 
@@ -215,6 +216,17 @@ def test_every_token_counts_once_and_nothing_leaks():
   places = last.slots.places
   held = sum((np.asarray(table) != 0).sum() for table in (places.pages, places.table))
   assert int(places.holders.sum()) == held + 1  # The one of page 0.
+
+
+def test_a_batch_is_under_way_before_it_begins():
+  """What the last batch in its rows has left must not look like its own end."""
+  number, before = STEPS + CONFIGS['few_slots'].mode.staleness, run('few_slots')[-1].in_flight
+  after = programs('few_slots')[0](before, prompts_of(number), jnp.asarray(number))
+  size = NUM_PROMPTS * GROUP
+  rows = slice(number % 3 * size, (number % 3 + 1) * size)
+  assert (before.slots.responses.finish[0, rows] != RUNNING).all()
+  assert (after.slots.responses.finish[0, rows] == RUNNING).all()
+  assert (after.slots.responses.count[0, rows] == 0).all()
 
 
 def test_a_checkpoint_in_the_middle_changes_no_bit(tmp_path):
