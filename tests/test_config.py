@@ -62,7 +62,8 @@ VALID: dict[type, dict[str, Any]] = {
     cfg.KLInReward: {'coef': 0.1},
     cfg.Overlong: {'max_tokens': 8, 'buffer_tokens': 4},
     cfg.Sampler: {},
-    **{kind: {} for kind in (cfg.RefreshEvery, cfg.RefreshNever, cfg.ReSA, cfg.Slots, cfg.Engine)},
+    **{kind: {} for kind in (cfg.RefreshEvery, cfg.RefreshNever, cfg.ReSA, cfg.Slots, cfg.Engine,
+                             cfg.NoDrafts, cfg.PromptLookup, cfg.SparseDrafts)},
     **{kind: {} for kind in (cfg.AnswerMatch, cfg.MathVerifier, cfg.LogicVerifier,
                              cfg.GymVerifier, cfg.FormatVerifier, cfg.VerifierPool,
                              cfg.Interpreter, cfg.CodeVerifier, cfg.Calculator, cfg.PythonTool,
@@ -244,6 +245,12 @@ REFUSED: list[tuple[type, str, list[Any], str]] = [
     *((cfg.Slots, name, [0, 1.5], 'at least 1') for name in (
         'page_size', 'prefill_chunk', 'prefill_tokens')),
     *((cfg.Slots, name, [-1, 0.5], 'at least 0') for name in ('slots', 'num_pages')),
+    *((kind, 'tokens', [0, 65, 1.5], 'from 1 to 64') for kind in (
+        cfg.PromptLookup, cfg.SparseDrafts)),
+    (cfg.PromptLookup, 'ngram', [0, 65, 1.5], 'from 1 to 64'),
+    (cfg.SparseDrafts, 'resa', [None, cfg.Dense()], 'one of @cfg.ReSA()'),
+    *((kind, 'drafts', [None, 4], 'one of @cfg.NoDrafts()') for kind in (cfg.Slots, cfg.Engine)),
+    (cfg.Engine, 'sparse', [None, 4], 'one of @cfg.Dense()'),
     (cfg.InFlight, 'staleness', [0, 65, 1.5], 'from 1 to 64'),
     (cfg.Slots, 'kv', ['int4'], "one of 'model', 'int8'"),
     (cfg.Engine, 'top_logprobs', [-1, 0.5], 'at least 0'),
