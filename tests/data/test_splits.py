@@ -194,4 +194,6 @@ def test_shipped_runs_measure_what_their_start_policy_never_read(path, monkeypat
   _check(run, start)
   if isinstance(run.objective, cfg.RL) and not isinstance(run.objective.problems.source,
                                                           cfg.ReasoningGym):
-    assert _counted(start.data, run.objective.problems).num_held_out > 150
+    # An episode of several turns says more than one answer, and takes as much longer.
+    least = 50 if isinstance(run.objective.verifier, cfg.Interactive) else 150
+    assert _counted(start.data, run.objective.problems).num_held_out > least

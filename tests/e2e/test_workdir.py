@@ -230,6 +230,7 @@ def test_a_touched_corpus_is_not_prepared_again(home: Job):
   assert len(list(Path('work/data').glob('data-*'))) == 1
 
 
+@pytest.mark.slow
 def test_reinforcement_finds_its_start_from_anywhere_and_after_both_moved(
     home: Job, make_job: Callable[..., Job], tmp_path: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch):

@@ -33,7 +33,7 @@ from jaxrl_pt.nn.norm import rms_norm
 from jaxrl_pt.nn.ops import Ops
 from jaxrl_pt.sampling import branch, engine, groups
 from jaxrl_pt.sampling.prefill import prefill
-from jaxrl_pt.train import losses, step, update
+from jaxrl_pt.train import losses, scores, step, update
 from jaxrl_pt.types import Batch, Prompts, TrainBatch, TrainState
 
 LOW = jnp.bfloat16
@@ -300,9 +300,9 @@ def test_samplers_and_learner_take_float32_logits(draws):
   rollout = jax.jit(draws)(SILENT, jax.random.key(0))
   expected = of_tokens(rollout.tokens)
   np.testing.assert_allclose(rollout.logp, expected, atol=1e-4)
-  scores = jax.jit(lambda tokens: scores.response_scores(
+  found = jax.jit(lambda tokens: scores.response_scores(
       MODEL, SILENT, PROMPTS, tokens, cfg.Sampler(), 4))(rollout.tokens)
-  np.testing.assert_allclose(scores.logp, expected, atol=1e-4)
+  np.testing.assert_allclose(found.logp, expected, atol=1e-4)
 
 
 def test_the_engine_takes_float32_logits():

@@ -88,7 +88,7 @@ def test_codes_in_the_tpu_interpreter(M, D, dtype, has_gain, heavy, target, seed
 
 
 # The TPU interpreter takes no 4-bit integers.
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(M=st.integers(1, 200), D=st.sampled_from((256, 768)), kind=st.sampled_from(KINDS),
        has_gain=st.booleans(), dtype=st.sampled_from((jnp.bfloat16, jnp.float32)),
        target=st.sampled_from(TARGETS), seed=st.integers(0, 99))

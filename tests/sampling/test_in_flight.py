@@ -16,7 +16,7 @@ from jaxrl_pt.rl import tables
 from jaxrl_pt.sampling import groups, in_flight, policies
 from jaxrl_pt.sampling.admission import FILLED
 from jaxrl_pt.sampling.state import RUNNING
-from jaxrl_pt.train import update
+from jaxrl_pt.train import scores
 from jaxrl_pt.types import Prompts
 
 VOCAB, STOP, SEED = 19, 12, 3
@@ -165,10 +165,10 @@ def test_importance_weights_under_mixed_versions_equal_a_hand_computation():
   batches = [b for b, _, _ in mixed('few_slots')]
   batch = max(set(batches), key=batches.count)
   rollouts, prompts, now = run('few_slots')[batch].rollouts, prompts_of(batch), params_of(batch)
-  scores = jax.jit(functools.partial(update.response_scores, MODEL, sampler=cfg.Sampler()))(
+  found = jax.jit(functools.partial(scores.response_scores, MODEL, sampler=cfg.Sampler()))(
       now, prompts, rollouts.tokens)
   correction = cfg.TokenTIS(1.5)
-  weights = tables.CORRECTIONS[cfg.TokenTIS].compute(correction, scores.logp, rollouts.logp,
+  weights = tables.CORRECTIONS[cfg.TokenTIS].compute(correction, found.logp, rollouts.logp,
                                                      rollouts.sampled)
   by_hand = []
   for n, g in [(n, g) for b, n, g in mixed('few_slots') if b == batch]:
