@@ -49,18 +49,21 @@ class PrefixCache:
   def find(self, tokens: Sequence[int], num_requests: int) -> Found:
     """The document `tokens` for `num_requests` requests, which is made if it is not there yet.
 
+    A longer document that begins with all of `tokens` is its parent and does not take its place,
+    because the requests would then keep all of the longer one's pages until they have begun.
+
     Raises:
       BlockingIOError: every row is in use.
     """
     wanted = np.asarray(tokens, np.int32)
-    parent, shared, is_whole = NO_DOCUMENT, 0, False
+    parent, shared = NO_DOCUMENT, 0
     for row, note in self._rows.items():
       num = _in_common(note.tokens, wanted)
-      if num > shared or (num == shared == len(wanted) and note.tokens.size):
-        parent, shared, is_whole = row, num, num == len(wanted)
-    if is_whole:
-      self._name(parent, num_requests)
-      return Found(parent, NO_DOCUMENT, 0, len(wanted))
+      if num and num == len(wanted) == len(note.tokens):
+        self._name(row, num_requests)
+        return Found(row, NO_DOCUMENT, 0, num)
+      if num > shared:
+        parent, shared = row, num
     row = self._new(wanted, num_requests)
     self.parents[row] = parent if parent in self._rows else NO_DOCUMENT
     self.shared[row] = shared

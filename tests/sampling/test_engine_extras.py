@@ -93,8 +93,8 @@ def test_a_constraint_masks_before_the_draw_and_counts_in_the_log_probability():
       if token != STOP:
         state.accept(token)
   assert len({tuple(r.tokens) for r in done[1]}) > 1
-  with pytest.raises(UserError, match='17 constrained responses at once; at most 16'):
-    one.submit(dataclasses.replace(bound, num_samples=17, max_tokens=1))
+  with pytest.raises(UserError, match='4 constrained responses at once; at most 3'):
+    one.submit(dataclasses.replace(bound, num_samples=4, max_tokens=1))
 
 
 def test_what_begins_alike_is_prefilled_once_whatever_the_turn():
@@ -140,3 +140,16 @@ def test_kept_pages_make_room_and_nothing_is_lost_in_many_requests():
   for response in flat(one.run([Request(p, i, 20, 3, Sampler(), (STOP,))
                                 for i, p in enumerate(PROMPTS)])):
     np.testing.assert_array_equal(response.tokens, wanted[response.id, response.sample][0])
+
+
+def test_known_prompts_take_hardly_more_steps_than_new_ones():
+  """What has been kept of their responses makes room for new ones, in a pool that it fills."""
+  one, rng = make(num_pages=28, queue=8), np.random.default_rng(1)
+  asked = [Request(tuple(rng.integers(0, VOCAB, 8).tolist()), i, 24, 1, Sampler(), ())
+           for i in range(8)]
+  first = one.run(asked)
+  steps = one.counters()['steps']
+  again = one.run(asked)
+  assert one.counters()['steps'] - steps <= 1.5 * steps
+  for before, after in zip(first, again, strict=True):
+    np.testing.assert_array_equal(after[0].tokens, before[0].tokens)
