@@ -2,10 +2,10 @@
 
     python experiments/sampler/rl_step.py
 
-16 groups of 16 responses of at most 512 tokens, by a random policy of 2.8M parameters whose stop
+16 groups of 8 responses of at most 256 tokens, by a random policy of 2.8M parameters whose stop
 token is chosen so that the mean response has a quarter of the most tokens; some never stop. The
-arms draw the same tokens: `groups.generate` with 32 and 64 slots, with a slot for every response,
-and the static batch of `static.py`, of all rows at once and of 64 rows at a time. Rounds alternate.
+arms draw the same tokens: `groups.generate` with 32 and 16 slots, with a slot for every response,
+and the static batch of `static.py`, of all rows at once and of 32 rows at a time. Rounds alternate.
 Results go to results/rl_step.json and .png.
 """
 
@@ -33,7 +33,7 @@ matplotlib.use('Agg')
 from matplotlib import pyplot as plt  # After the choice of its backend.
 
 RESULT = Path(__file__).parent / 'results' / 'rl_step.json'
-PROMPTS, SAMPLES, PROMPT, LONGEST, ROUNDS = 16, 16, 64, 512, 3
+PROMPTS, SAMPLES, PROMPT, LONGEST, ROUNDS = 16, 8, 64, 256, 3
 SHAPE = cfg.Model(num_layers=6, d_model=192, d_ff=512, num_heads=6, num_kv_heads=2, head_dim=32,
                   vocab_size=1024)
 MODEL = transformer.build(SHAPE)
@@ -61,7 +61,7 @@ def lengths_by(tokens: np.ndarray, stop: int) -> np.ndarray:
 
 def arms(stop: int) -> dict[str, Callable[[Any, Prompts, Any], Any]]:
   kwargs = {'sampler': SAMPLER, 'num_samples': SAMPLES, 'num_tokens': LONGEST, 'stop_id': stop}
-  some = 64 // SAMPLES
+  some = 32 // SAMPLES
 
   def in_batches(params: Any, asked: Prompts, key: Any) -> Any:
     parts = [static.generate(MODEL, params, jax.tree.map(lambda x, i=i: x[i:i + some], asked), key,
@@ -70,10 +70,10 @@ def arms(stop: int) -> dict[str, Callable[[Any, Prompts, Any], Any]]:
 
   refilled = lambda num: lambda params, asked, key: groups.generate(
       MODEL, params, asked, key, slots=cfg.Slots(slots=num), **kwargs)
-  return {'static, 256 rows': lambda params, asked, key: static.generate(
+  return {'static, 128 rows': lambda params, asked, key: static.generate(
               MODEL, params, asked, key, **kwargs),
-          'static, 64 rows': in_batches, '256 slots': refilled(0), '64 slots': refilled(64),
-          '32 slots': refilled(32)}
+          'static, 32 rows': in_batches, '128 slots': refilled(0), '32 slots': refilled(32),
+          '16 slots': refilled(16)}
 
 
 def occupancy(params: Any, asked: Prompts, key: Any, stop: int, num: int) -> dict[str, float]:
@@ -90,7 +90,7 @@ def occupancy(params: Any, asked: Prompts, key: Any, stop: int, num: int) -> dic
 
 def main() -> None:
   params, asked, key = policy(), prompts(), jax.random.key(1)
-  endless = jax.jit(arms(groups.NO_STOP)['256 slots'])(params, asked, key)
+  endless = jax.jit(arms(groups.NO_STOP)['128 slots'])(params, asked, key)
   tokens = np.asarray(endless.tokens)
   stop = min(range(SHAPE.vocab_size),
              key=lambda t: abs(lengths_by(tokens, t).mean() - LONGEST / 4))
@@ -98,7 +98,7 @@ def main() -> None:
   programs = {name: jax.jit(arm) for name, arm in arms(stop).items()}
   drawn = {name: jax.block_until_ready(program(params, asked, key))
            for name, program in programs.items()}
-  reference = drawn['static, 256 rows']
+  reference = drawn['static, 128 rows']
   assert (np.asarray(reference.lengths()) == lengths).all()
   differ = {name: float((rollouts.tokens != reference.tokens).any(-1).mean())
             for name, rollouts in drawn.items()}
@@ -110,7 +110,7 @@ def main() -> None:
       seconds[name].append(time.perf_counter() - start)
   median = {name: statistics.median(values) for name, values in seconds.items()}
   best = min(median[name] for name in median if name.startswith('static'))
-  counted = {f'{num} slots': occupancy(params, asked, key, stop, num) for num in (64, 32)}
+  counted = {f'{num} slots': occupancy(params, asked, key, stop, num) for num in (32, 16)}
   RESULT.write_text(json.dumps({
       'lengths': {'mean': float(lengths.mean()), 'median': float(np.median(lengths)),
                   'percentile 90': float(np.percentile(lengths, 90)), 'most': int(lengths.max()),

@@ -44,6 +44,7 @@ def test_sample_streams_what_json_says(pretrained: Job, tmp_path, capsys):
   assert re.fullmatch(rf'=== {total} tokens in \d+\.\d\d s: [\d,]+ tokens/s\n', last)
 
 
+@pytest.mark.slow
 def test_sparse_sampling_of_every_block_is_dense(pretrained: Job, capsys):
   flags = ('sample', '--workdir', str(pretrained.workdir), '--prompt', 'the model ', '--prompt', '',
            '--num_samples', '2', '--num_tokens', '24', '--seed', '5', '--json')

@@ -271,6 +271,7 @@ def test_greedy_text_of_real_weights(stories):
   assert written[:150] in text and len(written) > 200
 
 
+@pytest.mark.slow
 def test_sampled_text_of_real_weights_stays_likely(stories):
   """A quarter of the blocks of 8 tokens: the dense model finds the text about as likely."""
   model, params = stories

@@ -160,6 +160,7 @@ def test_a_step_copies_no_cache(num_rows):
     assert max(sizes, default=0) < cache.pool.pages.size / 4, step
 
 
+@pytest.mark.slow
 def test_bytes_read_equal_the_formula(monkeypatch):
   """With several turns of each loop and a table longer than the rows."""
   table_len, length, active = 100, 333, 0.3
