@@ -110,7 +110,7 @@ def _engine(run: cfg.Run, mesh: Mesh, method: cfg.RL, settings: cfg.Interactive,
   config = multi_turn.engine_config(method.rollouts, settings)
   shape = engine_rows.shape(config, run.model.vocab_size)
   vocabulary = Vocabulary((), longest_tokens(run.model), jnp.ones(run.model.vocab_size, bool))
-  dtype = jnp.dtype(jnp.int8) if config.kv == 'int8' else model.init_cache(1, 1).k.dtype
+  dtype = engine_state.page_dtype(model, config.kv)
   placed = lambda tree: jax.tree.map(lambda x: abstract(x.shape, x.dtype, everywhere), tree)
   now = placed(jax.eval_shape(lambda: engine_state.init(model, shape, vocabulary, dtype)))
   queue = placed(engine_rows.empty_queue(shape, PrefixCache(shape.documents, shape.document_len)))

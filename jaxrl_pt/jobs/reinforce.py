@@ -32,7 +32,7 @@ from jaxrl_pt.checksum import checksum
 from jaxrl_pt.environments.base import Task
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.models import transformer
-from jaxrl_pt.parallel import memory
+from jaxrl_pt.parallel import memory, rules
 from jaxrl_pt.rollouts import mismatch, record
 from jaxrl_pt.rollouts.stages import Stages, Step, resamples
 from jaxrl_pt.run import places, policy
@@ -112,7 +112,7 @@ class Reinforcement:
     if position['task'] != self._environment.digest:
       raise UserError('The problems are not those that this run began with: put them back, or '
                       'use a new --workdir.')
-    shards, ours = position.get('shards', 1), in_flight.num_shards(self.session.mesh)
+    shards, ours = position.get('shards', 1), rules.num_shards(self.session.mesh)
     if isinstance(self._method.rollouts.mode, cfg.InFlight) and shards != ours:
       raise UserError(f'The checkpoint holds rollouts under way on {shards} shards of the data '
                       f'(Mesh.data × Mesh.fsdp), and this mesh has {ours}: resume on a mesh with '
@@ -138,7 +138,7 @@ class Reinforcement:
           state, method=dataclasses.replace(state.method, pending=self._ahead))
     return state, {'step': step, 'batches': self._batch, 'start': self._digest,
                    'task': self._environment.digest, 'pending': _PENDING,
-                   'shards': in_flight.num_shards(self.session.mesh),
+                   'shards': rules.num_shards(self.session.mesh),
                    'lengths': self.stages.balance.saved() if self.stages.balance else [],
                    **self._order}
 

@@ -5,6 +5,7 @@ is split. Training and sampling have a table each.
 """
 
 from collections.abc import Mapping
+import math
 from typing import Any
 
 import jax
@@ -36,6 +37,12 @@ SAMPLE: Rules = {**TRAIN, 'embed': (), 'sequence': ()}
 # A sampler's shard, inside a `shard_map` over data and fsdp: its rows are all there are.
 SHARD: Rules = {**SAMPLE, 'batch': ()}
 ROWS = 'data', 'fsdp'  # The mesh axes that such a `shard_map` takes apart.
+
+
+def num_shards(mesh: Mesh | None) -> int:
+  """The number of shards of the data, each of which has a sampler of its own."""
+  return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in ROWS)
+
 
 
 def partition_spec(axes: tuple[str | None, ...], rules: Rules) -> PartitionSpec:
@@ -108,7 +115,7 @@ def check_divides(run: cfg.Run, mesh: Mesh) -> None:
   model = run.model
   tensor, fsdp, context = (mesh.shape[a] for a in ('tensor', 'fsdp', 'context'))
   rows = run.train.batch_size // run.train.accumulation
-  batch = 'data × fsdp', mesh.shape['data'] * fsdp
+  batch = 'data × fsdp', num_shards(mesh)
   prompts: tuple[tuple[str, int, str, int], ...] = ()
   rollouts, algorithm = run.objective.rollouts, run.objective.algorithm
   if rollouts is not None and algorithm is not None:

@@ -18,8 +18,8 @@ from jax.sharding import Mesh
 import numpy as np
 
 from jaxrl_pt import config as cfg
+from jaxrl_pt.parallel import rules
 from jaxrl_pt.parallel.hosts import on_host
-from jaxrl_pt.sampling import in_flight
 from jaxrl_pt.types import Array, RolloutBatch, Weighted
 
 MAX_PROMPTS = 2**16  # prompts whose lengths are remembered; the oldest are forgotten
@@ -30,7 +30,7 @@ def is_balanced(method: cfg.Reinforced, mesh: Mesh) -> bool:
 
   Prompts that share a document stay together, and responses under way stay where they are.
   """
-  return (in_flight.num_shards(mesh) > 1 and method.positions_per_document == 1
+  return (rules.num_shards(mesh) > 1 and method.positions_per_document == 1
           and not isinstance(method.rollouts.mode, cfg.InFlight))
 
 

@@ -20,6 +20,7 @@ from jaxrl_pt import config as cfg
 from jaxrl_pt.environments.base import Task, settled
 from jaxrl_pt.environments.multi_turn import Player
 from jaxrl_pt.errors import UserError
+from jaxrl_pt.parallel import rules
 from jaxrl_pt.parallel.hosts import on_host
 from jaxrl_pt.rl import kl, selection
 from jaxrl_pt.rollouts.balance import Balance, is_balanced
@@ -93,7 +94,7 @@ class Stages:
     self.fused = is_fused(verifier, method.rollouts, mesh.size)
     if self.fused:
       self._fused_step = programs.fused_step(run, mesh, method, optimizer, verifier, stop_id)
-    self.balance = (Balance(in_flight.num_shards(mesh), method.rollouts.num_prompts)
+    self.balance = (Balance(rules.num_shards(mesh), method.rollouts.num_prompts)
                     if is_balanced(method, mesh) else None)
     self._drawn_metrics: dict[str, Weighted] = {}  # of the newest draw
     self.seconds: dict[str, float] = {}

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
@@ -99,7 +98,7 @@ class Engine:
     self._shape = engine_rows.shape(config, model.config.vocab_size)
     self._vocabulary = engine_rows.vocabulary(token_bytes, unused_ids, model.config.vocab_size,
                                               think_end)
-    dtype = jnp.int8 if config.kv == 'int8' else model.init_cache(1, 1).k.dtype
+    dtype = state.page_dtype(model, config.kv)
     init = lambda: state.init(model, self._shape, self._vocabulary, dtype)
     memory.check_arrays(
         jax.eval_shape(init), f'The cache of {config.slots} slots of up to {config.prompt_len} + '

@@ -28,7 +28,7 @@ from jaxrl_pt.sampling.requests import (
   Vocabulary,
   pages_of,
 )
-from jaxrl_pt.sampling.state import Responses, init
+from jaxrl_pt.sampling.state import Responses, init, page_dtype
 from jaxrl_pt.types import Array, Params, Prompts, RolloutBatch, SelectedBlocks
 
 NO_STOP = NO_TOKEN
@@ -140,7 +140,7 @@ def generate(model: Model, params: Params, prompts: Prompts, key: Array, *, samp
   shape = shape_of(model.config.vocab_size, prompts, num_samples, num_tokens, sampler, slots,
                    sparse)
   queue = queue_of(prompts, num_samples, num_tokens, stop_id, first_samples)
-  state = init(model, shape, Vocabulary(), page_dtype(model, slots))
+  state = init(model, shape, Vocabulary(), page_dtype(model, slots.kv))
   if shape.slots == shape.queue:
     if prefilled is None:
       prefilled = prefill(model, params, prompts.tokens)
@@ -177,12 +177,6 @@ def rollouts_of(responses: Responses, num_prompts: int, stop_id: int, version: A
       whole(jnp.where(there, responses.tokens, max(stop_id, 0))),
       whole(there.astype(jnp.float32)), whole(jnp.where(there, responses.logp, 0.0)),
       whole(jnp.where(there, responses.version, version)))
-
-
-def page_dtype(model: Model, slots: cfg.Slots) -> jnp.dtype:
-  """The type of keys and values in pages."""
-  kind = jax.eval_shape(lambda: model.init_cache(1, 1)).k.dtype
-  return jnp.dtype(jnp.int8) if slots.kv == 'int8' else kind
 
 
 def shape_of(vocab_size: int, prompts: Prompts, num_samples: int, num_tokens: int,

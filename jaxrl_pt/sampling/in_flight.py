@@ -20,7 +20,6 @@ address: (seed, batch, prompt id, sample, position).
 
 from collections.abc import Callable
 import dataclasses
-import math
 from typing import Any, NamedTuple
 
 from flax import struct
@@ -30,12 +29,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxrl_pt import config as cfg
 from jaxrl_pt.models.base import Model
-from jaxrl_pt.parallel.rules import ROWS
+from jaxrl_pt.parallel.rules import ROWS, num_shards
 from jaxrl_pt.sampling import groups
 from jaxrl_pt.sampling import slots as program
 from jaxrl_pt.sampling.admission import IDLE
 from jaxrl_pt.sampling.requests import Queue, Shape, Vocabulary
-from jaxrl_pt.sampling.state import RUNNING, Slots
+from jaxrl_pt.sampling.state import RUNNING, Slots, page_dtype
 from jaxrl_pt.sampling.state import init as init_slots
 from jaxrl_pt.types import Array, Params, Prompts, RolloutBatch, Weighted
 
@@ -114,11 +113,6 @@ def make_sampler(model: Model, seed: int, rollouts: cfg.Rollouts, stop_id: int,
   return Sampler(enqueue, draw)
 
 
-def num_shards(mesh: Mesh | None) -> int:
-  """The number of shards of the data, each of which has a sampler."""
-  return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in ROWS)
-
-
 def num_batches(rollouts: cfg.Rollouts) -> int:
   """W, the number of batches that are under way at once."""
   assert isinstance(rollouts.mode, cfg.InFlight)
@@ -140,7 +134,7 @@ def init(model: Model, rollouts: cfg.Rollouts, mesh: Mesh | None = None) -> InFl
   empty = dataclasses.replace(queue, tail=none, documents=dataclasses.replace(
       queue.documents, asked=jnp.zeros_like(queue.documents.asked)))
   state = InFlight(empty, init_slots(model, _shape_of(model.config.vocab_size, own), Vocabulary(),
-                                     groups.page_dtype(model, own.slots)))
+                                     page_dtype(model, own.slots.kv)))
   return jax.tree.map(lambda x: jnp.repeat(x[None], shards, 0), state)
 
 

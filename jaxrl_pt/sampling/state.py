@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from flax import struct
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
@@ -68,6 +69,12 @@ class Slots:
   responses: Responses
   counters: Counters
   sparse: Any = ()  # resa.Sparse where sparse attention draws, else ()
+
+
+def page_dtype(model: Model, kv: str) -> jnp.dtype:
+  """The type of keys and values in pages: int8, or with kv = 'model' the model's own."""
+  return jnp.dtype(jnp.int8) if kv == 'int8' else jax.eval_shape(
+      lambda: model.init_cache(1, 1)).k.dtype
 
 
 def init(model: Model, shape: Shape, vocabulary: Vocabulary, dtype: DTypeLike) -> Slots:

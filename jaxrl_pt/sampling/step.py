@@ -77,22 +77,23 @@ def _draw_next(model: Model, shape: Shape, vocabulary: Vocabulary, params: Param
   logits = jnp.matmul(fed.hidden[:, j], model.head(params), preferred_element_type=jnp.float32)
   # Tokens of the tail are known, and belong to no response.
   in_tail = decoding.fed + 1 < asked.num_tail
+  is_response = going & ~in_tail
   if not isinstance(fed.selected, tuple):
-    drawing = going & ~in_tail & ~asked.cancelled
+    drawing = is_response & ~asked.cancelled
     slots = dataclasses.replace(slots, sparse=note_selection(
         slots.sparse, jnp.where(drawing, row, shape.queue), slots.responses.count[row],
         fed.selected))
   likely = filtered(shape, vocabulary, queue, asked, logits)
   token, logp, is_drawn, slots = _choose(model, shape, vocabulary, key, asked, likely, slots,
-                                         slots.responses.count[row], going & ~in_tail)
+                                         slots.responses.count[row], is_response)
   if shape.num_top:
-    slots = _report_top(shape, slots, asked, jnp.where(going & ~in_tail, row, shape.queue), likely)
+    slots = _report_top(shape, slots, asked, jnp.where(is_response, row, shape.queue), likely)
   next_of_tail = jnp.take_along_axis(
       asked.tail, jnp.minimum(decoding.fed + 1, shape.tail_len - 1)[:, None], 1)[:, 0]
-  slots, finish = _record(shape, slots, asked, row, going & ~in_tail, token, logp, is_drawn,
+  slots, finish = _record(shape, slots, asked, row, is_response, token, logp, is_drawn,
                           vocabulary, version)
   newest = jnp.where(in_tail, next_of_tail, token)
-  ended |= (finish != RUNNING) & going & ~in_tail
+  ended |= (finish != RUNNING) & is_response
   slots = dataclasses.replace(slots, decoding=dataclasses.replace(
       slots.decoding, newest=jnp.where(going, newest, decoding.newest),
       fed=decoding.fed + (going & in_tail)))

@@ -7,6 +7,7 @@ import math
 from jaxrl_pt import config as cfg
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.tpu import compile as compiling
+from jaxrl_pt.tpu.child import Row
 
 # Tokens of each device whose logits may exist at once.
 LOSS_CHUNK = 2048
@@ -86,25 +87,22 @@ def most_slots(topology: str, gin_files: Sequence[str], bindings: Sequence[str],
     return []
   shards = slices * num_devices(topology) // (run.mesh.tensor * run.mesh.context)
   responses = max(1, rollouts.num_prompts // shards) * rollouts.group_size
-  total: dict[int, float] = {}
-  tried = min(2, responses - 1)
+  most = responses - 1  # With a slot for each response the settings need no number.
 
-  def fits(num_slots: int) -> bool:
-    added = _slots(num_slots)
-    [row] = compiling.compile_run(topology, gin_files, [*bindings, *added], slices, SAMPLER)
-    total[num_slots] = row['hbm'].get('total', float('inf'))
+  def compiled(num_slots: int) -> Row:
+    [row] = compiling.compile_run(topology, gin_files, [*bindings, *_slots(num_slots)], slices,
+                                  SAMPLER)
     say(f'{num_slots} slots: ' + ('fits' if row['fits'] else f'does not fit: {row["error"]}'))
-    total[0] = row['capacity']
-    return bool(row['fits'])
+    return row
 
-  if tried < 1 or not fits(1):
+  if most < 1 or not (one := compiled(1))['fits']:
     return []
-  if tried == 1 or not fits(tried):
+  if most == 1 or not (two := compiled(2))['fits']:
     return _slots(1)
-  each = max(1.0, (total[tried] - total[1]) / (tried - 1))
-  most = min(responses - 1, 1 + int((total[0] - total[1]) / each))
-  while most > tried and not fits(most):
-    most = max(tried, most - max(1, most // 16))
+  each = max(1, two['hbm']['total'] - one['hbm']['total'])
+  most = min(most, 1 + (one['capacity'] - one['hbm']['total']) // each)
+  while most > 2 and not compiled(most)['fits']:
+    most = max(2, most - max(1, most // 16))
   return _slots(most)
 
 

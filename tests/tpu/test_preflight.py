@@ -164,3 +164,22 @@ def test_the_roofline_names_its_bound():
 def test_data_paths_need_not_exist():
   run = compiling.load(['gin/run/pretrain_2b4t.gin'], [])
   assert isinstance(run.data.source, cfg.ArrayRecord)
+
+
+@pytest.mark.parametrize('each, want, most_tries', [(1, 7, 3), (12, 6, 3), (40, 2, 2), (99, 0, 1)])
+def test_the_search_finds_the_most_slots(each, want, most_tries, monkeypatch):
+  """Of a sampler with 20 of 100 bytes, and `each` for a slot. Each of 16 shards has 8 responses.
+
+  This is arithmetic over what the compiler says, so a function stands for it.
+  """
+  tries = []
+
+  def compile_run(topology, gin_files, bindings, slices, only):
+    assert only == search.SAMPLER
+    tries.append(int(bindings[-1].rpartition(' ')[2]))
+    total = 20 + each * tries[-1]
+    yield {'fits': total <= 100, 'error': 'too large', 'capacity': 100, 'hbm': {'total': total}}
+
+  monkeypatch.setattr(compiling, 'compile_run', compile_run)
+  found = search.most_slots('v5e:4x4', ['gin/run/opo_tiny.gin'], [], print)
+  assert found == ([] if not want else search._slots(want)) and len(tries) <= most_tries
