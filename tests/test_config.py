@@ -397,6 +397,7 @@ def test_every_field_has_a_row():
      'shares documents within a batch'),
     (lambda: cfg.KLInLoss(0.1, 'k1'), 'expected gradient of zero'),
     (lambda: cfg.Engine(num_pages=9), 'set it to at least 193'),
+    (lambda: cfg.Slots(num_pages=9), 'needs all pages: set Slots.slots too'),
     (lambda: cfg.RPT('a', cfg.Rollouts(num_prompts=8), positions_per_document=3),
      'positions_per_document = 3 does not divide'),
     (lambda: cfg.RPT('a', cfg.Rollouts(num_prompts=8), positions_per_document=4,

@@ -5,7 +5,8 @@
 PATH is a Python interpreter that has google-tunix, torch and transformers. All sample (not
 greedy) 256 tokens after prompts of 128 from random weights of the same Llama shape in
 float32; a result counts every row's tokens over the whole call, prefill included. Each
-contender is a child that compiles, warms up and then waits; rounds of at least ROUND_SECONDS
+contender is a child that compiles, warms up and then waits (PyTorch with as many threads as are
+fastest); rounds of at least ROUND_SECONDS
 alternate between them, so that what else the machine does meets all alike. Medians and all
 rounds go to results/decode.json.
 """
@@ -13,6 +14,7 @@ rounds go to results/decode.json.
 import argparse
 from collections.abc import Callable
 import json
+import os
 from pathlib import Path
 import statistics
 import subprocess
@@ -93,6 +95,14 @@ def hugging_face(shape: Shape, rows: int) -> Run:
                            pad_token_id=0)
     assert out.shape == (rows, PROMPT + NEW)
 
+  def seconds(num_threads: int) -> float:
+    torch.set_num_threads(num_threads)
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+  # Small products may run faster in one thread than in as many as there are cores.
+  torch.set_num_threads(min((os.cpu_count() or 1, 1), key=seconds))
   return run
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jaxrl_pt import config as cfg
 from jaxrl_pt.models import kv_cache
-from jaxrl_pt.models.base import Model, unstacked
+from jaxrl_pt.models.base import Model
 from jaxrl_pt.sampling.policies import draw, filtered_logits, sample_keys
 from jaxrl_pt.sampling.prefill import prefill
 from jaxrl_pt.types import Array, Params, Prompts, RolloutBatch
@@ -29,8 +29,6 @@ def generate(model: Model, params: Params, prompts: Prompts, key: Array, *, samp
   last = each(jnp.take_along_axis(hidden, (prompts.lengths - 1)[:, None, None], 1)[:, 0])
   starts, keys = each(prompts.lengths), sample_keys(key, prompts.ids, num_samples)
   num_rows, head = len(starts), model.head(params)
-  if num_rows == 1:
-    params = unstacked(params, model.config.num_layers)
   empty = jnp.zeros((num_rows, num_tokens))
   fill = max(stop_id, 0)
 

@@ -239,7 +239,8 @@ class Slots:
   slots: the number of responses that are decoded at once on each data shard; 0 for all of them.
   page_size: tokens of a page of the KV cache. With sparse attention a page is a block of
     ReSA.block tokens.
-  num_pages: the number of pages of each data shard; 0 for as many as its slots could need.
+  num_pages: the number of pages of each data shard, if there are fewer slots than responses; 0 for
+    as many as its slots could need.
   prefill_chunk: tokens of a prompt that go through the model in one forward pass.
   prefill_tokens: tokens of all prompts that go through the model in one forward pass.
   kv: how keys and values are stored: in the model's type, or as int8.
@@ -261,6 +262,9 @@ class Slots:
     for name in ('page_size', 'prefill_chunk', 'prefill_tokens'):
       checks.size(self, name, 1, MOST_TOKENS, 4, 'so many tokens')
     checks.size(self, 'num_pages', 0, 2**26, 4 * self.page_size, 'the pages')
+    if self.num_pages and not self.slots:
+      raise UserError(f'Slots.num_pages = {self.num_pages} with a slot for every response, which '
+                      'needs all pages: set Slots.slots too.')
     checks.choice(self, 'kv', Literal['model', 'int8'])
 
 

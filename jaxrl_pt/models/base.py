@@ -53,8 +53,9 @@ class Model(NamedTuple):
 def unstacked(params: Params, num_layers: int) -> Params:
   """Parameters whose layers are no longer stacked: each layer's weights are arrays of their own.
 
-  A scan over layers copies each layer's weights out of the stack before it reads them. Where a step
-  does little more than read weights, taking the stack apart once, before the loop, costs less.
+  Then the layers are a Python loop and not a scan, so that `attend` gets the layer's number as a
+  Python integer, and a cache may be a tuple with an array for each layer. It is no faster: a scan
+  copies a layer's weights before it multiplies by them, but the copies come from a cache.
   """
   layer = lambda i: jax.tree.map(lambda x: x[i], params['layers'])
   return {**params, 'layers': tuple(map(layer, range(num_layers)))}

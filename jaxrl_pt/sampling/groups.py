@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxrl_pt import config as cfg
-from jaxrl_pt.models.base import Model, unstacked
+from jaxrl_pt.models.base import Model
 from jaxrl_pt.parallel.rules import ROWS
 from jaxrl_pt.sampling import slots as program
 from jaxrl_pt.sampling.admission import own_pages
@@ -144,9 +144,6 @@ def generate(model: Model, params: Params, prompts: Prompts, key: Array, *, samp
   if shape.slots == shape.queue:
     if prefilled is None:
       prefilled = prefill(model, params, prompts.tokens)
-    if shape.slots == 1:
-      # A step of one row takes as long as its reads, which are fewer and longer without the stack.
-      params = unstacked(params, model.config.num_layers)
     state = program.draw_all(model, shape, Vocabulary(), params, key, version, queue, state,
                              prefilled.cache)
   else:

@@ -45,6 +45,7 @@ def stop(job: Job, hosts: list[subprocess.Popen[str]], after: int,
   return max(steps)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_one_host_or_both_stop_all_at_one_step(make_job: Callable[..., Job]):
   job = make_job(bindings=ENDLESS)

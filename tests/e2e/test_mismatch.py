@@ -11,6 +11,7 @@ from jaxrl_pt import config as cfg
 from tests.e2e.conftest import RPT, Job
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_mismatch_above_the_gate_stops_the_run_with_its_worst_responses(
     make_job: Callable[..., Job], pretrained: Job):

@@ -40,7 +40,8 @@ def one_process(make_job: Callable[..., Job]) -> Path:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize('count', [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('count', [2, 4])
 def test_every_axis_may_span_hosts(make_job: Callable[..., Job], one_process: Path, count: int):
   directory = train(make_job(SMALL), count, list(READS[count]))
   expected = metrics.read_rows(one_process / metrics.FILE)

@@ -122,6 +122,7 @@ def test_the_pretrained_model_has_learned(pretrained: Job):
   assert (pretrained.workdir / 'report.html').stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_rpt_at_several_positions_of_a_document(make_job: Callable[..., Job], pretrained: Job):
   job = make_job(RPT, start_from=str(pretrained.workdir), bindings=(
       'cfg.RPT.positions_per_document = 4', 'cfg.Train.num_steps = 3',

@@ -71,10 +71,12 @@ def largest_share(params):
   return max(held.values()) / total
 
 
-def main(name):
+def main(name, which):
+  """With 'equal' only meshes whose axes above 1 are equally long: 8 on one axis, or 2 on three."""
   quant = QUANTS[name]
   whole, reference = compute(quant, (1, 1, 1, 1), jax.devices()[:1])
-  shapes = [s for s in itertools.product((1, 2, 4, 8), repeat=4) if np.prod(s) == 8]
+  shapes = [s for s in itertools.product((1, 2, 4, 8), repeat=4) if np.prod(s) == 8
+            and (which == 'all' or len({*s} - {1}) == 1)]
   results = {}
   for shape in shapes:
     params, values = compute(quant, shape, jax.devices())
@@ -85,4 +87,4 @@ def main(name):
 
 
 if __name__ == '__main__':
-  main(sys.argv[1])
+  main(*sys.argv[1:])

@@ -285,6 +285,7 @@ def test_sampled_text_of_real_weights_stays_likely(stories):
   assert nlls['blind'] > nlls['dense'] + 0.3, nlls
 
 
+@pytest.mark.slow
 def test_controls_are_detectably_worse(stories):
   """Random blocks, stale descriptors and no local block, by their KL from dense decoding."""
   model, params = stories

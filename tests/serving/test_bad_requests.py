@@ -2,10 +2,13 @@
 
 from collections.abc import Iterator
 import json
+import os
 import socket
 import threading
+import time
 
 import httpx2
+import psutil
 import pytest
 
 from jaxrl_pt.sampling.engine import Engine
@@ -218,3 +221,37 @@ def test_the_others_go_on(server: Running):
     thread.join()
   assert [answers[i].json()['choices'][0]['text'] for i in range(3)] == alone
   assert [answers[i].status_code for i in range(3, 7)] == [400] * 4
+
+
+def of_schema(schema: object) -> dict[str, object]:
+  return {'prompt': 'x', 'max_tokens': 2, 'response_format': {
+      'type': 'json_schema', 'json_schema': {'name': 'it', 'schema': schema}}}
+
+
+MIXED = ({'prompt': 'hello', 'max_tokens': 4}, {'prompt': 'x' * 65}, {'prompt': [999]},
+         {'prompt': 'x', 'stop': ''}, {'prompt': 'x', 'max_tokens': 6, 'stream': True},
+         of_schema({'type': 'unheard of'}), of_schema({'type': 'string', 'minLength': 50}))
+
+
+@pytest.mark.skipif(not os.path.isdir('/proc/self/fd'), reason='reads /proc')
+@pytest.mark.slow
+def test_a_thousand_mixed_requests_leave_nothing(server: Running):
+  """Right ones, wrong ones, and schemas that do not exist or that no budget can meet."""
+  def left() -> tuple[int, int, int, float]:
+    counters = server.wait_until_free()
+    return (len(os.listdir('/proc/self/fd')), threading.active_count(),
+            len(psutil.Process().children(recursive=True)),
+            counters['pages_in_use'] - counters['kept_pages'])
+
+  def ask(times: int) -> set[int]:
+    with httpx2.Client(base_url=server.url, timeout=60) as client:
+      return {client.post(COMPLETIONS, json=MIXED[i % len(MIXED)]).status_code
+              for i in range(times)}
+
+  assert ask(2 * len(MIXED)) == {200, 400}  # What is opened once is open from here on.
+  before = left()
+  ask(1000)
+  deadline = time.monotonic() + 10  # The server notices a closed connection a little later.
+  while (after := left()) != before and time.monotonic() < deadline:
+    time.sleep(0.1)
+  assert after == before
