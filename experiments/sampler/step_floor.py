@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrl_pt import config as cfg
+from jaxrl_pt.models.base import for_a_loop
 from jaxrl_pt.parallel import model as models
 from jaxrl_pt.parallel import rules
 from jaxrl_pt.parallel.mesh import AXES
@@ -32,7 +33,7 @@ from jaxrl_pt.tpu import chips, hlo
 from jaxrl_pt.types import Prompts
 
 RESULT = Path(__file__).parent / 'results' / 'step_floor.json'
-SLOTS_OF_A_CHIP, PROMPT, CONTEXT, PAGE = 32, 64, 8192, 128
+SLOTS_OF_A_CHIP, PROMPT, CONTEXT, PAGE, STEPS = 32, 64, 8192, 128, 128
 TWO_B = cfg.Model(30, 2560, 6912, 20, 5, 128, 128256, rope_theta=500000.0, activation='relu2',
                   sub_norm=True, quant=cfg.Quant('ternary', 'int8'))
 CASES = [(topology, slots, pages) for topology in ('v5e:2x4', 'v6e:2x4') for slots in (32, 256)
@@ -62,7 +63,9 @@ def measure(topology: str, slots: int, pages: str) -> dict[str, Any]:
 
   def run(params: Any, key: Any, version: Any, queue_and_state: Any) -> Any:
     queue, now = jax.tree.map(lambda x: x[0], queue_and_state)
-    now = step(model, shape, Vocabulary(), params, key, version, queue, now)
+    params = for_a_loop(params, TWO_B.num_layers)
+    now = jax.lax.fori_loop(0, STEPS, lambda i, now: step(
+        model, shape, Vocabulary(), params, key, version, queue, now), now)
     return jax.tree.map(lambda x: x[None], (queue, now))
 
   rows, same = jax.sharding.PartitionSpec(rules.ROWS), jax.sharding.PartitionSpec()
@@ -78,7 +81,7 @@ def measure(topology: str, slots: int, pages: str) -> dict[str, Any]:
       TWO_B.head_dim * jnp.dtype(pages).itemsize + (4 if pages == 'int8' else 0))
   must = weights + SLOTS_OF_A_CHIP * (
       TWO_B.d_model * 2 + CONTEXT * token + token)
-  moved = hlo.hbm_bytes(module)
+  moved = hlo.hbm_bytes(module) / STEPS
   chip = chips.chip(chips.generation_of_topology(topology))
   return {'topology': topology, 'chips': num_chips, 'slots': slots, 'pages': pages,
           'weights_bytes': weights, 'must_move': must, 'moves': moved, 'ratio': moved / must,

@@ -10,6 +10,7 @@ from jaxrl_pt.config import Model as ModelConfig
 from jaxrl_pt.models.kv_cache import Attend, KVCache
 from jaxrl_pt.models.paged_cache import PagedCache
 from jaxrl_pt.nn.ops import Ops
+from jaxrl_pt.nn.quant import TernaryWeight
 from jaxrl_pt.types import Array, Params
 
 # constrain(x, logical axes) → x; the identity on one device.
@@ -50,6 +51,19 @@ class Model(NamedTuple):
   constrain: Constrain
 
 
+def for_a_loop(params: Params, num_layers: int) -> Params:
+  """Parameters as a loop of decode steps reads them; call it before the loop.
+
+  A scan over layers takes each layer's weights out of the stack. Of a stack of 2-bit codes XLA
+  cannot take a part on a TPU: it would widen all of them to 8 bits, keep those, and read 8 bits a
+  weight in every step. Packed weights are therefore unstacked, for which they are widened once, for
+  a moment.
+  """
+  layers = params['layers']
+  is_packed = not isinstance(layers, tuple) and isinstance(layers['wq'], TernaryWeight)
+  return unstacked(params, num_layers) if is_packed else params
+
+
 def unstacked(params: Params, num_layers: int) -> Params:
   """Parameters whose layers are no longer stacked: each layer's weights are arrays of their own.
 
@@ -57,5 +71,6 @@ def unstacked(params: Params, num_layers: int) -> Params:
   Python integer, and a cache may be a tuple with an array for each layer. It is no faster: a scan
   copies a layer's weights before it multiplies by them, but the copies come from a cache.
   """
-  layer = lambda i: jax.tree.map(lambda x: x[i], params['layers'])
+  layer = lambda i: jax.tree.map(lambda x: jax.lax.index_in_dim(x, i, keepdims=False),
+                                 params['layers'])
   return {**params, 'layers': tuple(map(layer, range(num_layers)))}

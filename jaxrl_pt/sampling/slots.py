@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_pt.models import paged_cache
-from jaxrl_pt.models.base import Model
+from jaxrl_pt.models.base import Model, for_a_loop
 from jaxrl_pt.models.kv_cache import KVCache
 from jaxrl_pt.sampling import admission
 from jaxrl_pt.sampling.admission import FILLED, IDLE
@@ -52,7 +52,7 @@ def advance(model: Model, shape: Shape, vocabulary: Vocabulary, params: Params, 
     max_turns: i32[].
     wanted: slots → bool[], False once the turns may stop although there is work; None for never.
   """
-  begin = slots.places.turns
+  begin, params = slots.places.turns, for_a_loop(params, model.config.num_layers)
   admit = functools.partial(_admit, shape, queue)
   prefill = functools.partial(_prefill, model, shape, params, queue.documents)
   one_step = functools.partial(step, model, shape, vocabulary, params, key, version, queue)
@@ -177,6 +177,7 @@ def draw_all(model: Model, shape: Shape, vocabulary: Vocabulary, params: Params,
     slots: from `init`.
     rows: f[L, D, K, T, E] keys and values of the documents' tokens.
   """
+  params = for_a_loop(params, model.config.num_layers)
   places = admission.all_begun(shape, queue, slots.places)
   sources, targets, places = admission.copies(shape, queue, places)
   cache = paged_cache.write_rows(model.ops, slots.cache, places.pages, rows,

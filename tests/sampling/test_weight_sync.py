@@ -53,7 +53,11 @@ def test_packed_and_latent_policies_draw_the_same():
     one = engine.Engine(MODEL, policy.params, sizes, seed=1, token_bytes=[b'a'] * 19,
                         mesh=MESH)
     drawn.append([r.tokens.tolist() for r in one.run([engine.Request((1, 2), 0, 8, 4)])[0]])
-  assert drawn[0] == drawn[1]
+    prompts = branch.documents(jnp.array([[1, 2, 3]]), jnp.array([[3, 2]]), jnp.array([[0, 1]]))
+    drawn[-1].append(groups.generate(MODEL, policy.params, prompts, jax.random.key(1),
+                                     sampler=cfg.Sampler(), num_samples=2, num_tokens=6).tokens)
+  assert drawn[0][:-1] == drawn[1][:-1]
+  np.testing.assert_array_equal(drawn[0][-1], drawn[1][-1])
 
 
 @pytest.mark.parametrize('weights', ['none', 'ternary'])
