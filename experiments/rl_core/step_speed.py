@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 RESULT = Path(__file__).parent / 'results' / 'step_speed.json'
 PROMPTS, SAMPLES, PROMPT, RATE = 8, 8, 64, 1e-5
-WARMUP = 2
+WARMUP = 1
 
 
 class Setting(NamedTuple):

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrl_pt import config as cfg
+from jaxrl_pt.models import transformer
 from jaxrl_pt.models.base import for_a_loop
 from jaxrl_pt.parallel import model as models
 from jaxrl_pt.parallel import rules
@@ -55,9 +56,10 @@ def measure(topology: str, slots: int, pages: str) -> dict[str, Any]:
   shape = groups.shape_of(TWO_B.vocab_size, asked, 1, CONTEXT - PROMPT, cfg.Sampler(),
                           cfg.Slots(page_size=PAGE))
   shape = shape._replace(num_pages=1 + SLOTS_OF_A_CHIP * CONTEXT // PAGE)
+  of_one = transformer.build(TWO_B, cfg.Compute(dtype='bfloat16'))
   of_chip = jax.eval_shape(lambda: (
       groups.queue_of(asked, 1, CONTEXT - PROMPT, groups.NO_STOP),
-      state.init(model, shape, Vocabulary(), jnp.dtype(pages))))
+      state.init(of_one, shape, Vocabulary(), jnp.dtype(pages))))
   of_all = jax.tree.map(lambda x: jax.ShapeDtypeStruct((num_chips, *x.shape), x.dtype), of_chip)
   key = jax.eval_shape(lambda: jax.random.key(0))
 
@@ -103,7 +105,7 @@ def main() -> None:
     rows.append(json.loads(done.stdout.splitlines()[-1]))
     print('{topology} {slots} slots, {pages} pages: {ratio:.3f}× of what must move, '
           '{predicted_ms:.1f} ms predicted'.format(**rows[-1]), flush=True)
-  RESULT.write_text(json.dumps(rows, indent=1) + '\n')
+    RESULT.write_text(json.dumps(rows, indent=1) + '\n')
 
 
 if __name__ == '__main__':
