@@ -6,9 +6,8 @@ PATH is a Python interpreter that has google-tunix, torch and transformers. All 
 greedy) 256 tokens after prompts of 128 from random weights of the same Llama shape in
 float32; a result counts every row's tokens over the whole call, prefill included. Each
 contender is a child that compiles, warms up and then waits (PyTorch with as many threads as are
-fastest); rounds of at least ROUND_SECONDS
-alternate between them, so that what else the machine does meets all alike. Medians and all
-rounds go to results/decode.json.
+fastest); rounds of at least ROUND_SECONDS alternate between them, so that what else the machine
+does meets all alike. Medians and all rounds go to results/decode.json.
 """
 
 import argparse

@@ -68,8 +68,8 @@ def unstacked(params: Params, num_layers: int) -> Params:
   """Parameters whose layers are no longer stacked: each layer's weights are arrays of their own.
 
   Then the layers are a Python loop and not a scan, so that `attend` gets the layer's number as a
-  Python integer, and a cache may be a tuple with an array for each layer. It is no faster: a scan
-  copies a layer's weights before it multiplies by them, but the copies come from a cache.
+  Python integer, and a cache may be a tuple with an array for each layer. It is no faster on a
+  CPU, although a scan copies a layer's weights before it multiplies by them.
   """
   layer = lambda i: jax.tree.map(lambda x: jax.lax.index_in_dim(x, i, keepdims=False),
                                  params['layers'])

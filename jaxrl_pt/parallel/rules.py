@@ -44,7 +44,6 @@ def num_shards(mesh: Mesh | None) -> int:
   return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in ROWS)
 
 
-
 def partition_spec(axes: tuple[str | None, ...], rules: Rules) -> PartitionSpec:
   """The PartitionSpec of an array whose dimensions have these logical names.
 
