@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jaxrl_pt.models import kv_cache
 from jaxrl_pt.models.base import Model
 from jaxrl_pt.nn import block_selection
-from jaxrl_pt.nn.attention import BRANCH_BLOCK, MASKED
+from jaxrl_pt.nn.attention import QUERIES_AT_ONCE, MASKED
 from jaxrl_pt.sampling.prefill import Prefilled
 from jaxrl_pt.types import Array, Params, Prompts, SelectedBlocks
 
@@ -178,7 +178,7 @@ def chunk_attention(q_DRCFHE: Array, dense: _Dense, k_DRCFKE: Array, v_DRCFKE: A
     f[D, R, C, F, H, E] in q's dtype; the softmax is float32.
   """
   num_chunks, window = q_DRCFHE.shape[2:4]
-  size = min(num_chunks, max(1, BRANCH_BLOCK // window))
+  size = min(num_chunks, max(1, QUERIES_AT_ONCE // window))
   starts = jnp.arange(-(-num_chunks // size)) * size
   attend = functools.partial(_some_chunks, block=block, streams=streams)
   if len(starts) == 1:

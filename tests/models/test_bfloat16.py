@@ -137,7 +137,7 @@ def test_a_norm_is_rounded_once_and_its_gains_gradient_never():
 
 def test_blocks_of_queries_add_up_the_gradients_of_shared_keys_in_float32(monkeypatch):
   """256 blocks of one query each, all with gradients of one sign, over the same keys."""
-  monkeypatch.setattr(attention, 'BRANCH_BLOCK', 1)
+  monkeypatch.setattr(attention, 'QUERIES_AT_ONCE', 1)
   docs, branches, new, heads, groups, width, length = 1, 1, 256, 2, 1, 4, 2
   q, k, v = (draw(docs, branches, new, heads, width), draw(docs, groups, length, width, seed=1),
              draw(docs, groups, length, width, seed=2))
@@ -149,7 +149,7 @@ def test_blocks_of_queries_add_up_the_gradients_of_shared_keys_in_float32(monkey
     loss = lambda arrays: attend(*arrays[:3], lengths, *arrays[3:]).astype(jnp.float32).sum()
     return [exact(g) for g in jax.jit(jax.grad(loss))(arrays)]
 
-  whole = functools.partial(attention.branch_attention, step=0)
+  whole = attention.branch_attention
   for blocked, once, right in zip(gradients(attention.blocked_branch_attention, LOW),
                                   gradients(whole, LOW), gradients(whole, jnp.float32),
                                   strict=True):
@@ -250,7 +250,7 @@ def learner_gradient(compute, is_shared):
 def test_the_learner(is_shared, monkeypatch):
   """Branches in many blocks, a head in many pieces, documents computed with them or before."""
   expected = learner_gradient(cfg.Compute(), is_shared)
-  monkeypatch.setattr(attention, 'BRANCH_BLOCK', 2)
+  monkeypatch.setattr(attention, 'QUERIES_AT_ONCE', 2)
   assert_near(learner_gradient(cfg.Compute('bfloat16', loss_chunk=4), is_shared), expected)
 
 

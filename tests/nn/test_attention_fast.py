@@ -8,8 +8,8 @@ import pytest
 from jaxrl_pt.nn.attention import attention, causal_attention, packed_mask
 from jaxrl_pt.nn.linear import matmul
 
-# Lengths around the block boundaries: one block, one and a bit, four ragged.
-LENGTHS = [1, 64, 65, 301]
+# One range of queries, one and a bit, four ragged ones, and ranges of two blocks and a ragged end.
+LENGTHS = [1, 64, 65, 301, 700]
 
 
 def _inputs(length, num_heads=6, num_kv_heads=2, head_dim=8, dtype=jnp.float32):

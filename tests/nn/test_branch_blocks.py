@@ -10,9 +10,10 @@ import pytest
 from jaxrl_pt.nn import attention
 
 
-@pytest.mark.parametrize('num_new', [5, 8, 3])
+@pytest.mark.parametrize('num_new', [5, 8, 3, 37])
 def test_blocks_equal_the_whole(num_new, monkeypatch):
-  monkeypatch.setattr(attention, 'BRANCH_BLOCK', 4)
+  monkeypatch.setattr(attention, 'QUERIES_AT_ONCE', 4)
+  monkeypatch.setattr(attention, 'MIN_RANGE', 2)
   rng = np.random.default_rng(0)
   draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
   docs, branches, heads, groups, width, length = 2, 3, 4, 2, 8, 6
@@ -26,7 +27,7 @@ def test_blocks_equal_the_whole(num_new, monkeypatch):
     q, k_prefix, v_prefix, k_own, v_own = arrays
     return (attend(q, k_prefix, v_prefix, lengths, k_own, v_own) * target).sum()
 
-  whole = functools.partial(attention.branch_attention, step=0)
+  whole = attention.branch_attention
   (got, got_grads), (want, want_grads) = (
       jax.jit(jax.value_and_grad(functools.partial(loss, attend)))(arrays)
       for attend in (attention.blocked_branch_attention, whole))

@@ -167,7 +167,7 @@ def slow_gradient():
 def test_value_and_gradient_equal_the_slow_definition(prefilled, at_once, monkeypatch):
   drawn = rollout(RefreshEvery(4))
   if at_once == 'one':
-    monkeypatch.setattr(resa_replay, 'BRANCH_BLOCK', 8)
+    monkeypatch.setattr(resa_replay, 'QUERIES_AT_ONCE', 8)
   (n, g), weights, ((_, expected_logp), expected) = slow_gradient()
 
   def loss(params):
