@@ -126,7 +126,8 @@ def draw_turns(engines: Sequence[Engine], pool: EpisodePool, transcript: Transcr
             _queue(shard, transcript, bounds, sampler)
             if shard.drawing:
               advancing[threads.submit(shard.engine.advance)] = shard
-        done = futures.wait([*advancing, *playing], None, futures.FIRST_COMPLETED).done
+        under_way: list[futures.Future[Any]] = [*advancing, *playing]
+        done = futures.wait(under_way, None, futures.FIRST_COMPLETED).done
         for call in advancing.keys() & done:
           shard = advancing.pop(call)
           for handle, response in [ended for ended in call.result() if ended[1].finish]:

@@ -39,8 +39,8 @@ TOKENIZER = ByteTokenizer()
 MODEL = cfg.Model(num_layers=1, d_model=16, d_ff=32, num_heads=8, num_kv_heads=8, head_dim=4,
                   vocab_size=264, quant=cfg.Quant('ternary', 'int8'))
 MODULE = transformer.build(MODEL)
-# Three guesses of 0 or 1, each of at most two digits, most of them wrong: rows of one to three turns,
-# and texts of one or two tokens, stand in a batch.
+# Three guesses of 0 or 1, each of at most two digits, most of them wrong: rows of one to three
+# turns, and texts of one or two tokens, stand in a batch.
 SETTINGS = cfg.Interactive(
     cfg.GuessNumber(0, 1, 3), max_turns=3, turn_tokens=2, observation_tokens=8,
     template=cfg.ChatTemplate('{content}|', '{content}|', '', '|'))
