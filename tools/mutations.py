@@ -352,6 +352,7 @@ _VERIFIERS = [
 
 _HOSTILE_PROGRAMS = 'tests/verifiers/test_code.py::'
 _REACHES = _HOSTILE_PROGRAMS + 'test_a_program_reaches_nothing'
+_TURNS = 'tests/environments/test_turns.py::'
 _EPISODES = 'tests/environments/test_episodes.py::'
 _PROGRAMS = [
     *_of('jaxrl_pt/verifiers/seccomp.py', _REACHES,
@@ -385,6 +386,16 @@ _PROGRAMS = [
     *_of('jaxrl_pt/environments/playing.py', _EPISODES
          + 'test_every_misdeed_has_its_outcome_and_disturbs_no_other_row',
          ('observations_of_any_size', '  if num_bytes > most:', '  if False:')),
+    *_of('jaxrl_pt/environments/multi_turn.py', _TURNS + 'test_groups_are_shared_out_in_stretches',
+         ('rows_of_a_group_on_every_shard',
+          '[openings[begin:end] for begin, end in itertools.pairwise(bounds)]',
+          '[openings[shard::num_shards] for shard in range(num_shards)]')),
+    *_of('jaxrl_pt/environments/turns.py', _TURNS + 'test_no_engine_waits_for_another',
+         ('engines_wait_for_each_other',
+          'futures.wait(under_way, None, futures.FIRST_COMPLETED)', 'futures.wait(under_way)')),
+    *_of('jaxrl_pt/environments/turns.py',
+         _TURNS + 'test_responses_of_one_turn_are_those_of_the_sampler',
+         ('turns_without_sample', 'first_sample=row.opening.sample)', 'first_sample=0)')),
     *_of('jaxrl_pt/environments/tools.py',
          'tests/environments/test_tools.py::test_calls_of_one_text_are_answered_in_order_up_to_a_bound',
          ('calls_without_bound', 'if number >= settings.max_calls:\n      found',

@@ -5,9 +5,11 @@ A batch is drawn and rewarded at once (`Player.draw`), since an episode goes on 
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent import futures
 import contextlib
 from dataclasses import dataclass
 import hashlib
+import itertools
 import json
 from typing import Any
 
@@ -26,8 +28,11 @@ from jaxrl_pt.environments.transcript import Transcript, make_transcript
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.parallel import model as models
 from jaxrl_pt.parallel import rules
+from jaxrl_pt.parallel.mesh import shard_meshes
 from jaxrl_pt.run import session as sessions
+from jaxrl_pt.sampling import weight_sync
 from jaxrl_pt.sampling.engine import Engine
+from jaxrl_pt.train import programs
 from jaxrl_pt.types import Params, Prompts, RolloutBatch, Verdict
 
 STEPS_PER_CALL = 8  # decode steps after which the host looks for texts that have ended
@@ -56,7 +61,8 @@ class Played:
 class Player:
   """Draws and rewards the responses to problems. Final.
 
-  It stands where other tasks have a verifier. Its engine is made when it first draws.
+  It stands where other tasks have a verifier. Each shard of the data has an engine, made when it
+  first draws, whose devices hold the weights split over the axis tensor.
   """
 
   def __init__(self, session: sessions.Session, method: cfg.RL, pool: EpisodePool,
@@ -74,7 +80,8 @@ class Player:
     self._pool, self._transcript = pool, transcript
     self._problems = {p.id: Problem(p.prompt, p.answer) for p in all_problems}
     self._failed: dict[int, tuple[Outcome, str]] = {}  # starts that have failed, by problem
-    self._engine: Engine | None = None
+    self._sync_weights = programs.weight_sync(session.run, session.mesh)
+    self._engines: list[Engine] = []
     sampler = method.rollouts.sampler
     # What is banned is banned in the whole engine, whose requests name a few tokens at most.
     self._sampler = cfg.Sampler(sampler.temperature, sampler.top_k, sampler.top_p, sampler.min_p)
@@ -118,7 +125,7 @@ class Player:
     """Plays `Rollouts.group_size` episodes of each prompt.
 
     Args:
-      params: the policy's parameters.
+      params: the policy's parameters, as the learner has them.
       prompts: from `take`.
       batch: the batch's number, which addresses the noise.
       version: the number of steps that `params` have taken.
@@ -135,12 +142,23 @@ class Player:
 
   def _play(self, params: Params, prompts: Prompts, batch: int, version: int, size: int,
             sampler: cfg.Sampler) -> list[turns.Row]:
-    if self._engine is None:
-      self._engine = self._make_engine(params)
-    self._engine.load(params, version, batch)
-    limits = self._rollouts.response_tokens, self._settings.turn_tokens
-    return turns.draw_turns(self._engine, self._pool, self._transcript,
-                            self._openings(prompts, size), turns.Bounds(*limits), sampler)
+    synced, mesh = self._sync_weights(params, version), self._session.mesh
+    of_shards = [(shard, synced if mesh.size == 1 else weight_sync.on_shard(synced, shard))
+                 for shard in shard_meshes(mesh)]
+    if not self._engines:
+      # Each compiles its program for its own devices, all at once.
+      with futures.ThreadPoolExecutor() as threads:
+        self._engines = list(threads.map(self._make_engine, *zip(*of_shards, strict=True)))
+    for engine, (_, held) in zip(self._engines, of_shards, strict=True):
+      engine.load(held, version, batch)
+    openings = stretches(self._openings(prompts, size), size, len(of_shards))
+    bounds = turns.Bounds(self._rollouts.response_tokens, self._settings.turn_tokens)
+    try:
+      return turns.draw_turns(self._engines, self._pool, self._transcript, openings, bounds,
+                              sampler)
+    finally:
+      for engine in self._engines:
+        engine.unload()  # The learner has no use for the sampler's copy.
 
   def _openings(self, prompts: Prompts, size: int) -> list[turns.Opening]:
     tokens, lengths, ids = (np.asarray(x) for x in (prompts.tokens, prompts.lengths, prompts.ids))
@@ -153,14 +171,14 @@ class Player:
       seen[id] += size  # A prompt that comes again in a batch has further samples.
     return openings
 
-  def _make_engine(self, params: Params) -> Engine:
+  def _make_engine(self, mesh: Mesh, params: Params) -> Engine:
     run, rollouts = self._session.run, self._rollouts
-    model = models.build(run.model, run.compute, self._session.mesh, rules.SHARD)
+    model = models.build(run.model, run.compute, mesh, rules.SAMPLE)
     padding = [b''] * (run.model.vocab_size - self._transcript.tokenizer.vocab_size)
+    config = engine_config(rollouts, self._settings, rules.num_shards(self._session.mesh))
     return Engine(
-        model, params, engine_config(rollouts, self._settings), seed=run.seed,
-        token_bytes=[*self._transcript.tokenizer.token_bytes(), *padding],
-        unused_ids=rollouts.sampler.banned, mesh=self._session.mesh)
+        model, params, config, seed=run.seed, unused_ids=rollouts.sampler.banned, mesh=mesh,
+        token_bytes=[*self._transcript.tokenizer.token_bytes(), *padding])
 
   def score(self, held_out: Sequence[problems.Problem], params: Params) -> dict[str, float]:
     """validation/{accuracy,reward,response_length,turns} and the same with _argmax.
@@ -180,9 +198,23 @@ class Player:
     return results
 
 
-def engine_config(rollouts: cfg.Rollouts, settings: cfg.Interactive) -> cfg.Engine:
-  """The sizes of the engine that draws the turns of a batch."""
-  slots, num_rows = rollouts.slots, rollouts.num_prompts * rollouts.group_size
+def stretches(openings: Sequence[turns.Opening], size: int, num_shards: int
+              ) -> list[Sequence[turns.Opening]]:
+  """The openings of each shard: stretches of whole groups of `size` rows, in their order.
+
+  They are those of the learner's rows where the shards divide the number of groups. Held-out
+  problems may be of any number: then a shard has at most one group more than another, and some have
+  none where there are more shards than groups.
+  """
+  num_groups = len(openings) // size
+  bounds = [num_groups * shard // num_shards * size for shard in range(num_shards + 1)]
+  return [openings[begin:end] for begin, end in itertools.pairwise(bounds)]
+
+
+def engine_config(rollouts: cfg.Rollouts, settings: cfg.Interactive, num_shards: int
+                  ) -> cfg.Engine:
+  """The sizes of the engine that draws the turns of one shard's rows of a batch."""
+  slots, num_rows = rollouts.slots, rollouts.num_prompts // num_shards * rollouts.group_size
   longest = rollouts.prompt_len + rollouts.response_tokens
   chunk = min(slots.prefill_chunk, longest)
   return cfg.Engine(
@@ -193,11 +225,12 @@ def engine_config(rollouts: cfg.Rollouts, settings: cfg.Interactive) -> cfg.Engi
       steps_per_call=STEPS_PER_CALL, top_logprobs=0, constrained=1)
 
 
-def check_mesh(mesh: Mesh) -> None:
-  """Raises UserError if there are several devices."""
-  if mesh.size > 1:
-    raise UserError(f'RL.verifier = @cfg.Interactive() draws on one device, and the mesh has '
-                    f'{mesh.size}: set the axes of cfg.Mesh to 1.')
+def check_hosts(mesh: Mesh) -> None:
+  """Raises UserError if the mesh's devices belong to several processes."""
+  num_hosts = len({device.process_index for device in mesh.devices.flat})
+  if num_hosts > 1:
+    raise UserError('RL.verifier = @cfg.Interactive() plays its episodes on one host, and the '
+                    f'devices belong to {num_hosts}: run it on the devices of one host.')
 
 
 @contextlib.contextmanager
@@ -208,11 +241,11 @@ def open_environment(session: sessions.Session, method: cfg.RL) -> Iterator[Task
 
   Raises:
     UserError: the problems cannot be read, the environment lacks what it needs, or there are
-      several devices.
+      several hosts.
   """
   settings = method.verifier
   assert isinstance(settings, cfg.Interactive)
-  check_mesh(session.mesh)
+  check_hosts(session.mesh)
   training, held_out = problems.load(method.problems)
   measured = held_out[:method.eval_problems]
   with EpisodePool(settings, method.pool) as pool:

@@ -6,6 +6,8 @@
       play:    a text that has ended goes to its episode; what has been answered is appended
 
 No row waits for another one: while one episode's environment works, the texts of other rows go on.
+On a mesh each shard of the data has an engine and rows of its own, and no engine waits for another:
+the loop waits for whatever is there first, some engine's tokens or some episode's answer.
 The engine keeps the pages of every sequence, so that a turn computes its predecessor's last token
 and the observation alone. The noise of a token is addressed by (seed, batch, prompt id, sample,
 position), so that neither the order in which environments answer nor the number of slots changes a
@@ -13,7 +15,7 @@ token; a response of one turn is the one that `groups.make_sampler` draws.
 """
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent import futures
 import dataclasses
 from dataclasses import dataclass, field
@@ -82,57 +84,85 @@ class Row:
     self.turn += [self.episode.num_turns] * len(tokens)
 
 
-def draw_turns(engine: Engine, pool: EpisodePool, transcript: Transcript,
-               openings: Sequence[Opening], bounds: Bounds, sampler: cfg.Sampler) -> list[Row]:
+@dataclass(eq=False)
+class _Shard:
+  """An engine with its rows: those whose turn it is, and those of which it draws a text."""
+
+  engine: Engine
+  waiting: deque[Row]
+  drawing: dict[int, Row] = field(default_factory=dict)  # by the handle of the request
+
+
+def draw_turns(engines: Sequence[Engine], pool: EpisodePool, transcript: Transcript,
+               openings: Sequence[Sequence[Opening]], bounds: Bounds, sampler: cfg.Sampler
+               ) -> list[Row]:
   """Plays an episode for each opening to its end.
 
   A row whose environment fails, or whose tokens are used up, has an outcome that says so, and no
   other row is affected.
 
   Args:
-    engine: the engine, whose parameters and batch are loaded. Nothing is under way in it.
+    engines: the engines, whose parameters and batch are loaded. Nothing is under way in them.
     pool: where the episodes are played.
     transcript: how they are written as tokens.
-    openings: one for each row.
+    openings: for each engine, one for each of its rows.
     bounds: what a row may use.
     sampler: temperature and filters.
 
   Returns:
     The rows in the order of the openings.
   """
-  rows = [Row(o, o.episode, o.outcome, o.detail) for o in openings]
-  waiting = deque(row for row in rows if not row.episode.done)
-  drawing: dict[int, Row] = {}
-  playing: dict[futures.Future[Observation], Row] = {}
-  try:
-    while waiting or drawing or playing:
-      while waiting and engine.room():
-        try:
-          drawing[engine.submit(_request(waiting[0], transcript, bounds, sampler))] = waiting[0]
-        except BlockingIOError:  # Every document of the engine is in use.
-          break
-        waiting.popleft()
-      for handle, response in engine.advance() if drawing else ():
-        if response.finish:
-          row = drawing.pop(handle)
-          text = _take(row, response, transcript)
-          playing[pool.submit_step([(row.episode, text)]).futures[0]] = row
-      timeout = 0.0 if drawing or waiting else None
-      for future in futures.wait(playing, timeout, futures.FIRST_COMPLETED).done:
-        row = playing.pop(future)
-        if _goes_on(row, future.result(), transcript, bounds):
-          waiting.append(row)
-  finally:
-    _drain(engine, drawing)
-  return rows
+  rows = [[Row(o, o.episode, o.outcome, o.detail) for o in part] for part in openings]
+  shards = [_Shard(engine, deque(row for row in part if not row.episode.done))
+            for engine, part in zip(engines, rows, strict=True)]
+  advancing: dict[futures.Future[list[tuple[int, Response]]], _Shard] = {}
+  playing: dict[futures.Future[Observation], tuple[_Shard, Row]] = {}
+  # A call of an engine waits for its devices, so each engine is called in a thread of its own.
+  with futures.ThreadPoolExecutor(len(shards)) as threads:
+    try:
+      while playing or any(shard.waiting or shard.drawing for shard in shards):
+        for shard in shards:
+          if shard not in advancing.values():  # An engine takes requests between its calls alone.
+            _queue(shard, transcript, bounds, sampler)
+            if shard.drawing:
+              advancing[threads.submit(shard.engine.advance)] = shard
+        under_way: list[futures.Future[Any]] = [*advancing, *playing]
+        done = futures.wait(under_way, None, futures.FIRST_COMPLETED).done
+        for call in advancing.keys() & done:
+          shard = advancing.pop(call)
+          for handle, response in [ended for ended in call.result() if ended[1].finish]:
+            row = shard.drawing.pop(handle)
+            text = _take(row, response, transcript)
+            playing[pool.submit_step([(row.episode, text)]).futures[0]] = shard, row
+        for answer in playing.keys() & done:
+          shard, row = playing.pop(answer)
+          if _goes_on(row, answer.result(), transcript, bounds):
+            shard.waiting.append(row)
+    finally:
+      futures.wait(advancing)
+      for shard in shards:
+        _drain(shard)
+  return [row for part in rows for row in part]
 
 
-def _drain(engine: Engine, drawing: Mapping[int, Row]) -> None:
+def _queue(shard: _Shard, transcript: Transcript, bounds: Bounds, sampler: cfg.Sampler) -> None:
+  """Hands rows whose turn it is to the engine, as many as it has room for."""
+  while shard.waiting and shard.engine.room():
+    row = shard.waiting[0]
+    try:
+      handle = shard.engine.submit(_request(row, transcript, bounds, sampler))
+    except BlockingIOError:  # Every document of the engine is in use.
+      return
+    shard.drawing[handle] = row
+    shard.waiting.popleft()
+
+
+def _drain(shard: _Shard) -> None:
   """Ends what is under way after an error, so that the engine can go on with other parameters."""
-  for handle in drawing:
-    engine.cancel(handle)
-  while engine.room() < engine.config.queue:
-    engine.advance(1)
+  for handle in shard.drawing:
+    shard.engine.cancel(handle)
+  while shard.engine.room() < shard.engine.config.queue:
+    shard.engine.advance(1)
 
 
 def _request(row: Row, transcript: Transcript, bounds: Bounds, sampler: cfg.Sampler) -> Request:

@@ -19,6 +19,7 @@ class Program(NamedTuple):
 
   share: the program's share of the step's model FLOPs.
   beside: abstract arrays that the run keeps on the devices while the program runs.
+  copies: how many of it run at once, each on devices of its own.
   """
 
   name: str
@@ -26,6 +27,7 @@ class Program(NamedTuple):
   args: tuple[Any, ...]
   share: float = 1.0
   beside: Any = ()
+  copies: int = 1
 
 
 def abstract(shape: tuple[int, ...], dtype: Any, sharding: NamedSharding) -> Any:

@@ -15,6 +15,7 @@ from jaxrl_pt.environments import multi_turn
 from jaxrl_pt.jobs.kind import Program, abstract
 from jaxrl_pt.parallel import model as models
 from jaxrl_pt.parallel import rules
+from jaxrl_pt.parallel.mesh import shard_meshes
 from jaxrl_pt.rollouts.balance import is_balanced
 from jaxrl_pt.rollouts.stages import is_fused, resamples
 from jaxrl_pt.sampling import engine_rows, slots, weight_sync
@@ -86,7 +87,9 @@ def _stages(run: cfg.Run, mesh: Mesh, method: cfg.Reinforced, prompts: Prompts,
     beside = [reference_params, state]
     synced = weight_sync.abstract(model, mesh, packed, run.compute.dtype)
   if isinstance(method, cfg.RL) and isinstance(method.verifier, cfg.Interactive):
-    return [_engine(run, mesh, method, method.verifier, beside), *others]
+    engine = _engine(run, mesh, method, method.verifier, beside)
+    # Its pages stay where they are from step to step.
+    return [engine, *(p._replace(beside=(p.beside, engine.args[4])) for p in others)]
   if isinstance(rollouts.mode, cfg.InFlight):
     continued = programs.in_flight_sampler(run, mesh, rollouts, STOP_ID).draw
     others_of_method = dataclasses.replace(state.method, pending={})
@@ -103,22 +106,28 @@ def _stages(run: cfg.Run, mesh: Mesh, method: cfg.Reinforced, prompts: Prompts,
 
 def _engine(run: cfg.Run, mesh: Mesh, method: cfg.RL, settings: cfg.Interactive, beside: Any
             ) -> Program:
-  """The program of the engine that draws episodes of several turns."""
-  multi_turn.check_mesh(mesh)
-  model = models.build(run.model, run.compute, mesh, rules.SHARD)
-  everywhere = rules.replicated(mesh)
-  config = multi_turn.engine_config(method.rollouts, settings)
+  """The program of an engine that draws episodes of several turns, one for each data shard."""
+  multi_turn.check_hosts(mesh)
+  shard, num_shards = shard_meshes(mesh)[0], rules.num_shards(mesh)
+  model = models.build(run.model, run.compute, shard, rules.SAMPLE)
+  everywhere = rules.replicated(shard)
+  config = multi_turn.engine_config(method.rollouts, settings, num_shards)
   shape = engine_rows.shape(config, run.model.vocab_size)
   vocabulary = Vocabulary((), longest_tokens(run.model), jnp.ones(run.model.vocab_size, bool))
   dtype = engine_state.page_dtype(model, config.kv)
   placed = lambda tree: jax.tree.map(lambda x: abstract(x.shape, x.dtype, everywhere), tree)
-  now = placed(jax.eval_shape(lambda: engine_state.init(model, shape, vocabulary, dtype)))
+  now = jax.eval_shape(lambda: engine_state.init(model, shape, vocabulary, dtype))
+  layout = engine_rows.layout(shard, now)
+  now = jax.tree.map(lambda x, there: abstract(x.shape, x.dtype, there), now, layout)
   queue = placed(engine_rows.empty_queue(shape, PrefixCache(shape.documents, shape.document_len)))
   number, key = abstract((), jnp.int32, everywhere), jax.eval_shape(lambda: jax.random.key(0))
+  params = placed(P.abstract(model.specs)) if mesh.size == 1 else weight_sync.abstract(
+      model, shard, run.model.quant.weights == 'ternary', run.compute.dtype)
   advance = functools.partial(slots.advance, model, shape, vocabulary)
-  return Program('engine: prefill and decode of turns', jax.jit(advance, donate_argnums=4),
-                 (placed(P.abstract(model.specs)), placed(key), number, queue, now, number), 1 / 4,
-                 beside=beside)
+  return Program('engine: prefill and decode of turns',
+                 jax.jit(advance, donate_argnums=4, out_shardings=layout),
+                 (params, placed(key), number, queue, now, number), 1 / 4, beside=beside,
+                 copies=num_shards)
 
 
 def longest_tokens(model: cfg.Model) -> TokenBytes:

@@ -45,6 +45,16 @@ def make_mesh(config: cfg.Mesh, devices: list[jax.Device] | None = None) -> jax.
   return jax.sharding.Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def shard_meshes(mesh: jax.sharding.Mesh) -> list[jax.sharding.Mesh]:
+  """A mesh of its own for each shard of the data, in the order in which the shards' rows stand.
+
+  It has the devices of one coordinate of data and fsdp, whose axes have one part each.
+  """
+  num_data, num_fsdp = mesh.shape['data'], mesh.shape['fsdp']
+  return [jax.sharding.Mesh(mesh.devices[d:d + 1, f:f + 1], AXES, axis_types=mesh.axis_types)
+          for d in range(num_data) for f in range(num_fsdp)]
+
+
 def _num_slices(devices: list[jax.Device]) -> int:
   # A device has a slice_index only in jobs of several slices.
   return len({getattr(device, 'slice_index', 0) for device in devices})

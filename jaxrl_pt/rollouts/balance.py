@@ -28,9 +28,11 @@ MAX_PROMPTS = 2**16  # prompts whose lengths are remembered; the oldest are forg
 def is_balanced(method: cfg.Reinforced, mesh: Mesh) -> bool:
   """Whether a run lays its groups over the data shards by their length.
 
-  Prompts that share a document stay together, and responses under way stay where they are.
+  Prompts that share a document stay together, and responses under way stay where they are. Episodes
+  of several turns are laid out by `multi_turn.Player`.
   """
-  return (rules.num_shards(mesh) > 1 and method.positions_per_document == 1
+  several_turns = isinstance(method, cfg.RL) and isinstance(method.verifier, cfg.Interactive)
+  return (rules.num_shards(mesh) > 1 and method.positions_per_document == 1 and not several_turns
           and not isinstance(method.rollouts.mode, cfg.InFlight))
 
 

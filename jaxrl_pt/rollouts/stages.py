@@ -150,7 +150,7 @@ class Stages:
       rollouts = self.draw(params, prompts, batch, version)
       return rollouts, self.submit(prompts, rollouts, references)
     started = time.perf_counter()
-    played, pending = verifier.draw(self._sync_weights(params, version), prompts, batch, version)
+    played, pending = verifier.draw(params, prompts, batch, version)
     self.clock('generate', started)
     return self._session.put_rows(played), pending
 

@@ -94,7 +94,6 @@ class Engine:
     """
     self.config, self._params = config, params
     self.version = version
-    self._run_key = self._key = jax.random.key(seed)
     self._shape = engine_rows.shape(config, model.config.vocab_size)
     self._vocabulary = engine_rows.vocabulary(token_bytes, unused_ids, model.config.vocab_size,
                                               think_end)
@@ -105,6 +104,8 @@ class Engine:
         f'{config.response_len} tokens', 'ask for fewer or shorter ones')
     layout = None if mesh is None else engine_rows.layout(mesh, jax.eval_shape(init))
     self._everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+    # The key lies where the program runs: another device may be busy when it is asked for.
+    self._run_key = self._key = jax.device_put(jax.random.key(seed), self._everywhere)
     self._slots = jax.jit(init, out_shardings=layout)()
     self._documents = PrefixCache(self._shape.documents, self._shape.document_len)
     self._queue: Any = engine_rows.empty_queue(self._shape, self._documents)  # of NumPy arrays
@@ -303,9 +304,14 @@ class Engine:
       raise UserError(f'{len(self._rows)} responses of version {self.version} are under way: '
                       f'collect or cancel them before loading version {version}.')
     self._params, self.version = params, version
-    self._key = self._run_key if batch is None else jax.random.fold_in(self._run_key, batch)
+    key = self._run_key if batch is None else jax.random.fold_in(self._run_key, batch)
+    self._key = jax.device_put(key, self._everywhere)
     self._documents.clear()
     self._on_device = None
+
+  def unload(self) -> None:
+    """Lets go of the parameters, whose memory others may use until `load` brings new ones."""
+    self._params = {}
 
   def counters(self) -> dict[str, float]:
     """Counts since the engine was made, and the pages that are in use now.

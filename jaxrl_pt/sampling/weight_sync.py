@@ -133,6 +133,26 @@ def shardings(model: Model, mesh: Mesh, packed: bool) -> Any:
   return jax.tree_util.tree_map_with_path(leaf, whole)
 
 
+def on_shard(params: Params, mesh: Mesh) -> Params:
+  """A sampler's parameters as arrays of one shard's mesh.
+
+  They are whole along the axes data and fsdp, so that the shard's devices hold all of them: nothing
+  is moved, and no second copy is made.
+
+  Args:
+    params: from `sync`.
+    mesh: one of `mesh.shard_meshes` of the mesh that they lie on.
+  """
+  devices = set(mesh.devices.flat)
+
+  def leaf(x: Any) -> Array:
+    held = [shard.data for shard in x.addressable_shards if shard.device in devices]
+    sharding = NamedSharding(mesh, x.sharding.spec)
+    return jax.make_array_from_single_device_arrays(x.shape, sharding, held)
+
+  return jax.tree.map(leaf, params)
+
+
 def abstract(model: Model, mesh: Mesh, packed: bool, dtype: DTypeLike = jnp.float32) -> Params:
   """The sampler's parameters as ShapeDtypeStructs with shardings, for compiling ahead of time."""
   specs = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype), model.specs,

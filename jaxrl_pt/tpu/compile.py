@@ -130,19 +130,20 @@ def _examine(program: Program, run: cfg.Run, chip: chips.Chip,
               f'({_size(memory.peak_memory_in_bytes)} alive at peak, which the compiler accepts)'),
           'buffers': [dataclasses.asdict(b) for b in hlo.biggest(module)],
           'compile_seconds': seconds,
-          **_speeds(module, traced.jaxpr.jaxpr, run, program.share, chip, num_devices)}
+          **_speeds(module, traced.jaxpr.jaxpr, run, program, chip, num_devices)}
 
 
-def _speeds(module: hlo.Module, jaxpr: Any, run: cfg.Run, share: float, chip: chips.Chip,
+def _speeds(module: hlo.Module, jaxpr: Any, run: cfg.Run, program: Program, chip: chips.Chip,
             num_devices: int) -> Row:
   """Collectives, kernels, FLOPs and the roofline of a compiled program."""
   collectives = hlo.collectives(module)
-  macs = roofline.multiply_adds(jaxpr)
+  of_one = roofline.multiply_adds(jaxpr)
+  macs = type(of_one)({kind: n * program.copies for kind, n in of_one.items()})
   per_device = type(macs)({kind: n / num_devices for kind, n in macs.items()})
   hbm_bytes = hlo.hbm_bytes(module)
   bound = roofline.estimate(chip, per_device, hbm_bytes, sum(c.wire_bytes for c in collectives))
   kind = jobs.kind(run.objective)
-  flops, tokens = share * kind.model_flops(run), kind.num_tokens(run)
+  flops, tokens = program.share * kind.model_flops(run), kind.num_tokens(run)
   peak = 2 * chip.macs_per_second['bf16'] * num_devices
   return {
       'collectives': [dataclasses.asdict(c) for c in collectives],

@@ -6,10 +6,11 @@ import jax
 import numpy as np
 import pytest
 
-from jaxrl_pt import metrics
+from jaxrl_pt import checkpoint, metrics
 from jaxrl_pt.jobs.open import load_state
+from jaxrl_pt.rollouts import record
 from tests.e2e.conftest import RL, Job
-from tests.e2e.test_rl_killed import LAST, assert_drawn_again, assert_replayed, die
+from tests.e2e.test_rl_killed import LAST, assert_drawn_again, assert_replayed, die, on_devices
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 # A guess is one byte. Three guesses and their answers fit into a response, so that rows of one, two
@@ -72,3 +73,23 @@ def test_a_run_that_was_killed_goes_on_to_the_bit(make_job: Callable[..., Job], 
     assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
   rows = [[metrics.deterministic(r) for r in j.rows()] for j in (job, whole)]
   assert rows[0] == rows[1]
+
+
+def test_on_a_mesh_a_killed_run_goes_on_and_begins_with_the_tokens_of_one_device(
+    make_job: Callable[..., Job], pretrained: Job, whole: Job):
+  sharded, job = (on_devices(4, make_job, GUESSES, start_from=str(pretrained.workdir), bindings=(
+      *BINDINGS, 'cfg.Mesh.data = 2', 'cfg.Mesh.fsdp = 2')) for _ in range(2))
+  done = sharded.run()
+  assert done.returncode == 0, done.stderr
+  die(job, 'draw_verified', 'after', 3)
+  done = job.run()
+  assert done.returncode == 0 and 'Resuming from step' in done.stdout, done.stderr
+  one, other = (checkpoint._read_record(j.workdir / 'checkpoints', LAST)['leaves']
+                for j in (job, sharded))
+  assert one == other  # The checksum of every array.
+  rows = [[metrics.deterministic(r) for r in j.rows()] for j in (job, sharded)]
+  assert rows[0] == rows[1] and len(rows[0]) == LAST + 1
+  assert all(1 <= row['mismatch'] <= 1 + 1e-4 and row['verified'] == 1 for row in rows[0][1:])
+  first, alone = (record.load(j.workdir / 'rollouts' / '1.npz')[1] for j in (sharded, whole))
+  np.testing.assert_array_equal(first.tokens, alone.tokens)
+  np.testing.assert_allclose(first.logp, alone.logp, atol=1e-4)

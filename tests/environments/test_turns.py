@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from pathlib import Path
+import threading
 import types
 
 import jax
@@ -59,7 +60,7 @@ def engine_of(sizes):
                        token_bytes=[*TOKENIZER.token_bytes(), *[b''] * 3])
 
 
-SIZES = multi_turn.engine_config(ROLLOUTS, SETTINGS)
+SIZES = multi_turn.engine_config(ROLLOUTS, SETTINGS, 1)
 
 
 def make_player(pool, texts, settings=SETTINGS, rollouts=ROLLOUTS, sizes=SIZES):
@@ -72,7 +73,7 @@ def make_player(pool, texts, settings=SETTINGS, rollouts=ROLLOUTS, sizes=SIZES):
   session = sessions.Session(run, Path('unused'), '', make_mesh(cfg.Mesh()),
                              types.SimpleNamespace(tokenizer=TOKENIZER))
   player = multi_turn.Player(session, method, pool, make_transcript(settings, TOKENIZER), problems)
-  player._engine = engine_of(sizes)
+  player._engines = [engine_of(sizes)]
   return player, problems
 
 
@@ -176,13 +177,14 @@ def test_a_batch_is_repeated_to_the_bit(pool, whole):
 def test_a_turn_prefills_the_observation_and_one_token_alone(pool):
   player, problems = make_player(pool, ['end 4'])
   prompts, _ = player.take(problems)
-  before = player._engine.counters()['prefilled']
+  engine, = player._engines
+  before = engine.counters()['prefilled']
   rollouts, _ = player.draw(PARAMS, prompts, BATCH, VERSION)
   # The prompt but its last token goes through the model once for both samples. Of each later turn
   # it is the last drawn token and the observation, but for its own last token.
   observed = rollouts.in_response.sum() - rollouts.sampled.sum()
   assert observed >= 6 * 12
-  assert player._engine.counters()['prefilled'] - before == prompts.lengths[0] - 1 + observed
+  assert engine.counters()['prefilled'] - before == prompts.lengths[0] - 1 + observed
 
 
 def test_responses_of_one_turn_are_those_of_the_sampler(pool):
@@ -199,6 +201,58 @@ def test_responses_of_one_turn_are_those_of_the_sampler(pool):
   for name in ('in_response', 'sampled', 'version', 'turn'):
     np.testing.assert_array_equal(getattr(drawn, name), getattr(wanted, name))
   assert len({row.tobytes() for row in drawn.tokens.reshape(8, -1)}) == 8
+
+
+# --- Several engines --------------------------------------------------------------------
+
+
+class FakeEngine:
+  """Takes one row at a time and ends its text in the next call, which waits for `before`.
+
+  The call that ends a text of the row `last` sets `after`.
+  """
+
+  def __init__(self, before, after, last):
+    self.config = types.SimpleNamespace(queue=1)
+    self._before, self._after, self._last, self._handle = before, after, last, None
+
+  def room(self):
+    return self._handle is None
+
+  def submit(self, request):
+    self._handle = request.id
+    return request.id
+
+  def cancel(self, handle):
+    pass
+
+  def advance(self, max_steps=None):
+    assert self._before.wait(20), 'an engine waited for another one'
+    handle, self._handle = self._handle, None
+    if handle == self._last:
+      self._after.set()
+    text = np.array([ord('t')])
+    return [(handle, engine.Response(handle, 0, text, text * 0.0, text * 1.0, 'stop_string', 0))]
+
+
+def test_no_engine_waits_for_another(pool):
+  """The first engine's first call ends when the second one has drawn a turn of its last row."""
+  free, over = threading.Event(), threading.Event()
+  free.set()
+  openings = [[turns.Opening((65,), id, 0, start.episode) for id, start in zip(ids, pool.start(
+      [interactive.Problem('end 3')] * len(ids)), strict=True)] for ids in ([0], [1, 2])]
+  rows = turns.draw_turns([FakeEngine(over, free, 0), FakeEngine(free, over, 2)], pool,
+                          make_transcript(SETTINGS, TOKENIZER), openings, turns.Bounds(80, 5),
+                          ROLLOUTS.sampler)
+  assert [(row.opening.id, row.episode.num_turns) for row in rows] == [(0, 3), (1, 3), (2, 3)]
+
+
+def test_groups_are_shared_out_in_stretches():
+  rows = lambda groups: [(n, g) for n in groups for g in range(2)]
+  for num_groups, num_shards, wanted in (
+      (4, 2, [[0, 1], [2, 3]]), (3, 2, [[0], [1, 2]]), (2, 4, [[], [0], [], [1]])):
+    shared = multi_turn.stretches(rows(range(num_groups)), 2, num_shards)
+    assert shared == [rows(groups) for groups in wanted]
 
 
 # --- Learning ---------------------------------------------------------------------------
@@ -247,7 +301,7 @@ def test_preflight_compiles_the_program_that_the_run_draws_with(pool):
   assert [p.name for p in others][0] == 'learner: advantages and updates'
   shapes = lambda tree: [(x.shape, x.dtype) for x in jax.tree.leaves(tree)]
   params, _, _, queue, slots, _ = first.args
-  made = player._engine
+  made, = player._engines
   assert shapes(params) == shapes(PARAMS) and shapes(slots.cache) == shapes(made._slots.cache)
   assert shapes(queue) == shapes(jax.tree.map(np.asarray, made._queue))
   assert shapes(first.run.eval_shape(*first.args)) == shapes(slots)
@@ -262,8 +316,9 @@ def test_what_several_turns_do_not_have_is_refused(pool):
     changed(mode=cfg.OneStepOff())
   with pytest.raises(UserError, match='draws by dense attention'):
     changed(sparse=cfg.ReSA())
-  with pytest.raises(UserError, match='draws on one device, and the mesh has 2'):
-    multi_turn.check_mesh(types.SimpleNamespace(size=2))
+  hosts = [types.SimpleNamespace(process_index=host) for host in (0, 0, 1, 1)]
+  with pytest.raises(UserError, match='on one host, and the devices belong to 2'):
+    multi_turn.check_hosts(types.SimpleNamespace(devices=np.array(hosts)))
 
 
 # --- Hostile environments ---------------------------------------------------------------
@@ -299,12 +354,13 @@ def check_hostile(pool, whole, num_prompts):
   assert TOKENIZER.decode(drawn.tokens[8, 0].tolist()).count('é' * 8 + ' [cut]|A') == 1
   again, _ = player.draw(PARAMS, prompts, BATCH, VERSION)
   np.testing.assert_array_equal(drawn.tokens, again.tokens)
-  assert player._engine.room() == SIZES.queue
-  now = player._engine.counters()
+  engine, = player._engines
+  assert engine.room() == SIZES.queue
+  now = engine.counters()
   assert now['pages_in_use'] == now['kept_pages']  # No row holds any.
-  player._engine.load(PARAMS, VERSION)
-  player._engine.advance(0)
-  assert player._engine.counters()['pages_in_use'] == 0
+  engine.load(PARAMS, VERSION)
+  engine.advance(0)
+  assert engine.counters()['pages_in_use'] == 0
   assert len(psutil.Process().children(recursive=True)) == processes
 
 
@@ -329,6 +385,6 @@ def test_after_an_error_the_engine_goes_on(pool, whole, monkeypatch):
       patch.setattr(turns, function, broken)
       with pytest.raises(KeyboardInterrupt):
         player.draw(PARAMS, prompts, BATCH, VERSION)
-    assert player._engine.room() == SIZES.queue
+    assert player._engines[0].room() == SIZES.queue
   again, _ = player.draw(PARAMS, prompts, BATCH, VERSION)
   np.testing.assert_array_equal(again.tokens, whole[2].tokens)
