@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jaxrl_pt.models import kv_cache
 from jaxrl_pt.models.base import Model
 from jaxrl_pt.nn import block_selection
-from jaxrl_pt.nn.attention import QUERIES_AT_ONCE, MASKED
+from jaxrl_pt.nn.attention import MASKED, QUERIES_AT_ONCE
 from jaxrl_pt.sampling.prefill import Prefilled
 from jaxrl_pt.types import Array, Params, Prompts, SelectedBlocks
 
