@@ -235,7 +235,7 @@ def _causal_forward(q: Array, k: Array, v: Array,
       return out.astype(q.dtype), highest + jnp.log(z)
 
     firsts = before + start + size * jnp.arange(number)
-    out, log_z = jax.lax.map(block, (_blocks(q, start, number, size), firsts))
+    out, log_z = jax.lax.map(jax.checkpoint(block), (_blocks(q, start, number, size), firsts))
     outs.append(out)
     log_zs.append(log_z)
   out = _join(outs, q.shape[2])
@@ -266,8 +266,8 @@ def _causal_backward(saved: tuple[Array, ...],
 
     rows = [_blocks(x, start, number, size) for x in (q, d_out, log_z, inner)]
     firsts = before + start + size * jnp.arange(number)
-    (dk_range, dv_range), dq = jax.lax.scan(block, (dk[:, :, :end], dv[:, :, :end]),
-                                            (*rows, firsts))
+    (dk_range, dv_range), dq = jax.lax.scan(jax.checkpoint(block),
+                                            (dk[:, :, :end], dv[:, :, :end]), (*rows, firsts))
     dk, dv = dk.at[:, :, :end].set(dk_range), dv.at[:, :, :end].set(dv_range)
     dqs.append(dq)
   dq = _join(dqs, q.shape[2]).astype(q.dtype)

@@ -12,6 +12,7 @@ from typing import Any
 from flax import struct
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from jaxrl_pt.config import ActivationQuant
 from jaxrl_pt.types import Array, Params
@@ -72,18 +73,20 @@ class TernaryWeight:
   scale: Array  # f32[..., 1, 1]
 
 
-def pack(params: Params, is_packed: Callable[[tuple[Any, ...]], bool]) -> Params:
+def pack(params: Params, is_packed: Callable[[tuple[Any, ...]], bool],
+         dtype: DTypeLike = jnp.int2) -> Params:
   """Packs some matrices of a parameter tree into TernaryWeight, 2 bits a weight, for inference.
 
   Args:
     params: any tree of f32[..., I, O] leaves, matrices stacked over layers included.
     is_packed: says whether the leaf at a path is the weight of a BitLinear.
+    dtype: the type of the codes; a wider one than two bits is not yet what a product reads.
   """
   def leaf(path: tuple[Any, ...], w: Array) -> Any:
     if not is_packed(path):
       return w
     codes, scale = ternary(w)
-    return TernaryWeight(codes.astype(jnp.int2), scale)
+    return TernaryWeight(codes.astype(dtype), scale)
 
   return jax.tree_util.tree_map_with_path(leaf, params)
 

@@ -46,7 +46,8 @@ def make_weight_sync(model: Model, mesh: Mesh, packed: bool, dtype: DTypeLike = 
     RuntimeError: (raised by sync) a leaf's checksum differs after the move.
   """
   move = make_move(model, mesh, packed, dtype)
-  leave = jax.jit(functools.partial(_as_read, model, packed, dtype))
+  # The checksum of codes is that of their values, whatever their type.
+  leave = jax.jit(functools.partial(_as_read, model, packed, dtype, jnp.int32))
 
   def sync(params: Params, version: int) -> Policy:
     arrived = move(params)
@@ -57,8 +58,12 @@ def make_weight_sync(model: Model, mesh: Mesh, packed: bool, dtype: DTypeLike = 
   return sync
 
 
-def _as_read(model: Model, packed: bool, dtype: DTypeLike, params: Params) -> Params:
-  """The parameters as the sampler reads them.
+def _as_read(model: Model, packed: bool, dtype: DTypeLike, codes: DTypeLike, params: Params
+             ) -> Params:
+  """The parameters as the sampler reads them, with ternary codes of the type `codes`.
+
+  A chip's part of a weight may be too small for the TPU compiler to lay out in two bits (ten rows
+  of 2,560 on 256 chips), so that codes become int2 where they are whole.
 
   Gains stay as they are. The latent weights of a BitLinear that is not packed stay in float32,
   since its scale is their mean in float32.
@@ -67,7 +72,7 @@ def _as_read(model: Model, packed: bool, dtype: DTypeLike, params: Params) -> Pa
       'table', 'head', 'projection')
   params = jax.tree.map(lambda spec, x: x.astype(dtype) if spec.role in rounded else x,
                         model.specs, params, is_leaf=is_spec)
-  return pack(params, _is_bit_linear(model)) if packed else params
+  return pack(params, _is_bit_linear(model), codes) if packed else params
 
 
 def _is_bit_linear(model: Model) -> Callable[[tuple[Any, ...]], bool]:
@@ -91,18 +96,18 @@ def make_move(model: Model, mesh: Mesh, packed: bool, dtype: DTypeLike = jnp.flo
   laid_out = shardings(model, mesh, packed)
 
   def copy(params: Params) -> Params:
-    return jax.tree.map(_moved, _as_read(model, packed, dtype, params), laid_out)
+    leaving = _as_read(model, packed, dtype, jnp.int8, params)
+    return jax.tree.map(_moved, leaving, laid_out)
 
   return jax.jit(copy, out_shardings=laid_out)
 
 
 def _moved(x: Array, sharding: NamedSharding) -> Array:
-  if x.dtype != jnp.int2:
+  if x.dtype != jnp.int8:
     return jnp.copy(x)
   # Codes move as bytes: between processes, XLA's collectives on CPUs write past the end of 2-bit
-  # arrays. The barriers keep XLA from moving the conversions across the move.
-  codes = jax.lax.optimization_barrier(x.astype(jnp.int8))
-  whole = jax.lax.with_sharding_constraint(codes, sharding)
+  # arrays. The barriers keep XLA from moving the conversion across the move.
+  whole = jax.lax.with_sharding_constraint(jax.lax.optimization_barrier(x), sharding)
   return jax.lax.optimization_barrier(whole).astype(jnp.int2)
 
 
@@ -157,7 +162,7 @@ def abstract(model: Model, mesh: Mesh, packed: bool, dtype: DTypeLike = jnp.floa
   """The sampler's parameters as ShapeDtypeStructs with shardings, for compiling ahead of time."""
   specs = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype), model.specs,
                        is_leaf=is_spec)
-  shapes = jax.eval_shape(functools.partial(_as_read, model, packed, dtype), specs)
+  shapes = jax.eval_shape(functools.partial(_as_read, model, packed, dtype, jnp.int2), specs)
   return jax.tree.map(
       lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes,
       shardings(model, mesh, packed))

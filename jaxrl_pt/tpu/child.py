@@ -6,9 +6,11 @@ module imports no JAX.
 """
 
 from collections.abc import Iterator
+from importlib.metadata import version
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -52,7 +54,7 @@ def rows(module: str, *arguments: str, dump_to: str = '') -> Iterator[Row]:
   """Yields the rows that `python -m module arguments` prints, as they come.
 
   Raises:
-    UserError: libtpu is missing, or the child has printed a row {'user_error': …}.
+    UserError: libtpu is missing or has aborted, or the child has printed a row {'user_error': …}.
     RuntimeError: the child failed; the message has the end of its error output.
   """
   check_libtpu()
@@ -69,5 +71,12 @@ def rows(module: str, *arguments: str, dump_to: str = '') -> Iterator[Row]:
         yield row
     if process.wait():
       errors.seek(0)
+      said = errors.read()
+      if process.returncode in (-signal.SIGABRT, -signal.SIGSEGV):
+        name = signal.Signals(-process.returncode).name
+        checks = [line for line in said.splitlines() if 'Check failed' in line] or ['no reason']
+        raise UserError(f'The TPU compiler ended by {name}, which is a mistake of libtpu '
+                        f'{version("libtpu")} and says nothing about the settings ({checks[0]}): '
+                        'try another topology, other sizes or another version of libtpu.')
       raise RuntimeError(f'{module} {" ".join(arguments)} failed ({process.returncode}):\n'
-                         f'{errors.read()[-4000:]}')
+                         f'{said[-4000:]}')

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jaxrl_pt.nn import attention
+from jaxrl_pt.tpu import roofline
 
 
 @pytest.mark.parametrize('num_new', [5, 8, 3, 37])
@@ -35,3 +36,26 @@ def test_blocks_equal_the_whole(num_new, monkeypatch):
   for a, b in zip(got_grads, want_grads, strict=True):
     assert np.abs(b).max() > 0
     np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max())
+
+
+def test_no_mask_of_the_scores_is_kept_for_the_backward_pass():
+  docs, branches, new, heads, groups, width, length = 1, 3, 512, 4, 2, 8, 16
+  shapes = ((docs, branches, new, heads, width), *[(docs, groups, length, width)] * 2,
+            *[(docs, groups, branches, new, width)] * 2)
+  lengths = jnp.full((docs, branches), length)
+
+  def loss(q, k, v, *own):
+    return attention.blocked_branch_attention(q, k, v, lengths, *own).sum()
+
+  traced = jax.make_jaxpr(jax.grad(loss, argnums=range(5)))(*map(jnp.zeros, shapes))
+  loops = [v.aval for eqn in equations(traced.jaxpr) if eqn.primitive.name == 'scan'
+           for v in eqn.outvars]
+  assert max(x.size for x in loops) == branches * new * heads * width
+  assert not [x for x in loops if x.dtype == bool]
+
+
+def equations(jaxpr):
+  for eqn in jaxpr.eqns:
+    yield eqn
+    for inner in roofline.inner(eqn):
+      yield from equations(inner)

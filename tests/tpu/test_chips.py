@@ -49,3 +49,10 @@ def test_without_the_compiler_one_sentence_says_what_to_install(monkeypatch):
   monkeypatch.setattr(child.importlib.util, 'find_spec', lambda name: None)
   with pytest.raises(UserError, match='pip install libtpu'):
     child.check_libtpu()
+
+
+def test_a_compiler_that_aborts_is_one_sentence():
+  pytest.importorskip('libtpu')
+  with pytest.raises(UserError, match='SIGABRT.*Check failed: buffer') as found:
+    list(child.rows('tests.tpu.aborting'))
+  assert '\n' not in str(found.value)
