@@ -14,6 +14,7 @@ from jaxrl_pt.errors import UserError
 from jaxrl_pt.interop import huggingface as hf
 from jaxrl_pt.interop import verify as verification
 from jaxrl_pt.interop.huggingface_config import to_config
+from jaxrl_pt.parallel import rules
 from jaxrl_pt.parallel.mesh import make_mesh
 from jaxrl_pt.run import places, policy, saved
 from jaxrl_pt.run import session as sessions
@@ -49,13 +50,14 @@ def import_model(source: Path, workdir: Path) -> str:
                     'its config.json.')
   with files.whole_directory(workdir) as folder:
     settings = hf.read_json(source / 'config.json')
-    to_config(settings, str(source / 'config.json'))  # A refusal comes before anything is read.
+    config = to_config(settings, str(source / 'config.json'))
     tokenizer, setting = _tokenizer(source, settings, workdir)
-    mesh = make_mesh(cfg.Mesh())
-    config, values = hf.load_model(source, mesh)
     if tokenizer.vocab_size > config.vocab_size:
       raise UserError(f'The tokenizer in {source} has {tokenizer.vocab_size} tokens but the model '
                       f'has {config.vocab_size}: the files are not of one model.')
+    mesh = make_mesh(cfg.Mesh())
+    rules.check_divides(_run(config, setting, settings), mesh)
+    config, values = hf.load_model(source, mesh)  # Refusals come before anything large is read.
     run = _run(config, setting, settings)
     tokenizer.save(folder / places.TOKENIZER)
     data = sessions.policy_data(run, folder, {'tokenizer': tokenizer.fingerprint})

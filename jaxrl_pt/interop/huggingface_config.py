@@ -186,8 +186,7 @@ def _rope(settings: Settings, where: str) -> tuple[float | None, cfg.Rope]:
     thetas.append(section.get('rope_theta'))
   thetas = [t for t in (*thetas, settings.get('rope_theta')) if t is not None]
   for theta in thetas:
-    if isinstance(theta, bool) or not isinstance(theta, (int, float)):
-      raise UserError(f'{where}: rope_theta is {theta!r}, but it must be a number.')
+    _check_number(theta, 'rope_theta', where)
   if len(set(thetas)) > 1:
     raise UserError(f'{where} gives rope_theta as {" and as ".join(map(str, thetas))}: leave the '
                     'one that the model was trained with.')
@@ -208,9 +207,7 @@ def _scaling(section: Settings, name: str, where: str) -> cfg.Rope:
     return cfg.PlainRope()
   _check_known(section, _READ_ROPE | set(_LLAMA3), _NEUTRAL_ROPE, where, f'{name}.')
   for key in _LLAMA3:
-    value = section.get(key)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-      raise UserError(f'{where}: {name}.{key} is {value!r}, but it must be a number.')
+    _check_number(section.get(key), f'{name}.{key}', where)
   return cfg.Llama3Rope(float(section['factor']), float(section['low_freq_factor']),
                         float(section['high_freq_factor']),
                         int(section['original_max_position_embeddings']))
@@ -291,6 +288,13 @@ def _section(settings: Settings, name: str, where: str) -> Settings:
   if not isinstance(section, dict):
     raise UserError(f'{where}: {name} is {section!r}, but it must be an object.')
   return section
+
+
+def _check_number(value: Any, name: str, where: str) -> None:
+  # The bound also refuses the infinities and NaN that Python reads in JSON.
+  is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+  if not is_number or not abs(value) <= 1e30:
+    raise UserError(f'{where}: {name} is {value!r}, but it must be a number.')
 
 
 def _list(settings: Settings, name: str, where: str) -> list[Any]:

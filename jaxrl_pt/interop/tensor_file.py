@@ -173,7 +173,7 @@ def read(entry: Entry) -> np.ndarray:
   try:
     with entry.path.open('rb', buffering=0) as file:
       file.seek(entry.begin)
-      _fill(file, memoryview(raw))
+      _fill(file, raw.data)
   except (OSError, EOFError) as e:
     raise UserError(f'{entry.path} cannot be read to its end ({e}): download it again.') from e
   return raw.view(entry.dtype).reshape(entry.shape)

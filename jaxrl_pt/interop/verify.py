@@ -37,6 +37,7 @@ def check(folder: Path, config: cfg.Model, params: Params) -> float:
                     "pip install 'jaxrl_pt[hf]', or leave --verify out.") from e
   tokens = np.random.default_rng(0).integers(0, config.vocab_size, (_ROWS, _LENGTH))
   ours = _logits(config, params, tokens.astype(np.int32))
+  transformers.utils.logging.disable_progress_bar()
   try:
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():

@@ -193,3 +193,17 @@ def test_what_a_killed_import_leaves_is_removed_by_the_next(source: Path, tmp_pa
   assert left.name.startswith('.run-')
   assert main(flags) == 0
   assert [p.name for p in home.iterdir()] == ['run']
+
+
+def test_an_export_that_fails_or_is_stopped_leaves_nothing(workdir: Path, tmp_path, capsys,
+                                                           monkeypatch):
+  flags = ('export', '--workdir', str(workdir), str(tmp_path / 'out'), '--verify')
+  monkeypatch.setitem(sys.modules, 'transformers', None)
+  assert "pip install 'jaxrl_pt[hf]'" in mistake(capsys, *flags)
+
+  def interrupt(*arguments):
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(exchange, '_write_tokenizer', interrupt)
+  assert main(flags) == 130
+  assert list(tmp_path.iterdir()) == []

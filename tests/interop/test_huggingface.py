@@ -3,9 +3,14 @@
 import dataclasses
 import functools
 import json
+import os
 from pathlib import Path
+import subprocess
+import sys
+import textwrap
 import time
 import tracemalloc
+import zlib
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,6 +26,7 @@ from jaxrl_pt.interop import huggingface as hf
 from jaxrl_pt.interop import tensor_file
 from jaxrl_pt.models import transformer
 from jaxrl_pt.nn.quant import ternary
+from tests import xla_flags
 
 safetensors = pytest.importorskip('safetensors.numpy')
 
@@ -164,6 +170,9 @@ DEFAULT = {'rope_type': 'default', 'rope_theta': 10_000.0}
     ({'hidden_act': 'gelu'}, "hidden_act 'gelu'"),
     # Scaled RoPE under any of its names, beside one that says the default or alone.
     ({'rope_scaling': {'rope_type': 'llama3'}}, 'rope_scaling.factor is None'),
+    ({'rope_scaling': {**SCALED, 'original_max_position_embeddings': float('inf')}},
+     'original_max_position_embeddings is inf'),
+    ({'rope_theta': float('nan')}, 'rope_theta is nan'),
     ({'rope_scaling': {**SCALED, 'low_freq_factor': 4.0}}, 'high_freq_factor = 4.0 is not above'),
     ({'rope_scaling': {**SCALED, 'attention_factor': 2.0}}, 'attention_factor = 2.0 is not'),
     ({'rope_scaling': SCALED, 'rope_parameters': DEFAULT}, 'scales RoPE in one way'),
@@ -398,6 +407,30 @@ def test_the_host_holds_one_tensor_at_a_time(tmp_path, monkeypatch):
     tracemalloc.stop()
   assert sum(x.nbytes for x in jax.tree.leaves(params)) > 10e6
   assert peak < 1.3 * 4 * 900 * 256  # NumPy's memory is traced, that of JAX's arrays is not
+
+
+def test_each_device_of_a_mesh_gets_its_part(tmp_path):
+  config = dataclasses.replace(QWEN2, vocab_size=12)
+  hf.save_model(tmp_path, config, draw(config))
+  environment = {**os.environ, 'XLA_FLAGS': xla_flags.with_devices(4), 'JAX_PLATFORMS': 'cpu'}
+  code = textwrap.dedent('''
+      import sys, zlib
+      import jax, numpy as np
+      from jaxrl_pt import config as cfg
+      from jaxrl_pt.interop import huggingface as hf
+      from jaxrl_pt.models import transformer
+      from jaxrl_pt.parallel import mesh, rules
+      devices = mesh.make_mesh(cfg.Mesh(fsdp=2, tensor=2))
+      config, params = hf.load_model(sys.argv[1], devices)
+      wanted = rules.param_shardings(transformer.build(config).specs, devices)
+      same = jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), params, wanted)
+      assert all(jax.tree.leaves(same)), same
+      print([zlib.crc32(np.ascontiguousarray(x)) for x in jax.tree.leaves(params)])''')
+  done = subprocess.run([sys.executable, '-c', code, str(tmp_path)], env=environment, text=True,
+                        capture_output=True, check=False)
+  assert done.returncode == 0, done.stderr
+  whole = [zlib.crc32(np.ascontiguousarray(x)) for x in jax.tree.leaves(draw(config))]
+  assert done.stdout.strip() == str(whole)
 
 
 @pytest.mark.parametrize('config, name', [
