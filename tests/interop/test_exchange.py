@@ -110,7 +110,10 @@ def test_it_evaluates_and_is_no_run_to_resume(workdir: Path, tmp_path, capsys):
   (tmp_path / 'held.txt').write_text('the text of the model ' * 20)
   text = (f"cfg.Data.source = @cfg.TextFiles()\ncfg.TextFiles.glob = '{tmp_path}/a.txt'\n"
           f"cfg.Data.validation_glob = '{tmp_path}/held.txt'\ncfg.Data.seq_len = 32\n")
-  assert main(['eval', '--workdir', str(workdir), '--json', '--gin_bindings', text]) == 0
+  moved = tmp_path / 'moved'
+  shutil.copytree(workdir, moved)
+  assert main(['eval', '--workdir', str(moved), '--json', '--gin_bindings', text, '--gin_bindings',
+               "cfg.HuggingFaceTokenizer.path = 'gone'"]) == 0
   assert 0 < json.loads(capsys.readouterr().out)['loss'] < 12
   assert 'holds a run of Imported' in mistake(
       capsys, 'train', '--gin_file', str(workdir / 'config.gin'), '--workdir', str(workdir),
