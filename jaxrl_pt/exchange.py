@@ -97,7 +97,7 @@ def _tokenizer(source: Path, settings: dict[str, Any], workdir: Path
   path = source / token_table.DEFINITION['tokenizer.json']
   if path.exists():
     end = _end_of_text(path, described, settings)
-    begin = tokenizer_json.begin_of_text(path)
+    begin = _begin_of_text(path, described)
     loaded = cfg.HuggingFaceTokenizer(str(path), end, begin)
     kept: cfg.Tokenizer = cfg.HuggingFaceTokenizer(str(home / path.name), end, begin)
     return tokenizers.train_or_load(loaded, ()), kept
@@ -110,10 +110,29 @@ def _tokenizer(source: Path, settings: dict[str, Any], workdir: Path
                   "model's tokenizer into it.")
 
 
+def _begin_of_text(path: Path, described: dict[str, Any]) -> str:
+  """The token that begins a text, '' for none.
+
+  If tokenizer_config.json says whether there is one, that counts, since transformers changes the
+  post-processor of tokenizer.json accordingly; otherwise the post-processor itself does.
+  """
+  match described.get('add_bos_token'), _content(described.get('bos_token')):
+    case False, _:
+      return ''
+    case True, str(token):
+      return token
+    case _:
+      return tokenizer_json.begin_of_text(path)
+
+
+def _content(token: Any) -> Any:
+  """A token of tokenizer_config.json, which may stand there with its properties."""
+  return token.get('content') if isinstance(token, dict) else token
+
+
 def _end_of_text(path: Path, described: dict[str, Any], settings: dict[str, Any]) -> str:
   """The token that ends a text, as tokenizer_config.json or config.json name it."""
-  token = described.get('eos_token')
-  token = token.get('content') if isinstance(token, dict) else token
+  token = _content(described.get('eos_token'))
   ids = settings.get('eos_token_id')
   first = ids[0] if isinstance(ids, list) and ids else ids
   if not isinstance(token, str) and isinstance(first, int):

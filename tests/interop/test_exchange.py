@@ -19,7 +19,6 @@ import tokenizers
 from jaxrl_pt import config as cfg
 from jaxrl_pt import exchange
 from jaxrl_pt import params as P
-from jaxrl_pt.data import tokenizer_json
 from jaxrl_pt.interop import huggingface as hf
 from jaxrl_pt.main import main
 from jaxrl_pt.models import transformer
@@ -176,10 +175,13 @@ def test_no_folder_and_a_tokenizer_of_another_model(tmp_path, capsys):
   assert not (tmp_path / 'y').exists()
 
 
-def test_the_end_of_text_is_found_by_its_id(source: Path):
+def test_which_tokens_begin_and_end_a_text(source: Path):
   path = source / 'tokenizer.json'
+  for described, begin in (({}, '<s>'), ({'add_bos_token': None}, '<s>'),
+                           ({'add_bos_token': True}, '<s>'), ({'add_bos_token': False}, ''),
+                           ({'add_bos_token': True, 'bos_token': {'content': '</s>'}}, '</s>')):
+    assert exchange._begin_of_text(path, described) == begin
   assert exchange._end_of_text(path, {}, {'eos_token_id': [1, 0]}) == '</s>'
-  assert tokenizer_json.begin_of_text(path) == '<s>'
   with pytest.raises(exchange.UserError, match='names a token'):
     exchange._end_of_text(path, {}, {'eos_token_id': 100_000})
 
