@@ -393,19 +393,19 @@ def test_shards_are_read_as_one_file_is(tmp_path, config):
 
 
 def test_the_host_holds_one_tensor_at_a_time(tmp_path, monkeypatch):
-  config = dataclasses.replace(LLAMA, num_layers=6, d_model=256, d_ff=512, vocab_size=900)
+  config = dataclasses.replace(LLAMA, num_layers=4, d_model=256, d_ff=512, vocab_size=900)
   hf.save_model(tmp_path, config, draw(config))
   hf.load_model(tmp_path)  # compiles
   read = tensor_file.read
   # JAX's threads let go of a tensor a moment after its last use.
-  monkeypatch.setattr(tensor_file, 'read', lambda entry: time.sleep(0.01) or read(entry))
+  monkeypatch.setattr(tensor_file, 'read', lambda entry: time.sleep(0.03) or read(entry))
   tracemalloc.start()
   try:
     _, params = hf.load_model(tmp_path)
     peak = tracemalloc.get_traced_memory()[1]
   finally:
     tracemalloc.stop()
-  assert sum(x.nbytes for x in jax.tree.leaves(params)) > 10e6
+  assert sum(x.nbytes for x in jax.tree.leaves(params)) > 8e6
   assert peak < 1.3 * 4 * 900 * 256  # NumPy's memory is traced, that of JAX's arrays is not
 
 
