@@ -38,12 +38,12 @@ OPTIONAL = (
     ('pyarrow', 'pyarrow', 'Parquet files', "pip install 'jaxrl_pt[parquet]'"),
     ('sentencepiece', 'sentencepiece', 'SentencePiece tokenizers',
      "pip install 'jaxrl_pt[sentencepiece]'"),
-    ('safetensors', 'safetensors', 'Hugging Face weights', "pip install 'jaxrl_pt[hf]'"),
     ('starlette', 'starlette', 'the HTTP server', "pip install 'jaxrl_pt[serve]'"),
     ('sympy', 'sympy', 'symbolic answers', "pip install 'jaxrl_pt[math]'"),
     ('reasoning-gym', 'reasoning_gym', "reasoning-gym's tasks", "pip install 'jaxrl_pt[gym]'"),
-    ('torch', 'torch', 'parity tests', 'make parity'),
-    ('transformers', 'transformers', 'parity tests', 'make parity'),
+    ('torch', 'torch', 'export --verify, parity tests', "pip install 'jaxrl_pt[hf]'"),
+    ('transformers', 'transformers', 'export --verify, parity tests',
+     "pip install 'jaxrl_pt[hf]'"),
 )
 _MODEL = cfg.Model(num_layers=2, d_model=64, d_ff=128, num_heads=4, num_kv_heads=2, head_dim=16,
                    vocab_size=257, activation='relu2', sub_norm=True)

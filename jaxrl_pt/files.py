@@ -4,18 +4,20 @@ from collections.abc import Iterator, Mapping
 import contextlib
 import errno
 import fcntl
+import glob
 import io
 import os
 from pathlib import Path
 import re
 import secrets
+import shutil
 from typing import Any
 
 import numpy as np
 
-from jaxrl_pt.errors import Unwritable
+from jaxrl_pt.errors import Unwritable, UserError
 
-_TEMPORARY = '.tmp'
+_TEMPORARY, _LOCK = '.tmp', '.lock'
 # The operating system's words for a disk, a quota or a size limit that is used up.
 FULL = tuple(os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 # Libraries report the operating system's errors as text, such as
@@ -113,6 +115,56 @@ def reason_of(error: BaseException | None) -> str | None:
         return os.strerror(getattr(errno, match[0]))
     error = error.__cause__ or error.__context__
   return None
+
+
+# --- Directories ----------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def whole_directory(final: Path) -> Iterator[Path]:
+  """Gives a hidden directory beside `final`, which is renamed to `final` at the end.
+
+  So `final` is whole or absent. What a killed process has left there is removed by the next that
+  makes the same directory.
+
+  Raises:
+    UserError: `final` exists, or cannot be written.
+  """
+  final = final.absolute()
+  if os.path.lexists(final):
+    raise UserError(f'{final} exists already: choose another place, or remove it first.')
+  temporary = final.with_name(f'.{final.name}-{secrets.token_hex(4)}{_TEMPORARY}')
+  with _writing_directory(final):
+    final.parent.mkdir(parents=True, exist_ok=True)
+    for old in final.parent.glob(f'.{glob.escape(final.name)}-*{_TEMPORARY}'):
+      _remove_if_abandoned(old)
+    temporary.mkdir()
+    try:
+      with locked(temporary / _LOCK):
+        yield temporary
+        (temporary / _LOCK).unlink()
+        sync(temporary)
+        os.rename(temporary, final)
+      sync(final.parent)
+    finally:
+      shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _writing_directory(final: Path) -> Iterator[None]:
+  """Turns an operating-system error into a UserError that names `final`."""
+  try:
+    yield
+  except OSError as error:
+    raise UserError(f'{final} cannot be written ({error.strerror or error}): free some space or '
+                    'choose another place.') from error
+
+
+def _remove_if_abandoned(directory: Path) -> None:
+  """Removes a directory whose lock can be taken, which its maker therefore no longer holds."""
+  with contextlib.suppress(OSError, HeldError), locked(directory / _LOCK) as supported:
+    if supported:
+      shutil.rmtree(directory, ignore_errors=True)
 
 
 # --- Locks ----------------------------------------------------------------------------

@@ -105,6 +105,7 @@ def make_parser() -> argparse.ArgumentParser:
 
   _add_rl_commands(add)
   _add_tpu_commands(add)
+  _add_exchange(add)
   doctor = add('doctor', 'What this machine offers, and a self-check of ten seconds.',
                'jaxrl-pt doctor --json')
   _add_workdir(doctor, '.')
@@ -165,6 +166,28 @@ def _add_tpu_commands(add: Callable[[str, str, str], argparse.ArgumentParser]) -
   kernels.add_argument('--keep', type=_path, metavar='DIR',
                        help="keep the compiler's raw schedules here")
   _add_json(kernels)
+
+
+def _add_exchange(add: Callable[[str, str, str], argparse.ArgumentParser]) -> None:
+  taken = add('import', 'Make a work directory of a Hugging Face folder.',
+              'jaxrl-pt import models/Qwen2.5-0.5B --workdir runs/qwen')
+  taken.description = (
+      f'{taken.description} Llama, Mistral, Qwen2, Qwen3 and BitNet models in safetensors; what '
+      'would be computed wrongly is refused by name. The work directory is then whole, and '
+      'absent if the import fails.')
+  taken.add_argument('source', type=_path, metavar='SRC',
+                     help='a folder with config.json, safetensors and the tokenizer')
+  _add_workdir(taken)
+  given = add('export', "Write a work directory's model as a Hugging Face folder.",
+              'jaxrl-pt export --workdir runs/qwen exported/qwen --verify')
+  _add_workdir(given)
+  _add_step(given)
+  given.add_argument('destination', type=_path, metavar='DST', help='the folder, which must not '
+                     'exist yet')
+  given.add_argument('--format', choices=('hf', 'hf-packed'), default='hf',
+                     help='hf-packed stores ternary weights in 2 bits (default %(default)s)')
+  given.add_argument('--verify', action='store_true', help='load the folder with the library '
+                     'transformers and compare logits before it gets its name')
 
 
 def _add_gin(parser: argparse.ArgumentParser, purpose: str = 'what to run') -> None:

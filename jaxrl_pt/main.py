@@ -191,6 +191,21 @@ def _eval(args: argparse.Namespace) -> int:
   return 0
 
 
+def _import(args: argparse.Namespace) -> int:
+  with _importing():
+    from jaxrl_pt import exchange
+  print(exchange.import_model(args.source, args.workdir))
+  return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+  with _importing():
+    from jaxrl_pt import exchange
+  print(exchange.export_model(args.workdir, args.destination, step=args.step,
+                              packed=args.format == 'hf-packed', verify=args.verify))
+  return 0
+
+
 def _methods(args: argparse.Namespace) -> int:
   with _importing():
     from jaxrl_pt import methods
@@ -277,8 +292,9 @@ def _kernels(args: argparse.Namespace) -> int:
 
 
 _COMMANDS = {'quickstart': _quickstart, 'train': _train, 'sample': _sample, 'chat': _chat,
-             'serve': _serve, 'eval': _eval, 'methods': _methods, 'play': _play, 'replay': _replay,
-             'doctor': _doctor, 'kernels': _kernels, 'preflight': _preflight}
+             'serve': _serve, 'eval': _eval, 'import': _import, 'export': _export,
+             'methods': _methods, 'play': _play, 'replay': _replay, 'doctor': _doctor,
+             'kernels': _kernels, 'preflight': _preflight}
 
 
 def _hide_closed_loops(unraisable: 'sys.UnraisableHookArgs') -> None:

@@ -16,9 +16,9 @@ from jaxrl_pt.types import Array, Params
 
 Init = Callable[[Array, tuple[int, ...], Any], Array]  # (key, shape, dtype) → array
 
-# A projection of a block (a BitLinear where weights are ternary), the table of embeddings, the head
-# that gives logits, or the gains of a norm.
-Role = Literal['projection', 'table', 'head', 'gain']
+# A projection of a block (a BitLinear where weights are ternary), its bias, the table of
+# embeddings, the head that gives logits, or the gains of a norm.
+Role = Literal['projection', 'bias', 'table', 'head', 'gain']
 
 
 class ParamSpec(NamedTuple):
@@ -28,9 +28,9 @@ class ParamSpec(NamedTuple):
   axes: the name of a logical axis for each dimension.
   init: draws the initial values.
   role: decides whether the parameter decays, is quantised, and is rounded in a weight sync.
-  hugging_face: the parameter's name in a Hugging Face model, without '.weight' and with {layer} if
-    the array is stacked over layers. It is empty if no such model has the parameter, and an export
-    is then refused.
+  hugging_face: the name of the parameter's module in a Hugging Face model, with {layer} if the
+    array is stacked over layers. It is empty if no such model has the parameter, and an export is
+    then refused.
   """
 
   shape: tuple[int, ...]
@@ -42,7 +42,7 @@ class ParamSpec(NamedTuple):
 
   @property
   def is_decayed(self) -> bool:
-    """Whether weight decay acts on it: on matrices that multiply, not on embeddings or gains."""
+    """Whether weight decay acts on it: on matrices that multiply, and on nothing else."""
     return self.role in ('projection', 'head')
 
 
@@ -60,6 +60,12 @@ def ones(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
   """All ones, for the gains of norms."""
   del key
   return jnp.ones(shape, dtype)
+
+
+def zeros(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+  """All zeros, for biases."""
+  del key
+  return jnp.zeros(shape, dtype)
 
 
 def map_specs(fn: Callable[[ParamSpec], Any], specs: Any) -> Any:

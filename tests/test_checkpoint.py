@@ -19,8 +19,8 @@ import optax
 import pytest
 
 from jaxrl_pt import checkpoint as ckpt
+from jaxrl_pt import checksum, types
 from jaxrl_pt import config as cfg
-from jaxrl_pt import types
 from jaxrl_pt.errors import Unwritable, UserError
 from tests import xla_flags
 
@@ -475,6 +475,16 @@ def slow_checksum(x: np.ndarray) -> int:
 def test_checksum_equals_its_definition(dtype):
   x = (jax.random.normal(jax.random.key(0), (3, 5, 7)) * 50).astype(dtype)
   assert ckpt.checksum({'x': x}) == {'x': slow_checksum(np.asarray(x))}
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'int8', 'complex64'])
+@pytest.mark.parametrize('piece', [1, 50, 104])
+def test_a_large_array_has_the_same_checksum_in_pieces(monkeypatch, dtype, piece):
+  x = (jax.random.normal(jax.random.key(0), (3, 5, 7)) * 50).astype(dtype)
+  tree = {'x': x, 'small': jnp.float32(1), 'flat': x.reshape(-1)}
+  whole = ckpt.checksum(tree)
+  monkeypatch.setattr(checksum, '_PIECE', piece)
+  assert ckpt.checksum(tree) == whole and list(whole) == ['flat', 'small', 'x']
 
 
 def test_checksum_of_narrow_scalar_and_empty_leaves():

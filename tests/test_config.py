@@ -21,6 +21,8 @@ RL = cfg.RL('a', cfg.Problems(cfg.Arithmetic(9)), cfg.AnswerMatch())
 # A valid value of every dataclass, as keyword arguments.
 VALID: dict[type, dict[str, Any]] = {
     cfg.Quant: {},
+    cfg.PlainRope: {},
+    cfg.Llama3Rope: {},
     cfg.Model: MODEL,
     cfg.Compute: {},
     cfg.Mesh: {},
@@ -103,6 +105,14 @@ REFUSED: list[tuple[type, str, list[Any], str]] = [
     (cfg.Model, 'sub_norm', [1, None], 'True or False'),
     (cfg.Model, 'tied_head', [0, 'no'], 'True or False'),
     (cfg.Model, 'quant', ['ternary', None], 'one of @cfg.Quant()'),
+    (cfg.Model, 'rope', ['llama3', None], 'one of @cfg.PlainRope(), @cfg.Llama3Rope()'),
+    (cfg.Model, 'qkv_bias', [1, None], 'True or False'),
+    (cfg.Model, 'qk_norm', [0, 'no'], 'True or False'),
+    (cfg.Model, 'param_dtype', ['float16', None], "one of 'float32', 'bfloat16'"),
+    (cfg.Llama3Rope, 'factor', [0.5, NAN, None], 'a number of at least 1'),
+    *((cfg.Llama3Rope, name, [0, NAN, None], 'a number above 0')
+      for name in ('low_freq_factor', 'high_freq_factor')),
+    (cfg.Llama3Rope, 'original_length', [0, 1.5, None], 'a whole number of at least 1'),
     (cfg.Compute, 'dtype', ['float16', None], "one of 'float32', 'bfloat16'"),
     (cfg.Compute, 'remat', ['full', True], "one of 'none', 'block'"),
     (cfg.Compute, 'unroll', [-1, 1.5], 'a whole number of at least 0'),
@@ -379,6 +389,7 @@ def test_every_field_has_a_row():
     (lambda: cfg.Quant(hadamard=True), "set Quant.weights = 'ternary'"),
     (lambda: cfg.Model(**{**MODEL, 'num_kv_heads': 3}), 'Model.num_heads = 4 is not a multiple'),
     (lambda: cfg.Model(**{**MODEL, 'head_dim': 7}), 'Model.head_dim = 7 is odd'),
+    (lambda: cfg.Llama3Rope(low_freq_factor=4), 'Llama3Rope.high_freq_factor = 4.0 is not above'),
     (lambda: cfg.RL('a', cfg.Problems(cfg.CodeProblems('a')),
                     cfg.Composite((cfg.CodeVerifier(),), (1.0,)), cfg.VerifierPool(wall_seconds=5)),
      'Interpreter.wall_seconds = 5 leaves a program as long as'),

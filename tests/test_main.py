@@ -16,7 +16,8 @@ from jaxrl_pt import main as cli
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = str(ROOT / 'gin/run/pretrain_tiny.gin')
-COMMANDS = ('quickstart', 'train', 'sample', 'chat', 'serve', 'eval', 'doctor')
+COMMANDS = ('quickstart', 'train', 'sample', 'chat', 'serve', 'eval', 'import', 'export',
+            'doctor')
 
 
 def _run(*args: str, cwd: Path = ROOT, stdin: bytes = b'') -> subprocess.CompletedProcess[bytes]:

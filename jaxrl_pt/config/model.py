@@ -1,7 +1,7 @@
 """The model, how its arithmetic is carried out, and the mesh of devices."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from jaxrl_pt.config import checks
 from jaxrl_pt.errors import UserError
@@ -38,6 +38,40 @@ class Quant:
 
 
 @dataclass(frozen=True)
+class PlainRope:
+  """RoPE with the frequencies of its paper (2104.09864)."""
+
+
+@dataclass(frozen=True)
+class Llama3Rope:
+  """RoPE whose slow frequencies are lowered, as Llama 3.1 does for longer texts (2407.21783).
+
+  factor: what a frequency is divided by whose wavelength is above original_length /
+    low_freq_factor. One below original_length / high_freq_factor stays; those between change over
+    linearly in original_length / wavelength.
+  original_length: the tokens of a text before the model was trained on longer ones.
+  """
+
+  factor: float = 8.0
+  low_freq_factor: float = 1.0
+  high_freq_factor: float = 4.0
+  original_length: int = 8192
+
+  def __post_init__(self) -> None:
+    checks.number(self, 'factor', 1.0)
+    checks.positive(self, 'low_freq_factor')
+    checks.positive(self, 'high_freq_factor')
+    checks.integer(self, 'original_length', 1)
+    if self.high_freq_factor <= self.low_freq_factor:
+      raise UserError(f'Llama3Rope.high_freq_factor = {self.high_freq_factor} is not above '
+                      f'Llama3Rope.low_freq_factor = {self.low_freq_factor}: the frequencies '
+                      'between the two change over from one to the other.')
+
+
+Rope = PlainRope | Llama3Rope
+
+
+@dataclass(frozen=True)
 class Model:
   """The shape of a decoder-only transformer.
 
@@ -46,6 +80,11 @@ class Model:
   sub_norm: whether a block has a second RMSNorm before W_o and W_down (SubLN).
   tied_head: whether the head is the transposed embedding.
   norm_epsilon: the epsilon of every RMSNorm, in which imported models differ.
+  rope: how RoPE's frequencies are scaled for long texts.
+  qkv_bias: whether queries, keys and values have biases (Qwen2).
+  qk_norm: whether each head of queries and keys has an RMSNorm before RoPE (Qwen3).
+  param_dtype: the type that parameters are kept in. Training wants float32, in which a small
+    update is not lost; an imported model keeps the type of its file.
   """
 
   num_layers: int
@@ -61,6 +100,10 @@ class Model:
   tied_head: bool = True
   quant: Quant = field(default_factory=Quant)
   norm_epsilon: float = 1e-5
+  rope: Rope = field(default_factory=PlainRope)
+  qkv_bias: bool = False
+  qk_norm: bool = False
+  param_dtype: Dtype = 'float32'
 
   def __post_init__(self) -> None:
     for name, high, beside, what in (
@@ -78,6 +121,10 @@ class Model:
     checks.flag(self, 'sub_norm')
     checks.flag(self, 'tied_head')
     checks.instance(self, 'quant', Quant)
+    checks.instance(self, 'rope', *get_args(Rope))
+    checks.flag(self, 'qkv_bias')
+    checks.flag(self, 'qk_norm')
+    checks.choice(self, 'param_dtype', Dtype)
     if self.num_heads % self.num_kv_heads:
       raise UserError(f'Model.num_heads = {self.num_heads} is not a multiple of '
                       f'Model.num_kv_heads = {self.num_kv_heads}: each key/value head serves '

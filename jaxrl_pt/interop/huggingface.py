@@ -1,4 +1,4 @@
-"""Imports and exports Hugging Face folders (config.json, safetensors) of Llama and BitNet models.
+"""Imports and exports Hugging Face folders: config.json and safetensors of five model families.
 
 Hugging Face's matrices are [out, in], ours [in, out]; both rotate RoPE pairs (i, i + E/2). A packed
 BitNet matrix holds four ternary rows in each byte, planar along the output rows, and one scale s:
@@ -7,11 +7,16 @@ divides by it (docs/methods/bitnet.md). Codes of which a share f is not 0 become
 codes · s / f. These have the file's codes as their codes, and s as their absmean up to the rounding
 of a float32 sum.
 
+Tensors are read one at a time, and each goes to the devices, into its place in the array of all
+layers, before the next is read: the host never holds a second copy of the model.
+
 Nothing in a folder is ignored: each key of config.json is accounted for (`huggingface_config`), and
 a tensor that the model has no place for is refused.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+import dataclasses
+import functools
 import json
 import math
 from pathlib import Path
@@ -19,19 +24,37 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 import numpy as np
 
 from jaxrl_pt import config as cfg
 from jaxrl_pt.errors import UserError
+from jaxrl_pt.interop import tensor_file
 from jaxrl_pt.interop.huggingface_config import linear_class, to_config, to_settings
+from jaxrl_pt.interop.tensor_file import Entry, Planned
 from jaxrl_pt.models import transformer
 from jaxrl_pt.nn.quant import EPSILON, ternary
+from jaxrl_pt.parallel import rules
 from jaxrl_pt.params import ParamSpec, is_spec, map_specs
-from jaxrl_pt.types import Params
+from jaxrl_pt.types import Array, Params
 
-Arrays = dict[str, np.ndarray]
+_EMBEDDING, _HEAD = 'model.embed_tokens.weight', 'lm_head.weight'
+# Old checkpoints hold RoPE's frequencies, which follow from config.json.
+_FREQUENCIES = 'rotary_emb.inv_freq'
 
-_EMBEDDING, _HEAD = 'model.embed_tokens.weight', 'lm_head'
+
+def tensor_name(spec: ParamSpec, layer: int = 0) -> str:
+  """What a parameter, or one layer of it, is called in a Hugging Face model."""
+  kind = 'bias' if spec.role == 'bias' else 'weight'
+  return f'{spec.hugging_face.format(layer=layer)}.{kind}'
+
+
+def _is_stacked(spec: ParamSpec) -> bool:
+  return '{layer}' in spec.hugging_face
+
+
+def _is_transposed(spec: ParamSpec) -> bool:
+  return spec.role in ('projection', 'head')
 
 
 # --- Packed ternary rows --------------------------------------------------------
@@ -69,131 +92,202 @@ def latent(codes: np.ndarray, scale: float) -> np.ndarray:
 # --- Import ---------------------------------------------------------------------
 
 
-def load_model(folder: str | Path) -> tuple[cfg.Model, Params]:
-  """Reads a Llama or BitNet model from a Hugging Face folder.
+def load_model(folder: str | Path, mesh: Mesh | None = None) -> tuple[cfg.Model, Params]:
+  """Reads a model from a Hugging Face folder.
+
+  Parameters are bfloat16 if all of the file's are, and float32 otherwise.
 
   Args:
     folder: a folder with config.json and model.safetensors, or with its shards and their index.
+    mesh: the devices that the parameters are split over; None takes the first device alone.
 
   Returns:
-    The configuration and a tree of f32 parameters in the layout of `models.transformer`.
+    The configuration and the tree of parameters in the layout of `models.transformer`.
 
   Raises:
-    UserError: a package or file is missing, the variant is not covered, or a tensor is missing, has
-      another shape or has no place.
+    UserError: a file is missing or damaged, the variant is not covered, or a tensor is missing, has
+      another shape, has no place or holds NaN.
   """
   folder = Path(folder)
-  path = folder / 'config.json'
-  settings = _read_json(path)
-  config = to_config(settings, str(path))
-  arrays = _read_arrays(folder)
-  kind, mode = linear_class(settings)
-  unread = set(arrays)
+  settings = read_json(folder / 'config.json')
+  config = to_config(settings, str(folder / 'config.json'))
+  weights = _Weights(folder, linear_class(settings))
+  config = dataclasses.replace(config, param_dtype=weights.dtype)
+  specs = transformer.build(config).specs
+  weights.check(config, specs)
 
-  def take(name: str, *shape: int) -> np.ndarray:
-    if name not in arrays:
-      raise UserError(f'{folder} has no tensor {name}: the checkpoint is incomplete or not of '
-                      f'model_type {settings["model_type"]!r}.')
-    if arrays[name].shape != shape:
-      raise UserError(f'Tensor {name} in {folder} has shape {arrays[name].shape} but config.json '
-                      f'asks for {shape}: the two files are not of one model.')
-    unread.discard(name)
-    return arrays[name]
+  def leaf(spec: ParamSpec) -> Array:
+    if _is_stacked(spec):
+      return _stack(spec, weights.read, mesh)
+    return _placed(weights.read(spec, 0), spec, spec.axes, mesh)
 
-  def matrix(name: str, num_in: int, num_out: int) -> np.ndarray:
-    if kind == '' or mode == 'online' and kind == 'autobitlinear':
-      return _floats(take(f'{name}.weight', num_out, num_in), name, folder).T
-    is_packed = arrays.get(f'{name}.weight', np.zeros(0)).dtype == np.uint8
-    stored = take(f'{name}.weight', -(-num_out // 4) if is_packed else num_out, num_in)
-    codes = unpack(stored, num_out) if is_packed else stored.astype(np.float32)
+  return config, map_specs(leaf, specs)
+
+
+def _sharding(axes: tuple[str, ...], mesh: Mesh | None) -> Sharding:
+  if mesh is None:
+    return SingleDeviceSharding(jax.devices()[0])
+  return NamedSharding(mesh, rules.partition_spec(axes, rules.TRAIN))
+
+
+def _on_devices(x: np.ndarray, spec: ParamSpec, axes: tuple[str, ...], mesh: Mesh | None) -> Array:
+  """A tensor as it is in the file, of which each device gets its part; `axes` are our order's."""
+  sharding = _sharding(axes[::-1] if _is_transposed(spec) else axes, mesh)
+  return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+
+def _placed(x: np.ndarray, spec: ParamSpec, axes: tuple[str, ...], mesh: Mesh | None) -> Array:
+  """The array of a parameter that is not stacked over layers."""
+  given = _on_devices(x, spec, axes, mesh)
+  value, is_finite = _laid_out(given, dtype=spec.dtype, transposed=_is_transposed(spec),
+                               sharding=_sharding(axes, mesh))
+  _check_finite(is_finite, tensor_name(spec))
+  given.delete()
+  return value
+
+
+def _stack(spec: ParamSpec, read: Callable[[ParamSpec, int], np.ndarray],
+           mesh: Mesh | None) -> Array:
+  """The array of all layers of a parameter, into which one layer after the other is written."""
+  sharding = _sharding(spec.axes, mesh)
+  stack = jax.jit(lambda: jnp.zeros(spec.shape, spec.dtype), out_shardings=sharding)()
+  for i in range(spec.shape[0]):
+    x = _on_devices(read(spec, i), spec, spec.axes[1:], mesh)
+    stack, is_finite = _inserted(stack, x, i, transposed=_is_transposed(spec), sharding=sharding)
+    _check_finite(is_finite, tensor_name(spec, i))  # This waits for the device, too.
+    x.delete()  # Otherwise it would live until the next one has been read.
+  return stack
+
+
+@functools.partial(jax.jit, static_argnames=('dtype', 'transposed', 'sharding'))
+def _laid_out(x: Array, *, dtype: Any, transposed: bool, sharding: Sharding) -> tuple[Array, Array]:
+  ours = (x.T if transposed else x).astype(dtype)
+  return jax.lax.with_sharding_constraint(ours, sharding), jnp.isfinite(x).all()
+
+
+@functools.partial(jax.jit, static_argnames=('transposed', 'sharding'), donate_argnums=0)
+def _inserted(stack: Array, x: Array, layer: int, *, transposed: bool,
+              sharding: Sharding) -> tuple[Array, Array]:
+  ours = (x.T if transposed else x).astype(stack.dtype)
+  stack = stack.at[layer].set(ours)
+  return jax.lax.with_sharding_constraint(stack, sharding), jnp.isfinite(x).all()
+
+
+def _check_finite(is_finite: Array, name: str) -> None:
+  if not is_finite:
+    raise UserError(f'Tensor {name} holds NaN or infinite numbers, with which no model computes: '
+                    'download the checkpoint again.')
+
+
+class _Weights:
+  """The tensors of a folder by the parameters that they become. Final."""
+
+  def __init__(self, folder: Path, linear: tuple[str, str]) -> None:
+    """Reads the headers.
+
+    Args:
+      folder: the checkpoint's folder.
+      linear: what `linear_class` returns.
+    """
+    self._folder, (self._kind, self._mode) = folder, linear
+    self._entries = tensor_file.open_folder(folder)
+    # Quantised matrices have codes and a scale instead of weights.
+    self._has_codes = self._kind != '' and (self._mode, self._kind) != ('online', 'autobitlinear')
+
+  @property
+  def dtype(self) -> cfg.Dtype:
+    """The type that holds every parameter without rounding."""
+    types = {entry.dtype.name for name, entry in self._entries.items()
+             if not name.endswith(_FREQUENCIES)}
+    return 'bfloat16' if types == {'bfloat16'} and not self._has_codes else 'float32'
+
+  def check(self, config: cfg.Model, specs: Any) -> None:
+    """Checks that the folder has the tensors of the model, in their shapes, and no others.
+
+    Raises:
+      UserError: it has not.
+    """
+    unread = {name for name in self._entries if not name.endswith(_FREQUENCIES)}
+    for spec in jax.tree.leaves(specs, is_leaf=is_spec):
+      for i in range(spec.shape[0]) if _is_stacked(spec) else (0,):
+        unread -= self._names(spec, i)
+    if config.tied_head and _HEAD in unread:
+      head = self._find(_HEAD, config.vocab_size, config.d_model)
+      unread.discard(_HEAD)
+      if not tensor_file.are_equal(head, self._entries[_EMBEDDING]):
+        raise UserError(f'{self._folder / "config.json"} says tie_word_embeddings = true, but '
+                        f'{_HEAD} differs from {_EMBEDDING}: say false to use both, or delete '
+                        f'{_HEAD}.')
+    if unread:
+      raise UserError(f'{self._folder} holds {len(unread)} tensors that a model of its config.json '
+                      f'does not have ({", ".join(sorted(unread)[:3])}): the two files are not of '
+                      'one model.')
+
+  def read(self, spec: ParamSpec, layer: int) -> np.ndarray:
+    """A parameter, or one layer of it, in the file's layout: matrices are [out, in]."""
+    name = tensor_name(spec, layer)
+    entry = self._entries[name]
+    if not (self._has_codes and spec.role == 'projection'):
+      return tensor_file.read(entry)
+    stored = tensor_file.read(entry)
+    num_out = spec.shape[-1]
+    codes = unpack(stored, num_out) if entry.dtype == np.uint8 else stored.astype(np.float32)
     if not np.isin(codes, (-1, 0, 1)).all():
-      raise UserError(f'Tensor {name}.weight in {folder} holds more than −1, 0 and 1, so it is '
-                      f'not quantised as quantization_mode {mode!r} says: export it again.')
-    scale = float(take(f'{name}.weight_scale', 1)[0])
-    if kind == 'bitlinear':
+      raise UserError(f'Tensor {name} in {self._folder} holds more than −1, 0 and 1, so it is not '
+                      f'quantised as quantization_mode {self._mode!r} says: export it again.')
+    return latent(codes, self._scale(name))
+
+  def _scale(self, name: str) -> float:
+    scale = float(tensor_file.read(self._entries[f'{name}_scale'])[0])
+    if self._kind == 'bitlinear':
       scale = 1 / scale if scale else math.inf
     if not (abs(scale) >= EPSILON or scale == 0) or math.isinf(scale):
-      raise UserError(f'{name}.weight_scale in {folder} stands for a scale of {scale:g}, which no '
+      raise UserError(f'{name}_scale in {self._folder} stands for a scale of {scale:g}, which no '
                       f'weights have (they are at least {EPSILON:g}): export the model again.')
-    return latent(codes, scale).T
+    return scale
 
-  params = _collect(config, take, matrix)
-  if config.tied_head and f'{_HEAD}.weight' in unread:
-    stored_head = take(f'{_HEAD}.weight', config.vocab_size, config.d_model)
-    if not np.array_equal(stored_head, arrays[_EMBEDDING]):
-      raise UserError(f'{path} says tie_word_embeddings = true, but {_HEAD}.weight differs from '
-                      f'{_EMBEDDING}: say false to use both, or delete {_HEAD}.weight.')
-  # Old checkpoints hold RoPE's frequencies, which follow from config.json.
-  left = sorted(name for name in unread if not name.endswith('rotary_emb.inv_freq'))
-  if left:
-    raise UserError(f'{folder} holds {len(left)} tensors that a model of its config.json does not '
-                    f'have ({", ".join(left[:3])}): the two files are not of one model.')
-  return config, params
+  def _names(self, spec: ParamSpec, layer: int) -> set[str]:
+    """The tensors of a parameter, or of one layer of it, whose shapes are checked."""
+    name = tensor_name(spec, layer)
+    shape = spec.shape[1:] if _is_stacked(spec) else spec.shape
+    shape = shape[::-1] if _is_transposed(spec) else shape
+    if not (self._has_codes and spec.role == 'projection'):
+      entry = self._find(name, *shape)
+      if entry.dtype.name not in ('float32', 'float16', 'bfloat16'):
+        raise UserError(f'Tensor {name} in {self._folder} is {entry.dtype}, but config.json says '
+                        'nothing of packed weights, and others are float32, float16 or bfloat16: '
+                        'the two files are not of one model.')
+      return {name}
+    found = self._entries.get(name)
+    is_packed = found is not None and found.dtype == np.uint8
+    self._find(name, -(-shape[0] // 4) if is_packed else shape[0], shape[1])
+    self._find(f'{name}_scale', 1)
+    return {name, f'{name}_scale'}
 
-
-def _floats(x: np.ndarray, name: str, folder: Path) -> np.ndarray:
-  if not np.issubdtype(x.dtype, np.floating) and x.dtype.name != 'bfloat16':
-    raise UserError(f'Tensor {name}.weight in {folder} is {x.dtype}, but config.json says '
-                    'nothing of packed weights: the two files are not of one model.')
-  return x.astype(np.float32)
-
-
-def _collect(config: cfg.Model, take: Callable[..., np.ndarray],
-             matrix: Callable[..., np.ndarray]) -> Params:
-  """The tree of parameters, each of which is read by the name in its ParamSpec."""
-  def read(spec: ParamSpec, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    match spec.role:
-      case 'projection':
-        return matrix(name, *shape)
-      case 'head':
-        return take(f'{name}.weight', *shape[::-1]).astype(np.float32).T
-      case 'table' | 'gain':
-        return take(f'{name}.weight', *shape).astype(np.float32)
-
-  def leaf(spec: ParamSpec) -> Any:
-    if '{layer}' not in spec.hugging_face:
-      return jnp.asarray(read(spec, spec.hugging_face, spec.shape))
-    return jnp.asarray(np.stack([read(spec, spec.hugging_face.format(layer=i), spec.shape[1:])
-                                 for i in range(spec.shape[0])]))
-
-  return map_specs(leaf, transformer.build(config).specs)
+  def _find(self, name: str, *shape: int) -> Entry:
+    if name not in self._entries:
+      raise UserError(f'{self._folder} has no tensor {name}: the checkpoint is incomplete or not '
+                      'of the model_type that its config.json says.')
+    entry = self._entries[name]
+    if entry.shape != shape:
+      raise UserError(f'Tensor {name} in {entry.path} has shape {entry.shape} but config.json asks '
+                      f'for {shape}: the two files are not of one model.')
+    return entry
 
 
-def _read_json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
+  """A JSON file of a Hugging Face folder.
+
+  Raises:
+    UserError: the file cannot be read, or is not JSON.
+  """
   try:
     return json.loads(path.read_text(encoding='utf-8'))
   except OSError as e:
     raise UserError(f'{path} cannot be read ({e.strerror}): give a folder with config.json and '
                     'model.safetensors.') from e
-  except ValueError as e:
+  except (ValueError, RecursionError) as e:
     raise UserError(f'{path} is not JSON ({e}): download it again.') from e
-
-
-def _safetensors() -> Any:
-  try:
-    import safetensors.numpy
-  except ImportError as e:
-    raise UserError("Hugging Face files need the `hf` extra: pip install 'jaxrl_pt[hf]'.") from e
-  return safetensors.numpy
-
-
-def _read_arrays(folder: Path) -> Arrays:
-  library = _safetensors()
-  index = folder / 'model.safetensors.index.json'
-  names = ['model.safetensors']
-  if index.exists():
-    shards = _read_json(index)
-    if not isinstance(shards, dict) or not isinstance(shards.get('weight_map'), dict):
-      raise UserError(f'{index} has no weight_map: download it again.')
-    names = sorted(set(map(str, shards['weight_map'].values())))
-  arrays: Arrays = {}
-  for name in names:
-    try:
-      arrays |= library.load_file(str(folder / name))
-    except Exception as e:
-      raise UserError(f'{folder / name} is missing, truncated or no safetensors file ({e}): '
-                      'download it again.') from e
-  return arrays
 
 
 # --- Export ---------------------------------------------------------------------
@@ -207,9 +301,9 @@ def save_model(folder: str | Path, config: cfg.Model, params: Params, *,
   Args:
     folder: the folder to write to.
     config: the model's configuration.
-    params: the tree of f32 parameters.
+    params: the tree of parameters, which are written in their own type.
     packed: whether a ternary weight takes 2 bits and a matrix one scale (`autobitlinear`, offline);
-      otherwise the latent weights are stored in float32 (online, where they are ternary).
+      otherwise the latent weights are stored (online, where they are ternary).
     bos_id: the token that begins a text; None where the model has none.
     eos_id: the token that ends a text and at which drawing stops; None where the model has none.
 
@@ -218,29 +312,44 @@ def save_model(folder: str | Path, config: cfg.Model, params: Params, *,
   """
   folder = Path(folder)
   settings = to_settings(config, packed, bos_id, eos_id)
-  library = _safetensors()
-  arrays: Arrays = {}
   leaves = jax.tree_util.tree_leaves_with_path(transformer.build(config).specs, is_leaf=is_spec)
-  values = jax.tree.leaves(params)
-  for (path, spec), value in zip(leaves, values, strict=True):
+  for path, spec in leaves:
     _check_has_name(path, spec)
-    stacked = '{layer}' in spec.hugging_face
-    for i in range(spec.shape[0]) if stacked else (0,):
-      name, x = spec.hugging_face.format(layer=i), value[i] if stacked else value
-      if packed and spec.role == 'projection':
-        codes, scale = ternary(x)
-        arrays[f'{name}.weight'] = pack(np.asarray(codes, np.int8).T)
-        arrays[f'{name}.weight_scale'] = np.asarray(scale, np.float32).reshape(1)
-      else:
-        is_product = spec.role in ('projection', 'head')
-        arrays[f'{name}.weight'] = np.asarray(x).T if is_product else np.asarray(x)
+  pairs = list(zip([spec for _, spec in leaves], jax.tree.leaves(params), strict=True))
+  planned = [plan for spec, value in pairs for i in _layers(spec)
+             for plan in _planned(spec, value.dtype, i, packed)]
+  arrays = (array for spec, value in pairs for i in _layers(spec)
+            for array in _written(spec, value[i] if _is_stacked(spec) else value, packed))
   try:
     folder.mkdir(parents=True, exist_ok=True)
-    library.save_file({n: np.ascontiguousarray(x) for n, x in arrays.items()},
-                      str(folder / 'model.safetensors'), metadata={'format': 'pt'})
+    tensor_file.write(folder / tensor_file.SINGLE, planned, arrays)
     (folder / 'config.json').write_text(json.dumps(settings, indent=2) + '\n', encoding='utf-8')
   except OSError as e:
     raise UserError(f'{folder} cannot be written ({e}): choose another folder.') from e
+
+
+def _layers(spec: ParamSpec) -> range:
+  return range(spec.shape[0] if _is_stacked(spec) else 1)
+
+
+def _planned(spec: ParamSpec, dtype: Any, layer: int, packed: bool) -> list[Planned]:
+  """What `_written` will yield."""
+  name = tensor_name(spec, layer)
+  shape = spec.shape[1:] if _is_stacked(spec) else spec.shape
+  shape = shape[::-1] if _is_transposed(spec) else shape
+  if packed and spec.role == 'projection':
+    return [Planned(name, np.dtype(np.uint8), (-(-shape[0] // 4), shape[1])),
+            Planned(f'{name}_scale', np.dtype(np.float32), (1,))]
+  return [Planned(name, np.dtype(dtype), shape)]
+
+
+def _written(spec: ParamSpec, x: Array, packed: bool) -> Iterator[np.ndarray]:
+  if packed and spec.role == 'projection':
+    codes, scale = ternary(x)
+    yield pack(np.asarray(codes, np.int8).T)
+    yield np.asarray(scale, np.float32).reshape(1)
+  else:
+    yield np.asarray(x).T if _is_transposed(spec) else np.asarray(x)
 
 
 def _check_has_name(path: tuple[Any, ...], spec: ParamSpec) -> None:

@@ -1,11 +1,13 @@
 """Turns the config.json of a Hugging Face model into a cfg.Model and back, with no unknown key.
 
 A key is either read (`_READ`), or does not change the logits (`_HARMLESS`), or does nothing at one
-value (`_NEUTRAL`). Every other key is refused by its name, since it may change the arithmetic, and
-a model that loads with wrong logits gives no error.
+value (`_NEUTRAL`). Every other key with a value that is not empty is refused by its name, since it
+may change the arithmetic, and a model that loads with wrong logits gives no error. A key that is
+left out means what the class of transformers takes for it.
 """
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 import re
 from typing import Any
 
@@ -17,8 +19,38 @@ Settings = dict[str, Any]
 
 W1A8 = cfg.Quant('ternary', 'int8')
 _HEAD = 'lm_head'
-_CLASSES = {'llama': 'LlamaForCausalLM', 'bitnet': 'BitNetForCausalLM'}
-_ACTIVATIONS = {'llama': 'silu', 'bitnet': 'relu2'}
+
+
+@dataclass(frozen=True)
+class _Family:
+  """What a model_type of transformers computes, and what it takes for keys that are left out.
+
+  num_kv_heads: None takes the number of query heads.
+  head_dim: None takes hidden_size / num_attention_heads.
+  may_be_ternary: whether quantised checkpoints of it are read and written.
+  """
+
+  architecture: str
+  num_kv_heads: int | None = None
+  head_dim: int | None = None
+  hidden_act: str = 'silu'
+  sub_norm: bool = False
+  rope_theta: float = 10_000.0
+  norm_epsilon: float = 1e-6
+  qkv_bias: bool = False
+  qk_norm: bool = False
+  may_be_ternary: bool = False
+
+
+_FAMILIES = {
+    'llama': _Family('LlamaForCausalLM', may_be_ternary=True),
+    'mistral': _Family('MistralForCausalLM', num_kv_heads=8),
+    'qwen2': _Family('Qwen2ForCausalLM', num_kv_heads=32, qkv_bias=True),
+    'qwen3': _Family('Qwen3ForCausalLM', num_kv_heads=32, head_dim=128, qk_norm=True),
+    'bitnet': _Family('BitNetForCausalLM', hidden_act='relu2', sub_norm=True,
+                      rope_theta=500_000.0, norm_epsilon=1e-5, may_be_ternary=True),
+}
+_OUR_ACTIVATION: dict[str, cfg.Activation] = {'silu': 'swiglu', 'relu2': 'relu2'}
 
 _READ = frozenset("""
     architectures head_dim hidden_act hidden_size intermediate_size model_type
@@ -51,15 +83,17 @@ _NEUTRAL: dict[str, Any] = {
     'embedding_multiplier': 1, 'is_causal': True, 'is_encoder_decoder': False,
     'logit_scale': 1, 'logits_scaling': 1, 'mlp_bias': False, 'partial_rotary_factor': 1,
     'pruned_heads': {}, 'qk_layernorm': False, 'qk_norm': False, 'qkv_bias': False,
-    'residual_multiplier': 1, 'rope_interleaved': False, 'tie_encoder_decoder': False,
-    'use_bias': False, 'use_qk_norm': False, 'use_sliding_window': False}
+    'residual_multiplier': 1, 'rope_interleaved': False, 'sliding_window': None,
+    'tie_encoder_decoder': False, 'use_bias': False, 'use_qk_norm': False,
+    'use_sliding_window': False,
+    **dict.fromkeys(('first_k_dense_replace', 'moe_intermediate_size', 'n_routed_experts',
+                     'num_experts', 'num_experts_per_tok', 'num_local_experts'), 0)}
+_EMPTY: tuple[Any, ...] = (None, False, 0, '', [], {})  # what an unknown key may be
 
 # The same kinds of keys for the dictionaries inside config.json.
-_NEUTRAL_ROPE: dict[str, Any] = {
-    'rope_type': 'default', 'type': 'default', 'factor': 1, 'attention_factor': 1,
-    'partial_rotary_factor': 1}
-_READ_ROPE = frozenset({'rope_theta'})
-_HARMLESS_ROPE = frozenset({'original_max_position_embeddings'})
+_NEUTRAL_ROPE: dict[str, Any] = {'attention_factor': 1, 'partial_rotary_factor': 1}
+_READ_ROPE = frozenset({'rope_theta', 'rope_type', 'type', 'original_max_position_embeddings'})
+_LLAMA3 = 'factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings'
 _READ_QUANTIZATION = frozenset({'linear_class', 'modules_to_not_convert', 'quant_method',
                                 'quantization_mode'})
 _HARMLESS_QUANTIZATION = frozenset({'rms_norm_eps'})  # It is read only with use_rms_norm.
@@ -70,7 +104,7 @@ _NEUTRAL_QUANTIZATION: dict[str, Any] = {'use_rms_norm': False}
 
 
 def to_config(settings: Any, where: str) -> cfg.Model:
-  """The model that a config.json describes.
+  """The model that a config.json describes, with parameters in float32.
 
   Args:
     settings: the parsed file.
@@ -81,36 +115,51 @@ def to_config(settings: Any, where: str) -> cfg.Model:
   """
   if not isinstance(settings, dict):
     raise UserError(f'{where} holds no JSON object: give the config.json of a model.')
-  kind = settings.get('model_type')
-  if not isinstance(kind, str) or kind not in _CLASSES:
-    raise _not_covered(where, f'model_type {kind!r}')
-  architectures = _list(settings, 'architectures', where) or [_CLASSES[kind]]
-  if _CLASSES[kind] not in architectures:
-    raise _not_covered(where, f'architectures {architectures!r}')
-  if settings.get('hidden_act', _ACTIVATIONS[kind]) != _ACTIVATIONS[kind]:
-    raise _not_covered(where, f'hidden_act {settings["hidden_act"]!r}')
-  if settings.get('attention_bias') or settings.get('mlp_bias'):
-    raise _not_covered(where, 'a model with biases')
-  layer_types = _list(settings, 'layer_types', where)
-  if any(t != 'full_attention' for t in layer_types):
-    raise _not_covered(where, f'layer_types {sorted(set(map(str, layer_types)))}')
-  theta = _rope_theta(settings, where)
+  family = _family(settings, where)
+  theta, rope = _rope(settings, where)
   quantised = _quantization(settings, where) != {}
-  _check_known(settings, _READ | _HARMLESS | {'layer_types'}, _NEUTRAL, where, '')
+  if quantised and not family.may_be_ternary:
+    raise _not_covered(where, f'quantization_config with model_type {settings["model_type"]!r}')
   heads, width = (_size(settings, name, where) for name in ('num_attention_heads', 'hidden_size'))
   tied = settings.get('tie_word_embeddings', False)
   if not isinstance(tied, bool):
     raise UserError(f'{where}: tie_word_embeddings is {tied!r}, but it must be true or false.')
+  # null is not the same as a key that is left out.
+  kv_heads = heads if 'num_key_value_heads' in settings else family.num_kv_heads or heads
   return cfg.Model(
       num_layers=_size(settings, 'num_hidden_layers', where), d_model=width,
       d_ff=_size(settings, 'intermediate_size', where), num_heads=heads,
-      num_kv_heads=_size(settings, 'num_key_value_heads', where, heads),
-      head_dim=_size(settings, 'head_dim', where, width // heads),
+      num_kv_heads=_size(settings, 'num_key_value_heads', where, kv_heads),
+      head_dim=_size(settings, 'head_dim', where, family.head_dim or width // heads),
       vocab_size=_size(settings, 'vocab_size', where),
-      rope_theta=theta or (500_000.0 if kind == 'bitnet' else 10_000.0),
-      activation='relu2' if kind == 'bitnet' else 'swiglu', sub_norm=kind == 'bitnet',
-      tied_head=tied, quant=W1A8 if quantised else cfg.Quant(),
-      norm_epsilon=settings.get('rms_norm_eps', 1e-5 if kind == 'bitnet' else 1e-6))
+      rope_theta=theta or family.rope_theta, rope=rope,
+      activation=_OUR_ACTIVATION[family.hidden_act], sub_norm=family.sub_norm, tied_head=tied,
+      quant=W1A8 if quantised else cfg.Quant(), qkv_bias=family.qkv_bias, qk_norm=family.qk_norm,
+      norm_epsilon=settings.get('rms_norm_eps', family.norm_epsilon))
+
+
+def _family(settings: Settings, where: str) -> _Family:
+  """The family of a config.json whose keys have been checked, up to RoPE and quantisation."""
+  kind = settings.get('model_type')
+  if not isinstance(kind, str) or kind not in _FAMILIES:
+    raise _not_covered(where, f'model_type {kind!r}')
+  family = _FAMILIES[kind]
+  architectures = _list(settings, 'architectures', where) or [family.architecture]
+  if family.architecture not in architectures:
+    raise _not_covered(where, f'architectures {architectures!r}')
+  if settings.get('hidden_act', family.hidden_act) != family.hidden_act:
+    raise _not_covered(where, f'hidden_act {settings["hidden_act"]!r}')
+  layer_types = _list(settings, 'layer_types', where)
+  if any(t != 'full_attention' for t in layer_types):
+    raise _not_covered(where, f'layer_types {sorted(set(map(str, layer_types)))}')
+  if kind == 'mistral' and 'sliding_window' not in settings:
+    raise UserError(f'{where} does not say sliding_window, for which transformers takes 4096, and '
+                    'a sliding window is not covered: if the model has none, write null.')
+  harmless = _HARMLESS | {'layer_types'}
+  if kind in ('qwen2', 'qwen3'):  # These have a switch for it, which is checked.
+    harmless |= {'sliding_window'}
+  _check_known(settings, _READ | harmless, _NEUTRAL, where, '')
+  return family
 
 
 def linear_class(settings: Settings) -> tuple[str, str]:
@@ -123,24 +172,45 @@ def linear_class(settings: Settings) -> tuple[str, str]:
           quantization.get('quantization_mode', 'offline'))
 
 
-def _rope_theta(settings: Settings, where: str) -> float | None:
-  """The base of RoPE's frequencies, which may be in three places; None where it is in none."""
-  given: list[Any] = []
+def _rope(settings: Settings, where: str) -> tuple[float | None, cfg.Rope]:
+  """The base of RoPE's frequencies, None where no key says it, and how they are scaled.
+
+  Both may be said in several places, which must agree.
+  """
+  thetas: list[Any] = []
+  scalings: list[cfg.Rope] = []
   for name in ('rope_parameters', 'rope_scaling'):
-    rope = _section(settings, name, where)
-    types = [rope[key] for key in ('rope_type', 'type') if rope.get(key) is not None]
-    if any(t != 'default' for t in types):
-      raise _not_covered(where, f'{name} {types[0]!r}, which is scaled RoPE,')
-    _check_known(rope, _READ_ROPE | _HARMLESS_ROPE, _NEUTRAL_ROPE, where, f'{name}.')
-    given.append(rope.get('rope_theta'))
-  thetas = [t for t in (*given, settings.get('rope_theta')) if t is not None]
+    section = _section(settings, name, where)
+    if section:
+      scalings.append(_scaling(section, name, where))
+    thetas.append(section.get('rope_theta'))
+  thetas = [t for t in (*thetas, settings.get('rope_theta')) if t is not None]
   for theta in thetas:
-    if isinstance(theta, bool) or not isinstance(theta, (int, float)):
-      raise UserError(f'{where}: rope_theta is {theta!r}, but it must be a number.')
+    _check_number(theta, 'rope_theta', where)
   if len(set(thetas)) > 1:
     raise UserError(f'{where} gives rope_theta as {" and as ".join(map(str, thetas))}: leave the '
                     'one that the model was trained with.')
-  return float(thetas[0]) if thetas else None
+  if len(set(scalings)) > 1:
+    raise UserError(f'{where} scales RoPE in one way in rope_parameters and in another in '
+                    'rope_scaling: leave the one that the model was trained with.')
+  return float(thetas[0]) if thetas else None, scalings[0] if scalings else cfg.PlainRope()
+
+
+def _scaling(section: Settings, name: str, where: str) -> cfg.Rope:
+  """How `rope_parameters` or `rope_scaling` scales the frequencies."""
+  kinds = [section[key] for key in ('rope_type', 'type') if section.get(key) is not None]
+  known = [kind for kind in kinds if kind in ('default', 'llama3')]
+  if kinds != known or len(set(known)) > 1:
+    raise _not_covered(where, f'{name} of type {" and ".join(map(repr, kinds))}')
+  if 'llama3' not in kinds:
+    _check_known(section, _READ_ROPE, {**_NEUTRAL_ROPE, 'factor': 1}, where, f'{name}.')
+    return cfg.PlainRope()
+  _check_known(section, _READ_ROPE | set(_LLAMA3), _NEUTRAL_ROPE, where, f'{name}.')
+  for key in _LLAMA3:
+    _check_number(section.get(key), f'{name}.{key}', where)
+  return cfg.Llama3Rope(float(section['factor']), float(section['low_freq_factor']),
+                        float(section['high_freq_factor']),
+                        int(section['original_max_position_embeddings']))
 
 
 def _quantization(settings: Settings, where: str) -> Settings:
@@ -203,6 +273,8 @@ def _check_known(settings: Settings, known: Iterable[str], neutral: Settings, wh
   for name, value in settings.items():
     if name in known or value is None or (name in neutral and value == neutral[name]):
       continue
+    if name not in neutral and value in _EMPTY:
+      continue
     if name in neutral:
       raise _not_covered(where, f'{prefix}{name} = {value!r}')
     raise UserError(f'{where} sets {prefix}{name} = {value!r}, which is not known here and may '
@@ -216,6 +288,13 @@ def _section(settings: Settings, name: str, where: str) -> Settings:
   if not isinstance(section, dict):
     raise UserError(f'{where}: {name} is {section!r}, but it must be an object.')
   return section
+
+
+def _check_number(value: Any, name: str, where: str) -> None:
+  # The bound also refuses the infinities and NaN that Python reads in JSON.
+  is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+  if not is_number or not abs(value) <= 1e30:
+    raise UserError(f'{where}: {name} is {value!r}, but it must be a number.')
 
 
 def _list(settings: Settings, name: str, where: str) -> list[Any]:
@@ -236,8 +315,8 @@ def _size(settings: Settings, name: str, where: str, default: int | None = None)
 
 
 def _not_covered(where: str, what: str) -> UserError:
-  return UserError(f'{where}: {what} is not covered; Llama and BitNet models without biases, '
-                   'with plain RoPE, are.')
+  return UserError(f'{where}: {what} is not covered; models of type {", ".join(_FAMILIES)} with '
+                   'plain or llama3 RoPE, full attention and one feed-forward a block are.')
 
 
 # --- Export ---------------------------------------------------------------------
@@ -253,27 +332,35 @@ def to_settings(config: cfg.Model, packed: bool, bos_id: int | None,
   Raises:
     UserError: no Hugging Face class computes this model.
   """
-  kinds = {('swiglu', False): 'llama', ('relu2', True): 'bitnet'}
-  kind = kinds.get((config.activation, config.sub_norm))
-  if kind is None or config.quant not in (cfg.Quant(), W1A8):
+  kind = next((name for name, family in _FAMILIES.items() if _computes(family, config)), None)
+  if kind is None:
     raise UserError(
-        'Only SwiGLU models without sub_norm (Llama) and ReLU² models with it (BitNet), plain or '
-        'W1.58A8 without Hadamard, have a Hugging Face class: this model cannot be exported.')
+        'Only SwiGLU models without sub_norm (Llama; with qkv_bias Qwen2, with qk_norm Qwen3) and '
+        'ReLU² models with it (BitNet), plain or Llama and BitNet W1.58A8 without Hadamard, have a '
+        'Hugging Face class: this model cannot be exported.')
   if kind == 'bitnet' and config.num_heads * config.head_dim != config.d_model:
     raise UserError('The BitNet class of Hugging Face has num_heads × head_dim = d_model: this '
                     'model cannot be exported.')
   if packed and config.quant != W1A8:
-    raise UserError("packed = True stores ternary weights, but Quant.weights = 'none': export "
-                    'with packed = False.')
+    raise UserError('A packed export stores ternary weights, but this model has Quant.weights = '
+                    "'none': export it without packing.")
+  longest, scaling = 4096, None
+  if isinstance(config.rope, cfg.Llama3Rope):
+    longest = round(config.rope.factor * config.rope.original_length)
+    scaling = {'rope_type': 'llama3', 'factor': config.rope.factor,
+               'low_freq_factor': config.rope.low_freq_factor,
+               'high_freq_factor': config.rope.high_freq_factor,
+               'original_max_position_embeddings': config.rope.original_length}
   settings: Settings = {
-      'architectures': [_CLASSES[kind]],
-      'model_type': kind, 'hidden_act': _ACTIVATIONS[kind],
+      'architectures': [_FAMILIES[kind].architecture],
+      'model_type': kind, 'hidden_act': _FAMILIES[kind].hidden_act,
       'hidden_size': config.d_model, 'intermediate_size': config.d_ff,
       'num_hidden_layers': config.num_layers, 'num_attention_heads': config.num_heads,
       'num_key_value_heads': config.num_kv_heads, 'head_dim': config.head_dim,
-      'vocab_size': config.vocab_size, 'rope_theta': config.rope_theta,
+      'vocab_size': config.vocab_size, 'rope_theta': config.rope_theta, 'rope_scaling': scaling,
       'rms_norm_eps': config.norm_epsilon, 'tie_word_embeddings': config.tied_head,
-      'attention_bias': False, 'max_position_embeddings': 4096, 'torch_dtype': 'float32',
+      'attention_bias': False, 'max_position_embeddings': longest,
+      'torch_dtype': config.param_dtype,
       'bos_token_id': bos_id, 'eos_token_id': eos_id, 'pad_token_id': None,
   }
   if config.quant == W1A8:
@@ -282,3 +369,11 @@ def to_settings(config: cfg.Model, packed: bool, bos_id: int | None,
         'quantization_mode': 'offline' if packed else 'online',
         'modules_to_not_convert': [_HEAD]}
   return settings
+
+
+def _computes(family: _Family, config: cfg.Model) -> bool:
+  """Whether a family computes what the model does; of two that do, the first named is exported."""
+  ours = (config.activation, config.sub_norm, config.qkv_bias, config.qk_norm)
+  theirs = (_OUR_ACTIVATION[family.hidden_act], family.sub_norm, family.qkv_bias, family.qk_norm)
+  known = (cfg.Quant(), W1A8) if family.may_be_ternary else (cfg.Quant(),)
+  return ours == theirs and config.quant in known

@@ -230,7 +230,8 @@ def start_policy(run: cfg.Run, start_from: str, workdir: Path) -> policy.Policy:
   optim.check_schedule(run.optimizer.schedule, cfg.num_updates(run))
   ours, theirs = dataclasses.asdict(run.model), dataclasses.asdict(start.model.config)
   for name, value in ours.items():
-    if value != theirs[name]:
+    # A run keeps its own copy of the parameters, in a type of its own.
+    if value != theirs[name] and name != 'param_dtype':
       raise UserError(f'Model.{name} = {value!r}, but the policy in {start_from} ends with '
                       f'{theirs[name]!r}: set it to that.')
   return start

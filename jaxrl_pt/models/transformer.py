@@ -6,6 +6,8 @@
 `sub_norm` is the identity without SubLN. With `Quant.weights = 'ternary'` the seven
 projections of a block are BitLinear and, with `hadamard`, W_o and W_down rotate their
 input; embedding and head stay as they are (2504.12285 section 2, 2504.18415 section 2).
+Queries, keys and values may have biases (Qwen2), and the heads of queries and keys an
+RMSNorm before RoPE (Qwen3).
 """
 
 from collections.abc import Callable
@@ -21,11 +23,11 @@ from jaxrl_pt.models import kv_cache, paged_cache
 from jaxrl_pt.models.base import Constrain, Model
 from jaxrl_pt.nn import embed
 from jaxrl_pt.nn.ffn import gated
-from jaxrl_pt.nn.linear import linear, normed_linear
+from jaxrl_pt.nn.linear import add_bias, linear, normed_linear
 from jaxrl_pt.nn.norm import rms_norm
 from jaxrl_pt.nn.ops import Axes, Ops
 from jaxrl_pt.nn.quant import hadamard_factors
-from jaxrl_pt.params import ParamSpec, normal, ones
+from jaxrl_pt.params import Init, ParamSpec, Role, normal, ones, zeros
 from jaxrl_pt.types import Array, Params
 
 # attend(q_BSHE, k_BSKE, v_BSKE) → (out_BSHE, cache), of one layer
@@ -67,7 +69,7 @@ def build(config: cfg.Model, compute: cfg.Compute = cfg.Compute(),
   def extend(params: Params, tokens_BS: Array, positions_BS: Array, cache: Any,
              attend: kv_cache.Attend | None = None) -> tuple[Array, Any]:
     attend = attend or kv_cache.dense(positions_BS)
-    angles = embed.rope(positions_BS, config.head_dim, config.rope_theta)
+    angles = embed.rope(positions_BS, config.head_dim, config.rope_theta, config.rope)
 
     def layer(x_and_cache: tuple[Array, Any], p_and_i: tuple[Params, Any]
               ) -> tuple[tuple[Array, Any], None]:
@@ -132,14 +134,18 @@ def _make_block(config: cfg.Model, constrain: Constrain,
             attend: Attend) -> tuple[Array, Any]:
     num_rows, length, _ = x_BTD.shape
 
-    def split_heads(x: Array, num_heads: int, axis: str) -> Array:
+    def heads(y_BTD: Array, name: str, num_heads: int, axis: str) -> Array:
+      x = project(p, y_BTD, f'w{name}')
+      x = add_bias(x, p[f'b{name}']) if config.qkv_bias else x
       x = x.reshape(num_rows, length, num_heads, config.head_dim)
       return constrain(x, ('batch', 'sequence', axis, None))
 
     y_BTD = rms_norm(x_BTD, p['attn_norm'], epsilon)
-    q = split_heads(project(p, y_BTD, 'wq'), config.num_heads, 'heads')
-    k = split_heads(project(p, y_BTD, 'wk'), config.num_kv_heads, 'kv_heads')
-    v = split_heads(project(p, y_BTD, 'wv'), config.num_kv_heads, 'kv_heads')
+    q = heads(y_BTD, 'q', config.num_heads, 'heads')
+    k = heads(y_BTD, 'k', config.num_kv_heads, 'kv_heads')
+    v = heads(y_BTD, 'v', config.num_kv_heads, 'kv_heads')
+    if config.qk_norm:
+      q, k = rms_norm(q, p['q_norm'], epsilon), rms_norm(k, p['k_norm'], epsilon)
     out, cache = attend(embed.rotate(q, *angles), embed.rotate(k, *angles), v)
     out = out.reshape(num_rows, length, -1)
     x_BTD = x_BTD + project_back(p, out, 'wo', 'attn_sub_norm')
@@ -159,20 +165,43 @@ def _specs(config: cfg.Model) -> Any:
   Projections start from N(0, 1/fan_in). Those that write into the residual stream are scaled by
   1/√(2L), so that its variance does not grow with depth.
   """
+  width = config.d_model
+  dtype = jnp.dtype(config.param_dtype)
+  specs = {
+      'embed': ParamSpec((config.vocab_size, width), dtype, ('vocab', 'embed'),
+                         normal(0.02), 'table', 'model.embed_tokens'),
+      'layers': _block_specs(config),
+      'final_norm': ParamSpec((width,), dtype, ('norm',), ones, 'gain', 'model.norm'),
+  }
+  if not config.tied_head:
+    specs['head'] = ParamSpec((width, config.vocab_size), dtype, ('embed', 'vocab'),
+                              normal(width**-0.5), 'head', 'lm_head')
+  return specs
+
+
+def _block_specs(config: cfg.Model) -> dict[str, ParamSpec]:
+  """The parameters of all blocks, stacked over layers."""
   depth, width, ff = config.num_layers, config.d_model, config.d_ff
   queries = config.num_heads * config.head_dim
   keys = config.num_kv_heads * config.head_dim
   residual = (2 * depth) ** -0.5
 
+  def stacked(shape: tuple[int, ...], axes: tuple[str, ...], init: Init, role: Role,
+              theirs: str) -> ParamSpec:
+    return ParamSpec((depth, *shape), jnp.dtype(config.param_dtype), ('layers', *axes), init,
+                     role, f'model.layers.{{layer}}.{theirs}')
+
   def matrix(name: str, rows: int, columns: int, theirs: str, gain: float = 1.0) -> ParamSpec:
-    return ParamSpec((depth, rows, columns), jnp.float32, ('layers', *PROJECTIONS[name]),
-                     normal(gain * rows**-0.5), 'projection', f'model.layers.{{layer}}.{theirs}')
+    return stacked((rows, columns), PROJECTIONS[name], normal(gain * rows**-0.5), 'projection',
+                   theirs)
 
   def gains(size: int, theirs: str) -> ParamSpec:
-    return ParamSpec((depth, size), jnp.float32, ('layers', 'norm'), ones, 'gain',
-                     f'model.layers.{{layer}}.{theirs}')
+    return stacked((size,), ('norm',), ones, 'gain', theirs)
 
-  layers = {
+  def bias(name: str, size: int, theirs: str) -> ParamSpec:
+    return stacked((size,), PROJECTIONS[name][1:], zeros, 'bias', theirs)
+
+  specs = {
       'attn_norm': gains(width, 'input_layernorm'),
       'wq': matrix('wq', width, queries, 'self_attn.q_proj'),
       'wk': matrix('wk', width, keys, 'self_attn.k_proj'),
@@ -184,15 +213,13 @@ def _specs(config: cfg.Model) -> Any:
       'w_down': matrix('w_down', ff, width, 'mlp.down_proj', residual),
   }
   if config.sub_norm:
-    layers['attn_sub_norm'] = gains(queries, 'self_attn.attn_sub_norm')
-    layers['ffn_sub_norm'] = gains(ff, 'mlp.ffn_sub_norm')
-  specs = {
-      'embed': ParamSpec((config.vocab_size, width), jnp.float32, ('vocab', 'embed'),
-                         normal(0.02), 'table', 'model.embed_tokens'),
-      'layers': layers,
-      'final_norm': ParamSpec((width,), jnp.float32, ('norm',), ones, 'gain', 'model.norm'),
-  }
-  if not config.tied_head:
-    specs['head'] = ParamSpec((width, config.vocab_size), jnp.float32, ('embed', 'vocab'),
-                              normal(width**-0.5), 'head', 'lm_head')
+    specs['attn_sub_norm'] = gains(queries, 'self_attn.attn_sub_norm')
+    specs['ffn_sub_norm'] = gains(ff, 'mlp.ffn_sub_norm')
+  if config.qkv_bias:
+    specs['bq'] = bias('wq', queries, 'self_attn.q_proj')
+    specs['bk'] = bias('wk', keys, 'self_attn.k_proj')
+    specs['bv'] = bias('wv', keys, 'self_attn.v_proj')
+  if config.qk_norm:
+    specs['q_norm'] = gains(config.head_dim, 'self_attn.q_norm')
+    specs['k_norm'] = gains(config.head_dim, 'self_attn.k_norm')
   return specs

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from jaxrl_pt.config import Llama3Rope, PlainRope, Rope
 from jaxrl_pt.types import Array
 
 
@@ -47,18 +48,32 @@ def _lookup_backward(dtype: DTypeLike, whole: Callable[[Array], Array],
 lookup.defvjp(_lookup_forward, _lookup_backward)
 
 
-def rope(positions: Array, head_dim: int, theta: float) -> tuple[Array, Array]:
+def _frequencies(head_dim: int, theta: float, scaling: Rope) -> Array:
+  """f32[E/2]: the angle of each pair between two neighbouring positions."""
+  frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+  match scaling:
+    case PlainRope():
+      return frequency
+    case Llama3Rope(factor=factor, low_freq_factor=low, high_freq_factor=high):
+      turns = scaling.original_length * frequency / (2 * jnp.pi)  # within the original length
+      kept = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
+      return frequency * (kept + (1 - kept) / factor)
+
+
+def rope(positions: Array, head_dim: int, theta: float,
+         scaling: Rope) -> tuple[Array, Array]:
   """Cosines and sines of the rotary embedding, half-split layout (2104.09864).
 
   Args:
     positions: i32[B, T].
     head_dim: E.
     theta: base of the frequencies.
+    scaling: how the frequencies are scaled for long texts.
 
   Returns:
     f32[B, T, 1, E/2] each, ready to broadcast over heads.
   """
-  frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+  frequency = _frequencies(head_dim, theta, scaling)
   angle = positions.astype(jnp.float32)[..., None, None] * frequency
   return jnp.cos(angle), jnp.sin(angle)
 

@@ -56,6 +56,19 @@ def normed_linear(x: Array, gain: Array | None, epsilon: float, w: Array | q.Ter
   return linear(normed, w, quant, ops, axes)
 
 
+def add_bias(x: Array, bias: Array) -> Array:
+  """X + b, added in float32, so that the gradient of b is summed over all tokens in float32.
+
+  Args:
+    x: f[..., O].
+    bias: f[O].
+
+  Returns:
+    f[..., O] in x's dtype.
+  """
+  return (x.astype(jnp.float32) + bias).astype(x.dtype)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def matmul(x: Array, w: Array, dtype: DTypeLike | None = None) -> Array:
   """The product x @ w, whose gradient is computed as dW = Xᵀ dY and summed in float32.

@@ -15,7 +15,7 @@ from jaxrl_pt.config import checks
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.models import transformer
 
-_FLOAT32 = 4
+_FLOAT32, _BFLOAT16 = 4, 2
 
 
 def available_bytes() -> int:
@@ -51,8 +51,9 @@ def least_bytes(run: cfg.Run) -> dict[str, int]:
   the larger of two numbers: the keys and values of a batch's prompts and responses while these are
   drawn, or the residual stream of one micro-batch of them.
   """
-  model, width = run.model, 2 if run.compute.dtype == 'bfloat16' else _FLOAT32
-  weights = _FLOAT32 * params.count(transformer.build(model).specs)
+  model, width = run.model, _BFLOAT16 if run.compute.dtype == 'bfloat16' else _FLOAT32
+  kept = _BFLOAT16 if model.param_dtype == 'bfloat16' else _FLOAT32
+  weights = kept * params.count(transformer.build(model).specs)
   stream = width * model.d_model * model.num_layers
   rollouts, algorithm = run.objective.rollouts, run.objective.algorithm
   if rollouts is None or algorithm is None:

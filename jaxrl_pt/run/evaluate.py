@@ -11,7 +11,7 @@ from jaxrl_pt import config as cfg
 from jaxrl_pt import metrics
 from jaxrl_pt.data import loader
 from jaxrl_pt.errors import UserError
-from jaxrl_pt.run import policy
+from jaxrl_pt.run import places, policy
 from jaxrl_pt.run import session as sessions
 from jaxrl_pt.train import losses
 from jaxrl_pt.types import Params, Weighted
@@ -73,7 +73,7 @@ def evaluate_workdir(workdir: Path, *, step: int | None = None,
   trained = policy.load_policy(workdir, step)
   opened = trained.session.data
   if data is not None:
-    opened = loader.prepare(data, workdir / 'data')
+    opened = loader.prepare(places.with_own_tokenizer(data, workdir), workdir / 'data')
     sessions.check_tokenizer(opened, trained.session.data.tokenizer.fingerprint, workdir)
   packed = opened.validation
   if len(packed) == 0:

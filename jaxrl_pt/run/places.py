@@ -7,6 +7,7 @@ from typing import Any, get_args
 
 from jaxrl_pt import checkpoint
 from jaxrl_pt import config as cfg
+from jaxrl_pt.data import token_table
 
 CONFIG = 'config.gin'
 TOKENIZER = 'tokenizer'
@@ -33,6 +34,22 @@ def absolute(value: Any) -> Any:
     if changes[name]:  # An empty text stands for no path.
       changes[name] = os.path.join(os.getcwd(), os.path.expanduser(changes[name]))
   return dataclasses.replace(value, **changes)
+
+
+def with_own_tokenizer(data: cfg.Data, workdir: Path) -> cfg.Data:
+  """The data with the copy of the tokenizer in `workdir`, if its own file is not there.
+
+  The one file that a work directory keeps of a tokenizer is the file that the tokenizer was made
+  from, so that a directory that was moved, or whose tokenizer has gone, can still read other text.
+  """
+  match data.tokenizer:
+    case cfg.HuggingFaceTokenizer(path=path) | cfg.SentencePiece(path=path):
+      copies = [workdir / TOKENIZER / name for name in token_table.DEFINITION.values()]
+      copy = next((c for c in copies if c.is_file()), None)
+      if copy is not None and not Path(path).expanduser().exists():
+        tokenizer = dataclasses.replace(data.tokenizer, path=str(copy.absolute()))
+        return dataclasses.replace(data, tokenizer=tokenizer)
+  return data
 
 
 def policies(run: cfg.Run, workdir: Path) -> dict[str, str]:

@@ -51,7 +51,7 @@ BY_CONTENT = frozenset((
 # Settings of the model that leave the arrays of its state as they are. All others decide which
 # arrays there are, so that no state of one value goes on with another.
 SAME_ARRAYS = frozenset((
-    'Model.rope_theta', 'Model.activation', 'Model.norm_epsilon', 'Model.quant'))
+    'Model.rope_theta', 'Model.rope', 'Model.activation', 'Model.norm_epsilon', 'Model.quant'))
 FIXED_MODEL = frozenset(f'Model.{field.name}' for field in dataclasses.fields(cfg.Model)
                         ) - SAME_ARRAYS
 # Settings that no run can change: the state would have other arrays, or the examples another order.

@@ -134,7 +134,8 @@ def policy_data(run: cfg.Run, workdir: Path, extras: Mapping[str, Any]) -> loade
     # A run that starts from a policy keeps its data in that policy's work directory.
     for name in run.objective.policy_fields[:1]:
       base = places.policy(getattr(run.objective, name), workdir, name) / 'data'
-    prepared = _prepared_before(run.data, workdir, extras) or loader.prepare(run.data, base)
+    ours = places.with_own_tokenizer(run.data, workdir)
+    prepared = _prepared_before(ours, workdir, extras) or loader.prepare(ours, base)
     check_tokenizer(prepared, extras['tokenizer'], workdir)
     return prepared
 

@@ -138,14 +138,18 @@ def state_of(params: Params, optimizer: optax.GradientTransformation, abstract: 
   """A new state at step 0 with a copy of given parameters, since the step donates its state.
 
   Args:
-    params: the parameters to start from.
+    params: the parameters to start from, which may be of another type than the state's.
     optimizer: the optimizer whose state is initialised.
     abstract: the state's shapes and shardings, from `abstract_state`.
     method: parameters → what `TrainState.method` holds before the first step.
   """
   shardings = jax.tree.map(lambda s: s.sharding, abstract)
-  new = jax.jit(lambda p: _new(p, optimizer, method), out_shardings=shardings)
-  return new(params)
+
+  def new(given: Params) -> TrainState:
+    own = jax.tree.map(lambda p, target: p.astype(target.dtype), given, abstract.params)
+    return _new(own, optimizer, method)
+
+  return jax.jit(new, out_shardings=shardings)(params)
 
 
 def init_state(model: Model, optimizer: optax.GradientTransformation, mesh: Mesh,

@@ -3,8 +3,14 @@
 import dataclasses
 import functools
 import json
+import os
 from pathlib import Path
+import subprocess
 import sys
+import textwrap
+import time
+import tracemalloc
+import zlib
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,8 +23,10 @@ from jaxrl_pt import config as cfg
 from jaxrl_pt import params as P
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.interop import huggingface as hf
+from jaxrl_pt.interop import tensor_file
 from jaxrl_pt.models import transformer
 from jaxrl_pt.nn.quant import ternary
+from tests import xla_flags
 
 safetensors = pytest.importorskip('safetensors.numpy')
 
@@ -27,6 +35,9 @@ LLAMA = cfg.Model(num_layers=2, d_model=16, d_ff=24, num_heads=4, num_kv_heads=2
                   vocab_size=11, tied_head=False, norm_epsilon=1e-6)
 BITNET = dataclasses.replace(LLAMA, activation='relu2', sub_norm=True, tied_head=True, d_ff=22,
                              rope_theta=500_000.0, quant=cfg.Quant('ternary', 'int8'))
+QWEN2 = dataclasses.replace(LLAMA, qkv_bias=True)
+QWEN3 = dataclasses.replace(LLAMA, qk_norm=True, head_dim=6, tied_head=True)
+LLAMA3 = dataclasses.replace(LLAMA, rope=cfg.Llama3Rope(32.0, 1.0, 4.0, 64), rope_theta=5e5)
 
 
 @functools.cache
@@ -34,8 +45,8 @@ def draw(config):
   specs = transformer.build(config).specs
   params = jax.jit(lambda key: P.init(specs, key))(jax.random.key(0))
   # Gains of 1 would hide one that is read from the wrong place.
-  return jax.tree.map(lambda x: x + 0.1 * np.random.default_rng(x.size).random(x.shape,
-                                                                               np.float32), params)
+  noise = lambda x: 0.1 * np.random.default_rng(x.size).random(x.shape, np.float32)
+  return jax.tree.map(lambda x: (x + noise(x)).astype(x.dtype), params)
 
 
 def assert_same(actual, expected):
@@ -71,8 +82,9 @@ def test_latent_weights_quantise_to_the_stored_codes_and_scale(zeros):
 
 
 @pytest.mark.parametrize('config', [
-    LLAMA, dataclasses.replace(LLAMA, tied_head=True), BITNET,
-    dataclasses.replace(BITNET, quant=cfg.Quant())])
+    LLAMA, dataclasses.replace(LLAMA, tied_head=True), BITNET, QWEN2, QWEN3, LLAMA3,
+    dataclasses.replace(BITNET, quant=cfg.Quant()),
+    dataclasses.replace(QWEN2, param_dtype='bfloat16')])
 def test_float_round_trip_is_exact(tmp_path, config):
   params = draw(config)
   hf.save_model(tmp_path, config, params)
@@ -125,7 +137,8 @@ def test_real_file():
   assert (config.num_layers, config.d_ff, config.norm_epsilon) == (4, 344, 1e-6)
   assert not config.tied_head
   assert sum(x.size for x in jax.tree.leaves(params)) == 795_776
-  assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(params))
+  assert config.param_dtype == 'bfloat16'  # as in the file
+  assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(params))
   specs = P.abstract(transformer.build(config).specs)
   assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, specs)
 
@@ -142,23 +155,35 @@ def rewritten(folder, change, config=LLAMA, **options):
 OUT = object()
 PACKED = {'config': BITNET, 'packed': True}
 LINEAR = {'rope_type': 'linear', 'factor': 4.0}
+SCALED = {'rope_type': 'llama3', 'factor': 32.0, 'low_freq_factor': 1.0, 'high_freq_factor': 4.0,
+          'original_max_position_embeddings': 64}
 DEFAULT = {'rope_type': 'default', 'rope_theta': 10_000.0}
 
 
 @pytest.mark.parametrize('change, words', [
-    ({'model_type': 'qwen2'}, "model_type 'qwen2' is not covered"),
+    ({'model_type': 'gemma3'}, "model_type 'gemma3' is not covered"),
     ({'model_type': ['llama']}, r"model_type \['llama'\] is not covered"),
     ({'architectures': ['BitnetForCausalLM']}, 'architectures'),
     ({'architectures': 'LlamaForCausalLM'}, 'must be a list'),
-    ({'attention_bias': True}, 'biases'),
+    ({'attention_bias': True}, 'attention_bias = True is not covered'),
+    ({'mlp_bias': True}, 'mlp_bias = True is not covered'),
     ({'hidden_act': 'gelu'}, "hidden_act 'gelu'"),
     # Scaled RoPE under any of its names, beside one that says the default or alone.
-    ({'rope_scaling': {'rope_type': 'llama3'}}, 'scaled RoPE'),
-    ({'rope_scaling': LINEAR, 'rope_parameters': DEFAULT}, "rope_scaling 'linear'"),
+    ({'rope_scaling': {'rope_type': 'llama3'}}, 'rope_scaling.factor is None'),
+    ({'rope_scaling': {**SCALED, 'original_max_position_embeddings': float('inf')}},
+     'original_max_position_embeddings is inf'),
+    ({'rope_theta': float('nan')}, 'rope_theta is nan'),
+    ({'rope_scaling': {**SCALED, 'low_freq_factor': 4.0}}, 'high_freq_factor = 4.0 is not above'),
+    ({'rope_scaling': {**SCALED, 'attention_factor': 2.0}}, 'attention_factor = 2.0 is not'),
+    ({'rope_scaling': SCALED, 'rope_parameters': DEFAULT}, 'scales RoPE in one way'),
+    ({'rope_scaling': {**SCALED, 'type': 'default'}}, "of type 'llama3' and 'default'"),
+    ({'rope_scaling': {'rope_type': 'yarn', 'factor': 4.0}}, "rope_scaling of type 'yarn'"),
+    ({'rope_scaling': LINEAR, 'rope_parameters': DEFAULT},
+     "rope_scaling of type 'linear' is not covered"),
     ({'rope_scaling': {'type': 'linear', 'factor': 4.0}, 'rope_parameters': DEFAULT},
-     'scaled RoPE'),
-    ({'rope_scaling': DEFAULT, 'rope_parameters': LINEAR}, "rope_parameters 'linear'"),
-    ({'rope_scaling': {'rope_type': 'default', 'type': 'yarn'}}, 'scaled RoPE'),
+     "rope_scaling of type 'linear'"),
+    ({'rope_scaling': DEFAULT, 'rope_parameters': LINEAR}, "rope_parameters of type 'linear'"),
+    ({'rope_scaling': {'rope_type': 'default', 'type': 'yarn'}}, "of type 'default' and 'yarn'"),
     ({'rope_scaling': {'factor': 4.0}}, 'rope_scaling.factor = 4.0 is not covered'),
     ({'rope_scaling': {'mscale': 0.7}}, 'sets rope_scaling.mscale'),
     ({'rope_scaling': 'linear'}, 'must be an object'),
@@ -168,7 +193,20 @@ DEFAULT = {'rope_type': 'default', 'rope_theta': 10_000.0}
     ({'rope_theta': '1e4'}, 'must be a number'),
     ({'partial_rotary_factor': 0.5}, 'partial_rotary_factor = 0.5 is not covered'),
     # Keys of relatives, and one that nobody knows.
-    ({'sliding_window': 4096}, 'sets sliding_window = 4096, which is not known'),
+    ({'sliding_window': 4096}, 'sliding_window = 4096 is not covered'),
+    ({'use_sliding_window': True}, 'use_sliding_window = True is not covered'),
+    ({'num_local_experts': 8}, 'num_local_experts = 8 is not covered'),
+    ({'num_experts': 64}, 'num_experts = 64 is not covered'),
+    ({'model_type': 'mistral', 'architectures': ['MistralForCausalLM']},
+     'does not say sliding_window'),
+    ({'model_type': 'mistral', 'architectures': None, 'sliding_window': 4096},
+     'sliding_window = 4096 is not covered'),
+    ({'model_type': 'qwen2', 'architectures': None, 'use_sliding_window': True},
+     'use_sliding_window = True is not covered'),
+    ({'model_type': 'qwen2', 'architectures': None}, 'has no tensor .*k_proj.bias'),
+    ({'model_type': 'qwen3', 'architectures': None}, 'has no tensor .*k_norm.weight'),
+    ({'model_type': 'qwen3', 'architectures': None,
+      'quantization_config': {'quant_method': 'bitnet'}}, 'with model_type'),
     ({'layer_types': ['full_attention', 'sliding_attention']}, 'layer_types'),
     ({'attn_logit_softcapping': 30.0}, 'attn_logit_softcapping'),
     ({'embedding_multiplier': 12.0}, 'embedding_multiplier = 12.0 is not covered'),
@@ -195,6 +233,8 @@ def test_variants_that_are_not_covered(tmp_path, change, words):
     {'rope_theta': OUT, 'rope_parameters': DEFAULT},
     {'rope_scaling': {'type': 'default'}, 'rope_parameters': None},
     {'rope_parameters': DEFAULT, 'rope_scaling': DEFAULT, 'rope_theta': 10_000},
+    {'num_local_experts': 0, 'a_new_key': False, 'another': [], 'a_third': ''},
+    {'model_type': 'mistral', 'architectures': ['MistralForCausalLM'], 'sliding_window': None},
     {'head_dim': None, 'num_key_value_heads': 2, 'sliding_window': None,
      'partial_rotary_factor': 1.0, 'layer_types': ['full_attention'] * 2},
     {'bos_token_id': 1, 'eos_token_id': [2, 3], 'pretraining_tp': 1, 'use_cache': True,
@@ -337,8 +377,70 @@ def test_a_parameter_without_a_name_there_is_not_left_out(tmp_path, monkeypatch)
   assert not (tmp_path / 'model').exists()
 
 
-def test_missing_package_names_the_extra(tmp_path, monkeypatch):
-  hf.save_model(tmp_path, LLAMA, draw(LLAMA))
-  monkeypatch.setitem(sys.modules, 'safetensors.numpy', None)
-  with pytest.raises(UserError, match='`hf` extra'):
-    hf.load_model(tmp_path)
+@pytest.mark.parametrize('config', [QWEN2, BITNET], ids=['qwen2', 'bitnet'])
+def test_shards_are_read_as_one_file_is(tmp_path, config):
+  hf.save_model(tmp_path, config, draw(config))
+  stored = safetensors.load_file(tmp_path / 'model.safetensors')
+  names = sorted(stored)
+  placed = {name: f'part-{i % 3}.safetensors' for i, name in enumerate(names)}
+  for file in set(placed.values()):
+    safetensors.save_file({n: stored[n] for n in names if placed[n] == file}, tmp_path / file)
+  (tmp_path / 'model.safetensors').unlink()
+  (tmp_path / 'model.safetensors.index.json').write_text(json.dumps({'weight_map': placed}))
+  loaded_config, loaded = hf.load_model(tmp_path)
+  assert loaded_config == config
+  assert_same(loaded, draw(config))
+
+
+def test_the_host_holds_one_tensor_at_a_time(tmp_path, monkeypatch):
+  config = dataclasses.replace(LLAMA, num_layers=4, d_model=256, d_ff=512, vocab_size=900)
+  hf.save_model(tmp_path, config, draw(config))
+  hf.load_model(tmp_path)  # compiles
+  read = tensor_file.read
+  # JAX's threads let go of a tensor a moment after its last use.
+  monkeypatch.setattr(tensor_file, 'read', lambda entry: time.sleep(0.03) or read(entry))
+  tracemalloc.start()
+  try:
+    _, params = hf.load_model(tmp_path)
+    peak = tracemalloc.get_traced_memory()[1]
+  finally:
+    tracemalloc.stop()
+  assert sum(x.nbytes for x in jax.tree.leaves(params)) > 8e6
+  assert peak < 1.3 * 4 * 900 * 256  # NumPy's memory is traced, that of JAX's arrays is not
+
+
+def test_each_device_of_a_mesh_gets_its_part(tmp_path):
+  config = dataclasses.replace(QWEN2, vocab_size=12)
+  hf.save_model(tmp_path, config, draw(config))
+  environment = {**os.environ, 'XLA_FLAGS': xla_flags.with_devices(4), 'JAX_PLATFORMS': 'cpu'}
+  code = textwrap.dedent('''
+      import sys, zlib
+      import jax, numpy as np
+      from jaxrl_pt import config as cfg
+      from jaxrl_pt.interop import huggingface as hf
+      from jaxrl_pt.models import transformer
+      from jaxrl_pt.parallel import mesh, rules
+      devices = mesh.make_mesh(cfg.Mesh(fsdp=2, tensor=2))
+      config, params = hf.load_model(sys.argv[1], devices)
+      wanted = rules.param_shardings(transformer.build(config).specs, devices)
+      same = jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), params, wanted)
+      assert all(jax.tree.leaves(same)), same
+      print([zlib.crc32(np.ascontiguousarray(x)) for x in jax.tree.leaves(params)])''')
+  done = subprocess.run([sys.executable, '-c', code, str(tmp_path)], env=environment, text=True,
+                        capture_output=True, check=False)
+  assert done.returncode == 0, done.stderr
+  whole = [zlib.crc32(np.ascontiguousarray(x)) for x in jax.tree.leaves(draw(config))]
+  assert done.stdout.strip() == str(whole)
+
+
+@pytest.mark.parametrize('config, name', [
+    (LLAMA, 'model.layers.1.mlp.up_proj.weight'), (QWEN2, 'model.layers.0.self_attn.k_proj.bias'),
+    (LLAMA, 'model.norm.weight'), (LLAMA, 'lm_head.weight')])
+@pytest.mark.parametrize('value', [np.nan, np.inf])
+def test_numbers_with_which_nothing_computes(tmp_path, config, name, value):
+  def spoil(stored):
+    stored[name].flat[-1] = value
+    return {}
+
+  with pytest.raises(UserError, match=f'Tensor {name} holds NaN or infinite'):
+    hf.load_model(with_tensors(tmp_path, spoil, config=config))

@@ -29,6 +29,7 @@ SHAPES = {
     'one_kv_head': dict(num_kv_heads=1, activation='relu2'),
     'all_kv_heads': dict(num_kv_heads=4, sub_norm=True, tied_head=False),
     'narrow_queries': dict(num_heads=2, head_dim=4, num_kv_heads=1),
+    'imported': dict(qkv_bias=True, qk_norm=True, rope=cfg.Llama3Rope(8.0, 1.0, 4.0, 16)),
 }
 VARIANTS = [*((q, 'bitnet') for q in QUANTS), *(('plain', s) for s in SHAPES if s != 'bitnet'),
             ('int8', 'llama')]

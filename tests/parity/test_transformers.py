@@ -13,10 +13,11 @@ transformers = pytest.importorskip('transformers')
 
 from jaxrl_pt import config as cfg  # noqa: E402
 from jaxrl_pt import params as P  # noqa: E402
+from jaxrl_pt.errors import UserError  # noqa: E402
 from jaxrl_pt.interop import huggingface as hf  # noqa: E402
-from jaxrl_pt.interop import huggingface_config  # noqa: E402
+from jaxrl_pt.interop import huggingface_config, verify  # noqa: E402
 from jaxrl_pt.models import transformer  # noqa: E402
-from jaxrl_pt.nn import quant  # noqa: E402
+from jaxrl_pt.nn import embed, quant  # noqa: E402
 from jaxrl_pt.nn.ops import Ops  # noqa: E402
 
 pytestmark = pytest.mark.parity
@@ -27,9 +28,18 @@ BITNET = dataclasses.replace(LLAMA, activation='relu2', sub_norm=True, tied_head
                              rope_theta=500_000.0, norm_epsilon=1e-5)
 
 
+QWEN2 = dataclasses.replace(LLAMA, qkv_bias=True)
+QWEN3 = dataclasses.replace(LLAMA, qk_norm=True, head_dim=12, tied_head=True)
+LLAMA3 = dataclasses.replace(LLAMA, rope=cfg.Llama3Rope(8.0, 1.0, 4.0, 32), rope_theta=5e5)
+
+
 def draw(config):
   specs = transformer.build(config).specs
   params = jax.jit(lambda key: P.init(specs, key))(jax.random.key(0))
+  for i, name in enumerate(sorted(params['layers'])):
+    if name in ('bq', 'bk', 'bv', 'q_norm', 'k_norm'):  # A model begins with zeros and ones there.
+      x = params['layers'][name]
+      params['layers'][name] = x + 0.3 * jax.random.normal(jax.random.key(i), x.shape)
   return {**params, 'embed': params['embed'] * 20}  # logits of order 1 and larger
 
 
@@ -55,8 +65,9 @@ def draw_tokens():
 
 
 @pytest.mark.parametrize('config', [
-    LLAMA, dataclasses.replace(LLAMA, tied_head=True, num_kv_heads=1, rope_theta=1e4), BITNET],
-    ids=['llama', 'llama_tied', 'bitnet'])
+    LLAMA, dataclasses.replace(LLAMA, tied_head=True, num_kv_heads=1, rope_theta=1e4), LLAMA3,
+    QWEN2, QWEN3, BITNET],
+    ids=['llama', 'llama_tied', 'llama3', 'qwen2', 'qwen3', 'bitnet'])
 def test_unquantised_logits(tmp_path, config):
   params = draw(config)
   hf.save_model(tmp_path, config, params)
@@ -64,7 +75,7 @@ def test_unquantised_logits(tmp_path, config):
   tokens = draw_tokens()
   ours, reference = our_logits(config, params, tokens), their_logits(theirs, tokens)
   assert reference.std() > 0.5
-  np.testing.assert_allclose(ours, reference, atol=2e-4)
+  np.testing.assert_allclose(ours, reference, atol=1e-4)
 
 
 @pytest.mark.parametrize('tokens', [{}, {'bos_id': 5, 'eos_id': 9}, {'eos_id': 0}])
@@ -76,24 +87,106 @@ def test_their_reader_finds_our_tokens(tmp_path, tokens):
     assert found.bos_token_id == tokens.get('bos_id')
 
 
-@pytest.mark.parametrize('kind', ['llama', 'bitnet'])
+@pytest.mark.parametrize('kind', ['llama', 'bitnet', 'mistral', 'qwen2', 'qwen3'])
 def test_every_key_that_they_write_is_known(kind):
   """Of their default configurations, with all keys, as files of other writers have them."""
-  made = {'llama': transformers.LlamaConfig, 'bitnet': transformers.BitNetConfig}[kind]()
+  made = {'llama': transformers.LlamaConfig, 'bitnet': transformers.BitNetConfig,
+          'mistral': lambda: transformers.MistralConfig(sliding_window=None),
+          'qwen2': transformers.Qwen2Config, 'qwen3': transformers.Qwen3Config}[kind]()
   huggingface_config.to_config(json.loads(json.dumps(made.to_dict())), kind)
 
 
-def test_their_checkpoint_imports(tmp_path):
+SCALED = {'rope_type': 'llama3', 'rope_theta': 5e5, 'factor': 8.0, 'low_freq_factor': 1.0,
+          'high_freq_factor': 4.0, 'original_max_position_embeddings': 32}
+THEIRS = {
+    'llama': lambda **sizes: transformers.LlamaConfig(**sizes),
+    'llama3': lambda **sizes: transformers.LlamaConfig(
+        **{**sizes, 'tie_word_embeddings': True}, rope_parameters=SCALED,
+        max_position_embeddings=256),
+    'mistral': lambda **sizes: transformers.MistralConfig(**sizes, sliding_window=None),
+    'qwen2': lambda **sizes: transformers.Qwen2Config(**sizes),
+    'qwen3': lambda **sizes: transformers.Qwen3Config(**sizes, head_dim=12),
+    'bitnet': lambda **sizes: transformers.BitNetConfig(**sizes)}
+
+
+def draw_theirs(kind):
+  """A model of theirs whose gains and biases are random, too."""
   torch.manual_seed(0)
-  config = transformers.LlamaConfig(
+  config = THEIRS[kind](
       vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
       num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=1e-6, initializer_range=0.3,
-      tie_word_embeddings=False)
-  theirs = transformers.LlamaForCausalLM(config)
+      tie_word_embeddings=False, bos_token_id=None, eos_token_id=None, pad_token_id=None)
+  theirs = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+  with torch.no_grad():
+    for name, x in theirs.named_parameters():
+      if 'norm' in name or name.endswith('bias'):
+        x.add_(0.2 * torch.randn_like(x))
+  return theirs
+
+
+@pytest.mark.parametrize('kind', THEIRS)
+def test_their_checkpoint_computes_and_decodes_the_same(tmp_path, kind):
+  theirs = draw_theirs(kind)
   theirs.save_pretrained(tmp_path)
+  config, params = hf.load_model(tmp_path)
   tokens = draw_tokens()
-  np.testing.assert_allclose(our_logits(*hf.load_model(tmp_path), tokens),
-                             their_logits(theirs, tokens), rtol=1e-4, atol=1e-3)
+  reference = their_logits(theirs, tokens)
+  assert reference.std() > 0.5
+  np.testing.assert_allclose(our_logits(config, params, tokens), reference, rtol=1e-5, atol=1e-4)
+  # If each token that we draw is their likeliest after those before, they draw the same ones.
+  drawn = our_greedy(config, params, tokens[:, :8], 64)
+  whole = np.concatenate([tokens[:, :8], drawn], 1)
+  np.testing.assert_array_equal(their_logits(theirs, whole)[:, 7:-1].argmax(-1), drawn)
+
+
+def our_greedy(config, params, prompt, num_tokens):
+  """i32[B, num_tokens]: the likeliest tokens, one after the other against a cache."""
+  model = transformer.build(config)
+  rows, length = prompt.shape
+
+  @jax.jit
+  def decode(params):
+    def logits(hidden):
+      return hidden[:, -1] @ model.head(params)
+
+    positions = jnp.broadcast_to(jnp.arange(length), prompt.shape)
+    cache = model.init_cache(rows, length + num_tokens)
+    hidden, cache = model.extend(params, jnp.asarray(prompt), positions, cache)
+
+    def step(carry, position):
+      token, cache = carry
+      where = jnp.full((rows, 1), position)
+      hidden, cache = model.extend(params, token[:, None], where, cache)
+      return (jnp.argmax(logits(hidden), -1), cache), token
+
+    first = jnp.argmax(logits(hidden), -1), cache
+    return jax.lax.scan(step, first, jnp.arange(length, length + num_tokens))[1].T
+
+  return np.asarray(decode(params))
+
+
+def test_scaled_frequencies_are_theirs():
+  theirs = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(
+      transformers.LlamaConfig(head_dim=64, max_position_embeddings=1024, rope_parameters={
+          **SCALED, 'factor': 32.0, 'original_max_position_embeddings': 128}))
+  cos, sin = embed.rope(jnp.arange(1, 2)[None], 64, 5e5, cfg.Llama3Rope(32.0, 1.0, 4.0, 128))
+  angle = np.arctan2(np.asarray(sin, np.float64), cos).ravel()
+  np.testing.assert_allclose(angle, theirs.inv_freq.numpy(), rtol=2e-6)
+
+
+@pytest.mark.parametrize('config', [QWEN2, LLAMA3], ids=['qwen2', 'llama3'])
+def test_verify_accepts_an_export_and_refuses_another_model(tmp_path, config):
+  params = draw(config)
+  hf.save_model(tmp_path, config, params)
+  assert verify.check(tmp_path, config, params) < 1e-4
+  other = dataclasses.replace(config, rope_theta=100.0)
+  with pytest.raises(UserError, match='computes other logits of the export'):
+    verify.check(tmp_path, other, params)
+  with pytest.raises(UserError, match='a quantised model'):
+    verify.check(tmp_path, dataclasses.replace(config, quant=cfg.Quant('ternary')), params)
+  (tmp_path / 'model.safetensors').unlink()
+  with pytest.raises(UserError, match='cannot load the export'):
+    verify.check(tmp_path, config, params)
 
 
 class TorchBitLinear(torch.nn.Module):

@@ -1,0 +1,205 @@
+"""The commands `import` and `export`: work directories from and to Hugging Face folders."""
+
+import json
+from pathlib import Path
+import shutil
+from typing import Any
+
+from jaxrl_pt import config as cfg
+from jaxrl_pt import files, gin_bindings, params
+from jaxrl_pt.checkpoint import Checkpointer
+from jaxrl_pt.data import token_table, tokenizer_json
+from jaxrl_pt.data import tokenizer as tokenizers
+from jaxrl_pt.errors import UserError
+from jaxrl_pt.interop import huggingface as hf
+from jaxrl_pt.interop import verify as verification
+from jaxrl_pt.interop.huggingface_config import to_config
+from jaxrl_pt.parallel import rules
+from jaxrl_pt.parallel.mesh import make_mesh
+from jaxrl_pt.run import places, policy, saved
+from jaxrl_pt.run import session as sessions
+
+# What a work directory of an imported model keeps of the folder it came from.
+CARRIED = 'huggingface'
+_SMALL_FILES = ('config.json', 'generation_config.json', 'tokenizer_config.json',
+                'special_tokens_map.json', 'added_tokens.json', 'vocab.json', 'merges.txt',
+                'chat_template.jinja')
+_TOKENIZER_CONFIG = 'tokenizer_config.json'
+_LONGEST_EXAMPLE = 1024  # tokens
+
+
+# --- Import -----------------------------------------------------------------------
+
+
+def import_model(source: Path, workdir: Path) -> str:
+  """Makes a work directory of a Hugging Face folder; it is whole or absent.
+
+  Args:
+    source: a folder with config.json, safetensors and tokenizer.json or tokenizer.model.
+    workdir: the work directory, which must not exist.
+
+  Returns:
+    What was done, in words.
+
+  Raises:
+    UserError: the folder is not there, is damaged or holds a model that is not covered, or the work
+      directory exists or cannot be written.
+  """
+  if not source.is_dir():
+    raise UserError(f'{source} is no folder: download the model first, and give the folder with '
+                    'its config.json.')
+  with files.whole_directory(workdir) as folder:
+    settings = hf.read_json(source / 'config.json')
+    config = to_config(settings, str(source / 'config.json'))
+    tokenizer, setting = _tokenizer(source, settings, workdir)
+    if tokenizer.vocab_size > config.vocab_size:
+      raise UserError(f'The tokenizer in {source} has {tokenizer.vocab_size} tokens but the model '
+                      f'has {config.vocab_size}: the files are not of one model.')
+    mesh = make_mesh(cfg.Mesh())
+    rules.check_divides(_run(config, setting, settings), mesh)
+    config, values = hf.load_model(source, mesh)  # Refusals come before anything large is read.
+    run = _run(config, setting, settings)
+    tokenizer.save(folder / places.TOKENIZER)
+    data = sessions.policy_data(run, folder, {'tokenizer': tokenizer.fingerprint})
+    session = sessions.open_session(run, folder, gin_bindings.dump(run), data=data)
+    _carry(source, folder / CARRIED)
+    extras = {**saved.checkpoint_extras(session, {}), 'objective': 'Imported',
+              'data': {'absolute': str(workdir.absolute() / 'data'), 'relative': 'data'}}
+    with Checkpointer(folder / places.CHECKPOINTS, run.checkpoint) as checkpointer:
+      checkpointer.save(0, {'params': values}, extras)
+    saved.record(session, 0)
+  count = params.count(session.model(config).specs)
+  return (f'Imported {settings["model_type"]} of {count:,} parameters in {config.param_dtype} to '
+          f'{workdir}; go on with: jaxrl-pt sample --workdir {workdir} --prompt "…"')
+
+
+def _run(config: cfg.Model, tokenizer: cfg.Tokenizer, settings: dict[str, Any]) -> cfg.Run:
+  """The run that the work directory records.
+
+  Its text is the standard library's, on which `eval` measures unless it is given other data.
+  """
+  longest = settings.get('max_position_embeddings')
+  seq_len = min(longest, _LONGEST_EXAMPLE) if isinstance(longest, int) else _LONGEST_EXAMPLE
+  return cfg.Run(
+      seed=0, model=config, data=cfg.Data(cfg.PythonStdlib(), tokenizer, max(seq_len, 2)),
+      objective=cfg.NextToken(), optimizer=cfg.AdamW(cfg.ConstantRate(1e-5)),
+      train=cfg.Train(num_steps=1, batch_size=8), compute=cfg.Compute(dtype=config.param_dtype))
+
+
+def _tokenizer(source: Path, settings: dict[str, Any], workdir: Path
+               ) -> tuple[tokenizers.Tokenizer, cfg.Tokenizer]:
+  """The folder's tokenizer, and the setting that names its copy in the work directory."""
+  home = (workdir / places.TOKENIZER).absolute()
+  own = source / _TOKENIZER_CONFIG
+  described = hf.read_json(own) if own.exists() else {}
+  if not isinstance(described, dict):
+    raise UserError(f'{own} holds no JSON object: download it again.')
+  path = source / token_table.DEFINITION['tokenizer.json']
+  if path.exists():
+    end = _end_of_text(path, described, settings)
+    begin = _begin_of_text(path, described)
+    loaded = cfg.HuggingFaceTokenizer(str(path), end, begin)
+    kept: cfg.Tokenizer = cfg.HuggingFaceTokenizer(str(home / path.name), end, begin)
+    return tokenizers.train_or_load(loaded, ()), kept
+  path = source / token_table.DEFINITION['sentencepiece']
+  if path.exists():
+    has_begin = described.get('add_bos_token') is not False
+    return (tokenizers.train_or_load(cfg.SentencePiece(str(path), has_begin), ()),
+            cfg.SentencePiece(str(home / path.name), has_begin))
+  raise UserError(f'{source} holds neither tokenizer.json nor tokenizer.model: download the '
+                  "model's tokenizer into it.")
+
+
+def _begin_of_text(path: Path, described: dict[str, Any]) -> str:
+  """The token that begins a text, '' for none.
+
+  If tokenizer_config.json says whether there is one, that counts, since transformers changes the
+  post-processor of tokenizer.json accordingly; otherwise the post-processor itself does.
+  """
+  match described.get('add_bos_token'), _content(described.get('bos_token')):
+    case False, _:
+      return ''
+    case True, str(token):
+      return token
+    case _:
+      return tokenizer_json.begin_of_text(path)
+
+
+def _content(token: Any) -> Any:
+  """A token of tokenizer_config.json, which may stand there with its properties."""
+  return token.get('content') if isinstance(token, dict) else token
+
+
+def _end_of_text(path: Path, described: dict[str, Any], settings: dict[str, Any]) -> str:
+  """The token that ends a text, as tokenizer_config.json or config.json name it."""
+  token = _content(described.get('eos_token'))
+  ids = settings.get('eos_token_id')
+  first = ids[0] if isinstance(ids, list) and ids else ids
+  if not isinstance(token, str) and isinstance(first, int):
+    token = tokenizer_json.token_of(path, first)
+  if not isinstance(token, str) or not token:
+    raise UserError(f'Neither eos_token in {_TOKENIZER_CONFIG} nor eos_token_id in config.json of '
+                    f'{path.parent} names a token of tokenizer.json: write one of them.')
+  return token
+
+
+def _carry(source: Path, folder: Path) -> None:
+  """Copies the small files of a Hugging Face folder, for an export to write them again."""
+  folder.mkdir()
+  for name in _SMALL_FILES:
+    if (source / name).is_file():
+      shutil.copyfile(source / name, folder / name)
+
+
+# --- Export -----------------------------------------------------------------------
+
+
+def export_model(workdir: Path, destination: Path, *, step: int | None, packed: bool,
+                 verify: bool) -> str:
+  """Writes a work directory's model and tokenizer as a Hugging Face folder, whole or not at all.
+
+  Args:
+    workdir: a work directory.
+    destination: the folder, which must not exist.
+    step: the checkpoint's step; None takes the newest good one.
+    packed: whether ternary weights are stored in 2 bits.
+    verify: whether transformers has to compute the same logits.
+
+  Returns:
+    What was done, in words.
+
+  Raises:
+    UserError: no checkpoint, a model that no Hugging Face class computes, a folder that exists or
+      cannot be written, or other logits.
+  """
+  with files.whole_directory(destination) as folder:
+    trained = policy.load_policy(workdir, step)
+    tokenizer, config = trained.session.data.tokenizer, trained.model.config
+    hf.save_model(folder, config, trained.params, packed=packed, bos_id=tokenizer.bos_id,
+                  eos_id=tokenizer.eos_id)
+    said = [f'Exported step {trained.step} of {workdir} to {destination}.']
+    if not _write_tokenizer(tokenizer, workdir / CARRIED, folder):
+      said.append('Its tokenizer has no Hugging Face form and was left out.')
+    if verify:
+      difference = verification.check(folder, config, trained.params)
+      said.append(f'Its logits in transformers differ by {difference:.1e} at most.')
+  return ' '.join(said)
+
+
+def _write_tokenizer(tokenizer: tokenizers.Tokenizer, carried: Path, folder: Path) -> bool:
+  """Writes the tokenizer's files, those of an imported model as they were; False if none exist."""
+  match tokenizer:
+    case tokenizers.ByteTokenizer():
+      return False
+    case tokenizers.JsonTokenizer(end_of_text=end, begin_of_text=begin):
+      tokenizer.save(folder)
+      own = {'tokenizer_class': 'PreTrainedTokenizerFast', 'eos_token': end,
+             'bos_token': begin or None}
+      (folder / _TOKENIZER_CONFIG).write_text(json.dumps(own, indent=2) + '\n', encoding='utf-8')
+    case _:
+      tokenizer.save(folder)
+      (folder / _TOKENIZER_CONFIG).unlink()
+  for path in carried.iterdir() if carried.is_dir() else ():
+    if path.name != 'config.json':
+      shutil.copyfile(path, folder / path.name)
+  return True
