@@ -81,9 +81,13 @@ def _stages(run: cfg.Run, mesh: Mesh, method: cfg.Reinforced, prompts: Prompts,
   if mesh.size > 1:
     model = models.build(run.model, run.compute, mesh)
     packed = run.model.quant.weights == 'ternary'
-    others.append(Program('weight sync: parameters to the sampler',
-                          weight_sync.make_move(model, mesh, packed, run.compute.dtype),
-                          (state.params,), 0.0, beside=beside))
+    others += [
+        Program('weight sync: what the sampler reads of the parameters',
+                weight_sync.make_leave(model, mesh, packed, run.compute.dtype), (state.params,),
+                0.0, beside=beside),
+        Program('weight sync: to the sampler', weight_sync.make_move(model, mesh, packed),
+                (weight_sync.abstract_leaving(model, mesh, packed, run.compute.dtype),), 0.0,
+                beside=[*beside, state.params])]
     beside = [reference_params, state]
     synced = weight_sync.abstract(model, mesh, packed, run.compute.dtype)
   if isinstance(method, cfg.RL) and isinstance(method.verifier, cfg.Interactive):

@@ -19,6 +19,7 @@ from jaxrl_pt.checksum import checksum
 from jaxrl_pt.models.base import Model
 from jaxrl_pt.nn.quant import TernaryWeight, pack
 from jaxrl_pt.parallel import rules
+from jaxrl_pt.params import abstract as abstract_params
 from jaxrl_pt.params import is_spec
 from jaxrl_pt.types import Array, Params
 
@@ -45,17 +46,22 @@ def make_weight_sync(model: Model, mesh: Mesh, packed: bool, dtype: DTypeLike = 
     ValueError: `packed`, and the model's weights are not ternary.
     RuntimeError: (raised by sync) a leaf's checksum differs after the move.
   """
-  move = make_move(model, mesh, packed, dtype)
-  # The checksum of codes is that of their values, whatever their type.
-  leave = jax.jit(functools.partial(_as_read, model, packed, dtype, jnp.int32))
+  leave, move = make_leave(model, mesh, packed, dtype), make_move(model, mesh, packed)
 
   def sync(params: Params, version: int) -> Policy:
-    arrived = move(params)
+    leaving = leave(params)
+    arrived = move(leaving)
     sums = checksum(arrived)
-    check(checksum(leave(params)), sums)
+    check(checksum(_as_values(leaving)), sums)
     return Policy(arrived, version, sums)
 
   return sync
+
+
+@jax.jit
+def _as_values(leaving: Params) -> Params:
+  """The parameters with codes as int32, whose checksum is that of codes of two bits."""
+  return jax.tree.map(lambda x: x.astype(jnp.int32) if x.dtype == jnp.int8 else x, leaving)
 
 
 def _as_read(model: Model, packed: bool, dtype: DTypeLike, codes: DTypeLike, params: Params
@@ -82,24 +88,25 @@ def _is_bit_linear(model: Model) -> Callable[[tuple[Any, ...]], bool]:
   return lambda path: path in projections
 
 
-def make_move(model: Model, mesh: Mesh, packed: bool, dtype: DTypeLike = jnp.float32) -> Any:
-  """The jitted function from parameters to the sampler's copy of them.
+def make_leave(model: Model, mesh: Mesh, packed: bool, dtype: DTypeLike = jnp.float32) -> Any:
+  """The jitted function from parameters to what the sampler reads of them, where they lie.
 
-  It takes the arguments of `make_weight_sync`.
+  It takes the arguments of `make_weight_sync`. Codes are int8. It is a program apart from the move:
+  the TPU compiler fails on both together where a chip's part of a weight has few rows.
 
   Raises:
     ValueError: `packed`, and the model's weights are not ternary.
   """
   if packed and model.config.quant.weights != 'ternary':
     raise ValueError('only ternary weights can be packed')
+  return jax.jit(functools.partial(_as_read, model, packed, dtype, jnp.int8),
+                 out_shardings=_where_they_lie(model, mesh, packed))
 
+
+def make_move(model: Model, mesh: Mesh, packed: bool) -> Any:
+  """The jitted function from what `make_leave` returns to the sampler's copy of the parameters."""
   laid_out = shardings(model, mesh, packed)
-
-  def copy(params: Params) -> Params:
-    leaving = _as_read(model, packed, dtype, jnp.int8, params)
-    return jax.tree.map(_moved, leaving, laid_out)
-
-  return jax.jit(copy, out_shardings=laid_out)
+  return jax.jit(lambda leaving: jax.tree.map(_moved, leaving, laid_out), out_shardings=laid_out)
 
 
 def _moved(x: Array, sharding: NamedSharding) -> Array:
@@ -126,16 +133,24 @@ def check(left: dict[str, int], arrived: dict[str, int]) -> None:
 
 def shardings(model: Model, mesh: Mesh, packed: bool) -> Any:
   """The NamedSharding of every leaf in the sampler's layout."""
-  whole = rules.param_shardings(model.specs, mesh, rules.SAMPLE)
+  return _packed(model, rules.param_shardings(model.specs, mesh, rules.SAMPLE), packed)
 
+
+def _where_they_lie(model: Model, mesh: Mesh, packed: bool) -> Any:
+  return _packed(model, rules.param_shardings(model.specs, mesh, rules.TRAIN), packed)
+
+
+def _packed(model: Model, of_weights: Any, packed: bool) -> Any:
+  """Shardings of the parameters, with those of codes and scale for each weight that is packed."""
   is_bit_linear = _is_bit_linear(model)
 
   def leaf(path: tuple[Any, ...], sharding: NamedSharding) -> Any:
     if not packed or not is_bit_linear(path):
       return sharding
-    return TernaryWeight(sharding, NamedSharding(mesh, PartitionSpec()))  # type: ignore[arg-type]
+    scale = NamedSharding(sharding.mesh, PartitionSpec())
+    return TernaryWeight(sharding, scale)  # type: ignore[arg-type]
 
-  return jax.tree_util.tree_map_with_path(leaf, whole)
+  return jax.tree_util.tree_map_with_path(leaf, of_weights)
 
 
 def on_shard(params: Params, mesh: Mesh) -> Params:
@@ -160,9 +175,19 @@ def on_shard(params: Params, mesh: Mesh) -> Params:
 
 def abstract(model: Model, mesh: Mesh, packed: bool, dtype: DTypeLike = jnp.float32) -> Params:
   """The sampler's parameters as ShapeDtypeStructs with shardings, for compiling ahead of time."""
-  specs = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype), model.specs,
-                       is_leaf=is_spec)
-  shapes = jax.eval_shape(functools.partial(_as_read, model, packed, dtype, jnp.int2), specs)
+  return _abstract(model, packed, dtype, jnp.int2, shardings(model, mesh, packed))
+
+
+def abstract_leaving(model: Model, mesh: Mesh, packed: bool, dtype: DTypeLike = jnp.float32
+                     ) -> Params:
+  """What `make_leave` returns, as ShapeDtypeStructs with shardings."""
+  return _abstract(model, packed, dtype, jnp.int8, _where_they_lie(model, mesh, packed))
+
+
+def _abstract(model: Model, packed: bool, dtype: DTypeLike, codes: DTypeLike, laid_out: Any
+              ) -> Params:
+  shapes = jax.eval_shape(functools.partial(_as_read, model, packed, dtype, codes),
+                          abstract_params(model.specs))
   return jax.tree.map(
       lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes,
-      shardings(model, mesh, packed))
+      laid_out)
