@@ -81,15 +81,18 @@ def _stages(run: cfg.Run, mesh: Mesh, method: cfg.Reinforced, prompts: Prompts,
   if mesh.size > 1:
     model = models.build(run.model, run.compute, mesh)
     packed = run.model.quant.weights == 'ternary'
+    leaving = weight_sync.abstract_leaving(model, mesh, packed, run.compute.dtype)
+    synced = weight_sync.abstract(model, mesh, packed, run.compute.dtype)
+    leaf, arrived = max(zip(jax.tree.leaves(leaving), jax.tree.leaves(synced), strict=True),
+                        key=lambda pair: pair[0].size)
     others += [
         Program('weight sync: what the sampler reads of the parameters',
                 weight_sync.make_leave(model, mesh, packed, run.compute.dtype), (state.params,),
                 0.0, beside=beside),
-        Program('weight sync: to the sampler', weight_sync.make_move(model, mesh, packed),
-                (weight_sync.abstract_leaving(model, mesh, packed, run.compute.dtype),), 0.0,
-                beside=[*beside, state.params])]
+        Program('weight sync: the largest of them to the sampler',
+                weight_sync.mover(arrived.sharding), (leaf,), 0.0,
+                beside=[*beside, state.params, synced])]
     beside = [reference_params, state]
-    synced = weight_sync.abstract(model, mesh, packed, run.compute.dtype)
   if isinstance(method, cfg.RL) and isinstance(method.verifier, cfg.Interactive):
     engine = _engine(run, mesh, method, method.verifier, beside)
     # Its pages stay where they are from step to step.

@@ -103,13 +103,22 @@ def make_leave(model: Model, mesh: Mesh, packed: bool, dtype: DTypeLike = jnp.fl
                  out_shardings=_where_they_lie(model, mesh, packed))
 
 
-def make_move(model: Model, mesh: Mesh, packed: bool) -> Any:
-  """The jitted function from what `make_leave` returns to the sampler's copy of the parameters."""
+def make_move(model: Model, mesh: Mesh, packed: bool) -> Callable[[Params], Params]:
+  """The function from what `make_leave` returns to the sampler's copy of the parameters.
+
+  Each leaf moves by a program of its own: the TPU compiler fails on several codes in one.
+  """
   laid_out = shardings(model, mesh, packed)
-  return jax.jit(lambda leaving: jax.tree.map(_moved, leaving, laid_out), out_shardings=laid_out)
+  movers = {sharding: mover(sharding) for sharding in jax.tree.leaves(laid_out)}
+  return lambda leaving: jax.tree.map(lambda x, there: movers[there](x), leaving, laid_out)
 
 
-def _moved(x: Array, sharding: NamedSharding) -> Array:
+def mover(sharding: NamedSharding) -> Any:
+  """The jitted function from a leaf of what `make_leave` returns to the sampler's copy of it."""
+  return jax.jit(functools.partial(_moved, sharding), out_shardings=sharding)
+
+
+def _moved(sharding: NamedSharding, x: Array) -> Array:
   if x.dtype != jnp.int8:
     return jnp.copy(x)
   # Codes move as bytes: between processes, XLA's collectives on CPUs write past the end of 2-bit

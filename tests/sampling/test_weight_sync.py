@@ -38,8 +38,8 @@ def test_the_copy_outlives_the_trainers_parameters(packed):
 
 def test_what_changes_on_the_way_is_named(monkeypatch):
   moved = weight_sync._moved
-  monkeypatch.setattr(weight_sync, '_moved', lambda x, sharding: moved(
-      x + (x.ndim == 2), sharding))  # The embedding and two gains of layers arrive changed.
+  monkeypatch.setattr(weight_sync, '_moved', lambda sharding, x: moved(
+      sharding, x + (x.ndim == 2)))  # The embedding and two gains of layers arrive changed.
   with pytest.raises(RuntimeError, match='parameters changed on their way to the sampler: .*embed'):
     weight_sync.make_weight_sync(MODEL, MESH, packed=False)(PARAMS, 0)
 
