@@ -278,10 +278,10 @@ _SAMPLER = [
          ('earlier_blocks_do_not_fade', 'fading = jnp.exp(highest - now)',
           'fading = jnp.ones_like(highest)')),
     *_of('jaxrl_pt/sampling/weight_sync.py', 'tests/sampling/test_weight_sync.py',
-         ('weight_sync_checks_nothing', 'check(checksum(leave(params)), sums)',
+         ('weight_sync_checks_nothing', 'check(checksum(_as_values(leaving)), sums)',
           'check(sums, sums)'),
          ('weight_sync_packs_nothing',
-          'return pack(params, _is_bit_linear(model)) if packed else params',
+          'return pack(params, _is_bit_linear(model), codes) if packed else params',
           'return params')),
 ]
 
