@@ -66,6 +66,25 @@ def paged(ops: Ops, table_BP: Array, starts_B: Array, counts_B: Array) -> Attend
   return attend
 
 
+def paged_beside(ops: Ops, table_BP: Array, starts_B: Array, counts_B: Array, table_DP: Array,
+                 shared_B: Array) -> Attend:
+  """`paged` of rows that lie beside the other rows of their document, whose pages are read once.
+
+  Args:
+    ops, table_BP, starts_B, counts_B: as for `paged`.
+    table_DP, shared_B: as for `ops.paged_beside`.
+  """
+  def attend(q: Array, k: Array, v: Array, cache: PagedCache,
+             layer: Array) -> tuple[Array, PagedCache]:
+    cache = write(ops, cache, layer, table_BP, starts_B, counts_B, k, v)
+    first = layer * cache.num_pages
+    out = ops.paged_beside(q, cache.pages, cache.scales, table_BP + first, starts_B, counts_B,
+                           table_DP + first, shared_B)
+    return out, cache
+
+  return attend
+
+
 def write(ops: Ops, cache: PagedCache, layer: Array | int, table_BP: Array, starts_B: Array,
           counts_B: Array, k_BSKE: Array, v_BSKE: Array) -> PagedCache:
   """Writes keys and values of S tokens of each row to their pages; arguments as for `paged`."""

@@ -15,7 +15,7 @@ from jaxrl_pt.config import ActivationQuant
 from jaxrl_pt.nn import quant
 from jaxrl_pt.nn.attention import causal_attention
 from jaxrl_pt.nn.page_writes import write_tokens
-from jaxrl_pt.nn.paged_attention import paged_attention
+from jaxrl_pt.nn.paged_attention import paged_attention, paged_attention_beside
 from jaxrl_pt.nn.sparse_attention import Reading, sparse_attention
 from jaxrl_pt.types import Array
 from pallas_kernels.hadamard_quantize import reference
@@ -31,6 +31,8 @@ Rotated = Callable[[Array, Array | None, float, ActivationQuant], tuple[Array, A
 Attention = Callable[[Array, Array, Array, Array], Array]
 # paged(q_BSHE, pages, scales or None, table_BP, starts_B, counts_B) → out_BSHE
 Paged = Callable[[Array, Array, Array | None, Array, Array, Array], Array]
+# paged_beside(the arguments of paged, table_DP, shared_B) → out_BSHE
+PagedBeside = Callable[[Array, Array, Array | None, Array, Array, Array, Array, Array], Array]
 # write_pages(pool, table_BP, starts_B, counts_B, new_BSK2…, nobody) → pool
 WritePages = Callable[[Array, Array, Array, Array, Array, Array | int], Array]
 
@@ -92,5 +94,6 @@ class Ops(NamedTuple):
   rotated: Rotated = rotated
   attention: Attention = causal_attention
   paged: Paged = paged_attention
+  paged_beside: PagedBeside = paged_attention_beside
   write_pages: WritePages = write_tokens
   sparse: ReadSparsely = sparse_attention

@@ -1,6 +1,7 @@
 """Attention over pages: the keys and values of a sequence lie in fixed-size pages of one pool."""
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,14 +40,95 @@ def paged_attention(q_BSHE: Array, pages: Array, scales: Array | None, table_BP:
   Returns:
     f[B, S, H, E] in q's dtype; the softmax is float32.
   """
+  q, positions_BQ = _by_group(q_BSHE, starts_B, pages)
+  end = jnp.where(counts_B > 0, starts_B + counts_B, 1).max()
+  return _out(_over_pages(q, positions_BQ, end, pages, scales, table_BP), q_BSHE)
+
+
+def paged_attention_beside(q_BSHE: Array, pages: Array, scales: Array | None, table_BP: Array,
+                           starts_B: Array, counts_B: Array, table_DP: Array, shared_B: Array
+                           ) -> Array:
+  """`paged_attention` of rows that lie beside one another if their pages begin alike.
+
+  The pages that rows share with their document are read once for all of them, and the rest of each
+  row's pages apart; both parts have a softmax of their own, and are joined as blocks are.
+
+  Args:
+    q_BSHE, pages, scales, table_BP, starts_B, counts_B: as for `paged_attention`; each of D
+      documents has B / D rows, in its order.
+    table_DP: i32[D, P'] the documents' pages.
+    shared_B: i32[B] the tokens that each row reads from its document's pages, whole pages of them;
+      its own table begins with these.
+
+  Returns:
+    f[B, S, H, E] in q's dtype.
+  """
+  page_size, num_docs = pages.shape[3], table_DP.shape[0]
+  q, positions_BQ = _by_group(q_BSHE, starts_B, pages)
+  own = shared_B[:, None] // page_size + jnp.arange(table_BP.shape[1])
+  own_table = jnp.take_along_axis(table_BP, jnp.minimum(own, table_BP.shape[1] - 1), 1)
+  end = jnp.where(counts_B > 0, starts_B + counts_B - shared_B, 1).max()
+  of_rows = _over_pages(q, positions_BQ - shared_B[:, None], end, pages, scales, own_table)
+  # The queries of a document's rows side by side: [D, K, B / D · Q, E].
+  num_groups, num_queries, width = q.shape[1:]
+  together = q.reshape(num_docs, -1, num_groups, num_queries, width).swapaxes(1, 2)
+  together = together.reshape(num_docs, num_groups, -1, width)
+  last_DQ = jnp.repeat(shared_B - 1, num_queries).reshape(num_docs, -1)
+  of_documents = jax.tree.map(
+      lambda x: x.reshape(num_docs, num_groups, -1, num_queries, *x.shape[3:]).swapaxes(1, 2)
+      .reshape(-1, num_groups, num_queries, *x.shape[3:]),
+      _over_pages(together, last_DQ, shared_B.max(), pages, scales, table_DP))
+  return _out(_joined(of_rows, of_documents), q_BSHE)
+
+
+class _Part(NamedTuple):
+  """The attention of some queries to some keys, with a softmax that is not normalised yet."""
+
+  highest: Array  # f32[B, K, Q] the largest score; MASKED where a query sees none of the keys
+  total: Array  # f32[B, K, Q] Σ exp(score − highest)
+  out: Array  # f32[B, K, Q, E] Σ exp(score − highest) v
+
+
+def _joined(one: _Part, other: _Part) -> _Part:
+  """The attention to the keys of both parts."""
+  highest = jnp.maximum(one.highest, other.highest)
+  shares = [jnp.exp(part.highest - highest) for part in (one, other)]
+  return _Part(highest, one.total * shares[0] + other.total * shares[1],
+               one.out * shares[0][..., None] + other.out * shares[1][..., None])
+
+
+def _by_group(q_BSHE: Array, starts_B: Array, pages: Array) -> tuple[Array, Array]:
+  """Queries of one key/value head side by side, f[B, K, Q, E], and their positions i32[B, Q]."""
   num_rows, num_new, num_heads, width = q_BSHE.shape
-  num_groups, _, _, page_size, _ = pages.shape
+  num_groups = pages.shape[0]
+  q = q_BSHE.reshape(num_rows, num_new, num_groups, -1, width).transpose(0, 2, 3, 1, 4)
+  positions = jnp.tile(starts_B[:, None] + jnp.arange(num_new), num_heads // num_groups)
+  return q.reshape(num_rows, num_groups, -1, width), positions
+
+
+def _out(part: _Part, q_BSHE: Array) -> Array:
+  """The normalised result in the order and type of the queries."""
+  num_rows, num_new, _, width = q_BSHE.shape
+  num_groups = part.out.shape[1]
+  out = (part.out / part.total[..., None]).astype(q_BSHE.dtype)
+  out = out.reshape(num_rows, num_groups, -1, num_new, width).transpose(0, 3, 1, 2, 4)
+  return out.reshape(q_BSHE.shape)
+
+
+def _over_pages(q_BKQE: Array, positions_BQ: Array, num_tokens: Array, pages: Array,
+                scales: Array | None, table_BP: Array) -> _Part:
+  """The attention of queries to the tokens of their row's pages up to their positions.
+
+  Args:
+    q_BKQE: f[B, K, Q, E].
+    positions_BQ: i32[B, Q]; a query with a negative one sees nothing.
+    num_tokens: i32[] tokens after which no query sees one.
+    pages, scales, table_BP: as for `paged_attention`.
+  """
+  num_rows, num_groups, _, width = q_BKQE.shape
+  page_size = pages.shape[3]
   at_once = pages_per_turn(table_BP.shape[1], page_size)
   table_BP = jnp.pad(table_BP, ((0, 0), (0, -table_BP.shape[1] % at_once)))
-  # Queries of one key/value head lie side by side: [B, K, H / K · S, E].
-  q = q_BSHE.reshape(num_rows, num_new, num_groups, -1, width).transpose(0, 2, 3, 1, 4)
-  q = q.reshape(num_rows, num_groups, -1, width)
-  positions_BQ = jnp.tile(starts_B[:, None] + jnp.arange(num_new), num_heads // num_groups)
 
   def read(block: Array, which: int) -> Array:
     """f[B, K, C, E]: the keys (0) or the values (1) of a block.
@@ -56,33 +138,29 @@ def paged_attention(q_BSHE: Array, pages: Array, scales: Array | None, table_BP:
     """
     listed = jax.lax.dynamic_slice_in_dim(table_BP, block * at_once, at_once, 1)
     of_heads = jax.vmap(lambda of_head: of_head[listed, which], out_axes=1)
-    numbers = of_heads(pages).astype(q.dtype)
+    numbers = of_heads(pages).astype(q_BKQE.dtype)
     if scales is not None:
-      numbers = numbers * of_heads(scales)[..., None].astype(q.dtype)
+      numbers = numbers * of_heads(scales)[..., None].astype(q_BKQE.dtype)
     return numbers.reshape(num_rows, num_groups, -1, width)
 
-  def turn(block: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-    highest, total, out = carry
+  def turn(block: Array, so_far: _Part) -> _Part:
     k, v = (read(block, which) for which in (0, 1))
-    scores = jnp.einsum('bkqe,bkce->bkqc', q, k, preferred_element_type=jnp.float32)
+    scores = jnp.einsum('bkqe,bkce->bkqc', q_BKQE, k, preferred_element_type=jnp.float32)
     key_positions = block * at_once * page_size + jnp.arange(at_once * page_size)
     seen = key_positions <= positions_BQ[..., None]
     scores = jnp.where(seen[:, None], scores / math.sqrt(width), MASKED)
-    now = jnp.maximum(highest, scores.max(-1))
+    now = jnp.maximum(so_far.highest, scores.max(-1))
     weights = jnp.exp(scores - now[..., None])
-    fading = jnp.exp(highest - now)
+    fading = jnp.exp(so_far.highest - now)
     product = jnp.einsum('bkqc,bkce->bkqe', weights.astype(v.dtype), v,
                          preferred_element_type=jnp.float32)
-    return now, total * fading + weights.sum(-1), out * fading[..., None] + product
+    return _Part(now, so_far.total * fading + weights.sum(-1),
+                 so_far.out * fading[..., None] + product)
 
-  first = (jnp.full(q.shape[:-1], MASKED, jnp.float32), jnp.zeros(q.shape[:-1], jnp.float32),
-           jnp.zeros(q.shape, jnp.float32))
-  num_tokens = jnp.where(counts_B > 0, starts_B + counts_B, 1).max()
+  nothing = _Part(jnp.full(q_BKQE.shape[:-1], MASKED, jnp.float32),
+                  jnp.zeros(q_BKQE.shape[:-1], jnp.float32), jnp.zeros(q_BKQE.shape, jnp.float32))
   num_blocks = -(-num_tokens // (at_once * page_size))
   most = table_BP.shape[1] // at_once  # A constant, from which `tpu.roofline` reads the turns.
-  _, (_, total, out) = jax.lax.while_loop(
+  return jax.lax.while_loop(
       lambda c: (c[0] < num_blocks) & (c[0] < most),
-      lambda c: (c[0] + 1, turn(*c)), (jnp.zeros((), jnp.int32), first))
-  out = (out / total[..., None]).astype(q_BSHE.dtype)
-  out = out.reshape(num_rows, num_groups, -1, num_new, width).transpose(0, 3, 1, 2, 4)
-  return out.reshape(q_BSHE.shape)
+      lambda c: (c[0] + 1, turn(*c)), (jnp.zeros((), jnp.int32), nothing))[1]

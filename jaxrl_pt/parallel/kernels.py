@@ -59,11 +59,13 @@ def kernel_ops(mesh: Mesh, rules: Rules, generation: Generation,
   def on_tpu(op: Callable[..., Any], name: str = 'tpu') -> Implementation:
     return Implementation(name, lambda *args: op(_here(mesh, rules), generation, interpret, *args))
 
+  paged = _or_xla('paged_attention', on_tpu(_paged), paged_attention)
   return ops.Ops(
       _or_xla('ternary_matmul', on_tpu(_product), ops.product),
       _or_xla('hadamard_quantize', on_tpu(_rotated), ops.rotated),
       _or_xla('attention', on_tpu(_attention, 'splash'), causal_attention),
-      _or_xla('paged_attention', on_tpu(_paged), paged_attention), write_pages,
+      # The kernel reads the pages of each row, also those that neighbours share.
+      paged, lambda *args: paged(*args[:6]), write_pages,
       _or_xla('sparse_decode', on_tpu(_sparse), sparse_attention))
 
 

@@ -38,9 +38,13 @@ def feed(model: Model, shape: Shape, vocabulary: Vocabulary, params: Params, key
   if shape.drafts is not None:
     (tokens, counts), slots = drafting.draft(model, shape, vocabulary, params, key, queue, slots)
   # The keys and values of idle slots go to page NOBODY.
+  attend = paged_cache.paged(model.ops, places.table, decoding.length, counts)
+  if shape.beside and shape.slots > shape.documents:
+    whole_pages = queue.rows.prefix // shape.page_size * shape.page_size
+    attend = paged_cache.paged_beside(model.ops, places.table, decoding.length, counts,
+                                      places.pages, jnp.where(active, whole_pages, 0))
   hidden, cache = model.extend(
-      params, tokens, decoding.length[:, None] + jnp.arange(tokens.shape[1]), slots.cache,
-      paged_cache.paged(model.ops, places.table, decoding.length, counts))
+      params, tokens, decoding.length[:, None] + jnp.arange(tokens.shape[1]), slots.cache, attend)
   return Fed(tokens, counts, hidden, ()), dataclasses.replace(slots, cache=cache)
 
 

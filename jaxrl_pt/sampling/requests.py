@@ -44,6 +44,7 @@ class Shape(NamedTuple):
   sampler: Sampler | None = None  # of all requests; None where each has its own
   sparse: ReSA | None = None  # how sparse attention draws responses; None for dense attention
   drafts: PromptLookup | SparseDrafts | None = None  # how dense attention speculates, if it does
+  beside: bool = False  # whether slot b always has request b, and documents as many as one another
   due: int = 0  # the first rows of the queue, for which a call waits; 0 for all of them
 
   @property

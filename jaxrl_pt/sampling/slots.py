@@ -177,7 +177,7 @@ def draw_all(model: Model, shape: Shape, vocabulary: Vocabulary, params: Params,
     slots: from `init`.
     rows: f[L, D, K, T, E] keys and values of the documents' tokens.
   """
-  params = for_a_loop(params, model.config.num_layers)
+  params, shape = for_a_loop(params, model.config.num_layers), shape._replace(beside=True)
   places = admission.all_begun(shape, queue, slots.places)
   sources, targets, places = admission.copies(shape, queue, places)
   cache = paged_cache.write_rows(model.ops, slots.cache, places.pages, rows,

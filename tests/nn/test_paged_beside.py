@@ -1,0 +1,39 @@
+"""Rows that read their document's pages together equal rows that read them one by one."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrl_pt.models import paged_cache
+from jaxrl_pt.nn import paged_attention as paged
+
+NUM_DOCS, NUM_ROWS, PAGE, PAGES_OF_DOC, OWN_PAGES, GROUPS, HEADS, WIDTH = 2, 6, 4, 5, 3, 2, 4, 8
+
+
+@pytest.mark.parametrize('num_new', [1, 3])
+@pytest.mark.parametrize('dtype', ['float32', 'int8'])
+def test_it_equals_rows_that_read_all_their_pages(num_new, dtype, monkeypatch):
+  monkeypatch.setattr(paged, 'BLOCK', 2 * PAGE)  # Several turns of the loop in either part.
+  rng = np.random.default_rng(0)
+  num_pages = 1 + NUM_DOCS * PAGES_OF_DOC + NUM_ROWS * OWN_PAGES
+  pages = jnp.asarray(rng.normal(size=(GROUPS, num_pages, 2, PAGE, WIDTH)), jnp.float32)
+  scales = None
+  if dtype == 'int8':
+    pages, scales = paged_cache.quantise(pages)
+  numbers = rng.permutation(np.arange(1, num_pages))
+  of_docs = numbers[:NUM_DOCS * PAGES_OF_DOC].reshape(NUM_DOCS, PAGES_OF_DOC)
+  of_rows = numbers[NUM_DOCS * PAGES_OF_DOC:].reshape(NUM_ROWS, OWN_PAGES)
+  # No page, some and all pages are shared; in two documents of three rows each.
+  num_shared = np.array([0, 2, 5, 5, 1, 3])
+  table = np.zeros((NUM_ROWS, PAGES_OF_DOC + OWN_PAGES), np.int32)
+  for row, shared in enumerate(num_shared):
+    table[row, :shared] = of_docs[row // 3, :shared]
+    table[row, shared:shared + OWN_PAGES] = of_rows[row]
+  starts = jnp.asarray(num_shared * PAGE + np.array([0, 1, 4, 7, 8, 2]))
+  q = jnp.asarray(rng.normal(size=(NUM_ROWS, num_new, HEADS, WIDTH)), jnp.float32)
+  arguments = q, pages, scales, jnp.asarray(table), starts, jnp.full(NUM_ROWS, num_new)
+  apart = paged.paged_attention(*arguments)
+  beside = jax.jit(paged.paged_attention_beside)(
+      *arguments, jnp.asarray(of_docs), jnp.asarray(num_shared * PAGE))
+  np.testing.assert_allclose(beside, apart, rtol=2e-5, atol=2e-6)
