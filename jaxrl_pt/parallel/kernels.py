@@ -27,7 +27,7 @@ from jaxrl_pt.config import ActivationQuant
 from jaxrl_pt.nn import ops
 from jaxrl_pt.nn.attention import causal_attention
 from jaxrl_pt.nn.page_writes import write_pages
-from jaxrl_pt.nn.paged_attention import paged_attention
+from jaxrl_pt.nn.paged_attention import paged_attention, paged_attention_beside
 from jaxrl_pt.nn.sparse_attention import Reading, sparse_attention
 from jaxrl_pt.parallel.rules import TRAIN, Rules, partition_spec
 from jaxrl_pt.types import Array
@@ -59,13 +59,12 @@ def kernel_ops(mesh: Mesh, rules: Rules, generation: Generation,
   def on_tpu(op: Callable[..., Any], name: str = 'tpu') -> Implementation:
     return Implementation(name, lambda *args: op(_here(mesh, rules), generation, interpret, *args))
 
-  paged = _or_xla('paged_attention', on_tpu(_paged), paged_attention)
   return ops.Ops(
       _or_xla('ternary_matmul', on_tpu(_product), ops.product),
       _or_xla('hadamard_quantize', on_tpu(_rotated), ops.rotated),
       _or_xla('attention', on_tpu(_attention, 'splash'), causal_attention),
-      # The kernel reads the pages of each row, also those that neighbours share.
-      paged, lambda *args: paged(*args[:6]), write_pages,
+      _or_xla('paged_attention', on_tpu(_paged), paged_attention),
+      _or_xla('paged_attention', on_tpu(_paged_beside), paged_attention_beside), write_pages,
       _or_xla('sparse_decode', on_tpu(_sparse), sparse_attention))
 
 
@@ -242,6 +241,12 @@ def _paged(place: _Place, generation: Generation, interpret: bool, q_BSHE: Array
                             interpret=interpret)
   sharded = place.shard_map(local, (q_spec, pool, pool, *[PartitionSpec()] * 3), q_spec)
   return sharded(q_BSHE, pages, scales, table_BP, starts_B, counts_B)
+
+
+def _paged_beside(place: _Place, generation: Generation, interpret: bool, *args: Any) -> Array:
+  """`paged_attention_beside` by the kernel, which reads for each row also what neighbours share."""
+  *of_rows, _, _ = args
+  return _paged(place, generation, interpret, *of_rows)
 
 
 def _write_pages(place: _Place, write: ops.WritePages, pool: Array, table_BP: Array,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxrl_pt.models import paged_cache
 from jaxrl_pt.models.base import Model
 from jaxrl_pt.sampling import admission, drafting, resa, resa_attention
-from jaxrl_pt.sampling.requests import Queue, Shape, Vocabulary
+from jaxrl_pt.sampling.requests import Queue, Shape, Vocabulary, pages_of
 from jaxrl_pt.sampling.state import Slots
 from jaxrl_pt.types import Array, Params
 
@@ -41,8 +41,9 @@ def feed(model: Model, shape: Shape, vocabulary: Vocabulary, params: Params, key
   attend = paged_cache.paged(model.ops, places.table, decoding.length, counts)
   if shape.beside and shape.slots > shape.documents:
     whole_pages = queue.rows.prefix // shape.page_size * shape.page_size
+    of_documents = places.pages[:, :pages_of(shape.document_len, shape.page_size)]
     attend = paged_cache.paged_beside(model.ops, places.table, decoding.length, counts,
-                                      places.pages, jnp.where(active, whole_pages, 0))
+                                      of_documents, jnp.where(active, whole_pages, 0))
   hidden, cache = model.extend(
       params, tokens, decoding.length[:, None] + jnp.arange(tokens.shape[1]), slots.cache, attend)
   return Fed(tokens, counts, hidden, ()), dataclasses.replace(slots, cache=cache)
