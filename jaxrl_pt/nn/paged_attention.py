@@ -13,11 +13,13 @@ from jaxrl_pt.types import Array
 # sequence pays for reading what lies beyond its end. A table for long sequences is read in no more
 # than so many turns.
 BLOCK, MOST_TURNS = 64, 256
+# The pages of a document are read once for many queries, so that reading too much costs little.
+DOCUMENT_BLOCK = 256
 
 
-def pages_per_turn(table_len: int, page_size: int) -> int:
+def pages_per_turn(table_len: int, page_size: int, block: int) -> int:
   """Pages of each row that one turn of the loop reads."""
-  return min(max(1, BLOCK // page_size, -(-table_len // MOST_TURNS)), table_len)
+  return min(max(1, block // page_size, -(-table_len // MOST_TURNS)), table_len)
 
 
 def paged_attention(q_BSHE: Array, pages: Array, scales: Array | None, table_BP: Array,
@@ -42,7 +44,7 @@ def paged_attention(q_BSHE: Array, pages: Array, scales: Array | None, table_BP:
   """
   q, positions_BQ = _by_group(q_BSHE, starts_B, pages)
   end = jnp.where(counts_B > 0, starts_B + counts_B, 1).max()
-  return _out(_over_pages(q, positions_BQ, end, pages, scales, table_BP), q_BSHE)
+  return _out(_over_pages(q, positions_BQ, end, pages, scales, table_BP, BLOCK), q_BSHE)
 
 
 def paged_attention_beside(q_BSHE: Array, pages: Array, scales: Array | None, table_BP: Array,
@@ -68,7 +70,7 @@ def paged_attention_beside(q_BSHE: Array, pages: Array, scales: Array | None, ta
   own = shared_B[:, None] // page_size + jnp.arange(table_BP.shape[1])
   own_table = jnp.take_along_axis(table_BP, jnp.minimum(own, table_BP.shape[1] - 1), 1)
   end = jnp.where(counts_B > 0, starts_B + counts_B - shared_B, 1).max()
-  of_rows = _over_pages(q, positions_BQ - shared_B[:, None], end, pages, scales, own_table)
+  of_rows = _over_pages(q, positions_BQ - shared_B[:, None], end, pages, scales, own_table, BLOCK)
   # The queries of a document's rows side by side: [D, K, B / D · Q, E].
   num_groups, num_queries, width = q.shape[1:]
   together = q.reshape(num_docs, -1, num_groups, num_queries, width).swapaxes(1, 2)
@@ -77,7 +79,7 @@ def paged_attention_beside(q_BSHE: Array, pages: Array, scales: Array | None, ta
   of_documents = jax.tree.map(
       lambda x: x.reshape(num_docs, num_groups, -1, num_queries, *x.shape[3:]).swapaxes(1, 2)
       .reshape(-1, num_groups, num_queries, *x.shape[3:]),
-      _over_pages(together, last_DQ, shared_B.max(), pages, scales, table_DP))
+      _over_pages(together, last_DQ, shared_B.max(), pages, scales, table_DP, DOCUMENT_BLOCK))
   return _out(_joined(of_rows, of_documents), q_BSHE)
 
 
@@ -116,7 +118,7 @@ def _out(part: _Part, q_BSHE: Array) -> Array:
 
 
 def _over_pages(q_BKQE: Array, positions_BQ: Array, num_tokens: Array, pages: Array,
-                scales: Array | None, table_BP: Array) -> _Part:
+                scales: Array | None, table_BP: Array, block: int) -> _Part:
   """The attention of queries to the tokens of their row's pages up to their positions.
 
   Args:
@@ -124,29 +126,30 @@ def _over_pages(q_BKQE: Array, positions_BQ: Array, num_tokens: Array, pages: Ar
     positions_BQ: i32[B, Q]; a query with a negative one sees nothing.
     num_tokens: i32[] tokens after which no query sees one.
     pages, scales, table_BP: as for `paged_attention`.
+    block: the tokens that one turn of the loop reads.
   """
   num_rows, num_groups, _, width = q_BKQE.shape
   page_size = pages.shape[3]
-  at_once = pages_per_turn(table_BP.shape[1], page_size)
+  at_once = pages_per_turn(table_BP.shape[1], page_size, block)
   table_BP = jnp.pad(table_BP, ((0, 0), (0, -table_BP.shape[1] % at_once)))
 
-  def read(block: Array, which: int) -> Array:
+  def read(number: Array, which: int) -> Array:
     """f[B, K, C, E]: the keys (0) or the values (1) of a block.
 
     They are read apart: out of one copy of both, XLA would read each with a stride. Heads are
     mapped over, so that chips which hold different heads read their own and no more.
     """
-    listed = jax.lax.dynamic_slice_in_dim(table_BP, block * at_once, at_once, 1)
+    listed = jax.lax.dynamic_slice_in_dim(table_BP, number * at_once, at_once, 1)
     of_heads = jax.vmap(lambda of_head: of_head[listed, which], out_axes=1)
     numbers = of_heads(pages).astype(q_BKQE.dtype)
     if scales is not None:
       numbers = numbers * of_heads(scales)[..., None].astype(q_BKQE.dtype)
     return numbers.reshape(num_rows, num_groups, -1, width)
 
-  def turn(block: Array, so_far: _Part) -> _Part:
-    k, v = (read(block, which) for which in (0, 1))
+  def turn(number: Array, so_far: _Part) -> _Part:
+    k, v = (read(number, which) for which in (0, 1))
     scores = jnp.einsum('bkqe,bkce->bkqc', q_BKQE, k, preferred_element_type=jnp.float32)
-    key_positions = block * at_once * page_size + jnp.arange(at_once * page_size)
+    key_positions = number * at_once * page_size + jnp.arange(at_once * page_size)
     seen = key_positions <= positions_BQ[..., None]
     scores = jnp.where(seen[:, None], scores / math.sqrt(width), MASKED)
     now = jnp.maximum(so_far.highest, scores.max(-1))

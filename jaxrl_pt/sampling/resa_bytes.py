@@ -77,7 +77,8 @@ def attention_bytes(model: cfg.Model, resa: cfg.ReSA, num_rows: int, length: int
   if isinstance(resa.refresh, cfg.RefreshEvery):
     window = resa.refresh.tokens
     rows = min(num_rows, max(1, RECTIFIED_TOKENS // window))
-    per_turn = paged_attention.pages_per_turn(table_len, resa.block)
+    per_turn = paged_attention.pages_per_turn(table_len, resa.block,
+                                              paged_attention.BLOCK)
     touched = (-(-window // resa.block) + 1) * page // 2  # Descriptors read keys alone.
     # Nothing depends on what the last layer attends to, of which the loop reads one turn.
     layers = (model.num_layers - 1) * _whole_turns(num_blocks, per_turn) + per_turn

@@ -14,7 +14,8 @@ NUM_DOCS, NUM_ROWS, PAGE, PAGES_OF_DOC, OWN_PAGES, GROUPS, HEADS, WIDTH = 2, 6, 
 @pytest.mark.parametrize('num_new', [1, 3])
 @pytest.mark.parametrize('dtype', ['float32', 'int8'])
 def test_it_equals_rows_that_read_all_their_pages(num_new, dtype, monkeypatch):
-  monkeypatch.setattr(paged, 'BLOCK', 2 * PAGE)  # Several turns of the loop in either part.
+  for name in ('BLOCK', 'DOCUMENT_BLOCK'):  # Several turns of the loop in either part.
+    monkeypatch.setattr(paged, name, 2 * PAGE)
   rng = np.random.default_rng(0)
   num_pages = 1 + NUM_DOCS * PAGES_OF_DOC + NUM_ROWS * OWN_PAGES
   pages = jnp.asarray(rng.normal(size=(GROUPS, num_pages, 2, PAGE, WIDTH)), jnp.float32)
