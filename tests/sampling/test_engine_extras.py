@@ -7,9 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxrl_pt import config as cfg
+from jaxrl_pt import params as P
 from jaxrl_pt.config import Sampler
 from jaxrl_pt.errors import UserError
-from jaxrl_pt.sampling import policies
+from jaxrl_pt.models import transformer
+from jaxrl_pt.sampling import engine, policies
 from jaxrl_pt.sampling.engine import Request
 from tests.sampling.test_engine import MODEL, PARAMS, PROMPTS, STOP, VOCAB, expected, flat, make
 
@@ -153,3 +156,23 @@ def test_known_prompts_take_hardly_more_steps_than_new_ones():
   assert one.counters()['steps'] - steps <= 1.5 * steps
   for before, after in zip(first, again, strict=True):
     np.testing.assert_array_equal(after[0].tokens, before[0].tokens)
+
+
+def test_a_documents_row_that_holds_another_text_is_read_anew():
+  model = transformer.build(cfg.Model(2, 16, 32, 2, 1, 8, 19))
+  params = P.init(model.specs, jax.random.key(0))
+  requests = [Request(tuple((7 * i + 3 * j + i * j) % 19 for j in range(5)), i, 4, 1)
+              for i in range(12)]
+
+  def engine_of(queue):
+    sizes = cfg.Engine(slots=2, queue=queue, prompt_len=8, response_len=4, page_size=2,
+                       prefill_chunk=8)
+    return engine.Engine(model, params, sizes, seed=1, token_bytes=[b'a'] * 19)
+
+  few_rows, a_row_each = engine_of(2), engine_of(12)
+  want = [tokens_of(responses) for responses in a_row_each.run(requests)]
+  assert [tokens_of(few_rows.run([request])[0]) for request in requests] == want
+
+
+def tokens_of(responses):
+  return [response.tokens.tolist() for response in responses]
