@@ -11,13 +11,15 @@ from pathlib import Path
 import re
 import secrets
 import shutil
+import time
 from typing import Any
 
 import numpy as np
 
 from jaxrl_pt.errors import Unwritable, UserError
 
-_TEMPORARY, _LOCK = '.tmp', '.lock'
+_TEMPORARY = '.tmp'
+_DAY = 24 * 3600
 # The operating system's words for a disk, a quota or a size limit that is used up.
 FULL = tuple(os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 # Libraries report the operating system's errors as text, such as
@@ -133,38 +135,57 @@ def whole_directory(final: Path) -> Iterator[Path]:
   final = final.absolute()
   if os.path.lexists(final):
     raise UserError(f'{final} exists already: choose another place, or remove it first.')
-  temporary = final.with_name(f'.{final.name}-{secrets.token_hex(4)}{_TEMPORARY}')
-  with _writing_directory(final):
-    final.parent.mkdir(parents=True, exist_ok=True)
-    for old in final.parent.glob(f'.{glob.escape(final.name)}-*{_TEMPORARY}'):
-      _remove_if_abandoned(old)
-    temporary.mkdir()
-    try:
-      with locked(temporary / _LOCK):
-        yield temporary
-        (temporary / _LOCK).unlink()
-        sync(temporary)
-        os.rename(temporary, final)
-      sync(final.parent)
-    finally:
-      shutil.rmtree(temporary, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _writing_directory(final: Path) -> Iterator[None]:
-  """Turns an operating-system error into a UserError that names `final`."""
   try:
-    yield
+    final.parent.mkdir(parents=True, exist_ok=True)
+    for lock in final.parent.glob(f'.{glob.escape(final.name)}-*.lock'):
+      remove_if_abandoned(lock.with_suffix(''))
+    with unfinished_directory(final) as temporary:
+      yield temporary
+      sync(temporary)
+      os.rename(temporary, final)
+    sync(final.parent)
   except OSError as error:
     raise UserError(f'{final} cannot be written ({error.strerror or error}): free some space or '
                     'choose another place.') from error
 
 
-def _remove_if_abandoned(directory: Path) -> None:
-  """Removes a directory whose lock can be taken, which its maker therefore no longer holds."""
-  with contextlib.suppress(OSError, HeldError), locked(directory / _LOCK) as supported:
-    if supported:
-      shutil.rmtree(directory, ignore_errors=True)
+@contextlib.contextmanager
+def unfinished_directory(final: Path) -> Iterator[Path]:
+  """A hidden directory beside `final`, and beside it a lock file that says that its maker lives.
+
+  It is for the caller to rename; what has not been renamed is removed.
+  """
+  temporary = final.with_name(f'.{final.name}-{secrets.token_hex(4)}')
+  lock = temporary.with_name(f'{temporary.name}.lock')
+  with contextlib.ExitStack() as stack:
+    try:
+      stack.enter_context(locked(lock))  # First, so that no directory is ever without one.
+    except HeldError as error:  # `remove_if_abandoned` met the lock before it was held.
+      raise OSError(f'{lock} was taken away') from error
+    temporary.mkdir()
+    try:
+      yield temporary
+    finally:
+      shutil.rmtree(temporary, ignore_errors=True)
+      lock.unlink(missing_ok=True)
+
+
+def remove_if_abandoned(temporary: Path) -> None:
+  """Removes an unfinished directory whose maker is dead.
+
+  A lock that can be taken has lost its holder. A directory without a lock, as on a file system that
+  has no locks, is left alone for a day.
+  """
+  lock = temporary.with_name(f'{temporary.name}.lock')
+  with contextlib.suppress(OSError, HeldError):
+    if lock.exists():
+      with locked(lock) as supported:
+        if supported:
+          shutil.rmtree(temporary, ignore_errors=True)
+          lock.unlink(missing_ok=True)
+          return
+    if time.time() - temporary.stat().st_mtime > _DAY:
+      shutil.rmtree(temporary, ignore_errors=True)
 
 
 # --- Locks ----------------------------------------------------------------------------

@@ -53,6 +53,10 @@ def _is_stacked(spec: ParamSpec) -> bool:
   return '{layer}' in spec.hugging_face
 
 
+def _layers(spec: ParamSpec) -> range:
+  return range(spec.shape[0] if _is_stacked(spec) else 1)
+
+
 def _is_transposed(spec: ParamSpec) -> bool:
   return spec.role in ('projection', 'head')
 
@@ -209,7 +213,7 @@ class _Weights:
     """
     unread = {name for name in self._entries if not name.endswith(_FREQUENCIES)}
     for spec in jax.tree.leaves(specs, is_leaf=is_spec):
-      for i in range(spec.shape[0]) if _is_stacked(spec) else (0,):
+      for i in _layers(spec):
         unread -= self._names(spec, i)
     if config.tied_head and _HEAD in unread:
       head = self._find(_HEAD, config.vocab_size, config.d_model)
@@ -326,10 +330,6 @@ def save_model(folder: str | Path, config: cfg.Model, params: Params, *,
     (folder / 'config.json').write_text(json.dumps(settings, indent=2) + '\n', encoding='utf-8')
   except OSError as e:
     raise UserError(f'{folder} cannot be written ({e}): choose another folder.') from e
-
-
-def _layers(spec: ParamSpec) -> range:
-  return range(spec.shape[0] if _is_stacked(spec) else 1)
 
 
 def _planned(spec: ParamSpec, dtype: Any, layer: int, packed: bool) -> list[Planned]:

@@ -2,8 +2,9 @@
 
 Training splits the parameters over the mesh's `fsdp` axis; a sampler wants them whole along
 `embed`, so that a decode step of few rows gathers nothing. One jitted program rounds them to what
-the sampler reads (the dtype it computes in, or two bits for each BitLinear weight) and lays them
-out anew. They are stamped with their version, and checksums on both sides of the move must agree.
+the sampler reads (the dtype it computes in, or a code for each BitLinear weight), and one for each
+leaf lays it out anew, codes in two bits. They are stamped with their version, and checksums on
+both sides of the move must agree.
 """
 
 from collections.abc import Callable

@@ -194,8 +194,8 @@ def test_what_a_killed_import_leaves_is_removed_by_the_next(source: Path, tmp_pa
   flags = ('import', str(source), '--workdir', str(home / 'run'))
   done = subprocess.run([sys.executable, '-c', code, *flags], check=False, capture_output=True)
   assert done.returncode == -signal.SIGKILL
-  left, = home.iterdir()
-  assert left.name.startswith('.run-')
+  left, lock = sorted(path.name for path in home.iterdir())
+  assert left.startswith('.run-') and lock == f'{left}.lock'
   assert main(flags) == 0
   assert [p.name for p in home.iterdir()] == ['run']
 
