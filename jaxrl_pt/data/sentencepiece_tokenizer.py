@@ -86,6 +86,13 @@ class SentencePieceTokenizer(token_table.TableTokenizer):
     return token_table.encode_between(self.encode, self.special_tokens, text,
                                       token_table.find_special(self.special_tokens, text))
 
+  @property
+  def spellable_tokens(self) -> frozenset[str]:
+    return frozenset()
+
+  def encode_letters(self, text: str) -> list[int]:
+    return self.encode(text)
+
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
     return list(self._backend.encode(list(texts)))
 

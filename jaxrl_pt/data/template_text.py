@@ -11,6 +11,8 @@ from typing import NamedTuple
 from jaxrl_pt.data import token_table
 from jaxrl_pt.data.tokenizer import Tokenizer
 
+_LEAD = '\n'  # A text that most tokenizers keep apart from the one after it.
+
 
 class Span(NamedTuple):
   """A piece of a text; `is_template` where the operator wrote it."""
@@ -50,3 +52,17 @@ def encode(tokenizer: Tokenizer, spans: Sequence[Span]) -> list[int]:
   if places == set(token_table.find_special(special, text)):
     return tokenizer.encode_parsed(text)
   return token_table.encode_between(tokenizer.encode, special, text, sorted(places))
+
+
+def encode_next(tokenizer: Tokenizer, spans: Sequence[Span]) -> list[int]:
+  """`encode` of a text that goes on after other tokens.
+
+  Some tokenizers put a space before a text. There is none where a text only goes on, which is found
+  by encoding it after a line break.
+  """
+  table = tokenizer.token_bytes()
+  if not b''.join(table[i] for i in tokenizer.encode('a')).startswith(b' '):
+    return encode(tokenizer, spans)
+  lead = tokenizer.encode(_LEAD)
+  ids = encode(tokenizer, [Span(_LEAD, False), *spans])
+  return ids[len(lead):] if lead and ids[:len(lead)] == lead else encode(tokenizer, spans)

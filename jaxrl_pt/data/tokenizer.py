@@ -10,13 +10,13 @@ import functools
 import gzip
 import json
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 import zlib
 
 import tokenizers
 
 from jaxrl_pt import config
-from jaxrl_pt.data import token_table
+from jaxrl_pt.data import token_table, tokenizer_json
 from jaxrl_pt.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from jaxrl_pt.errors import UserError
 
@@ -62,6 +62,15 @@ class Tokenizer(Protocol):
 
   def encode_parsed(self, text: str) -> list[int]:
     """`encode` for an operator's own text: special tokens written in it become those tokens."""
+    ...
+
+  @property
+  def spellable_tokens(self) -> frozenset[str]:
+    """Added tokens that `encode` finds in every text, as they are no special tokens."""
+    ...
+
+  def encode_letters(self, text: str) -> list[int]:
+    """`encode` in which those tokens stay text too."""
     ...
 
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -148,6 +157,13 @@ class ByteTokenizer:
     return token_table.encode_between(self.encode, special, text,
                                       token_table.find_special(special, text))
 
+  @property
+  def spellable_tokens(self) -> frozenset[str]:
+    return frozenset()
+
+  def encode_letters(self, text: str) -> list[int]:
+    return self.encode(text)
+
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
     return [self.encode(text) for text in texts]
 
@@ -166,45 +182,6 @@ class ByteTokenizer:
 
 
 # --- tokenizer.json -------------------------------------------------------------
-
-
-def _byte_alphabet() -> dict[str, int]:
-  """Character → byte of GPT-2's printable alphabet for byte-level BPE.
-
-  Printable Latin-1 stands for itself; every other byte, in order, takes the next
-  code point from 256 on.
-  """
-  printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-  others = [b for b in range(256) if b not in printable]
-  return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
-
-
-def _decoder_types(decoder: Any) -> set[str]:
-  if not isinstance(decoder, dict):
-    return set()
-  inner = [_decoder_types(d) for d in decoder.get('decoders', [])]
-  return {str(decoder.get('type'))}.union(*inner)
-
-
-def _json_table(backend: tokenizers.Tokenizer, definition: dict[str, Any]) -> list[bytes]:
-  """The bytes of each id of a tokenizer.json, as the kind of its decoder says."""
-  types = _decoder_types(definition.get('decoder'))
-  alphabet = _byte_alphabet()
-  added = {token['id']: token for token in definition.get('added_tokens', [])}
-  vocabulary = backend.get_vocab(with_added_tokens=True)
-  table = [b''] * (1 + max(vocabulary.values()))
-  for piece, i in vocabulary.items():
-    if i in added:
-      table[i] = b'' if added[i].get('special') else piece.encode()
-    elif 'ByteLevel' in types and all(c in alphabet for c in piece):
-      table[i] = bytes(alphabet[c] for c in piece)
-    elif types & {'Metaspace', 'ByteFallback', 'Replace'}:
-      table[i] = token_table.metaspace_piece(piece)
-    elif 'WordPiece' in types:
-      table[i] = piece[2:].encode() if piece.startswith('##') else b' ' + piece.encode()
-    else:
-      table[i] = piece.encode()
-  return table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,16 +207,24 @@ class JsonTokenizer(token_table.TableTokenizer):
   @functools.cached_property
   def _backend(self) -> tokenizers.Tokenizer:
     # '<|endoftext|>' written in a document is text; only the packer ends documents.
-    return self._make_backend(special_is_text=True)
+    return self._make_backend(self.definition, special_is_text=True)
 
   @functools.cached_property
   def _parser(self) -> tokenizers.Tokenizer:
     """The same pipeline, which parses special tokens, for an operator's own texts."""
-    return self._make_backend(special_is_text=False)
+    return self._make_backend(self.definition, special_is_text=False)
 
-  def _make_backend(self, special_is_text: bool) -> tokenizers.Tokenizer:
+  @functools.cached_property
+  def _letters(self) -> tokenizers.Tokenizer:
+    """The same pipeline, which takes every added token for a special one, and so for text."""
+    definition = json.loads(self.definition)
+    added = [token | {'special': True} for token in definition.get('added_tokens', [])]
+    return self._make_backend(json.dumps(definition | {'added_tokens': added}),
+                              special_is_text=True)
+
+  def _make_backend(self, definition: str, special_is_text: bool) -> tokenizers.Tokenizer:
     try:
-      backend = tokenizers.Tokenizer.from_str(self.definition)
+      backend = tokenizers.Tokenizer.from_str(definition)
     except Exception as error:  # the library raises bare Exception for a bad definition
       raise UserError(f'Not a usable tokenizer.json: {error}.') from error
     backend.encode_special_tokens = special_is_text
@@ -249,7 +234,7 @@ class JsonTokenizer(token_table.TableTokenizer):
 
   @functools.cached_property
   def _table(self) -> list[bytes]:
-    return _json_table(self._backend, json.loads(self.definition))
+    return tokenizer_json.byte_table(self._backend, json.loads(self.definition))
 
   @functools.cached_property
   def _dummy_space(self) -> bool:
@@ -284,6 +269,14 @@ class JsonTokenizer(token_table.TableTokenizer):
 
   def encode_parsed(self, text: str) -> list[int]:
     return list(self._parser.encode(text, add_special_tokens=False).ids)
+
+  @functools.cached_property
+  def spellable_tokens(self) -> frozenset[str]:
+    added = json.loads(self.definition).get('added_tokens', [])
+    return frozenset(token['content'] for token in added if not token.get('special'))
+
+  def encode_letters(self, text: str) -> list[int]:
+    return list(self._letters.encode(text, add_special_tokens=False).ids)
 
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
     encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)

@@ -1,9 +1,11 @@
-"""What a tokenizer.json says of itself: the token that begins a text, and the name of an id."""
+"""What a tokenizer.json says of itself: its first token of a text, names and bytes of its ids."""
 
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 
+from jaxrl_pt.data import token_table
 from jaxrl_pt.errors import UserError
 
 
@@ -35,3 +37,42 @@ def _open(path: Path) -> tokenizers.Tokenizer:
   except Exception as error:  # the library raises bare Exception for a bad file
     raise UserError(f'{path} is not a usable tokenizer.json ({error}): download it again.'
                     ) from error
+
+
+def _byte_alphabet() -> dict[str, int]:
+  """Character → byte of GPT-2's printable alphabet for byte-level BPE.
+
+  Printable Latin-1 stands for itself; every other byte, in order, takes the next
+  code point from 256 on.
+  """
+  printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+  others = [b for b in range(256) if b not in printable]
+  return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
+
+
+def _decoder_types(decoder: Any) -> set[str]:
+  if not isinstance(decoder, dict):
+    return set()
+  inner = [_decoder_types(d) for d in decoder.get('decoders', [])]
+  return {str(decoder.get('type'))}.union(*inner)
+
+
+def byte_table(backend: tokenizers.Tokenizer, definition: dict[str, Any]) -> list[bytes]:
+  """The bytes of each id of a tokenizer.json, as the kind of its decoder says."""
+  types = _decoder_types(definition.get('decoder'))
+  alphabet = _byte_alphabet()
+  added = {token['id']: token for token in definition.get('added_tokens', [])}
+  vocabulary = backend.get_vocab(with_added_tokens=True)
+  table = [b''] * (1 + max(vocabulary.values()))
+  for piece, i in vocabulary.items():
+    if i in added:
+      table[i] = b'' if added[i].get('special') else piece.encode()
+    elif 'ByteLevel' in types and all(c in alphabet for c in piece):
+      table[i] = bytes(alphabet[c] for c in piece)
+    elif types & {'Metaspace', 'ByteFallback', 'Replace'}:
+      table[i] = token_table.metaspace_piece(piece)
+    elif 'WordPiece' in types:
+      table[i] = piece[2:].encode() if piece.startswith('##') else b' ' + piece.encode()
+    else:
+      table[i] = piece.encode()
+  return table
