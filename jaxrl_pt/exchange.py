@@ -1,4 +1,4 @@
-"""The commands `import` and `export`: work directories from and to Hugging Face folders."""
+"""The commands `import` and `export`: work directories from and to Hugging Face folders and GGUF."""
 
 import json
 from pathlib import Path
@@ -8,12 +8,13 @@ from typing import Any
 from jaxrl_pt import config as cfg
 from jaxrl_pt import files, gin_bindings, params
 from jaxrl_pt.checkpoint import Checkpointer
-from jaxrl_pt.data import token_table, tokenizer_json
+from jaxrl_pt.data import gguf_vocabulary, token_table, tokenizer_json
 from jaxrl_pt.data import tokenizer as tokenizers
 from jaxrl_pt.errors import UserError
+from jaxrl_pt.interop import gguf_file
 from jaxrl_pt.interop import huggingface as hf
 from jaxrl_pt.interop import verify as verification
-from jaxrl_pt.interop.huggingface_config import to_config
+from jaxrl_pt.interop.huggingface_config import context_length, to_config
 from jaxrl_pt.parallel import rules
 from jaxrl_pt.parallel.mesh import make_mesh
 from jaxrl_pt.run import places, policy, saved
@@ -184,6 +185,63 @@ def export_model(workdir: Path, destination: Path, *, step: int | None, packed: 
       difference = verification.check(folder, config, trained.params)
       said.append(f'Its logits in transformers differ by {difference:.1e} at most.')
   return ' '.join(said)
+
+
+def export_gguf(workdir: Path, destination: Path, *, step: int | None,
+                ternary_type: gguf_file.TernaryType, verify: bool) -> str:
+  """Writes a work directory's model and tokenizer as a GGUF file, whole or not at all.
+
+  Args:
+    workdir: a work directory.
+    destination: the file, which must not exist.
+    step: the checkpoint's step; None takes the newest good one.
+    ternary_type: how ternary weights are stored.
+    verify: whether the file is read again and compared.
+
+  Returns:
+    What was done, in words.
+
+  Raises:
+    UserError: no checkpoint, a model that llama.cpp does not compute, a file that exists or cannot
+      be written, or other numbers in it.
+  """
+  with files.whole_file(destination) as path:
+    trained = policy.load_policy(workdir, step)
+    tokenizer, config = trained.session.data.tokenizer, trained.model.config
+    settings, generation, template = _carried(workdir / CARRIED)
+    longest = settings.get('max_position_embeddings') or context_length(config)
+    keys = gguf_file.metadata(config, ternary_type, workdir.absolute().name, longest)
+    vocabulary = gguf_vocabulary.metadata(tokenizer, config.vocab_size, generation)
+    keys |= vocabulary or {'tokenizer.ggml.model': 'none'}
+    if template:
+      keys['tokenizer.chat_template'] = template
+    num_f16 = gguf_file.save_model(path, config, trained.params, keys, ternary_type)
+    said = [f'Exported step {trained.step} of {workdir} to {destination}.']
+    if not vocabulary:
+      said.append('llama.cpp would not encode text as its tokenizer does, which was left out.')
+    if num_f16:
+      said.append(f'{num_f16} ternary matrices are no multiple of 256 wide and stored as F16.')
+    if verify:
+      difference = verification.check_gguf(path, config, trained.params, keys, ternary_type)
+      said.append('Read back, its tensors are the same up to the rounding of scales to float16; '
+                  f'logits differ by {difference:.1e} of the largest.')
+  return ' '.join(said)
+
+
+def _carried(folder: Path) -> tuple[dict[str, Any], tuple[int, ...], str]:
+  """(config.json, the tokens that end a response, the chat template) of an imported model."""
+  def found(name: str) -> dict[str, Any]:
+    value = hf.read_json(folder / name) if (folder / name).exists() else {}
+    return value if isinstance(value, dict) else {}
+
+  ends = found('generation_config.json').get('eos_token_id')
+  ends = tuple(i for i in (ends if isinstance(ends, list) else [ends]) if isinstance(i, int))
+  template = found(_TOKENIZER_CONFIG).get('chat_template')
+  if isinstance(template, list):  # named templates
+    template = next((t['template'] for t in template if t.get('name') == 'default'), None)
+  if (folder / 'chat_template.jinja').exists():
+    template = (folder / 'chat_template.jinja').read_text(encoding='utf-8')
+  return found('config.json'), ends, template if isinstance(template, str) else ''
 
 
 def _write_tokenizer(tokenizer: tokenizers.Tokenizer, carried: Path, folder: Path) -> bool:

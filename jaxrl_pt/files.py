@@ -133,6 +133,30 @@ def whole_directory(final: Path) -> Iterator[Path]:
     UserError: `final` exists, or cannot be written.
   """
   final = final.absolute()
+  with _beside(final) as temporary:
+    yield temporary
+    sync(temporary)
+    os.rename(temporary, final)
+
+
+@contextlib.contextmanager
+def whole_file(final: Path) -> Iterator[Path]:
+  """Gives the path of a file in a hidden directory, which is renamed to `final` at the end.
+
+  Like `whole_directory`, for one file; whoever writes it flushes it to disk.
+
+  Raises:
+    UserError: `final` exists, or cannot be written.
+  """
+  final = final.absolute()
+  with _beside(final) as temporary:
+    yield temporary / final.name
+    os.rename(temporary / final.name, final)
+
+
+@contextlib.contextmanager
+def _beside(final: Path) -> Iterator[Path]:
+  """An unfinished directory beside `final`, where nothing stands yet."""
   if os.path.lexists(final):
     raise UserError(f'{final} exists already: choose another place, or remove it first.')
   try:
@@ -141,8 +165,6 @@ def whole_directory(final: Path) -> Iterator[Path]:
       remove_if_abandoned(lock.with_suffix(''))
     with unfinished_directory(final) as temporary:
       yield temporary
-      sync(temporary)
-      os.rename(temporary, final)
     sync(final.parent)
   except OSError as error:
     raise UserError(f'{final} cannot be written ({error.strerror or error}): free some space or '

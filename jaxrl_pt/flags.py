@@ -178,16 +178,18 @@ def _add_exchange(add: Callable[[str, str, str], argparse.ArgumentParser]) -> No
   taken.add_argument('source', type=_path, metavar='SRC',
                      help='a folder with config.json, safetensors and the tokenizer')
   _add_workdir(taken)
-  given = add('export', "Write a work directory's model as a Hugging Face folder.",
+  given = add('export', "Write a work directory's model as a Hugging Face folder or a GGUF file.",
               'jaxrl-pt export --workdir runs/qwen exported/qwen --verify')
   _add_workdir(given)
   _add_step(given)
-  given.add_argument('destination', type=_path, metavar='DST', help='the folder, which must not '
-                     'exist yet')
-  given.add_argument('--format', choices=('hf', 'hf-packed'), default='hf',
-                     help='hf-packed stores ternary weights in 2 bits (default %(default)s)')
-  given.add_argument('--verify', action='store_true', help='load the folder with the library '
-                     'transformers and compare logits before it gets its name')
+  given.add_argument('destination', type=_path, metavar='DST', help='the folder or the file, which '
+                     'must not exist yet')
+  given.add_argument('--format', choices=('hf', 'hf-packed', 'gguf', 'gguf-tq1'),
+                     default='hf', help='hf-packed stores ternary weights in 2 bits; gguf is a file '
+                     'for llama.cpp, with ternary weights as TQ2_0, or as TQ1_0 if gguf-tq1 '
+                     '(default %(default)s)')
+  given.add_argument('--verify', action='store_true', help='load what was written with the library '
+                     'transformers or gguf, and compare logits, before it gets its name')
 
 
 def _add_gin(parser: argparse.ArgumentParser, purpose: str = 'what to run') -> None:

@@ -201,8 +201,15 @@ def _import(args: argparse.Namespace) -> int:
 def _export(args: argparse.Namespace) -> int:
   with _importing():
     from jaxrl_pt import exchange
-  print(exchange.export_model(args.workdir, args.destination, step=args.step,
-                              packed=args.format == 'hf-packed', verify=args.verify))
+  match args.format:
+    case 'hf' | 'hf-packed':
+      said = exchange.export_model(args.workdir, args.destination, step=args.step,
+                                   packed=args.format == 'hf-packed', verify=args.verify)
+    case _:
+      said = exchange.export_gguf(args.workdir, args.destination, step=args.step,
+                                  ternary_type='TQ1_0' if args.format == 'gguf-tq1' else 'TQ2_0',
+                                  verify=args.verify)
+  print(said)
   return 0
 
 

@@ -4,10 +4,18 @@ from collections.abc import Sequence
 import dataclasses
 import functools
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from jaxrl_pt.data import token_table
 from jaxrl_pt.errors import UserError
+
+
+class Piece(NamedTuple):
+  """An entry of a SentencePiece model."""
+
+  text: str
+  score: float
+  kind: Literal['text', 'unknown', 'control', 'byte', 'unused']
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +87,21 @@ class SentencePieceTokenizer(token_table.TableTokenizer):
   def special_tokens(self) -> dict[str, int]:
     return {self._backend.id_to_piece(i): i for i in range(self.vocab_size)
             if self._backend.is_control(i)}
+
+  @property
+  def adds_space(self) -> bool:
+    """Whether encoding puts a space before a text."""
+    return self._dummy_space
+
+  def pieces(self) -> list[Piece]:
+    """The model's table, by id."""
+    backend = self._backend
+    tests: tuple[tuple[Any, Any], ...] = (
+        (backend.is_unknown, 'unknown'), (backend.is_control, 'control'),
+        (backend.is_byte, 'byte'), (backend.is_unused, 'unused'))
+    return [Piece(backend.id_to_piece(i), backend.get_score(i),
+                  next((kind for test, kind in tests if test(i)), 'text'))
+            for i in range(backend.vocab_size())]
 
   def encode_parsed(self, text: str) -> list[int]:
     """SentencePiece itself never parses control pieces: each text between two of them is a text

@@ -49,15 +49,17 @@ def tensor_name(spec: ParamSpec, layer: int = 0) -> str:
   return f'{spec.hugging_face.format(layer=layer)}.{kind}'
 
 
-def _is_stacked(spec: ParamSpec) -> bool:
+def is_stacked(spec: ParamSpec) -> bool:
+  """Whether a parameter holds all layers, along its first dimension."""
   return '{layer}' in spec.hugging_face
 
 
 def _layers(spec: ParamSpec) -> range:
-  return range(spec.shape[0] if _is_stacked(spec) else 1)
+  return range(spec.shape[0] if is_stacked(spec) else 1)
 
 
-def _is_transposed(spec: ParamSpec) -> bool:
+def is_transposed(spec: ParamSpec) -> bool:
+  """Whether a file has a parameter as [out, in], where ours is [in, out]."""
   return spec.role in ('projection', 'head')
 
 
@@ -121,7 +123,7 @@ def load_model(folder: str | Path, mesh: Mesh | None = None) -> tuple[cfg.Model,
   weights.check(config, specs)
 
   def leaf(spec: ParamSpec) -> Array:
-    if _is_stacked(spec):
+    if is_stacked(spec):
       return _stack(spec, weights.read, mesh)
     return _placed(weights.read(spec, 0), spec, spec.axes, mesh)
 
@@ -136,14 +138,14 @@ def _sharding(axes: tuple[str, ...], mesh: Mesh | None) -> Sharding:
 
 def _on_devices(x: np.ndarray, spec: ParamSpec, axes: tuple[str, ...], mesh: Mesh | None) -> Array:
   """A tensor as it is in the file, of which each device gets its part; `axes` are our order's."""
-  sharding = _sharding(axes[::-1] if _is_transposed(spec) else axes, mesh)
+  sharding = _sharding(axes[::-1] if is_transposed(spec) else axes, mesh)
   return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
 
 def _placed(x: np.ndarray, spec: ParamSpec, axes: tuple[str, ...], mesh: Mesh | None) -> Array:
   """The array of a parameter that is not stacked over layers."""
   given = _on_devices(x, spec, axes, mesh)
-  value, is_finite = _laid_out(given, dtype=spec.dtype, transposed=_is_transposed(spec),
+  value, is_finite = _laid_out(given, dtype=spec.dtype, transposed=is_transposed(spec),
                                sharding=_sharding(axes, mesh))
   _check_finite(is_finite, tensor_name(spec))
   given.delete()
@@ -157,7 +159,7 @@ def _stack(spec: ParamSpec, read: Callable[[ParamSpec, int], np.ndarray],
   stack = jax.jit(lambda: jnp.zeros(spec.shape, spec.dtype), out_shardings=sharding)()
   for i in range(spec.shape[0]):
     x = _on_devices(read(spec, i), spec, spec.axes[1:], mesh)
-    stack, is_finite = _inserted(stack, x, i, transposed=_is_transposed(spec), sharding=sharding)
+    stack, is_finite = _inserted(stack, x, i, transposed=is_transposed(spec), sharding=sharding)
     _check_finite(is_finite, tensor_name(spec, i))  # This waits for the device, too.
     x.delete()  # Otherwise it would live until the next one has been read.
   return stack
@@ -253,8 +255,8 @@ class _Weights:
   def _names(self, spec: ParamSpec, layer: int) -> set[str]:
     """The tensors of a parameter, or of one layer of it, whose shapes are checked."""
     name = tensor_name(spec, layer)
-    shape = spec.shape[1:] if _is_stacked(spec) else spec.shape
-    shape = shape[::-1] if _is_transposed(spec) else shape
+    shape = spec.shape[1:] if is_stacked(spec) else spec.shape
+    shape = shape[::-1] if is_transposed(spec) else shape
     if not (self._has_codes and spec.role == 'projection'):
       entry = self._find(name, *shape)
       if entry.dtype.name not in ('float32', 'float16', 'bfloat16'):
@@ -323,7 +325,7 @@ def save_model(folder: str | Path, config: cfg.Model, params: Params, *,
   planned = [plan for spec, value in pairs for i in _layers(spec)
              for plan in _planned(spec, value.dtype, i, packed)]
   arrays = (array for spec, value in pairs for i in _layers(spec)
-            for array in _written(spec, value[i] if _is_stacked(spec) else value, packed))
+            for array in _written(spec, value[i] if is_stacked(spec) else value, packed))
   try:
     folder.mkdir(parents=True, exist_ok=True)
     tensor_file.write(folder / tensor_file.SINGLE, planned, arrays)
@@ -335,8 +337,8 @@ def save_model(folder: str | Path, config: cfg.Model, params: Params, *,
 def _planned(spec: ParamSpec, dtype: Any, layer: int, packed: bool) -> list[Planned]:
   """What `_written` will yield."""
   name = tensor_name(spec, layer)
-  shape = spec.shape[1:] if _is_stacked(spec) else spec.shape
-  shape = shape[::-1] if _is_transposed(spec) else shape
+  shape = spec.shape[1:] if is_stacked(spec) else spec.shape
+  shape = shape[::-1] if is_transposed(spec) else shape
   if packed and spec.role == 'projection':
     return [Planned(name, np.dtype(np.uint8), (-(-shape[0] // 4), shape[1])),
             Planned(f'{name}_scale', np.dtype(np.float32), (1,))]
@@ -349,7 +351,7 @@ def _written(spec: ParamSpec, x: Array, packed: bool) -> Iterator[np.ndarray]:
     yield pack(np.asarray(codes, np.int8).T)
     yield np.asarray(scale, np.float32).reshape(1)
   else:
-    yield np.asarray(x).T if _is_transposed(spec) else np.asarray(x)
+    yield np.asarray(x).T if is_transposed(spec) else np.asarray(x)
 
 
 def _check_has_name(path: tuple[Any, ...], spec: ParamSpec) -> None:

@@ -344,9 +344,8 @@ def to_settings(config: cfg.Model, packed: bool, bos_id: int | None,
   if packed and config.quant != W1A8:
     raise UserError('A packed export stores ternary weights, but this model has Quant.weights = '
                     "'none': export it without packing.")
-  longest, scaling = 4096, None
+  scaling = None
   if isinstance(config.rope, cfg.Llama3Rope):
-    longest = round(config.rope.factor * config.rope.original_length)
     scaling = {'rope_type': 'llama3', 'factor': config.rope.factor,
                'low_freq_factor': config.rope.low_freq_factor,
                'high_freq_factor': config.rope.high_freq_factor,
@@ -359,7 +358,7 @@ def to_settings(config: cfg.Model, packed: bool, bos_id: int | None,
       'num_key_value_heads': config.num_kv_heads, 'head_dim': config.head_dim,
       'vocab_size': config.vocab_size, 'rope_theta': config.rope_theta, 'rope_scaling': scaling,
       'rms_norm_eps': config.norm_epsilon, 'tie_word_embeddings': config.tied_head,
-      'attention_bias': False, 'max_position_embeddings': longest,
+      'attention_bias': False, 'max_position_embeddings': context_length(config),
       'torch_dtype': config.param_dtype,
       'bos_token_id': bos_id, 'eos_token_id': eos_id, 'pad_token_id': None,
   }
@@ -369,6 +368,13 @@ def to_settings(config: cfg.Model, packed: bool, bos_id: int | None,
         'quantization_mode': 'offline' if packed else 'online',
         'modules_to_not_convert': [_HEAD]}
   return settings
+
+
+def context_length(config: cfg.Model) -> int:
+  """The longest text that an exported file says its model is for, which no computation reads."""
+  if isinstance(config.rope, cfg.Llama3Rope):
+    return round(config.rope.factor * config.rope.original_length)
+  return 4096
 
 
 def _computes(family: _Family, config: cfg.Model) -> bool:

@@ -1,4 +1,8 @@
-"""Compares an exported folder with the library transformers, which computes it independently."""
+"""Compares exports with the models that were exported.
+
+A Hugging Face folder is computed by the library transformers, independently of us. A GGUF file is
+read by the package gguf, with its own dequantisers, and computed by our forward.
+"""
 
 from pathlib import Path
 
@@ -8,7 +12,9 @@ import numpy as np
 
 from jaxrl_pt import config as cfg
 from jaxrl_pt.errors import UserError
+from jaxrl_pt.interop import gguf_file
 from jaxrl_pt.models import transformer
+from jaxrl_pt.nn.quant import TernaryWeight, ternary
 from jaxrl_pt.types import Params
 
 _ROWS, _LENGTH = 2, 32
@@ -51,6 +57,41 @@ def check(folder: Path, config: cfg.Model, params: Params) -> float:
     raise UserError(f'transformers computes other logits of the export (they differ by up to '
                     f'{difference:.3g}, and the largest is {largest:.3g}), so it was not kept.')
   return difference
+
+
+def check_gguf(path: Path, config: cfg.Model, params: Params, keys: gguf_file.Metadata,
+               ternary_type: gguf_file.TernaryType) -> float:
+  """The largest difference of two logits, of random tokens, as a share of the largest logit.
+
+  Every tensor of the file has to be the model's to the last bit, with the scales of ternary
+  matrices rounded to float16. So the difference shows that rounding and nothing else: by up to
+  2⁻¹¹ of itself, after which some activations take the neighbouring code.
+
+  Args:
+    path: the exported file.
+    config: the model's settings.
+    params: the model's parameters.
+    keys, ternary_type: as `gguf_file.save_model` took them.
+
+  Raises:
+    UserError: the file holds something else.
+  """
+  read = gguf_file.load_model(path, config, keys, ternary_type)
+  pairs = zip(jax.tree_util.tree_leaves_with_path(params),
+              jax.tree.leaves(read, is_leaf=lambda x: isinstance(x, TernaryWeight)), strict=True)
+  for (where, ours), found in pairs:
+    if isinstance(found, TernaryWeight):
+      codes, scale = ternary(ours)
+      same = (found.codes.astype(jnp.int8) == codes.astype(jnp.int8)).all() and (
+          found.scale == scale.astype(jnp.float16).astype(jnp.float32)).all()
+    else:
+      same = jnp.array_equal(found, ours)
+    if not same:
+      name = jax.tree_util.keystr(where, simple=True, separator='/')
+      raise UserError(f'{path.name} holds other numbers of {name}, so it was not kept.')
+  tokens = np.random.default_rng(0).integers(0, config.vocab_size, (_ROWS, _LENGTH))
+  before, after = (_logits(config, tree, tokens.astype(np.int32)) for tree in (params, read))
+  return float(np.abs(before - after).max() / np.abs(before).max())
 
 
 def _logits(config: cfg.Model, params: Params, tokens_BT: np.ndarray) -> np.ndarray:

@@ -48,7 +48,7 @@ def _lookup_backward(dtype: DTypeLike, whole: Callable[[Array], Array],
 lookup.defvjp(_lookup_forward, _lookup_backward)
 
 
-def _frequencies(head_dim: int, theta: float, scaling: Rope) -> Array:
+def frequencies(head_dim: int, theta: float, scaling: Rope) -> Array:
   """f32[E/2]: the angle of each pair between two neighbouring positions."""
   frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
   match scaling:
@@ -73,7 +73,7 @@ def rope(positions: Array, head_dim: int, theta: float,
   Returns:
     f32[B, T, 1, E/2] each, ready to broadcast over heads.
   """
-  frequency = _frequencies(head_dim, theta, scaling)
+  frequency = frequencies(head_dim, theta, scaling)
   angle = positions.astype(jnp.float32)[..., None, None] * frequency
   return jnp.cos(angle), jnp.sin(angle)
 

@@ -227,14 +227,15 @@ def counted_by_hand(c):
   attention = 2 * c.d_model * c.head_dim * (c.num_heads + c.num_kv_heads)
   layer = attention + 3 * c.d_model * c.d_ff + 2 * c.d_model
   layer += (c.num_heads * c.head_dim + c.d_ff) if c.sub_norm else 0
+  layer += c.head_dim * (c.num_heads + 2 * c.num_kv_heads) if c.qkv_bias else 0
   return (c.vocab_size * c.d_model * (1 if c.tied_head else 2) + c.num_layers * layer
           + c.d_model)
 
 
 COUNTS = {
     'tiny': 920_704, 'small': 2_562_624, 'medium': 14_173_568, 'deepseek_7b': 6_910_365_696,
-    'qwen2_5_7b': 7_615_487_488, 'qwen2_5_14b': 14_769_689_600,
-    'qwen2_5_32b': 32_763_417_600, 'bitnet_2b4t': 2_412_820_480,
+    'qwen2_5_7b': 7_615_616_512, 'qwen2_5_14b': 14_770_033_664,
+    'qwen2_5_32b': 32_763_876_352, 'bitnet_2b4t': 2_412_820_480,
     'bitnet_v2_400m': 468_362_240, 'bitnet_v2_1_3b': 1_339_291_648,
     'bitnet_v2_3b': 3_618_000_896, 'bitnet_v2_7b': 6_705_287_168}
 
