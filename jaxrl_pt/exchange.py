@@ -1,4 +1,4 @@
-"""The commands `import` and `export`: work directories from and to Hugging Face folders and GGUF."""
+"""The commands `import` and `export`: work directories from and to the formats of others."""
 
 import json
 from pathlib import Path
@@ -26,6 +26,8 @@ _SMALL_FILES = ('config.json', 'generation_config.json', 'tokenizer_config.json'
                 'special_tokens_map.json', 'added_tokens.json', 'vocab.json', 'merges.txt',
                 'chat_template.jinja')
 _TOKENIZER_CONFIG = 'tokenizer_config.json'
+# The scales of packed matrices, which their latent weights have but for rounding.
+_SCALES = 'ternary_scales.json'
 _LONGEST_EXAMPLE = 1024  # tokens
 
 
@@ -64,6 +66,8 @@ def import_model(source: Path, workdir: Path) -> str:
     data = sessions.policy_data(run, folder, {'tokenizer': tokenizer.fingerprint})
     session = sessions.open_session(run, folder, gin_bindings.dump(run), data=data)
     _carry(source, folder / CARRIED)
+    if scales := hf.stored_scales(source):
+      files.write_text(folder / CARRIED / _SCALES, json.dumps(scales, indent=2) + '\n')
     extras = {**saved.checkpoint_extras(session, {}), 'objective': 'Imported',
               'data': {'absolute': str(workdir.absolute() / 'data'), 'relative': 'data'}}
     with Checkpointer(folder / places.CHECKPOINTS, run.checkpoint) as checkpointer:
@@ -176,8 +180,9 @@ def export_model(workdir: Path, destination: Path, *, step: int | None, packed: 
   with files.whole_directory(destination) as folder:
     trained = policy.load_policy(workdir, step)
     tokenizer, config = trained.session.data.tokenizer, trained.model.config
+    kept = workdir / CARRIED / _SCALES
     hf.save_model(folder, config, trained.params, packed=packed, bos_id=tokenizer.bos_id,
-                  eos_id=tokenizer.eos_id)
+                  eos_id=tokenizer.eos_id, scales=hf.read_json(kept) if kept.exists() else None)
     said = [f'Exported step {trained.step} of {workdir} to {destination}.']
     if not _write_tokenizer(tokenizer, workdir / CARRIED, folder):
       said.append('Its tokenizer has no Hugging Face form and was left out.')
@@ -258,6 +263,6 @@ def _write_tokenizer(tokenizer: tokenizers.Tokenizer, carried: Path, folder: Pat
       tokenizer.save(folder)
       (folder / _TOKENIZER_CONFIG).unlink()
   for path in carried.iterdir() if carried.is_dir() else ():
-    if path.name != 'config.json':
+    if path.name not in ('config.json', _SCALES):
       shutil.copyfile(path, folder / path.name)
   return True

@@ -178,7 +178,7 @@ def _add_exchange(add: Callable[[str, str, str], argparse.ArgumentParser]) -> No
   taken.add_argument('source', type=_path, metavar='SRC',
                      help='a folder with config.json, safetensors and the tokenizer')
   _add_workdir(taken)
-  given = add('export', "Write a work directory's model as a Hugging Face folder or a GGUF file.",
+  given = add('export', "Write a work directory's model for Hugging Face or llama.cpp.",
               'jaxrl-pt export --workdir runs/qwen exported/qwen --verify')
   _add_workdir(given)
   _add_step(given)

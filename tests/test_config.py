@@ -387,6 +387,8 @@ def test_every_field_has_a_row():
 @pytest.mark.parametrize('make, expected', [
     (lambda: cfg.Quant('none', 'int8'), "set Quant.weights = 'ternary'"),
     (lambda: cfg.Quant(hadamard=True), "set Quant.weights = 'ternary'"),
+    (lambda: cfg.Quant('ternary_128', hadamard=True), 'leave it at False'),
+    (lambda: cfg.Model(**MODEL | {'d_ff': 96}, quant=cfg.Quant('ternary_128')), 'multiple of 128'),
     (lambda: cfg.Model(**{**MODEL, 'num_kv_heads': 3}), 'Model.num_heads = 4 is not a multiple'),
     (lambda: cfg.Model(**{**MODEL, 'head_dim': 7}), 'Model.head_dim = 7 is odd'),
     (lambda: cfg.Llama3Rope(low_freq_factor=4), 'Llama3Rope.high_freq_factor = 4.0 is not above'),

@@ -6,7 +6,8 @@ from typing import Literal, get_args
 from jaxrl_pt.config import checks
 from jaxrl_pt.errors import UserError
 
-WeightQuant = Literal['none', 'ternary']
+WeightQuant = Literal['none', 'ternary', 'ternary_128']
+GROUP = 128  # inputs of an output that share a scale in 'ternary_128'
 ActivationQuant = Literal['none', 'int8', 'int4', 'int4_absmax']
 Activation = Literal['swiglu', 'relu2']
 Dtype = Literal['float32', 'bfloat16']
@@ -17,7 +18,9 @@ Remat = Literal['none', 'block']
 class Quant:
   """How the projections of a block are quantised (docs/methods/bitnet.md, bitnet_v2.md).
 
-  weights: 'ternary' weights are W1.58, with the absmean of a matrix as its scale.
+  weights: 'ternary' weights are W1.58, with the absmean of a matrix as its scale. 'ternary_128' is
+    the layout of imported models that have one scale for each 128 inputs of an output: it is the
+    absmax of those weights, so that weights which are ternary already stay what they are.
   activations: each token has a scale, with 'int8' its absmax, with 'int4' its absmean, and with
     'int4_absmax', a control experiment that needs no rotation, its absmax.
   hadamard: whether the inputs of W_o and W_down are rotated (H-BitLinear, 2504.18415).
@@ -31,10 +34,18 @@ class Quant:
     checks.choice(self, 'weights', WeightQuant)
     checks.choice(self, 'activations', ActivationQuant)
     checks.flag(self, 'hadamard')
+    if self.weights == 'ternary_128' and self.hadamard:
+      raise UserError("Quant.hadamard rotates the inputs of Quant.weights = 'ternary': no imported "
+                      "model with 'ternary_128' has it, so leave it at False.")
     if self.weights == 'none' and (self.activations != 'none' or self.hadamard):
       raise UserError(
           'Quant.activations and Quant.hadamard act on BitLinear layers only: set '
           "Quant.weights = 'ternary', or leave them at 'none' and False.")
+
+  @property
+  def is_ternary(self) -> bool:
+    """Whether a weight of a block takes one of three values."""
+    return self.weights != 'none'
 
 
 @dataclass(frozen=True)
@@ -125,6 +136,11 @@ class Model:
     checks.flag(self, 'qkv_bias')
     checks.flag(self, 'qk_norm')
     checks.choice(self, 'param_dtype', Dtype)
+    for name, width in (('d_model', self.d_model), ('d_ff', self.d_ff),
+                        ('num_heads × head_dim', self.num_heads * self.head_dim)):
+      if self.quant.weights == 'ternary_128' and width % GROUP:
+        raise UserError(f'Model.{name} = {width} is no multiple of {GROUP}, the inputs that share '
+                        "a scale in Quant.weights = 'ternary_128'.")
     if self.num_heads % self.num_kv_heads:
       raise UserError(f'Model.num_heads = {self.num_heads} is not a multiple of '
                       f'Model.num_kv_heads = {self.num_kv_heads}: each key/value head serves '

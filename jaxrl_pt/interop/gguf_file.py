@@ -29,7 +29,7 @@ from jaxrl_pt.errors import UserError
 from jaxrl_pt.interop.huggingface import is_stacked, is_transposed, tensor_name
 from jaxrl_pt.models import transformer
 from jaxrl_pt.nn.embed import frequencies
-from jaxrl_pt.nn.quant import TernaryWeight, ternary
+from jaxrl_pt.nn.quant import TernaryWeight, as_computed, ternary
 from jaxrl_pt.params import ParamSpec, is_spec
 from jaxrl_pt.types import Array, Params
 
@@ -283,6 +283,7 @@ def _stored(tensor: _Tensor, config: cfg.Model, value: Array) -> np.ndarray:
     codes, scale = ternary(x)
     w = np.asarray(codes, np.float32).T * _rounded(scale, tensor.name)
   else:
+    x = as_computed(x, config.quant.weights) if tensor.spec.role == 'projection' else x
     w = np.asarray(x).T if is_transposed(tensor.spec) else np.asarray(x)
   if is_transposed(tensor.spec):
     w = _interleaved(w, tensor.spec, config, back=False)
@@ -297,8 +298,8 @@ def _rounded(scale: Array, name: str) -> np.float32:
   value = float(scale.reshape(()))
   if not _SMALLEST_SCALE <= value <= _LARGEST_SCALE:
     raise UserError(f'{name} has the scale {value:g}, and the blocks of a GGUF file hold scales '
-                    f'from {_SMALLEST_SCALE:g} to {_LARGEST_SCALE:g}: this model cannot be exported '
-                    'as GGUF.')
+                    f'from {_SMALLEST_SCALE:g} to {_LARGEST_SCALE:g}: this model cannot be '
+                    'exported as GGUF.')
   return np.float32(np.float16(value))
 
 

@@ -14,7 +14,7 @@ Nothing in a folder is ignored: each key of config.json is accounted for (`huggi
 a tensor that the model has no place for is refused.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 import dataclasses
 import functools
 import json
@@ -28,12 +28,19 @@ from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 import numpy as np
 
 from jaxrl_pt import config as cfg
+from jaxrl_pt.config.model import GROUP
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.interop import tensor_file
-from jaxrl_pt.interop.huggingface_config import linear_class, to_config, to_settings
+from jaxrl_pt.interop.huggingface_config import (
+  TERNARY_128,
+  linear_class,
+  to_config,
+  to_settings,
+)
 from jaxrl_pt.interop.tensor_file import Entry, Planned
+from jaxrl_pt.interop.ternary_rows import latent, pack, unpack
 from jaxrl_pt.models import transformer
-from jaxrl_pt.nn.quant import EPSILON, ternary
+from jaxrl_pt.nn.quant import EPSILON, as_computed, ternary
 from jaxrl_pt.parallel import rules
 from jaxrl_pt.params import ParamSpec, is_spec, map_specs
 from jaxrl_pt.types import Array, Params
@@ -41,6 +48,7 @@ from jaxrl_pt.types import Array, Params
 _EMBEDDING, _HEAD = 'model.embed_tokens.weight', 'lm_head.weight'
 # Old checkpoints hold RoPE's frequencies, which follow from config.json.
 _FREQUENCIES = 'rotary_emb.inv_freq'
+_ROUNDING = 2.0**-16  # of the absmean of latent weights, which is summed in float32
 
 
 def tensor_name(spec: ParamSpec, layer: int = 0) -> str:
@@ -61,38 +69,6 @@ def _layers(spec: ParamSpec) -> range:
 def is_transposed(spec: ParamSpec) -> bool:
   """Whether a file has a parameter as [out, in], where ours is [in, out]."""
   return spec.role in ('projection', 'head')
-
-
-# --- Packed ternary rows --------------------------------------------------------
-
-
-def pack(codes: np.ndarray) -> np.ndarray:
-  """Packs i8[out, in] of {−1, 0, 1} into u8[⌈out / 4⌉, in].
-
-  Byte [r, c] holds rows r, r + R, r + 2R, r + 3R of column c, plus 1, in bits 0–1 … 6–7;
-  R = ⌈out / 4⌉, and rows beyond the matrix are 0 bits.
-  """
-  num_rows = -(-codes.shape[0] // 4)
-  planes = np.zeros((4 * num_rows, *codes.shape[1:]), np.uint8)
-  planes[:codes.shape[0]] = (codes + 1).astype(np.uint8)
-  planes = planes.reshape(4, num_rows, *codes.shape[1:])
-  return planes[0] | planes[1] << 2 | planes[2] << 4 | planes[3] << 6
-
-
-def unpack(packed: np.ndarray, num_out: int) -> np.ndarray:
-  """The inverse of `pack`: u8[⌈out / 4⌉, in] → i8[out, in] in {−1, 0, 1}."""
-  planes = [(packed >> 2 * i & 3).astype(np.int8) - 1 for i in range(4)]
-  return np.concatenate(planes)[:num_out]
-
-
-def latent(codes: np.ndarray, scale: float) -> np.ndarray:
-  """f32 weights whose absmean quantisation is (codes, scale): codes · scale / f.
-
-  Quantising them gives the codes exactly, and the scale to within 2⁻¹⁶ of itself: it is a float32
-  mean, whose rounding depends on the number of weights and the order in which they are added.
-  """
-  share = np.count_nonzero(codes) / codes.size
-  return codes.astype(np.float32) * np.float32(scale / share if share else 0.0)
 
 
 # --- Import ---------------------------------------------------------------------
@@ -127,7 +103,38 @@ def load_model(folder: str | Path, mesh: Mesh | None = None) -> tuple[cfg.Model,
       return _stack(spec, weights.read, mesh)
     return _placed(weights.read(spec, 0), spec, spec.axes, mesh)
 
-  return config, map_specs(leaf, specs)
+  params = map_specs(leaf, specs)
+  if config.quant == cfg.Quant() and _is_ternary_128(config, specs, params):
+    config = dataclasses.replace(config, quant=TERNARY_128)
+  return config, params
+
+
+def stored_scales(folder: Path) -> dict[str, float]:
+  """The scales of a checked folder's packed matrices by the names of their codes.
+
+  Latent weights have these as their absmean up to the rounding of a float32 sum. An export of the
+  same model writes them again to the last bit.
+  """
+  kind, _ = linear_class(read_json(folder / 'config.json'))
+  entries = tensor_file.open_folder(folder)
+  stored = {name.removesuffix('_scale'): tensor_file.read(entry).astype(np.float32)[0]
+            for name, entry in entries.items() if name.endswith('.weight_scale')}
+  return {name: float(1 / scale if kind == 'bitlinear' else scale)
+          for name, scale in stored.items()}
+
+
+def _is_ternary_128(config: cfg.Model, specs: Any, params: Params) -> bool:
+  """Whether plain weights are a scale for each 128 inputs times −1, 0 and 1, every one of them."""
+  widths = config.d_model, config.d_ff, config.num_heads * config.head_dim
+  if any(width % GROUP for width in widths):
+    return False
+
+  @jax.jit
+  def stays(w: Array) -> Array:
+    return (as_computed(w, 'ternary_128') == w).all()
+
+  pairs = zip(jax.tree.leaves(specs, is_leaf=is_spec), jax.tree.leaves(params), strict=True)
+  return all(stays(w[i]) for spec, w in pairs if spec.role == 'projection' for i in _layers(spec))
 
 
 def _sharding(axes: tuple[str, ...], mesh: Mesh | None) -> Sharding:
@@ -300,8 +307,8 @@ def read_json(path: Path) -> Any:
 
 
 def save_model(folder: str | Path, config: cfg.Model, params: Params, *,
-               packed: bool = False, bos_id: int | None = None,
-               eos_id: int | None = None) -> None:
+               packed: bool = False, bos_id: int | None = None, eos_id: int | None = None,
+               scales: Mapping[str, float] | None = None) -> None:
   """Writes config.json and model.safetensors for the library transformers.
 
   Args:
@@ -312,6 +319,8 @@ def save_model(folder: str | Path, config: cfg.Model, params: Params, *,
       otherwise the latent weights are stored (online, where they are ternary).
     bos_id: the token that begins a text; None where the model has none.
     eos_id: the token that ends a text and at which drawing stops; None where the model has none.
+    scales: what `stored_scales` read of the folder that the model was imported from. A packed
+      matrix whose absmean is one of these up to the rounding of a float32 sum gets that one.
 
   Raises:
     UserError: no Hugging Face class computes this model, or the folder is not writable.
@@ -325,7 +334,8 @@ def save_model(folder: str | Path, config: cfg.Model, params: Params, *,
   planned = [plan for spec, value in pairs for i in _layers(spec)
              for plan in _planned(spec, value.dtype, i, packed)]
   arrays = (array for spec, value in pairs for i in _layers(spec)
-            for array in _written(spec, value[i] if is_stacked(spec) else value, packed))
+            for array in _written(spec, value[i] if is_stacked(spec) else value, config.quant,
+                                  packed, (scales or {}).get(tensor_name(spec, i))))
   try:
     folder.mkdir(parents=True, exist_ok=True)
     tensor_file.write(folder / tensor_file.SINGLE, planned, arrays)
@@ -345,13 +355,18 @@ def _planned(spec: ParamSpec, dtype: Any, layer: int, packed: bool) -> list[Plan
   return [Planned(name, np.dtype(dtype), shape)]
 
 
-def _written(spec: ParamSpec, x: Array, packed: bool) -> Iterator[np.ndarray]:
+def _written(spec: ParamSpec, x: Array, quant: cfg.Quant, packed: bool,
+             imported: float | None) -> Iterator[np.ndarray]:
   if packed and spec.role == 'projection':
     codes, scale = ternary(x)
+    absmean = float(scale.reshape(()))
+    is_same = imported is not None and abs(imported - absmean) <= _ROUNDING * absmean
     yield pack(np.asarray(codes, np.int8).T)
-    yield np.asarray(scale, np.float32).reshape(1)
-  else:
-    yield np.asarray(x).T if is_transposed(spec) else np.asarray(x)
+    yield np.array([imported if is_same else absmean], np.float32)
+    return
+  if spec.role == 'projection':
+    x = as_computed(x, quant.weights)
+  yield np.asarray(x).T if is_transposed(spec) else np.asarray(x)
 
 
 def _check_has_name(path: tuple[Any, ...], spec: ParamSpec) -> None:

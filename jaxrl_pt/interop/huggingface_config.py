@@ -18,6 +18,8 @@ from jaxrl_pt.models import transformer
 Settings = dict[str, Any]
 
 W1A8 = cfg.Quant('ternary', 'int8')
+# One scale for 128 weights, as in Ternary-Bonsai: the file holds them as plain weights.
+TERNARY_128 = cfg.Quant('ternary_128')
 _HEAD = 'lm_head'
 
 
@@ -45,8 +47,9 @@ class _Family:
 _FAMILIES = {
     'llama': _Family('LlamaForCausalLM', may_be_ternary=True),
     'mistral': _Family('MistralForCausalLM', num_kv_heads=8),
-    'qwen2': _Family('Qwen2ForCausalLM', num_kv_heads=32, qkv_bias=True),
-    'qwen3': _Family('Qwen3ForCausalLM', num_kv_heads=32, head_dim=128, qk_norm=True),
+    'qwen2': _Family('Qwen2ForCausalLM', num_kv_heads=32, qkv_bias=True, may_be_ternary=True),
+    'qwen3': _Family('Qwen3ForCausalLM', num_kv_heads=32, head_dim=128, qk_norm=True,
+                     may_be_ternary=True),
     'bitnet': _Family('BitNetForCausalLM', hidden_act='relu2', sub_norm=True,
                       rope_theta=500_000.0, norm_epsilon=1e-5, may_be_ternary=True),
 }
@@ -120,6 +123,10 @@ def to_config(settings: Any, where: str) -> cfg.Model:
   quantised = _quantization(settings, where) != {}
   if quantised and not family.may_be_ternary:
     raise _not_covered(where, f'quantization_config with model_type {settings["model_type"]!r}')
+  if family.qkv_bias and linear_class(settings) == ('autobitlinear', 'offline'):
+    raise UserError(f'{where}: the class autobitlinear multiplies biases, too, by the scale of '
+                    'packed weights, and such models are not covered: export it unpacked '
+                    "(quantization_mode 'online').")
   heads, width = (_size(settings, name, where) for name in ('num_attention_heads', 'hidden_size'))
   tied = settings.get('tie_word_embeddings', False)
   if not isinstance(tied, bool):
@@ -336,14 +343,18 @@ def to_settings(config: cfg.Model, packed: bool, bos_id: int | None,
   if kind is None:
     raise UserError(
         'Only SwiGLU models without sub_norm (Llama; with qkv_bias Qwen2, with qk_norm Qwen3) and '
-        'ReLU² models with it (BitNet), plain or Llama and BitNet W1.58A8 without Hadamard, have a '
+        'ReLU² models with it (BitNet), plain or W1.58A8 without Hadamard, have a '
         'Hugging Face class: this model cannot be exported.')
   if kind == 'bitnet' and config.num_heads * config.head_dim != config.d_model:
     raise UserError('The BitNet class of Hugging Face has num_heads × head_dim = d_model: this '
                     'model cannot be exported.')
   if packed and config.quant != W1A8:
-    raise UserError('A packed export stores ternary weights, but this model has Quant.weights = '
-                    "'none': export it without packing.")
+    raise UserError('A packed export stores ternary weights with one scale a matrix, but this '
+                    f'model has Quant.weights = {config.quant.weights!r}: export it without '
+                    'packing.')
+  if packed and config.qkv_bias:
+    raise UserError('transformers multiplies the biases of packed weights by their scale, so that '
+                    'it would compute another model: export it without packing.')
   scaling = None
   if isinstance(config.rope, cfg.Llama3Rope):
     scaling = {'rope_type': 'llama3', 'factor': config.rope.factor,
@@ -381,5 +392,5 @@ def _computes(family: _Family, config: cfg.Model) -> bool:
   """Whether a family computes what the model does; of two that do, the first named is exported."""
   ours = (config.activation, config.sub_norm, config.qkv_bias, config.qk_norm)
   theirs = (_OUR_ACTIVATION[family.hidden_act], family.sub_norm, family.qkv_bias, family.qk_norm)
-  known = (cfg.Quant(), W1A8) if family.may_be_ternary else (cfg.Quant(),)
+  known = (cfg.Quant(), TERNARY_128, W1A8) if family.may_be_ternary else (cfg.Quant(), TERNARY_128)
   return ours == theirs and config.quant in known

@@ -80,7 +80,7 @@ def _stages(run: cfg.Run, mesh: Mesh, method: cfg.Reinforced, prompts: Prompts,
   synced, beside = state.params, [reference_params, moments]
   if mesh.size > 1:
     model = models.build(run.model, run.compute, mesh)
-    packed = run.model.quant.weights == 'ternary'
+    packed = run.model.quant.is_ternary
     leaving = weight_sync.abstract_leaving(model, mesh, packed, run.compute.dtype)
     synced = weight_sync.abstract(model, mesh, packed, run.compute.dtype)
     leaf, arrived = max(zip(jax.tree.leaves(leaving), jax.tree.leaves(synced), strict=True),
@@ -129,7 +129,7 @@ def _engine(run: cfg.Run, mesh: Mesh, method: cfg.RL, settings: cfg.Interactive,
   queue = placed(engine_rows.empty_queue(shape, PrefixCache(shape.documents, shape.document_len)))
   number, key = abstract((), jnp.int32, everywhere), jax.eval_shape(lambda: jax.random.key(0))
   params = placed(P.abstract(model.specs)) if mesh.size == 1 else weight_sync.abstract(
-      model, shard, run.model.quant.weights == 'ternary', run.compute.dtype)
+      model, shard, run.model.quant.is_ternary, run.compute.dtype)
   advance = functools.partial(slots.advance, model, shape, vocabulary)
   return Program('engine: prefill and decode of turns',
                  jax.jit(advance, donate_argnums=4, out_shardings=layout),

@@ -32,7 +32,7 @@ def linear(x: Array, w: Array | q.TernaryWeight, quant: Quant, ops: Ops, axes: A
     assert not isinstance(w, q.TernaryWeight), 'packed weights in a model without BitLinear'
     return matmul(x, w)
   codes, scale = q.activations(jax.lax.stop_gradient(x), quant.activations)
-  return q.bit_matmul(x, w, codes, scale, quant.activations, ops.product, axes)
+  return q.bit_matmul(x, w, codes, scale, quant.activations, ops.product, axes, quant.weights)
 
 
 def normed_linear(x: Array, gain: Array | None, epsilon: float, w: Array | q.TernaryWeight,

@@ -75,11 +75,13 @@ def _as_read(model: Model, packed: bool, dtype: DTypeLike, codes: DTypeLike, par
   Gains stay as they are. The latent weights of a BitLinear that is not packed stay in float32,
   since its scale is their mean in float32.
   """
-  rounded = ('table', 'head') if model.config.quant.weights == 'ternary' else (
+  rounded = ('table', 'head') if model.config.quant.is_ternary else (
       'table', 'head', 'projection')
   params = jax.tree.map(lambda spec, x: x.astype(dtype) if spec.role in rounded else x,
                         model.specs, params, is_leaf=is_spec)
-  return pack(params, _is_bit_linear(model), codes) if packed else params
+  if not packed:
+    return params
+  return pack(params, _is_bit_linear(model), codes, model.config.quant.weights)
 
 
 def _is_bit_linear(model: Model) -> Callable[[tuple[Any, ...]], bool]:
@@ -98,7 +100,7 @@ def make_leave(model: Model, mesh: Mesh, packed: bool, dtype: DTypeLike = jnp.fl
   Raises:
     ValueError: `packed`, and the model's weights are not ternary.
   """
-  if packed and model.config.quant.weights != 'ternary':
+  if packed and not model.config.quant.is_ternary:
     raise ValueError('only ternary weights can be packed')
   return jax.jit(functools.partial(_as_read, model, packed, dtype, jnp.int8),
                  out_shardings=_where_they_lie(model, mesh, packed))

@@ -84,6 +84,5 @@ def weight_sync(run: cfg.Run, mesh: Mesh) -> Callable[[Params, int], Params]:
   if mesh.size == 1:
     return lambda params, version: params
   model = models.build(run.model, run.compute, mesh)
-  sync = syncing.make_weight_sync(model, mesh, run.model.quant.weights == 'ternary',
-                                  run.compute.dtype)
+  sync = syncing.make_weight_sync(model, mesh, run.model.quant.is_ternary, run.compute.dtype)
   return lambda params, version: sync(params, version).params

@@ -135,6 +135,24 @@ def test_other_models_there_and_back(tmp_path, config):
     assert_same(params, trained.params)
 
 
+def test_a_packed_model_there_and_back_to_the_last_bit(tmp_path):
+  safetensors = pytest.importorskip('safetensors.numpy')
+  source, workdir, out = make_source(tmp_path / 'a', BITNET), tmp_path / 'b', tmp_path / 'c'
+  hf.save_model(source, BITNET, draw(BITNET), packed=True, eos_id=1)
+  stored = safetensors.load_file(source / 'model.safetensors')
+  random = np.random.default_rng(0)
+  for name in stored:
+    if name.endswith('_scale'):  # of the queries, keys and values of each layer, too
+      stored[name][:] = random.uniform(0.01, 3)
+  safetensors.save_file(stored, source / 'model.safetensors')
+  assert main(['import', str(source), '--workdir', str(workdir)]) == 0
+  assert main(['export', '--workdir', str(workdir), str(out), '--format', 'hf-packed']) == 0
+  again = safetensors.load_file(out / 'model.safetensors')
+  assert stored.keys() == again.keys()
+  assert all(np.array_equal(again[name], value) for name, value in stored.items())
+  assert not (out / 'ternary_scales.json').exists()
+
+
 def test_what_exists_is_refused(workdir: Path, source: Path, tmp_path, capsys):
   assert f'{tmp_path} exists already' in mistake(
       capsys, 'import', str(source), '--workdir', str(tmp_path))

@@ -23,7 +23,7 @@ from jaxrl_pt.errors import UserError
 from jaxrl_pt.interop import huggingface as hf
 from jaxrl_pt.interop import tensor_file
 from jaxrl_pt.models import transformer
-from jaxrl_pt.nn.quant import ternary
+from jaxrl_pt.nn.quant import pack, ternary
 from tests import xla_flags
 
 safetensors = pytest.importorskip('safetensors.numpy')
@@ -35,6 +35,8 @@ BITNET = dataclasses.replace(LLAMA, activation='relu2', sub_norm=True, tied_head
                              rope_theta=500_000.0, quant=cfg.Quant('ternary', 'int8'))
 QWEN2 = dataclasses.replace(LLAMA, qkv_bias=True)
 QWEN3 = dataclasses.replace(LLAMA, qk_norm=True, head_dim=6, tied_head=True)
+# Wide enough for one scale of 128 weights.
+WIDE = dataclasses.replace(QWEN3, d_model=128, head_dim=32, d_ff=256)
 LLAMA3 = dataclasses.replace(LLAMA, rope=cfg.Llama3Rope(32.0, 1.0, 4.0, 64), rope_theta=5e5)
 
 
@@ -137,6 +139,76 @@ def test_scale_multiplies_or_divides_by_class(tmp_path, linear_class, exponent):
     np.testing.assert_allclose(found[:, 0, 0], scale**exponent, rtol=1e-5)
 
 
+@pytest.mark.parametrize('linear_class', ['autobitlinear', 'bitlinear'])
+def test_scales_are_exported_to_the_last_bit(tmp_path, linear_class):
+  source, random = tmp_path / 'a', np.random.default_rng(0)
+  hf.save_model(source, BITNET, draw(BITNET), packed=True)
+  stored = safetensors.load_file(source / 'model.safetensors')
+  for name in stored:
+    if name.endswith('_scale'):
+      stored[name][:] = random.uniform(0.01, 3)
+  safetensors.save_file(stored, source / 'model.safetensors')
+  settings_json = json.loads((source / 'config.json').read_text())
+  settings_json['quantization_config']['linear_class'] = linear_class
+  (source / 'config.json').write_text(json.dumps(settings_json))
+  config, params = hf.load_model(source)
+  hf.save_model(tmp_path / 'b', config, params, packed=True, scales=hf.stored_scales(source))
+  again = safetensors.load_file(tmp_path / 'b' / 'model.safetensors')
+  assert stored.keys() == again.keys()
+  for name, value in stored.items():
+    if name.endswith('_scale') and linear_class == 'bitlinear':
+      value = 1 / value
+    np.testing.assert_array_equal(again[name], value, name)
+  # A model that has been trained since has scales of its own.
+  params['layers']['wq'] = 1.01 * params['layers']['wq']
+  hf.save_model(tmp_path / 'c', config, params, packed=True, scales=hf.stored_scales(source))
+  trained = safetensors.load_file(tmp_path / 'c' / 'model.safetensors')
+  name = 'model.layers.0.self_attn.q_proj.weight_scale'
+  assert trained[name] == pytest.approx(1.01 * again[name], rel=1e-5)
+
+
+def with_grouped_scales(folder):
+  """A folder of float16 weights with one scale for 128 inputs, {name: (codes, scales)}."""
+  hf.save_model(folder, WIDE, draw(WIDE))
+  stored, drawn = safetensors.load_file(folder / 'model.safetensors'), {}
+  random = np.random.default_rng(0)
+  for name, value in stored.items():
+    if name.endswith('_proj.weight'):
+      num_out, num_in = value.shape
+      codes = random.integers(-1, 2, value.shape).astype(np.float16)
+      scale = random.uniform(0.1, 0.2, (num_out, num_in // 128)).astype(np.float16)
+      drawn[name] = codes, scale
+      value = codes * np.repeat(scale, 128, 1)
+    stored[name] = value.astype(np.float16)
+  safetensors.save_file(stored, folder / 'model.safetensors')
+  return stored, drawn
+
+
+def test_one_scale_for_128_weights_there_and_back(tmp_path):
+  stored, drawn = with_grouped_scales(tmp_path)
+  config, params = hf.load_model(tmp_path)
+  assert config == dataclasses.replace(WIDE, quant=cfg.Quant('ternary_128'))
+  packed = pack(params, lambda path: path[-1].key.startswith('w'), kind='ternary_128')
+  for ours, theirs in (('wq', 'self_attn.q_proj'), ('w_down', 'mlp.down_proj')):
+    codes, scale = drawn[f'model.layers.1.{theirs}.weight']
+    np.testing.assert_array_equal(packed['layers'][ours].codes[1].astype(jnp.int8), codes.T)
+    np.testing.assert_array_equal(packed['layers'][ours].scale[1], scale.T)
+  hf.save_model(tmp_path / 'again', config, params)
+  again = safetensors.load_file(tmp_path / 'again' / 'model.safetensors')
+  assert all(np.array_equal(again[name], value) for name, value in stored.items())
+  # Weights that are trained on are exported as they are computed.
+  params['layers']['wq'] = params['layers']['wq'].at[1, 0, 0].add(1e-3)
+  hf.save_model(tmp_path / 'trained', config, params)
+  assert hf.load_model(tmp_path / 'trained')[0] == config
+
+
+def test_one_odd_weight_is_no_group(tmp_path):
+  stored, _ = with_grouped_scales(tmp_path)
+  stored['model.layers.1.mlp.down_proj.weight'][3, 200] = 0.05
+  safetensors.save_file(stored, tmp_path / 'model.safetensors')
+  assert hf.load_model(tmp_path)[0] == WIDE
+
+
 def test_real_file():
   if not REAL.exists():
     pytest.skip('weights-verl-arith is not in ../shared/data: nothing to import')
@@ -212,8 +284,10 @@ DEFAULT = {'rope_type': 'default', 'rope_theta': 10_000.0}
      'use_sliding_window = True is not covered'),
     ({'model_type': 'qwen2', 'architectures': None}, 'has no tensor .*k_proj.bias'),
     ({'model_type': 'qwen3', 'architectures': None}, 'has no tensor .*k_norm.weight'),
-    ({'model_type': 'qwen3', 'architectures': None,
+    ({'model_type': 'mistral', 'architectures': None, 'sliding_window': None,
       'quantization_config': {'quant_method': 'bitnet'}}, 'with model_type'),
+    ({'model_type': 'qwen2', 'architectures': None, 'quantization_config': {
+        'quant_method': 'bitnet', 'linear_class': 'autobitlinear'}}, 'multiplies biases'),
     ({'layer_types': ['full_attention', 'sliding_attention']}, 'layer_types'),
     ({'attn_logit_softcapping': 30.0}, 'attn_logit_softcapping'),
     ({'embedding_multiplier': 12.0}, 'embedding_multiplier = 12.0 is not covered'),
@@ -361,6 +435,8 @@ def test_bad_files(tmp_path):
 
 @pytest.mark.parametrize('config, packed', [
     (dataclasses.replace(LLAMA, sub_norm=True), False), (LLAMA, True),
+    (dataclasses.replace(QWEN2, quant=cfg.Quant('ternary', 'int8')), True),
+    (dataclasses.replace(WIDE, quant=cfg.Quant('ternary_128')), True),
     (dataclasses.replace(BITNET, quant=cfg.Quant('ternary', 'int4')), False)])
 def test_what_no_class_computes_is_not_exported(tmp_path, config, packed):
   with pytest.raises(UserError, match='export'):
