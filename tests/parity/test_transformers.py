@@ -182,11 +182,23 @@ def test_verify_accepts_an_export_and_refuses_another_model(tmp_path, config):
   other = dataclasses.replace(config, rope_theta=100.0)
   with pytest.raises(UserError, match='computes other logits of the export'):
     verify.check(tmp_path, other, params)
-  with pytest.raises(UserError, match='a quantised model'):
-    verify.check(tmp_path, dataclasses.replace(config, quant=cfg.Quant('ternary')), params)
   (tmp_path / 'model.safetensors').unlink()
   with pytest.raises(UserError, match='cannot load the export'):
     verify.check(tmp_path, config, params)
+
+
+@pytest.mark.parametrize('config, packed', [(BITNET, True), (QWEN2, False), (QWEN3, True)],
+                         ids=['bitnet packed', 'qwen2', 'qwen3 packed'])
+def test_quantised_exports_are_verified_in_their_arithmetic(tmp_path, config, packed):
+  config = dataclasses.replace(config, quant=cfg.Quant('ternary', 'int8'))
+  params = draw(config)
+  hf.save_model(tmp_path, config, params, packed=packed)
+  verify.check(tmp_path, config, params)
+  # The scale of one of three matrices, and one of 24 rows of codes.
+  for change in (lambda w: w * 1.5, lambda w: w.at[:, :, 0].multiply(-1)):
+    other = {**params, 'layers': {**params['layers'], 'wv': change(params['layers']['wv'])}}
+    with pytest.raises(UserError, match='computes other logits of the export'):
+      verify.check(tmp_path, config, other)
 
 
 class TorchBitLinear(torch.nn.Module):
