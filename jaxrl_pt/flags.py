@@ -182,10 +182,10 @@ def _add_exchange(add: Callable[[str, str, str], argparse.ArgumentParser]) -> No
               'jaxrl-pt export --workdir runs/qwen exported/qwen --verify')
   _add_workdir(given)
   _add_step(given)
-  given.add_argument('destination', type=_path, metavar='DST', help='the folder or the file, which '
-                     'must not exist yet')
+  given.add_argument('destination', type=_path, metavar='DST',
+                     help='the folder or the file, which must not exist yet')
   given.add_argument('--format', choices=('hf', 'hf-packed', 'gguf', 'gguf-tq1'),
-                     default='hf', help='hf-packed stores ternary weights in 2 bits; gguf is a file '
+                     default='hf', help='hf-packed: ternary weights in 2 bits; gguf: a file '
                      'for llama.cpp, with ternary weights as TQ2_0, or as TQ1_0 if gguf-tq1 '
                      '(default %(default)s)')
   given.add_argument('--verify', action='store_true', help='load what was written with the library '

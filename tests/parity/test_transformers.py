@@ -194,9 +194,9 @@ def test_quantised_exports_are_verified_in_their_arithmetic(tmp_path, config, pa
   params = draw(config)
   hf.save_model(tmp_path, config, params, packed=packed)
   verify.check(tmp_path, config, params)
-  # The scale of one of three matrices, and one of 24 rows of codes.
+  # One scale of seven, and one output of one matrix. (Behind SubLN the scale of W_v is none.)
   for change in (lambda w: w * 1.5, lambda w: w.at[:, :, 0].multiply(-1)):
-    other = {**params, 'layers': {**params['layers'], 'wv': change(params['layers']['wv'])}}
+    other = {**params, 'layers': {**params['layers'], 'wo': change(params['layers']['wo'])}}
     with pytest.raises(UserError, match='computes other logits of the export'):
       verify.check(tmp_path, config, other)
 
