@@ -108,7 +108,51 @@ class Demonstrations:
     checks.instance(self, 'source', Arithmetic, RedundantChecks, ReasoningGym)
 
 
-Source = PythonStdlib | TextFiles | Jsonl | Parquet | ArrayRecord | Seqio | Demonstrations
+@dataclass(frozen=True)
+class Conversations:
+  """Conversations of which the assistant's part is learned: rows of JSON-lines files.
+
+  A row has `messages`, a list of {"role", "content"}, or `prompt` and `completion`. Rows are split
+  by what they ask: Data.validation_fraction holds out all conversations with the same prompt.
+  """
+
+  glob: str
+
+  def __post_init__(self) -> None:
+    checks.text(self, 'glob')
+
+
+@dataclass(frozen=True)
+class WeightedConversations:
+  """Several sources of conversations, each with a weight that multiplies its loss.
+
+  weights: one for each source, in their order.
+  """
+
+  sources: tuple[Conversations | Demonstrations, ...]
+  weights: tuple[float, ...]
+
+  def __post_init__(self) -> None:
+    kinds = Conversations, Demonstrations
+    if not (isinstance(self.sources, (list, tuple)) and self.sources
+            and all(isinstance(source, kinds) for source in self.sources)):
+      checks.fail(self, 'sources', f'a list of {checks.one_of(kinds)}')
+    if not (isinstance(self.weights, (list, tuple)) and len(self.weights) == len(self.sources)
+            and all(checks.is_weight(weight) and weight > 0 for weight in self.weights)):
+      checks.fail(self, 'weights', f'{len(self.sources)} numbers above 0, one for each source')
+    object.__setattr__(self, 'sources', tuple(self.sources))
+    object.__setattr__(self, 'weights', tuple(map(float, self.weights)))
+
+
+Source = (PythonStdlib | TextFiles | Jsonl | Parquet | ArrayRecord | Seqio | Demonstrations
+          | Conversations | WeightedConversations)
+
+# What a packed example is made of.
+Examples = Literal['documents', 'conversations']
+# The sources of each kind of example.
+SOURCES_OF: dict[Examples, tuple[type, ...]] = {
+    'documents': (PythonStdlib, TextFiles, Jsonl, Parquet, ArrayRecord, Seqio, Demonstrations),
+    'conversations': (Conversations, WeightedConversations, Demonstrations)}
 
 
 @dataclass(frozen=True)
@@ -163,7 +207,15 @@ class SentencePiece:
     checks.flag(self, 'has_begin')
 
 
-Tokenizer = Bytes | TrainedBPE | HuggingFaceTokenizer | SentencePiece
+@dataclass(frozen=True)
+class PolicyTokenizer:
+  """The tokenizer of the policy that the run starts from."""
+
+
+Tokenizer = Bytes | TrainedBPE | HuggingFaceTokenizer | SentencePiece | PolicyTokenizer
+
+
+_WITHOUT_GLOB = PythonStdlib, Seqio, Demonstrations, WeightedConversations
 
 
 @dataclass(frozen=True)
@@ -174,7 +226,8 @@ class Data:
   validation_fraction: the share of the documents, chosen whole by a hash, that is held out.
   validation_glob: files of the source's kind that are the validation split instead; none of their
     documents may be among those of the source.
-  long_documents: whether a document longer than seq_len is 'split' over examples or an 'error'.
+  long_documents: whether a document longer than seq_len is 'split' over examples, 'cut' after its
+    first seq_len tokens, or an 'error'.
   cache_dir: the folder where prepared examples are kept and shared between runs; '' for the run's
     own work directory.
   num_workers: the number of Grain's worker processes on each host; with 0 the training process
@@ -186,7 +239,7 @@ class Data:
   seq_len: int
   validation_fraction: float = 0.02
   validation_glob: str = ''
-  long_documents: Literal['split', 'error'] = 'split'
+  long_documents: Literal['split', 'cut', 'error'] = 'split'
   cache_dir: str = ''
   num_workers: int = 0
 
@@ -196,16 +249,15 @@ class Data:
     checks.size(self, 'seq_len', 2, 2**24, 4, 'the tokens of one example')
     checks.number(self, 'validation_fraction', 0.0, 0.5)
     checks.text(self, 'validation_glob', empty=True)
-    if self.validation_glob and isinstance(self.source,
-                                           (PythonStdlib, Seqio, Demonstrations)):
+    if self.validation_glob and isinstance(self.source, _WITHOUT_GLOB):
       raise UserError('Data.validation_glob goes with a source of files: leave it empty for '
                       f'{type(self.source).__name__}.')
-    checks.choice(self, 'long_documents', Literal['split', 'error'])
+    checks.choice(self, 'long_documents', Literal['split', 'cut', 'error'])
     checks.text(self, 'cache_dir', empty=True)
     checks.size(self, 'num_workers', 0, 256, 2**26, 'so many processes')
 
   @property
   def validation_source(self) -> Source:
     """The source of the validation split, where `validation_glob` is set."""
-    assert not isinstance(self.source, PythonStdlib | Seqio | Demonstrations)
+    assert not isinstance(self.source, _WITHOUT_GLOB)
     return replace(self.source, glob=self.validation_glob)

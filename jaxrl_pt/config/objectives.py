@@ -1,16 +1,18 @@
-"""Objectives: next-token prediction, RPT and RLP, reinforcement learning on problems.
+"""Objectives: next-token prediction, supervised stages, RPT and RLP, RL on problems.
 
-Beside its own settings every objective has four attributes that code may read without asking which
+Beside its own settings every objective has five attributes that code may read without asking which
 objective it is: `rollouts` and `algorithm`, which are None where no responses are drawn;
-`positions_per_document`; and `policy_fields`, the names of its settings that are work directories
-of policies. Only `jobs` asks which objective a run has.
+`positions_per_document`; `policy_fields`, the names of its settings that are work directories of
+policies; and `examples`, what its packed examples are made of, or None where it has none of its
+own and reads those of the start policy. Only `jobs` asks which objective a run has.
 """
 
 from dataclasses import dataclass, field
-from typing import ClassVar, get_args
+from typing import ClassVar, Literal, get_args
 
 from jaxrl_pt.config import checks
 from jaxrl_pt.config.algorithm import Algorithm, NoCorrection
+from jaxrl_pt.config.data import Examples
 from jaxrl_pt.config.environments import Interactive
 from jaxrl_pt.config.problems import Problems
 from jaxrl_pt.config.rollouts import AllGroups, Dense, InFlight, OnPolicy, Rollouts
@@ -31,9 +33,39 @@ class NextToken:
   algorithm: ClassVar[None] = None
   positions_per_document: ClassVar[int] = 1
   policy_fields: ClassVar[tuple[str, ...]] = ()
+  examples: ClassVar[Examples] = 'documents'
 
   def __post_init__(self) -> None:
     checks.number(self, 'int4_from', 0.0, 1.0)
+
+
+# --- Supervised stages ------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SFT:
+  """Supervised fine-tuning: next-token prediction of the assistant's part of conversations.
+
+  start_from: the work directory of the policy to begin with, whose tokenizer is used; '' begins
+    with random parameters and the tokenizer of Data.tokenizer.
+  loss: what the summed loss of all learned tokens of a batch is divided by. 'mean' divides by
+    their number; 'sum' by nothing, as BitNet b1.58 2B4T is fine-tuned.
+  """
+
+  start_from: str
+  loss: Literal['mean', 'sum'] = 'mean'
+  rollouts: ClassVar[None] = None
+  algorithm: ClassVar[None] = None
+  positions_per_document: ClassVar[int] = 1
+  policy_fields: ClassVar[tuple[str, ...]] = ('start_from',)
+  examples: ClassVar[Examples] = 'conversations'
+
+  def __post_init__(self) -> None:
+    checks.text(self, 'start_from', empty=True)
+    checks.choice(self, 'loss', Literal['mean', 'sum'])
+
+
+# --- Reinforcement learning -------------------------------------------------------
 
 
 # The rewards of a prediction in RPT (2506.08007).
@@ -168,6 +200,7 @@ class RPT:
   proxy_from: str = ''
   positions_per_document: int = 1
   policy_fields: ClassVar[tuple[str, ...]] = ('start_from', 'proxy_from')
+  examples: ClassVar[None] = None
 
   def __post_init__(self) -> None:
     checks.integer(self, 'positions_per_document', 1)
@@ -241,6 +274,7 @@ class RL:
   eval_problems: int = 256
   positions_per_document: ClassVar[int] = 1
   policy_fields: ClassVar[tuple[str, ...]] = ('start_from',)
+  examples: ClassVar[None] = None
 
   def __post_init__(self) -> None:
     checks.text(self, 'start_from')
@@ -275,4 +309,5 @@ def _check_turns(rollouts: Rollouts) -> None:
 
 # Objectives that draw responses and learn from their rewards.
 Reinforced = RPT | RL
-Objective = NextToken | Reinforced
+Supervised = SFT
+Objective = NextToken | Supervised | Reinforced

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, get_args
 
 from jaxrl_pt.config import checks
-from jaxrl_pt.config.data import Data
+from jaxrl_pt.config.data import SOURCES_OF, Data, PolicyTokenizer
 from jaxrl_pt.config.model import Compute, Mesh, Model
 from jaxrl_pt.config.objectives import RL, NextToken, Objective
 from jaxrl_pt.config.optimizer import AdamW
@@ -17,8 +17,8 @@ from jaxrl_pt.errors import UserError
 class Train:
   """The number of steps, their batches, and how often the loop logs and evaluates.
 
-  batch_size: the number of sequences, over all devices, of a step of NextToken, and of those that
-    the proxy of RPT scores at once. RL leaves it at 0, since Rollouts.num_prompts says what a step
+  batch_size: the number of sequences, over all devices, of a step of NextToken or a supervised
+    stage, and of those that the proxy of RPT scores at once. RL leaves it at 0, since Rollouts.num_prompts says what a step
     takes.
   accumulation: the number of micro-batches of an update.
   group_parts: the number of rows of the learner that share out the responses to each prompt, where
@@ -99,6 +99,7 @@ class Run:
       case _:
         pass
     _check_rollouts(self)
+    _check_examples(self)
     _check_read(self)
 
 
@@ -120,6 +121,26 @@ def _check_rollouts(run: Run) -> None:
   if shared > 1 and parts > 1:
     raise UserError(f'{type(objective).__name__}.positions_per_document = {shared} keeps prompts '
                     f'together that Train.accumulation = {parts} would part: set one of them to 1.')
+
+
+def _check_examples(run: Run) -> None:
+  """Refuses sources of which the objective's examples cannot be made, and tokenizers it has not."""
+  objective, name, data = run.objective, type(run.objective).__name__, run.data
+  if objective.examples is None:
+    return
+  if not isinstance(data.source, SOURCES_OF[objective.examples]):
+    raise UserError(f'Data.source = {data.source!r}, but {name} learns from {objective.examples}: '
+                    f'choose {checks.one_of(SOURCES_OF[objective.examples])}.')
+  starts = any(getattr(objective, field) for field in objective.policy_fields)
+  if starts != (data.tokenizer == PolicyTokenizer()):
+    raise UserError(f'Data.tokenizer = {data.tokenizer!r}, but '
+                    + (f'{name} has the tokenizer of the policy that it starts from: set it to '
+                       '@cfg.PolicyTokenizer().' if starts else
+                       f'{name} starts from no policy that would have one: choose '
+                       '@cfg.TrainedBPE() or another.'))
+  if objective.examples != 'documents' and data.long_documents == 'split':
+    raise UserError("Data.long_documents = 'split' would part an answer from its prompt: choose "
+                    f"'cut' or 'error' for {name}.")
 
 
 def _check_read(run: Run) -> None:

@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 from jaxrl_pt import config, files
 from jaxrl_pt.data import sources
@@ -67,14 +68,14 @@ def _load(path: Path) -> Known:
           if isinstance(value, list) and [type(x) for x in value] == [int, int, str]}
 
 
-def key(data: config.Data, cached: Path | None, base: Path, form: int) -> tuple[str, Known]:
+def key(data: config.Data, cached: Path | None, base: Path, form: Any) -> tuple[str, Known]:
   """The hash of all that decides the examples; where files lie is no part of it.
 
   Args:
     data: the run's settings of data.
     cached: the directory of a cached seqio task, or None.
     base: the directory where digests are kept.
-    form: the version of the prepared files' format.
+    form: what else decides the examples, such as the version of the prepared files' format.
 
   Returns:
     The hash, and the digests that it was made of, to `keep`.
@@ -82,8 +83,10 @@ def key(data: config.Data, cached: Path | None, base: Path, form: int) -> tuple[
   Raises:
     UserError: no file of the source, or one that cannot be read.
   """
-  paths = sorted(cached.iterdir()) if cached else list(sources.files(data.source))
-  counts = [len(paths)]  # tells the source's files from those of the other splits
+  parts = [sorted(cached.iterdir())] if cached else [
+      sources.files(part) for part in sources.parts(data.source)]
+  paths = [path for part in parts for path in part]
+  counts = [len(part) for part in parts]  # tells a source's files from another's
   if data.validation_glob:
     paths += sources.files(data.validation_source)
     counts.append(len(paths))
@@ -101,13 +104,21 @@ def key(data: config.Data, cached: Path | None, base: Path, form: int) -> tuple[
 
 def without_places(data: config.Data) -> config.Data:
   """The settings without those that only say where something lies."""
-  data = dataclasses.replace(data, cache_dir='', num_workers=0)
-  match data.source:
-    case config.TextFiles() | config.Jsonl() | config.Parquet() | config.ArrayRecord() as source:
-      data = dataclasses.replace(
-          data, source=dataclasses.replace(source, glob='*'),
-          validation_glob='*' if data.validation_glob else '')
+  data = dataclasses.replace(data, cache_dir='', num_workers=0, source=_placeless(data.source),
+                             validation_glob='*' if data.validation_glob else '')
   match data.tokenizer:
     case config.HuggingFaceTokenizer() | config.SentencePiece() as tokenizer:
       data = dataclasses.replace(data, tokenizer=dataclasses.replace(tokenizer, path='*'))
   return data
+
+
+def _placeless(source: Any) -> Any:
+  """A source without the place of its files."""
+  match source:
+    case config.WeightedConversations(sources=parts):
+      return dataclasses.replace(source, sources=tuple(map(_placeless, parts)))
+    case (config.TextFiles() | config.Jsonl() | config.Parquet() | config.ArrayRecord()
+          | config.Conversations()):
+      return dataclasses.replace(source, glob='*')
+    case _:
+      return source

@@ -22,15 +22,10 @@ import jax
 import numpy as np
 
 from jaxrl_pt import config
-from jaxrl_pt.data import fingerprint, pack, publish, seqio_tasks, sources, splits, workers
+from jaxrl_pt.data import build, fingerprint, pack, publish, seqio_tasks, workers
 from jaxrl_pt.data import tokenizer as tokenizers
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.types import Batch
-
-_FORMAT = 3  # raise when prepared files of the same config would come out differently
-_MANIFEST = 'manifest.json'
-_SPLITS = ('train', 'validation')
-_TEXTS_PER_CALL = 512
 
 
 # --- Prepared data --------------------------------------------------------------
@@ -50,6 +45,8 @@ class Packed:
     each document's first token where no token begins a document, because nothing predicts it then.
     A mean loss in nats per token is loss / ln 2 · num_targets / num_bytes bits per byte.
   digest: sha256 of the rows.
+  channels: C, the arrays of a row (`pack.to_batch`).
+  num_segments: the most segments of a row.
   """
 
   path: Path
@@ -58,6 +55,8 @@ class Packed:
   num_targets: int
   num_bytes: int
   digest: str
+  channels: int = 3
+  num_segments: int = 0
 
   def __len__(self) -> int:
     return self.num_examples
@@ -65,7 +64,7 @@ class Packed:
   def _rows(self, ids: Sequence[int]) -> np.ndarray:
     records = _reader(str(self.path)).read(list(ids)) if ids else []
     rows = np.frombuffer(b''.join(records), '<i4').astype(np.int32)
-    return rows.reshape(len(ids), 3, self.seq_len)
+    return rows.reshape(len(ids), self.channels, self.seq_len)
 
   def batch(self, ids_B: np.ndarray | Sequence[int]) -> Batch:
     """The examples `ids_B` as a Batch of numpy arrays [B, T]."""
@@ -96,7 +95,8 @@ class Prepared:
     return self.splits()[1]
 
 
-def prepare(data: config.Data, directory: Path) -> Prepared:
+def prepare(data: config.Data, directory: Path, making: build.Making = build.Making()
+            ) -> Prepared:
   """Opens the prepared examples of `data`, making them first where there are none.
 
   They lie in `data.cache_dir` (or `directory`), named by the config and the content of the
@@ -111,11 +111,11 @@ def prepare(data: config.Data, directory: Path) -> Prepared:
   cached = None
   if isinstance(data.source, config.Seqio):
     cached = seqio_tasks.cache(data.source, base)
-  key, digests = fingerprint.key(data, cached, base, _FORMAT)
+  key, digests = fingerprint.key(data, cached, base, making.form)
   final = base / f'data-{key[:16]}'
-  if not (final / _MANIFEST).exists():
-    with publish.new_directory(final, _MANIFEST) as temporary:
-      _build(data, cached, temporary)
+  if not (final / build.MANIFEST).exists():
+    with publish.new_directory(final, build.MANIFEST) as temporary:
+      build.build(data, making, cached, temporary)
   fingerprint.keep(base, digests)
   return open_prepared(final)
 
@@ -127,142 +127,22 @@ def open_prepared(directory: Path) -> Prepared:
     UserError: the manifest or a split is missing or damaged.
   """
   try:
-    manifest = json.loads((directory / _MANIFEST).read_text())
+    manifest = json.loads((directory / build.MANIFEST).read_text())
+    channels = 3 if manifest.get('kind', 'documents') == 'documents' else 4
     splits = {}
-    for name in _SPLITS:
+    for name in build.SPLITS:
       counts, path = manifest[name], directory / f'{name}.array_record'
       if not path.is_file() or _reader(str(path)).num_records() != counts['examples']:
         raise ValueError(f'{path.name} is incomplete')
       splits[name] = Packed(path, manifest['seq_len'], counts['examples'], counts['targets'],
-                            counts['target_bytes'], counts['digest'])
+                            counts['target_bytes'], counts['digest'], channels,
+                            counts.get('segments', 0))
   except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
     raise UserError(f'The prepared data in {directory} are damaged ({error}): delete that '
                     'directory and run again to remake them.') from error
   tokenizer = tokenizers.load(directory / 'tokenizer')
   both = splits['train'], splits['validation']
   return Prepared(tokenizer, directory, lambda: both)
-
-
-def is_prepared(directory: Path, data: config.Data) -> bool:
-  """Says whether `directory` holds what `prepare` made from the same settings."""
-  try:
-    manifest = dict(json.loads((directory / _MANIFEST).read_text()))
-  except (OSError, ValueError, TypeError):
-    return False
-  settings = repr(fingerprint.without_places(data))
-  return manifest.get('format') == _FORMAT and manifest.get('settings') == settings
-
-
-# --- Building -------------------------------------------------------------------
-
-
-class _SplitWriter:
-  """Packs one split into its file and counts what the manifest says."""
-
-  def __init__(self, path: Path, data: config.Data, ends: pack.Ends) -> None:
-    self._writer = publish.RecordWriter(path)
-    self._packer = pack.Packer(data.seq_len)
-    self._data, self._ends, self._digest = data, ends, hashlib.sha256()
-    self.counts = {'documents': 0, 'text_bytes': 0, 'target_bytes': 0, 'tokens': 0,
-                   'targets': 0, 'examples': 0}
-
-  def add(self, tokens_n: np.ndarray, text_bytes: int, target_bytes: int) -> None:
-    counts = self.counts
-    for piece in pack.pieces(tokens_n, self._ends, self._data.seq_len,
-                             self._data.long_documents):
-      self._write(self._packer.add(piece))
-      counts['targets'] += piece.shape[1]
-    counts['documents'] += 1
-    counts['text_bytes'] += text_bytes
-    counts['target_bytes'] += target_bytes
-    counts['tokens'] += len(tokens_n)
-
-  def _write(self, rows: Iterable[np.ndarray]) -> None:
-    for row_3T in rows:
-      record = row_3T.astype('<i4').tobytes()
-      self._writer.write(record)
-      self._digest.update(record)
-      self.counts['examples'] += 1
-
-  def close(self) -> dict[str, Any]:
-    self._write(self._packer.flush())
-    self._writer.close()
-    return {**self.counts, 'digest': self._digest.hexdigest()}
-
-
-def _build(data: config.Data, cached: Path | None, directory: Path) -> None:
-  """Writes tokenizer, both splits and, last, the manifest into `directory`."""
-  if cached:
-    tokenizer = tokenizers.train_or_load(data.tokenizer, ())
-    seqio_tasks.check_tokenizer(cached, tokenizer)
-    documents = seqio_tasks.documents(cached, data.validation_fraction, tokenizer)
-    seqio_tasks.refuse_shared(cached, data.validation_fraction, tokenizer)
-  else:
-    if data.validation_glob:  # The other splits are by content.
-      splits.refuse_overlap(
-          split_keys(data, held_out=False), split_keys(data, held_out=True), 'documents',
-          'take them out of the files of Data.validation_glob, or of those of Data.source.')
-    training = (text for text, _, held_out in _texts(data) if not held_out)
-    tokenizer = tokenizers.train_or_load(data.tokenizer, training)
-    documents = _tokenised(data, tokenizer)
-  tokenizer.save(directory / 'tokenizer')
-  ends = pack.Ends(tokenizer.bos_id, tokenizer.eos_id)
-  writers = {name: _SplitWriter(directory / f'{name}.array_record', data, ends)
-             for name in _SPLITS}
-  nearest = 1.0
-  for place, held_out, tokens_n, text_bytes in documents:
-    if len(tokens_n):
-      nearest = min(nearest, place)
-      unpredicted = tokens_n[:1].tolist() if ends.bos is None else []
-      target_bytes = text_bytes - len(tokenizer.decode_bytes(unpredicted))
-      writers['validation' if held_out else 'train'].add(tokens_n, text_bytes, target_bytes)
-  written = {name: writer.close() for name, writer in writers.items()}
-  _check_splits(data, written, nearest)
-  manifest = {'format': _FORMAT, 'data': repr(data),
-              'settings': repr(fingerprint.without_places(data)), 'seq_len': data.seq_len,
-              'tokenizer_fingerprint': tokenizer.fingerprint,
-              'vocab_size': tokenizer.vocab_size, **written}
-  (directory / _MANIFEST).write_text(json.dumps(manifest, indent=2) + '\n')
-
-
-def split_keys(data: config.Data, *, held_out: bool) -> Iterator[str]:
-  """Yields the keys (`sources.keyed_documents`) of the documents of one split, stripped."""
-  return (key.strip() for _, key, is_held_out in _texts(data) if is_held_out == held_out)
-
-
-def _texts(data: config.Data) -> Iterator[tuple[str, str, bool]]:
-  """Yields (text, key, held out?) of each document of both splits."""
-  for text, key in sources.keyed_documents(data.source):
-    yield text, key, (not data.validation_glob
-                      and pack.hold_out(key) < data.validation_fraction)
-  if data.validation_glob:
-    for text in sources.documents(data.validation_source):
-      yield text, text, True
-
-
-def _tokenised(data: config.Data, tokenizer: tokenizers.Tokenizer
-               ) -> Iterator[tuple[float, bool, np.ndarray, int]]:
-  """Yields (place in [0, 1), held out?, ids i32[n], bytes of text) of each document."""
-  documents = _texts(data)
-  while chunk := list(itertools.islice(documents, _TEXTS_PER_CALL)):
-    ids = tokenizer.encode_batch([text for text, _, _ in chunk])
-    for (text, key, held_out), ids_n in zip(chunk, ids, strict=True):
-      yield pack.hold_out(key), held_out, np.asarray(ids_n, np.int32), len(text.encode())
-
-
-def _check_splits(data: config.Data, splits: dict[str, dict[str, Any]], nearest: float) -> None:
-  documents = {name: splits[name]['documents'] for name in _SPLITS}
-  total = sum(documents.values())
-  if not total:
-    raise UserError(f'{data.source} holds no text: give files with text in them.')
-  if not documents['train']:
-    raise UserError(f'All {total} documents of {data.source} fall into the validation split: '
-                    'give more documents, or lower Data.validation_fraction.')
-  if data.validation_fraction and not documents['validation']:
-    raise UserError(
-        f'None of the {total} documents of {data.source} falls into a validation split of '
-        f'{data.validation_fraction:g}: give more documents (TextFiles.document_start cuts files), '
-        f'or set Data.validation_fraction above {nearest:.4f} for one, or to 0 for none.')
 
 
 # --- Reading --------------------------------------------------------------------
@@ -388,7 +268,7 @@ def padded_batch(packed: Packed, ids_B: np.ndarray) -> Batch:
   """The examples `ids_B` as a batch; −1, which may stand at the end only, is a row of weight 0."""
   ids = [int(i) for i in ids_B if i >= 0]
   rows_B3T = np.concatenate(
-      [packed._rows(ids), np.zeros((len(ids_B) - len(ids), 3, packed.seq_len), np.int32)])
+      [packed._rows(ids), np.zeros((len(ids_B) - len(ids), packed.channels, packed.seq_len), np.int32)])
   return pack.to_batch(rows_B3T, np.asarray(ids_B))
 
 

@@ -56,14 +56,16 @@ def keyed_documents(source: config.Source) -> Iterator[tuple[str, str]]:
   """
   match source:
     case config.Demonstrations(source=problems):
-      keyed = ((prompt + response, prompt) for prompt, response in _demonstrations(problems))
+      keyed = ((prompt + response, prompt) for prompt, response in demonstrations(problems))
+    case config.Conversations() | config.WeightedConversations():
+      raise UserError(f'{source} holds conversations, not documents: choose another Data.source.')
     case _:
       keyed = ((text, text) for text in _texts(source))
   return ((text, key) for text, key in keyed if text.strip())
 
 
-def _demonstrations(source: config.Arithmetic | config.RedundantChecks | config.ReasoningGym
-                    ) -> Iterator[tuple[str, str]]:
+def demonstrations(source: config.Arithmetic | config.RedundantChecks | config.ReasoningGym
+                   ) -> Iterator[tuple[str, str]]:
   """Yields (prompt, worked response) of each problem."""
   match source:
     case config.ReasoningGym():
@@ -94,6 +96,11 @@ def _texts(source: config.PythonStdlib | config.TextFiles | config.Jsonl | confi
   return texts
 
 
+def parts(source: config.Source) -> tuple[config.Source, ...]:
+  """The sources that a source is put together of; itself where it is one."""
+  return source.sources if isinstance(source, config.WeightedConversations) else (source,)
+
+
 def files(source: config.Source) -> list[Path]:
   """The files that a source reads, sorted; empty for seqio and generated ones.
 
@@ -105,6 +112,8 @@ def files(source: config.Source) -> list[Path]:
       return _stdlib_files()
     case config.Seqio() | config.Demonstrations():
       return []
+    case config.WeightedConversations():
+      return [path for part in parts(source) for path in files(part)]
     case _:
       return _matches(source.glob)
 
@@ -258,7 +267,7 @@ def text_of(value: Any, place: str, setting: str, field: str, row: dict[str, Any
   if not isinstance(value, str):
     raise UserError(f'{place} has no text in the field {field!r}: set {setting} to one of '
                     f'{_names(row)}.')
-  if not _is_unicode(value):
+  if not is_unicode(value):
     raise UserError(f'{place} holds half of a surrogate pair (\\ud800–\\udfff) in {field!r}: '
                     'that is not text; mend or drop the row.')
   return value
@@ -273,7 +282,8 @@ def _names(row: Any) -> str:
   return ', '.join(map(repr, row)) if isinstance(row, dict) and row else 'an object’s fields'
 
 
-def _is_unicode(text: str) -> bool:
+def is_unicode(text: str) -> bool:
+  """Whether a text has no halves of surrogate pairs, so that it can be written."""
   try:
     text.encode()
   except UnicodeEncodeError:

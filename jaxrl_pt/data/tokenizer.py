@@ -329,6 +329,9 @@ def train_or_load(tokenizer: config.Tokenizer, documents: Iterable[str]) -> Toke
         raise UserError(f'{path} is not a tokenizer.json: not UTF-8 at byte offset '
                         f'{error.start}.') from error
       return _named(path, lambda: JsonTokenizer(definition, end, begin))
+    case config.PolicyTokenizer():
+      raise UserError('Data.tokenizer = @cfg.PolicyTokenizer() names no tokenizer without a policy '
+                      'to start from: choose another.')
     case config.SentencePiece(path=path, has_begin=has_begin):
       model = _read(path)
       return _named(path, lambda: SentencePieceTokenizer(model, has_begin))

@@ -19,7 +19,7 @@ import numpy as np
 
 from jaxrl_pt import config as cfg
 from jaxrl_pt import metrics
-from jaxrl_pt.data import loader, next_token, splits, template_text, templates
+from jaxrl_pt.data import build, loader, next_token, splits, template_text, templates
 from jaxrl_pt.data.tokenizer import Tokenizer
 from jaxrl_pt.environments.base import Task
 from jaxrl_pt.environments.rlp import Markers, policy_verifier
@@ -352,7 +352,7 @@ def check_held_out(ours: cfg.Data, theirs: cfg.Data, start_from: str) -> None:
     return
   if isinstance(ours.source, cfg.Seqio) or isinstance(theirs.source, cfg.Seqio):
     return  # seqio's documents are ids of a vocabulary, which cannot be compared with texts.
-  splits.refuse_overlap(_trained_on(theirs, start_from), loader.split_keys(ours, held_out=True),
+  splits.refuse_overlap(_trained_on(theirs, start_from), build.split_keys(ours, held_out=True),
                         'documents', f'split Data as the policy in {start_from} did.')
 
 
@@ -367,7 +367,7 @@ def _trained_on(data: cfg.Data, start_from: str) -> Iterator[str]:
   If its corpus cannot be read, this prints a note and gives no keys.
   """
   try:
-    yield from loader.split_keys(data, held_out=False)
+    yield from build.split_keys(data, held_out=False)
   except UserError as error:
     print(f'Not checked: whether the policy in {start_from} has read the held-out documents, since '
           f'its corpus cannot be read. {error}', flush=True)

@@ -9,7 +9,7 @@ import contextlib
 import numpy as np
 
 from jaxrl_pt import config as cfg
-from jaxrl_pt.data import loader, problems, splits
+from jaxrl_pt.data import build, problems, splits
 from jaxrl_pt.data.tokenizer import Tokenizer
 from jaxrl_pt.environments.base import EVALUATION_STREAM, Task, settled
 from jaxrl_pt.errors import UserError
@@ -163,7 +163,7 @@ def check_held_out(asked: cfg.Problems, start: cfg.Run) -> None:
             f'{asked.held_out:g}, and train the start policy again.')
   if isinstance(start.data.source, cfg.Demonstrations) and (
       start.data.validation_fraction < asked.held_out):
-    splits.refuse_overlap(loader.split_keys(start.data, held_out=False),
+    splits.refuse_overlap(build.split_keys(start.data, held_out=False),
                           problems.prompts(asked, held_out=True), 'prompts',
                           advice.format('Data.validation_fraction'))
   if isinstance(start.objective, cfg.RL) and start.objective.problems.held_out < asked.held_out:

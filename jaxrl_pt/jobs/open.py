@@ -9,7 +9,7 @@ from jaxrl_pt import config as cfg
 from jaxrl_pt.checkpoint import Restored
 from jaxrl_pt.config import checks
 from jaxrl_pt.errors import UserError
-from jaxrl_pt.jobs import pretrain, rl, rpt
+from jaxrl_pt.jobs import pretrain, rl, rpt, sft
 from jaxrl_pt.jobs.kind import Kind, Program
 from jaxrl_pt.parallel import rules
 from jaxrl_pt.run import loop, policy
@@ -26,6 +26,8 @@ def kind(objective: cfg.Objective) -> Kind:
   match objective:
     case cfg.NextToken():
       return pretrain.KIND
+    case cfg.SFT():
+      return sft.KIND
     case cfg.RPT():
       return rpt.KIND
     case cfg.RL():

@@ -14,7 +14,7 @@ from jaxrl_pt.errors import UserError
 from jaxrl_pt.run import places, policy
 from jaxrl_pt.run import session as sessions
 from jaxrl_pt.train import losses
-from jaxrl_pt.types import Params, Weighted
+from jaxrl_pt.types import Params, TrainState, Weighted
 
 
 def evaluate_packed(session: sessions.Session, model: cfg.Model, params: Params,
@@ -34,7 +34,7 @@ def evaluate_packed(session: sessions.Session, model: cfg.Model, params: Params,
     limit: the number of batches to take; 0 takes all.
 
   Returns:
-    'loss', 'bits_per_byte' and 'accuracy'.
+    'loss', 'accuracy' and, where the targets spell any text, 'bits_per_byte'.
   """
   run = session.run
   evaluate = _compiled_evaluation(session, model)
@@ -47,9 +47,21 @@ def evaluate_packed(session: sessions.Session, model: cfg.Model, params: Params,
     totals = {k: Weighted(totals[k].sum + v.sum, totals[k].count + v.count) if totals else v
               for k, v in values.items()}
   results = metrics.host_values(totals)
-  results['bits_per_byte'] = (results['loss'] / math.log(2) * packed.num_targets
-                              / packed.num_bytes)
+  if packed.num_bytes:
+    results['bits_per_byte'] = (results['loss'] / math.log(2) * packed.num_targets
+                                / packed.num_bytes)
   return results
+
+
+def validation(session: sessions.Session, state: TrainState, step: int) -> dict[str, float]:
+  """validation/{loss,accuracy,bits_per_byte} of a run's state after `step` steps.
+
+  The activations are quantised as in the step just taken.
+  """
+  run = session.run
+  results = evaluate_packed(session, cfg.model_at(run, max(step - 1, 0)), state.params,
+                            session.data.validation, limit=run.train.eval_batches)
+  return {f'validation/{name}': value for name, value in results.items()}
 
 
 @functools.lru_cache(maxsize=4)
@@ -73,7 +85,9 @@ def evaluate_workdir(workdir: Path, *, step: int | None = None,
   trained = policy.load_policy(workdir, step)
   opened = trained.session.data
   if data is not None:
-    opened = loader.prepare(places.with_own_tokenizer(data, workdir), workdir / 'data')
+    ours = places.with_own_tokenizer(data, workdir)
+    making = sessions.making(trained.session.run, ours, opened.tokenizer)
+    opened = loader.prepare(ours, workdir / 'data', making)
     sessions.check_tokenizer(opened, trained.session.data.tokenizer.fingerprint, workdir)
   packed = opened.validation
   if len(packed) == 0:

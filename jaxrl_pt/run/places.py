@@ -16,7 +16,7 @@ CHECKPOINTS = 'checkpoints'
 # The settings that are paths.
 _PATHS: dict[type, tuple[str, ...]] = {
     cfg.TextFiles: ('glob',), cfg.Jsonl: ('glob',), cfg.Parquet: ('glob',),
-    cfg.ArrayRecord: ('glob',), cfg.JsonlProblems: ('glob',), cfg.SentencePiece: ('path',),
+    cfg.ArrayRecord: ('glob',), cfg.Conversations: ('glob',), cfg.JsonlProblems: ('glob',), cfg.SentencePiece: ('path',),
     cfg.HuggingFaceTokenizer: ('path',), cfg.Data: ('validation_glob', 'cache_dir'),
     **{kind: kind.policy_fields for kind in get_args(cfg.Objective)}}
 
@@ -27,6 +27,8 @@ def absolute(value: Any) -> Any:
   Args:
     value: a `cfg.Run`, or the value of one of its fields.
   """
+  if isinstance(value, tuple):
+    return tuple(map(absolute, value))
   if not dataclasses.is_dataclass(value) or isinstance(value, type):
     return value
   changes = {f.name: absolute(getattr(value, f.name)) for f in dataclasses.fields(value)}

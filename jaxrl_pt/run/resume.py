@@ -44,10 +44,12 @@ BY_CONTENT = frozenset((
     'Data.validation_glob', 'Data.long_documents', 'PythonStdlib.max_bytes', 'TextFiles.glob',
     'TextFiles.document_start', 'Jsonl.glob', 'Jsonl.text_field', 'Parquet.glob',
     'Parquet.column', 'ArrayRecord.glob', 'ArrayRecord.feature', 'Seqio.name', 'Seqio.module',
-    'Seqio.feature', 'Demonstrations.source', 'TrainedBPE.vocab_size',
+    'Seqio.feature', 'Conversations.glob', 'WeightedConversations.sources',
+    'WeightedConversations.weights', 'Demonstrations.source', 'TrainedBPE.vocab_size',
     'HuggingFaceTokenizer.path', 'HuggingFaceTokenizer.end_of_text',
     'HuggingFaceTokenizer.begin_of_text', 'SentencePiece.path', 'SentencePiece.has_begin',
-    'JsonlProblems.glob', 'RPT.start_from', 'RPT.proxy_from', 'RL.start_from'))
+    'JsonlProblems.glob', 'RPT.start_from', 'RPT.proxy_from', 'RL.start_from',
+    'SFT.start_from'))
 # Settings of the model that leave the arrays of its state as they are. All others decide which
 # arrays there are, so that no state of one value goes on with another.
 SAME_ARRAYS = frozenset((

@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxrl_pt import checkpoint
 from jaxrl_pt import config as cfg
-from jaxrl_pt.data import loader
+from jaxrl_pt.data import build, loader
 from jaxrl_pt.data import tokenizer as tokenizers
 from jaxrl_pt.data.tokenizer import drawable
 from jaxrl_pt.errors import MissingFileError, UserError
@@ -66,7 +66,8 @@ class Session:
 
 def open_session(run: cfg.Run, workdir: Path, resolved_text: str, *,
                  data: loader.Prepared | None = None, data_dir: Path | None = None,
-                 allow: frozenset[str] = frozenset()) -> Session:
+                 allow: frozenset[str] = frozenset(),
+                 tokenizer: tokenizers.Tokenizer | None = None) -> Session:
   """Opens the mesh and the data, checking that they and the model fit together.
 
   Args:
@@ -74,6 +75,7 @@ def open_session(run: cfg.Run, workdir: Path, resolved_text: str, *,
     data: data that are already open; None prepares the run's own.
     data_dir: where prepared data are kept if `Data.cache_dir` is empty; None takes `data` in the
       work directory.
+    tokenizer: that of the policy that the run starts from, for `PolicyTokenizer`.
 
   Raises:
     UserError: the mesh does not divide a size, the model's vocabulary is too small, the data cannot
@@ -82,7 +84,7 @@ def open_session(run: cfg.Run, workdir: Path, resolved_text: str, *,
   mesh = make_mesh(run.mesh)
   rules.check_divides(run, mesh)
   if data is None:
-    data = _prepare(run.data, workdir, data_dir or workdir / 'data')
+    data = _prepare(run, workdir, data_dir or workdir / 'data', tokenizer)
   if data.tokenizer.vocab_size > run.model.vocab_size:
     raise UserError(
         f'The tokenizer has {data.tokenizer.vocab_size} tokens but Model.vocab_size = '
@@ -90,14 +92,27 @@ def open_session(run: cfg.Run, workdir: Path, resolved_text: str, *,
   return Session(_drawing_tokens(run, data), workdir, resolved_text, mesh, data, allow)
 
 
-def _prepare(data: cfg.Data, workdir: Path, directory: Path) -> loader.Prepared:
+def making(run: cfg.Run, data: cfg.Data, tokenizer: tokenizers.Tokenizer | None) -> build.Making:
+  """What the examples of a run are made of.
+
+  Args:
+    run: the run, whose objective says what an example is.
+    data: the settings of data, which may be others than the run's.
+    tokenizer: the tokenizer of the run's policy, for `PolicyTokenizer`.
+  """
+  takes = data.tokenizer == cfg.PolicyTokenizer()
+  return build.Making(run.objective.examples or 'documents', tokenizer if takes else None)
+
+
+def _prepare(run: cfg.Run, workdir: Path, directory: Path,
+             tokenizer: tokenizers.Tokenizer | None) -> loader.Prepared:
   """The run's prepared data; if its texts are gone, the prepared data of its checkpoint."""
   try:
-    return loader.prepare(data, directory)
+    return loader.prepare(run.data, directory, making(run, run.data, tokenizer))
   except MissingFileError:
     if checkpoint.steps(workdir / CHECKPOINTS):
       _, extras = checkpoint.read_extras(workdir / CHECKPOINTS)
-      prepared = _prepared_before(data, workdir, extras)
+      prepared = _prepared_before(run.data, workdir, extras, run.objective.examples)
       if prepared is not None:
         print(f'note: the texts are not there; the examples prepared from them in '
               f'{prepared.directory} are.', flush=True)
@@ -105,12 +120,12 @@ def _prepare(data: cfg.Data, workdir: Path, directory: Path) -> loader.Prepared:
     raise
 
 
-def _prepared_before(data: cfg.Data, workdir: Path, extras: Mapping[str, Any]
-                     ) -> loader.Prepared | None:
+def _prepared_before(data: cfg.Data, workdir: Path, extras: Mapping[str, Any],
+                     examples: cfg.Examples | None) -> loader.Prepared | None:
   """The prepared data of a checkpoint if they are where they were or moved with `workdir`."""
   paths = extras.get('data', {})
   for directory in (workdir / paths['relative'], Path(paths['absolute'])) if paths else ():
-    if loader.is_prepared(directory, data):
+    if build.is_prepared(directory, data, examples):
       return loader.open_prepared(directory)
   return None
 
@@ -131,11 +146,14 @@ def policy_data(run: cfg.Run, workdir: Path, extras: Mapping[str, Any]) -> loade
   @functools.cache
   def data() -> loader.Prepared:
     base = workdir / 'data'
-    # A run that starts from a policy keeps its data in that policy's work directory.
-    for name in run.objective.policy_fields[:1]:
+    # A run without examples of its own has those of the policy that it starts from.
+    for name in run.objective.policy_fields[:1] if run.objective.examples is None else ():
       base = places.policy(getattr(run.objective, name), workdir, name) / 'data'
     ours = places.with_own_tokenizer(run.data, workdir)
-    prepared = _prepared_before(ours, workdir, extras) or loader.prepare(ours, base)
+    prepared = _prepared_before(ours, workdir, extras, run.objective.examples)
+    if prepared is None:
+      own = tokenizers.load(directory) if ours.tokenizer == cfg.PolicyTokenizer() else None
+      prepared = loader.prepare(ours, base, making(run, ours, own))
     check_tokenizer(prepared, extras['tokenizer'], workdir)
     return prepared
 

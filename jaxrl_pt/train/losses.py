@@ -11,7 +11,7 @@ SumLoss = Callable[[Params, Batch], Array]
 
 
 def next_token(model: Model, loss_chunk: int) -> SumLoss:
-  """loss(params, batch) = Σ −log p(target) over the targets of weight 1, in nats.
+  """loss(params, batch) = Σ −weight · log p(target) over the targets, in nats.
 
   The caller divides by the number of targets of the *whole* step, so that gradient
   accumulation and sharding normalise exactly like one big batch.
@@ -31,12 +31,15 @@ def next_token(model: Model, loss_chunk: int) -> SumLoss:
 def evaluation(model: Model, loss_chunk: int) -> Callable[[Params, Batch], dict[str, Weighted]]:
   """evaluate(params, batch) → 'loss' in nats per target, and 'accuracy' of the argmax.
 
+  Every target that has a weight counts once, whatever its weight.
+
   Arguments as in `next_token`.
   """
   def evaluate(params: Params, batch: Batch) -> dict[str, Weighted]:
     hidden_BTD = model.apply(params, batch.tokens, batch.positions, batch.segments)
     scores = token_logprobs(hidden_BTD, model.head(params), batch.targets, loss_chunk)
-    return {'loss': Weighted.of(-scores.logp, batch.weights),
-            'accuracy': Weighted.of(scores.correct, batch.weights)}
+    counted = batch.weights > 0
+    return {'loss': Weighted.of(-scores.logp, counted),
+            'accuracy': Weighted.of(scores.correct, counted)}
 
   return evaluate

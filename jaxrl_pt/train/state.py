@@ -152,10 +152,10 @@ def state_of(params: Params, optimizer: optax.GradientTransformation, abstract: 
   return jax.jit(new, out_shardings=shardings)(params)
 
 
-def init_state(model: Model, optimizer: optax.GradientTransformation, mesh: Mesh,
-               seed: int) -> TrainState:
+def init_state(model: Model, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int,
+               method: Callable[[Params], Any] = no_method) -> TrainState:
   """A new state with random parameters, made sharded: no device ever holds more than its part."""
-  shardings = jax.tree.map(lambda s: s.sharding, abstract_state(model, optimizer, mesh))
-  init = jax.jit(lambda key: _new(P.init(model.specs, key), optimizer, no_method),
+  shardings = jax.tree.map(lambda s: s.sharding, abstract_state(model, optimizer, mesh, method))
+  init = jax.jit(lambda key: _new(P.init(model.specs, key), optimizer, method),
                  out_shardings=shardings)
   return init(jax.random.key(seed))

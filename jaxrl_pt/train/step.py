@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import dataclasses
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,29 +13,35 @@ from jaxrl_pt.train.losses import SumLoss
 from jaxrl_pt.train.optim import Schedule, global_norm
 from jaxrl_pt.types import Batch, TrainState, Weighted
 
+# What the summed loss of a batch is divided by: the number of its targets, or nothing.
+Reduction = Literal['mean', 'sum']
 Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Weighted]]]
 
 
 def make_train_step(loss: SumLoss, optimizer: optax.GradientTransformation,
-                    learning_rate: Schedule, accumulation: int = 1) -> Step:
+                    learning_rate: Schedule, accumulation: int = 1,
+                    reduction: Reduction = 'mean') -> Step:
   """step(state, batch) → (state, metrics), to be jitted with the state donated.
 
-  The gradient is that of Σ loss / Σ weights over the whole batch, whatever the number of
-  micro-batches.
+  The gradient is that of Σ loss / n over the whole batch, whatever the number of micro-batches
+  and of devices. n is the number of targets that have a weight, whatever their weights; for the
+  reduction 'sum' it is 1. The metric 'loss' is the mean in either case.
 
   Args:
     loss: (params, batch) → f32[], a sum over the batch's targets.
     optimizer: the optimizer whose state is in `state.opt_state`.
     learning_rate: the optimizer's schedule, from which the metric 'learning_rate' is read.
     accumulation: the number of micro-batches.
+    reduction: says what n is.
   """
   def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Weighted]]:
-    count = jnp.maximum(batch.weights.sum(), 1.0)
-    value_and_grad = jax.value_and_grad(lambda params, b: loss(params, b) / count)
-    mean_loss, grads = accumulate.gradient(value_and_grad, state.params, batch, accumulation)
+    count = jnp.maximum((batch.weights > 0).sum(dtype=jnp.float32), 1.0)
+    divisor = count if reduction == 'mean' else 1.0
+    value_and_grad = jax.value_and_grad(lambda params, b: loss(params, b) / divisor)
+    loss_value, grads = accumulate.gradient(value_and_grad, state.params, batch, accumulation)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     metrics = {
-        'loss': Weighted(mean_loss * count, count),
+        'loss': Weighted(loss_value * divisor, count),
         'grad_norm': Weighted.single(global_norm(grads)),
         'learning_rate': Weighted.single(learning_rate(state.step)),
     }

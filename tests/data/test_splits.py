@@ -9,7 +9,7 @@ import pytest
 
 from jaxrl_pt import config as cfg
 from jaxrl_pt import gin_bindings
-from jaxrl_pt.data import loader, next_token, problems, splits
+from jaxrl_pt.data import build, loader, next_token, problems, splits
 from jaxrl_pt.environments import next_token as next_token_environment
 from jaxrl_pt.environments import problems as problems_environment
 from jaxrl_pt.errors import UserError
@@ -180,7 +180,7 @@ def test_documents_that_the_start_policy_read_are_refused(tmp_path, capsys):
 @functools.cache  # Most runs share their problems.
 def _counted(data: cfg.Data, asked: cfg.Problems) -> splits.Apart:
   """By counting, not by the settings."""
-  return splits.refuse_overlap(loader.split_keys(data, held_out=False),
+  return splits.refuse_overlap(build.split_keys(data, held_out=False),
                                problems.prompts(asked, held_out=True), 'prompts')
 
 

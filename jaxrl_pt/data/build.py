@@ -1,0 +1,266 @@
+"""Makes the packed examples of documents, conversations or preferences, on disk, split in two."""
+
+from collections.abc import Iterable, Iterator
+import hashlib
+import itertools
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxrl_pt import config
+from jaxrl_pt.data import (
+  conversations, fingerprint, pack, publish, seqio_tasks, sources, splits)
+from jaxrl_pt.data import tokenizer as tokenizers
+from jaxrl_pt.errors import UserError
+
+FORMAT = 3  # raise when prepared files of the same config would come out differently
+MANIFEST = 'manifest.json'
+SPLITS = ('train', 'validation')
+_TEXTS_PER_CALL = 512
+
+
+class Making(NamedTuple):
+  """What examples are made of besides the run's settings of data.
+
+  examples: what an example is made of.
+  tokenizer: that of the policy that the run starts from; None where `Data.tokenizer` names one.
+  """
+
+  examples: config.Examples = 'documents'
+  tokenizer: tokenizers.Tokenizer | None = None
+
+  @property
+  def form(self) -> Any:
+    """The part of the name of prepared data that does not follow from the settings of data."""
+    if self.examples == 'documents' and self.tokenizer is None:
+      return FORMAT
+    return FORMAT, self.examples, self.tokenizer and self.tokenizer.fingerprint
+
+
+class _Item(NamedTuple):
+  """A document, or whatever else goes into a row as a whole.
+
+  place: its place in [0, 1), which decides the split.
+  pieces: each goes into one row; its parts i32[C, m] become a segment each.
+  """
+
+  place: float
+  held_out: bool
+  pieces: list[tuple[np.ndarray, ...]]
+  num_tokens: int
+  text_bytes: int
+  target_bytes: int
+
+
+class _SplitWriter:
+  """Packs one split into its file and counts what the manifest says."""
+
+  def __init__(self, path: Path, seq_len: int) -> None:
+    self._writer = publish.RecordWriter(path)
+    self._packer = pack.Packer(seq_len)
+    self._digest = hashlib.sha256()
+    self.counts = {'documents': 0, 'text_bytes': 0, 'target_bytes': 0, 'tokens': 0,
+                   'targets': 0, 'examples': 0, 'segments': 0}
+
+  def add(self, item: _Item) -> None:
+    counts = self.counts
+    for parts in item.pieces:
+      self._write(self._packer.add(*parts))
+      counts['targets'] += sum(pack.num_targets(part) for part in parts)
+    counts['documents'] += 1
+    counts['text_bytes'] += item.text_bytes
+    counts['target_bytes'] += item.target_bytes
+    counts['tokens'] += item.num_tokens
+
+  def _write(self, rows: Iterable[np.ndarray]) -> None:
+    for row_CT in rows:
+      record = row_CT.astype('<i4').tobytes()
+      self._writer.write(record)
+      self._digest.update(record)
+      self.counts['examples'] += 1
+      self.counts['segments'] = max(self.counts['segments'], int(row_CT[2].max()))
+
+  def close(self) -> dict[str, Any]:
+    self._write(self._packer.flush())
+    self._writer.close()
+    return {**self.counts, 'digest': self._digest.hexdigest()}
+
+
+def build(data: config.Data, making: Making, cached: Path | None, directory: Path) -> None:
+  """Writes tokenizer, both splits and, last, the manifest into `directory`.
+
+  Args:
+    data, making: what the examples are made of.
+    cached: the directory of a cached seqio task, or None.
+    directory: the directory that is filled.
+
+  Raises:
+    UserError: the source or the tokenizer is unusable, or a split is empty.
+  """
+  left_out: dict[str, int] = {}
+  if making.examples == 'documents':
+    tokenizer, items = _documents(data, cached)
+  else:
+    tokenizer, items = _conversations(data, making, left_out)
+  tokenizer.save(directory / 'tokenizer')
+  writers = {name: _SplitWriter(directory / f'{name}.array_record', data.seq_len)
+             for name in SPLITS}
+  nearest = 1.0
+  for item in items:
+    if item.pieces:
+      nearest = min(nearest, item.place)
+      writers['validation' if item.held_out else 'train'].add(item)
+  written = {name: writer.close() for name, writer in writers.items()}
+  _check_splits(data, making, written, nearest, left_out)
+  manifest = {'format': FORMAT, 'kind': making.examples, 'data': repr(data),
+              'settings': repr(fingerprint.without_places(data)), 'seq_len': data.seq_len,
+              'tokenizer_fingerprint': tokenizer.fingerprint,
+              'vocab_size': tokenizer.vocab_size, **left_out, **written}
+  (directory / MANIFEST).write_text(json.dumps(manifest, indent=2) + '\n')
+
+
+def is_prepared(directory: Path, data: config.Data, examples: config.Examples | None) -> bool:
+  """Says whether `directory` holds what was made from the same settings.
+
+  Args:
+    directory: a directory of prepared data.
+    data: the settings of data.
+    examples: what an example is made of; None allows all.
+  """
+  try:
+    manifest = dict(json.loads((directory / MANIFEST).read_text()))
+  except (OSError, ValueError, TypeError):
+    return False
+  settings = repr(fingerprint.without_places(data))
+  return (manifest.get('format') == FORMAT and manifest.get('settings') == settings
+          and examples in (None, manifest.get('kind', 'documents')))
+
+
+# --- Documents ------------------------------------------------------------------
+
+
+def _documents(data: config.Data, cached: Path | None
+               ) -> tuple[tokenizers.Tokenizer, Iterator[_Item]]:
+  if cached:
+    tokenizer = tokenizers.train_or_load(data.tokenizer, ())
+    seqio_tasks.check_tokenizer(cached, tokenizer)
+    documents = seqio_tasks.documents(cached, data.validation_fraction, tokenizer)
+    seqio_tasks.refuse_shared(cached, data.validation_fraction, tokenizer)
+  else:
+    _refuse_overlap(data, 'documents')
+    training = (text for text, _, held_out in _texts(data) if not held_out)
+    tokenizer = tokenizers.train_or_load(data.tokenizer, training)
+    documents = _tokenised(data, tokenizer)
+  return tokenizer, _packable(data, tokenizer, documents)
+
+
+def _packable(data: config.Data, tokenizer: tokenizers.Tokenizer,
+              documents: Iterator[tuple[float, bool, np.ndarray, int]]) -> Iterator[_Item]:
+  ends = pack.Ends(tokenizer.bos_id, tokenizer.eos_id)
+  for place, held_out, tokens_n, text_bytes in documents:
+    pieces = pack.pieces(tokens_n, ends, data.seq_len, data.long_documents)
+    unpredicted = tokens_n[:1].tolist() if ends.bos is None else []
+    target_bytes = text_bytes - len(tokenizer.decode_bytes(unpredicted))
+    yield _Item(place, held_out, [(piece,) for piece in pieces], len(tokens_n), text_bytes,
+                target_bytes)
+
+
+def split_keys(data: config.Data, *, held_out: bool) -> Iterator[str]:
+  """Yields the keys of the documents or conversations of one split, stripped."""
+  return (key.strip() for _, key, is_held_out in _texts(data) if is_held_out == held_out)
+
+
+def _texts(data: config.Data) -> Iterator[tuple[str, str, bool]]:
+  """Yields (text, key, held out?) of each document of both splits."""
+  for text, key in _keyed(data.source):
+    yield text, key, (not data.validation_glob
+                      and pack.hold_out(key) < data.validation_fraction)
+  if data.validation_glob:
+    for text, key in _keyed(data.validation_source):
+      yield text, key, True
+
+
+def _keyed(source: config.Source) -> Iterator[tuple[str, str]]:
+  """Yields (text, key) of each document or conversation of a source."""
+  match source:
+    case config.Conversations() | config.WeightedConversations():
+      return ((row.prompt + row.completion, row.key) for row, _ in conversations.rows(source))
+    case _:
+      return sources.keyed_documents(source)
+
+
+def _refuse_overlap(data: config.Data, what: str) -> None:
+  if data.validation_glob:  # The other splits are by content.
+    splits.refuse_overlap(
+        split_keys(data, held_out=False), split_keys(data, held_out=True), what,
+        'take them out of the files of Data.validation_glob, or of those of Data.source.')
+
+
+def _tokenised(data: config.Data, tokenizer: tokenizers.Tokenizer
+               ) -> Iterator[tuple[float, bool, np.ndarray, int]]:
+  """Yields (place in [0, 1), held out?, ids i32[n], bytes of text) of each document."""
+  documents = _texts(data)
+  while chunk := list(itertools.islice(documents, _TEXTS_PER_CALL)):
+    ids = tokenizer.encode_batch([text for text, _, _ in chunk])
+    for (text, key, held_out), ids_n in zip(chunk, ids, strict=True):
+      yield pack.hold_out(key), held_out, np.asarray(ids_n, np.int32), len(text.encode())
+
+
+# --- Conversations --------------------------------------------------------------
+
+
+def _conversations(data: config.Data, making: Making, left_out: dict[str, int]
+                   ) -> tuple[tokenizers.Tokenizer, Iterator[_Item]]:
+  """Items of conversations; while they are drawn, `left_out` counts those that were too long."""
+  _refuse_overlap(data, 'prompts')
+  tokenizer = making.tokenizer
+  if tokenizer is None:
+    training = (text for text, _, held_out in _texts(data) if not held_out)
+    tokenizer = tokenizers.train_or_load(data.tokenizer, training)
+  left_out.update(cut=0, left_out=0)
+  return tokenizer, _answered(data, tokenizer, left_out)
+
+
+def _answered(data: config.Data, tokenizer: tokenizers.Tokenizer, left_out: dict[str, int]
+              ) -> Iterator[_Item]:
+  both = [(data.source, False)]
+  if data.validation_glob:
+    both.append((data.validation_source, True))
+  for source, is_validation in both:
+    for row, weight in conversations.rows(source):
+      place = pack.hold_out(row.key)
+      held_out = is_validation or (
+          not data.validation_glob and place < data.validation_fraction)
+      pairs_3m = conversations.pairs(*conversations.encode(row, tokenizer), weight)
+      kept_3m = conversations.within(pairs_3m, row.place, data)
+      left_out['cut'] += kept_3m.shape[1] < pairs_3m.shape[1]
+      learned = kept_3m[1, kept_3m[2] != 0].tolist()
+      left_out['left_out'] += not learned
+      yield _Item(place, held_out, [(kept_3m,)] if learned else [], pairs_3m.shape[1],
+                  row.num_bytes, len(tokenizer.decode_bytes(learned)))
+
+
+def _check_splits(data: config.Data, making: Making, splits: dict[str, dict[str, Any]],
+                  nearest: float, left_out: dict[str, int]) -> None:
+  documents = {name: splits[name]['documents'] for name in SPLITS}
+  total = sum(documents.values())
+  what = making.examples
+  if sum(left_out.values()):
+    print(f'note: of {total + left_out["left_out"]} {what}, {left_out["cut"]} were longer than '
+          f'Data.seq_len = {data.seq_len} and cut; {left_out["left_out"]} have been left out, '
+          'because nothing to learn was within it.', flush=True)
+  if not total and left_out.get('left_out'):
+    raise UserError(f'The prompts of all {left_out["left_out"]} {what} of {data.source} are as '
+                    f'long as Data.seq_len = {data.seq_len}: raise it.')
+  if not total:
+    raise UserError(f'{data.source} holds no text: give files with text in them.')
+  if not documents['train']:
+    raise UserError(f'All {total} {what} of {data.source} fall into the validation split: '
+                    f'give more {what}, or lower Data.validation_fraction.')
+  if data.validation_fraction and not documents['validation']:
+    raise UserError(
+        f'None of the {total} {what} of {data.source} falls into a validation split of '
+        f'{data.validation_fraction:g}: give more {what} (TextFiles.document_start cuts files), '
+        f'or set Data.validation_fraction above {nearest:.4f} for one, or to 0 for none.')

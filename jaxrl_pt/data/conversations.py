@@ -1,0 +1,126 @@
+"""Conversations from which a policy learns the assistant's tokens alone.
+
+A row of a JSON-lines file has `messages`, a list of {"role", "content"} with any number of turns,
+or `prompt` and `completion`. A prompt and its completion are encoded apart, as they are when the
+completion is sampled, and joined as ids: a beginning token if the tokenizer has one, the prompt,
+the completion, the end of text. The loss counts the completion and the end. Messages are written
+by a chat template, which also says which of the tokens are the assistant's.
+
+    ids      bos p_1 … p_n c_1 … c_m eos
+    learned   0  0  …  0   1  …  1   1
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxrl_pt import config
+from jaxrl_pt.data import sources
+from jaxrl_pt.data.tokenizer import Tokenizer
+from jaxrl_pt.errors import UserError
+
+
+class Row(NamedTuple):
+  """One conversation.
+
+  place: 'file:line', for messages.
+  key: what the conversation was asked. Conversations of one key stand on one side of a split.
+  """
+
+  place: str
+  key: str
+  prompt: str
+  completion: str
+
+  @property
+  def num_bytes(self) -> int:
+    return len((self.prompt + self.completion).encode())
+
+
+def rows(source: config.Source) -> Iterator[tuple[Row, float]]:
+  """Yields each conversation of a source with the weight of its loss, always in the same order.
+
+  Raises:
+    UserError: a row is no conversation; the message names its file and line.
+  """
+  match source:
+    case config.WeightedConversations(sources=parts, weights=weights):
+      for part, weight in zip(parts, weights, strict=True):
+        for row, _ in rows(part):
+          yield row, weight
+    case config.Demonstrations(source=problems):
+      for number, (prompt, response) in enumerate(sources.demonstrations(problems)):
+        yield Row(f'demonstration {number} of {problems}', prompt, prompt, response), 1.0
+    case config.Conversations(glob=pattern):
+      for place, row in sources.json_rows(pattern):
+        yield _row(place, row), 1.0
+    case _:
+      raise UserError(f'{source} holds no conversations: set Data.source to @cfg.Conversations().')
+
+
+def _row(place: str, row: dict[str, Any]) -> Row:
+  """A conversation of a JSON object."""
+  prompt, completion = (text_of(row, name, place) for name in ('prompt', 'completion'))
+  if not completion.strip():
+    raise UserError(f'{place} has an empty completion, from which nothing is learned: drop the '
+                    'row.')
+  return Row(place, prompt, prompt, completion)
+
+
+def text_of(row: dict[str, Any], name: str, place: str) -> str:
+  """The text in a field of a row.
+
+  Raises:
+    UserError: there is no such field, or it holds no text.
+  """
+  if name not in row:
+    there = ', '.join(map(repr, row)) or 'none'
+    raise UserError(f'{place} has no field {name!r}, only {there}: write {_EXPECTED}.')
+  value = row[name]
+  if not isinstance(value, str):
+    raise UserError(f'{place}: {name!r} is no text: write {_EXPECTED}.')
+  if not sources.is_unicode(value):
+    raise UserError(f'{place} holds half of a surrogate pair (\\ud800–\\udfff) in {name!r}: '
+                    'that is not text; mend or drop the row.')
+  return value
+
+
+_EXPECTED = '{"prompt": "…", "completion": "…"}'
+
+
+# --- Tokens -----------------------------------------------------------------------
+
+
+def encode(row: Row, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+  """The ids i32[n] of a conversation, and bool[n] which of them are learned."""
+  begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+  asked = [*begin, *tokenizer.encode(row.prompt)]
+  answer = [*tokenizer.encode(row.completion), tokenizer.eos_id]
+  learned_n = np.arange(len(asked) + len(answer)) >= len(asked)
+  return np.asarray([*asked, *answer], np.int32), learned_n
+
+
+def pairs(ids_n: np.ndarray, learned_n: np.ndarray, weight: float = 1.0) -> np.ndarray:
+  """i32[3, n − 1]: inputs, targets, and the float32 weights of the targets by their bits.
+
+  Args:
+    ids_n: int[n] ids of a conversation.
+    learned_n: bool[n], which of them are learned.
+    weight: of the learned ones; the others have 0.
+  """
+  weights_m = learned_n[1:].astype(np.float32) * np.float32(weight)
+  return np.stack([ids_n[:-1], ids_n[1:], weights_m.view(np.int32)]).astype(np.int32)
+
+
+def within(pairs_3m: np.ndarray, place: str, data: config.Data) -> np.ndarray:
+  """The first Data.seq_len pairs.
+
+  Raises:
+    UserError: there are more, and Data.long_documents is 'error'.
+  """
+  if pairs_3m.shape[1] > data.seq_len and data.long_documents == 'error':
+    raise UserError(f'{place} has {pairs_3m.shape[1] + 1} tokens, Data.seq_len is {data.seq_len} '
+                    "and Data.long_documents is 'error': raise seq_len, drop the row, or set "
+                    "long_documents = 'cut'.")
+  return pairs_3m[:, :data.seq_len]
