@@ -48,8 +48,8 @@ def instances(draw: st.DrawFn, kind: type) -> Any:
   given = dict(VALID[kind])
   for field in dataclasses.fields(kind):
     drawn = {field.name: draw(values(field.type))}
-    if kind is cfg.Composite and field.name == 'verifiers':
-      drawn['weights'] = (0.5,) * len(drawn['verifiers'])
+    if (kind, field.name) in ((cfg.Composite, 'verifiers'), (cfg.WeightedConversations, 'sources')):
+      drawn['weights'] = (0.5,) * len(drawn[field.name])
     if isinstance(drawn[field.name], cfg.RL):
       drawn['train'] = _WITHOUT_ROWS
     try:
@@ -92,7 +92,16 @@ _BESIDE: dict[type, dict[type, dict[str, Any]]] = {
     cfg.ReSA: {cfg.RPT: {'algorithm': cfg.Algorithm(correction=cfg.TokenTIS())}},
     cfg.OneStepOff: {cfg.RPT: {'algorithm': cfg.Algorithm(correction=cfg.TokenTIS())}},
     cfg.InFlight: {cfg.RPT: {'algorithm': cfg.Algorithm(correction=cfg.TokenTIS())}},
+    **{kind: {cfg.Data: {'long_documents': 'cut'}, cfg.Run: {'objective': cfg.SFT('')}}
+       for kind in (cfg.Conversations, cfg.WeightedConversations)},
+    cfg.PolicyTokenizer: {cfg.Data: {'source': cfg.Conversations('a'), 'long_documents': 'cut'},
+                          cfg.Run: {'objective': cfg.SFT('a')}},
 }
+
+
+def _examples_for(objective: cfg.Supervised) -> cfg.Data:
+  tokenizer = cfg.PolicyTokenizer() if objective.start_from else cfg.Bytes()
+  return cfg.Data(cfg.Conversations('a'), tokenizer, 16, long_documents='cut')
 
 
 def holding(value: Any) -> cfg.Run:
@@ -100,6 +109,8 @@ def holding(value: Any) -> cfg.Run:
   beside: dict[type, dict[str, Any]] = {}
   while not isinstance(value, cfg.Run):
     beside = {**beside, **_BESIDE.get(type(value), {})}
+    if isinstance(value, cfg.Supervised):
+      beside[cfg.Run] = {'data': _examples_for(value)}
     owner, field = OWNERS[type(value)]
     held = (value,) if get_origin(field.type) is tuple else value
     value = owner(**{**VALID[owner], **beside.get(owner, {}), field.name: held})

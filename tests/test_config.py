@@ -41,7 +41,10 @@ VALID: dict[type, dict[str, Any]] = {
     cfg.NumberedGames: {'size': 4},
     cfg.Problems: {'source': cfg.Arithmetic(4)},
     cfg.Demonstrations: {'source': cfg.Arithmetic(4)},
+    cfg.Conversations: {'glob': 'a'},
+    cfg.WeightedConversations: {'sources': (cfg.Conversations('a'),), 'weights': (1.0,)},
     cfg.Bytes: {},
+    cfg.PolicyTokenizer: {},
     cfg.TrainedBPE: {'vocab_size': 300},
     cfg.HuggingFaceTokenizer: {'path': 'a', 'end_of_text': '</s>', 'begin_of_text': ''},
     cfg.SentencePiece: {'path': 'a'},
@@ -52,6 +55,7 @@ VALID: dict[type, dict[str, Any]] = {
     cfg.TwoStage: {'peak_rate': 1e-3, 'second_peak_rate': 5e-4},
     cfg.AdamW: {'schedule': cfg.ConstantRate(1e-3)},
     cfg.NextToken: {},
+    cfg.SFT: {'start_from': 'a'},
     **{kind: {} for kind in (
         *get_args(cfg.Advantage), cfg.PolicyGradient, cfg.PPOClip, cfg.DualClip, cfg.GSPO,
         cfg.CISPO, cfg.TokenMean,
@@ -121,7 +125,10 @@ REFUSED: list[tuple[type, str, list[Any], str]] = [
     (cfg.Mesh, 'fsdp', [-1, None], 'at least 0'),
     (cfg.PythonStdlib, 'max_bytes', [0, 9_999, 1e6], 'at least 10000'),
     *((t, 'glob', ['', None, 3], 'a non-empty string')
-      for t in (cfg.TextFiles, cfg.Jsonl, cfg.Parquet, cfg.ArrayRecord)),
+      for t in (cfg.TextFiles, cfg.Jsonl, cfg.Parquet, cfg.ArrayRecord, cfg.Conversations)),
+    (cfg.WeightedConversations, 'sources', [(), None, (cfg.PythonStdlib(),)], 'a list of'),
+    (cfg.WeightedConversations, 'weights', [(), None, (0.0,), (-1.0,), (1.0, 2.0), ('x',)],
+     '1 numbers above 0'),
     (cfg.TextFiles, 'document_start', [None, 3], 'a string'),
     (cfg.Jsonl, 'text_field', ['', None], 'a non-empty string'),
     (cfg.Parquet, 'column', ['', None], 'a non-empty string'),
@@ -213,7 +220,7 @@ REFUSED: list[tuple[type, str, list[Any], str]] = [
     (cfg.Data, 'seq_len', [1, 1.5], 'at least 2'),
     (cfg.Data, 'validation_fraction', [-0.1, 0.6, NAN, 'x'], 'a number from 0 to 0.5'),
     (cfg.Data, 'validation_glob', [None, 3], 'a string'),
-    (cfg.Data, 'long_documents', ['drop', None], "one of 'split', 'error'"),
+    (cfg.Data, 'long_documents', ['drop', None], "one of 'split', 'cut', 'error'"),
     (cfg.Data, 'cache_dir', [None], 'a string'),
     (cfg.Data, 'num_workers', [-1], 'at least 0'),
     *((t, name, [-1e-3, 0, 1e-300, NAN, '1e-3', True], 'a number above 0') for t, name in (
@@ -237,6 +244,8 @@ REFUSED: list[tuple[type, str, list[Any], str]] = [
       for name in ('weight_decay', 'clip_norm')),
     (cfg.AdamW, 'weight_decay_shape', ['linear'], "one of 'constant', 'cosine'"),
     (cfg.NextToken, 'int4_from', [-0.1, 1.1, None], 'a number from 0 to 1'),
+    (cfg.SFT, 'start_from', [None, 3], 'a string'),
+    (cfg.SFT, 'loss', ['token', None], "one of 'mean', 'sum'"),
     (cfg.Sampler, 'temperature', [-1, NAN, None], 'a number of at least 0'),
     (cfg.Sampler, 'temperature', [1e-9, 1e9], '0 for the likeliest token, or a number from'),
     (cfg.Sampler, 'top_k', [-1, 0.5], 'a whole number of at least 0'),
@@ -400,6 +409,15 @@ def test_every_field_has_a_row():
     (lambda: cfg.Data(**DATA, validation_glob='a'), 'goes with a source of files'),
     (lambda: cfg.Train(4, batch_size=6, accumulation=4), 'Train.batch_size = 6 is not a multiple'),
     (lambda: cfg.Run(**{**RUN, 'objective': cfg.NextToken(0.5)}), "Quant.weights = 'ternary'"),
+    *((lambda objective=objective, data=data: cfg.Run(**{
+        **RUN, 'objective': objective, 'data': cfg.Data(**{**DATA, **data})}), expected)
+      for objective, data, expected in (
+          (cfg.NextToken(), {'source': cfg.Conversations('a')}, 'learns from documents: choose'),
+          (cfg.SFT(''), {'long_documents': 'cut'}, 'learns from conversations: choose'),
+          (cfg.SFT(''), {'source': cfg.Conversations('a')}, 'would part an answer from its prompt'),
+          (cfg.SFT('a'), {'source': cfg.Conversations('a')}, 'set it to @cfg.PolicyTokenizer()'),
+          (cfg.SFT(''), {'source': cfg.Conversations('a'), 'tokenizer': cfg.PolicyTokenizer()},
+           'SFT starts from no policy that would have one'))),
     (lambda: cfg.Algorithm(epochs=2), 'choose a surrogate with a ratio'),
     *((lambda mode=mode: cfg.Rollouts(mode=mode, selection=cfg.DynamicSampling()),
        f'{type(mode).__name__}() cannot foresee: choose @cfg.OnPolicy()')

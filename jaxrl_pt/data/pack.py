@@ -124,7 +124,7 @@ class Packer:
 
 def num_targets(part_Cm: np.ndarray) -> int:
   """The number of targets of a part i32[C, m] that the loss counts."""
-  return part_Cm.shape[1] if len(part_Cm) == 2 else np.count_nonzero(part_Cm[2])
+  return part_Cm.shape[1] if len(part_Cm) == 2 else int(np.count_nonzero(part_Cm[2]))
 
 
 def pack(documents: Iterable[np.ndarray], ends: Ends, seq_len: int,

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import pytest
 
 from jaxrl_pt import config
-from jaxrl_pt.data import sources
+from jaxrl_pt.data import sources, tf_example
 from jaxrl_pt.errors import UserError
 
 SHARED = Path('../shared/data')
@@ -142,7 +142,7 @@ def test_array_record_real_examples() -> None:
   raw, at, expected = Path(_shared('text-c4-sample/c4-train-00007.tfrecord')).read_bytes(), 0, []
   while at < len(raw):
     size = struct.unpack_from('<Q', raw, at)[0]
-    expected.append(sources.example_feature(raw[at + 12:at + 12 + size], 'text').decode())
+    expected.append(tf_example.feature(raw[at + 12:at + 12 + size], 'text').decode())
     at += size + 16
   assert sorted(texts) == sorted(expected)
 
@@ -164,7 +164,7 @@ def test_array_record_of_plain_text(tmp_path: Path) -> None:
 @given(record=st.binary(max_size=60))
 def test_example_reader_refuses_any_garbage_cleanly(record: bytes) -> None:
   try:
-    sources.example_feature(record, 'text')
+    tf_example.feature(record, 'text')
   except (KeyError, ValueError):
     pass
 

@@ -32,6 +32,7 @@ REQUIRED = {
     'opo_mbpp_7b': (*_POD, "cfg.RL.start_from = 'runs/policy'",
                     "cfg.CodeProblems.glob = 'mbpp.jsonl'"),
     'rpt_14b': (*_POD, "cfg.RPT.start_from = 'runs/policy'"),
+    'sft_7b': ("cfg.SFT.start_from = 'runs/policy'", "cfg.Conversations.glob = 'chats.jsonl'"),
     'short_rl_7b': (*_POD, "cfg.RL.start_from = 'runs/policy'"),
     'pretrain_2b4t': ("cfg.ArrayRecord.glob = 'corpus/*.array_record'",
                       "cfg.HuggingFaceTokenizer.path = 'tokenizer.json'"),

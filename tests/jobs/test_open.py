@@ -11,7 +11,7 @@ from jaxrl_pt import config as cfg
 from jaxrl_pt import gin_bindings
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.jobs import open as opening
-from jaxrl_pt.jobs import pretrain, rl, rpt
+from jaxrl_pt.jobs import pretrain, rl, rpt, sft
 from jaxrl_pt.parallel.mesh import make_mesh
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,8 +37,8 @@ def test_every_objective_has_a_kind_of_its_own(monkeypatch):
   kinds = {type(objective): opening.kind(objective) for objective in shipped}
   assert kinds.keys() == set(get_args(cfg.Objective))
   assert len(set(map(id, kinds.values()))) == len(kinds)
-  assert [kinds[kind] for kind in (cfg.NextToken, cfg.RPT, cfg.RL)] == [
-      pretrain.KIND, rpt.KIND, rl.KIND]
+  assert [kinds[kind] for kind in (cfg.NextToken, cfg.SFT, cfg.RPT, cfg.RL)] == [
+      pretrain.KIND, sft.KIND, rpt.KIND, rl.KIND]
 
 
 @dataclass(frozen=True)

@@ -29,13 +29,13 @@ def make_batch(seed: int = 0, rows: int = 8, length: int = 16) -> Batch:
                                   np.arange(rows, dtype=np.int32))))
 
 
-def make(accumulation: int):
+def make(accumulation: int, reduction='mean'):
   model = transformer.build(MODEL)
   optimizer = optim.make_optimizer(OPTIMIZER, 100, model.specs)
   mesh = make_mesh(cfg.Mesh(), jax.devices()[:1])
   state = states.init_state(model, optimizer, mesh, 0)
   step = make_train_step(losses.next_token(model, 0), optimizer,
-                         optim.learning_rate(OPTIMIZER.schedule, 100), accumulation)
+                         optim.learning_rate(OPTIMIZER.schedule, 100), accumulation, reduction)
   return model, state, jax.jit(step)
 
 
@@ -62,6 +62,37 @@ def test_loss_is_the_mean_over_counted_targets():
   picked = np.take_along_axis(np.asarray(logp), np.asarray(batch.targets)[..., None], -1)[..., 0]
   expected = -(picked * np.asarray(batch.weights)).sum() / np.asarray(batch.weights).sum()
   assert float(metrics['loss'].mean()) == pytest.approx(float(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize('reduction', ['mean', 'sum'])
+def test_weights_multiply_and_are_not_divided_by(reduction: str):
+  """L = Σ w · −log p / n: n counts targets for 'mean' and is 1 for 'sum', by hand in numpy."""
+  batch = make_batch(1)
+  rows = np.asarray([1.0, 0.5, 2.0, 1.0, 3.0, 1.0, 0.25, 1.0], np.float32)[:, None]
+  batch = batch.replace(weights=batch.weights * rows)
+  model, state, step = make(1, reduction)
+  hidden = model.apply(state.params, batch.tokens, batch.positions, batch.segments)
+  logits = np.asarray(hidden @ model.head(state.params), np.float64)
+  logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+  picked = np.take_along_axis(logp, np.asarray(batch.targets)[..., None], -1)[..., 0]
+  weights = np.asarray(batch.weights)
+  count, total = np.count_nonzero(weights), -(picked * weights).sum()
+  after, metrics = step(state, batch)
+  assert float(metrics['loss'].sum) == pytest.approx(total, rel=1e-5)
+  assert float(metrics['loss'].count) == count and weights.sum() != count
+
+  def loss(params):
+    logp = jax.nn.log_softmax(
+        model.apply(params, batch.tokens, batch.positions, batch.segments) @ model.head(params))
+    picked = jnp.take_along_axis(logp, batch.targets[..., None], -1)[..., 0]
+    return -(picked * batch.weights).sum() / (count if reduction == 'mean' else 1)
+
+  norm = float(optim.global_norm(jax.grad(loss)(state.params)))
+  assert float(metrics['grad_norm'].mean()) == pytest.approx(norm, rel=1e-5)
+  _, parts = make(4, reduction)[2](state, batch)
+  for name in ('loss', 'grad_norm'):
+    assert float(parts[name].mean()) == pytest.approx(float(metrics[name].mean()), rel=1e-5)
+  del after
 
 
 def test_training_lowers_the_loss():

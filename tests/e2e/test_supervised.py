@@ -1,0 +1,120 @@
+"""Supervised stages as real processes: killed and resumed bit for bit, on any number of devices."""
+
+from collections.abc import Callable
+import dataclasses
+import json
+from pathlib import Path
+import random
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from jaxrl_pt import metrics
+from jaxrl_pt.jobs.open import load_state
+from jaxrl_pt.main import main
+from tests import xla_flags
+from tests.e2e.conftest import PRETRAIN, Job
+from tests.e2e.test_bad_input import complaint, train_argv
+
+STEPS = 24
+_SHORT = PRETRAIN.replace('cfg.Train.num_steps = 60', f'cfg.Train.num_steps = {STEPS}').replace(
+    'cfg.Checkpoint.every = 10', 'cfg.Checkpoint.every = 4').replace(
+        'cfg.Train.eval_every = 15', 'cfg.Train.eval_every = 12').replace(
+            'cfg.Data.source = @cfg.TextFiles()', "cfg.Data.long_documents = 'cut'").replace(
+                "cfg.TextFiles.glob = '{corpus}/*.txt'\n", '').replace(
+                    'cfg.Data.tokenizer = @cfg.Bytes()',
+                    'cfg.Data.tokenizer = @cfg.PolicyTokenizer()')
+SFT = _SHORT.replace('cfg.Run.objective = @cfg.NextToken()', """
+cfg.Run.objective = @cfg.SFT()
+cfg.SFT.start_from = '{start_from}'
+cfg.SFT.loss = 'sum'
+cfg.Data.source = @cfg.WeightedConversations()
+cfg.WeightedConversations.sources = [@cfg.Conversations(), @cfg.Demonstrations()]
+cfg.WeightedConversations.weights = [1.0, 0.5]
+cfg.Conversations.glob = '{rows}'
+cfg.Demonstrations.source = @cfg.Arithmetic()
+cfg.Arithmetic.size = 300
+""")
+
+
+def same_run(one: Job, other: Job) -> None:
+  first, second = (jax.tree_util.tree_leaves_with_path(load_state(j.workdir))
+                   for j in (one, other))
+  for (path, a), (_, b) in zip(first, second, strict=True):
+    assert np.asarray(a).tobytes() == np.asarray(b).tobytes(), jax.tree_util.keystr(path)
+  rows, others = ([metrics.deterministic(r) for r in j.rows()] for j in (one, other))
+  assert rows == others and [r['step'] for r in rows] == list(range(STEPS + 1))
+
+
+@pytest.fixture(scope='module')
+def conversations(tmp_path_factory: pytest.TempPathFactory) -> Path:
+  path = tmp_path_factory.mktemp('rows') / 'rows.jsonl'
+  path.write_text(''.join(json.dumps({'prompt': f'say {i % 50}: ', 'completion': f'{i % 50}!'})
+                          + '\n' for i in range(300)))
+  return path
+
+
+@pytest.fixture(scope='module')
+def tuned(make_job: Callable[..., Job], pretrained: Job, conversations: Path) -> Job:
+  job = make_job(SFT, start_from=str(pretrained.workdir), rows=str(conversations))
+  done = job.run()
+  assert done.returncode == 0, done.stdout + done.stderr
+  return job
+
+
+def test_sft_learns_and_killed_at_a_random_step_is_bit_identical(
+    make_job: Callable[..., Job], pretrained: Job, tuned: Job, conversations: Path):
+  rows = tuned.rows()
+  assert rows[0]['step'] == 0  # The start policy is measured too.
+  assert rows[-1]['validation/loss'] < rows[0]['validation/loss'] - 0.3
+  job = make_job(SFT, start_from=str(pretrained.workdir), rows=str(conversations))
+  code, output = job.run_until(random.SystemRandom().randint(1, STEPS - 4), signal.SIGKILL)
+  assert code == -signal.SIGKILL, output
+  done = job.run()
+  assert done.returncode == 0, done.stderr
+  same_run(job, tuned)
+
+
+@pytest.mark.slow
+def test_sft_on_eight_devices_and_in_micro_batches_gives_the_same_losses(
+    make_job: Callable[..., Job], pretrained: Job, tuned: Job, conversations: Path):
+  job = make_job(SFT, start_from=str(pretrained.workdir), rows=str(conversations), bindings=(
+      'cfg.Mesh.data = 2', 'cfg.Mesh.fsdp = 2', 'cfg.Mesh.tensor = 1', 'cfg.Mesh.context = 2',
+      'cfg.Train.accumulation = 2'))
+  job = dataclasses.replace(
+      job, environment={**job.environment, 'XLA_FLAGS': xla_flags.with_devices(8)})
+  done = job.run()
+  assert done.returncode == 0, done.stderr
+  for ours, theirs in zip(job.rows(), tuned.rows(), strict=True):
+    assert ours.get('loss') == pytest.approx(theirs.get('loss'), rel=2e-3), ours['step']
+
+
+def test_a_tuned_policy_is_evaluated_sampled_and_started_from(
+    tuned: Job, capsys: pytest.CaptureFixture[str]):
+  workdir = str(tuned.workdir)
+  assert main(['eval', '--workdir', workdir, '--json']) == 0
+  whole = json.loads(capsys.readouterr().out)
+  assert whole['loss'] < 3 and whole['bits_per_byte'] > 0
+  assert main(['sample', '--workdir', workdir, '--prompt', 'say 7: ', '--num_tokens', '4']) == 0
+
+
+@pytest.mark.parametrize('binding, expected', [
+    ("cfg.SFT.start_from = 'nowhere'", 'nowhere holds no config.gin'),
+    ("cfg.Conversations.glob = 'no.jsonl'", 'No file matches'),
+    ('cfg.Model.d_ff = 32', 'Model.d_ff = 32, but the policy in'),
+])
+def test_wrong_settings(make_job: Callable[..., Job], pretrained: Job, conversations: Path,
+                        capsys: pytest.CaptureFixture[str], binding: str, expected: str):
+  job = make_job(SFT, start_from=str(pretrained.workdir), rows=str(conversations))
+  assert expected in complaint(capsys, *train_argv(job, binding))
+
+
+def test_another_start_policy_is_refused_on_resume(
+    make_job: Callable[..., Job], tuned: Job, conversations: Path,
+    capsys: pytest.CaptureFixture[str]):
+  job = Job(tuned.gin_file, tuned.workdir, tuned.environment)
+  line = complaint(capsys, *train_argv(job, f"cfg.SFT.start_from = '{tuned.workdir}'",
+                                       f'cfg.Train.num_steps = {STEPS + 1}'))
+  assert 'The policy in start_from is not the one' in line
