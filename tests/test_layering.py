@@ -221,5 +221,6 @@ def test_soft_limits(path):
 def test_config_dataclasses_stay_small():
   for node in [n for path in (PACKAGE / 'config').glob('*.py') for n in _tree(path).body]:
     if isinstance(node, ast.ClassDef):
-      num_fields = sum(isinstance(n, ast.AnnAssign) for n in node.body)
+      num_fields = sum(isinstance(n, ast.AnnAssign) and 'ClassVar' not in ast.unparse(n.annotation)
+                       for n in node.body)
       assert num_fields <= MAX_FIELDS or node.name in EXCEPTIONS, node.name

@@ -18,8 +18,8 @@ class Train:
   """The number of steps, their batches, and how often the loop logs and evaluates.
 
   batch_size: the number of sequences, over all devices, of a step of NextToken or a supervised
-    stage, and of those that the proxy of RPT scores at once. RL leaves it at 0, since Rollouts.num_prompts says what a step
-    takes.
+    stage, and of those that the proxy of RPT scores at once. RL leaves it at 0, since
+    Rollouts.num_prompts says what a step takes.
   accumulation: the number of micro-batches of an update.
   group_parts: the number of rows of the learner that share out the responses to each prompt, where
     a whole group is too long for one. More of them need less memory together with accumulation, and

@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxrl_pt import config
-from jaxrl_pt.data import (
-  conversations, fingerprint, pack, publish, seqio_tasks, sources, splits)
+from jaxrl_pt.data import conversations, fingerprint, pack, publish, seqio_tasks, sources, splits
 from jaxrl_pt.data import tokenizer as tokenizers
 from jaxrl_pt.errors import UserError
 
@@ -37,6 +36,9 @@ class Making(NamedTuple):
     if self.examples == 'documents' and self.tokenizer is None:
       return FORMAT
     return FORMAT, self.examples, self.tokenizer and self.tokenizer.fingerprint
+
+
+DOCUMENTS = Making()
 
 
 class _Item(NamedTuple):

@@ -20,6 +20,8 @@ from jaxrl_pt.data import sources
 from jaxrl_pt.data.tokenizer import Tokenizer
 from jaxrl_pt.errors import UserError
 
+_EXPECTED = '{"prompt": "…", "completion": "…"}'
+
 
 class Row(NamedTuple):
   """One conversation.
@@ -53,40 +55,42 @@ def rows(source: config.Source) -> Iterator[tuple[Row, float]]:
       for number, (prompt, response) in enumerate(sources.demonstrations(problems)):
         yield Row(f'demonstration {number} of {problems}', prompt, prompt, response), 1.0
     case config.Conversations(glob=pattern):
-      for place, row in sources.json_rows(pattern):
-        yield _row(place, row), 1.0
+      for place, found in sources.json_rows(pattern):
+        yield of_fields(found, place, 'completion', _EXPECTED), 1.0
     case _:
       raise UserError(f'{source} holds no conversations: set Data.source to @cfg.Conversations().')
 
 
-def _row(place: str, row: dict[str, Any]) -> Row:
-  """A conversation of a JSON object."""
-  prompt, completion = (text_of(row, name, place) for name in ('prompt', 'completion'))
+def of_fields(row: dict[str, Any], place: str, field: str, expected: str) -> Row:
+  """The conversation in a prompt and a completion of a JSON object.
+
+  Args:
+    row: the object.
+    place: 'file:line', for messages.
+    field: the name of the completion.
+    expected: what a row looks like, for messages.
+
+  Raises:
+    UserError: there are no such fields, they hold no text, or the completion is empty.
+  """
+  prompt, completion = (_text_of(row, name, place, expected) for name in ('prompt', field))
   if not completion.strip():
-    raise UserError(f'{place} has an empty completion, from which nothing is learned: drop the '
+    raise UserError(f'{place}: {field!r} is empty, so that nothing is learned from it: drop the '
                     'row.')
   return Row(place, prompt, prompt, completion)
 
 
-def text_of(row: dict[str, Any], name: str, place: str) -> str:
-  """The text in a field of a row.
-
-  Raises:
-    UserError: there is no such field, or it holds no text.
-  """
+def _text_of(row: dict[str, Any], name: str, place: str, expected: str) -> str:
   if name not in row:
     there = ', '.join(map(repr, row)) or 'none'
-    raise UserError(f'{place} has no field {name!r}, only {there}: write {_EXPECTED}.')
+    raise UserError(f'{place} has no field {name!r}, only {there}: write {expected}.')
   value = row[name]
   if not isinstance(value, str):
-    raise UserError(f'{place}: {name!r} is no text: write {_EXPECTED}.')
+    raise UserError(f'{place}: {name!r} is no text: write {expected}.')
   if not sources.is_unicode(value):
     raise UserError(f'{place} holds half of a surrogate pair (\\ud800–\\udfff) in {name!r}: '
                     'that is not text; mend or drop the row.')
   return value
-
-
-_EXPECTED = '{"prompt": "…", "completion": "…"}'
 
 
 # --- Tokens -----------------------------------------------------------------------

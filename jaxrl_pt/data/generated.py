@@ -4,6 +4,7 @@ They are so small that a model of a million parameters learns them from bytes in
 response ends with `#` and the answer.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -67,6 +68,13 @@ def redundant_checks(source: config.RedundantChecks, index: int) -> Problem:
   return Problem(index, ''.join(map(str, digits)) + ':', str(sums[-1]),
                  f'problem {index} of RedundantChecks',
                  f'{steps}{f"?{sums[taken]}" * num_checks}{MARKER}{sums[taken]}')
+
+
+def preference(source: config.Arithmetic | config.RedundantChecks, index: int
+               ) -> tuple[str, str, str]:
+  """The prompt of problem `index`, a demonstration without a slip, and one with a slip."""
+  right, wrong = (problem(dataclasses.replace(source, noise=noise), index) for noise in (0.0, 1.0))
+  return right.prompt, right.demonstration, wrong.demonstration
 
 
 def _slip(rng: np.random.Generator, noise: float, num_steps: int) -> int | None:

@@ -6,11 +6,9 @@ run opens. Reading is index-based (Grain): the example in row b of step s follow
 from the seed alone, whatever the number of hosts, workers and restarts.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 import functools
-import hashlib
-import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,6 @@ from jaxrl_pt.data import build, fingerprint, pack, publish, seqio_tasks, worker
 from jaxrl_pt.data import tokenizer as tokenizers
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.types import Batch
-
 
 # --- Prepared data --------------------------------------------------------------
 
@@ -95,7 +92,7 @@ class Prepared:
     return self.splits()[1]
 
 
-def prepare(data: config.Data, directory: Path, making: build.Making = build.Making()
+def prepare(data: config.Data, directory: Path, making: build.Making = build.DOCUMENTS
             ) -> Prepared:
   """Opens the prepared examples of `data`, making them first where there are none.
 
@@ -267,9 +264,8 @@ def _eval_batches(packed: Packed, batch_size: int, limit: int) -> Iterator[Batch
 def padded_batch(packed: Packed, ids_B: np.ndarray) -> Batch:
   """The examples `ids_B` as a batch; −1, which may stand at the end only, is a row of weight 0."""
   ids = [int(i) for i in ids_B if i >= 0]
-  rows_B3T = np.concatenate(
-      [packed._rows(ids), np.zeros((len(ids_B) - len(ids), packed.channels, packed.seq_len), np.int32)])
-  return pack.to_batch(rows_B3T, np.asarray(ids_B))
+  padding = np.zeros((len(ids_B) - len(ids), packed.channels, packed.seq_len), np.int32)
+  return pack.to_batch(np.concatenate([packed._rows(ids), padding]), np.asarray(ids_B))
 
 
 def _check_enough(packed: Packed, batch_size: int, split: str) -> None:

@@ -33,6 +33,9 @@ class Start(NamedTuple):
   digest: str = ''
 
 
+RANDOM = Start()
+
+
 class Stage(NamedTuple):
   """What an objective does of its own with packed examples.
 
@@ -54,7 +57,7 @@ class PackedTraining:
 
   agrees_at_once = False
 
-  def __init__(self, session: sessions.Session, stage: Stage, start: Start = Start()) -> None:
+  def __init__(self, session: sessions.Session, stage: Stage, start: Start = RANDOM) -> None:
     """Opens the loader; compiles nothing yet."""
     run = session.run
     self.session, self._stage, self._start = session, stage, start

@@ -45,7 +45,7 @@ def open_start(run: cfg.Run, start_from: str, workdir: Path
   if not start_from:
     optim.check_schedule(run.optimizer.schedule, cfg.num_updates(run))
     memory.check_fits(run)
-    return packed.Start(), None
+    return packed.RANDOM, None
   start = reinforce.start_policy(run, start_from, workdir)
   return (packed.Start(start.params, reinforce.digest(start.params)),
           start.session.data.tokenizer)

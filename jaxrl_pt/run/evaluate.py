@@ -1,5 +1,6 @@
 """The loss of a policy on packed text, during training and from a work directory."""
 
+from collections.abc import Callable
 import functools
 import math
 from pathlib import Path
@@ -14,7 +15,7 @@ from jaxrl_pt.errors import UserError
 from jaxrl_pt.run import places, policy
 from jaxrl_pt.run import session as sessions
 from jaxrl_pt.train import losses
-from jaxrl_pt.types import Params, TrainState, Weighted
+from jaxrl_pt.types import Batch, Params, TrainState, Weighted
 
 
 def evaluate_packed(session: sessions.Session, model: cfg.Model, params: Params,
@@ -36,21 +37,33 @@ def evaluate_packed(session: sessions.Session, model: cfg.Model, params: Params,
   Returns:
     'loss', 'accuracy' and, where the targets spell any text, 'bits_per_byte'.
   """
-  run = session.run
   evaluate = _compiled_evaluation(session, model)
-  totals: dict[str, Weighted] = {}
-  rows = run.train.batch_size  # RL leaves it at 0.
-  if not rows and run.objective.rollouts is not None:
-    rows = run.objective.rollouts.num_prompts
-  for batch in loader.eval_batches(packed, rows, limit):
-    values = evaluate(params, session.put_global(batch))
-    totals = {k: Weighted(totals[k].sum + v.sum, totals[k].count + v.count) if totals else v
-              for k, v in values.items()}
-  results = metrics.host_values(totals)
+  results = totals(session, packed, limit, lambda batch: evaluate(params, batch))
   if packed.num_bytes:
     results['bits_per_byte'] = (results['loss'] / math.log(2) * packed.num_targets
                                 / packed.num_bytes)
   return results
+
+
+def totals(session: sessions.Session, packed: loader.Packed, limit: int,
+           evaluate: Callable[[Batch], dict[str, Weighted]]) -> dict[str, float]:
+  """The metrics of a split, added up over its batches before they are divided.
+
+  Args:
+    session: the run's session.
+    packed: the split.
+    limit: the number of batches to take; 0 takes all.
+    evaluate: a global batch → its metrics.
+  """
+  run, added = session.run, dict[str, Weighted]()
+  rows = run.train.batch_size  # RL leaves it at 0.
+  if not rows and run.objective.rollouts is not None:
+    rows = run.objective.rollouts.num_prompts
+  for batch in loader.eval_batches(packed, rows, limit):
+    values = evaluate(session.put_global(batch))
+    added = {k: Weighted(added[k].sum + v.sum, added[k].count + v.count) if added else v
+             for k, v in values.items()}
+  return metrics.host_values(added)
 
 
 def validation(session: sessions.Session, state: TrainState, step: int) -> dict[str, float]:

@@ -117,7 +117,7 @@ def test_long_conversations_are_cut_or_left_out_and_counted(tmp_path: Path,
     ('[1]', 'is not a JSON object'),
     ('{"prompt": "a"}', "has no field 'completion', only 'prompt'"),
     ('{"prompt": "a", "completion": 3}', "'completion' is no text"),
-    ('{"prompt": "a", "completion": " "}', 'has an empty completion'),
+    ('{"prompt": "a", "completion": " "}', "'completion' is empty"),
     ('{"prompt": "a\\ud800", "completion": "b"}', "half of a surrogate pair"),
 ])
 def test_a_bad_row_is_named_by_file_and_line(tmp_path: Path, line: str, expected: str):
