@@ -102,6 +102,13 @@ def make_parser() -> argparse.ArgumentParser:
   _add_step(evaluate)
   _add_gin(evaluate, "other data than the run's own")
   _add_json(evaluate)
+  score = add('score', 'The reward that a reward model gives each text, as JSON lines.',
+              "jaxrl-pt score --workdir runs/reward_model_tiny 'answers.jsonl'")
+  score.description = (f'{score.description} A row has a prompt and a completion, as in '
+                       'fine-tuning.')
+  _add_workdir(score)
+  _add_step(score)
+  score.add_argument('rows', type=_glob, metavar='GLOB', help='JSON-lines files')
 
   _add_rl_commands(add)
   _add_tpu_commands(add)

@@ -191,6 +191,14 @@ def _eval(args: argparse.Namespace) -> int:
   return 0
 
 
+def _score(args: argparse.Namespace) -> int:
+  with _importing():
+    from jaxrl_pt.jobs import reward_model
+  for scored in reward_model.score(args.workdir, args.rows, args.step):
+    print(json.dumps(scored, ensure_ascii=False), flush=True)
+  return 0
+
+
 def _import(args: argparse.Namespace) -> int:
   with _importing():
     from jaxrl_pt import exchange
@@ -299,7 +307,7 @@ def _kernels(args: argparse.Namespace) -> int:
 
 
 _COMMANDS = {'quickstart': _quickstart, 'train': _train, 'sample': _sample, 'chat': _chat,
-             'serve': _serve, 'eval': _eval, 'import': _import, 'export': _export,
+             'serve': _serve, 'eval': _eval, 'score': _score, 'import': _import, 'export': _export,
              'methods': _methods, 'play': _play, 'replay': _replay, 'doctor': _doctor,
              'kernels': _kernels, 'preflight': _preflight}
 

@@ -94,6 +94,8 @@ _BESIDE: dict[type, dict[type, dict[str, Any]]] = {
     cfg.InFlight: {cfg.RPT: {'algorithm': cfg.Algorithm(correction=cfg.TokenTIS())}},
     **{kind: {cfg.Data: {'long_documents': 'cut'}, cfg.Run: {'objective': cfg.SFT('')}}
        for kind in (cfg.Conversations, cfg.WeightedConversations)},
+    **{kind: {cfg.Data: {'long_documents': 'cut'}, cfg.Run: {'objective': cfg.RewardModel('')}}
+       for kind in (cfg.Preferences, cfg.SlipPreferences)},
     cfg.PolicyTokenizer: {cfg.Data: {'source': cfg.Conversations('a'), 'long_documents': 'cut'},
                           cfg.Run: {'objective': cfg.SFT('a')}},
 }
@@ -101,7 +103,8 @@ _BESIDE: dict[type, dict[type, dict[str, Any]]] = {
 
 def _examples_for(objective: cfg.Supervised) -> cfg.Data:
   tokenizer = cfg.PolicyTokenizer() if objective.start_from else cfg.Bytes()
-  return cfg.Data(cfg.Conversations('a'), tokenizer, 16, long_documents='cut')
+  source = (cfg.Conversations if isinstance(objective, cfg.SFT) else cfg.Preferences)('a')
+  return cfg.Data(source, tokenizer, 16, long_documents='cut')
 
 
 def holding(value: Any) -> cfg.Run:

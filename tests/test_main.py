@@ -16,7 +16,7 @@ from jaxrl_pt import main as cli
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = str(ROOT / 'gin/run/pretrain_tiny.gin')
-COMMANDS = ('quickstart', 'train', 'sample', 'chat', 'serve', 'eval', 'import', 'export',
+COMMANDS = ('quickstart', 'train', 'sample', 'chat', 'serve', 'eval', 'score', 'import', 'export',
             'doctor')
 
 

@@ -8,7 +8,7 @@ from jaxrl_pt import gin_bindings, main, methods
 
 ROOT = Path(__file__).resolve().parents[1]
 # Not methods of reinforcement learning.
-OTHERS = {'bitnet', 'bitnet_v2', 'sft', 'two_stage'}
+OTHERS = {'bitnet', 'bitnet_v2', 'dpo', 'ipo', 'reward_model', 'sft', 'two_stage'}
 METHODS = methods.methods()
 
 

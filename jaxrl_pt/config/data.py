@@ -144,15 +144,43 @@ class WeightedConversations:
     object.__setattr__(self, 'weights', tuple(map(float, self.weights)))
 
 
+@dataclass(frozen=True)
+class Preferences:
+  """Pairs of completions of which one is preferred: rows of JSON-lines files.
+
+  A row has `prompt`, `chosen` and `rejected`. Data.validation_fraction holds out all pairs with the
+  same prompt.
+  """
+
+  glob: str
+
+  def __post_init__(self) -> None:
+    checks.text(self, 'glob')
+
+
+@dataclass(frozen=True)
+class SlipPreferences:
+  """Generated problems, each with a right demonstration, which is chosen, and one with a slip.
+
+  The noise of the problems is not read.
+  """
+
+  source: Arithmetic | RedundantChecks
+
+  def __post_init__(self) -> None:
+    checks.instance(self, 'source', Arithmetic, RedundantChecks)
+
+
 Source = (PythonStdlib | TextFiles | Jsonl | Parquet | ArrayRecord | Seqio | Demonstrations
-          | Conversations | WeightedConversations)
+          | Conversations | WeightedConversations | Preferences | SlipPreferences)
 
 # What a packed example is made of.
-Examples = Literal['documents', 'conversations']
+Examples = Literal['documents', 'conversations', 'preferences']
 # The sources of each kind of example.
 SOURCES_OF: dict[Examples, tuple[type, ...]] = {
     'documents': (PythonStdlib, TextFiles, Jsonl, Parquet, ArrayRecord, Seqio, Demonstrations),
-    'conversations': (Conversations, WeightedConversations, Demonstrations)}
+    'conversations': (Conversations, WeightedConversations, Demonstrations),
+    'preferences': (Preferences, SlipPreferences)}
 
 
 @dataclass(frozen=True)
@@ -215,7 +243,7 @@ class PolicyTokenizer:
 Tokenizer = Bytes | TrainedBPE | HuggingFaceTokenizer | SentencePiece | PolicyTokenizer
 
 
-_WITHOUT_GLOB = PythonStdlib, Seqio, Demonstrations, WeightedConversations
+_WITHOUT_GLOB = (PythonStdlib, Seqio, Demonstrations, WeightedConversations, SlipPreferences)
 
 
 @dataclass(frozen=True)

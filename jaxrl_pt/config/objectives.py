@@ -65,6 +65,60 @@ class SFT:
     checks.choice(self, 'loss', Literal['mean', 'sum'])
 
 
+@dataclass(frozen=True)
+class DPO:
+  """Direct preference optimisation (2305.18290) against the policy that the run starts from.
+
+  start_from: the work directory of the policy to begin with, which is also the reference policy.
+  loss: 'sigmoid' is DPO's; 'robust' is rDPO's (2403.00409), for preferences of which a share is
+    wrong; 'ipo' is IPO's (2310.12036); 'length_normalised' is DPO's of log-ratios per token.
+  beta: how strongly the policy is held to the reference policy (IPO's τ).
+  label_smoothing: the share of preferences that are wrong, for 'robust' alone.
+  """
+
+  start_from: str
+  loss: Literal['sigmoid', 'robust', 'ipo', 'length_normalised'] = 'sigmoid'
+  beta: float = 0.1
+  label_smoothing: float = 0.0
+  rollouts: ClassVar[None] = None
+  algorithm: ClassVar[None] = None
+  positions_per_document: ClassVar[int] = 1
+  policy_fields: ClassVar[tuple[str, ...]] = ('start_from',)
+  examples: ClassVar[Examples] = 'preferences'
+
+  def __post_init__(self) -> None:
+    checks.text(self, 'start_from')
+    checks.choice(self, 'loss', Literal['sigmoid', 'robust', 'ipo', 'length_normalised'])
+    checks.positive(self, 'beta')
+    checks.number(self, 'label_smoothing', 0.0, 0.49)
+    if (self.loss == 'robust') != (self.label_smoothing > 0):
+      raise UserError(f'DPO.loss = {self.loss!r} with DPO.label_smoothing = '
+                      f"{self.label_smoothing:g}: 'robust' needs one above 0, and no other loss "
+                      'reads it.')
+
+
+@dataclass(frozen=True)
+class RewardModel:
+  """A reward model: a scalar head on a policy, trained on preferences (Bradley–Terry).
+
+  start_from: the work directory of the policy to begin with; '' begins with random parameters and
+    the tokenizer of Data.tokenizer.
+  center: the weight of the mean squared sum of both rewards, which keeps rewards near zero.
+  """
+
+  start_from: str
+  center: float = 0.0
+  rollouts: ClassVar[None] = None
+  algorithm: ClassVar[None] = None
+  positions_per_document: ClassVar[int] = 1
+  policy_fields: ClassVar[tuple[str, ...]] = ('start_from',)
+  examples: ClassVar[Examples] = 'preferences'
+
+  def __post_init__(self) -> None:
+    checks.text(self, 'start_from', empty=True)
+    checks.number(self, 'center', 0.0)
+
+
 # --- Reinforcement learning -------------------------------------------------------
 
 
@@ -309,5 +363,5 @@ def _check_turns(rollouts: Rollouts) -> None:
 
 # Objectives that draw responses and learn from their rewards.
 Reinforced = RPT | RL
-Supervised = SFT
+Supervised = SFT | DPO | RewardModel
 Objective = NextToken | Supervised | Reinforced

@@ -1,6 +1,6 @@
 """Makes the packed examples of documents, conversations or preferences, on disk, split in two."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 import hashlib
 import itertools
 import json
@@ -10,7 +10,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxrl_pt import config
-from jaxrl_pt.data import conversations, fingerprint, pack, publish, seqio_tasks, sources, splits
+from jaxrl_pt.data import (
+  conversations,
+  fingerprint,
+  pack,
+  preferences,
+  publish,
+  seqio_tasks,
+  sources,
+  splits,
+)
 from jaxrl_pt.data import tokenizer as tokenizers
 from jaxrl_pt.errors import UserError
 
@@ -105,7 +114,7 @@ def build(data: config.Data, making: Making, cached: Path | None, directory: Pat
   if making.examples == 'documents':
     tokenizer, items = _documents(data, cached)
   else:
-    tokenizer, items = _conversations(data, making, left_out)
+    tokenizer, items = _supervised(data, making, left_out)
   tokenizer.save(directory / 'tokenizer')
   writers = {name: _SplitWriter(directory / f'{name}.array_record', data.seq_len)
              for name in SPLITS}
@@ -189,6 +198,9 @@ def _keyed(source: config.Source) -> Iterator[tuple[str, str]]:
   match source:
     case config.Conversations() | config.WeightedConversations():
       return ((row.prompt + row.completion, row.key) for row, _ in conversations.rows(source))
+    case config.Preferences() | config.SlipPreferences():
+      return ((row.chosen.prompt + row.chosen.completion, row.key)
+              for row in preferences.rows(source))
     case _:
       return sources.keyed_documents(source)
 
@@ -210,38 +222,61 @@ def _tokenised(data: config.Data, tokenizer: tokenizers.Tokenizer
       yield pack.hold_out(key), held_out, np.asarray(ids_n, np.int32), len(text.encode())
 
 
-# --- Conversations --------------------------------------------------------------
+# --- Conversations and preferences ------------------------------------------------
 
 
-def _conversations(data: config.Data, making: Making, left_out: dict[str, int]
-                   ) -> tuple[tokenizers.Tokenizer, Iterator[_Item]]:
-  """Items of conversations; while they are drawn, `left_out` counts those that were too long."""
+def _supervised(data: config.Data, making: Making, left_out: dict[str, int]
+                ) -> tuple[tokenizers.Tokenizer, Iterator[_Item]]:
+  """Items of an answer each; while they are drawn, `left_out` counts those that were too long."""
   _refuse_overlap(data, 'prompts')
   tokenizer = making.tokenizer
   if tokenizer is None:
     training = (text for text, _, held_out in _texts(data) if not held_out)
     tokenizer = tokenizers.train_or_load(data.tokenizer, training)
   left_out.update(cut=0, left_out=0)
-  return tokenizer, _answered(data, tokenizer, left_out)
+  make = _answered if making.examples == 'conversations' else _preferred
+  return tokenizer, _on_sides(data, lambda source: make(source, data, tokenizer, left_out))
 
 
-def _answered(data: config.Data, tokenizer: tokenizers.Tokenizer, left_out: dict[str, int]
+def _on_sides(data: config.Data, make: Callable[[config.Source], Iterator[tuple[str, _Item]]]
               ) -> Iterator[_Item]:
-  both = [(data.source, False)]
+  """The items that `make` yields with their keys, each with its place and its side."""
+  for key, item in make(data.source):
+    place = pack.hold_out(key)
+    held_out = not data.validation_glob and place < data.validation_fraction
+    yield item._replace(place=place, held_out=held_out)
   if data.validation_glob:
-    both.append((data.validation_source, True))
-  for source, is_validation in both:
-    for row, weight in conversations.rows(source):
-      place = pack.hold_out(row.key)
-      held_out = is_validation or (
-          not data.validation_glob and place < data.validation_fraction)
-      pairs_3m = conversations.pairs(*conversations.encode(row, tokenizer), weight)
-      kept_3m = conversations.within(pairs_3m, row.place, data)
-      left_out['cut'] += kept_3m.shape[1] < pairs_3m.shape[1]
-      learned = kept_3m[1, kept_3m[2] != 0].tolist()
-      left_out['left_out'] += not learned
-      yield _Item(place, held_out, [(kept_3m,)] if learned else [], pairs_3m.shape[1],
-                  row.num_bytes, len(tokenizer.decode_bytes(learned)))
+    for key, item in make(data.validation_source):
+      yield item._replace(place=pack.hold_out(key), held_out=True)
+
+
+def _answered(source: config.Source, data: config.Data, tokenizer: tokenizers.Tokenizer,
+              left_out: dict[str, int]) -> Iterator[tuple[str, _Item]]:
+  """(key, item) of each conversation, which is one segment."""
+  for row, weight in conversations.rows(source):
+    pairs_3m = conversations.pairs(*conversations.encode(row, tokenizer), weight)
+    kept_3m = conversations.within(pairs_3m, row.place, data)
+    yield row.key, _item(data, tokenizer, (pairs_3m,), (kept_3m,), row.num_bytes, left_out)
+
+
+def _preferred(source: config.Source, data: config.Data, tokenizer: tokenizers.Tokenizer,
+               left_out: dict[str, int]) -> Iterator[tuple[str, _Item]]:
+  """(key, item) of each pair, which is two segments."""
+  for row in preferences.rows(source):
+    whole = preferences.parts(row, tokenizer)
+    kept = preferences.within(whole, row, data)
+    yield row.key, _item(data, tokenizer, whole, kept, row.num_bytes, left_out)
+
+
+def _item(data: config.Data, tokenizer: tokenizers.Tokenizer, whole: tuple[np.ndarray, ...],
+          kept: tuple[np.ndarray, ...], num_bytes: int, left_out: dict[str, int]) -> _Item:
+  """What goes into one row, or nothing if a part of it has no learned token left."""
+  learned = [part[1, part[2] != 0].tolist() for part in kept]
+  is_kept = all(learned)
+  left_out['cut'] += any(a.shape != b.shape for a, b in zip(whole, kept, strict=True))
+  left_out['left_out'] += not is_kept
+  return _Item(0.0, False, [kept] if is_kept else [], sum(part.shape[1] for part in whole),
+               num_bytes, sum(len(tokenizer.decode_bytes(ids)) for ids in learned))
 
 
 def _check_splits(data: config.Data, making: Making, splits: dict[str, dict[str, Any]],

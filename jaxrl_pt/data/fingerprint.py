@@ -118,7 +118,7 @@ def _placeless(source: Any) -> Any:
     case config.WeightedConversations(sources=parts):
       return dataclasses.replace(source, sources=tuple(map(_placeless, parts)))
     case (config.TextFiles() | config.Jsonl() | config.Parquet() | config.ArrayRecord()
-          | config.Conversations()):
+          | config.Conversations() | config.Preferences()):
       return dataclasses.replace(source, glob='*')
     case _:
       return source

@@ -57,8 +57,9 @@ def keyed_documents(source: config.Source) -> Iterator[tuple[str, str]]:
   match source:
     case config.Demonstrations(source=problems):
       keyed = ((prompt + response, prompt) for prompt, response in demonstrations(problems))
-    case config.Conversations() | config.WeightedConversations():
-      raise UserError(f'{source} holds conversations, not documents: choose another Data.source.')
+    case (config.Conversations() | config.WeightedConversations() | config.Preferences()
+          | config.SlipPreferences()):
+      raise UserError(f'{source} holds no documents: choose another Data.source.')
     case _:
       keyed = ((text, text) for text in _texts(source))
   return ((text, key) for text, key in keyed if text.strip())
@@ -110,7 +111,7 @@ def files(source: config.Source) -> list[Path]:
   match source:
     case config.PythonStdlib():
       return _stdlib_files()
-    case config.Seqio() | config.Demonstrations():
+    case config.Seqio() | config.Demonstrations() | config.SlipPreferences():
       return []
     case config.WeightedConversations():
       return [path for part in parts(source) for path in files(part)]

@@ -9,7 +9,7 @@ from jaxrl_pt import config as cfg
 from jaxrl_pt.checkpoint import Restored
 from jaxrl_pt.config import checks
 from jaxrl_pt.errors import UserError
-from jaxrl_pt.jobs import pretrain, rl, rpt, sft
+from jaxrl_pt.jobs import dpo, pretrain, reward_model, rl, rpt, sft
 from jaxrl_pt.jobs.kind import Kind, Program
 from jaxrl_pt.parallel import rules
 from jaxrl_pt.run import loop, policy
@@ -28,6 +28,10 @@ def kind(objective: cfg.Objective) -> Kind:
       return pretrain.KIND
     case cfg.SFT():
       return sft.KIND
+    case cfg.DPO():
+      return dpo.KIND
+    case cfg.RewardModel():
+      return reward_model.KIND
     case cfg.RPT():
       return rpt.KIND
     case cfg.RL():

@@ -96,6 +96,9 @@ def evaluate_workdir(workdir: Path, *, step: int | None = None,
     UserError: no checkpoint, data of another tokenizer, or an empty validation split.
   """
   trained = policy.load_policy(workdir, step)
+  if trained.session.run.objective.examples == 'preferences':
+    raise UserError(f'{workdir} holds a run on preferences, whose held-out ones are measured as it '
+                    'trains: see validation/ in metrics.jsonl.')
   opened = trained.session.data
   if data is not None:
     ours = places.with_own_tokenizer(data, workdir)

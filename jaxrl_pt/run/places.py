@@ -16,8 +16,8 @@ CHECKPOINTS = 'checkpoints'
 # The settings that are paths.
 _PATHS: dict[type, tuple[str, ...]] = {
     cfg.TextFiles: ('glob',), cfg.Jsonl: ('glob',), cfg.Parquet: ('glob',),
-    cfg.ArrayRecord: ('glob',), cfg.Conversations: ('glob',), cfg.JsonlProblems: ('glob',),
-    cfg.SentencePiece: ('path',),
+    cfg.ArrayRecord: ('glob',), cfg.Conversations: ('glob',), cfg.Preferences: ('glob',),
+    cfg.JsonlProblems: ('glob',), cfg.SentencePiece: ('path',),
     cfg.HuggingFaceTokenizer: ('path',), cfg.Data: ('validation_glob', 'cache_dir'),
     **{kind: kind.policy_fields for kind in get_args(cfg.Objective)}}
 

@@ -49,7 +49,8 @@ BY_CONTENT = frozenset((
     'HuggingFaceTokenizer.path', 'HuggingFaceTokenizer.end_of_text',
     'HuggingFaceTokenizer.begin_of_text', 'SentencePiece.path', 'SentencePiece.has_begin',
     'JsonlProblems.glob', 'RPT.start_from', 'RPT.proxy_from', 'RL.start_from',
-    'SFT.start_from'))
+    'SFT.start_from', 'DPO.start_from', 'RewardModel.start_from', 'Preferences.glob',
+    'SlipPreferences.source'))
 # Settings of the model that leave the arrays of its state as they are. All others decide which
 # arrays there are, so that no state of one value goes on with another.
 SAME_ARRAYS = frozenset((

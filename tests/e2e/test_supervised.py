@@ -118,3 +118,53 @@ def test_another_start_policy_is_refused_on_resume(
   line = complaint(capsys, *train_argv(job, f"cfg.SFT.start_from = '{tuned.workdir}'",
                                        f'cfg.Train.num_steps = {STEPS + 1}'))
   assert 'The policy in start_from is not the one' in line
+
+
+# --- Preferences ------------------------------------------------------------------
+
+PAIRS = _SHORT.replace('cfg.Run.objective = @cfg.NextToken()', """
+cfg.Run.objective = @cfg.{objective}()
+cfg.{objective}.start_from = '{start_from}'
+cfg.Data.source = @cfg.Preferences()
+cfg.Preferences.glob = '{rows}'
+""").replace('cfg.Cosine.peak_rate = 0.01', 'cfg.Cosine.peak_rate = 0.002')
+
+
+@pytest.fixture(scope='module')
+def preferences(tmp_path_factory: pytest.TempPathFactory) -> Path:
+  path = tmp_path_factory.mktemp('rows') / 'pairs.jsonl'
+  path.write_text(''.join(
+      json.dumps({'prompt': f'say {i}: ', 'chosen': 'good word', 'rejected': 'bad byte'}) + '\n'
+      for i in range(200)))
+  return path
+
+
+@pytest.mark.parametrize('objective', ['DPO', 'RewardModel'])
+def test_preferences_are_learned_and_a_killed_run_is_bit_identical(
+    make_job: Callable[..., Job], pretrained: Job, preferences: Path, objective: str,
+    capsys: pytest.CaptureFixture[str], tmp_path: Path):
+  fields = {'start_from': str(pretrained.workdir), 'rows': str(preferences),
+            'objective': objective}
+  whole, job = make_job(PAIRS, **fields), make_job(PAIRS, **fields)
+  done = whole.run()
+  assert done.returncode == 0, done.stdout + done.stderr
+  rows = whole.rows()
+  assert rows[-1]['validation/accuracy'] == 1 and rows[-1]['validation/margin'] > 0.05
+  if objective == 'DPO':  # Before the first step the policy is its own reference.
+    assert rows[0]['validation/loss'] == pytest.approx(np.log(2), abs=1e-3)
+  code, output = job.run_until(random.SystemRandom().randint(1, STEPS - 4), signal.SIGKILL)
+  assert code == -signal.SIGKILL, output
+  done = job.run()
+  assert done.returncode == 0, done.stderr
+  same_run(job, whole)
+  score = ('score', '--workdir', str(whole.workdir), str(tmp_path / 'rows.jsonl'))
+  (tmp_path / 'rows.jsonl').write_text(''.join(
+      json.dumps({'prompt': 'say 7: ', 'completion': text}) + '\n'
+      for text in ('good word', 'bad byte')))
+  if objective == 'DPO':
+    assert 'holds a run of DPO' in complaint(capsys, *score)
+    return
+  assert main(score) == 0
+  good, bad = map(json.loads, capsys.readouterr().out.splitlines())
+  assert good['reward'] > bad['reward'] and good['place'].endswith('rows.jsonl:1')
+  assert good['tokens'] == len('say 7: good word') + 2

@@ -10,8 +10,8 @@ import pytest
 from jaxrl_pt import config as cfg
 from jaxrl_pt import gin_bindings
 from jaxrl_pt.errors import UserError
+from jaxrl_pt.jobs import dpo, pretrain, reward_model, rl, rpt, sft
 from jaxrl_pt.jobs import open as opening
-from jaxrl_pt.jobs import pretrain, rl, rpt, sft
 from jaxrl_pt.parallel.mesh import make_mesh
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,8 +37,9 @@ def test_every_objective_has_a_kind_of_its_own(monkeypatch):
   kinds = {type(objective): opening.kind(objective) for objective in shipped}
   assert kinds.keys() == set(get_args(cfg.Objective))
   assert len(set(map(id, kinds.values()))) == len(kinds)
-  assert [kinds[kind] for kind in (cfg.NextToken, cfg.SFT, cfg.RPT, cfg.RL)] == [
-      pretrain.KIND, sft.KIND, rpt.KIND, rl.KIND]
+  assert [kinds[kind] for kind in (
+      cfg.NextToken, cfg.SFT, cfg.DPO, cfg.RewardModel, cfg.RPT, cfg.RL)] == [
+          pretrain.KIND, sft.KIND, dpo.KIND, reward_model.KIND, rpt.KIND, rl.KIND]
 
 
 @dataclass(frozen=True)

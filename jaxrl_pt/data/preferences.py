@@ -1,0 +1,90 @@
+"""Pairs of a chosen and a rejected completion of one prompt, packed together into rows.
+
+A row of a JSON-lines file has `prompt`, `chosen` and `rejected`. A pair becomes two neighbouring
+segments of one row, each with the prompt before its completion. Each segment ends with its end of
+text as an input, whose target has no weight: it is where a reward model reads the score.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxrl_pt import config
+from jaxrl_pt.data import conversations, generated, sources
+from jaxrl_pt.data.tokenizer import Tokenizer
+from jaxrl_pt.errors import UserError
+
+_EXPECTED = '{"prompt": "…", "chosen": "…", "rejected": "…"}'
+
+
+class Row(NamedTuple):
+  """A pair of conversations that differ in what the assistant says last."""
+
+  chosen: conversations.Row
+  rejected: conversations.Row
+
+  @property
+  def key(self) -> str:
+    """What both were asked. Pairs of one key stand on one side of a split."""
+    return self.chosen.key
+
+  @property
+  def num_bytes(self) -> int:
+    return self.chosen.num_bytes + self.rejected.num_bytes
+
+
+def rows(source: config.Source) -> Iterator[Row]:
+  """Yields each pair of a source, always in the same order.
+
+  Raises:
+    UserError: a row is no pair; the message names its file and line.
+  """
+  match source:
+    case config.SlipPreferences(source=problems):
+      for number in range(problems.size):
+        prompt, chosen, rejected = generated.preference(problems, number)
+        place = f'preference {number} of {problems}'
+        yield Row(*(conversations.Row(place, prompt, prompt, text) for text in (chosen, rejected)))
+    case config.Preferences(glob=pattern):
+      for place, row in sources.json_rows(pattern):
+        yield _row(place, row)
+    case _:
+      raise UserError(f'{source} holds no preferences: set Data.source to @cfg.Preferences().')
+
+
+def _row(place: str, row: dict[str, Any]) -> Row:
+  """A pair of a JSON object."""
+  pair = Row(*(conversations.of_fields(row, place, name, _EXPECTED)
+               for name in ('chosen', 'rejected')))
+  if pair.chosen == pair.rejected:
+    raise UserError(f"{place}: 'chosen' and 'rejected' are the same, so that nothing is preferred: "
+                    'drop the row.')
+  return pair
+
+
+def parts(row: Row, tokenizer: Tokenizer) -> tuple[np.ndarray, ...]:
+  """i32[3, m] of both segments."""
+  return tuple(_part(each, tokenizer) for each in row)
+
+
+def within(whole: tuple[np.ndarray, ...], row: Row, data: config.Data) -> tuple[np.ndarray, ...]:
+  """Both segments, each cut to half of Data.seq_len if together they are longer.
+
+  Raises:
+    UserError: they are longer, and Data.long_documents is 'error'.
+  """
+  length = sum(part.shape[1] for part in whole)
+  if length <= data.seq_len:
+    return whole
+  if data.long_documents == 'error':
+    raise UserError(f'{row.chosen.place} has {length} tokens in both completions with their '
+                    f"prompts, Data.seq_len is {data.seq_len} and Data.long_documents is 'error': "
+                    "raise seq_len, drop the row, or set long_documents = 'cut'.")
+  return tuple(part[:, :data.seq_len // 2] for part in whole)
+
+
+def _part(row: conversations.Row, tokenizer: Tokenizer) -> np.ndarray:
+  ids, learned = conversations.encode(row, tokenizer)
+  part_3m = conversations.pairs(ids, learned)
+  return np.concatenate([part_3m, np.asarray([[ids[-1]], [0], [0]], np.int32)], 1)

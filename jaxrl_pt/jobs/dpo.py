@@ -1,0 +1,84 @@
+"""Direct preference optimisation on pairs of a chosen and a rejected completion (2305.18290).
+
+    L = −log σ(β · [log π(y_c | x) / π_ref(y_c | x) − log π(y_r | x) / π_ref(y_r | x)])
+
+The reference policy is the one that the run starts from. What it says of each completion is
+computed before the first step and kept beside the data (`jobs.reference`), so that its parameters
+take no memory while the policy learns. `train.preferences` has the losses.
+"""
+
+from collections.abc import Iterator
+import contextlib
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+
+from jaxrl_pt import config as cfg
+from jaxrl_pt.data import loader
+from jaxrl_pt.jobs import packed, pairs, reference, sft
+from jaxrl_pt.jobs.kind import Kind, Program
+from jaxrl_pt.parallel import hosts, rules
+from jaxrl_pt.parallel import model as models
+from jaxrl_pt.run import session as sessions
+from jaxrl_pt.run.workdir import claimed
+from jaxrl_pt.train import optim, preferences
+from jaxrl_pt.train import state as states
+from jaxrl_pt.types import Array, Batch
+
+
+def _method(run: cfg.Run) -> cfg.DPO:
+  assert isinstance(run.objective, cfg.DPO)
+  return run.objective
+
+
+def _loss_of(run: cfg.Run, mesh: Mesh) -> pairs.LossOf:
+  return lambda model, segments: preferences.dpo(
+      _method(run), models.build(model, run.compute, mesh), run.compute.loss_chunk, segments)
+
+
+class _Reference:
+  """The reference policy's log-probabilities of both splits, on the devices."""
+
+  def __init__(self, session: sessions.Session, start: packed.Start) -> None:
+    segments = pairs.num_segments(session.data)
+    self._rows = rules.row_sharding(session.mesh)
+
+    def table(split: loader.Packed) -> Array:
+      found = reference.completions(session, split, start.params, start.digest, segments)
+      return hosts.from_whole(found, rules.replicated(session.mesh))
+
+    self._tables = {'train': table(session.data.train),
+                    'validation': table(session.data.validation)}
+    self._take = jax.jit(lambda table, ids: table[ids], out_shardings=self._rows)
+
+  def pairs(self, split: str, batch: Batch) -> preferences.Pairs:
+    """A batch of a split with its log-probabilities; a row of padding takes any."""
+    return preferences.Pairs(batch, self._take(self._tables[split], batch.ids))
+
+
+@contextlib.contextmanager
+def _open(run: cfg.Run, workdir: Path, resolved_text: str, allow: frozenset[str]
+          ) -> Iterator[packed.PackedTraining]:
+  start, tokenizer = sft.open_start(run, _method(run).start_from, workdir)
+  with claimed(workdir):
+    session = sessions.open_session(run, workdir, resolved_text, allow=allow, tokenizer=tokenizer)
+    known = _Reference(session, start)
+    stage = pairs.stage(session, _loss_of(run, session.mesh), known.pairs, preferences.Optimizers,
+                        lambda state: state.params, states.no_method)
+    with contextlib.closing(packed.PackedTraining(session, stage, start)) as job:
+      yield job
+
+
+def _programs(run: cfg.Run, mesh: Mesh) -> list[Program]:
+  """The step, and the pass in which the reference policy reads the pairs."""
+  model = models.build(run.model, run.compute, mesh)
+  optimizer = optim.make_optimizer(run.optimizer, cfg.num_updates(run), model.specs)
+  step = pairs.program(run, mesh, 'DPO step', _loss_of(run, mesh),
+                       preferences.Optimizers(optimizer), states.no_method)
+  state, (batch, _) = step.args
+  read = jax.jit(preferences.completions(model, run.compute.loss_chunk, pairs.ASSUMED_SEGMENTS))
+  return [step, Program('reference policy', read, (state.params, batch), share=0.0)]
+
+
+KIND = Kind(_open, _programs, packed.num_tokens, packed.model_flops, packed.keeps_nothing)

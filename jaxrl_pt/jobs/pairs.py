@@ -1,0 +1,90 @@
+"""What DPO and reward models share: steps and evaluation on rows of preference pairs."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+import optax
+
+from jaxrl_pt import config as cfg
+from jaxrl_pt.data import loader
+from jaxrl_pt.jobs import packed
+from jaxrl_pt.jobs.kind import Program, abstract
+from jaxrl_pt.parallel import model as models
+from jaxrl_pt.parallel import rules
+from jaxrl_pt.run import evaluate
+from jaxrl_pt.run import session as sessions
+from jaxrl_pt.train import optim, preferences
+from jaxrl_pt.train import state as states
+from jaxrl_pt.types import Array, Batch, TrainState
+
+# Segments of a row, for preflight, which has no data.
+ASSUMED_SEGMENTS = 32
+
+# (model settings, number of segments) → the loss of pairs.
+LossOf = Callable[[cfg.Model, int], preferences.PairLoss]
+
+
+def num_segments(data: loader.Prepared) -> int:
+  """The most segments that a row of either split has, which is even."""
+  return max(data.train.num_segments, data.validation.num_segments)
+
+
+def compiled_step(run: cfg.Run, loss: preferences.PairLoss,
+                  optimizers: preferences.Optimizers, segments: int) -> Any:
+  """The jitted step(state, pairs); the state is donated."""
+  schedule = optim.learning_rate(run.optimizer.schedule, cfg.num_updates(run))
+  step = preferences.make_pair_step(loss, optimizers, schedule, segments, run.train.accumulation)
+  return jax.jit(step, donate_argnums=0)
+
+
+def stage(session: sessions.Session, loss_of: LossOf, pair_of: Callable[[str, Batch], Any],
+          optimizers_of: Callable[[optax.GradientTransformation], preferences.Optimizers],
+          trained_of: Callable[[TrainState], Any], new_method: Any) -> packed.Stage:
+  """The stage of an objective over pairs.
+
+  Args:
+    session: the run's session.
+    loss_of: (model settings, number of segments) → the loss.
+    pair_of: ('train' or 'validation', batch) → `preferences.Pairs`.
+    optimizers_of: the run's optimizer → all that a step updates with.
+    trained_of: state → what the loss takes as its parameters.
+    new_method: as in `packed.Stage`.
+  """
+  run, segments = session.run, num_segments(session.data)
+
+  def compile_step(model: cfg.Model, optimizer: optax.GradientTransformation) -> Any:
+    step = compiled_step(run, loss_of(model, segments), optimizers_of(optimizer), segments)
+    return lambda state, batch: step(state, pair_of('train', batch))
+
+  measure = jax.jit(loss_of(run.model, segments))
+
+  def measured(state: TrainState, step: int) -> dict[str, float]:
+    del step
+    found = evaluate.totals(
+        session, session.data.validation, run.train.eval_batches,
+        lambda batch: measure(trained_of(state), pair_of('validation', batch))[1])
+    return {f'validation/{name}': value for name, value in found.items()}
+
+  return packed.Stage(compile_step, session.put, measured, new_method)
+
+
+def program(run: cfg.Run, mesh: Mesh, name: str, loss_of: LossOf,
+            optimizers: preferences.Optimizers, new_method: Any) -> Program:
+  """The step as a program for preflight, with rows of at most 32 segments."""
+  model = models.build(run.model, run.compute, mesh)
+  state = states.abstract_state(model, optimizers.params, mesh, new_method)
+  reference = abstract((run.train.batch_size, ASSUMED_SEGMENTS), jnp.float32,
+                       rules.row_sharding(mesh))
+  pairs = preferences.Pairs(packed.abstract_batch(run, mesh), reference)
+  step = compiled_step(run, loss_of(run.model, ASSUMED_SEGMENTS), optimizers, ASSUMED_SEGMENTS)
+  return Program(name, step, (state, pairs))
+
+
+def no_reference(split: str, batch: Batch, segments: int) -> preferences.Pairs:
+  """Pairs whose loss reads no reference policy."""
+  del split
+  zeros: Array = jnp.zeros((batch.segments.shape[0], segments))
+  return preferences.Pairs(batch, zeros)
