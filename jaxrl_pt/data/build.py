@@ -21,7 +21,7 @@ from jaxrl_pt.data import (
   splits,
 )
 from jaxrl_pt.data import tokenizer as tokenizers
-from jaxrl_pt.errors import UserError
+from jaxrl_pt.errors import MissingFileError, UserError
 
 FORMAT = 3  # raise when prepared files of the same config would come out differently
 MANIFEST = 'manifest.json'
@@ -203,6 +203,31 @@ def _keyed(source: config.Source) -> Iterator[tuple[str, str]]:
               for row in preferences.rows(source))
     case _:
       return sources.keyed_documents(source)
+
+
+def refuse_trained_on(trained: config.Data, share: float,
+                      held_out: Callable[[], Iterable[str]], advice: str) -> None:
+  """Refuses held-out prompts that another run was trained on.
+
+  Args:
+    trained: the other run's data; those without prompts are not compared.
+    share: the share that is held out by the hash of the prompt; 1 where it is chosen otherwise. The
+      other run has read none of it if it held out as much.
+    held_out: yields the prompts.
+    advice: what to do about an overlap; it ends the message.
+
+  Raises:
+    UserError: some prompts were trained on; it says how many of how many.
+  """
+  with_prompts = config.SOURCES_OF['conversations'] + config.SOURCES_OF['preferences']
+  if not isinstance(trained.source, with_prompts) or (
+      not trained.validation_glob and trained.validation_fraction >= share):
+    return
+  try:
+    splits.refuse_overlap(split_keys(trained, held_out=False), held_out(), 'prompts', advice)
+  except MissingFileError as error:
+    print('Not checked: whether held-out prompts are among those that the start policy was trained '
+          f'on. {error}', flush=True)
 
 
 def _refuse_overlap(data: config.Data, what: str) -> None:

@@ -148,9 +148,10 @@ def _one_sample(rollouts: cfg.Rollouts, sampler: cfg.Sampler) -> cfg.Rollouts:
 def check_held_out(asked: cfg.Problems, start: cfg.Run) -> None:
   """Refuses held-out prompts on which the policy that the run starts from was trained.
 
-  Only demonstrations and the problems of an earlier run of RL are compared; free text that quotes
-  a problem is not found. A hash of the prompt decides in both runs what is held out, so a start
-  policy whose run held out as large a share or a larger one has read no held-out prompt.
+  Only the prompts of demonstrations, conversations and preferences, and the problems of an earlier
+  run of RL are compared; free text that quotes a problem is not found. A hash of the prompt decides
+  in both runs what is held out, so a start policy whose run held out as large a share or a larger
+  one has read no held-out prompt.
 
   Args:
     asked: the run's problems.
@@ -161,10 +162,8 @@ def check_held_out(asked: cfg.Problems, start: cfg.Run) -> None:
   """
   advice = ('hold out as much there as here, by {} = Problems.held_out = '
             f'{asked.held_out:g}, and train the start policy again.')
-  if isinstance(start.data.source, cfg.Demonstrations) and (
-      start.data.validation_fraction < asked.held_out):
-    splits.refuse_overlap(build.split_keys(start.data, held_out=False),
-                          problems.prompts(asked, held_out=True), 'prompts',
+  build.refuse_trained_on(start.data, asked.held_out,
+                          lambda: problems.prompts(asked, held_out=True),
                           advice.format('Data.validation_fraction'))
   if isinstance(start.objective, cfg.RL) and start.objective.problems.held_out < asked.held_out:
     splits.refuse_overlap(problems.prompts(start.objective.problems, held_out=False),

@@ -13,6 +13,7 @@ from pathlib import Path
 from jax.sharding import Mesh
 
 from jaxrl_pt import config as cfg
+from jaxrl_pt.data import build
 from jaxrl_pt.data import tokenizer as tokenizers
 from jaxrl_pt.jobs import packed, pretrain, reinforce
 from jaxrl_pt.jobs.kind import Kind, Program
@@ -39,16 +40,30 @@ def open_start(run: cfg.Run, start_from: str, workdir: Path
     workdir: the run's own work directory.
 
   Raises:
-    UserError: the run does not fit the devices, its warm-up and decay overlap, or the policy has
-      another model than the run.
+    UserError: the run does not fit the devices, its warm-up and decay overlap, the policy has
+      another model than the run, or it was trained on prompts that the run holds out.
   """
   if not start_from:
     optim.check_schedule(run.optimizer.schedule, cfg.num_updates(run))
     memory.check_fits(run)
     return packed.RANDOM, None
   start = reinforce.start_policy(run, start_from, workdir)
+  check_held_out(run.data, start.session.run.data)
   return (packed.Start(start.params, reinforce.digest(start.params)),
           start.session.data.tokenizer)
+
+
+def check_held_out(data: cfg.Data, trained: cfg.Data) -> None:
+  """Refuses held-out prompts on which the start policy was trained.
+
+  Args:
+    data: the run's settings of data.
+    trained: those of the start policy's run.
+  """
+  build.refuse_trained_on(
+      trained, 1.0 if data.validation_glob else data.validation_fraction,
+      lambda: build.split_keys(data, held_out=True),
+      'hold out no more here than there (Data.validation_fraction), or leave them out of one side.')
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from jaxrl_pt.data import build, loader, next_token, problems, splits
 from jaxrl_pt.environments import next_token as next_token_environment
 from jaxrl_pt.environments import problems as problems_environment
 from jaxrl_pt.errors import UserError
+from jaxrl_pt.jobs import sft
 
 ROOT = Path(__file__).parents[2]
 SUMS = cfg.Arithmetic(size=3000, num_terms=2, num_digits=1, noise=0.5)  # of 100 sums
@@ -114,6 +115,8 @@ def _check(run: cfg.Run, start: cfg.Run) -> None:
   """As the jobs of both objectives do."""
   if isinstance(run.objective, cfg.RL):
     problems_environment.check_held_out(run.objective.problems, start)
+  elif isinstance(run.objective, cfg.Supervised):
+    sft.check_held_out(run.data, start.data)
   else:
     next_token_environment.check_held_out(run.data, start.data, run.objective.start_from)
 
@@ -150,6 +153,20 @@ def test_problems_that_the_start_policy_read_are_refused():
   _check(_rl(0.2), _start(0.3))
   # Sums of four terms are none of two.
   _check(_rl(0.3, dataclasses.replace(SUMS, size=50, num_terms=4)), _start(0.0))
+
+
+@pytest.mark.parametrize('source', [
+    cfg.WeightedConversations((cfg.Demonstrations(SUMS),), (1.0,)), cfg.SlipPreferences(SUMS)])
+def test_prompts_of_supervised_stages_are_compared_too(source):
+  examples = cfg.SFT('a') if isinstance(source, cfg.WeightedConversations) else cfg.DPO('a')
+  run = lambda fraction: _run(cfg.Data(source, cfg.PolicyTokenizer(), 64, fraction,
+                                       long_documents='cut'), examples)
+  with pytest.raises(UserError, match='distinct held-out prompts'):
+    _check(_rl(0.3), run(0.2))
+  _check(_rl(0.2), run(0.3))
+  with pytest.raises(UserError, match='distinct held-out prompts.*hold out no more here'):
+    _check(run(0.3), _start(0.2))
+  _check(run(0.2), _start(0.2))
 
 
 def test_problems_of_an_earlier_reinforcement_are_refused():
