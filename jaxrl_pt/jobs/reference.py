@@ -36,6 +36,8 @@ def completions(session: sessions.Session, packed: loader.Packed, params: Params
     digest: names those parameters.
     num_segments: S.
   """
+  if not len(packed):
+    return np.zeros((0, num_segments), np.float32)
   path = session.data.directory / f'reference-{_key(session.run, packed, digest)}.npy'
   shape = packed.num_examples, num_segments
   known = _read(path, shape)
@@ -80,4 +82,4 @@ def _compute(session: sessions.Session, packed: loader.Packed, params: Params, n
                     out_shardings=rules.replicated(session.mesh))
   rows: list[Any] = [hosts.on_host(compute(params, session.put_global(batch))[0])
                      for batch in loader.eval_batches(packed, run.train.batch_size)]
-  return np.concatenate([np.zeros((0, num_segments), np.float32), *rows])[:packed.num_examples]
+  return np.concatenate(rows)[:packed.num_examples]
