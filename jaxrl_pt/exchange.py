@@ -20,11 +20,6 @@ from jaxrl_pt.parallel.mesh import make_mesh
 from jaxrl_pt.run import places, policy, saved
 from jaxrl_pt.run import session as sessions
 
-# What a work directory of an imported model keeps of the folder it came from.
-CARRIED = 'huggingface'
-_SMALL_FILES = ('config.json', 'generation_config.json', 'tokenizer_config.json',
-                'special_tokens_map.json', 'added_tokens.json', 'vocab.json', 'merges.txt',
-                'chat_template.jinja')
 _TOKENIZER_CONFIG = 'tokenizer_config.json'
 # The scales of packed matrices, which their latent weights have but for rounding.
 _SCALES = 'ternary_scales.json'
@@ -65,9 +60,9 @@ def import_model(source: Path, workdir: Path) -> str:
     tokenizer.save(folder / places.TOKENIZER)
     data = sessions.policy_data(run, folder, {'tokenizer': tokenizer.fingerprint})
     session = sessions.open_session(run, folder, gin_bindings.dump(run), data=data)
-    _carry(source, folder / CARRIED)
+    _carry(source, folder / places.CARRIED)
     if scales := hf.stored_scales(source):
-      files.write_text(folder / CARRIED / _SCALES, json.dumps(scales, indent=2) + '\n')
+      files.write_text(folder / places.CARRIED / _SCALES, json.dumps(scales, indent=2) + '\n')
     extras = {**saved.checkpoint_extras(session, {}), 'objective': 'Imported',
               'data': {'absolute': str(workdir.absolute() / 'data'), 'relative': 'data'}}
     with Checkpointer(folder / places.CHECKPOINTS, run.checkpoint) as checkpointer:
@@ -151,7 +146,7 @@ def _end_of_text(path: Path, described: dict[str, Any], settings: dict[str, Any]
 def _carry(source: Path, folder: Path) -> None:
   """Copies the small files of a Hugging Face folder, for an export to write them again."""
   folder.mkdir()
-  for name in _SMALL_FILES:
+  for name in places.SMALL_FILES:
     if (source / name).is_file():
       shutil.copyfile(source / name, folder / name)
 
@@ -180,11 +175,11 @@ def export_model(workdir: Path, destination: Path, *, step: int | None, packed: 
   with files.whole_directory(destination) as folder:
     trained = policy.load_policy(workdir, step)
     tokenizer, config = trained.session.data.tokenizer, trained.model.config
-    kept = workdir / CARRIED / _SCALES
+    kept = workdir / places.CARRIED / _SCALES
     hf.save_model(folder, config, trained.params, packed=packed, bos_id=tokenizer.bos_id,
                   eos_id=tokenizer.eos_id, scales=hf.read_json(kept) if kept.exists() else None)
     said = [f'Exported step {trained.step} of {workdir} to {destination}.']
-    if not _write_tokenizer(tokenizer, workdir / CARRIED, folder):
+    if not _write_tokenizer(tokenizer, workdir / places.CARRIED, folder):
       said.append('Its tokenizer has no Hugging Face form and was left out.')
     if verify:
       difference = verification.check(folder, config, trained.params)
@@ -213,7 +208,7 @@ def export_gguf(workdir: Path, destination: Path, *, step: int | None,
   with files.whole_file(destination) as path:
     trained = policy.load_policy(workdir, step)
     tokenizer, config = trained.session.data.tokenizer, trained.model.config
-    settings, generation, template = _carried(workdir / CARRIED)
+    settings, generation, template = _carried(workdir / places.CARRIED)
     longest = settings.get('max_position_embeddings') or context_length(config)
     keys = gguf_file.metadata(config, ternary_type, workdir.absolute().name, longest)
     vocabulary = gguf_vocabulary.metadata(tokenizer, config.vocab_size, generation)

@@ -1,6 +1,7 @@
 """Makes the packed examples of documents, conversations or preferences, on disk, split in two."""
 
 from collections.abc import Callable, Iterable, Iterator
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -11,6 +12,8 @@ import numpy as np
 
 from jaxrl_pt import config
 from jaxrl_pt.data import (
+  chat,
+  chat_files,
   conversations,
   fingerprint,
   pack,
@@ -34,17 +37,21 @@ class Making(NamedTuple):
 
   examples: what an example is made of.
   tokenizer: that of the policy that the run starts from; None where `Data.tokenizer` names one.
+  template: writes messages; None takes the plain one.
   """
 
   examples: config.Examples = 'documents'
   tokenizer: tokenizers.Tokenizer | None = None
+  template: chat.ChatTemplate | None = None
 
   @property
   def form(self) -> Any:
     """The part of the name of prepared data that does not follow from the settings of data."""
     if self.examples == 'documents' and self.tokenizer is None:
       return FORMAT
-    return FORMAT, self.examples, self.tokenizer and self.tokenizer.fingerprint
+    # The template's name says where it lies.
+    template = self.template and dataclasses.replace(self.template, name='')
+    return FORMAT, self.examples, self.tokenizer and self.tokenizer.fingerprint, template
 
 
 DOCUMENTS = Making()
@@ -197,10 +204,9 @@ def _keyed(source: config.Source) -> Iterator[tuple[str, str]]:
   """Yields (text, key) of each document or conversation of a source."""
   match source:
     case config.Conversations() | config.WeightedConversations():
-      return ((row.prompt + row.completion, row.key) for row, _ in conversations.rows(source))
+      return ((row.text, row.key) for row, _ in conversations.rows(source))
     case config.Preferences() | config.SlipPreferences():
-      return ((row.chosen.prompt + row.chosen.completion, row.key)
-              for row in preferences.rows(source))
+      return ((row.chosen.text, row.key) for row in preferences.rows(source))
     case _:
       return sources.keyed_documents(source)
 
@@ -259,8 +265,18 @@ def _supervised(data: config.Data, making: Making, left_out: dict[str, int]
     training = (text for text, _, held_out in _texts(data) if not held_out)
     tokenizer = tokenizers.train_or_load(data.tokenizer, training)
   left_out.update(cut=0, left_out=0)
+  writing = _Writing(data, tokenizer, making.template or chat_files.plain(tokenizer), left_out)
   make = _answered if making.examples == 'conversations' else _preferred
-  return tokenizer, _on_sides(data, lambda source: make(source, data, tokenizer, left_out))
+  return tokenizer, _on_sides(data, lambda source: make(source, writing))
+
+
+class _Writing(NamedTuple):
+  """How answers become tokens, and the counts of those that were too long."""
+
+  data: config.Data
+  tokenizer: tokenizers.Tokenizer
+  template: chat.ChatTemplate
+  left_out: dict[str, int]
 
 
 def _on_sides(data: config.Data, make: Callable[[config.Source], Iterator[tuple[str, _Item]]]
@@ -275,33 +291,32 @@ def _on_sides(data: config.Data, make: Callable[[config.Source], Iterator[tuple[
       yield item._replace(place=pack.hold_out(key), held_out=True)
 
 
-def _answered(source: config.Source, data: config.Data, tokenizer: tokenizers.Tokenizer,
-              left_out: dict[str, int]) -> Iterator[tuple[str, _Item]]:
+def _answered(source: config.Source, writing: _Writing) -> Iterator[tuple[str, _Item]]:
   """(key, item) of each conversation, which is one segment."""
   for row, weight in conversations.rows(source):
-    pairs_3m = conversations.pairs(*conversations.encode(row, tokenizer), weight)
-    kept_3m = conversations.within(pairs_3m, row.place, data)
-    yield row.key, _item(data, tokenizer, (pairs_3m,), (kept_3m,), row.num_bytes, left_out)
+    encoded = conversations.encode(row, writing.tokenizer, writing.template)
+    pairs_3m = conversations.pairs(*encoded, weight)
+    kept_3m = conversations.within(pairs_3m, row.place, writing.data)
+    yield row.key, _item(writing, (pairs_3m,), (kept_3m,), row.num_bytes)
 
 
-def _preferred(source: config.Source, data: config.Data, tokenizer: tokenizers.Tokenizer,
-               left_out: dict[str, int]) -> Iterator[tuple[str, _Item]]:
+def _preferred(source: config.Source, writing: _Writing) -> Iterator[tuple[str, _Item]]:
   """(key, item) of each pair, which is two segments."""
   for row in preferences.rows(source):
-    whole = preferences.parts(row, tokenizer)
-    kept = preferences.within(whole, row, data)
-    yield row.key, _item(data, tokenizer, whole, kept, row.num_bytes, left_out)
+    whole = preferences.parts(row, writing.tokenizer, writing.template)
+    kept = preferences.within(whole, row, writing.data)
+    yield row.key, _item(writing, whole, kept, row.num_bytes)
 
 
-def _item(data: config.Data, tokenizer: tokenizers.Tokenizer, whole: tuple[np.ndarray, ...],
-          kept: tuple[np.ndarray, ...], num_bytes: int, left_out: dict[str, int]) -> _Item:
+def _item(writing: _Writing, whole: tuple[np.ndarray, ...], kept: tuple[np.ndarray, ...],
+          num_bytes: int) -> _Item:
   """What goes into one row, or nothing if a part of it has no learned token left."""
   learned = [part[1, part[2] != 0].tolist() for part in kept]
   is_kept = all(learned)
-  left_out['cut'] += any(a.shape != b.shape for a, b in zip(whole, kept, strict=True))
-  left_out['left_out'] += not is_kept
+  writing.left_out['cut'] += any(a.shape != b.shape for a, b in zip(whole, kept, strict=True))
+  writing.left_out['left_out'] += not is_kept
   return _Item(0.0, False, [kept] if is_kept else [], sum(part.shape[1] for part in whole),
-               num_bytes, sum(len(tokenizer.decode_bytes(ids)) for ids in learned))
+               num_bytes, sum(len(writing.tokenizer.decode_bytes(ids)) for ids in learned))
 
 
 def _check_splits(data: config.Data, making: Making, splits: dict[str, dict[str, Any]],

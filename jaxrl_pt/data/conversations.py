@@ -1,43 +1,60 @@
 """Conversations from which a policy learns the assistant's tokens alone.
 
-A row of a JSON-lines file has `messages`, a list of {"role", "content"} with any number of turns,
-or `prompt` and `completion`. A prompt and its completion are encoded apart, as they are when the
-completion is sampled, and joined as ids: a beginning token if the tokenizer has one, the prompt,
-the completion, the end of text. The loss counts the completion and the end. Messages are written
-by a chat template, which also says which of the tokens are the assistant's.
+A row of a JSON-lines file has `messages`, a list of {"role", "content"} with any number of turns
+and perhaps `tools`, or `prompt` and `completion`.
+
+Messages are written by a chat template (`data.chat`), up to the assistant's last turn. The loss
+counts what the assistant writes in each of its turns, and the token that ends the turn. A prompt
+and its completion are encoded apart, as they are when the completion is sampled, and joined as ids:
+a beginning token if the tokenizer has one, the prompt, the completion, the end of text. The loss
+counts the completion and the end:
 
     ids      bos p_1 … p_n c_1 … c_m eos
     learned   0  0  …  0   1  …  1   1
 """
 
 from collections.abc import Iterator
+import decimal
+import json
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxrl_pt import config
-from jaxrl_pt.data import sources
+from jaxrl_pt.data import chat, chat_messages, sources
 from jaxrl_pt.data.tokenizer import Tokenizer
 from jaxrl_pt.errors import UserError
 
-_EXPECTED = '{"prompt": "…", "completion": "…"}'
+_EXPECTED = '{"messages": […]} or {"prompt": "…", "completion": "…"}'
 
 
 class Row(NamedTuple):
   """One conversation.
 
   place: 'file:line', for messages.
-  key: what the conversation was asked. Conversations of one key stand on one side of a split.
+  key: what the conversation was asked first. Conversations of one key stand on one side of a split.
+  prompt, completion: both empty where there are messages.
+  messages, tools: as `chat.encode_conversation` takes them; empty where there is a prompt.
+  only_last: whether the assistant's last turn alone is learned.
   """
 
   place: str
   key: str
-  prompt: str
-  completion: str
+  prompt: str = ''
+  completion: str = ''
+  messages: tuple[Any, ...] = ()
+  tools: tuple[Any, ...] = ()
+  only_last: bool = False
+
+  @property
+  def text(self) -> str:
+    """What was said, for a tokenizer to be trained on."""
+    said = [message['content'] or '' for message in self.messages]
+    return self.prompt + self.completion + '\n'.join(said)
 
   @property
   def num_bytes(self) -> int:
-    return len((self.prompt + self.completion).encode())
+    return len(self.text.encode())
 
 
 def rows(source: config.Source) -> Iterator[tuple[Row, float]]:
@@ -56,9 +73,54 @@ def rows(source: config.Source) -> Iterator[tuple[Row, float]]:
         yield Row(f'demonstration {number} of {problems}', prompt, prompt, response), 1.0
     case config.Conversations(glob=pattern):
       for place, found in sources.json_rows(pattern):
-        yield of_fields(found, place, 'completion', _EXPECTED), 1.0
+        yield of_row(found, place), 1.0
     case _:
       raise UserError(f'{source} holds no conversations: set Data.source to @cfg.Conversations().')
+
+
+def of_row(row: dict[str, Any], place: str) -> Row:
+  """The conversation of a JSON object.
+
+  Raises:
+    UserError: it holds none.
+  """
+  if 'messages' not in row:
+    return of_fields(row, place, 'completion', _EXPECTED)
+  return of_messages(row['messages'], row.get('tools') or (), place)
+
+
+def of_messages(messages: Any, tools: Any, place: str, *, only_last: bool = False) -> Row:
+  """The conversation of a list of messages, of which the last turn of the assistant ends it.
+
+  Raises:
+    UserError: a message is malformed, or the assistant says nothing.
+  """
+  try:
+    turns = chat_messages.checked(_plain(messages))
+    offered = chat_messages.check_tools(_plain(tools))
+  except UserError as error:
+    raise UserError(f'{place}: {error}') from error
+  answers = [turn for turn in turns if turn['role'] == 'assistant']
+  if not any((turn['content'] or '').strip() or turn.get('tool_calls') for turn in answers):
+    raise UserError(f'{place}: the assistant says nothing in messages, so that nothing is learned '
+                    'from it: drop the row.')
+  before = turns[:turns.index(answers[0])]
+  asked = [turn['content'] for turn in before if turn['role'] == 'user'][:1]
+  key = asked[0] if asked else json.dumps(before, ensure_ascii=False, sort_keys=True)
+  return Row(place, key, messages=tuple(turns), tools=tuple(offered), only_last=only_last)
+
+
+def _plain(value: Any) -> Any:
+  """A value of JSON whose numbers are floats, as templates write them."""
+  match value:
+    case decimal.Decimal():
+      return float(value)
+    case list() | tuple():
+      return [_plain(each) for each in value]
+    case dict():
+      return {name: _plain(each) for name, each in value.items()}
+    case _:
+      return value
 
 
 def of_fields(row: dict[str, Any], place: str, field: str, expected: str) -> Row:
@@ -96,8 +158,20 @@ def _text_of(row: dict[str, Any], name: str, place: str, expected: str) -> str:
 # --- Tokens -----------------------------------------------------------------------
 
 
-def encode(row: Row, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-  """The ids i32[n] of a conversation, and bool[n] which of them are learned."""
+def encode(row: Row, tokenizer: Tokenizer, template: chat.ChatTemplate
+           ) -> tuple[np.ndarray, np.ndarray]:
+  """The ids i32[n] of a conversation, and bool[n] which of them are learned.
+
+  Raises:
+    UserError: the template refuses the messages; it names the row.
+  """
+  if row.messages:
+    try:
+      found = chat.encode_conversation(template, tokenizer, row.messages, row.tools,
+                                       only_last=row.only_last)
+    except UserError as error:
+      raise UserError(f'{row.place}: {error}') from error
+    return np.asarray(found.tokens, np.int32), np.asarray(found.is_written, bool)
   begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
   asked = [*begin, *tokenizer.encode(row.prompt)]
   answer = [*tokenizer.encode(row.completion), tokenizer.eos_id]

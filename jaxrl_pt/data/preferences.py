@@ -1,8 +1,12 @@
 """Pairs of a chosen and a rejected completion of one prompt, packed together into rows.
 
-A row of a JSON-lines file has `prompt`, `chosen` and `rejected`. A pair becomes two neighbouring
-segments of one row, each with the prompt before its completion. Each segment ends with its end of
-text as an input, whose target has no weight: it is where a reward model reads the score.
+A row of a JSON-lines file has `prompt`, `chosen` and `rejected`, all of them texts; or `chosen` and
+`rejected` are lists of messages, which go on after those of `prompt` if that is a list too, and
+else are whole conversations. Of messages the assistant's last turn is learned.
+
+A pair becomes two neighbouring segments of one row, each with the prompt before its completion.
+Each segment ends with its end as an input, whose target has no weight: it is where a reward model
+reads the score.
 """
 
 from collections.abc import Iterator
@@ -11,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxrl_pt import config
-from jaxrl_pt.data import conversations, generated, sources
+from jaxrl_pt.data import chat, conversations, generated, sources
 from jaxrl_pt.data.tokenizer import Tokenizer
 from jaxrl_pt.errors import UserError
 
@@ -55,17 +59,26 @@ def rows(source: config.Source) -> Iterator[Row]:
 
 def _row(place: str, row: dict[str, Any]) -> Row:
   """A pair of a JSON object."""
-  pair = Row(*(conversations.of_fields(row, place, name, _EXPECTED)
-               for name in ('chosen', 'rejected')))
+  names = 'chosen', 'rejected'
+  if isinstance(row.get('chosen'), list) and isinstance(row.get('rejected'), list):
+    prompt = row.get('prompt')
+    before = prompt if isinstance(prompt, list) else []
+    pair = Row(*(conversations.of_messages([*before, *row[name]], row.get('tools') or (), place,
+                                           only_last=True) for name in names))
+    if pair.chosen.messages[:-1] != pair.rejected.messages[:-1]:
+      raise UserError(f"{place}: 'chosen' and 'rejected' differ before their last turns, so that "
+                      'they do not answer the same: drop the row.')
+  else:
+    pair = Row(*(conversations.of_fields(row, place, name, _EXPECTED) for name in names))
   if pair.chosen == pair.rejected:
     raise UserError(f"{place}: 'chosen' and 'rejected' are the same, so that nothing is preferred: "
                     'drop the row.')
   return pair
 
 
-def parts(row: Row, tokenizer: Tokenizer) -> tuple[np.ndarray, ...]:
+def parts(row: Row, tokenizer: Tokenizer, template: chat.ChatTemplate) -> tuple[np.ndarray, ...]:
   """i32[3, m] of both segments."""
-  return tuple(_part(each, tokenizer) for each in row)
+  return tuple(_part(each, tokenizer, template) for each in row)
 
 
 def within(whole: tuple[np.ndarray, ...], row: Row, data: config.Data) -> tuple[np.ndarray, ...]:
@@ -84,7 +97,8 @@ def within(whole: tuple[np.ndarray, ...], row: Row, data: config.Data) -> tuple[
   return tuple(part[:, :data.seq_len // 2] for part in whole)
 
 
-def _part(row: conversations.Row, tokenizer: Tokenizer) -> np.ndarray:
-  ids, learned = conversations.encode(row, tokenizer)
+def _part(row: conversations.Row, tokenizer: Tokenizer, template: chat.ChatTemplate
+          ) -> np.ndarray:
+  ids, learned = conversations.encode(row, tokenizer, template)
   part_3m = conversations.pairs(ids, learned)
   return np.concatenate([part_3m, np.asarray([[ids[-1]], [0], [0]], np.int32)], 1)

@@ -21,8 +21,7 @@ import optax
 
 from jaxrl_pt import config as cfg
 from jaxrl_pt import params as P
-from jaxrl_pt.data import conversations, pack
-from jaxrl_pt.data import tokenizer as tokenizers
+from jaxrl_pt.data import chat_files, conversations, pack
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.jobs import packed, pairs, sft
 from jaxrl_pt.jobs.kind import Kind, Program
@@ -114,19 +113,21 @@ def score(workdir: Path, glob: str, step: int | None = None) -> Iterator[dict[st
   head = policy.restore(session, step, 'method', new_method).state.params
   compute = jax.jit(preferences.rewards(session.model(run.model), 1))
   num_rows = rules.whole_rows(session.mesh, 1)
+  tokenizer = session.data.tokenizer
+  making = sessions.making(run, run.data, workdir, tokenizer)
+  template = making.template or chat_files.plain(tokenizer)
   for row, _ in conversations.rows(cfg.Conversations(glob)):
-    batch = _alone(row, session.data.tokenizer, run.data.seq_len, num_rows)
+    ids, _ = conversations.encode(row, tokenizer, template)
+    batch = _alone(row.place, ids, run.data.seq_len, num_rows)
     reward = compute((params, head), session.put_global(batch))
     yield {'place': row.place, 'reward': float(np.asarray(reward)[0, 0]),
            'tokens': int(np.asarray(batch.segments[0]).sum())}
 
 
-def _alone(row: conversations.Row, tokenizer: tokenizers.Tokenizer, seq_len: int, num_rows: int
-           ) -> Batch:
+def _alone(place: str, ids: np.ndarray, seq_len: int, num_rows: int) -> Batch:
   """Equal rows of one conversation with its end as the last input, as in training."""
-  ids, _ = conversations.encode(row, tokenizer)
   if len(ids) > seq_len:
-    raise UserError(f'{row.place} has {len(ids)} tokens, and the reward model was trained on at '
+    raise UserError(f'{place} has {len(ids)} tokens, and the reward model was trained on at '
                     f'most Data.seq_len = {seq_len}: shorten the row.')
   rows_B3T = np.zeros((num_rows, 3, seq_len), np.int32)
   rows_B3T[:, 0, :len(ids)], rows_B3T[:, 2, :len(ids)] = ids, 1

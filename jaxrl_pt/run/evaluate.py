@@ -102,7 +102,7 @@ def evaluate_workdir(workdir: Path, *, step: int | None = None,
   opened = trained.session.data
   if data is not None:
     ours = places.with_own_tokenizer(data, workdir)
-    making = sessions.making(trained.session.run, ours, opened.tokenizer)
+    making = sessions.making(trained.session.run, ours, workdir, opened.tokenizer)
     opened = loader.prepare(ours, workdir / 'data', making)
     sessions.check_tokenizer(opened, trained.session.data.tokenizer.fingerprint, workdir)
   packed = opened.validation

@@ -12,6 +12,11 @@ from jaxrl_pt.data import token_table
 CONFIG = 'config.gin'
 TOKENIZER = 'tokenizer'
 CHECKPOINTS = 'checkpoints'
+# What a work directory of an imported model keeps of the folder it came from, and where.
+CARRIED = 'huggingface'
+SMALL_FILES = ('config.json', 'generation_config.json', 'tokenizer_config.json',
+               'special_tokens_map.json', 'added_tokens.json', 'vocab.json', 'merges.txt',
+               'chat_template.jinja')
 
 # The settings that are paths.
 _PATHS: dict[type, tuple[str, ...]] = {
@@ -53,6 +58,18 @@ def with_own_tokenizer(data: cfg.Data, workdir: Path) -> cfg.Data:
         tokenizer = dataclasses.replace(data.tokenizer, path=str(copy.absolute()))
         return dataclasses.replace(data, tokenizer=tokenizer)
   return data
+
+
+def carried(run: cfg.Run, workdir: Path) -> Path | None:
+  """The folder with the chat template and the other small files of a Hugging Face model, if any.
+
+  A run that starts from a policy has those of that policy, until it has a copy of its own.
+  """
+  folders = [workdir / CARRIED]
+  for name in run.objective.policy_fields[:1]:
+    if getattr(run.objective, name):
+      folders.append(policy(getattr(run.objective, name), workdir, name) / CARRIED)
+  return next((folder for folder in folders if folder.is_dir()), None)
 
 
 def policies(run: cfg.Run, workdir: Path) -> dict[str, str]:

@@ -120,6 +120,7 @@ def record(session: Session, step: int) -> None:
   if jax.process_index() != 0:
     return
   _record_tokenizer(session.data.tokenizer, session.workdir / TOKENIZER)
+  _record_carried(session)
   config = session.workdir / CONFIG
   before = config.read_text(encoding='utf-8') if config.is_file() else None
   if before == session.resolved_text:
@@ -127,6 +128,20 @@ def record(session: Session, step: int) -> None:
   if before is not None and step:
     files.write_text(session.workdir / f'config_until_step_{step}.gin', before)
   files.write_text(config, session.resolved_text)
+
+
+def _record_carried(session: Session) -> None:
+  """Copies the chat template and whatever else the start policy carries; whole or not at all."""
+  ours = session.workdir / places.CARRIED
+  theirs = places.carried(session.run, session.workdir)
+  if theirs is None or theirs == ours:
+    return
+  with files.writing(ours), files.unfinished_directory(ours) as temporary:
+    # Whatever else lies there describes the weights, which training changes.
+    for name in places.SMALL_FILES:
+      if (theirs / name).is_file():
+        shutil.copyfile(theirs / name, temporary / name)
+    temporary.rename(ours)
 
 
 def _record_tokenizer(tokenizer: tokenizers.Tokenizer, directory: Path) -> None:

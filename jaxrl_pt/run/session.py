@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxrl_pt import checkpoint
 from jaxrl_pt import config as cfg
-from jaxrl_pt.data import build, loader
+from jaxrl_pt.data import build, chat_files, loader
 from jaxrl_pt.data import tokenizer as tokenizers
 from jaxrl_pt.data.tokenizer import drawable
 from jaxrl_pt.errors import MissingFileError, UserError
@@ -92,23 +92,28 @@ def open_session(run: cfg.Run, workdir: Path, resolved_text: str, *,
   return Session(_drawing_tokens(run, data), workdir, resolved_text, mesh, data, allow)
 
 
-def making(run: cfg.Run, data: cfg.Data, tokenizer: tokenizers.Tokenizer | None) -> build.Making:
+def making(run: cfg.Run, data: cfg.Data, workdir: Path,
+           tokenizer: tokenizers.Tokenizer | None) -> build.Making:
   """What the examples of a run are made of.
 
   Args:
     run: the run, whose objective says what an example is.
     data: the settings of data, which may be others than the run's.
+    workdir: the run's work directory.
     tokenizer: the tokenizer of the run's policy, for `PolicyTokenizer`.
   """
   takes = data.tokenizer == cfg.PolicyTokenizer()
-  return build.Making(run.objective.examples or 'documents', tokenizer if takes else None)
+  examples = run.objective.examples or 'documents'
+  folder = None if examples == 'documents' else places.carried(run, workdir)
+  return build.Making(examples, tokenizer if takes else None,
+                      None if folder is None else chat_files.read(folder))
 
 
 def _prepare(run: cfg.Run, workdir: Path, directory: Path,
              tokenizer: tokenizers.Tokenizer | None) -> loader.Prepared:
   """The run's prepared data; if its texts are gone, the prepared data of its checkpoint."""
   try:
-    return loader.prepare(run.data, directory, making(run, run.data, tokenizer))
+    return loader.prepare(run.data, directory, making(run, run.data, workdir, tokenizer))
   except MissingFileError:
     if checkpoint.steps(workdir / CHECKPOINTS):
       _, extras = checkpoint.read_extras(workdir / CHECKPOINTS)
@@ -153,7 +158,7 @@ def policy_data(run: cfg.Run, workdir: Path, extras: Mapping[str, Any]) -> loade
     prepared = _prepared_before(ours, workdir, extras, run.objective.examples)
     if prepared is None:
       own = tokenizers.load(directory) if ours.tokenizer == cfg.PolicyTokenizer() else None
-      prepared = loader.prepare(ours, base, making(run, ours, own))
+      prepared = loader.prepare(ours, base, making(run, ours, workdir, own))
     check_tokenizer(prepared, extras['tokenizer'], workdir)
     return prepared
 
