@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxrl_pt import config as cfg
-from jaxrl_pt.data import build, loader
+from jaxrl_pt.data import build, chat_files, loader
 from jaxrl_pt.errors import UserError
 
 MAKING = build.Making('conversations')
@@ -133,3 +133,89 @@ def test_one_row_cannot_be_split(tmp_path: Path):
   with pytest.raises(UserError, match='of the 1 conversations|All 1 conversations'):
     prepare(tmp_path, source)
   assert len(prepare(tmp_path, source, fraction=0).train) == 1
+
+
+# --- Messages -----------------------------------------------------------------------
+
+
+def turns(*texts: str, system: str = '') -> list[dict]:
+  first = [{'role': 'system', 'content': system}] if system else []
+  return first + [{'role': ('user', 'assistant')[i % 2], 'content': text}
+                  for i, text in enumerate(texts)]
+
+
+def walk(packed: loader.Packed) -> list[tuple[str, str]]:
+  """(whole text, what is learned with # for the rest) of each segment, ends written as $."""
+  batch = packed.batch(range(len(packed)))
+  found = []
+  for row in range(len(packed)):
+    for segment in range(1, int(batch.segments[row].max()) + 1):
+      here = np.asarray(batch.segments[row]) == segment
+      targets, weights = (np.asarray(x[row])[here] for x in (batch.targets, batch.weights))
+      letters = ['$' if t == EOS else chr(t) for t in targets]
+      found.append((''.join(letters), ''.join(
+          letter if weight else '#' for letter, weight in zip(letters, weights, strict=True))))
+  return found
+
+
+def test_every_turn_of_the_assistant_is_learned_and_nothing_else(tmp_path: Path):
+  rows = [{'messages': turns('a?', 'b', 'c?', 'd', 'bye', system='S')}]
+  [(text, learned)] = walk(prepare(tmp_path, write(tmp_path / 'a.jsonl', rows), 128, 0).train)
+  assert text == 'S\n\nUser: a?\n\nAssistant: b$\n\nUser: c?\n\nAssistant: d$'
+  assert learned == '#' * text.index(' b$') + ' b$' + '#' * (
+      text.index(' d$') - text.index(' b$') - 3) + ' d$'
+
+
+def test_messages_of_one_first_question_are_held_out_together(tmp_path: Path):
+  rows = [{'messages': turns(f'{i % 20}?', f'{i}', f'more {i}', 'x', system=f'{i % 3}')}
+          for i in range(200)]
+  rows += [{'prompt': f'{i}?', 'completion': 'y'} for i in range(20)]
+  prepared = prepare(tmp_path, write(tmp_path / 'a.jsonl', rows), 128)
+  sides = []
+  for split in (prepared.train, prepared.validation):
+    sides.append({text.replace('User: ', '').split('\n\n')[-4 if 'User' in text else 0]
+                  .partition('?')[0] for text, _ in walk(split)})
+  assert sides[1] and not sides[0] & sides[1] and len(sides[0] | sides[1]) == 20
+
+
+def test_the_template_of_a_model_writes_the_turns_and_decides_the_examples(tmp_path: Path):
+  folder = tmp_path / 'huggingface'
+  folder.mkdir()
+  source = write(tmp_path / 'a.jsonl', [{'messages': turns('a?', 'b')}])
+  data = cfg.Data(source, cfg.Bytes(), 64, 0.0, long_documents='cut')
+  assert chat_files.read(folder) is None
+  (folder / 'tokenizer_config.json').write_text(json.dumps(
+      {'chat_template': '{{ bos_token }}{% for m in messages %}[{{ m.role[0] }}]'
+                        '{% if m.role == "assistant" %}{{ m.content }}{{ eos_token }}{% else %}'
+                        '{{ m.content }}{% endif %}{% endfor %}'
+                        '{% if add_generation_prompt %}[a]{% endif %}',
+       'bos_token': {'content': '<|endoftext|>'}, 'eos_token': '<|endoftext|>'}))
+  template = chat_files.read(folder)
+  written = loader.prepare(data, tmp_path, MAKING._replace(template=template))
+  assert walk(written.train) == [('[u]a?[a]b$', '########b$')]
+  plain = loader.prepare(data, tmp_path, MAKING)
+  assert plain.directory != written.directory
+  # The file of its own goes first, and where it lies decides nothing.
+  (folder / 'chat_template.jinja').write_text(template.source)
+  again = chat_files.read(folder)
+  assert again.name != template.name
+  assert loader.prepare(data, tmp_path, MAKING._replace(template=again)).directory == (
+      written.directory)
+
+
+@pytest.mark.parametrize('messages, expected', [
+    ([{'role': 'robot', 'content': 'a'}], "messages[0].role = 'robot': expected one of"),
+    ([{'role': 'user'}], 'messages[0].content'),
+    ([], 'expected a list of at least one message'),
+    ('text', 'expected a list of at least one message'),
+    ([{'role': 'user', 'content': 'a'}], 'the assistant says nothing'),
+    (turns('a', ' '), 'the assistant says nothing'),
+    (turns('a', 'b\ud800'), 'lone surrogate'),
+])
+def test_bad_messages_are_named_by_file_and_line(tmp_path: Path, messages, expected: str):
+  path = tmp_path / 'a.jsonl'
+  path.write_text(''.join(json.dumps(row) + '\n' for row in (
+      {'messages': turns('a', 'b')}, {'messages': messages})))
+  with pytest.raises(UserError) as caught:
+    prepare(tmp_path, cfg.Conversations(str(path)), fraction=0)
+  assert str(caught.value).startswith(f'{path}:2') and expected in str(caught.value)

@@ -98,3 +98,23 @@ def test_generated_preferences_are_right_against_a_slip():
       assert rejected != chosen
       if isinstance(source, cfg.Arithmetic):
         assert rejected.rpartition('#')[2] != found.answer
+
+
+def test_the_last_turn_of_messages_is_learned(tmp_path: Path):
+  said = lambda role, text: {'role': role, 'content': text}
+  before = [said('user', 'a?'), said('assistant', 'b'), said('user', 'c?')]
+  rows = [{'prompt': before, 'chosen': [said('assistant', 'd')],
+           'rejected': [said('assistant', 'e')]},
+          {'prompt': 'a?', 'chosen': [*before, said('assistant', 'd')],
+           'rejected': [*before, said('assistant', 'e')]}]
+  text = 'User: a?\n\nAssistant: b\0\n\nUser: c?\n\nAssistant: '
+  for row in rows:
+    batch = prepare(tmp_path, [row], seq_len=128).train.batch([0])
+    for segment, answer in ((1, 'd'), (2, 'e')):
+      here = np.asarray(batch.segments[0]) == segment
+      targets, weights = (np.asarray(x[0])[here] for x in (batch.targets, batch.weights))
+      assert bytes(t % 256 for t in targets[:-1]) == (text + answer).encode() + b'\0'
+      assert bytes(t % 256 for t in targets[weights > 0]) == f' {answer}'.encode() + b'\0'
+  with pytest.raises(UserError, match='differ before their last turns'):
+    prepare(tmp_path, [{'chosen': [*before, said('assistant', 'd')],
+                        'rejected': [said('user', 'c?'), said('assistant', 'e')]}])
