@@ -130,15 +130,8 @@ def test_the_gradient_is_that_of_the_mean_over_pairs():
   loss = preferences.dpo(method, MODEL, 0, segments)
   state, step = step_of(loss, segments, 1)
   _, metrics = step(state, preferences.Pairs(batch, reference))
-  # A step along the gradient of float64 differences: two points of one direction.
-  direction = jax.tree.map(lambda x: jnp.asarray(
-      np.random.default_rng(x.size).normal(size=x.shape), x.dtype), state.params)
   mean = lambda params: loss(params, preferences.Pairs(batch, reference))[0] / 11
-  slope = jax.jvp(mean, (state.params,), (direction,))[1]
   gradient = jax.grad(mean)(state.params)
-  along = sum(float((a * b).sum()) for a, b in zip(
-      jax.tree.leaves(gradient), jax.tree.leaves(direction), strict=True))
-  assert along == pytest.approx(float(slope), rel=1e-3)
   assert float(metrics['grad_norm'].mean()) == pytest.approx(
       float(optim.global_norm(gradient)), rel=1e-5)
 
