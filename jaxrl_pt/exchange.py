@@ -1,5 +1,7 @@
 """The commands `import` and `export`: work directories from and to the formats of others."""
 
+from collections.abc import Iterator
+import contextlib
 import json
 from pathlib import Path
 import shutil
@@ -56,21 +58,39 @@ def import_model(source: Path, workdir: Path) -> str:
     mesh = make_mesh(cfg.Mesh())
     rules.check_divides(_run(config, setting, settings), mesh)
     config, values = hf.load_model(source, mesh)  # Refusals come before anything large is read.
-    run = _run(config, setting, settings)
-    tokenizer.save(folder / places.TOKENIZER)
-    data = sessions.policy_data(run, folder, {'tokenizer': tokenizer.fingerprint})
-    session = sessions.open_session(run, folder, gin_bindings.dump(run), data=data)
-    _carry(source, folder / places.CARRIED)
-    if scales := hf.stored_scales(source):
-      files.write_text(folder / places.CARRIED / _SCALES, json.dumps(scales, indent=2) + '\n')
-    extras = {**saved.checkpoint_extras(session, {}), 'objective': 'Imported',
-              'data': {'absolute': str(workdir.absolute() / 'data'), 'relative': 'data'}}
-    with Checkpointer(folder / places.CHECKPOINTS, run.checkpoint) as checkpointer:
-      checkpointer.save(0, {'params': values}, extras)
-    saved.record(session, 0)
+    run, scales = _run(config, setting, settings), hf.stored_scales(source)
+    with _writing(workdir):
+      tokenizer.save(folder / places.TOKENIZER)
+      data = sessions.policy_data(run, folder, {'tokenizer': tokenizer.fingerprint})
+      session = sessions.open_session(run, folder, gin_bindings.dump(run), data=data)
+      _carry(source, folder / places.CARRIED)
+      if scales:
+        files.write_text(folder / places.CARRIED / _SCALES, json.dumps(scales, indent=2) + '\n')
+      extras = {**saved.checkpoint_extras(session, {}), 'objective': 'Imported',
+                'data': {'absolute': str(workdir.absolute() / 'data'), 'relative': 'data'}}
+      with Checkpointer(folder / places.CHECKPOINTS, run.checkpoint) as checkpointer:
+        checkpointer.save(0, {'params': values}, extras)
+      saved.record(session, 0)
   count = params.count(session.model(config).specs)
   return (f'Imported {settings["model_type"]} of {count:,} parameters in {config.param_dtype} to '
           f'{workdir}; go on with: jaxrl-pt sample --workdir {workdir} --prompt "…"')
+
+
+@contextlib.contextmanager
+def _writing(workdir: Path) -> Iterator[None]:
+  """Says of a disk that fails what a user can do, who knows nothing of the hidden directory.
+
+  Raises:
+    UserError: the work directory cannot be written.
+  """
+  try:
+    yield
+  except UserError as error:
+    reason = files.reason_of(error.__cause__)
+    if reason is None:
+      raise
+    raise UserError(f'{workdir} cannot be written ({reason}): free some space or choose another '
+                    'place.') from error
 
 
 def _run(config: cfg.Model, tokenizer: cfg.Tokenizer, settings: dict[str, Any]) -> cfg.Run:

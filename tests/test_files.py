@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxrl_pt import files
-from jaxrl_pt.errors import Unwritable
+from jaxrl_pt.errors import Unwritable, UserError
 
 HOLD = """
   import pathlib, sys
@@ -125,3 +125,18 @@ def test_the_system_s_reason_is_found_behind_an_error(error: Exception, reason: 
   wrapped = RuntimeError('save failed')
   wrapped.__cause__ = error
   assert files.reason_of(wrapped) == reason
+
+
+def test_a_whole_file_is_there_at_the_end_or_not_at_all(tmp_path):
+  final = tmp_path / 'deep' / 'a.bin'
+  with pytest.raises(ZeroDivisionError), files.whole_file(final) as path:
+    path.write_bytes(b'half')
+    1 / 0  # noqa: B018
+  assert list(final.parent.iterdir()) == []
+  with files.whole_file(final) as path:
+    path.write_bytes(b'whole')
+    assert not final.exists()
+  assert final.read_bytes() == b'whole' and list(final.parent.iterdir()) == [final]
+  with pytest.raises(UserError, match='exists already'), files.whole_file(final):
+    pass
+  assert final.read_bytes() == b'whole'

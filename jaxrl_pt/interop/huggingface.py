@@ -323,7 +323,8 @@ def save_model(folder: str | Path, config: cfg.Model, params: Params, *,
       matrix whose absmean is one of these up to the rounding of a float32 sum gets that one.
 
   Raises:
-    UserError: no Hugging Face class computes this model, or the folder is not writable.
+    UserError: no Hugging Face class computes this model.
+    OSError: the folder cannot be written.
   """
   folder = Path(folder)
   settings = to_settings(config, packed, bos_id, eos_id)
@@ -336,12 +337,9 @@ def save_model(folder: str | Path, config: cfg.Model, params: Params, *,
   arrays = (array for spec, value in pairs for i in _layers(spec)
             for array in _written(spec, value[i] if is_stacked(spec) else value, config.quant,
                                   packed, (scales or {}).get(tensor_name(spec, i))))
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
-    tensor_file.write(folder / tensor_file.SINGLE, planned, arrays)
-    (folder / 'config.json').write_text(json.dumps(settings, indent=2) + '\n', encoding='utf-8')
-  except OSError as e:
-    raise UserError(f'{folder} cannot be written ({e}): choose another folder.') from e
+  folder.mkdir(parents=True, exist_ok=True)
+  tensor_file.write(folder / tensor_file.SINGLE, planned, arrays)
+  (folder / 'config.json').write_text(json.dumps(settings, indent=2) + '\n', encoding='utf-8')
 
 
 def _planned(spec: ParamSpec, dtype: Any, layer: int, packed: bool) -> list[Planned]:

@@ -1,10 +1,12 @@
 """`import` and `export` as a user calls them, on a tiny random model with a trained tokenizer."""
 
+import contextlib
 import dataclasses
 import functools
 import json
 import os
 from pathlib import Path
+import resource
 import shutil
 import signal
 import subprocess
@@ -165,6 +167,39 @@ def without(folder: Path, name: str) -> None:
   (folder / name).unlink()
 
 
+def set_keys(folder: Path, **changes) -> None:
+  path = folder / 'config.json'
+  path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def set_tensor(folder: Path, name: str, change) -> None:
+  """Puts another array in a tensor's place, or none."""
+  safetensors = pytest.importorskip('safetensors.numpy')
+  path = folder / 'model.safetensors'
+  stored = safetensors.load_file(path)
+  value = change(stored.pop(name, np.zeros(3, np.float32)))
+  safetensors.save_file(stored | ({} if value is None else {name: value}), path)
+
+
+def twice_in_the_header(folder: Path) -> None:
+  path = folder / 'model.safetensors'
+  data = path.read_bytes()
+  length = int.from_bytes(data[:8], 'little')
+  header = data[8:8 + length].rstrip()
+  again = header.replace(b'{', b'{"model.norm.weight": {"dtype": "F32", "shape": [0], '
+                         b'"data_offsets": [0, 0]}, ', 1)
+  path.write_bytes(len(again).to_bytes(8, 'little') + again + data[8 + length:])
+
+
+def index(folder: Path, file: str) -> None:
+  (folder / 'model.safetensors.index.json').write_text(
+      json.dumps({'weight_map': {'model.norm.weight': file}}))
+
+
+QUANTISED = {'quant_method': 'bitnet', 'linear_class': 'rowlinear'}
+Q_PROJ = 'model.layers.1.self_attn.q_proj'
+
+
 @pytest.mark.parametrize('change, words', [
   (lambda f: without(f, 'config.json'), 'config.json cannot be read'),
   (lambda f: without(f, 'model.safetensors'), 'model.safetensors is missing'),
@@ -173,6 +208,22 @@ def without(folder: Path, name: str) -> None:
   (lambda f: (f / 'tokenizer_config.json').write_text('[]'), 'holds no JSON object'),
   (lambda f: (f / 'tokenizer_config.json').write_text('{"eos_token": "</x>"}'), "no token '</x>'"),
   (lambda f: os.truncate(f / 'model.safetensors', 5000), 'truncated'),
+  (lambda f: set_tensor(f, f'{Q_PROJ}.bias', lambda x: None), f'has no tensor {Q_PROJ}.bias'),
+  (lambda f: set_tensor(f, 'model.extra', lambda x: x), '1 tensors that a model'),
+  (lambda f: set_tensor(f, f'{Q_PROJ}.weight', lambda x: x[1:]), f'{Q_PROJ}.weight in'),
+  (lambda f: set_tensor(f, f'{Q_PROJ}.weight', lambda x: x * np.nan), 'holds NaN'),
+  (lambda f: set_tensor(f, f'{Q_PROJ}.weight', lambda x: x.astype(np.int32)), 'is int32'),
+  (twice_in_the_header, 'names model.norm.weight twice'),
+  (lambda f: index(f, '../model.safetensors'), 'no file of its own folder'),
+  (lambda f: index(f, 'gone.safetensors'), 'gone.safetensors cannot be read'),
+  (lambda f: index(f, 'model.safetensors'), 'does not name'),
+  (lambda f: set_keys(f, num_experts=8), 'num_experts = 8 is not covered'),
+  (lambda f: set_keys(f, use_sliding_window=True), 'use_sliding_window = True is not covered'),
+  (lambda f: set_keys(f, rope_scaling={'rope_type': 'yarn', 'factor': 4.0}), "type 'yarn'"),
+  (lambda f: set_keys(f, quantization_config=QUANTISED), "linear_class 'rowlinear' is not covered"),
+  (lambda f: set_keys(f, quantization_config=QUANTISED | {'linear_class': 'bitlinear'}),
+   'has no tensor model.layers.0.mlp.down_proj.weight_scale'),
+  (lambda f: set_keys(f, a_new_key=1.5), 'sets a_new_key = 1.5'),
 ])
 def test_a_bad_folder_leaves_nothing_behind(source: Path, tmp_path, capsys, change, words):
   shutil.copytree(source, tmp_path / 'a')
@@ -181,6 +232,29 @@ def test_a_bad_folder_leaves_nothing_behind(source: Path, tmp_path, capsys, chan
                           str(tmp_path / 'b' / 'run'))
   assert not (tmp_path / 'b' / 'run').exists()
   assert not (tmp_path / 'b').exists() or list((tmp_path / 'b').iterdir()) == []
+
+
+@contextlib.contextmanager
+def no_file_above(num_bytes: int):
+  """As on a full disk, a write beyond so many bytes of a file fails."""
+  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+  try:
+    yield
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize('num_bytes', [3000, 20_000])
+def test_a_full_disk_leaves_nothing_behind(source: Path, workdir: Path, tmp_path, capsys,
+                                           num_bytes):
+  path = tmp_path / 'new' / 'place'
+  with no_file_above(num_bytes):
+    for flags in (('import', str(source), '--workdir', str(path)),
+                  ('export', '--workdir', str(workdir), str(path))):
+      error = mistake(capsys, *flags)
+      assert f'{path} cannot be written (' in error and 'free some space' in error
+  assert list(path.parent.iterdir()) == []
 
 
 def test_no_folder_and_a_tokenizer_of_another_model(tmp_path, capsys):

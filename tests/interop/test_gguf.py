@@ -18,7 +18,7 @@ from jaxrl_pt.interop import gguf_file, verify
 from jaxrl_pt.main import main
 from jaxrl_pt.models import transformer
 from jaxrl_pt.nn.quant import ternary
-from tests.interop.test_exchange import make_source, mistake
+from tests.interop.test_exchange import make_source, mistake, no_file_above
 
 gguf = pytest.importorskip('gguf')
 
@@ -214,6 +214,14 @@ def test_export_writes_one_file_with_the_tokenizer(workdir: Path, tmp_path, caps
   assert value('bitnet-b1.58.hidden_activation') == 'relu2'
   assert 'exists already' in mistake(capsys, 'export', '--workdir', str(workdir), str(path),
                                      '--format', kind)
+
+
+def test_a_full_disk_leaves_nothing_behind(workdir: Path, tmp_path, capsys):
+  for num_bytes in (1000, 100_000):  # within the metadata, and within a tensor
+    with no_file_above(num_bytes):
+      assert 'cannot be written' in mistake(
+          capsys, 'export', '--workdir', str(workdir), str(tmp_path / 'm.gguf'), '--format', 'gguf')
+  assert list(tmp_path.iterdir()) == []
 
 
 def test_without_the_package_and_after_an_interruption_nothing_is_left(workdir: Path, tmp_path,
