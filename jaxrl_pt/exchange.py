@@ -5,7 +5,7 @@ import contextlib
 import json
 from pathlib import Path
 import shutil
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxrl_pt import config as cfg
 from jaxrl_pt import files, gin_bindings, params
@@ -197,7 +197,8 @@ def export_model(workdir: Path, destination: Path, *, step: int | None, packed: 
     tokenizer, config = trained.session.data.tokenizer, trained.model.config
     kept = workdir / places.CARRIED / _SCALES
     hf.save_model(folder, config, trained.params, packed=packed, bos_id=tokenizer.bos_id,
-                  eos_id=tokenizer.eos_id, scales=hf.read_json(kept) if kept.exists() else None)
+                  eos_id=tokenizer.eos_id, scales=hf.read_json(kept) if kept.exists() else None,
+                  longest=_carried(workdir / places.CARRIED).longest)
     said = [f'Exported step {trained.step} of {workdir} to {destination}.']
     if not _write_tokenizer(tokenizer, workdir / places.CARRIED, folder):
       said.append('Its tokenizer has no Hugging Face form and was left out.')
@@ -228,13 +229,13 @@ def export_gguf(workdir: Path, destination: Path, *, step: int | None,
   with files.whole_file(destination) as path:
     trained = policy.load_policy(workdir, step)
     tokenizer, config = trained.session.data.tokenizer, trained.model.config
-    settings, generation, template = _carried(workdir / places.CARRIED)
-    longest = settings.get('max_position_embeddings') or context_length(config)
-    keys = gguf_file.metadata(config, ternary_type, workdir.absolute().name, longest)
-    vocabulary = gguf_vocabulary.metadata(tokenizer, config.vocab_size, generation)
+    carried = _carried(workdir / places.CARRIED)
+    keys = gguf_file.metadata(config, ternary_type, workdir.absolute().name,
+                              carried.longest or context_length(config))
+    vocabulary = gguf_vocabulary.metadata(tokenizer, config.vocab_size, carried.end_ids)
     keys |= vocabulary or {'tokenizer.ggml.model': 'none'}
-    if template:
-      keys['tokenizer.chat_template'] = template
+    if carried.template:
+      keys['tokenizer.chat_template'] = carried.template
     num_f16 = gguf_file.save_model(path, config, trained.params, keys, ternary_type)
     said = [f'Exported step {trained.step} of {workdir} to {destination}.']
     if not vocabulary:
@@ -248,8 +249,15 @@ def export_gguf(workdir: Path, destination: Path, *, step: int | None,
   return ' '.join(said)
 
 
-def _carried(folder: Path) -> tuple[dict[str, Any], tuple[int, ...], str]:
-  """(config.json, the tokens that end a response, the chat template) of an imported model."""
+class _Carried(NamedTuple):
+  """What the carried files of an imported model say; nothing of one that was trained here."""
+
+  longest: int | None  # tokens of the longest text that it is for
+  end_ids: tuple[int, ...]  # the tokens that end a response
+  template: str  # for chats; empty for none
+
+
+def _carried(folder: Path) -> _Carried:
   def found(name: str) -> dict[str, Any]:
     value = hf.read_json(folder / name) if (folder / name).exists() else {}
     return value if isinstance(value, dict) else {}
@@ -261,7 +269,9 @@ def _carried(folder: Path) -> tuple[dict[str, Any], tuple[int, ...], str]:
     template = next((t['template'] for t in template if t.get('name') == 'default'), None)
   if (folder / 'chat_template.jinja').exists():
     template = (folder / 'chat_template.jinja').read_text(encoding='utf-8')
-  return found('config.json'), ends, template if isinstance(template, str) else ''
+  longest = found('config.json').get('max_position_embeddings')
+  return _Carried(longest if isinstance(longest, int) and longest > 0 else None, ends,
+                  template if isinstance(template, str) else '')
 
 
 def _write_tokenizer(tokenizer: tokenizers.Tokenizer, carried: Path, folder: Path) -> bool:

@@ -33,6 +33,7 @@ from jaxrl_pt.errors import UserError
 from jaxrl_pt.interop import tensor_file
 from jaxrl_pt.interop.huggingface_config import (
   TERNARY_128,
+  context_length,
   linear_class,
   to_config,
   to_settings,
@@ -308,7 +309,7 @@ def read_json(path: Path) -> Any:
 
 def save_model(folder: str | Path, config: cfg.Model, params: Params, *,
                packed: bool = False, bos_id: int | None = None, eos_id: int | None = None,
-               scales: Mapping[str, float] | None = None) -> None:
+               scales: Mapping[str, float] | None = None, longest: int | None = None) -> None:
   """Writes config.json and model.safetensors for the library transformers.
 
   Args:
@@ -321,13 +322,14 @@ def save_model(folder: str | Path, config: cfg.Model, params: Params, *,
     eos_id: the token that ends a text and at which drawing stops; None where the model has none.
     scales: what `stored_scales` read of the folder that the model was imported from. A packed
       matrix whose absmean is one of these up to the rounding of a float32 sum gets that one.
+    longest: tokens of the longest text that the model is for; None leaves it to the model's RoPE.
 
   Raises:
     UserError: no Hugging Face class computes this model.
     OSError: the folder cannot be written.
   """
   folder = Path(folder)
-  settings = to_settings(config, packed, bos_id, eos_id)
+  settings = to_settings(config, packed, bos_id, eos_id, longest or context_length(config))
   leaves = jax.tree_util.tree_leaves_with_path(transformer.build(config).specs, is_leaf=is_spec)
   for path, spec in leaves:
     _check_has_name(path, spec)

@@ -329,8 +329,8 @@ def _not_covered(where: str, what: str) -> UserError:
 # --- Export ---------------------------------------------------------------------
 
 
-def to_settings(config: cfg.Model, packed: bool, bos_id: int | None,
-                eos_id: int | None) -> Settings:
+def to_settings(config: cfg.Model, packed: bool, bos_id: int | None, eos_id: int | None,
+                longest: int) -> Settings:
   """The config.json of a model.
 
   Tokens that the model does not have are written as null, since for a missing key the library takes
@@ -369,7 +369,7 @@ def to_settings(config: cfg.Model, packed: bool, bos_id: int | None,
       'num_key_value_heads': config.num_kv_heads, 'head_dim': config.head_dim,
       'vocab_size': config.vocab_size, 'rope_theta': config.rope_theta, 'rope_scaling': scaling,
       'rms_norm_eps': config.norm_epsilon, 'tie_word_embeddings': config.tied_head,
-      'attention_bias': False, 'max_position_embeddings': context_length(config),
+      'attention_bias': False, 'max_position_embeddings': longest,
       'torch_dtype': config.param_dtype,
       'bos_token_id': bos_id, 'eos_token_id': eos_id, 'pad_token_id': None,
   }

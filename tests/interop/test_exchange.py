@@ -40,7 +40,7 @@ def draw(config):
 
 def make_source(folder: Path, config: cfg.Model = MODEL) -> Path:
   """A Hugging Face folder whose tokenizer puts <s> before a text."""
-  hf.save_model(folder, config, draw(config), eos_id=1)
+  hf.save_model(folder, config, draw(config), eos_id=1, longest=4321)
   backend = tokenizers.Tokenizer(tokenizers.models.BPE())
   backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
   backend.decoder = tokenizers.decoders.ByteLevel()
@@ -101,6 +101,8 @@ def test_it_samples_and_exports_to_the_same_weights(workdir: Path, source: Path,
   config, params = hf.load_model(tmp_path / 'out')
   assert config == MODEL
   assert_same(params, draw(MODEL))
+  settings = json.loads((tmp_path / 'out' / 'config.json').read_text())
+  assert settings['max_position_embeddings'] == 4321
   for name in ('tokenizer.json', 'tokenizer_config.json', 'generation_config.json'):
     assert (tmp_path / 'out' / name).read_bytes() == (source / name).read_bytes()
   assert sorted(p.name for p in tmp_path.iterdir()) == ['out']

@@ -201,6 +201,25 @@ def test_quantised_exports_are_verified_in_their_arithmetic(tmp_path, config, pa
       verify.check(tmp_path, config, other)
 
 
+def test_one_scale_for_128_weights_in_both(tmp_path):
+  """As latent weights and packed, against the plain weights that the file holds."""
+  config = dataclasses.replace(QWEN3, d_model=128, head_dim=32, d_ff=256)
+  params = draw(config)
+  params['layers'] = {name: quant.as_computed(w, 'ternary_128') if w.ndim == 3 else w
+                      for name, w in params['layers'].items()}
+  hf.save_model(tmp_path, config, params)
+  loaded, latent = hf.load_model(tmp_path)
+  assert loaded.quant == cfg.Quant('ternary_128')
+  packed = quant.pack(latent, lambda path: path[-1].key.startswith('w'), kind='ternary_128')
+  assert packed['layers']['w_down'].scale.shape == (3, 2, 128)
+  theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+  tokens = draw_tokens()
+  reference = their_logits(theirs, tokens)
+  for tree in (latent, packed):
+    np.testing.assert_allclose(our_logits(loaded, tree, tokens), reference, rtol=1e-5, atol=1e-4)
+  assert verify.check(tmp_path, loaded, latent) < 1e-4
+
+
 class TorchBitLinear(torch.nn.Module):
   """The equations of BitNet b1.58 transcribed: absmean ternary times per-token int8."""
 

@@ -36,6 +36,17 @@ def test_the_copy_outlives_the_trainers_parameters(packed):
     np.testing.assert_array_equal(got, expected)
 
 
+def test_one_scale_for_128_weights_arrives_as_such():
+  config = dataclasses.replace(CONFIG, d_model=128, d_ff=256, head_dim=64,
+                               quant=cfg.Quant('ternary_128'))
+  model = transformer.build(config)
+  params = P.init(model.specs, jax.random.key(0))
+  got = weight_sync.make_weight_sync(model, MESH, True)(params, 0).params['layers']['w_down']
+  latent = np.asarray(params['layers']['w_down']).reshape(2, 2, 128, 128)
+  np.testing.assert_array_equal(got.scale, np.abs(latent).max(2))
+  assert got.codes.dtype == jnp.int2
+
+
 def test_what_changes_on_the_way_is_named(monkeypatch):
   moved = weight_sync._moved
   monkeypatch.setattr(weight_sync, '_moved', lambda sharding, x: moved(
