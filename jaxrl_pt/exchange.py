@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from jaxrl_pt import config as cfg
 from jaxrl_pt import files, gin_bindings, params
 from jaxrl_pt.checkpoint import Checkpointer
-from jaxrl_pt.data import gguf_vocabulary, token_table, tokenizer_json
+from jaxrl_pt.data import chat_files, gguf_vocabulary, token_table, tokenizer_json
 from jaxrl_pt.data import tokenizer as tokenizers
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.interop import gguf_file
@@ -234,8 +234,8 @@ def export_gguf(workdir: Path, destination: Path, *, step: int | None,
                               carried.longest or context_length(config))
     vocabulary = gguf_vocabulary.metadata(tokenizer, config.vocab_size, carried.end_ids)
     keys |= vocabulary or {'tokenizer.ggml.model': 'none'}
-    if carried.template:
-      keys['tokenizer.chat_template'] = carried.template
+    if template := chat_files.read(workdir / places.CARRIED):
+      keys['tokenizer.chat_template'] = template.source
     num_f16 = gguf_file.save_model(path, config, trained.params, keys, ternary_type)
     said = [f'Exported step {trained.step} of {workdir} to {destination}.']
     if not vocabulary:
@@ -254,7 +254,6 @@ class _Carried(NamedTuple):
 
   longest: int | None  # tokens of the longest text that it is for
   end_ids: tuple[int, ...]  # the tokens that end a response
-  template: str  # for chats; empty for none
 
 
 def _carried(folder: Path) -> _Carried:
@@ -264,14 +263,8 @@ def _carried(folder: Path) -> _Carried:
 
   ends = found('generation_config.json').get('eos_token_id')
   ends = tuple(i for i in (ends if isinstance(ends, list) else [ends]) if isinstance(i, int))
-  template = found(_TOKENIZER_CONFIG).get('chat_template')
-  if isinstance(template, list):  # named templates
-    template = next((t['template'] for t in template if t.get('name') == 'default'), None)
-  if (folder / 'chat_template.jinja').exists():
-    template = (folder / 'chat_template.jinja').read_text(encoding='utf-8')
   longest = found('config.json').get('max_position_embeddings')
-  return _Carried(longest if isinstance(longest, int) and longest > 0 else None, ends,
-                  template if isinstance(template, str) else '')
+  return _Carried(longest if isinstance(longest, int) and longest > 0 else None, ends)
 
 
 def _write_tokenizer(tokenizer: tokenizers.Tokenizer, carried: Path, folder: Path) -> bool:
