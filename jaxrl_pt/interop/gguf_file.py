@@ -281,7 +281,8 @@ def _stored(tensor: _Tensor, config: cfg.Model, value: Array) -> np.ndarray:
   x = value[tensor.layer] if is_stacked(tensor.spec) else value
   if _is_ternary(tensor.spec, config):
     codes, scale = ternary(x)
-    w = np.asarray(codes, np.float32).T * _rounded(scale, tensor.name)
+    # Every type that a ternary matrix is stored in rounds the scale to float16.
+    w = np.asarray(codes, np.float32).T * _checked(scale, tensor.name)
   else:
     x = as_computed(x, config.quant.weights) if tensor.spec.role == 'projection' else x
     w = np.asarray(x).T if is_transposed(tensor.spec) else np.asarray(x)
@@ -293,14 +294,14 @@ def _stored(tensor: _Tensor, config: cfg.Model, value: Array) -> np.ndarray:
       gguf.quants.quantize(w.astype(np.float32), gguf.GGMLQuantizationType[tensor.stored]))
 
 
-def _rounded(scale: Array, name: str) -> np.float32:
-  """A matrix's scale, rounded to float16."""
+def _checked(scale: Array, name: str) -> np.float32:
+  """A matrix's scale, if float16 holds it."""
   value = float(scale.reshape(()))
   if not _SMALLEST_SCALE <= value <= _LARGEST_SCALE:
     raise UserError(f'{name} has the scale {value:g}, and the blocks of a GGUF file hold scales '
                     f'from {_SMALLEST_SCALE:g} to {_LARGEST_SCALE:g}: this model cannot be '
                     'exported as GGUF.')
-  return np.float32(np.float16(value))
+  return np.float32(value)
 
 
 # --- Reading ----------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The tokenizer in a GGUF file encodes like the one that it was made of."""
 
 import gzip
+import io
 import json
 from pathlib import Path
 
@@ -74,12 +75,44 @@ def test_a_tokenizer_that_llama_cpp_would_not_follow_has_no_metadata():
   text = shared('tok-gpt2/gpt2.tokenizer.json.gz').decode()
   for change in ({'pre_tokenizer': {'type': 'Whitespace'}}, {'normalizer': {'type': 'Lowercase'}},
                  {'pre_tokenizer': {'type': 'ByteLevel', 'add_prefix_space': True,
-                                    'trim_offsets': True}}):
+                                    'trim_offsets': True}}, split_by(r'\w+')):
     own = JsonTokenizer(json.dumps(json.loads(text) | change), '<|endoftext|>', '')
     assert gguf_vocabulary.metadata(own, own.vocab_size, ()) == {}
   r1 = JsonTokenizer(shared('tok-deepseek-r1/tokenizer.json.gz').decode(),
                      '<｜end▁of▁sentence｜>', '')
   assert gguf_vocabulary.metadata(r1, r1.vocab_size, ()) == {}
+
+
+def split_by(pattern: str) -> dict:
+  return {'pre_tokenizer': {'type': 'Sequence', 'pretokenizers': [
+      {'type': 'Split', 'pattern': {'Regex': pattern}, 'behavior': 'Isolated', 'invert': False},
+      {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True, 'use_regex': False}]}}
+
+
+# As the files of Qwen2.5 and Llama 3 have them.
+@pytest.mark.parametrize('digits, name', [('', 'qwen2'), ('{1,3}', 'llama-bpe')])
+def test_known_splits_have_their_names(digits, name):
+  pattern = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + digits
+             + r'| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+')
+  text = shared('tok-gpt2/gpt2.tokenizer.json.gz').decode()
+  own = JsonTokenizer(json.dumps(json.loads(text) | split_by(pattern)), '<|endoftext|>', '')
+  keys = gguf_vocabulary.metadata(own, own.vocab_size, ())
+  assert keys['tokenizer.ggml.pre'] == name
+  backend = rebuilt(keys, pattern)
+  assert all(backend.encode(text).ids == own.encode(text) for text in TEXTS)
+
+
+def test_a_model_that_normalises_or_spells_nothing_in_bytes_has_no_metadata():
+  sentencepiece = pytest.importorskip('sentencepiece')
+  for options in ({'byte_fallback': True}, {'normalization_rule_name': 'identity',
+                                            'remove_extra_whitespaces': False}):
+    written = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(['the model and the text of it'] * 9), model_writer=written,
+        model_type='bpe', vocab_size=290 if 'byte_fallback' in options else 24,
+        hard_vocab_limit=False, minloglevel=9, **options)
+    own = SentencePieceTokenizer(written.getvalue())
+    assert gguf_vocabulary.metadata(own, own.vocab_size, ()) == {}
 
 
 def test_a_unigram_model_has_no_metadata():
