@@ -44,6 +44,7 @@ OPTIONAL = (
     ('torch', 'torch', 'export --verify, parity tests', "pip install 'jaxrl_pt[hf]'"),
     ('transformers', 'transformers', 'export --verify, parity tests',
      "pip install 'jaxrl_pt[hf]'"),
+    ('gguf', 'gguf', 'export --format gguf', "pip install 'jaxrl_pt[gguf]'"),
 )
 _MODEL = cfg.Model(num_layers=2, d_model=64, d_ff=128, num_heads=4, num_kv_heads=2, head_dim=16,
                    vocab_size=257, activation='relu2', sub_norm=True)

@@ -133,9 +133,13 @@ def test_a_whole_file_is_there_at_the_end_or_not_at_all(tmp_path):
     path.write_bytes(b'half')
     1 / 0  # noqa: B018
   assert list(final.parent.iterdir()) == []
+  killed = final.parent / '.a.bin-0123'  # as a killed process leaves it
+  killed.mkdir()
+  (killed / 'a.bin').write_bytes(b'half')
+  (final.parent / '.a.bin-0123.lock').touch()
   with files.whole_file(final) as path:
     path.write_bytes(b'whole')
-    assert not final.exists()
+    assert not final.exists() and not killed.exists()
   assert final.read_bytes() == b'whole' and list(final.parent.iterdir()) == [final]
   with pytest.raises(UserError, match='exists already'), files.whole_file(final):
     pass
