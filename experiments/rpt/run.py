@@ -14,11 +14,11 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from scipy import stats
 import solutions
 import synthetic
 
 from jaxrl_pt.scaling import fit
+from jaxrl_pt.scaling.seeds import interval
 
 matplotlib.use('Agg')
 from matplotlib import pyplot as plt  # The backend comes first.
@@ -26,14 +26,6 @@ from matplotlib import pyplot as plt  # The backend comes first.
 HERE = Path(__file__).parent
 RESULTS = HERE / 'results'
 SPLITS = ('easy', 'medium', 'hard')
-
-
-def interval(values: Any) -> dict[str, float]:
-  """Mean and half of its 95 % interval over seeds (Student's t)."""
-  values = np.asarray(values, float)
-  spread = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
-  return {'mean': round(float(values.mean()), 4),
-          'half_width_95': round(float(stats.t.ppf(0.975, len(values) - 1) * spread), 4)}
 
 
 def paired(seeds: list[dict], of: Any, minus: Any) -> dict[str, float]:

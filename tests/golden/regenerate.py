@@ -37,8 +37,10 @@ REQUIRED = {
                         "cfg.Preferences.glob = 'pairs.jsonl'"),
     'sft_7b': ("cfg.SFT.start_from = 'runs/policy'", "cfg.Conversations.glob = 'chats.jsonl'"),
     'short_rl_7b': (*_POD, "cfg.RL.start_from = 'runs/policy'"),
-    'pretrain_2b4t': ("cfg.ArrayRecord.glob = 'corpus/*.array_record'",
-                      "cfg.HuggingFaceTokenizer.path = 'tokenizer.json'"),
+    **{f'pretrain_{model}': ("cfg.ArrayRecord.glob = 'corpus/*.array_record'",
+                             "cfg.HuggingFaceTokenizer.path = 'tokenizer.json'")
+       for model in ('2b4t', 'bitnet_v2_400m', 'bitnet_v2_1_3b', 'bitnet_v2_3b',
+                     'bitnet_v2_7b')},
     'pretrain_small': ("cfg.TextFiles.glob = 'wikitext2/train.txt.gz'",
                        "cfg.Data.validation_glob = 'wikitext2/valid.txt'"),
 }

@@ -1,0 +1,28 @@
+"""Rows that survive an interrupt, and intervals over seeds."""
+
+import math
+
+from jaxrl_pt.scaling import seeds
+
+
+def test_interval_by_hand():
+  # Mean 2, s = 1, K = 3: t(0.975, 2) = 4.302653, over √3.
+  assert seeds.interval([1, 2, 3]) == {'mean': 2.0, 'half_width_95': 2.4841}
+  assert seeds.interval([1, 2, 3], digits=1)['half_width_95'] == 2.5
+  one = seeds.interval([7.0])
+  assert one['mean'] == 7.0 and math.isnan(one['half_width_95'])
+
+
+def test_a_torn_row_costs_itself_alone(tmp_path):
+  path = tmp_path / 'runs.jsonl'
+  assert seeds.finished_rows(path) == []
+  seeds.append_row(path, {'seed': 0})
+  whole = path.read_bytes()
+  seeds.append_row(path, {'seed': 1})
+  torn = path.read_bytes()
+  for length in range(len(whole), len(torn) - 1):
+    path.write_bytes(torn[:length])
+    rows = seeds.finished_rows(path)
+    assert {'seed': 0} in rows and len(rows) <= 2
+    seeds.append_row(path, {'seed': 2})
+    assert seeds.finished_rows(path)[-1] == {'seed': 2}
