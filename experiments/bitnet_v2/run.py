@@ -3,10 +3,10 @@
     python experiments/bitnet_v2/run.py --data ../shared/data/text-wikitext2
 
 Small models are trained on WikiText-2 with int8 activations and branch over the last 5 % of the
-steps into 4-bit ones (late_int4.py), once as they are and once with outlier channels planted in
-their SubLN gains. Each setting and seed that is finished is a row of runs.jsonl in the work
-directory, so the command may be interrupted and repeated. Results go to results/bitnet_v2.json and
-results/bitnet_v2.png; README.md reads them.
+steps into 4-bit ones (late_int4.py): once as they are, once with outlier channels planted in their
+SubLN gains, and once with twice the steps. Each setting and seed that is finished is a row of
+runs.jsonl in the work directory, so the command may be interrupted and repeated. Results go to
+results/bitnet_v2.json and results/bitnet_v2.png; README.md reads them.
 """
 
 import argparse
@@ -24,17 +24,18 @@ from jaxrl_pt.scaling import seeds as seeds_of
 HERE = Path(__file__).parent
 RESULTS = HERE / 'results'
 MODELS = {'natural': ('A8', 'A8 + Hadamard'),
-          'planted': ('planted: A8', 'planted: A8 + Hadamard')}
+          'planted': ('planted: A8', 'planted: A8 + Hadamard'),
+          'longer': ('longer: A8', 'longer: A8 + Hadamard')}
 # Nats that the paper's table gives: A4 − A8 with Hadamard, by size.
 PAPER_GAPS = {'400M': 0.0205, '1.3B': 0.0169, '3B': 0.0133, '7B': 0.0109}
 
 
-def run_all(text: arms.Text, work: Path, seeds: list[int], num_steps: int) -> list[dict]:
+def run_all(text: arms.Text, work: Path, args: argparse.Namespace) -> list[dict]:
   """The rows of all settings and seeds, those that are missing trained first."""
   path = work / 'runs.jsonl'
-  # What planted outliers do shows at once: those models get half of the steps.
-  wanted = [(name, seed, num_steps // 2 if setting.planted else num_steps)
-            for name, setting in arms.SETTINGS.items() for seed in seeds]
+  wanted = [(name, seed, round(setting.length * args.steps))
+            for name, setting in arms.SETTINGS.items()
+            for seed in (args.longer_seeds if setting.length > 1 else args.seeds)]
   found = {(row['setting'], row['seed'], row['steps']): row
            for row in seeds_of.finished_rows(path)}
   for name, seed, steps in wanted:
@@ -150,7 +151,7 @@ def plot(losses: Losses, rows: list[dict]) -> None:
   bars.append(('planted', 'A4 +\npermutation', 'planted: A8', 'A4 + permutation'))
   bars = [bar for bar in bars if bar[3] in arms.BRANCHES[bar[2]]]
   for place, (model, _, name, branch) in enumerate(bars):
-    colour = {'natural': 'C0', 'planted': 'C1'}[model]
+    colour = {'natural': 'C0', 'planted': 'C1', 'longer': 'C2'}[model]
     for moment, marker, shift in (('at_switch', 'o', -0.12), ('at_end', 's', 0.12)):
       values = losses.gap(name, branch, moment)
       left.plot([place + shift] * len(values), values, marker, color=colour, markersize=4,
@@ -159,7 +160,8 @@ def plot(losses: Losses, rows: list[dict]) -> None:
                label='paper, A4 with Hadamard, 400M to 7B')
   for marker, style, label in (('o', 'none', 'at the switch'), ('s', 'full', 'after 5 % at A4')):
     left.plot([], [], marker, color='0.3', fillstyle=style, markersize=4, label=label)
-  for colour, label in (('C0', 'models as they are'), ('C1', 'planted outliers')):
+  for colour, label in (('C0', 'models as they are'), ('C1', 'planted outliers'),
+                        ('C2', 'twice the steps')):
     left.plot([], [], '-', color=colour, label=label)
   left.set_xticks(range(len(bars)), [label for _, label, _, _ in bars], fontsize=7)
   left.set(ylabel='nats per token over A8', title='What 4 bits cost, each seed', yscale='symlog')
@@ -173,8 +175,9 @@ def plot(losses: Losses, rows: list[dict]) -> None:
       right.plot([x], ends[:1], mark, color=f'C{shift + 2}',
                  label={'wo': 'W_o', 'w_down': 'W_down'}[what] if place == 0 else None)
   right.axhline(3, color='0.6', linewidth=1)
-  right.set_xticks(range(4), ['A8', 'A8 +\nHadamard', 'planted:\nA8',
-                              'planted: A8\n+ Hadamard'], fontsize=7)
+  right.set_xticks(range(len(inputs(rows))),
+                   [name.replace(' + ', '\n+ ').replace(': ', ':\n') for name in inputs(rows)],
+                   fontsize=6)
   right.set(yscale='log', ylabel='kurtosis', title='Inputs before → after Hadamard')
   right.legend(fontsize=7)
   for axes in (left, right):
@@ -189,11 +192,13 @@ def main() -> None:
   parser.add_argument('--work', type=Path, default=Path('runs/bitnet_v2'))
   parser.add_argument('--steps', type=int, default=240)
   parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
+  parser.add_argument('--longer_seeds', type=int, nargs='+', default=[0, 1],
+                      help='of the models that get twice the steps')
   args = parser.parse_args()
   args.work.mkdir(parents=True, exist_ok=True)
   jax.config.update('jax_compilation_cache_dir', str((args.work / 'compiled').absolute()))
   text = arms.open_text(args.data, args.work / 'data')
-  rows = run_all(text, args.work, args.seeds, args.steps)
+  rows = run_all(text, args.work, args)
   losses = Losses(rows)
   report = {
       'command': f'python experiments/bitnet_v2/run.py --data DIR --steps {args.steps} --seeds '
