@@ -516,6 +516,18 @@ _SERVING = [
           'self._masks += num if request.constraint is not None else 0', 'pass')),
 ]
 
+_RECIPES = [
+    *_of('gin/task/bitnet_v2_pod.gin', 'tests/test_recipes.py',
+         ('decays_end_at_zero', 'cfg.TwoStage.end_rate = 3e-05', 'cfg.TwoStage.end_rate = 0.0'),
+         ('half_of_the_tokens', 'cfg.Train.num_steps = 95367', 'cfg.Train.num_steps = 47683')),
+    *_of('gin/run/pretrain_bitnet_v2_3b.gin', 'tests/test_recipes.py',
+         ('second_rate_of_another_size', 'second_peak_rate = 0.00064',
+          'second_peak_rate = 0.0008')),
+    *_of('jaxrl_pt/scaling/seeds.py', 'tests/scaling/test_seeds.py',
+         ('spread_of_a_whole_population', 'values.std(ddof=1)', 'values.std(ddof=0)'),
+         ('rows_behind_torn_ones', "file.write(b'\\n' + json.dumps", 'file.write(json.dumps'))]
+
 MUTATIONS: tuple[Mutation, ...] = (
     *_ADVANTAGES, *_TOKEN_ADVANTAGES, *_OBJECTIVES, *_KL, *_SHAPING, *_LEARNER, *_NUMERICS,
-    *_SAMPLER, *_DATA, *_CHECKPOINT, *_VERIFIERS, *_PROGRAMS, *_KERNELS, *_SERVING)
+    *_SAMPLER, *_DATA, *_CHECKPOINT, *_VERIFIERS, *_PROGRAMS, *_KERNELS, *_SERVING,
+    *_RECIPES)
