@@ -76,3 +76,24 @@ def test_the_tiny_2b4t_has_the_parts_of_the_pod():
   assert run.optimizer.weight_decay_shape == pod.optimizer.weight_decay_shape == 'cosine'
   assert run.model.quant == pod.model.quant == cfg.Quant('ternary', 'int8')
   assert run.model.sub_norm and run.model.tied_head and run.model.activation == 'relu2'
+
+
+def test_the_stages_of_2b4t_have_the_numbers_of_the_paper():
+  sft, dpo = _run('sft_2b4t'), _run('dpo_2b4t')
+  assert sft.model == dpo.model == _run('pretrain_2b4t').model
+  # Token losses are summed; a clip of the norm, made for means, would act in every step.
+  assert sft.objective.loss == 'sum' and sft.optimizer.clip_norm == 0
+  assert (dpo.objective.loss, dpo.objective.beta) == ('sigmoid', 0.1)
+  assert dpo.optimizer.schedule.peak_rate == 2e-7
+  assert sft.optimizer.schedule.peak_rate > _run('sft_7b').optimizer.schedule.peak_rate
+
+
+def test_the_tiny_stages_of_2b4t_follow_one_another():
+  runs = [_run(f'{stage}_2b4t_tiny') for stage in ('pretrain', 'sft', 'dpo')]
+  assert len({run.model for run in runs}) == 1
+  assert runs[1].objective.start_from == 'runs/pretrain_2b4t_tiny'
+  assert runs[2].objective.start_from == 'runs/sft_2b4t_tiny'
+  sft, dpo = _run('sft_2b4t'), _run('dpo_2b4t')
+  assert runs[1].objective.loss == sft.objective.loss
+  assert runs[1].optimizer.clip_norm == sft.optimizer.clip_norm
+  assert runs[2].objective.beta == dpo.objective.beta

@@ -8,7 +8,7 @@ from jaxrl_pt.tpu import compile as compiling
 
 SLICES = {'v5e:16x16': 'gin/cluster/v5e_256.gin', 'v5p:4x4x8': 'gin/cluster/v5p_128.gin'}
 RECIPES = ('pretrain_bitnet_v2_400m', 'pretrain_bitnet_v2_1_3b', 'pretrain_bitnet_v2_3b',
-           'pretrain_bitnet_v2_7b', 'pretrain_2b4t')
+           'pretrain_bitnet_v2_7b', 'pretrain_2b4t', 'sft_2b4t', 'dpo_2b4t')
 
 
 @pytest.mark.slow
