@@ -34,7 +34,7 @@ def run_all(text: arms.Text, work: Path, args: argparse.Namespace) -> list[dict]
   """The rows of all settings and seeds, those that are missing trained first."""
   path = work / 'runs.jsonl'
   wanted = [(name, seed, round(setting.length * args.steps))
-            for name, setting in arms.SETTINGS.items()
+            for name, setting in arms.SETTINGS.items() if name in args.settings
             for seed in (args.longer_seeds if setting.length > 1 else args.seeds)]
   found = {(row['setting'], row['seed'], row['steps']): row
            for row in seeds_of.finished_rows(path)}
@@ -60,12 +60,19 @@ def verdict(found: dict[str, float], bound: float) -> str:
 
 
 class Losses:
-  """Nats per token by setting, branch and moment, an array over seeds each."""
+  """Nats per token by setting, branch and moment, an array over seeds each.
+
+  models: the pairs of MODELS of which both settings were trained.
+  """
 
   def __init__(self, rows: list[dict]) -> None:
     self._rows = {}
     for row in rows:
       self._rows.setdefault(row['setting'], []).append(row)
+    self.models = {model: pair for model, pair in MODELS.items() if self.has(*pair)}
+
+  def has(self, *settings: str) -> bool:
+    return all(setting in self._rows for setting in settings)
 
   def at(self, setting: str, branch: str = '', moment: str = 'at_end') -> np.ndarray:
     return np.array([row[moment][branch] for row in self._rows[setting]])
@@ -79,13 +86,14 @@ def gaps(losses: Losses) -> dict[str, Any]:
   """What each quantiser costs over int8, by setting, at the switch and at the end."""
   return {f'{name}, {branch}': {moment: interval(losses.gap(name, branch, moment))
                                 for moment in ('at_switch', 'at_end')}
-          for name, branches in arms.BRANCHES.items() for branch in branches if branch != 'A8'}
+          for name, branches in arms.BRANCHES.items() if losses.has(name)
+          for branch in branches if branch != 'A8'}
 
 
 def thresholds(losses: Losses) -> dict[str, Any]:
   """The claims that would fail the paper, each with its number and its verdict."""
   found: dict[str, Any] = {}
-  for model, (plain, rotated) in MODELS.items():
+  for model, (plain, rotated) in losses.models.items():
     difference = losses.at(rotated, 'A8') - losses.at(plain, 'A8')
     with_h, without = losses.gap(rotated, 'A4'), losses.gap(plain, 'A4')
     # |mean| and its interval: 'yes' only if both ends lie inside.
@@ -104,29 +112,38 @@ def thresholds(losses: Losses) -> dict[str, Any]:
         'A4 with Hadamard minus without': interval(losses.at(rotated, 'A4')
                                                    - losses.at(plain, 'A4')),
     }
-  plain = MODELS['planted'][0]
+  if 'planted' not in found:
+    return found
+  plain, _ = MODELS['planted']
   found['planted']['A4 with a permutation minus without'] = interval(
       losses.at(plain, 'A4 + permutation') - losses.at(plain, 'A4'))
   return found
 
 
-def beside_full_precision(losses: Losses) -> dict[str, Any]:
-  """Nats per token of every recipe, and minus full precision, paired by seed."""
-  full = losses.at('full precision')
-  recipes = {'full precision': full, 'W1.58A8': losses.at('A8', 'A8'),
-             'W1.58A8 + Hadamard': losses.at('A8 + Hadamard', 'A8'),
-             'W1.58A4 late': losses.at('A8', 'A4'),
-             'W1.58A4 late + Hadamard': losses.at('A8 + Hadamard', 'A4'),
-             'W1.58A4 from the start': losses.at('A4 from the start'),
-             'W1.58A4 from the start + Hadamard': losses.at('A4 + Hadamard from the start')}
-  return {name: {'loss': interval(values), 'minus full precision': interval(values - full)}
-          for name, values in recipes.items()}
+# Where the loss of a recipe is found: (setting, branch).
+RECIPES = {'full precision': ('full precision', ''), 'W1.58A8': ('A8', 'A8'),
+           'W1.58A8 + Hadamard': ('A8 + Hadamard', 'A8'), 'W1.58A4 late': ('A8', 'A4'),
+           'W1.58A4 late + Hadamard': ('A8 + Hadamard', 'A4'),
+           'W1.58A4 from the start': ('A4 from the start', ''),
+           'W1.58A4 from the start + Hadamard': ('A4 + Hadamard from the start', '')}
+
+
+def recipes(losses: Losses) -> dict[str, Any]:
+  """Nats per token of every recipe, and minus full precision where that was trained."""
+  found: dict[str, Any] = {}
+  for name, (setting, branch) in RECIPES.items():
+    if losses.has(setting):
+      values = losses.at(setting, branch)
+      found[name] = {'loss': interval(values)}
+      if losses.has('full precision'):
+        found[name]['minus full precision'] = interval(values - losses.at('full precision'))
+  return found
 
 
 def inputs(rows: list[dict]) -> dict[str, Any]:
   """Means over layers and seeds of the statistics of W_o's and W_down's inputs."""
   found: dict[str, Any] = {}
-  for name in (name for pair in MODELS.values() for name in pair):
+  for name in dict.fromkeys(row['setting'] for row in rows if 'inputs' in row):
     mine = [row['inputs'] for row in rows if row['setting'] == name]
     found[name] = {place: {key: round(float(np.mean([layer[key] for m in mine
                                                      for layer in m[place]])), 4)
@@ -143,12 +160,13 @@ def plot(losses: Losses, rows: list[dict]) -> None:
   from matplotlib.figure import Figure
   figure = Figure(figsize=(10, 4.2), layout='constrained')
   left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-  bars = [(model, label, name, branch) for model, (plain, rotated) in MODELS.items()
+  bars = [(model, label, name, branch) for model, (plain, rotated) in losses.models.items()
           for label, name, branch in (
               ('A4', plain, 'A4'), ('A4 absmax', plain, 'A4 absmax'),
               ('A4 but\nW_o, W_down', plain, 'A4 but W_o, W_down'),
               ('A4 +\nHadamard', rotated, 'A4'))]
-  bars.append(('planted', 'A4 +\npermutation', 'planted: A8', 'A4 + permutation'))
+  if 'planted' in losses.models:
+    bars.append(('planted', 'A4 +\npermutation', 'planted: A8', 'A4 + permutation'))
   bars = [bar for bar in bars if bar[3] in arms.BRANCHES[bar[2]]]
   for place, (model, _, name, branch) in enumerate(bars):
     colour = {'natural': 'C0', 'planted': 'C1', 'longer': 'C2'}[model]
@@ -160,25 +178,30 @@ def plot(losses: Losses, rows: list[dict]) -> None:
                label='paper, A4 with Hadamard, 400M to 7B')
   for marker, style, label in (('o', 'none', 'at the switch'), ('s', 'full', 'after 5 % at A4')):
     left.plot([], [], marker, color='0.3', fillstyle=style, markersize=4, label=label)
-  for colour, label in (('C0', 'models as they are'), ('C1', 'planted outliers'),
-                        ('C2', 'twice the steps')):
-    left.plot([], [], '-', color=colour, label=label)
+  for colour, model, label in (('C0', 'natural', 'models as they are'),
+                               ('C1', 'planted', 'planted outliers'),
+                               ('C2', 'longer', 'twice the steps')):
+    if model in losses.models:
+      left.plot([], [], '-', color=colour, label=label)
   left.set_xticks(range(len(bars)), [label for _, label, _, _ in bars], fontsize=7)
-  left.set(ylabel='nats per token over A8', title='What 4 bits cost, each seed', yscale='symlog')
-  left.set_yscale('symlog', linthresh=0.01)
-  left.legend(fontsize=7)
+  left.set(ylabel='nats per token over A8', title='What 4 bits cost, each seed')
+  left.set_yscale('symlog', linthresh=1e-3)
+  left.set_ylim(-1e-3, 20)  # Room for the legend.
+  left.legend(fontsize=7, ncols=2, loc='upper left')
   for place, values in enumerate(inputs(rows).values()):
     for shift, (what, mark) in enumerate((('wo', 'o'), ('w_down', 's'))):
       ends = [values[f'{what} {when}']['kurtosis'] for when in ('before', 'after')]
-      x = place + 0.3 * (shift - 0.5)
-      right.annotate('', (x, ends[1]), (x, ends[0]), arrowprops={'arrowstyle': '->'})
-      right.plot([x], ends[:1], mark, color=f'C{shift + 2}',
+      x, colour = place + 0.3 * (shift - 0.5), f'C{shift + 2}'
+      right.plot([x, x], ends, '-', color=colour, linewidth=1)
+      right.plot([x], ends[:1], mark, color=colour,
                  label={'wo': 'W_o', 'w_down': 'W_down'}[what] if place == 0 else None)
+      right.plot([x], ends[1:], mark, color=colour, fillstyle='none')
   right.axhline(3, color='0.6', linewidth=1)
   right.set_xticks(range(len(inputs(rows))),
                    [name.replace(' + ', '\n+ ').replace(': ', ':\n') for name in inputs(rows)],
                    fontsize=6)
-  right.set(yscale='log', ylabel='kurtosis', title='Inputs before → after Hadamard')
+  right.set(yscale='log', ylabel='kurtosis', title='Inputs before (full) and after Hadamard',
+            ylim=(1.5, 300))
   right.legend(fontsize=7)
   for axes in (left, right):
     axes.grid(alpha=0.3)
@@ -194,6 +217,8 @@ def main() -> None:
   parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
   parser.add_argument('--longer_seeds', type=int, nargs='+', default=[0, 1],
                       help='of the models that get twice the steps')
+  parser.add_argument('--settings', choices=arms.SETTINGS, nargs='+', default=list(arms.SETTINGS),
+                      help='what is trained and reported; all by default')
   args = parser.parse_args()
   args.work.mkdir(parents=True, exist_ok=True)
   jax.config.update('jax_compilation_cache_dir', str((args.work / 'compiled').absolute()))
@@ -209,7 +234,7 @@ def main() -> None:
                                / text.packed.validation.num_targets, 4),
       'paper, A4 minus A8 with Hadamard, nats': PAPER_GAPS,
       'thresholds': thresholds(losses), 'minus A8': gaps(losses),
-      'recipes': beside_full_precision(losses), 'inputs': inputs(rows), 'runs': rows}
+      'recipes': recipes(losses), 'inputs': inputs(rows), 'runs': rows}
   RESULTS.mkdir(exist_ok=True)
   (RESULTS / 'bitnet_v2.json').write_text(json.dumps(report, indent=1, ensure_ascii=False) + '\n')
   plot(losses, rows)
