@@ -16,7 +16,7 @@ from typing import Any
 import two_stages
 
 from jaxrl_pt import config as cfg
-from jaxrl_pt import metrics
+from jaxrl_pt import gin_bindings, metrics
 from jaxrl_pt.jobs import open as jobs
 
 LENGTH, BATCH = 256, 8
@@ -79,7 +79,7 @@ def _run(objective: cfg.Objective, data: cfg.Data, seed: int, num_steps: int,
 def _trained(run: cfg.Run, workdir: Path) -> list[dict]:
   """The metrics of a run's evaluations; a run that an interrupt cut short begins anew."""
   shutil.rmtree(workdir, ignore_errors=True)
-  jobs.train(run, workdir, '')
+  jobs.train(run, workdir, gin_bindings.dump(run))
   return [{key.removeprefix('validation/'): value for key, value in row.items()
            if key == 'step' or key.startswith('validation/')}
           for row in metrics.read_rows(workdir / 'metrics.jsonl')
