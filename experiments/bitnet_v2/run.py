@@ -228,7 +228,7 @@ def main() -> None:
   report = {
       'command': f'python experiments/bitnet_v2/run.py --data DIR --steps {args.steps} --seeds '
                  + ' '.join(map(str, args.seeds)),
-      'held out': text.apart,
+      'settings': args.settings, 'held out': text.apart,
       'tokens of a run': args.steps * arms.BATCH * arms.LENGTH,
       'bytes per token': round(text.packed.validation.num_bytes
                                / text.packed.validation.num_targets, 4),
