@@ -1,7 +1,9 @@
 """GGUF files computed by llama.cpp itself."""
 
 import dataclasses
+import json
 from pathlib import Path
+import urllib.request
 
 import jax
 import numpy as np
@@ -12,8 +14,12 @@ xllamacpp = pytest.importorskip('xllamacpp')
 
 from jaxrl_pt import config as cfg  # noqa: E402
 from jaxrl_pt import params as P  # noqa: E402
+from jaxrl_pt.data import gguf_vocabulary  # noqa: E402
+from jaxrl_pt.data.sentencepiece_tokenizer import SentencePieceTokenizer  # noqa: E402
+from jaxrl_pt.data.tokenizer import JsonTokenizer  # noqa: E402
 from jaxrl_pt.interop import gguf_file, llama2c, verify  # noqa: E402
 from jaxrl_pt.models import transformer  # noqa: E402
+from tests.data.test_gguf_vocabulary import TEXTS, pattern_of, shared, split_by  # noqa: E402
 
 pytestmark = pytest.mark.parity
 
@@ -71,6 +77,32 @@ def test_the_likeliest_tokens_are_those_of_llama_cpp(tmp_path, name, ternary_typ
   # and by token here, where leaving the quantisation out would change more than 20.
   error = max(abs(ours[i] - logprob) for i, logprob in theirs.items())
   assert error < (0.05 if config.quant != W1A8 else 0.5)
+
+
+def tokenizer_of(name):
+  if name == 'mistral':
+    pytest.importorskip('sentencepiece')
+    return SentencePieceTokenizer(shared('tok-mistral/tokenizer.model.v1'))
+  definition = json.loads(shared('tok-gpt2/gpt2.tokenizer.json.gz'))
+  change = {} if name == 'gpt-2' else split_by(pattern_of(name))
+  return JsonTokenizer(json.dumps(definition | change), '<|endoftext|>', '')
+
+
+@pytest.mark.parametrize('name', ['gpt-2', 'qwen2', 'llama-bpe', 'mistral'])
+def test_it_encodes_text_like_the_tokenizer(tmp_path, name):
+  own = tokenizer_of(name)
+  config = dataclasses.replace(LLAMA, num_layers=1, d_model=8, d_ff=8, head_dim=2,
+                               vocab_size=own.vocab_size)
+  keys = gguf_file.metadata(config, 'TQ2_0', 'tiny', 64) | gguf_vocabulary.metadata(
+      own, own.vocab_size, ())
+  gguf_file.save_model(tmp_path / 'm.gguf', config, draw(config), keys, 'TQ2_0')
+  server = served(tmp_path / 'm.gguf')
+  for text in (*TEXTS, "I'LL we'Ve 12345 x=  1\r\n\r\n  y"):
+    request = urllib.request.Request(
+        f'{server.listening_address}/tokenize', json.dumps({'content': text}).encode(),
+        {'Content-Type': 'application/json'})
+    with urllib.request.urlopen(request, timeout=30) as answer:
+      assert json.load(answer)['tokens'] == own.encode(text)
 
 
 def test_it_tells_the_known_story(tmp_path):
