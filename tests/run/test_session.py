@@ -1,11 +1,14 @@
-"""What a run opens: rollouts draw tokens of its tokenizer alone."""
+"""What a run opens: rollouts draw tokens of its tokenizer alone; a chat template is carried on."""
 
 import dataclasses
+import json
 
 import pytest
 
 from jaxrl_pt import config as cfg
+from jaxrl_pt.data.tokenizer import ByteTokenizer
 from jaxrl_pt.errors import UserError
+from jaxrl_pt.run import places, saved
 from jaxrl_pt.run import session as sessions
 
 MODEL = cfg.Model(num_layers=1, d_model=16, d_ff=16, num_heads=2, num_kv_heads=1, head_dim=8,
@@ -39,3 +42,29 @@ def test_an_objective_that_draws_nothing_is_left_as_it_is(tmp_path):
   run = make_run(tmp_path)
   run = dataclasses.replace(run, objective=cfg.NextToken(), train=cfg.Train(9, batch_size=4))
   assert sessions.open_session(run, tmp_path, '').run == run
+
+
+def test_the_template_of_the_start_policy_writes_messages_and_is_carried_on(tmp_path):
+  start, work = tmp_path / 'start', tmp_path / 'work'
+  carried = start / places.CARRIED
+  carried.mkdir(parents=True)
+  (start / places.CONFIG).write_text('')
+  (carried / 'chat_template.jinja').write_text(
+      '{% for m in messages %}<{{ m.role }}>{{ m.content }}<|endoftext|>{% endfor %}'
+      '{% if add_generation_prompt %}<assistant>{% endif %}')
+  (carried / 'ternary_scales.json').write_text('{}')  # Of weights that training changes.
+  (tmp_path / 'rows.jsonl').write_text(json.dumps({'messages': [
+      {'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'b'}]}) + '\n')
+  data = cfg.Data(cfg.Conversations(str(tmp_path / 'rows.jsonl')), cfg.PolicyTokenizer(), 64, 0.0,
+                  long_documents='cut')
+  run = dataclasses.replace(make_run(tmp_path), objective=cfg.SFT(str(start)), data=data,
+                            train=cfg.Train(9, batch_size=1))
+  session = sessions.open_session(run, work, '', tokenizer=ByteTokenizer())
+  [tokens] = session.data.train.batch([0]).tokens
+  assert bytes(int(i) for i in tokens if i < 256).startswith(b'<user>a<assistant>b')
+  saved.record(session, 0)
+  assert [p.name for p in (work / places.CARRIED).iterdir()] == ['chat_template.jinja']
+  # From now on the run has its own.
+  (carried / 'chat_template.jinja').write_text('another')
+  assert sessions.open_session(run, work, '', tokenizer=ByteTokenizer()).data.directory == (
+      session.data.directory)
