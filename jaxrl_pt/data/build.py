@@ -181,6 +181,8 @@ def _packable(data: config.Data, tokenizer: tokenizers.Tokenizer,
     pieces = pack.pieces(tokens_n, ends, data.seq_len, data.long_documents)
     unpredicted = tokens_n[:1].tolist() if ends.bos is None else []
     target_bytes = text_bytes - len(tokenizer.decode_bytes(unpredicted))
+    if data.long_documents == 'cut' and pieces and pieces[0][1, -1] != ends.eos:
+      target_bytes = len(tokenizer.decode_bytes(pieces[0][1].tolist()))
     yield _Item(place, held_out, [(piece,) for piece in pieces], len(tokens_n), text_bytes,
                 target_bytes)
 

@@ -354,6 +354,18 @@ def test_no_validation_split_when_none_is_asked_for(tmp_path: Path) -> None:
     loader.eval_batches(prepared.validation, 4)
 
 
+def test_cut_documents_keep_their_first_tokens_and_count_their_bytes(tmp_path: Path) -> None:
+  (tmp_path / 'a.txt').write_text('é' * 9 + 'x' * 50)
+  (tmp_path / 'b.txt').write_text('short')
+  data = config.Data(config.TextFiles(str(tmp_path / '*.txt')), config.Bytes(), 24, 0.0,
+                     long_documents='cut')
+  packed = loader.prepare(data, tmp_path / 'data').train
+  # The last target is no input.
+  assert sorted(_documents(packed)) == [b'short', 'é'.encode() * 9 + b'x' * 5]
+  # 24 targets, none of them an end, and five with one.
+  assert (packed.num_targets, packed.num_bytes) == (24 + 6, 24 + 5)
+
+
 def test_long_document_error_leaves_nothing_behind(tmp_path: Path) -> None:
   data = dataclasses.replace(_data(tmp_path), long_documents='error')
   with pytest.raises(UserError, match='long_documents'):

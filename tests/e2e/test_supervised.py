@@ -39,6 +39,15 @@ cfg.Arithmetic.size = 300
 """)
 
 
+_SPLIT = ('cfg.Mesh.data = 2', 'cfg.Mesh.fsdp = 2', 'cfg.Mesh.tensor = 1', 'cfg.Mesh.context = 2',
+          'cfg.Train.accumulation = 2')
+
+
+def on_eight_devices(job: Job) -> Job:
+  return dataclasses.replace(
+      job, environment={**job.environment, 'XLA_FLAGS': xla_flags.with_devices(8)})
+
+
 def same_run(one: Job, other: Job) -> None:
   first, second = (jax.tree_util.tree_leaves_with_path(load_state(j.workdir))
                    for j in (one, other))
@@ -80,11 +89,8 @@ def test_sft_learns_and_killed_at_a_random_step_is_bit_identical(
 @pytest.mark.slow
 def test_sft_on_eight_devices_and_in_micro_batches_gives_the_same_losses(
     make_job: Callable[..., Job], pretrained: Job, tuned: Job, conversations: Path):
-  job = make_job(SFT, start_from=str(pretrained.workdir), rows=str(conversations), bindings=(
-      'cfg.Mesh.data = 2', 'cfg.Mesh.fsdp = 2', 'cfg.Mesh.tensor = 1', 'cfg.Mesh.context = 2',
-      'cfg.Train.accumulation = 2'))
-  job = dataclasses.replace(
-      job, environment={**job.environment, 'XLA_FLAGS': xla_flags.with_devices(8)})
+  job = on_eight_devices(make_job(SFT, start_from=str(pretrained.workdir), rows=str(conversations),
+                                  bindings=_SPLIT))
   done = job.run()
   assert done.returncode == 0, done.stderr
   for ours, theirs in zip(job.rows(), tuned.rows(), strict=True):
@@ -163,8 +169,27 @@ def test_preferences_are_learned_and_a_killed_run_is_bit_identical(
       for text in ('good word', 'bad byte')))
   if objective == 'DPO':
     assert 'holds a run of DPO' in complaint(capsys, *score)
+    line = complaint(capsys, 'eval', '--workdir', str(whole.workdir))
+    assert 'see validation/ in metrics.jsonl' in line
     return
   assert main(score) == 0
   good, bad = map(json.loads, capsys.readouterr().out.splitlines())
   assert good['reward'] > bad['reward'] and good['place'].endswith('rows.jsonl:1')
   assert good['tokens'] == len('say 7: good word') + 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('objective', ['DPO', 'RewardModel'])
+def test_preferences_on_eight_devices_and_in_micro_batches_give_the_same_losses(
+    make_job: Callable[..., Job], pretrained: Job, preferences: Path, objective: str):
+  fields = {'start_from': str(pretrained.workdir), 'rows': str(preferences),
+            'objective': objective}
+  few = ('cfg.Train.num_steps = 6', 'cfg.Checkpoint.every = 6')
+  whole = make_job(PAIRS, bindings=few, **fields)
+  parts = on_eight_devices(make_job(PAIRS, bindings=(*few, *_SPLIT), **fields))
+  for job in (whole, parts):
+    done = job.run()
+    assert done.returncode == 0, done.stderr
+  for ours, theirs in zip(parts.rows(), whole.rows(), strict=True):
+    for name in ('loss', 'margin', 'validation/loss'):
+      assert ours.get(name) == pytest.approx(theirs.get(name), rel=5e-3, abs=1e-3), ours['step']
