@@ -297,8 +297,8 @@ def _add_resa(parser: argparse.ArgumentParser) -> None:
 def _add_chat_format(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--prompt_len', type=_at_least(1), default=1024,
                       help='most tokens of a prompt (default %(default)s)')
-  parser.add_argument('--template', type=_path, metavar='FILE', help='how turns become text: JSON '
-                      'with system, user, assistant, opening, stop (default plain text)')
+  parser.add_argument('--template', type=_path, metavar='FILE', help='how turns become text: a '
+                      'chat template in Jinja2 (default the model\'s own, or plain text)')
   parser.add_argument('--markers', nargs=2, type=_text, default=('<think>', '</think>'),
                       metavar=('START', 'END'), help='what encloses thinking (default <think> '
                       '</think>)')
@@ -307,12 +307,13 @@ def _add_chat_format(parser: argparse.ArgumentParser) -> None:
 def _add_sampling(parser: argparse.ArgumentParser, num_tokens: int) -> None:
   parser.add_argument('--num_tokens', type=_at_least(1), default=num_tokens,
                       help='most tokens of a response (default %(default)s)')
-  parser.add_argument('--temperature', type=float, default=1.0,
-                      help='0 is greedy (default %(default)s)')
-  parser.add_argument('--top_k', type=_at_least(0), default=0,
-                      help='0 keeps all (default %(default)s)')
-  parser.add_argument('--top_p', type=float, default=1.0, help='1 keeps all (default %(default)s)')
-  parser.add_argument('--min_p', type=float, default=0.0, help='drops tokens less likely than '
-                      'this times the likeliest (default %(default)s)')
+  # An imported model's generation_config.json may have defaults of its own.
+  parser.add_argument('--temperature', type=float,
+                      help="0 is greedy (default the model's own, or 1)")
+  parser.add_argument('--top_k', type=_at_least(0),
+                      help="0 keeps all (default the model's own, or 0)")
+  parser.add_argument('--top_p', type=float, help="1 keeps all (default the model's own, or 1)")
+  parser.add_argument('--min_p', type=float, help='drops tokens less likely than this times the '
+                      "likeliest (default the model's own, or 0)")
   parser.add_argument('--seed', type=_SEED, default=0,
                       help='equal seeds draw equal responses (default %(default)s)')

@@ -8,17 +8,18 @@ from pathlib import Path
 import signal
 import socket
 import sys
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 
 from jaxrl_pt import config as cfg
+from jaxrl_pt.data import chat_files
+from jaxrl_pt.data.chat import ChatTemplate
 from jaxrl_pt.errors import UserError
-from jaxrl_pt.run import interrupt, samples
+from jaxrl_pt.run import interrupt, places, samples
 from jaxrl_pt.run.policy import Policy, load_policy
 from jaxrl_pt.sampling.engine import Engine
 from jaxrl_pt.serving import terminal
-from jaxrl_pt.serving.conversation import Template, read_template
 from jaxrl_pt.serving.lines import read_lines
 from jaxrl_pt.serving.text import Markers, encode_marker
 from jaxrl_pt.serving.worker import Worker
@@ -60,7 +61,7 @@ def _json_prompt(line: str, where: str) -> str:
 
 def sample(workdir: Path, prompts: list[str] | None, *, step: int | None, as_json: bool,
            prompt_len: int, seed: int, reading: samples.Reading, stop: tuple[str, ...],
-           **settings: Any) -> None:
+           drawing: dict[str, Any], **settings: Any) -> None:
   """Prints continuations as they are drawn, or all of them as JSON.
 
   Args:
@@ -72,8 +73,10 @@ def sample(workdir: Path, prompts: list[str] | None, *, step: int | None, as_jso
     seed: the seed of the noise; equal seeds draw equal samples.
     reading: how the cache is read.
     stop: texts that end a sample.
-    settings: the sampler, num_tokens and num_samples of `samples.stream_samples`.
+    drawing: the fields of `cfg.Sampler` that were given; the others are the model's own.
+    settings: num_tokens and num_samples of `samples.stream_samples`.
   """
+  settings['sampler'] = _sampler(workdir, drawing, sys.stderr)
   policy = load_policy(workdir, step)
   engine = samples.engine_for(
       policy, prompts or [], seed=seed, reading=reading, prompt_len=1 if prompts else prompt_len,
@@ -112,37 +115,60 @@ def _show_samples(policy: Policy, engine: Engine, as_json: bool,
 
 
 def chat(workdir: Path, *, step: int | None, prompt_len: int, template: Path | None,
-         markers: Iterable[str], seed: int, **settings: Any) -> None:
+         markers: Iterable[str], seed: int, drawing: dict[str, Any], **settings: Any) -> None:
   """Holds a conversation at the terminal.
 
   Args:
     workdir: the work directory of a trained model.
     step: the checkpoint's step; None takes the newest good one.
     prompt_len: most tokens of a conversation that the model sees.
-    template: a JSON file; None takes plain text.
+    template: a file of Jinja2; None takes the model's own, or plain text where it has none.
     markers: the two texts that start and end thinking.
     seed: the seed of the noise; equal seeds and equal lines get equal answers.
-    settings: the keyword arguments of `terminal.Chat`.
+    drawing: the fields of `cfg.Sampler` that were given; the others are the model's own.
+    settings: the other keyword arguments of `terminal.Chat`.
   """
-  layout, enclosing = _template(template), Markers(*markers)
+  given = chat_files.read_template(template) if template else None
+  enclosing = Markers(*markers)
+  console = Console(highlight=False)
+  sampler = _sampler(workdir, drawing, sys.stderr)
   policy = load_policy(workdir, step)
   tokenizer = policy.session.data.tokenizer
-  talk = terminal.Chat(tokenizer, layout, enclosing, **settings)
+  talk = terminal.Chat(tokenizer, _template(given, policy), enclosing, sampler, **settings)
   longest = talk.request((0,), 0).max_tokens
   engine = samples.make_engine(
       policy, cfg.Engine(slots=1, queue=1, prompt_len=prompt_len, response_len=longest,
                          steps_per_call=2),
       seed=seed, think_end=encode_marker(tokenizer, enclosing.end))
   engine.check(talk.request((0,), 0))
-  console = Console(highlight=False)
   if console.is_terminal:
     console.print(f'{_name(workdir)}, step {policy.step}. Ctrl-C stops an answer, /new starts a '
                   'new conversation, Ctrl-D leaves.', style='dim', markup=False)
   terminal.talk(engine, talk, read_lines('you> '), console)
 
 
-def _template(path: Path | None) -> Template:
-  return Template() if path is None else read_template(path)
+def _template(given: ChatTemplate | None, policy: Policy) -> ChatTemplate:
+  """The template that was given, else the model's own, else the plain one."""
+  session = policy.session
+  return chat_files.of_model(session.workdir / places.CARRIED, session.data.tokenizer, given)
+
+
+def _sampler(workdir: Path, given: dict[str, Any], out: TextIO) -> cfg.Sampler:
+  """How responses are drawn: as the flags say, else as the model's authors do.
+
+  Raises:
+    UserError: the model's generation_config.json holds a value that cannot be.
+  """
+  path = workdir / places.CARRIED
+  own = chat_files.sampling(path)
+  try:
+    sampler = cfg.Sampler(**own | given)
+  except UserError as e:
+    raise UserError(f'{path / "generation_config.json"} asks for what cannot be ({e}): give '
+                    '--temperature, --top_k, --top_p and --min_p.') from e
+  if taken := [f'{name} {value:g}' for name, value in own.items() if name not in given]:
+    print(f'note: drawn as generation_config.json of the model says: {", ".join(taken)}.', file=out)
+  return sampler
 
 
 def _name(workdir: Path) -> str:
@@ -165,7 +191,7 @@ def serve(workdir: Path, *, step: int | None, host: str, port: int, token_file: 
       `TOKEN_VARIABLE`, if it is set.
     engine: the engine's sizes.
     max_samples: most responses to one prompt.
-    template: a JSON file with the chat format; None takes plain text.
+    template: a file of Jinja2; None takes the model's own, or plain text where it has none.
     markers: the two texts that start and end thinking.
     seed: the seed of the noise, together with each request's own seed.
     access_log: whether to write one line a request to standard error.
@@ -181,7 +207,8 @@ def serve(workdir: Path, *, step: int | None, host: str, port: int, token_file: 
   except ImportError as e:
     raise UserError('`serve` needs the extra of that name: '
                     "pip install 'jaxrl_pt[serve]'.") from e
-  token, layout, enclosing = _read_token(token_file), _template(template), Markers(*markers)
+  token, enclosing = _read_token(token_file), Markers(*markers)
+  given = chat_files.read_template(template) if template else None
   if token is None and not app.is_loopback(host):
     raise UserError(f'--host {host} lets others in: give a --token_file, or set '
                     f'{TOKEN_VARIABLE}, that clients must send.')
@@ -190,8 +217,9 @@ def serve(workdir: Path, *, step: int | None, host: str, port: int, token_file: 
       (signal.SIGTERM, signal.SIGINT)) as stopped:
     policy = load_policy(workdir, step)
     tokenizer = policy.session.data.tokenizer
-    service = Service(_name(workdir), tokenizer, engine, policy.model.config.vocab_size, layout,
-                      enclosing, max_samples=max_samples)
+    service = Service(_name(workdir), tokenizer, engine, policy.model.config.vocab_size,
+                      _template(given, policy), enclosing, _sampler(workdir, {}, sys.stderr),
+                      max_samples=max_samples)
     worker = Worker(samples.make_engine(policy, engine, seed=seed,
                                          think_end=encode_marker(tokenizer, enclosing.end)))
     log = functools.partial(print, file=sys.stderr, flush=True) if access_log else None

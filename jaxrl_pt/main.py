@@ -96,7 +96,7 @@ def _join_hosts() -> None:
 
 
 def _sample(args: argparse.Namespace) -> int:
-  sampler, reading = _sampler(args), _reading(args)
+  drawing, reading = _drawing(args), _reading(args)
   if args.prompt is not None and args.prompt_file is not None:
     raise UserError('Give prompts as --prompt or as --prompt_file, not both.')
   prompts = args.prompt
@@ -109,13 +109,17 @@ def _sample(args: argparse.Namespace) -> int:
     prompts = frontends.read_prompts(args.prompt_file)
   frontends.sample(
       args.workdir, prompts, step=args.step, as_json=args.json, prompt_len=1024, seed=args.seed,
-      reading=samples.Reading(*reading), stop=tuple(args.stop), sampler=sampler,
+      reading=samples.Reading(*reading), stop=tuple(args.stop), drawing=drawing,
       num_tokens=args.num_tokens, num_samples=args.num_samples)
   return 0
 
 
-def _sampler(args: argparse.Namespace) -> cfg.Sampler:
-  return cfg.Sampler(args.temperature, args.top_k, args.top_p, args.min_p)
+def _drawing(args: argparse.Namespace) -> dict[str, Any]:
+  """The fields of `cfg.Sampler` that were given."""
+  given = {name: getattr(args, name) for name in ('temperature', 'top_k', 'top_p', 'min_p')}
+  given = {name: value for name, value in given.items() if value is not None}
+  cfg.Sampler(**given)  # A mistake is told before the model is loaded.
+  return given
 
 
 def _reading(args: argparse.Namespace) -> tuple[cfg.Dense | cfg.ReSA, cfg.Drafts]:
@@ -141,12 +145,12 @@ def _reading(args: argparse.Namespace) -> tuple[cfg.Dense | cfg.ReSA, cfg.Drafts
 
 
 def _chat(args: argparse.Namespace) -> int:
-  sampler = _sampler(args)
+  drawing = _drawing(args)
   with _importing():
     from jaxrl_pt import frontends
   frontends.chat(
       args.workdir, step=args.step, prompt_len=args.prompt_len, template=args.template,
-      markers=args.markers, seed=args.seed, sampler=sampler, max_tokens=args.num_tokens,
+      markers=args.markers, seed=args.seed, drawing=drawing, max_tokens=args.num_tokens,
       max_thought=args.max_thought, max_answer=args.max_answer, system=args.system)
   return 0
 

@@ -153,7 +153,7 @@ def make_step(model, scores, baseline, num_updates, optimizer):
     prompts = prompts_of(targets, ids)
     drawn = groups.generate(model, learner.params, prompts, jax.random.key(seed),
                             sampler=cfg.Sampler(), num_samples=GROUP, num_tokens=NUM_TOKENS,
-                            stop_id=STOP)
+                            stop_ids=(STOP,))
     mask = drawn.sampled
     reward = verify(targets, drawn.tokens, mask)
     advantage = BASELINES[baseline](reward, mask.sum(-1), jnp.ones_like(reward))

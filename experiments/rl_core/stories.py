@@ -84,7 +84,7 @@ def train(data: Path, seed: int, num_steps: int) -> dict[str, Any]:
   now = state.state_of(start, optimizer, state.abstract_state(model, optimizer, mesh, new_method),
                        new_method)
   # BOS is what this model writes between stories: a story may end before its last token.
-  sample = jax.jit(make_sampler(model, seed, rollouts, llama2c.BOS))
+  sample = jax.jit(make_sampler(model, seed, rollouts, (llama2c.BOS,)))
   compare = jax.jit(functools.partial(fused.reference_logp, model, sampler=rollouts.sampler,
                                       loss_chunk=0))
   learn = jax.jit(update.make_learner(model, optimizer, run, rollouts, method), donate_argnums=0)

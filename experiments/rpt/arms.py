@@ -151,7 +151,7 @@ def _rpt_step(setting: Setting, rollouts: cfg.Rollouts, rate: float, num_steps: 
   optimizer = optim.make_optimizer(run.optimizer, num_steps, setting.model.specs)
   verify = verifier.device_verifier(setting.table, marker=setting.answer)
   return optimizer, run, jax.jit(
-      fused.make_fused_step(setting.model, optimizer, run, run.objective, verify, setting.end))
+      fused.make_fused_step(setting.model, optimizer, run, run.objective, verify, (setting.end,)))
 
 
 @functools.cache
@@ -206,7 +206,7 @@ def _verify(setting: Setting, temperature: float, num_samples: int, reasoning: b
     drawn = groups.generate(
         setting.model, params, prompts, jax.random.key(11),
         sampler=cfg.Sampler(temperature=temperature), num_samples=num_samples,
-        num_tokens=setting.response if reasoning else 1, stop_id=setting.end)
+        num_tokens=setting.response if reasoning else 1, stop_ids=(setting.end,))
     return verify(prompts, drawn), drawn
 
   return jax.jit(draw_and_verify)
@@ -228,7 +228,7 @@ def _thinker(setting: Setting, num_samples: int) -> Callable:
   def think(params: Params, prompts: Prompts) -> jax.Array:
     thoughts = groups.generate(
         setting.model, params, prompts, jax.random.key(12), sampler=cfg.Sampler(),
-        num_samples=num_samples, num_tokens=setting.response - 2, stop_id=setting.answer)
+        num_samples=num_samples, num_tokens=setting.response - 2, stop_ids=(setting.answer,))
     return logp_after_thought(setting.model, params, prompts, thoughts, setting.answer)
 
   return jax.jit(think)

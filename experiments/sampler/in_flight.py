@@ -59,12 +59,12 @@ def verify(prompts: Prompts, rollouts) -> Verdict:
 def draw_on_policy(seed: int, params, prompts: Prompts, batch):
   """`groups.generate` with the number of decode steps and of slots that they extended."""
   shape = groups.shape_of(VOCAB, prompts, GROUP, LENGTH, ROLLOUTS.sampler, ROLLOUTS.slots)
-  queue = groups.queue_of(prompts, GROUP, LENGTH, STOP)
+  queue = groups.queue_of(prompts, GROUP, LENGTH, (STOP,))
   key = jax.random.fold_in(jax.random.key(seed), batch)
   state = slots.advance(
       MODEL, shape, Vocabulary(), params, key, batch, queue,
       init(MODEL, shape, Vocabulary(), jnp.float32), groups.most_turns(shape, has_all_pages=True))
-  return groups.rollouts_of(state.responses, PROMPTS, STOP, batch), state.counters
+  return groups.rollouts_of(state.responses, PROMPTS, (STOP,), batch), state.counters
 
 
 def new_learner():
@@ -96,7 +96,7 @@ def run_arm(staleness: int, seed: int, start, learn) -> dict[str, list[float]]:
   state, curve = start(seed), {}
   if staleness:
     config = dataclasses.replace(ROLLOUTS, mode=cfg.InFlight(staleness))
-    enqueue, draw = map(jax.jit, in_flight.make_sampler(MODEL, seed, config, STOP))
+    enqueue, draw = map(jax.jit, in_flight.make_sampler(MODEL, seed, config, (STOP,)))
     sampler = jax.jit(functools.partial(in_flight.init, MODEL, config))()
   else:
     draw = jax.jit(functools.partial(draw_on_policy, seed))

@@ -65,8 +65,9 @@ def lengths_by(tokens: np.ndarray, stop: int) -> np.ndarray:
   return np.where(is_stop.any(-1), is_stop.argmax(-1) + 1, LONGEST)
 
 
-def arms(stop: int) -> dict[str, Callable[[Any, Prompts, Any], Any]]:
-  kwargs = {'sampler': SAMPLER, 'num_samples': SAMPLES, 'num_tokens': LONGEST, 'stop_id': stop}
+def arms(stop: int | None) -> dict[str, Callable[[Any, Prompts, Any], Any]]:
+  kwargs = {'sampler': SAMPLER, 'num_samples': SAMPLES, 'num_tokens': LONGEST,
+            'stop_ids': (stop,) if stop is not None else ()}
   some = 32 // SAMPLES
   at_once = jax.jit(functools.partial(static.generate, MODEL, **kwargs))
 
@@ -84,7 +85,7 @@ def arms(stop: int) -> dict[str, Callable[[Any, Prompts, Any], Any]]:
 def occupancy(params: Any, asked: Prompts, key: Any, stop: int, num: int) -> dict[str, float]:
   """What `groups.generate` counts on the device and does not return."""
   shape = groups.shape_of(SHAPE.vocab_size, asked, SAMPLES, LONGEST, SAMPLER, cfg.Slots(slots=num))
-  queue = groups.queue_of(asked, SAMPLES, LONGEST, stop)
+  queue = groups.queue_of(asked, SAMPLES, LONGEST, (stop,))
   begin = state.init(MODEL, shape, Vocabulary(), jnp.float32)
   end = jax.jit(lambda p, k, q, s: slots.advance(
       MODEL, shape, Vocabulary(), p, k, 0, q, s, groups.most_turns(shape, has_all_pages=True)))(
@@ -95,7 +96,7 @@ def occupancy(params: Any, asked: Prompts, key: Any, stop: int, num: int) -> dic
 
 def main() -> None:
   params, asked, key = policy(), prompts(), jax.random.key(1)
-  endless = arms(groups.NO_STOP)[f'{ROWS} slots'](params, asked, key)
+  endless = arms(None)[f'{ROWS} slots'](params, asked, key)
   tokens = np.asarray(endless.tokens)
   stop = min(range(SHAPE.vocab_size),
              key=lambda t: abs(lengths_by(tokens, t).mean() - LONGEST / 4))

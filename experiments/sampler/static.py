@@ -21,7 +21,7 @@ FIRST_SLOTS = 64
 
 
 def generate(model: Model, params: Params, prompts: Prompts, key: Array, *, sampler: cfg.Sampler,
-             num_samples: int, num_tokens: int, stop_id: int = -1) -> RolloutBatch:
+             num_samples: int, num_tokens: int, stop_ids: tuple[int, ...] = ()) -> RolloutBatch:
   """`groups.generate` for prompts without shared documents, with the same noise and tokens."""
   num_prompts, prompt_len = prompts.tokens.shape
   hidden, cache = prefill(model, params, prompts.tokens)
@@ -30,7 +30,7 @@ def generate(model: Model, params: Params, prompts: Prompts, key: Array, *, samp
   starts, keys = each(prompts.lengths), sample_keys(key, prompts.ids, num_samples)
   num_rows, head = len(starts), model.head(params)
   empty = jnp.zeros((num_rows, num_tokens))
-  fill = max(stop_id, 0)
+  fill = stop_ids[0] if stop_ids else 0
 
   def append(step: Array, state: Any, hidden: Array) -> Any:
     tokens, mask, logp, done = state
@@ -39,7 +39,8 @@ def generate(model: Model, params: Params, prompts: Prompts, key: Array, *, samp
                            filtered_logits(logits, sampler))
     token = jnp.where(done, fill, token)
     return (tokens.at[:, step].set(token), mask.at[:, step].set(~done),
-            logp.at[:, step].set(jnp.where(done, 0.0, new_logp)), done | (token == stop_id))
+            logp.at[:, step].set(jnp.where(done, 0.0, new_logp)),
+            done | jnp.isin(token, jnp.asarray(stop_ids, jnp.int32)))
 
   def decode(carry: Any) -> Any:
     step, state, cache = carry

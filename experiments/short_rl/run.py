@@ -142,11 +142,11 @@ def make_step(model, arm, num_prompts, num_steps, learning_rate):
                 optimizer=settings, train=cfg.Train(num_steps=num_steps))
   optimizer = optim.make_optimizer(settings, num_steps, model.specs)
   learn = update.make_learner(model, optimizer, run, rollouts, algorithm)
-  verify = exact.device_verifier(TABLE, generated.MARKER.encode(), STOP)
+  verify = exact.device_verifier(TABLE, generated.MARKER.encode(), (STOP,))
 
   def one(state, reference, prompts, key):
     drawn = groups.generate(model, state.params, prompts, key, sampler=rollouts.sampler,
-                            num_samples=GROUP, num_tokens=RESPONSE_LEN, stop_id=STOP)
+                            num_samples=GROUP, num_tokens=RESPONSE_LEN, stop_ids=(STOP,))
     correct, lengths = verify(prompts, drawn).correct, drawn.lengths()
     written = jnp.where(drawn.in_response > 0, drawn.tokens, -1)
     parsed = (written == MARKER).any(-1) & (written == STOP).any(-1)
@@ -192,10 +192,10 @@ def evaluate(model, params, held_out):
   @jax.vmap
   def draw(params):
     return groups.generate(model, params, prompts, jax.random.key(99), sampler=cfg.Sampler(),
-                           num_samples=1, num_tokens=RESPONSE_LEN, stop_id=STOP)
+                           num_samples=1, num_tokens=RESPONSE_LEN, stop_ids=(STOP,))
 
   drawn = draw(params)
-  verify = jax.vmap(exact.device_verifier(TABLE, generated.MARKER.encode(), STOP), (None, 0))
+  verify = jax.vmap(exact.device_verifier(TABLE, generated.MARKER.encode(), (STOP,)), (None, 0))
   correct = np.asarray(verify(prompts, drawn).correct)[..., 0]
   lengths = np.asarray(drawn.in_response.sum(-1))[..., 0]
   written = np.where(np.asarray(drawn.in_response) > 0, drawn.tokens, -1)[:, :, 0]

@@ -206,17 +206,20 @@ class HuggingFaceTokenizer:
   begin_of_text: the token that its models see before every document, such as '<s>'; '' for models
     that are trained without one. A model that is trained from scratch should have one; where the
     file has no such token, it can be that of `end_of_text`.
+  stop_tokens: tokens at which a response ends too, such as '<|im_end|>'.
   """
 
   path: str
   end_of_text: str
   begin_of_text: str
+  stop_tokens: tuple[str, ...] = ()
 
   def __post_init__(self) -> None:
     checks.text(self, 'path')
     checks.text(self, 'end_of_text')
     if self.begin_of_text != '':
       checks.text(self, 'begin_of_text')
+    _check_stops(self)
 
 
 @dataclass(frozen=True)
@@ -225,14 +228,28 @@ class SentencePiece:
 
   has_begin: whether every document begins with the file's beginning piece, or with its end piece
     where it has none; False for models that are trained without one.
+  stop_tokens: control pieces at which a response ends too.
   """
 
   path: str
   has_begin: bool = True
+  stop_tokens: tuple[str, ...] = ()
 
   def __post_init__(self) -> None:
     checks.text(self, 'path')
     checks.flag(self, 'has_begin')
+    _check_stops(self)
+
+
+# The sampler's programs have room for eight tokens, and end of text is one of them.
+_MOST_STOPS = 7
+
+
+def _check_stops(tokenizer: HuggingFaceTokenizer | SentencePiece) -> None:
+  stops = tokenizer.stop_tokens
+  if not isinstance(stops, tuple) or len(stops) > _MOST_STOPS or not all(
+      isinstance(token, str) and token for token in stops):
+    checks.fail(tokenizer, 'stop_tokens', f"at most {_MOST_STOPS} tokens, as ('<|im_end|>',)")
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ class ChatTemplate:
   variables: pairs of name and value: `bos_token`, `eos_token` and whatever else templates read.
   name: where it comes from, for errors.
   now: what `strftime_now` writes; None takes the clock.
+  stop_texts: texts that end an answer beside end tokens.
   """
 
   source: str
@@ -46,6 +47,7 @@ class ChatTemplate:
   variables: tuple[tuple[str, Any], ...] = ()
   name: str = 'the chat template'
   now: datetime.datetime | None = None
+  stop_texts: tuple[str, ...] = ()
 
   def __post_init__(self) -> None:
     for source in filter(None, (self.source, self.tool_source)):
@@ -132,7 +134,8 @@ def prompt_ids(template: ChatTemplate, tokenizer: Tokenizer, messages: Sequence[
     messages: the turns so far.
     tools: the descriptions of the tools that may be called.
     drawn: number of a message → the tokens of its content. They stand in the prompt as they are and
-      are not encoded again; the template does not see them and moves them whole.
+      are not encoded again; the template does not see them and moves them whole. It may see that
+      they are drawn (`message.is_drawn`), and so bring their own white space with them.
 
   Raises:
     UserError: a message is malformed, the template refuses or fails, or it writes nothing.
@@ -169,7 +172,8 @@ class _Conversation:
       message.update(chat_messages.mapped(escape, message))
     self.tools = chat_messages.mapped(escape, self.tools)
     for place, number in enumerate(drawn):
-      self.messages[number]['content'] = marks.of(len(special) + len(self._letters) + place)
+      self.messages[number] |= {'content': marks.of(len(special) + len(self._letters) + place),
+                                'is_drawn': True}
 
   def text(self, num_messages: int, *, prompt: bool) -> str:
     """The marked text of the first messages, with or without the opening of the next turn."""

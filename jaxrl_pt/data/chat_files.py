@@ -1,74 +1,193 @@
-"""Where chat templates come from: the small files of a Hugging Face folder, or a plain default."""
+"""What a model's folder says of conversations and of drawing, and a plain template for others.
 
+A Hugging Face folder keeps its chat template in tokenizer_config.json (one, or a list of named
+ones) or in chat_template.jinja, which wins; how its authors draw from it, and the tokens that end
+a response, are in generation_config.json.
+"""
+
+from collections.abc import Mapping
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
-from jaxrl_pt.data.chat import ChatTemplate
+from jaxrl_pt.data.chat import ChatTemplate, encode_conversation
 from jaxrl_pt.data.tokenizer import Tokenizer
 from jaxrl_pt.errors import UserError
 
-# The turns that the server writes for a model without a template, each answer with its end.
-_PLAIN = (
-    '{{ bos_token }}{% for message in messages %}'
-    "{% if message.role == 'assistant' %}Assistant: {{ message.content }}{{ eos_token }}\n\n"
-    "{% elif message.role == 'user' %}User: {{ message.content }}\n\n"
-    "{% elif message.role == 'tool' %}Tool: {{ message.content }}\n\n"
-    '{% else %}{{ message.content }}\n\n{% endif %}{% endfor %}'
-    '{% if add_generation_prompt %}Assistant:{% endif %}')
+_TOKENIZER_CONFIG, _GENERATION_CONFIG = 'tokenizer_config.json', 'generation_config.json'
+_TEMPLATE = 'chat_template.jinja'
+# The tokens that transformers tells a template of.
+_TOLD = ('bos_token', 'eos_token', 'pad_token', 'unk_token', 'sep_token', 'cls_token', 'mask_token')
+_PLAIN = '''
+{{- bos_token }}
+{%- set is_led = messages[0].role in ['system', 'developer'] %}
+{%- if is_led %}{{ messages[0].content + '\\n\\n' }}{% endif %}
+{%- if tools %}
+  {{- '# Tools\\n\\nYou may call one or more functions to assist with the user query.\\n\\nYou are '
+      + 'provided with function signatures within <tools></tools> XML tags:\\n<tools>\\n' }}
+  {%- for tool in tools %}{{ tool | tojson + '\\n' }}{% endfor %}
+  {{- '</tools>\\n\\nFor each function call, return a json object with function name and arguments '
+      + 'within <tool_call></tool_call> XML tags:\\n<tool_call>\\n{"name": <function-name>, '
+      + '"arguments": <args-json-object>}\\n</tool_call>\\n\\n' }}
+{%- endif %}
+{%- for message in messages %}
+  {%- if message.role in ['system', 'developer'] %}
+    {%- if not loop.first %}{{ message.content + '\\n\\n' }}{% endif %}
+  {%- elif message.role == 'user' %}
+    {{- 'User: ' + message.content + '\\n\\n' }}
+  {%- elif message.role == 'tool' %}
+    {{- 'Tool: <tool_response>\\n' + message.content + '\\n</tool_response>\\n\\n' }}
+  {%- else %}
+    {{- 'Assistant:' }}
+    {%- if not message.is_drawn %}{{ ' ' }}{% endif %}
+    {%- if message.content %}{{ message.content }}{% endif %}
+    {%- for call in message.tool_calls %}
+      {%- if message.content or not loop.first %}{{ '\\n' }}{% endif %}
+      {{- '<tool_call>\\n' + {'name': call.function.name, 'arguments': call.function.arguments}
+          | tojson + '\\n</tool_call>' }}
+    {%- endfor %}
+    {{- eos_token + '\\n\\n' }}
+  {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}
+'''.strip()
 
 
 def plain(tokenizer: Tokenizer) -> ChatTemplate:
-  """The template for a model that comes without one."""
-  texts = {token: text for text, token in tokenizer.special_tokens.items()}
-  begin = '' if tokenizer.bos_id is None else texts.get(tokenizer.bos_id, '')
+  """The template of models that have none: plain text, in which end of text ends each answer."""
+  written = {token: text for text, token in tokenizer.special_tokens.items()}
+  begin = '' if tokenizer.bos_id is None else written.get(tokenizer.bos_id, '')
   return ChatTemplate(_PLAIN, variables=(('bos_token', begin),
-                                         ('eos_token', texts.get(tokenizer.eos_id, ''))),
-                      name='the plain template')
+                                         ('eos_token', written.get(tokenizer.eos_id, ''))),
+                      name='the plain chat template', stop_texts=('\nUser:',))
 
 
 def read(folder: Path) -> ChatTemplate | None:
-  """The template of a Hugging Face folder, or None if it has none.
-
-  `chat_template.jinja` goes before `chat_template` of tokenizer_config.json, which is one text or a
-  list of templates by name, of which 'default' and 'tool_use' are taken.
+  """The chat template of a Hugging Face folder; None where it has none.
 
   Raises:
     UserError: a file is damaged, or the template is none.
   """
-  config, own = folder / 'tokenizer_config.json', folder / 'chat_template.jinja'
-  settings = _settings(config)
-  named = settings.get('chat_template')
-  sources = {'default': named} if isinstance(named, str) else {
-      each.get('name'): each.get('template') for each in named or () if isinstance(each, dict)}
-  if own.is_file():
-    sources['default'] = _text(own)
-  source, tool_source = sources.get('default'), sources.get('tool_use') or ''
-  if source is None:
+  described = _object(folder / _TOKENIZER_CONFIG)
+  path = folder / _TEMPLATE
+  given: Any = _text(path) if path.is_file() else described.get('chat_template')
+  where = path if path.is_file() else folder / _TOKENIZER_CONFIG
+  if given is None:
     return None
-  if not isinstance(source, str) or not isinstance(tool_source, str):
-    raise UserError(f'{config}: chat_template is no text: mend it, or take it out.')
-  tokens = {name: value.get('content') if isinstance(value, dict) else value
-            for name, value in settings.items() if name.endswith('_token')}
-  variables = tuple(sorted((k, v) for k, v in tokens.items() if isinstance(v, str)))
-  return ChatTemplate(source, tool_source, variables,
-                      str(own if own.is_file() else config))
+  named = {'default': given} if isinstance(given, str) else _named(given, where)
+  told = {name: _content(described.get(name)) for name in _TOLD}
+  return ChatTemplate(
+      named['default'], named.get('tool_use', ''),
+      tuple((name, text) for name, text in told.items() if text is not None),
+      f'the chat template in {where}')
+
+
+def read_template(path: Path) -> ChatTemplate:
+  """A chat template that an operator gives, which is told of no tokens yet.
+
+  Raises:
+    UserError: the file cannot be read or holds no template.
+  """
+  return ChatTemplate(_text(path), name=f'the chat template {path}')
+
+
+def of_model(folder: Path, tokenizer: Tokenizer, given: ChatTemplate | None = None
+             ) -> ChatTemplate:
+  """The template of a model's conversations: the given one, else its own, else the plain one.
+
+  Args:
+    folder: the Hugging Face folder of the model; it may be missing.
+    tokenizer: of the model.
+    given: an operator's template, which is told of the model's tokens.
+
+  Raises:
+    UserError: a file of the folder is damaged.
+  """
+  own = read(folder) or plain(tokenizer)
+  return own if given is None else dataclasses.replace(given, variables=own.variables)
+
+
+def end_tokens(template: ChatTemplate, tokenizer: Tokenizer) -> tuple[int, ...]:
+  """The tokens that end an answer: the model's, and the one by which the template ends a turn."""
+  turns = [{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'a'}]
+  try:
+    last = encode_conversation(template, tokenizer, turns).tokens[-1:]
+  except UserError:  # Some templates end no turn, or write it otherwise than they ask for it.
+    last = []
+  return tuple(dict.fromkeys((*tokenizer.stop_ids, *last)))
+
+
+def stop_ids(folder: Path, settings: Mapping[str, Any]) -> list[int]:
+  """The tokens that end a response, by generation_config.json or else by config.json.
+
+  Args:
+    folder: a Hugging Face folder.
+    settings: its config.json.
+
+  Raises:
+    UserError: they are no ids.
+  """
+  path = folder / _GENERATION_CONFIG
+  generation = _object(path)
+  given = generation.get('eos_token_id')
+  where = path if given is not None else folder / 'config.json'
+  given = settings.get('eos_token_id') if given is None else given
+  ids = given if isinstance(given, list) else [] if given is None else [given]
+  for one in ids:
+    if isinstance(one, bool) or not isinstance(one, int) or one < 0:
+      raise UserError(f'{where} has eos_token_id = {given!r}: expected a token id or a list of '
+                      'them.')
+  return list(ids)
+
+
+def sampling(folder: Path) -> dict[str, Any]:
+  """How a model's authors draw from it: fields of `config.Sampler` by generation_config.json.
+
+  Raises:
+    UserError: the file is damaged.
+  """
+  given = _object(folder / _GENERATION_CONFIG)
+  if given.get('do_sample') is False:
+    return {'temperature': 0.0}
+  return {name: given[name] for name in ('temperature', 'top_k', 'top_p', 'min_p')
+          if given.get(name) is not None}
+
+
+def _named(given: Any, where: Path) -> dict[str, str]:
+  """The templates of a list of objects with a name and a template."""
+  try:
+    named = {one['name']: one['template'] for one in given}
+  except (TypeError, LookupError):
+    named = {}
+  if not all(isinstance(text, str) for text in named.values()) or 'default' not in named:
+    raise UserError(f'{where} has a chat_template that is neither a text nor a list of named '
+                    'templates with one named "default": mend it, or leave it out.')
+  return named
+
+
+def _content(token: Any) -> Any:
+  """A token of tokenizer_config.json, which may stand there with its properties."""
+  text = token.get('content') if isinstance(token, dict) else token
+  return text if isinstance(text, str) else None
 
 
 def _text(path: Path) -> str:
   try:
-    return path.read_text(encoding='utf-8')
-  except (OSError, UnicodeDecodeError) as error:
-    raise UserError(f'Cannot read {path}: {error}.') from error
+    return path.read_bytes().decode('utf-8-sig')
+  except (OSError, UnicodeDecodeError) as e:
+    raise UserError(f'Cannot read the chat template {path} ({e}): give a file of Jinja2 in '
+                    'UTF-8.') from e
 
 
-def _settings(path: Path) -> dict[str, Any]:
+def _object(path: Path) -> dict[str, Any]:
+  """The JSON object in a file; an empty one where there is no file."""
   if not path.is_file():
     return {}
   try:
-    found = json.loads(_text(path))
-  except (ValueError, RecursionError) as error:
-    raise UserError(f'{path} is not JSON: {error}.') from error
-  if not isinstance(found, dict):
-    raise UserError(f'{path} holds no JSON object: copy it again.')
-  return found
+    value = json.loads(path.read_bytes().decode('utf-8-sig'))
+  except (OSError, ValueError, RecursionError) as e:
+    raise UserError(f'{path} is no JSON ({e}): download it again.') from e
+  if not isinstance(value, dict):
+    raise UserError(f'{path} holds no JSON object: download it again.')
+  return value

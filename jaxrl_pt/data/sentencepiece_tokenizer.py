@@ -24,15 +24,21 @@ class SentencePieceTokenizer(token_table.TableTokenizer):
 
   has_begin: whether a document begins with the model's own beginning piece or, where it has
   none, with the one that ends documents.
+  stop_tokens: pieces that end a response beside the one that ends documents.
   """
 
   definition: bytes
   has_begin: bool = True
+  stop_tokens: tuple[str, ...] = ()
 
   def __post_init__(self) -> None:
     if self.eos_id < 0:
       raise UserError('The SentencePiece model has no end-of-sentence piece: documents cannot '
                       'be ended; use a model trained with one.')
+    for token in self.stop_tokens:
+      if token not in self.special_tokens:
+        raise UserError(f'The SentencePiece model has no control piece {token!r}: set '
+                        'SentencePiece.stop_tokens to pieces that end a response.')
 
   @functools.cached_property
   def _backend(self) -> Any:
@@ -66,6 +72,11 @@ class SentencePieceTokenizer(token_table.TableTokenizer):
   @functools.cached_property
   def eos_id(self) -> int:
     return int(self._backend.eos_id())
+
+  @functools.cached_property
+  def stop_ids(self) -> tuple[int, ...]:
+    others = [self.special_tokens[token] for token in self.stop_tokens]
+    return tuple(dict.fromkeys([self.eos_id, *others]))
 
   @functools.cached_property
   def bos_id(self) -> int | None:
@@ -121,5 +132,6 @@ class SentencePieceTokenizer(token_table.TableTokenizer):
 
   def save(self, directory: Path) -> None:
     description = {'kind': 'sentencepiece', 'has_begin': self.has_begin,
+                   'stop_tokens': self.stop_tokens,
                    'fingerprint': self.fingerprint}
     token_table.write(directory, description, self.definition)

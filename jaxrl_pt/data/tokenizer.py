@@ -37,6 +37,11 @@ class Tokenizer(Protocol):
     ...
 
   @property
+  def stop_ids(self) -> tuple[int, ...]:
+    """The ids of which any ends a response; the first is `eos_id`."""
+    ...
+
+  @property
   def bos_id(self) -> int | None:
     """The id that begins a document; None where models of this tokenizer are trained without."""
     ...
@@ -138,6 +143,10 @@ class ByteTokenizer:
     return 256
 
   @property
+  def stop_ids(self) -> tuple[int, ...]:
+    return (self.eos_id,)
+
+  @property
   def unused_ids(self) -> tuple[int, ...]:
     return ()
 
@@ -189,11 +198,13 @@ class JsonTokenizer(token_table.TableTokenizer):
   """A `tokenizers` pipeline, trained here or read from a tokenizer.json.
 
   begin_of_text: the token that begins a document; empty for none.
+  stop_tokens: tokens that end a response beside `end_of_text`.
   """
 
   definition: str
   end_of_text: str
   begin_of_text: str
+  stop_tokens: tuple[str, ...] = ()
 
   def __post_init__(self) -> None:
     if self._backend.token_to_id(self.end_of_text) is None:
@@ -203,6 +214,10 @@ class JsonTokenizer(token_table.TableTokenizer):
       raise UserError(f'The tokenizer has no token {self.begin_of_text!r}: set '
                       'HuggingFaceTokenizer.begin_of_text to the token that begins a document, '
                       "or to '' for models that are trained without one.")
+    for token in self.stop_tokens:
+      if self._backend.token_to_id(token) is None:
+        raise UserError(f'The tokenizer has no token {token!r}: set '
+                        'HuggingFaceTokenizer.stop_tokens to tokens that end a response.')
 
   @functools.cached_property
   def _backend(self) -> tokenizers.Tokenizer:
@@ -247,6 +262,11 @@ class JsonTokenizer(token_table.TableTokenizer):
     return found
 
   @functools.cached_property
+  def stop_ids(self) -> tuple[int, ...]:
+    others = [self._backend.token_to_id(token) for token in self.stop_tokens]
+    return tuple(dict.fromkeys([self.eos_id, *others]))
+
+  @functools.cached_property
   def bos_id(self) -> int | None:
     return self._backend.token_to_id(self.begin_of_text) if self.begin_of_text else None
 
@@ -284,7 +304,8 @@ class JsonTokenizer(token_table.TableTokenizer):
 
   def save(self, directory: Path) -> None:
     description = {'kind': 'tokenizer.json', 'end_of_text': self.end_of_text,
-                   'begin_of_text': self.begin_of_text, 'fingerprint': self.fingerprint}
+                   'begin_of_text': self.begin_of_text, 'stop_tokens': self.stop_tokens,
+                   'fingerprint': self.fingerprint}
     token_table.write(directory, description, self.definition.encode())
 
 
@@ -322,19 +343,21 @@ def train_or_load(tokenizer: config.Tokenizer, documents: Iterable[str]) -> Toke
       return ByteTokenizer()
     case config.TrainedBPE(vocab_size=vocab_size):
       return _train_bpe(vocab_size, documents)
-    case config.HuggingFaceTokenizer(path=path, end_of_text=end, begin_of_text=begin):
+    case config.HuggingFaceTokenizer(path=path):
       try:
         definition = _read(path).decode('utf-8-sig')
       except UnicodeDecodeError as error:
         raise UserError(f'{path} is not a tokenizer.json: not UTF-8 at byte offset '
                         f'{error.start}.') from error
-      return _named(path, lambda: JsonTokenizer(definition, end, begin))
+      return _named(path, lambda: JsonTokenizer(
+          definition, tokenizer.end_of_text, tokenizer.begin_of_text, tokenizer.stop_tokens))
     case config.PolicyTokenizer():
       raise UserError('Data.tokenizer = @cfg.PolicyTokenizer() names no tokenizer without a policy '
                       'to start from: choose another.')
-    case config.SentencePiece(path=path, has_begin=has_begin):
+    case config.SentencePiece(path=path):
       model = _read(path)
-      return _named(path, lambda: SentencePieceTokenizer(model, has_begin))
+      return _named(path, lambda: SentencePieceTokenizer(
+          model, tokenizer.has_begin, tokenizer.stop_tokens))
 
 
 def _named(path: str, build: Callable[[], Tokenizer]) -> Tokenizer:
@@ -356,12 +379,12 @@ def load(directory: Path) -> Tokenizer:
     description = json.loads((directory / token_table.DESCRIPTION).read_text())
     kind, fingerprint = description['kind'], description['fingerprint']
     path = directory / token_table.DEFINITION.get(kind, token_table.DESCRIPTION)
-    definition = path.read_bytes()
+    definition, stops = path.read_bytes(), tuple(description.get('stop_tokens', ()))
     if kind == 'tokenizer.json':
       tokenizer: Tokenizer = JsonTokenizer(definition.decode(), description['end_of_text'],
-                                           description.get('begin_of_text', ''))
+                                           description.get('begin_of_text', ''), stops)
     elif kind == 'sentencepiece':
-      tokenizer = SentencePieceTokenizer(definition, description.get('has_begin', False))
+      tokenizer = SentencePieceTokenizer(definition, description.get('has_begin', False), stops)
     elif kind == 'bytes':
       tokenizer = ByteTokenizer(description.get('bos_id'))
     else:

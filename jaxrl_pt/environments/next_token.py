@@ -73,7 +73,7 @@ def make_environment(session: sessions.Session, method: cfg.RPT, model: Model,
         verifier.device_verifier(table, method.reward, template.marker))
   return Task(
       take, response_verifier,
-      _make_scorer(session, method, model, table, tokenizer.eos_id, template, held_out),
+      _make_scorer(session, method, model, table, tokenizer.stop_ids, template, held_out),
       _digest(positions))
 
 
@@ -253,7 +253,7 @@ def _prompts(packed: loader.Packed, rows: next_token.Positions, method: cfg.RPT,
 
 
 def _make_scorer(session: sessions.Session, method: cfg.RPT, model: Model,
-                 table: TokenBytes, stop_id: int, template: PromptTemplate,
+                 table: TokenBytes, stop_ids: tuple[int, ...], template: PromptTemplate,
                  held_out: next_token.Positions) -> Callable[[Params], dict[str, float]]:
   """score(params) → validation/{easy,medium,hard}_{sampled,argmax,count} on held-out positions.
 
@@ -262,7 +262,7 @@ def _make_scorer(session: sessions.Session, method: cfg.RPT, model: Model,
   key = jax.random.fold_in(jax.random.key(session.run.seed), EVALUATION_STREAM)
   accuracy = jax.jit(lambda params, prompts: next_token_accuracy(
       model, params, prompts, key, table, method=method, num_samples=EVALUATION_SAMPLES,
-      stop_id=stop_id, template=template))
+      stop_ids=stop_ids, template=template))
   rows = _prompts(session.data.validation, held_out, method, template)
   # A context that the text repeats is measured once.
   distinct = next_token.distinct_rows(rows)
@@ -291,8 +291,8 @@ def _make_scorer(session: sessions.Session, method: cfg.RPT, model: Model,
 
 def next_token_accuracy(model: Model, params: Params, prompts: Prompts, key: Array,
                         table: TokenBytes, *, method: cfg.RPT, num_samples: int,
-                        stop_id: int = groups.NO_STOP, template: PromptTemplate = PromptTemplate()
-                        ) -> dict[str, Weighted]:
+                        stop_ids: tuple[int, ...] = groups.NO_STOP,
+                        template: PromptTemplate = PromptTemplate()) -> dict[str, Weighted]:
   """Prefix-match accuracy by difficulty, sampled as in training and by the argmax.
 
   The splits are nested, as in the paper: a position is in each split whose threshold in
@@ -305,7 +305,7 @@ def next_token_accuracy(model: Model, params: Params, prompts: Prompts, key: Arr
     table: the bytes of the vocabulary's tokens.
     method: the run's objective.
     num_samples: responses per prompt when sampling; the argmax draws one.
-    stop_id: the token that ends a response.
+    stop_ids: the tokens of which any ends a response.
     template: the prompts' template. If it asks for a thought, 'argmax' thinks too, and 'direct' is
       the likeliest next token of the context alone, as of a model that only predicts.
 
@@ -324,7 +324,7 @@ def next_token_accuracy(model: Model, params: Params, prompts: Prompts, key: Arr
   results = {}
   for name, (sampler, samples, asked, marker, num_tokens) in modes.items():
     rollouts = groups.generate(model, params, asked, key, sampler=sampler, num_samples=samples,
-                               num_tokens=num_tokens, stop_id=stop_id)
+                               num_tokens=num_tokens, stop_ids=stop_ids)
     correct = verifier.device_verifier(table, marker=marker)(asked, rollouts).correct
     for split, threshold in zip(('easy', 'medium', 'hard'), method.difficulty, strict=True):
       counted = (prompts.extras['entropy'] > threshold) & (

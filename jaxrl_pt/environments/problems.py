@@ -65,7 +65,7 @@ def _open_verifier(method: cfg.RL, tokenizer: Tokenizer, vocab_size: int,
       for problem in all_problems:
         _check_answer(tokenizer, marker, problem.answer, problem.place)
       table = token_table(tokenizer.token_bytes(), vocab_size)
-      yield DeviceVerifier(exact.device_verifier(table, marker.encode(), tokenizer.eos_id))
+      yield DeviceVerifier(exact.device_verifier(table, marker.encode(), tokenizer.stop_ids))
     case verifier:
       assert not isinstance(verifier, cfg.Interactive)  # `multi_turn` opens those.
       with pool.Pool(verifier, method.pool) as verifiers:
@@ -99,9 +99,9 @@ def _make_scorer(session: sessions.Session, rollout_config: cfg.Rollouts,
 
   The policy answers each problem once with training's sampler, and once greedily for _argmax.
   """
-  run, mesh, stop_id = session.run, session.mesh, session.data.tokenizer.eos_id
+  run, mesh, stop_ids = session.run, session.mesh, session.data.tokenizer.stop_ids
   greedy = cfg.Sampler(temperature=0.0, banned=rollout_config.sampler.banned)
-  samplers = {suffix: programs.sampler(run, mesh, _one_sample(rollout_config, sampler), stop_id)
+  samplers = {suffix: programs.sampler(run, mesh, _one_sample(rollout_config, sampler), stop_ids)
               for suffix, sampler in (('', rollout_config.sampler), ('_argmax', greedy))}
   sync_weights = programs.weight_sync(run, mesh)
   # A batch has no more rows than there are problems, since responses to padding count for nothing.

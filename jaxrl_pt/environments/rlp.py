@@ -111,4 +111,4 @@ def policy_verifier(markers: Markers, decay: float) -> PolicyVerifier:
     average = rlp.average(state.method.average, new.params, decay)
     return dataclasses.replace(new, method=dataclasses.replace(new.method, average=average))
 
-  return PolicyVerifier(verify, after, markers.answer)
+  return PolicyVerifier(verify, after, (markers.answer,))

@@ -2,21 +2,22 @@
 
     opening | text of turn 0 | ending, observation, opening | text of turn 1 | …
 
-The template is that of conversations (`serving/conversation.py`). Tokens that have been drawn stay
-as they are; what is put after them is encoded once, apart from them.
+The template is a few texts (`cfg.ChatTemplate`). Tokens that have been drawn stay as they are; what
+is put after them is encoded once, apart from them.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jaxrl_pt import config as cfg
 from jaxrl_pt.data import template_text, token_table
 from jaxrl_pt.data.template_text import Span
-from jaxrl_pt.data.tokenizer import Tokenizer
+from jaxrl_pt.data.tokenizer import Tokenizer, begun
 from jaxrl_pt.environments.interactive import Message
-from jaxrl_pt.serving import conversation
+from jaxrl_pt.errors import UserError
 
+_CONTENT = '{content}'
 _ROLES = ('system', 'user', 'assistant')
 CUT = ' [cut]'  # ends an observation of which the policy reads only the beginning
 
@@ -38,8 +39,7 @@ class Transcript:
   """
 
   tokenizer: Tokenizer
-  template: conversation.Template
-  ending: str
+  template: cfg.ChatTemplate
   stop: tuple[int, ...]
   stop_strings: tuple[str, ...]
   observation_tokens: int
@@ -53,8 +53,20 @@ class Transcript:
     for message in messages:
       if message.role not in _ROLES:
         raise ValueError(f'the role {message.role!r} is none of {", ".join(_ROLES)}')
-    said: list[Any] = [conversation.Message(_role(m.role), m.content) for m in messages]
-    return self.template.prompt(self.tokenizer, said)
+    return begun(self.tokenizer, template_text.encode(self.tokenizer, self._spans(messages)))
+
+  def _spans(self, messages: Sequence[Message]) -> list[Span]:
+    """The texts of messages, up to where the policy's next text begins."""
+    chosen = self.template
+    turns = {'system': chosen.system, 'user': chosen.user,
+             'assistant': f'{chosen.opening}{_CONTENT}{chosen.ending}'}
+    spans = []
+    for message in messages:
+      first, *others = turns[message.role].split(_CONTENT)
+      spans.append(Span(first, True))
+      for text in others:
+        spans += [Span(message.content, False), Span(text, True)]
+    return [*spans, Span(chosen.opening, True)]
 
   def said(self, tokens: Sequence[int], finish: str) -> str:
     """The text of a turn, without what ended it.
@@ -70,8 +82,7 @@ class Transcript:
   def answer(self, tokens: Sequence[int], finish: str, observation: str) -> Seen:
     """What follows the tokens of a turn, whose text has been answered with an observation."""
     shown, is_cut = self._shown(observation)
-    spans = [Span(self.ending, True),
-             *self.template.spans([conversation.Message('user', shown)])]
+    spans = [Span(self.template.ending, True), *self._spans([Message('user', shown)])]
     spans = _without(spans, self._num_drawn(tokens, finish))
     return Seen(template_text.encode(self.tokenizer, spans), is_cut)
 
@@ -86,7 +97,7 @@ class Transcript:
   def _num_drawn(self, tokens: Sequence[int], finish: str) -> int:
     """How many characters of what precedes an observation the policy has drawn itself."""
     special = self.tokenizer.special_tokens
-    lead = self.ending + self.template.user.partition('{content}')[0]
+    lead = self.template.ending + self.template.user.partition(_CONTENT)[0]
     if finish == 'stop':
       texts = [text for text, token in special.items() if token == tokens[-1]]
       return max((len(text) for text in texts if lead.startswith(text)), default=0)
@@ -101,17 +112,14 @@ def make_transcript(settings: cfg.Interactive, tokenizer: Tokenizer) -> Transcri
   Raises:
     UserError: a stop text holds a special token beside other text.
   """
-  chosen = settings.template
-  template = conversation.Template(
-      system=chosen.system, user=chosen.user, opening=chosen.opening, stop=chosen.stop,
-      assistant=f'{chosen.opening}{{content}}{chosen.ending}')
-  tokens, strings = template.stops(tokenizer)
-  stop = tuple(dict.fromkeys((tokenizer.eos_id, *tokens)))
-  return Transcript(tokenizer, template, chosen.ending, stop, strings, settings.observation_tokens)
-
-
-def _role(role: str) -> Any:
-  return role
+  template, special = settings.template, tokenizer.special_tokens
+  strings = tuple(text for text in template.stop if text not in special)
+  for text in strings:
+    if token_table.find_special(special, text):
+      raise UserError(f'ChatTemplate.stop = {text!r} holds a special token beside other text, '
+                      'which no answer can spell: write the token alone.')
+  stop = dict.fromkeys((*tokenizer.stop_ids, *(special[t] for t in template.stop if t in special)))
+  return Transcript(tokenizer, template, tuple(stop), strings, settings.observation_tokens)
 
 
 def _without(spans: Sequence[Span], num_chars: int) -> list[Span]:

@@ -29,7 +29,7 @@ from jaxrl_pt.types import Array, Prompts, RolloutBatch, TrainState, Verdict
 
 # Preflight has no tokenizer, so these stand in for one.
 _LONGEST_TOKEN = 16  # bytes of the longest token
-STOP_ID = 0  # the token that ends a text
+STOP_IDS = (0,)  # the token that ends a text
 
 
 def of_step(run: cfg.Run, mesh: Mesh, method: cfg.Reinforced, prompts: Prompts, verifier: Any,
@@ -49,7 +49,7 @@ def of_step(run: cfg.Run, mesh: Mesh, method: cfg.Reinforced, prompts: Prompts, 
   state = states.abstract_state(model, optimizer, mesh, new_method)
   fused: list[Program] = []
   if is_fused(verifier, method.rollouts, mesh.size):
-    step = programs.fused_step(run, mesh, method, optimizer, verifier, STOP_ID)
+    step = programs.fused_step(run, mesh, method, optimizer, verifier, STOP_IDS)
     fused = [Program(f'{type(method).__name__} step: sampler, verifier and update', step,
                      (state, state.params, prompts))]
     if not resamples(method.rollouts, run.train.num_steps):
@@ -98,13 +98,13 @@ def _stages(run: cfg.Run, mesh: Mesh, method: cfg.Reinforced, prompts: Prompts,
     # Its pages stay where they are from step to step.
     return [engine, *(p._replace(beside=(p.beside, engine.args[4])) for p in others)]
   if isinstance(rollouts.mode, cfg.InFlight):
-    continued = programs.in_flight_sampler(run, mesh, rollouts, STOP_ID).draw
+    continued = programs.in_flight_sampler(run, mesh, rollouts, STOP_IDS).draw
     others_of_method = dataclasses.replace(state.method, pending={})
     return [Program('sampler in flight: prefill and decode', continued,
                     (synced, state.method.pending, number, number), 1 / 4,
                     beside=[reference_params, state.opt_state, others_of_method]),
             *others]
-  sample = programs.sampler(run, mesh, rollouts, STOP_ID)
+  sample = programs.sampler(run, mesh, rollouts, STOP_IDS)
   order = abstract((rollouts.num_prompts,), jnp.int32, everywhere)
   args = synced, prompts, number, number, None, order if is_balanced(method, mesh) else None
   return [Program('sampler: prefill and decode', sample, args, 1 / 4, beside=beside),

@@ -57,7 +57,7 @@ def _programs(run: cfg.Run, mesh: Mesh) -> list[Program]:
   verifier = None
   if isinstance(method.verifier, cfg.AnswerMatch):
     verifier = DeviceVerifier(exact.device_verifier(
-        programs.longest_tokens(run.model), b'#', programs.STOP_ID))
+        programs.longest_tokens(run.model), b'#', programs.STOP_IDS))
   prompts = programs.abstract_prompts(method.rollouts, mesh, {
       'answer': ((_ANSWER_BYTES,), jnp.int32), 'answer_lengths': ((), jnp.int32)})
   return programs.of_step(run, mesh, method, prompts, verifier,

@@ -80,12 +80,12 @@ class Stages:
       optimizer: the optimizer whose state is in `state.opt_state`.
       method: the run's objective.
     """
-    run, mesh, stop_id = session.run, session.mesh, session.data.tokenizer.eos_id
+    run, mesh, stop_ids = session.run, session.mesh, session.data.tokenizer.stop_ids
     self._session, self._environment, self._method = session, environment, method
     self._reference_params = reference_params
     if isinstance(method.rollouts.mode, cfg.InFlight):
-      self._in_flight = programs.in_flight_sampler(run, mesh, method.rollouts, stop_id)
-    self._sample = programs.sampler(run, mesh, method.rollouts, stop_id)
+      self._in_flight = programs.in_flight_sampler(run, mesh, method.rollouts, stop_ids)
+    self._sample = programs.sampler(run, mesh, method.rollouts, stop_ids)
     self._sync_weights = programs.weight_sync(run, mesh)
     self._learn = programs.learner_step(run, mesh, optimizer, method.rollouts, method.algorithm)
     self._reference_logp = programs.reference_logp(run, mesh, method.rollouts,
@@ -93,7 +93,7 @@ class Stages:
     verifier: Any = environment.verifier
     self.fused = is_fused(verifier, method.rollouts, mesh.size)
     if self.fused:
-      self._fused_step = programs.fused_step(run, mesh, method, optimizer, verifier, stop_id)
+      self._fused_step = programs.fused_step(run, mesh, method, optimizer, verifier, stop_ids)
     self.balance = (Balance(rules.num_shards(mesh), method.rollouts.num_prompts)
                     if is_balanced(method, mesh) else None)
     self._drawn_metrics: dict[str, Weighted] = {}  # of the newest draw

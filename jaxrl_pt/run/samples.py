@@ -112,5 +112,5 @@ def stream_samples(engine: stream.Draws, policy: Policy, prompts: list[str], *,
   tokenizer = policy.session.data.tokenizer
   requests = [
       Request(tuple(begun(tokenizer, tokenizer.encode(prompt))), n, num_tokens, num_samples,
-              sampler, (tokenizer.eos_id,), stop) for n, prompt in enumerate(prompts)]
+              sampler, tokenizer.stop_ids, stop) for n, prompt in enumerate(prompts)]
   return stream.stream(engine, tokenizer, requests, starts_text=[not p for p in prompts])

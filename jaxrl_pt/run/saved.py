@@ -147,7 +147,8 @@ def _record_carried(session: Session) -> None:
 def _record_tokenizer(tokenizer: tokenizers.Tokenizer, directory: Path) -> None:
   """Writes the tokenizer into the work directory, where the model is used without its data."""
   with contextlib.suppress(UserError):  # There is no tokenizer yet, or it is not whole.
-    if tokenizers.load(directory).fingerprint == tokenizer.fingerprint:
+    there = tokenizers.load(directory)
+    if (there.fingerprint, there.stop_ids) == (tokenizer.fingerprint, tokenizer.stop_ids):
       return
   temporary = directory.with_name(f'.{directory.name}')
   with files.writing(directory):

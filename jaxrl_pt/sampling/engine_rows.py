@@ -15,6 +15,7 @@ from jaxrl_pt.sampling.engine_request import Request
 from jaxrl_pt.sampling.policies import RowSamplers
 from jaxrl_pt.sampling.prefix_cache import PrefixCache
 from jaxrl_pt.sampling.requests import (
+  MOST_STOPS,
   NO_MASK,
   NO_TOKEN,
   Documents,
@@ -34,7 +35,7 @@ def shape(config: cfg.Engine, vocab_size: int) -> Shape:
       documents=2 * config.queue + config.slots, queue=config.queue,
       document_len=config.prompt_len, tail_len=1, response_len=config.response_len,
       lanes=config.prefill_rows, chunk=config.prefill_chunk, vocab_size=vocab_size,
-      num_stop=4, num_forced=16, num_strings=8, string_len=32, num_banned=16,
+      num_stop=MOST_STOPS, num_forced=16, num_strings=8, string_len=32, num_banned=16,
       num_top=min(config.top_logprobs, vocab_size), num_masks=config.constrained,
       sparse=config.sparse if isinstance(config.sparse, cfg.ReSA) else None,
       drafts=None if isinstance(config.drafts, cfg.NoDrafts) else config.drafts)

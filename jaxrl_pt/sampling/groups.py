@@ -31,7 +31,7 @@ from jaxrl_pt.sampling.requests import (
 from jaxrl_pt.sampling.state import Responses, init, page_dtype
 from jaxrl_pt.types import Array, Params, Prompts, RolloutBatch, SelectedBlocks
 
-NO_STOP = NO_TOKEN
+NO_STOP: tuple[int, ...] = ()  # No token ends a response.
 ALL_SLOTS, DENSE = cfg.Slots(), cfg.Dense()
 
 
@@ -43,7 +43,7 @@ class Sample(Protocol):
                ) -> RolloutBatch: ...
 
 
-def make_sampler(model: Model, seed: int, rollouts: cfg.Rollouts, stop_id: int,
+def make_sampler(model: Model, seed: int, rollouts: cfg.Rollouts, stop_ids: tuple[int, ...],
                  mesh: Mesh | None = None) -> Sample:
   """Returns sample(params, prompts, batch, version, prefilled, order) → RolloutBatch.
 
@@ -60,14 +60,14 @@ def make_sampler(model: Model, seed: int, rollouts: cfg.Rollouts, stop_id: int,
     model: the model that draws the responses.
     seed: the run's seed.
     rollouts: the number and length of the responses, and the filters they are drawn with.
-    stop_id: the token that ends a response.
+    stop_ids: the tokens of which any ends a response.
     mesh: the devices, if there are several. Each shard of its axes ROWS then has slots and pages of
       its own, draws the responses to its own prompts, and waits for no other shard; the model must
       be made for `rules.SHARD`.
   """
   draw = functools.partial(
       generate, model, sampler=rollouts.sampler, num_samples=rollouts.group_size,
-      num_tokens=rollouts.response_tokens, stop_id=stop_id, slots=rollouts.slots,
+      num_tokens=rollouts.response_tokens, stop_ids=stop_ids, slots=rollouts.slots,
       sparse=rollouts.sparse)
 
   def sample(params: Params, prompts: Prompts, batch: Array, version: Array,
@@ -99,7 +99,7 @@ def make_sampler(model: Model, seed: int, rollouts: cfg.Rollouts, stop_id: int,
 
 
 def generate(model: Model, params: Params, prompts: Prompts, key: Array, *, sampler: cfg.Sampler,
-             num_samples: int, num_tokens: int, stop_id: int = NO_STOP,
+             num_samples: int, num_tokens: int, stop_ids: tuple[int, ...] = NO_STOP,
              version: Array | int = 0, prefilled: Prefilled | None = None,
              first_samples: Array | None = None, slots: cfg.Slots = ALL_SLOTS,
              sparse: cfg.Dense | cfg.ReSA = DENSE) -> RolloutBatch:
@@ -122,7 +122,7 @@ def generate(model: Model, params: Params, prompts: Prompts, key: Array, *, samp
     sampler: temperature and filters.
     num_samples: G.
     num_tokens: S.
-    stop_id: the token that ends a response and belongs to it; `NO_STOP` never ends one.
+    stop_ids: the tokens of which any ends a response and belongs to it.
     version: the optimiser step of `params`.
     prefilled: the prompts' documents where they have gone through the model already.
     first_samples: i32[N] the number first_n of each prompt's first sample; None for 0. Prompts
@@ -133,13 +133,14 @@ def generate(model: Model, params: Params, prompts: Prompts, key: Array, *, samp
       attention, up to rounding.
 
   Returns:
-    RolloutBatch. After a response's end its tokens are `stop_id`, its masks and logp 0. With
-    `ReSA.replay` it says which blocks each token was drawn from.
+    RolloutBatch. After a response's end its tokens are the first of `stop_ids`, or 0 where there
+    is none, and its masks and logp are 0. With `ReSA.replay` it says which blocks each token was
+    drawn from.
   """
   num_prompts = prompts.lengths.shape[0]
   shape = shape_of(model.config.vocab_size, prompts, num_samples, num_tokens, sampler, slots,
                    sparse)
-  queue = queue_of(prompts, num_samples, num_tokens, stop_id, first_samples)
+  queue = queue_of(prompts, num_samples, num_tokens, stop_ids, first_samples)
   state = init(model, shape, Vocabulary(), page_dtype(model, slots.kv))
   if shape.slots == shape.queue:
     if prefilled is None:
@@ -149,7 +150,7 @@ def generate(model: Model, params: Params, prompts: Prompts, key: Array, *, samp
   else:
     state = program.advance(model, shape, Vocabulary(), params, key, version, queue, state,
                             most_turns(shape, has_all_pages=not slots.num_pages))
-  rollouts = rollouts_of(state.responses, num_prompts, stop_id, version)
+  rollouts = rollouts_of(state.responses, num_prompts, stop_ids, version)
   if not (isinstance(sparse, cfg.ReSA) and sparse.replay):
     return rollouts
   bits = state.sparse.selected
@@ -157,21 +158,24 @@ def generate(model: Model, params: Params, prompts: Prompts, key: Array, *, samp
       bits.reshape(num_prompts, num_samples, *bits.shape[1:]), sparse.block, sparse.window))
 
 
-def rollouts_of(responses: Responses, num_prompts: int, stop_id: int, version: Array | int
-                ) -> RolloutBatch:
-  """Responses as groups. After a response's end its tokens are `stop_id`, its masks and logp 0.
+def rollouts_of(responses: Responses, num_prompts: int, stop_ids: tuple[int, ...],
+                version: Array | int) -> RolloutBatch:
+  """Responses as groups.
+
+  After a response's end its tokens are the first of `stop_ids`, or 0 where there is none, and its
+  masks and logp are 0.
 
   Args:
     responses: the rows of all groups, prompt by prompt.
     num_prompts: N.
-    stop_id: the token that ends a response, or `NO_STOP`.
+    stop_ids: the tokens of which any ends a response.
     version: i32[] the version that stands after a response's end.
   """
   num_tokens = responses.tokens.shape[1]
   there = jnp.arange(num_tokens) < responses.count[:, None]
   whole = lambda x: x.reshape(num_prompts, -1, num_tokens)
   return RolloutBatch.of_one_turn(
-      whole(jnp.where(there, responses.tokens, max(stop_id, 0))),
+      whole(jnp.where(there, responses.tokens, stop_ids[0] if stop_ids else 0)),
       whole(there.astype(jnp.float32)), whole(jnp.where(there, responses.logp, 0.0)),
       whole(jnp.where(there, responses.version, version)))
 
@@ -212,7 +216,7 @@ def most_turns(shape: Shape, *, has_all_pages: bool) -> int:
   return chunks + each + shape.queue * each // at_once
 
 
-def queue_of(prompts: Prompts, num_samples: int, num_tokens: int, stop_id: int,
+def queue_of(prompts: Prompts, num_samples: int, num_tokens: int, stop_ids: tuple[int, ...],
              first_samples: Array | None = None) -> Queue:
   """Documents and requests of prompts, in their order.
 
@@ -239,7 +243,8 @@ def queue_of(prompts: Prompts, num_samples: int, num_tokens: int, stop_id: int,
       document=jnp.arange(num_rows, dtype=jnp.int32) // per_document,
       prefix=each(prompts.lengths - 1), tail=each(tail), num_tail=every(tail.shape[1]),
       ids=each(prompts.ids), samples=samples.reshape(-1), max_tokens=every(num_tokens),
-      stop=every(stop_id)[:, None], keep=every(NO_DOCUMENT),
+      stop=jnp.tile(jnp.asarray([stop_ids or (NO_TOKEN,)], jnp.int32), (num_rows, 1)),
+      keep=every(NO_DOCUMENT),
       cancelled=jnp.zeros(num_rows, bool))
   return Queue(documents, requests, jnp.arange(num_rows, dtype=jnp.int32),
                jnp.asarray(num_rows, jnp.int32))

@@ -33,7 +33,7 @@ from jaxrl_pt.parallel.rules import ROWS, num_shards
 from jaxrl_pt.sampling import groups
 from jaxrl_pt.sampling import slots as program
 from jaxrl_pt.sampling.admission import IDLE
-from jaxrl_pt.sampling.requests import Queue, Shape, Vocabulary
+from jaxrl_pt.sampling.requests import MOST_STOPS, NO_TOKEN, Queue, Shape, Vocabulary
 from jaxrl_pt.sampling.state import RUNNING, Slots, page_dtype
 from jaxrl_pt.sampling.state import init as init_slots
 from jaxrl_pt.types import Array, Params, Prompts, RolloutBatch, Weighted
@@ -67,7 +67,7 @@ class Sampler(NamedTuple):
   draw: Callable[[Params, InFlight, Array, Array], Drawn]
 
 
-def make_sampler(model: Model, seed: int, rollouts: cfg.Rollouts, stop_id: int,
+def make_sampler(model: Model, seed: int, rollouts: cfg.Rollouts, stop_ids: tuple[int, ...],
                  mesh: Mesh | None = None) -> Sampler:
   """Returns enqueue(in_flight, prompts, batch) and draw(params, in_flight, batch, version).
 
@@ -80,7 +80,7 @@ def make_sampler(model: Model, seed: int, rollouts: cfg.Rollouts, stop_id: int,
     model: the policy's model; on several devices made for `rules.SHARD`.
     seed: the run's seed.
     rollouts: the settings.
-    stop_id: the token that ends a response.
+    stop_ids: the tokens of which any ends a response.
     mesh: the devices, if there are several. No shard waits for another while it decodes.
   """
   own = dataclasses.replace(rollouts, num_prompts=rollouts.num_prompts // num_shards(mesh))
@@ -94,7 +94,7 @@ def make_sampler(model: Model, seed: int, rollouts: cfg.Rollouts, stop_id: int,
 
   def enqueue(in_flight: InFlight, prompts: Prompts, batch: Array) -> InFlight:
     def enqueue_shard(state: InFlight, prompts: Prompts, first: Array, batch: Array) -> InFlight:
-      return _of_shards(_enqueue(own, stop_id, _of_shard(state), prompts, first, batch))
+      return _of_shards(_enqueue(own, stop_ids, _of_shard(state), prompts, first, batch))
 
     first = groups.occurrences(prompts.ids) * rollouts.group_size
     return on_shards(enqueue_shard, rows, rows, rows, whole)(in_flight, prompts, first, batch)
@@ -102,7 +102,7 @@ def make_sampler(model: Model, seed: int, rollouts: cfg.Rollouts, stop_id: int,
   def draw(params: Params, in_flight: InFlight, batch: Array, version: Array) -> Drawn:
     def draw_shard(params: Params, state: InFlight, batch: Array, version: Array
                    ) -> tuple[InFlight, RolloutBatch, _Counts]:
-      state, drawn, counts = _draw(model, seed, own, stop_id, params, _of_shard(state), batch,
+      state, drawn, counts = _draw(model, seed, own, stop_ids, params, _of_shard(state), batch,
                                    version)
       return _of_shards(state), drawn, _of_shards(counts)
 
@@ -164,11 +164,11 @@ class _Counts(NamedTuple):
   slots: Array  # slots × steps
 
 
-def _enqueue(rollouts: cfg.Rollouts, stop_id: int, in_flight: InFlight, prompts: Prompts,
-             first: Array, batch: Array) -> InFlight:
+def _enqueue(rollouts: cfg.Rollouts, stop_ids: tuple[int, ...], in_flight: InFlight,
+             prompts: Prompts, first: Array, batch: Array) -> InFlight:
   """Appends a batch; `first` is i32[N], the number of each prompt's first sample."""
   queue, part = in_flight.queue, batch % num_batches(rollouts)
-  new = _requests(rollouts, prompts, first, batch, stop_id)
+  new = _requests(rollouts, prompts, first, batch, stop_ids)
   documents, rows = new.documents, new.rows
   # A content's number is never 0, which an empty row has.
   documents = dataclasses.replace(
@@ -186,8 +186,8 @@ def _enqueue(rollouts: cfg.Rollouts, stop_id: int, in_flight: InFlight, prompts:
       dataclasses.replace(in_flight.slots, responses=responses))
 
 
-def _draw(model: Model, seed: int, rollouts: cfg.Rollouts, stop_id: int, params: Params,
-          in_flight: InFlight, batch: Array, version: Array
+def _draw(model: Model, seed: int, rollouts: cfg.Rollouts, stop_ids: tuple[int, ...],
+          params: Params, in_flight: InFlight, batch: Array, version: Array
           ) -> tuple[InFlight, RolloutBatch, _Counts]:
   """Decodes until no response of the batch is under way."""
   shape = _shape_of(model.config.vocab_size, rollouts)
@@ -197,7 +197,7 @@ def _draw(model: Model, seed: int, rollouts: cfg.Rollouts, stop_id: int, params:
       model, shape, Vocabulary(), params, jax.random.key(seed), version, in_flight.queue, before,
       groups.most_turns(shape, has_all_pages=not rollouts.slots.num_pages), is_under_way)
   of_batch = jax.tree.map(lambda x: _part(x, part, num_rows), after.responses)
-  drawn = groups.rollouts_of(of_batch, rollouts.num_prompts, stop_id, version)
+  drawn = groups.rollouts_of(of_batch, rollouts.num_prompts, stop_ids, version)
   steps = after.counters.steps - before.counters.steps
   counts = _Counts(after.responses.count.sum() - before.responses.count.sum(),
                    (after.places.row != IDLE).sum(), steps,
@@ -255,9 +255,10 @@ def _empty_prompts(rollouts: cfg.Rollouts, times: int) -> Prompts:
 
 
 def _requests(rollouts: cfg.Rollouts, prompts: Prompts, first: Array, batch: Array | int,
-              stop_id: int) -> Queue:
+              stop_ids: tuple[int, ...]) -> Queue:
   """`groups.queue_of` with the batch's number in every row."""
-  queue = groups.queue_of(prompts, rollouts.group_size, rollouts.response_tokens, stop_id,
-                          first)
+  # The queue is made before the tokenizer is known, so that it has room for several tokens.
+  stops = (*stop_ids, *[NO_TOKEN] * (MOST_STOPS - len(stop_ids)))
+  queue = groups.queue_of(prompts, rollouts.group_size, rollouts.response_tokens, stops, first)
   rows = dataclasses.replace(queue.rows, batch=jnp.full_like(queue.rows.ids, batch))
   return dataclasses.replace(queue, rows=rows)

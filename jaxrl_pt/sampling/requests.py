@@ -17,6 +17,7 @@ from jaxrl_pt.types import Array
 
 NO_DOCUMENT = -1
 NO_MASK = -1
+MOST_STOPS = 8  # stop tokens of a response where their number is not known beforehand
 NO_TOKEN = -1  # A stop token that no token equals.
 
 

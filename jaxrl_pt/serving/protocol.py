@@ -11,15 +11,18 @@ from dataclasses import dataclass
 import functools
 import hashlib
 import itertools
+import json
 import secrets
 from typing import Any, NamedTuple
 
 from jaxrl_pt import config as cfg
+from jaxrl_pt.data import chat_files
+from jaxrl_pt.data.chat import ChatTemplate, prompt_ids
 from jaxrl_pt.data.tokenizer import Tokenizer, begun
+from jaxrl_pt.errors import UserError
 from jaxrl_pt.sampling.engine import Request
 from jaxrl_pt.serving import formats, tools
 from jaxrl_pt.serving.constraint import Constraint, Guide
-from jaxrl_pt.serving.conversation import Call, Message, Template
 from jaxrl_pt.serving.fields import ApiError, Fields, is_integer, is_object, is_text, short
 from jaxrl_pt.serving.text import CALLS, Markers, encode_marker, spelled
 from jaxrl_pt.serving.tools import Tools
@@ -54,6 +57,8 @@ class Service:
 
   name: the model's name for clients.
   vocab_size: V of the model, which may be more than the tokenizer's.
+  template: of conversations; None takes the plain one.
+  sampler: how responses are drawn where a request does not say it.
   max_body_bytes: the largest body of a request.
   max_samples: the largest number of responses to one prompt.
   max_prompts: the largest number of prompts of one body.
@@ -63,8 +68,9 @@ class Service:
   tokenizer: Tokenizer
   engine: cfg.Engine
   vocab_size: int
-  template: Template = Template()
+  template: ChatTemplate | None = None
   markers: Markers = Markers()
+  sampler: cfg.Sampler = cfg.Sampler()
   max_body_bytes: int = 1_000_000
   max_samples: int = 16
   max_prompts: int = 16
@@ -73,6 +79,16 @@ class Service:
   def token_bytes(self) -> list[bytes]:
     """The bytes of each token."""
     return spelled(self.tokenizer, self.markers)
+
+  @functools.cached_property
+  def layout(self) -> ChatTemplate:
+    """The template of conversations."""
+    return self.template or chat_files.plain(self.tokenizer)
+
+  @functools.cached_property
+  def end_tokens(self) -> tuple[int, ...]:
+    """The tokens that end an answer of a conversation."""
+    return chat_files.end_tokens(self.layout, self.tokenizer)
 
   @functools.cached_property
   def guide(self) -> Guide:
@@ -169,9 +185,12 @@ def chat(body: dict[str, Any], service: Service, ids: Ids) -> Ask:
   messages = fields.need('messages', 'a list of at least one message',
                          lambda x: isinstance(x, list) and bool(x))
   offered = tools.take(fields)
-  prompt = service.template.prompt(
-      service.tokenizer, [_message(m, f'messages[{i}]') for i, m in enumerate(messages)],
-      [tool.text for tool in offered.tools])
+  said = [_message(m, f'messages[{i}]') for i, m in enumerate(messages)]
+  try:
+    prompt = prompt_ids(service.layout, service.tokenizer, said,
+                        [json.loads(tool.text) for tool in offered.tools])
+  except UserError as e:
+    raise ApiError(400, str(e), param='messages') from e
   has_logprobs = fields.flag('logprobs')
   num_top = fields.integer('top_logprobs', 0, 0, _MOST_LOGPROBS)
   if num_top and not has_logprobs:
@@ -199,18 +218,20 @@ def _ask(fields: Fields, service: Service, ids: Ids, shape: _Shape) -> Ask:
   fields.take('user', 'a text', lambda x: isinstance(x, str))  # Checked, then dropped.
   seed = fields.integer('seed', None, -2**63, 2**63 - 1)
   num_choices, num_samples = _numbers(fields, service, is_stream)
+  own = service.sampler
   sampler = cfg.Sampler(
-      temperature=fields.number('temperature', 1.0, 'a number of at least 0', lambda x: x >= 0),
-      top_k=fields.integer('top_k', 0, 0, 2**31 - 1),
-      top_p=fields.number('top_p', 1.0, 'a number above 0 and at most 1', lambda x: 0 < x <= 1),
-      min_p=fields.number('min_p', 0.0, 'a number from 0 to 1', lambda x: 0 <= x <= 1))
-  stop_ids, own_stops = (service.template.stops(service.tokenizer) if shape.is_chat
-                         else ((), ()))
+      temperature=fields.number('temperature', own.temperature, 'a number of at least 0',
+                                lambda x: x >= 0),
+      top_k=fields.integer('top_k', own.top_k, 0, 2**31 - 1),
+      top_p=fields.number('top_p', own.top_p, 'a number above 0 and at most 1',
+                          lambda x: 0 < x <= 1),
+      min_p=fields.number('min_p', own.min_p, 'a number from 0 to 1', lambda x: 0 <= x <= 1))
+  ends = service.end_tokens if shape.is_chat else service.tokenizer.stop_ids
+  own_stops = service.layout.stop_texts if shape.is_chat else ()
   stop = (*own_stops, *fields.texts('stop', _MOST_STOPS))
   most = service.engine.response_len
   max_thought = fields.integer('max_thought', None, 0, most)
   max_answer = fields.integer('max_answer', None, 1, most)
-  ends = (service.tokenizer.eos_id, *stop_ids)
   held_to = _constraint(fields, service, shape.tools, ends, max_thought)
   fields.finish()
   # A budget for thinking makes the response begin with the start marker of thinking.
@@ -278,21 +299,27 @@ def _is_prompts(value: Any, most: int) -> bool:
 # --- Messages -------------------------------------------------------------------------
 
 
-def _message(value: Any, where: str) -> Message:
+def _message(value: Any, where: str) -> dict[str, Any]:
+  """A message as templates read it."""
   if not isinstance(value, dict):
     raise ApiError(400, f'{where} must be an object with a role and a content.', param='messages')
   fields = Fields(value, where)
   role = fields.take('role', 'system, developer, user, assistant or tool', lambda x: x in (
       'system', 'developer', 'user', 'assistant', 'tool'))
   content = fields.take('content', 'a text or a list of text parts', _is_content)
-  calls: tuple[Call, ...] = ()
+  message: dict[str, Any] = {}
   if role == 'assistant':
     said = fields.take('tool_calls', 'a list of calls', lambda x: isinstance(x, list), [])
-    calls = tools.take_calls(said, f'{where}.tool_calls')
+    if calls := tools.take_calls(said, f'{where}.tool_calls'):
+      message['tool_calls'] = calls
     if content is None and 'content' in value or calls:
       content = content or ''  # The answer held only a thought, or only calls.
+    thought = fields.take('reasoning_content', 'a text', lambda x: x == '' or is_text(x))
+    if thought is not None:
+      message['reasoning_content'] = thought
   elif role == 'tool':
-    fields.take('tool_call_id', 'a text', is_text)  # The order of the messages says which it is.
+    # In most templates the order of the messages says which call it answers.
+    message['tool_call_id'] = fields.take('tool_call_id', 'a text', is_text)
   if role is None or content is None:
     raise ApiError(400, f'{where} must be an object with a role and a content.', param='messages')
   # Servers put these fields into their answers; empty ones may come back in a conversation.
@@ -303,7 +330,7 @@ def _message(value: Any, where: str) -> Message:
   fields.finish()
   if isinstance(content, list):
     content = ''.join(part['text'] for part in content)
-  return Message('system' if role == 'developer' else role, content, calls)
+  return message | {'role': 'system' if role == 'developer' else role, 'content': content}
 
 
 def _is_content(value: Any) -> bool:

@@ -3,19 +3,22 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 import contextlib
 from dataclasses import dataclass
+import functools
 import signal
 import threading
 import time
 from types import FrameType
-from typing import TextIO
+from typing import Any, TextIO
 
 from rich.console import Console
 
 from jaxrl_pt import config as cfg
+from jaxrl_pt.data import chat_files
+from jaxrl_pt.data.chat import ChatTemplate
 from jaxrl_pt.data.tokenizer import Tokenizer
 from jaxrl_pt.errors import UserError
-from jaxrl_pt.sampling.engine import Engine, Request
-from jaxrl_pt.serving.conversation import Message, Template, fit
+from jaxrl_pt.sampling.engine import Engine, Request, Response
+from jaxrl_pt.serving.conversation import fit
 from jaxrl_pt.serving.stream import Piece, stream
 from jaxrl_pt.serving.text import Markers, ThoughtSplitter, encode_marker, printable, spelled
 
@@ -70,7 +73,7 @@ class Chat:
   """
 
   tokenizer: Tokenizer
-  template: Template
+  template: ChatTemplate
   markers: Markers
   sampler: cfg.Sampler
   max_tokens: int
@@ -83,10 +86,14 @@ class Chat:
     forced: tuple[int, ...] = ()
     if self.max_thought is not None:
       forced = encode_marker(self.tokenizer, self.markers.start)
-    stop_ids, stop_texts = self.template.stops(self.tokenizer)
     return Request(tuple(prompt), turn, self.max_tokens + len(forced), 1, self.sampler,
-                   (self.tokenizer.eos_id, *stop_ids), stop_texts, forced, self.max_thought,
+                   self.end_tokens, self.template.stop_texts, forced, self.max_thought,
                    self.max_answer)
+
+  @functools.cached_property
+  def end_tokens(self) -> tuple[int, ...]:
+    """The tokens that end an answer."""
+    return chat_files.end_tokens(self.template, self.tokenizer)
 
 
 def talk(engine: Engine, chat: Chat, lines: Iterable[str], console: Console) -> None:
@@ -100,8 +107,10 @@ def talk(engine: Engine, chat: Chat, lines: Iterable[str], console: Console) -> 
   """
   note = lambda text: console.print(f'({text})', style='dim italic', markup=False,
                                     highlight=False)
-  messages = [Message('system', chat.system)] if chat.system else []
-  start, turn = list(messages), 0
+  start: list[dict[str, Any]] = (
+      [{'role': 'system', 'content': chat.system}] if chat.system else [])
+  # Number of a message → its tokens, where it has been drawn; they are never encoded again.
+  messages, drawn, turn = list(start), dict[int, list[int]](), 0
   for line in lines:
     match line.strip():
       case '':
@@ -109,33 +118,37 @@ def talk(engine: Engine, chat: Chat, lines: Iterable[str], console: Console) -> 
       case '/quit':
         return
       case '/new':
-        messages = list(start)
+        messages, drawn = list(start), {}
         note('a new conversation')
         continue
-    asked = [*messages, Message('user', line)]
+    asked = [*messages, {'role': 'user', 'content': line}]
     with _noting_interrupt() as is_interrupted:
       try:
         line.encode()
-        prompt, num_cut = fit(chat.template, chat.tokenizer, asked, engine.config.prompt_len)
+        prompt, num_cut = fit(chat.template, chat.tokenizer, asked, engine.config.prompt_len,
+                              drawn)
       except (UserError, UnicodeEncodeError) as e:
         note(str(e) if isinstance(e, UserError) else 'that line is not UTF-8 text')
         continue
       if num_cut:
         note(f'the model takes {engine.config.prompt_len} tokens: of this conversation it no '
              f'longer sees the first {num_cut} messages')
-      answer = _answer(engine, chat, chat.request(prompt, turn), console, is_interrupted)
+      answer, tokens = _answer(engine, chat, chat.request(prompt, turn), console, is_interrupted)
     turn += 1
     if is_interrupted():
       note('stopped')
     if answer:
-      messages = [*asked, Message('assistant', answer)]
+      messages = [*asked, {'role': 'assistant', 'content': answer}]
+      if tokens:
+        drawn[len(messages) - 1] = tokens
 
 
 def _answer(engine: Engine, chat: Chat, request: Request, console: Console,
-            is_interrupted: Callable[[], bool]) -> str:
-  """Shows the answer as it is drawn and returns it, without its thought."""
+            is_interrupted: Callable[[], bool]) -> tuple[str, list[int]]:
+  """Shows the answer as it is drawn; returns its text and its tokens, without its thought."""
   splitter = ThoughtSplitter(chat.markers)
   answer, has_thought, num_tokens, began = '', False, 0, time.perf_counter()
+  response: Response | None = None
   with contextlib.closing(stream(
       engine, chat.tokenizer, [request], table=spelled(chat.tokenizer, chat.markers))) as pieces:
     for piece in pieces:
@@ -145,14 +158,28 @@ def _answer(engine: Engine, chat: Chat, request: Request, console: Console,
         console.print('\n')
       _show(console, text)
       has_thought, answer = has_thought or bool(thought), answer + text
-      num_tokens = len(piece.response.tokens)
+      response, num_tokens = piece.response, len(piece.response.tokens)
       if is_interrupted():
         break
   console.print()
   rate = num_tokens / (time.perf_counter() - began)
   console.print(f'({num_tokens} tokens, {rate:,.0f} tokens/s)', style='dim italic', markup=False,
                 highlight=False)
-  return answer.strip()
+  answer = answer.strip()
+  return answer, _answer_tokens(chat, response, answer) if response is not None else []
+
+
+def _answer_tokens(chat: Chat, response: Response, answer: str) -> list[int]:
+  """The tokens of the answer alone; none where a stop text ends it in the middle of a token."""
+  tokens = response.tokens.tolist()[:-1 if response.finish == 'stop' else None]
+  end = list(encode_marker(chat.tokenizer, chat.markers.end))
+  table = spelled(chat.tokenizer, chat.markers)
+  text = lambda ids: b''.join(table[i] for i in ids if i < len(table)).decode('utf-8', 'replace')
+  starts = [0, *(i for i in range(len(end), len(tokens) + 1) if tokens[i - len(end):i] == end)]
+  # After a stop text the answer ends before the last tokens.
+  return next((tokens[start:stop] for start in starts
+               for stop in range(len(tokens), start, -1)
+               if text(tokens[start:stop]).strip() == answer), [])
 
 
 def _show(console: Console, text: str, style: str | None = None) -> None:

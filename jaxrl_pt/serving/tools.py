@@ -107,8 +107,8 @@ def _chosen(choice: dict[str, Any], tools: Sequence[Tool]) -> Tool:
   return names[name]
 
 
-def take_calls(value: Any, where: str) -> tuple[Call, ...]:
-  """The calls that an assistant's message of the client's conversation holds.
+def take_calls(value: Any, where: str) -> list[dict[str, Any]]:
+  """The calls that an assistant's message of the client's conversation holds, as it gave them.
 
   Raises:
     ApiError: 400 for a call that is malformed.
@@ -124,8 +124,8 @@ def take_calls(value: Any, where: str) -> tuple[Call, ...]:
     name = inner.need('name', 'the name of a function', is_text)
     arguments = inner.take('arguments', 'the text of a JSON object', _is_arguments, '{}')
     inner.finish()
-    calls.append(Call(name, arguments))
-  return tuple(calls)
+    calls.append(one | {'function': {'name': name, 'arguments': arguments}})
+  return calls
 
 
 def _object(value: Any, where: str) -> dict[str, Any]:

@@ -47,12 +47,12 @@ class PolicyVerifier:
     forward pass over the prompts' documents, or None if it was not kept.
   after: (state before the update, state after it) → the state after it, with `state.method`
     brought up to date.
-  stop_id: the token that ends a response.
+  stop_ids: the tokens of which any ends a response.
   """
 
   verify: Callable[[Model, TrainState, Prefilled | None, Prompts, RolloutBatch], Verdict]
   after: Callable[[TrainState, TrainState], TrainState]
-  stop_id: int
+  stop_ids: tuple[int, ...]
 
   def submit(self, prompts: Any, rollouts: Any, references: Any) -> Any:
     """Raises TypeError, since the policy cannot be read outside the step."""
@@ -79,7 +79,7 @@ def reads_reference(algorithm: cfg.Algorithm) -> bool:
 
 def make_fused_step(model: Model, optimizer: optax.GradientTransformation, run: cfg.Run,
                     method: cfg.Reinforced, verifier: Verify | PolicyVerifier,
-                    stop_id: int = NO_STOP, *, by_token: bool = False) -> FusedStep:
+                    stop_ids: tuple[int, ...] = NO_STOP, *, by_token: bool = False) -> FusedStep:
   """step(state, reference policy's parameters, prompts) → (state, metrics, rollouts, verdict).
 
   The step is to be jitted with the state donated. A loss or gradient that is not finite leaves the
@@ -91,13 +91,13 @@ def make_fused_step(model: Model, optimizer: optax.GradientTransformation, run: 
     run: the settings, of which seed, compute, schedule and accumulation are read.
     method: the run's objective, which must be on-policy.
     verifier: a verifier that works on the device.
-    stop_id: the token that ends a response; a PolicyVerifier names its own instead.
+    stop_ids: the tokens of which any ends a response; a PolicyVerifier names its own instead.
     by_token: whether `update.BY_TOKEN` is among the metrics.
   """
   policy_verifier = verifier if isinstance(verifier, PolicyVerifier) else None
   if policy_verifier:
-    stop_id = policy_verifier.stop_id
-  sample = make_sampler(model, run.seed, method.rollouts, stop_id)
+    stop_ids = policy_verifier.stop_ids
+  sample = make_sampler(model, run.seed, method.rollouts, stop_ids)
   learn = update.make_learner(model, optimizer, run, method.rollouts, method.algorithm,
                               by_token=by_token)
 

@@ -22,30 +22,31 @@ from jaxrl_pt.verifiers.base import DeviceVerifier
 
 def fused_step(run: cfg.Run, mesh: Mesh, method: cfg.Reinforced,
                optimizer: optax.GradientTransformation,
-               verifier: DeviceVerifier | fused.PolicyVerifier, stop_id: int) -> Any:
+               verifier: DeviceVerifier | fused.PolicyVerifier, stop_ids: tuple[int, ...]) -> Any:
   """The jitted step(state, reference policy's parameters, prompts) of `fused.make_fused_step`.
 
   The state is donated.
   """
   model = models.build(run.model, run.compute, mesh)
   verify = verifier.verify if isinstance(verifier, DeviceVerifier) else verifier
-  return jax.jit(fused.make_fused_step(model, optimizer, run, method, verify, stop_id,
+  return jax.jit(fused.make_fused_step(model, optimizer, run, method, verify, stop_ids,
                                        by_token=method.rollouts.is_gated), donate_argnums=0)
 
 
-def sampler(run: cfg.Run, mesh: Mesh, rollouts: cfg.Rollouts, stop_id: int) -> Any:
+def sampler(run: cfg.Run, mesh: Mesh, rollouts: cfg.Rollouts, stop_ids: tuple[int, ...]) -> Any:
   """The jitted sample(parameters after the weight sync, prompts, batch, version) → RolloutBatch."""
   model = models.build(run.model, run.compute, mesh, rules.SHARD)
-  return jax.jit(make_sampler(model, run.seed, rollouts, stop_id, mesh if mesh.size > 1 else None))
+  return jax.jit(make_sampler(model, run.seed, rollouts, stop_ids, mesh if mesh.size > 1 else None))
 
 
-def in_flight_sampler(run: cfg.Run, mesh: Mesh, rollouts: cfg.Rollouts, stop_id: int) -> Any:
+def in_flight_sampler(run: cfg.Run, mesh: Mesh, rollouts: cfg.Rollouts, stop_ids: tuple[int, ...]
+                      ) -> Any:
   """The jitted enqueue and draw of `in_flight.make_sampler`, to which its state is donated.
 
   The parameters are those after the weight sync.
   """
   model = models.build(run.model, run.compute, mesh, rules.SHARD)
-  enqueue, draw = in_flight.make_sampler(model, run.seed, rollouts, stop_id,
+  enqueue, draw = in_flight.make_sampler(model, run.seed, rollouts, stop_ids,
                                          mesh if mesh.size > 1 else None)
   # Each program leaves the state as the next one takes it.
   there = in_flight.shardings(jax.eval_shape(functools.partial(

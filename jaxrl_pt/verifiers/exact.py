@@ -1,14 +1,14 @@
 """The verifier of exact answers, compared by their bytes: a definition on lists, and on the device.
 
-The answer of a response is the text between its last marker and the stop token that ends it. It is
-right if it equals the reference answer byte by byte; a response without a marker or without a stop
-token is wrong. Tokens are not compared, since most tokenizers merge the marker with its neighbours
-(`;#`, ` #`, `#7`) and one text has many tokenizations.
+The answer of a response is the text between its last marker and the stop token that ends it, which
+is any of several. It is right if it equals the reference answer byte by byte; a response without a
+marker or without a stop token is wrong. Tokens are not compared, since most tokenizers merge the
+marker with its neighbours (`;#`, ` #`, `#7`) and one text has many tokenizations.
 
 On the device only the end of a response is read. With the marker m of K bytes and the reference
 answer a of A bytes,
 
-    correct = the last token is the stop token, and the K + A bytes before it are m a
+    correct = the last token is a stop token, and the K + A bytes before it are m a
 
 This equals the definition wherever m does not occur again inside m a, which a run checks before it
 starts.
@@ -28,11 +28,11 @@ from jaxrl_pt.verifiers.response_verdict import Outcome
 # --- The definition -------------------------------------------------------------
 
 
-def verify_tokens(response: Sequence[int], answer: bytes, marker: bytes, stop_id: int,
+def verify_tokens(response: Sequence[int], answer: bytes, marker: bytes, stop_ids: tuple[int, ...],
                  token_bytes: Sequence[bytes]) -> Outcome:
   """The definition, on the tokens of one response, its stop token included if it has one."""
   tokens = list(response)
-  if not tokens or tokens[-1] != stop_id:
+  if not tokens or tokens[-1] not in stop_ids:
     return Outcome.UNPARSED
   _, last_marker, stated = b''.join(token_bytes[t] for t in tokens[:-1]).rpartition(marker)
   if not last_marker:
@@ -44,7 +44,7 @@ def verify_tokens(response: Sequence[int], answer: bytes, marker: bytes, stop_id
 
 
 def answer_match(table: TokenBytes, tokens: Array, mask: Array, answers: Array,
-                 answer_lengths: Array, marker: bytes, stop_id: int) -> Array:
+                 answer_lengths: Array, marker: bytes, stop_ids: tuple[int, ...]) -> Array:
   """`verify_tokens` of whole batches: 1 where the outcome is CORRECT.
 
   Args:
@@ -54,7 +54,7 @@ def answer_match(table: TokenBytes, tokens: Array, mask: Array, answers: Array,
     answers: i32[N, W] bytes of the reference answers.
     answer_lengths: i32[N] how many bytes each reference answer has.
     marker: K bytes.
-    stop_id: the token that ends a response.
+    stop_ids: the tokens of which any ends a response.
 
   Returns:
     f32[N, G] in {0, 1}.
@@ -64,7 +64,7 @@ def answer_match(table: TokenBytes, tokens: Array, mask: Array, answers: Array,
   length = mask.sum(-1).astype(jnp.int32)  # i32[N, G]
   place = jnp.arange(tokens.shape[-1])
   last = jnp.take_along_axis(tokens, jnp.maximum(length - 1, 0)[..., None], -1)[..., 0]
-  ended = (length > 0) & (last == stop_id)
+  ended = (length > 0) & jnp.isin(last, jnp.asarray(stop_ids))
   spells = (place < length[..., None] - 1) & (table.lengths[tokens] > 0)
   # Each token that spells something has at least one byte, so the last `most` of them are enough.
   behind = jnp.cumsum(spells[..., ::-1], -1)[..., ::-1] - 1
@@ -127,7 +127,7 @@ def marker_reader(table: TokenBytes, marker: bytes) -> Array:
   return jnp.asarray(state_SV)
 
 
-def device_verifier(table: TokenBytes, marker: bytes, stop_id: int) -> Verify:
+def device_verifier(table: TokenBytes, marker: bytes, stop_ids: tuple[int, ...]) -> Verify:
   """The verifier that gives reward 1 for the exact answer. Every row is valid.
 
   The bytes of the reference answer are 'answer' in `prompts.extras`. The part 'parsed', which earns
@@ -138,8 +138,8 @@ def device_verifier(table: TokenBytes, marker: bytes, stop_id: int) -> Verify:
   def verify(prompts: Prompts, rollouts: RolloutBatch) -> Verdict:
     tokens, mask = rollouts.tokens, rollouts.in_response
     reward = answer_match(table, tokens, mask, prompts.extras['answer'],
-                          prompts.extras['answer_lengths'], marker, stop_id)
-    ended = ((tokens == stop_id) & (mask > 0)).any(-1)
+                          prompts.extras['answer_lengths'], marker, stop_ids)
+    ended = (jnp.isin(tokens, jnp.asarray(stop_ids)) & (mask > 0)).any(-1)
     parsed = ended * has_marker(reader_SV, tokens, mask)
     return Verdict(reward, jnp.ones_like(reward), reward, {'answer': reward, 'parsed': parsed})
 

@@ -7,11 +7,10 @@ import tokenizers as hf
 
 from jaxrl_pt import config
 from jaxrl_pt.data import problems, template_text
+from jaxrl_pt.data.chat import ChatTemplate, prompt_ids
 from jaxrl_pt.data.generated import Problem
 from jaxrl_pt.data.template_text import Span, around, encode
 from jaxrl_pt.data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer
-from jaxrl_pt.errors import UserError
-from jaxrl_pt.serving.conversation import Message, Template
 from jaxrl_pt.serving.text import Markers, encode_marker, spelled
 from tests.data.test_tokenizer import NAMES, _build
 
@@ -72,15 +71,12 @@ def test_an_added_token_of_a_chat_model():
   backend.add_special_tokens(['<|im_start|>', '<|im_end|>'])
   tokenizer = JsonTokenizer(backend.to_str(), plain.end_of_text, plain.begin_of_text)
   start, end = (tokenizer.special_tokens[s] for s in ('<|im_start|>', '<|im_end|>'))
-  template = Template(user='<|im_start|>user\n{content}<|im_end|>\n',
-                      assistant='<|im_start|>assistant\n{content}<|im_end|>\n',
-                      opening='<|im_start|>assistant\n', stop=('<|im_end|>', 'STOP'))
-  ids = template.prompt(tokenizer, [Message('user', 'a<|im_end|>b'), Message('assistant', 'c'),
-                                    Message('user', '<|im_start|>')])
+  template = ChatTemplate("{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + "
+                          "'<|im_end|>\n' }}{% endfor %}<|im_start|>assistant\n")
+  ids = prompt_ids(template, tokenizer, [
+      {'role': 'user', 'content': 'a<|im_end|>b'}, {'role': 'assistant', 'content': 'c'},
+      {'role': 'user', 'content': '<|im_start|>'}])
   assert [i for i in ids if i in (start, end)] == [start, end] * 3 + [start]
-  assert template.stops(tokenizer) == ((end,), ('STOP',))
-  with pytest.raises(UserError, match='beside other text'):
-    Template(stop=('\\n<|im_end|>',)).stops(tokenizer)
   markers = Markers('<|im_start|>', '</think>')
   assert encode_marker(tokenizer, markers.start) == (start,)
   table = spelled(tokenizer, markers)

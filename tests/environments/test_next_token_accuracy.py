@@ -70,7 +70,7 @@ def test_accuracy_of_thoughts_and_of_plain_prediction():
   method = cfg.RPT('unused', rollouts=cfg.Rollouts(response_tokens=NUM_TOKENS))
   got = jax.jit(lambda params, prompts: environment.next_token_accuracy(
       MODEL, params, prompts, jax.random.key(0), token_table(SPELLED, VOCAB),
-      method=method, num_samples=2, stop_id=END, template=template))(
+      method=method, num_samples=2, stop_ids=(END,), template=template))(
           PARAMS, templates.apply(template.tokens, prompts))
   assert float(got['hard_argmax'].sum) == sum(want_argmax)
   assert float(got['hard_direct'].sum) == sum(want_direct)

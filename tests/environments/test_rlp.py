@@ -154,6 +154,6 @@ def test_a_longer_budget_changes_nothing_for_thoughts_that_have_ended():
 
 def test_there_is_no_verdict_outside_the_step():
   verifier = environment.policy_verifier(environment.Markers(1, ANSWER), 0.999)
-  assert verifier.stop_id == ANSWER
+  assert verifier.stop_ids == (ANSWER,)
   with pytest.raises(TypeError, match='no verdict outside its step'):
     verifier.submit(PROMPTS, None, ())

@@ -80,7 +80,7 @@ def make_player(pool, texts, settings=SETTINGS, rollouts=ROLLOUTS, sizes=SIZES):
 @functools.cache
 def _one_turn(width, num_tokens, sampler):
   return jax.jit(functools.partial(groups.generate, MODULE, sampler=sampler, num_samples=1,
-                                   num_tokens=num_tokens, stop_id=TOKENIZER.eos_id))
+                                   num_tokens=num_tokens, stop_ids=(TOKENIZER.eos_id,)))
 
 
 def by_hand(pool, problem, sample, rollouts=ROLLOUTS, settings=SETTINGS):
@@ -194,7 +194,7 @@ def test_responses_of_one_turn_are_those_of_the_sampler(pool):
   player, problems = make_player(pool, ['end 1', 'end 1 b'], settings, rollouts)
   prompts, _ = player.take([problems[0], problems[1], problems[0], problems[1]])
   drawn, _ = player.draw(PARAMS, prompts, BATCH, VERSION)
-  sample = jax.jit(groups.make_sampler(MODULE, SEED, rollouts, TOKENIZER.eos_id))
+  sample = jax.jit(groups.make_sampler(MODULE, SEED, rollouts, TOKENIZER.stop_ids))
   wanted = sample(PARAMS, jax.tree.map(jnp.asarray, prompts), BATCH, VERSION)
   np.testing.assert_array_equal(drawn.tokens, wanted.tokens)
   np.testing.assert_allclose(drawn.logp, wanted.logp, atol=1e-5)

@@ -40,7 +40,7 @@ def main() -> None:
   params = P.init(model.specs, jax.random.key(0))
   params = {**params, 'embed': params['embed'] * 5}
   on_policy = dataclasses.replace(ROLLOUTS, slots=cfg.Slots())
-  sample = jax.jit(groups.make_sampler(model, 5, on_policy, STOP))
+  sample = jax.jit(groups.make_sampler(model, 5, on_policy, (STOP,)))
   number = jnp.asarray
   alone = [sample(params, prompts_of(b), number(b), number(0)) for b in range(STEPS)]
   for shape in (tuple(map(int, text.split(','))) for text in parser.parse_args().meshes):
@@ -49,7 +49,7 @@ def main() -> None:
     there = in_flight.shardings(jax.eval_shape(start), mesh)
     state = jax.device_put(start(), there)
     enqueue, draw = in_flight.make_sampler(
-        models.build(CONFIG, cfg.Compute(), mesh, rules.SHARD), 5, FLYING, STOP, mesh)
+        models.build(CONFIG, cfg.Compute(), mesh, rules.SHARD), 5, FLYING, (STOP,), mesh)
     enqueue = jax.jit(enqueue, donate_argnums=0, out_shardings=there)
     own = jax.device_put(params, rules.param_shardings(model.specs, mesh, rules.SAMPLE))
     compiled, drawn, carried = None, [], 0.0

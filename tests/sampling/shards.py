@@ -86,11 +86,11 @@ def main() -> None:
   params = P.init(model.specs, jax.random.key(0))
   params = {**params, 'embed': params['embed'] * 5}
   number = jnp.asarray(3, jnp.int32)
-  alone = jax.jit(make_sampler(model, 5, rollouts, STOP))(params, prompts, number, number)
+  alone = jax.jit(make_sampler(model, 5, rollouts, (STOP,)))(params, prompts, number, number)
   for shape in (tuple(map(int, argument.split(','))) for argument in args.meshes):
     mesh = make_mesh(cfg.Mesh(*shape, context=1))
     sample = jax.jit(make_sampler(models.build(CONFIG, cfg.Compute(), mesh, rules.SHARD), 5,
-                                  rollouts, STOP, mesh))
+                                  rollouts, (STOP,), mesh))
     arguments = (jax.device_put(params, rules.param_shardings(model.specs, mesh, rules.SAMPLE)),
                  jax.device_put(prompts, rules.row_sharding(mesh)), number, number, None,
                  jnp.asarray(random.permutation(PROMPTS), jnp.int32))  # Laid out in any order.

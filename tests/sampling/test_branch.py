@@ -57,7 +57,7 @@ def independent(suffix):
                           ('filtered', Sampler(0.8, top_p=0.9)))])
 def test_equals_independent_prompts(suffix, sampler):
   model, params = make()
-  asked = dict(sampler=sampler, num_samples=3, num_tokens=7, stop_id=STOP)
+  asked = dict(sampler=sampler, num_samples=3, num_tokens=7, stop_ids=(STOP,))
   run = jax.jit(functools.partial(groups.generate, model, **asked))
   together = run(params, branches(suffix), KEY)
   apart = jax.jit(functools.partial(groups.generate, model, **asked))(

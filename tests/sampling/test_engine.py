@@ -54,7 +54,7 @@ def expected(sampler, num_tokens=20, num_samples=3):
   prompts = Prompts(jnp.asarray(tokens), jnp.array([len(p) for p in PROMPTS]), jnp.arange(n))
   rollout = jax.jit(functools.partial(
       groups.generate, MODEL, sampler=sampler, num_samples=num_samples, num_tokens=num_tokens,
-      stop_id=STOP))(PARAMS, prompts, jax.random.key(SEED))
+      stop_ids=(STOP,)))(PARAMS, prompts, jax.random.key(SEED))
   tokens, mask, logp = (np.asarray(x) for x in (rollout.tokens, rollout.in_response, rollout.logp))
   return {(i, g): (tokens[i, g][mask[i, g] > 0], logp[i, g][mask[i, g] > 0])
           for i in range(n) for g in range(num_samples)}

@@ -57,7 +57,7 @@ def test_a_sparse_engine_draws_what_sparse_rollouts_draw():
   for row, prompt in zip(tokens, PROMPTS):
     row[:len(prompt)] = prompt
   rollout = jax.jit(functools.partial(
-      groups.generate, MODEL, sampler=Sampler(), num_samples=1, num_tokens=20, stop_id=STOP,
+      groups.generate, MODEL, sampler=Sampler(), num_samples=1, num_tokens=20, stop_ids=(STOP,),
       sparse=SPARSE))(
           PARAMS, Prompts(jnp.asarray(tokens), jnp.array([len(p) for p in PROMPTS]),
                           jnp.arange(len(PROMPTS))), jax.random.key(SEED))

@@ -40,14 +40,14 @@ STOP = 12
 
 
 @functools.lru_cache
-def compiled(sampler, num_samples, num_tokens, stop_id):
+def compiled(sampler, num_samples, num_tokens, stop_ids):
   return jax.jit(functools.partial(
       groups.generate, MODEL, sampler=sampler, num_samples=num_samples, num_tokens=num_tokens,
-      stop_id=stop_id, version=5))
+      stop_ids=stop_ids, version=5))
 
 
-def generate(prompts, sampler=Sampler(), num_samples=3, num_tokens=6, stop_id=STOP):
-  return compiled(sampler, num_samples, num_tokens, stop_id)(PARAMS, prompts, KEY)
+def generate(prompts, sampler=Sampler(), num_samples=3, num_tokens=6, stop_ids=(STOP,)):
+  return compiled(sampler, num_samples, num_tokens, stop_ids)(PARAMS, prompts, KEY)
 
 
 @jax.jit
@@ -69,7 +69,7 @@ def slow_draw(key, position, logits, sampler):
   return token, jax.nn.log_softmax(filtered)[token]
 
 
-def slow_response(tokens, prompt_id, sample, sampler, num_tokens, stop_id):
+def slow_response(tokens, prompt_id, sample, sampler, num_tokens, stop_ids):
   key = jax.random.fold_in(jax.random.fold_in(KEY, np.uint32(prompt_id % 2**32)), sample)
   tokens, start, logps = list(tokens), len(tokens), []
   for _ in range(num_tokens):
@@ -77,7 +77,7 @@ def slow_response(tokens, prompt_id, sample, sampler, num_tokens, stop_id):
     token = int(token)
     logps.append(float(logp))
     tokens.append(token)
-    if token == stop_id:
+    if token in stop_ids:
       break
   return tokens[start:], logps
 
@@ -89,7 +89,7 @@ def test_equals_a_whole_forward_per_token(sampler):
   lengths = set()
   for n, (prompt, prompt_id) in enumerate(zip(TOKENS, ids)):
     for g in range(3):
-      tokens, logps = slow_response(prompt, prompt_id, g, sampler, 6, STOP)
+      tokens, logps = slow_response(prompt, prompt_id, g, sampler, 6, (STOP,))
       count = len(tokens)
       lengths.add(count)
       np.testing.assert_array_equal(rollout.tokens[n, g, :count], tokens)
@@ -114,7 +114,7 @@ def test_slots_and_pages_do_not_matter(slots, suffix):
   prompts = make_prompts([*TOKENS, *TOKENS])
   if suffix:
     prompts = dataclasses.replace(prompts, suffix=jnp.array([suffix] * 8, jnp.int32))
-  asked = dict(sampler=Sampler(), num_samples=3, num_tokens=9, stop_id=STOP)
+  asked = dict(sampler=Sampler(), num_samples=3, num_tokens=9, stop_ids=(STOP,))
   whole, refilled = (jax.jit(functools.partial(groups.generate, MODEL, slots=s, **asked))(
       PARAMS, prompts, KEY) for s in (cfg.Slots(), slots))
   np.testing.assert_array_equal(refilled.tokens, whole.tokens)
@@ -168,7 +168,7 @@ def test_the_loop_ends_when_every_row_has_stopped():
 
   run = jax.jit(functools.partial(
       groups.generate, MODEL._replace(extend=extend), sampler=Sampler(0.0), num_samples=2,
-      num_tokens=6, stop_id=first))
+      num_tokens=6, stop_ids=(first,)))
   rollout = jax.block_until_ready(run(PARAMS, make_prompts([TOKENS[0]]), KEY))
   jax.effects_barrier()
   assert calls == [8, 1]  # The prefill, and the step that draws the first token.
@@ -180,7 +180,7 @@ def test_the_loop_ends_when_every_row_has_stopped():
 def test_a_lone_row_equals_its_row_in_a_batch(suffix):
   """One slot has the layers' weights apart."""
   draw = jax.jit(functools.partial(groups.generate, MODEL, sampler=Sampler(), num_samples=1,
-                                     num_tokens=9, stop_id=STOP))
+                                     num_tokens=9, stop_ids=(STOP,)))
 
   def ask(which):
     prompts = make_prompts([TOKENS[i] for i in which], ids=which)
@@ -192,3 +192,21 @@ def test_a_lone_row_equals_its_row_in_a_batch(suffix):
     alone = draw(PARAMS, ask([n]), KEY)
     np.testing.assert_array_equal(alone.tokens[0], whole.tokens[n])
     np.testing.assert_allclose(alone.logp[0], whole.logp[n], atol=1e-5)
+
+
+@pytest.mark.parametrize('sampler', [Sampler(), Sampler(0.0)])
+def test_any_of_several_stop_tokens_ends_a_response(sampler):
+  """Each of them ends some response, and the plain loop draws the same."""
+  stops = tuple(int(t) for t in np.unique(np.asarray(generate(
+      make_prompts(TOKENS), sampler, stop_ids=()).tokens[:, :, 1:4]))[:6])
+  prompts = make_prompts(TOKENS)
+  rollout, ended = generate(prompts, sampler, stop_ids=stops), set()
+  for n, prompt in enumerate(TOKENS):
+    for g in range(3):
+      tokens, logps = slow_response(prompt, int(prompts.ids[n]), g, sampler, 6, stops)
+      count = int(rollout.in_response[n, g].sum())
+      assert rollout.tokens[n, g, :count].tolist() == tokens
+      np.testing.assert_allclose(rollout.logp[n, g, :count], logps, atol=1e-5)
+      np.testing.assert_array_equal(rollout.tokens[n, g, count:], stops[0])
+      ended |= {tokens[-1]} & set(stops)
+  assert len(ended) >= 2

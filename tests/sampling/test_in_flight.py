@@ -65,7 +65,7 @@ def prompts_of(batch):
 @functools.cache
 def programs(name):
   config = CONFIGS[name]
-  return list(map(jax.jit, in_flight.make_sampler(MODEL, SEED, config, STOP)))
+  return list(map(jax.jit, in_flight.make_sampler(MODEL, SEED, config, (STOP,))))
 
 
 def steps(name, params, first=0, sampler=None):
@@ -90,7 +90,7 @@ def run(name):
 def test_constant_parameters_draw_what_the_on_policy_sampler_draws(name):
   kv = CONFIGS[name].slots.kv
   config = dataclasses.replace(CONFIGS[name], mode=cfg.OnPolicy(), slots=cfg.Slots(kv=kv))
-  sample = jax.jit(groups.make_sampler(MODEL, SEED, config, STOP))
+  sample = jax.jit(groups.make_sampler(MODEL, SEED, config, (STOP,)))
   carried = 0
   for batch, drawn in steps(name, lambda _: params_of(0)):
     whole = sample(params_of(0), prompts_of(batch), jnp.asarray(batch), jnp.asarray(0))

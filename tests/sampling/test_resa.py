@@ -119,7 +119,7 @@ def test_trailing_windows_of_any_length():
 
 # --- Generation -----------------------------------------------------------------------
 
-DRAW = dict(sampler=Sampler(0.9, top_p=0.95), num_samples=2, num_tokens=14, stop_id=15)
+DRAW = dict(sampler=Sampler(0.9, top_p=0.95), num_samples=2, num_tokens=14, stop_ids=(15,))
 
 
 @functools.cache

@@ -47,7 +47,7 @@ def settings(refresh):
 def rollout(refresh):
   return jax.jit(functools.partial(
       groups.generate, MODEL, sampler=SAMPLER, sparse=settings(refresh), num_samples=2,
-      num_tokens=NUM_TOKENS, stop_id=STOP))(PARAMS, PROMPTS, jax.random.key(7))
+      num_tokens=NUM_TOKENS, stop_ids=(STOP,)))(PARAMS, PROMPTS, jax.random.key(7))
 
 
 def mismatch(drawn, logp):
@@ -202,7 +202,7 @@ def test_a_step_draws_sparsely_and_learns_from_the_policy_that_drew(replay):
     reward = (drawn.tokens % 2).mean(-1)
     return Verdict(reward, jnp.ones_like(reward), reward)
 
-  step = jax.jit(fused.make_fused_step(MODEL, optimizer, run, run.objective, verify, STOP))
+  step = jax.jit(fused.make_fused_step(MODEL, optimizer, run, run.objective, verify, (STOP,)))
   _, metrics, drawn, _ = step(
       TrainState(jnp.zeros((), jnp.int32), PARAMS, optimizer.init(PARAMS),
                  states.new_method(rollouts, algorithm, CONFIG.d_model)), PARAMS, PROMPTS)

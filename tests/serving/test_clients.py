@@ -10,9 +10,9 @@ import httpx2
 import openai
 import pytest
 
+from jaxrl_pt.data.chat import ChatTemplate
 from jaxrl_pt.sampling.engine import Engine, Request
 from jaxrl_pt.serving import connections, protocol
-from jaxrl_pt.serving.conversation import Template
 from tests.serving.conftest import Running, running
 
 DOCS = Path(__file__).resolve().parents[2] / 'docs' / 'serving.md'
@@ -146,7 +146,8 @@ def test_large_seeds_do_not_repeat_small_ones():
 
 def test_special_tokens_of_the_template_and_of_a_message(engine: Engine):
   """Bytes know one special token, which ends a document."""
-  template = Template(user='{content}<|endoftext|>', opening='A:', stop=('<|endoftext|>',))
+  template = ChatTemplate('<|endoftext|>{% for m in messages %}{{ m.content }}<|endoftext|>'
+                          '{% endfor %}A:')
   with running(engine, template=template) as server:
     answer = chat(server, [{'role': 'user', 'content': 'ab'}])
     assert answer.usage.prompt_tokens == 1 + 2 + 1 + 2  # The first begins the conversation.

@@ -1,54 +1,41 @@
-"""Turns to prompts: the template, template files, and what is left out when it is too long."""
+"""Turns to prompts: the plain template, and what is left out when a conversation is too long."""
 
 import pytest
 
+from jaxrl_pt.data.chat_files import plain
 from jaxrl_pt.data.tokenizer import ByteTokenizer
 from jaxrl_pt.errors import UserError
-from jaxrl_pt.serving.conversation import Message, Template, fit, read_template
+from jaxrl_pt.serving.conversation import fit
 
 BYTES = ByteTokenizer()
-TURNS = [Message('system', 'Be kind.'), Message('user', 'hi'), Message('assistant', 'hello'),
-         Message('user', 'and {content}?')]
-
-
-def text(template: Template, turns: list[Message]) -> str:
-  return ''.join(span.text for span in template.spans(turns))
+TEMPLATE = plain(BYTES)
+TURNS = [{'role': 'system', 'content': 'Be kind.'}, {'role': 'user', 'content': 'hi'},
+         {'role': 'assistant', 'content': 'hello'}, {'role': 'user', 'content': 'and {{ 1 }}?'}]
+WHOLE = ('<|endoftext|>Be kind.\n\nUser: hi\n\nAssistant: hello<|endoftext|>\n\n'
+         'User: and {{ 1 }}?\n\nAssistant:')
 
 
 def test_the_plain_template():
-  assert text(Template(), TURNS) == ('Be kind.\n\nUser: hi\n\nAssistant: hello\n\n'
-                                    'User: and {content}?\n\nAssistant:')
+  assert TEMPLATE.render(TURNS, add_generation_prompt=True) == WHOLE
+  again = TEMPLATE.render([*TURNS, TURNS[0]])
+  assert again == WHOLE.removesuffix('Assistant:') + 'Be kind.\n\n'
 
 
 def test_the_oldest_turns_are_left_out_and_the_system_stays():
-  whole = len(text(Template(), TURNS)) + 1  # With the token that begins a text.
-  assert fit(Template(), BYTES, TURNS, whole) == (
-      [BYTES.bos_id, *BYTES.encode(text(Template(), TURNS))], 0)
-  tokens, num_cut = fit(Template(), BYTES, TURNS, whole - 1)
+  ids = BYTES.encode_parsed(WHOLE)
+  assert fit(TEMPLATE, BYTES, TURNS, len(ids), {}) == (ids, 0)
+  tokens, num_cut = fit(TEMPLATE, BYTES, TURNS, len(ids) - 1, {})
   assert num_cut == 2  # The question and its answer: what is kept starts with the user.
-  assert BYTES.decode(tokens) == 'Be kind.\n\nUser: and {content}?\n\nAssistant:'
-  with pytest.raises(UserError, match='43 tokens with its frame and the model takes 42'):
-    fit(Template(), BYTES, TURNS, len(tokens) - 1)
+  assert BYTES.decode(tokens) == 'Be kind.\n\nUser: and {{ 1 }}?\n\nAssistant:'
+  with pytest.raises(UserError, match='41 tokens with its frame and the model takes 40'):
+    fit(TEMPLATE, BYTES, TURNS, len(tokens) - 1, {})
 
 
-def test_a_template_file(tmp_path):
-  path = tmp_path / 'template.json'
-  path.write_text('{"user": "<u>{content}</u>", "opening": "<a>", "stop": ["<u>"]}')
-  template = read_template(path)
-  assert text(template, TURNS[1:2]) == '<u>hi</u><a>' and template.stop == ('<u>',)
-  assert template.system == Template().system
-
-
-@pytest.mark.parametrize(('content', 'expected'), [
-    (None, 'Cannot read the chat template'), (b'{"user"', 'Cannot read the chat template'),
-    (b'\xff', 'UTF-8'), (b'[]', 'must be a JSON object'), (b'{"usr": ""}', 'fields among system'),
-    (b'{"user": "no place"}', '{content} in it'), (b'{"stop": "x"}', 'list of texts'),
-    (b'{"stop": [""]}', 'list of texts'), (b'{"stop": 3}', 'not usable'),
-    (b'{"opening": 3}', 'Template.opening = 3'), (b'[' * 100_000, 'Cannot read')])
-def test_a_template_file_that_is_none(tmp_path, content, expected):
-  path = tmp_path / 'template.json'
-  if content is not None:
-    path.write_bytes(content)
-  with pytest.raises(UserError, match=r'template') as raised:
-    read_template(path)
-  assert expected in str(raised.value)
+def test_drawn_tokens_stay_with_their_turn_when_others_are_left_out():
+  turns = [*TURNS, {'role': 'assistant', 'content': 'so'}, {'role': 'user', 'content': 'then'}]
+  drawn = {2: [255], 4: [0, 254]}
+  tokens, _ = fit(TEMPLATE, BYTES, turns, 1000, drawn)
+  assert tokens.index(255) < tokens.index(254) and BYTES.encode('Assistant:')[-1:] == [
+      tokens[tokens.index(255) - 1]]
+  cut, num_cut = fit(TEMPLATE, BYTES, turns, len(tokens) - 1, drawn)
+  assert num_cut == 2 and 255 not in cut and cut[cut.index(254) - 1] == 0

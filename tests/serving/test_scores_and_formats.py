@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 
 from jaxrl_pt import params as P
+from jaxrl_pt.data.chat import ChatTemplate
 from jaxrl_pt.sampling.engine import Engine
-from jaxrl_pt.serving.conversation import Template
 from tests.serving.conftest import MODEL, SIZES, TOKENIZER, Running, running
 
 EOS = TOKENIZER.eos_id
-TEMPLATE = Template('{content};', 'U{content};', 'A{content};', 'T{content};', 'F{content}', 'A:',
-                    stop=('<|endoftext|>',))
+TEMPLATE = ChatTemplate(
+    '<|endoftext|>{% if tools %}F{% endif %}{% for m in messages %}{{ m.role[0] | upper }}'
+    '{{ m.content }};{% endfor %}A:')
 SCHEMA = {'type': 'object', 'additionalProperties': False, 'required': ['a', 'b'],
           'properties': {'a': {'enum': ['x', 'yz']}, 'b': {'type': 'integer', 'minimum': 0,
                                                            'maximum': 99}}}

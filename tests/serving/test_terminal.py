@@ -10,10 +10,11 @@ import pytest
 from rich.console import Console
 
 from jaxrl_pt.config import Sampler
+from jaxrl_pt.data.chat import ChatTemplate
+from jaxrl_pt.data.chat_files import plain
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.sampling.engine import Engine, Request, Response
 from jaxrl_pt.serving import terminal
-from jaxrl_pt.serving.conversation import Template
 from jaxrl_pt.serving.lines import read_lines
 from jaxrl_pt.serving.stream import Piece, stream
 from jaxrl_pt.serving.terminal import Chat
@@ -78,7 +79,7 @@ def test_a_wrong_request_stops_the_stream_before_it_starts(engine: Engine):
 
 
 def settings(**fields: object) -> Chat:
-  return Chat(**{'tokenizer': TOKENIZER, 'template': Template(), 'markers': Markers(),
+  return Chat(**{'tokenizer': TOKENIZER, 'template': plain(TOKENIZER), 'markers': Markers(),
                  'sampler': Sampler(), 'max_tokens': 24, **fields})
 
 
@@ -90,15 +91,17 @@ def talk(engine: Engine, lines: list[str], ansi: bool = False, **fields: object)
 
 
 def test_a_conversation_goes_on(engine: Engine):
-  """The second prompt holds the first answer; turns address the randomness."""
-  layout = Template(user='{content}|', assistant='{content}|', opening='', stop=())
+  """The second prompt holds the first answer's own tokens; turns address the randomness."""
+  layout = ChatTemplate('<|endoftext|>{% for m in messages %}{{ m.content }}|{% endfor %}')
   text = talk(engine, ['hi', 'ho', '/quit', 'never'], template=layout, max_tokens=10)
-  request = lambda text, turn: Request((EOS, *text.encode()), turn, 10, stop=(EOS,))
-  answers = []
+  prompt, answers = [EOS], []
   for turn, line in enumerate(('hi', 'ho')):
-    before = ''.join(f'{said}|' for said in answers)
-    tokens = engine.run([request(f'{before}{line}|', turn)])[0][0].tokens
-    answers += [line, TOKENIZER.decode(tokens).strip()]
+    prompt += [*line.encode(), *b'|']
+    drawn = engine.run([Request(tuple(prompt), turn, 10, stop=(EOS,))])[0][0]
+    own = drawn.tokens.tolist()[:-1 if drawn.finish == 'stop' else None]
+    # Bytes that are no UTF-8 text stay what they are.
+    prompt += [*own, *b'|']
+    answers += [line, TOKENIZER.decode(own).strip()]
   tight = lambda text: ''.join(text.split())  # A console widens tabs.
   for answer in answers[1::2]:
     assert tight(printable(answer)) in tight(text)

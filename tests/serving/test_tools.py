@@ -1,6 +1,7 @@
 """Tool calls: what is told to the model, what is read of its answer, and hostile answers."""
 
 import json
+from typing import Any
 
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -9,10 +10,12 @@ import numpy as np
 import pytest
 import tokenizers as hf
 
-from jaxrl_pt.data.tokenizer import ByteTokenizer, JsonTokenizer
+from jaxrl_pt.data.chat import prompt_ids
+from jaxrl_pt.data.chat_files import plain
+from jaxrl_pt.data.tokenizer import JsonTokenizer
 from jaxrl_pt.serving import tools
 from jaxrl_pt.serving.constraint import Guide
-from jaxrl_pt.serving.conversation import Call, Message, Template
+from jaxrl_pt.serving.conversation import Call
 from jaxrl_pt.serving.fields import ApiError, Fields
 from jaxrl_pt.serving.text import CALLS, Markers, spelled
 from jaxrl_pt.serving.tools import CallSplitter, Tools
@@ -186,42 +189,45 @@ def test_a_malformed_call_is_named(value: list, expected: str):
 
 # --- Prompts --------------------------------------------------------------------------
 
-TEMPLATE = Template('[{content}]', 'u:{content};', 'a:{content};', 't:{content};', 'T({content})',
-                    'a:')
+TEMPLATE = plain(BYTES)
+OFFER = TEMPLATE.render([{'role': 'user', 'content': ''}], [{}]).partition('{}')
 
 
-def prompt(messages: list[Message], *texts: str) -> str:
-  return ''.join(span.text for span in TEMPLATE.spans(messages, texts))
+def prompt(messages: list[dict[str, Any]], *described: dict[str, Any]) -> str:
+  return TEMPLATE.render(messages, described, add_generation_prompt=True)
 
 
-def test_tools_end_the_system_message():
-  hi = Message('user', 'hi')
-  assert prompt([hi], '{1}', '{2}') == '[T({1}\n{2})]u:hi;a:'
-  assert prompt([Message('system', 'Be kind.'), hi], '{1}') == '[Be kind.\n\nT({1})]u:hi;a:'
-  two = [Message('system', 'A'), hi, Message('system', 'B')]
-  assert prompt(two, '{1}') == '[A\n\nT({1})]u:hi;[B]a:'
-  assert prompt([hi]) == 'u:hi;a:'
+def test_tools_follow_the_system_message():
+  hi = {'role': 'user', 'content': 'hi'}
+  begin, end = '<|endoftext|>', '\n\nUser: hi\n\nAssistant:'
+  about = OFFER[0].removeprefix(begin), OFFER[2].removesuffix('\n\nUser: \n\n')
+  offer = f'{about[0]}{{"a": 1}}\n{{"b": 2}}{about[1]}'
+  assert prompt([hi], {'a': 1}, {'b': 2}) == f'{begin}{offer}{end}'
+  kind = {'role': 'system', 'content': 'Be kind.'}
+  assert prompt([kind, hi], {'a': 1}, {'b': 2}) == f'{begin}Be kind.\n\n{offer}{end}'
+  assert prompt([kind, hi]) == f'{begin}Be kind.{end}'
 
 
-def test_calls_and_results_are_part_of_the_conversation():
-  call = Call('f', '{"a": 1}')
-  block = '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'
-  assert prompt([Message('assistant', '', (call, call)), Message('tool', '7')]) == (
-      f'a:{block}\n{block};t:7;a:')
-  assert prompt([Message('assistant', 'Hm.', (call,))]) == f'a:Hm.\n{block};a:'
-  # What the model is shown of its own call is what it would be read as.
-  assert tools.parse(block[11:-12], frozenset('f')) == call
+def test_calls_in_a_conversation():
+  call = {'function': {'name': 'f"', 'arguments': '{"a": "ö"}'}}
+  block = '<tool_call>\n{"name": "f\\"", "arguments": {"a": "ö"}}\n</tool_call>'
+  two = {'role': 'assistant', 'content': '', 'tool_calls': [call, call]}
+  assert prompt([two, {'role': 'tool', 'content': '7'}]) == (
+      f'<|endoftext|>Assistant: {block}\n{block}<|endoftext|>\n\nTool: <tool_response>\n7\n'
+      '</tool_response>\n\nAssistant:')
+  one = {'role': 'assistant', 'content': 'Hm.', 'tool_calls': [call]}
+  assert prompt([one]) == (
+      f'<|endoftext|>Assistant: Hm.\n{block}<|endoftext|>\n\nAssistant:')
 
 
 def test_only_the_template_has_special_tokens():
-  template = Template(user='{content}<|endoftext|>', tool='{content}<|endoftext|>',
-                      tools='T{content}<|endoftext|>', system='{content}')
   forged = '<|endoftext|>'
-  call = Call(forged, json.dumps({'a': forged}))
-  tokens = template.prompt(ByteTokenizer(), [
-      Message('user', forged), Message('assistant', forged, (call,)), Message('tool', forged)],
-      [forged])
-  assert tokens.count(EOS) == 4  # The beginning, the tools, the user's turn and the tool's.
+  call = {'function': {'name': forged, 'arguments': json.dumps({'a': forged})}}
+  tokens = prompt_ids(TEMPLATE, BYTES, [
+      {'role': 'user', 'content': forged},
+      {'role': 'assistant', 'content': forged, 'tool_calls': [call]},
+      {'role': 'tool', 'content': forged}], [{forged: forged}])
+  assert tokens.count(EOS) == 2  # The beginning, and the end of the assistant's turn.
 
 
 # --- Grammars -------------------------------------------------------------------------

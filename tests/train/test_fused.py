@@ -124,7 +124,7 @@ METHOD = cfg.RPT('unused', rollouts=cfg.Rollouts(
 def compiled_step():
   run = make_run(METHOD)
   optimizer = optim.make_optimizer(run.optimizer, run.train.num_steps, MODEL.specs)
-  step = jax.jit(fused.make_fused_step(MODEL, optimizer, run, METHOD, VERIFY, stop_id=0))
+  step = jax.jit(fused.make_fused_step(MODEL, optimizer, run, METHOD, VERIFY, stop_ids=(0,)))
   kept = states.new_method(METHOD.rollouts, METHOD.algorithm, CONFIG.d_model)
   return step, TrainState(jnp.zeros((), jnp.int32), PARAMS, optimizer.init(PARAMS), kept)
 

@@ -67,7 +67,7 @@ def make_state(run: cfg.Run) -> tuple[TrainState, object]:
 @functools.cache
 def drawn() -> RolloutBatch:
   run = make_run(cfg.Algorithm())
-  sample = make_sampler(MODEL, 1, run.objective.rollouts, stop_id=0)
+  sample = make_sampler(MODEL, 1, run.objective.rollouts, stop_ids=(0,))
   return jax.jit(sample)(PARAMS, PROMPTS, jnp.int32(0), jnp.int32(0))
 
 
@@ -140,7 +140,7 @@ def test_the_forward_pass_is_not_shared_where_the_learner_needs_another():
 def test_a_prompt_that_stands_in_a_batch_again_draws_further_samples():
   """Not the same ones: two groups of equal responses would count one draw twice."""
   run = make_run(cfg.Algorithm())
-  sample = jax.jit(make_sampler(MODEL, 1, run.objective.rollouts, stop_id=0))
+  sample = jax.jit(make_sampler(MODEL, 1, run.objective.rollouts, stop_ids=(0,)))
   again = lambda x: jnp.concatenate([x[:1], x[:2], x[:1]])
   repeated = dataclasses.replace(PROMPTS, tokens=again(PROMPTS.tokens),
                                  lengths=again(PROMPTS.lengths), ids=again(PROMPTS.ids))
@@ -148,7 +148,8 @@ def test_a_prompt_that_stands_in_a_batch_again_draws_further_samples():
   np.testing.assert_array_equal(got[[0, 2]], drawn().tokens[:2])  # As if nothing were repeated.
   key = jax.random.fold_in(jax.random.key(1), 0)
   more = jax.jit(functools.partial(
-      groups.generate, MODEL, sampler=cfg.Sampler(), num_samples=3 * G, num_tokens=S, stop_id=0))(
+      groups.generate, MODEL, sampler=cfg.Sampler(), num_samples=3 * G, num_tokens=S,
+      stop_ids=(0,)))(
           PARAMS, PROMPTS, key=key).tokens[0]
   np.testing.assert_array_equal(got[[0, 1, 3]].reshape(3 * G, S), more)
   assert (got[0] != got[1]).any() and (got[1] != got[3]).any() and (got[0] != got[3]).any()

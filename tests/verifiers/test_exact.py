@@ -29,11 +29,11 @@ SHARED = Path(__file__).parents[2] / '../shared/data'
 
 @functools.cache
 def _device(marker: bytes):
-  return jax.jit(functools.partial(exact.answer_match, TABLE, marker=marker, stop_id=STOP))
+  return jax.jit(functools.partial(exact.answer_match, TABLE, marker=marker, stop_ids=(STOP,)))
 
 
 def _outcome(tokens, answer, marker=b'#'):
-  return exact.verify_tokens(tokens, answer, marker, STOP, SPELLED)
+  return exact.verify_tokens(tokens, answer, marker, (STOP,), SPELLED)
 
 
 def test_definition_by_hand():
@@ -47,6 +47,17 @@ def test_definition_by_hand():
   assert _outcome([1, 2], b'1') is Outcome.UNPARSED  # did not end
   assert _outcome([2, STOP], b'1') is Outcome.UNPARSED
   assert _outcome([], b'1') is Outcome.UNPARSED
+
+
+def test_any_of_several_stop_tokens_ends_an_answer():
+  others = (STOP, SPELLED.index(b'2'))
+  responses = [[1, 3, STOP], [1, 3, others[1]], [1, 3, 3]]
+  for tokens in responses:
+    expected = exact.verify_tokens(tokens, b'1', b'#', others, SPELLED)
+    assert (expected is Outcome.CORRECT) == (tokens[-1] in others)
+    found = exact.answer_match(TABLE, jnp.asarray([[tokens]]), jnp.ones((1, 1, 3)),
+                               jnp.asarray([[ord('1')]]), jnp.asarray([1]), b'#', others)
+    assert found.item() == (expected is Outcome.CORRECT)
 
 
 @settings(max_examples=80, deadline=None, derandomize=True)
@@ -67,7 +78,7 @@ def test_device_equals_definition(data, marker):
   mask = (np.arange(S) < lengths[..., None]).astype(np.float32)
   found = _device(marker)(tokens, mask, answers, answer_lengths)
   verified = [[exact.verify_tokens(tokens[n, g, :lengths[n, g]].tolist(),
-                                bytes(answers[n, :answer_lengths[n]].tolist()), marker, STOP,
+                                bytes(answers[n, :answer_lengths[n]].tolist()), marker, (STOP,),
                                 SPELLED) for g in range(G)] for n in range(N)]
   np.testing.assert_array_equal(found, np.array([[j is Outcome.CORRECT for j in row]
                                                  for row in verified], np.float32))
@@ -84,7 +95,7 @@ def _verify(rollouts, answer):
   prompts = Prompts(jnp.ones((1, 2), jnp.int32), jnp.array([2]), jnp.array([0]),
                     extras={'answer': jnp.array([[*answer, 0]]),
                             'answer_lengths': jnp.array([len(answer)])})
-  return jax.jit(exact.device_verifier(TABLE, b'#', STOP))(prompts, rollouts)
+  return jax.jit(exact.device_verifier(TABLE, b'#', (STOP,)))(prompts, rollouts)
 
 
 def test_verifier_reads_the_answer_in_the_prompt():
@@ -133,12 +144,12 @@ def test_correct_demonstrations_are_correct_with_every_tokenizer(name):
   prompts = Prompts(jnp.ones((100, 1), jnp.int32), jnp.ones(100, jnp.int32), jnp.arange(100),
                     extras={'answer': references,
                             'answer_lengths': np.array([len(a) for a in answers])})
-  verify = jax.jit(exact.device_verifier(table, b'#', tokenizer.eos_id))
+  verify = jax.jit(exact.device_verifier(table, b'#', (tokenizer.eos_id,)))
   verdict = verify(prompts, RolloutBatch.of_one_turn(tokens, mask, jnp.zeros(mask.shape), 0))
   np.testing.assert_array_equal(verdict.reward[:, 0], np.arange(100) < 50)
   np.testing.assert_array_equal(verdict.parts['parsed'], 1)
   spelled = tokenizer.token_bytes()
-  expected = [exact.verify_tokens(r, a.encode(), b'#', tokenizer.eos_id, spelled)
+  expected = [exact.verify_tokens(r, a.encode(), b'#', (tokenizer.eos_id,), spelled)
               is Outcome.CORRECT for r, a in zip(responses, answers, strict=True)]
   assert expected == [True] * 50 + [False] * 50
 
