@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 import contextlib
+import dataclasses
 import json
 from pathlib import Path
 import shutil
@@ -116,18 +117,36 @@ def _tokenizer(source: Path, settings: dict[str, Any], workdir: Path
     raise UserError(f'{own} holds no JSON object: download it again.')
   path = source / token_table.DEFINITION['tokenizer.json']
   if path.exists():
-    end = _end_of_text(path, described, settings)
-    begin = _begin_of_text(path, described)
-    loaded = cfg.HuggingFaceTokenizer(str(path), end, begin)
-    kept: cfg.Tokenizer = cfg.HuggingFaceTokenizer(str(home / path.name), end, begin)
-    return tokenizers.train_or_load(loaded, ()), kept
-  path = source / token_table.DEFINITION['sentencepiece']
-  if path.exists():
-    has_begin = described.get('add_bos_token') is not False
-    return (tokenizers.train_or_load(cfg.SentencePiece(str(path), has_begin), ()),
-            cfg.SentencePiece(str(home / path.name), has_begin))
-  raise UserError(f'{source} holds neither tokenizer.json nor tokenizer.model: download the '
-                  "model's tokenizer into it.")
+    setting: cfg.HuggingFaceTokenizer | cfg.SentencePiece = cfg.HuggingFaceTokenizer(
+        str(path), _end_of_text(path, described, settings), _begin_of_text(path, described))
+  elif (path := source / token_table.DEFINITION['sentencepiece']).exists():
+    setting = cfg.SentencePiece(str(path), described.get('add_bos_token') is not False)
+  else:
+    raise UserError(f'{source} holds neither tokenizer.json nor tokenizer.model: download the '
+                    "model's tokenizer into it.")
+  stops = _stop_tokens(source, settings, tokenizers.train_or_load(setting, ()))
+  setting = dataclasses.replace(setting, stop_tokens=stops)
+  return (tokenizers.train_or_load(setting, ()),
+          dataclasses.replace(setting, path=str(home / path.name)))
+
+
+def _stop_tokens(source: Path, settings: dict[str, Any], tokenizer: tokenizers.Tokenizer
+                 ) -> tuple[str, ...]:
+  """The tokens that end a response beside the end of text.
+
+  They are those of generation_config.json, or else of config.json, and the one by which the chat
+  template ends an answer. An id that no token has can never be drawn.
+  """
+  chat_files.sampling(source)  # A damaged file is told before anything large is read.
+  written = {token: text for text, token in tokenizer.special_tokens.items()}
+  path = source / token_table.DEFINITION['tokenizer.json']
+  name = lambda token: written.get(token) or (
+      tokenizer_json.token_of(path, token) if path.exists() else None)
+  ids = chat_files.stop_ids(source, settings)
+  if (template := chat_files.carried(source)) is not None:
+    ids += chat_files.end_tokens(template, tokenizer)
+  return tuple(dict.fromkeys(text for token in ids if token != tokenizer.eos_id
+                             if (text := name(token)) is not None))
 
 
 def _begin_of_text(path: Path, described: dict[str, Any]) -> str:

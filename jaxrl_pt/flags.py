@@ -89,6 +89,8 @@ def make_parser() -> argparse.ArgumentParser:
       '2 a mistake, said in one sentence. One host\'s signal stops all.')
   _add_gin(train)
   _add_workdir(train)
+  train.add_argument('--start_from', type=_path, metavar='DIR', help='the work directory of the '
+                     "policy to start from, whose model's shape and tokenizer the run takes")
   train.add_argument('--multihost', action='store_true', help='join the other hosts of a TPU '
                      'slice before training (run the same command on each)')
   train.add_argument('--allow_changes', nargs='*', metavar='FIELD', help='settings that may differ '

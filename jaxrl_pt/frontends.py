@@ -159,16 +159,10 @@ def _sampler(workdir: Path, given: dict[str, Any], out: TextIO) -> cfg.Sampler:
   Raises:
     UserError: the model's generation_config.json holds a value that cannot be.
   """
-  path = workdir / places.CARRIED
-  own = chat_files.sampling(path)
-  try:
-    sampler = cfg.Sampler(**own | given)
-  except UserError as e:
-    raise UserError(f'{path / "generation_config.json"} asks for what cannot be ({e}): give '
-                    '--temperature, --top_k, --top_p and --min_p.') from e
+  own = chat_files.sampling(workdir / places.CARRIED)
   if taken := [f'{name} {value:g}' for name, value in own.items() if name not in given]:
     print(f'note: drawn as generation_config.json of the model says: {", ".join(taken)}.', file=out)
-  return sampler
+  return cfg.Sampler(**own | given)
 
 
 def _name(workdir: Path) -> str:

@@ -62,7 +62,12 @@ def _quickstart(args: argparse.Namespace) -> int:
 def _train(args: argparse.Namespace) -> int:
   with _importing():
     from jaxrl_pt import gin_bindings
-  run, resolved_text = gin_bindings.load(args.gin_file, args.gin_bindings)
+  bindings = list(args.gin_bindings)
+  if args.start_from is not None:
+    with _importing():
+      from jaxrl_pt.run import start
+    bindings = [*start.bindings(args.start_from, args.gin_file, bindings), *bindings]
+  run, resolved_text = gin_bindings.load(args.gin_file, bindings)
   if args.multihost:
     _join_hosts()
   with _importing():

@@ -348,6 +348,9 @@ class RL:
     checks.integer(self, 'eval_problems', 1)
     if isinstance(self.verifier, Interactive):
       _check_turns(self.rollouts)
+      if self.problems.is_chat:
+        raise UserError('RL.verifier = @cfg.Interactive() has a template of its own '
+                        '(Interactive.template): leave Problems.is_chat at False.')
 
 
 def _check_turns(rollouts: Rollouts) -> None:

@@ -152,6 +152,8 @@ class Problems:
   """The problems to train on, and those that are held out to measure the policy.
 
   template: the prompt template, with {prompt} where the problem's own text goes.
+  is_chat: whether this text is put to the policy as a user's message, in the chat template of the
+    model that the run starts from.
   held_out: the share of the prompts, chosen by a hash of their text, that training never sees; each
     of them is measured once.
   """
@@ -159,10 +161,12 @@ class Problems:
   source: ProblemSource
   template: str = '{prompt}'
   held_out: float = 0.05
+  is_chat: bool = False
 
   def __post_init__(self) -> None:
     checks.instance(self, 'source', *get_args(ProblemSource))
     checks.text(self, 'template')
     checks.number(self, 'held_out', 0.0, 1.0)
+    checks.flag(self, 'is_chat')
     if self.template.count('{prompt}') != 1:
       checks.fail(self, 'template', 'a text with {prompt} in it once')

@@ -23,8 +23,7 @@ from jaxrl_pt.data.template_text import Span
 from jaxrl_pt.data.tokenizer import Tokenizer
 from jaxrl_pt.errors import UserError
 
-# What a template that asks for the date is told in fine-tuning, where an example has to be the same
-# whenever it is made.
+# What a template that asks for the date is told in training.
 _TRAINING_TIME = datetime.datetime(2025, 1, 1)
 _NO_MARKS = Marks((), 0, 0)
 _MOST_MESSAGE = 300  # characters of a template's own words in an error
@@ -214,6 +213,11 @@ class _Conversation:
     return ids
 
 
+def for_training(template: ChatTemplate) -> ChatTemplate:
+  """The template at a fixed time, so that a run that is resumed on another day reads the same."""
+  return template if template.now else dataclasses.replace(template, now=_TRAINING_TIME)
+
+
 # --- Fine-tuning ------------------------------------------------------------------
 
 
@@ -244,9 +248,7 @@ def encode_conversation(template: ChatTemplate, tokenizer: Tokenizer, messages: 
       assistant, the template writes no token that ends it, or it writes a turn otherwise than the
       prompt asks for it, or otherwise once other turns follow.
   """
-  if template.now is None:
-    template = dataclasses.replace(template, now=_TRAINING_TIME)
-  talk = _Conversation(template, tokenizer, messages, tools, {})
+  talk = _Conversation(for_training(template), tokenizer, messages, tools, {})
   turns = [i for i, message in enumerate(talk.messages) if message['role'] == 'assistant']
   if not turns:
     raise UserError('messages holds no turn of the assistant, so there is nothing to learn.')

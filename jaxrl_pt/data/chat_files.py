@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from jaxrl_pt import config
 from jaxrl_pt.data.chat import ChatTemplate, encode_conversation
 from jaxrl_pt.data.tokenizer import Tokenizer
 from jaxrl_pt.errors import UserError
@@ -92,19 +93,19 @@ def read_template(path: Path) -> ChatTemplate:
   return ChatTemplate(_text(path), name=f'the chat template {path}')
 
 
-def of_model(folder: Path, tokenizer: Tokenizer, given: ChatTemplate | None = None
+def of_model(folder: Path | None, tokenizer: Tokenizer, given: ChatTemplate | None = None
              ) -> ChatTemplate:
   """The template of a model's conversations: the given one, else its own, else the plain one.
 
   Args:
-    folder: the Hugging Face folder of the model; it may be missing.
+    folder: the Hugging Face folder of the model; None, or a missing one, where it has none.
     tokenizer: of the model.
     given: an operator's template, which is told of the model's tokens.
 
   Raises:
     UserError: a file of the folder is damaged.
   """
-  own = read(folder) or plain(tokenizer)
+  own = (None if folder is None else read(folder)) or plain(tokenizer)
   return own if given is None else dataclasses.replace(given, variables=own.variables)
 
 
@@ -145,13 +146,19 @@ def sampling(folder: Path) -> dict[str, Any]:
   """How a model's authors draw from it: fields of `config.Sampler` by generation_config.json.
 
   Raises:
-    UserError: the file is damaged.
+    UserError: the file is damaged, or holds a value that cannot be.
   """
-  given = _object(folder / _GENERATION_CONFIG)
+  path = folder / _GENERATION_CONFIG
+  given = _object(path)
   if given.get('do_sample') is False:
     return {'temperature': 0.0}
-  return {name: given[name] for name in ('temperature', 'top_k', 'top_p', 'min_p')
-          if given.get(name) is not None}
+  own = {name: given[name] for name in ('temperature', 'top_k', 'top_p', 'min_p')
+         if given.get(name) is not None}
+  try:
+    config.Sampler(**own)
+  except UserError as e:
+    raise UserError(f'{path} asks for what cannot be: {e}') from e
+  return own
 
 
 def _named(given: Any, where: Path) -> dict[str, str]:

@@ -29,6 +29,7 @@ from jaxrl_pt.data import (
     template_text,
     token_table,
 )
+from jaxrl_pt.data.chat import ChatTemplate, prompt_ids
 from jaxrl_pt.data.generated import Problem
 from jaxrl_pt.data.next_token import step_rows
 from jaxrl_pt.data.tokenizer import Tokenizer, begun
@@ -181,7 +182,8 @@ def _reasoning_gym(source: config.ReasoningGym) -> Iterator[Problem]:
 
 
 def encode(problems: Sequence[Problem], tokenizer: Tokenizer, prompt_len: int,
-           with_answers: bool = True, template: str = '{prompt}') -> ProblemSet:
+           with_answers: bool = True, template: str = '{prompt}', chat: ChatTemplate | None = None
+           ) -> ProblemSet:
   """Encodes all prompts, each begun as a document is, and the bytes of all answers.
 
   Args:
@@ -191,13 +193,19 @@ def encode(problems: Sequence[Problem], tokenizer: Tokenizer, prompt_len: int,
     with_answers: False where the verifier reads text: bytes of the answers, which may be long,
       are then left out.
     template: the prompt template in which the problems were put when they were loaded.
+    chat: the chat template that asks for the answer to a problem; None where there is no chat.
 
   Raises:
     UserError: a prompt is empty or longer than `prompt_len`.
   """
   prompts = []
-  for problem, ids in zip(problems, _prompt_ids(problems, tokenizer, template), strict=True):
-    tokens = begun(tokenizer, ids) if ids else []
+  if chat is None:
+    all_ids = [begun(tokenizer, ids) if ids else []
+               for ids in _prompt_ids(problems, tokenizer, template)]
+  else:
+    all_ids = [prompt_ids(chat, tokenizer, [{'role': 'user', 'content': p.prompt}])
+               for p in problems]
+  for problem, tokens in zip(problems, all_ids, strict=True):
     if not 1 <= len(tokens) <= prompt_len:
       raise UserError(f'The prompt of {problem.place} has {len(tokens)} tokens, and '
                       f'Rollouts.prompt_len is {prompt_len}: ' + (

@@ -263,8 +263,8 @@ class JsonTokenizer(token_table.TableTokenizer):
 
   @functools.cached_property
   def stop_ids(self) -> tuple[int, ...]:
-    others = [self._backend.token_to_id(token) for token in self.stop_tokens]
-    return tuple(dict.fromkeys([self.eos_id, *others]))
+    found = map(self._backend.token_to_id, self.stop_tokens)
+    return tuple(dict.fromkeys([self.eos_id, *(i for i in found if i is not None)]))
 
   @functools.cached_property
   def bos_id(self) -> int | None:

@@ -9,12 +9,14 @@ import contextlib
 import numpy as np
 
 from jaxrl_pt import config as cfg
-from jaxrl_pt.data import build, problems, splits
+from jaxrl_pt.data import build, chat_files, problems, splits
+from jaxrl_pt.data.chat import ChatTemplate, for_training
 from jaxrl_pt.data.tokenizer import Tokenizer
 from jaxrl_pt.environments.base import EVALUATION_STREAM, Task, settled
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.parallel import rules
 from jaxrl_pt.parallel.hosts import on_host
+from jaxrl_pt.run import places
 from jaxrl_pt.run import session as sessions
 from jaxrl_pt.token_bytes import token_table
 from jaxrl_pt.train import programs
@@ -40,7 +42,9 @@ def open_environment(session: sessions.Session, method: cfg.RL) -> Iterator[Task
   training, held_out = problems.load(method.problems)
   on_device = isinstance(method.verifier, cfg.AnswerMatch)
   template = method.problems.template
-  training_set = problems.encode(training, tokenizer, rollouts.prompt_len, on_device, template)
+  chat = _chat_template(session) if method.problems.is_chat else None
+  training_set = problems.encode(training, tokenizer, rollouts.prompt_len, on_device, template,
+                                 chat)
 
   def take(batch: int) -> tuple[Prompts, Sequence[str]]:
     return problems.step_prompts(training_set, rollouts.num_prompts, session.run.seed, batch)
@@ -50,7 +54,7 @@ def open_environment(session: sessions.Session, method: cfg.RL) -> Iterator[Task
     score: Callable[[Params], dict[str, float]] = lambda params: {}
     if held_out:
       held_out_set = problems.encode(held_out[:method.eval_problems], tokenizer,
-                                     rollouts.prompt_len, on_device, template)
+                                     rollouts.prompt_len, on_device, template, chat)
       score = _make_scorer(session, rollouts, verifier, held_out_set)
     yield Task(take, verifier, score, training_set.digest)
 
@@ -90,6 +94,12 @@ def _check_answer(tokenizer: Tokenizer, marker: str, answer: str, place: str) ->
   if (marker + answer).rfind(marker):
     raise UserError(f'The answer of {place}, {answer!r}, holds the marker {marker!r} after which '
                     'an answer begins: choose another AnswerMatch.marker.')
+
+
+def _chat_template(session: sessions.Session) -> ChatTemplate:
+  """The chat template of the policy that the run starts from, at a date that stays the same."""
+  folder = places.carried(session.run, session.workdir)
+  return for_training(chat_files.of_model(folder, session.data.tokenizer))
 
 
 def _make_scorer(session: sessions.Session, rollout_config: cfg.Rollouts,

@@ -68,9 +68,9 @@ def _programs(run: cfg.Run, mesh: Mesh) -> list[Program]:
       method.positions_per_document)
   verifier: DeviceVerifier | PolicyVerifier
   if isinstance(method.reward, cfg.InformationGain):
-    verifier = rlp.policy_verifier(rlp.Markers(1, programs.STOP_IDS + 1), method.reward.decay)
+    verifier = rlp.policy_verifier(rlp.Markers(1, programs.STOP_IDS[0] + 1), method.reward.decay)
   else:
-    marker = verifiers.NO_MARKER if method.prediction == cfg.Direct() else programs.STOP_IDS + 1
+    marker = verifiers.NO_MARKER if method.prediction == cfg.Direct() else programs.STOP_IDS[0] + 1
     verifier = DeviceVerifier(verifiers.device_verifier(table, method.reward, marker))
   return programs.of_step(run, mesh, method, prompts, verifier,
                           functools.partial(_new_method, run, mesh))
