@@ -111,7 +111,7 @@ def test_a_field_that_would_change_the_answer_is_refused_by_name(server: Running
 
 
 def test_four_stop_texts_beside_the_templates_own(server: Running):
-  own = server.service.template.stop
+  own = server.service.layout.stop_texts
   sent = ['never 1', 'never 2', 'never 3', 'never 4']
   asked = protocol.chat({'messages': [ASK], 'stop': sent}, server.service, protocol.Ids())
   assert own and asked.requests[0].stop_strings == (*own, *sent)

@@ -20,8 +20,8 @@ from tests.serving.conftest import MODEL, SIZES, TOKENIZER, Running, running
 
 EOS = TOKENIZER.eos_id
 TEMPLATE = ChatTemplate(
-    '<|endoftext|>{% if tools %}F{% endif %}{% for m in messages %}{{ m.role[0] | upper }}'
-    '{{ m.content }};{% endfor %}A:')
+    '<|endoftext|>{% if tools %}F{{ tools[0] | tojson }};{% endif %}{% for m in messages %}'
+    '{{ m.role[0] | upper }}{{ m.content }};{% endfor %}A:')
 SCHEMA = {'type': 'object', 'additionalProperties': False, 'required': ['a', 'b'],
           'properties': {'a': {'enum': ['x', 'yz']}, 'b': {'type': 'integer', 'minimum': 0,
                                                            'maximum': 99}}}
