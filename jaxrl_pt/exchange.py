@@ -143,7 +143,7 @@ def _stop_tokens(source: Path, settings: dict[str, Any], tokenizer: tokenizers.T
   name = lambda token: written.get(token) or (
       tokenizer_json.token_of(path, token) if path.exists() else None)
   ids = chat_files.stop_ids(source, settings)
-  if (template := chat_files.carried(source)) is not None:
+  if (template := chat_files.read(source)) is not None:
     ids += chat_files.end_tokens(template, tokenizer)
   return tuple(dict.fromkeys(text for token in ids if token != tokenizer.eos_id
                              if (text := name(token)) is not None))

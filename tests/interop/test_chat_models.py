@@ -94,11 +94,11 @@ def test_a_damaged_file_is_told_in_one_sentence(tmp_path: Path, capsys: pytest.C
 def test_named_templates(tmp_path: Path):
   (tmp_path / 'tokenizer_config.json').write_text(json.dumps({'chat_template': [
       {'name': 'default', 'template': 'plain'}, {'name': 'tool_use', 'template': 'tools'}]}))
-  own = chat_files.carried(tmp_path)
+  own = chat_files.read(tmp_path)
   hi = [{'role': 'user', 'content': 'hi'}]
   assert own is not None and own.render(hi) == 'plain' and own.render(hi, [{}]) == 'tools'
   (tmp_path / 'chat_template.jinja').write_text('file')
-  other = chat_files.carried(tmp_path)
+  other = chat_files.read(tmp_path)
   assert other is not None and other.render(hi) == 'file'
 
 
