@@ -203,7 +203,7 @@ def _train(device: jax.Device) -> _Trained:
   mesh = make_mesh(cfg.Mesh(), [device])
   state = states.init_state(model, optimizer, mesh, seed=0)
   schedule = optim.learning_rate(_OPTIMIZER.schedule, _NUM_STEPS)
-  step = jax.jit(make_train_step(losses.next_token(model, 0), optimizer, schedule))
+  step = jax.jit(make_train_step(model.specs, losses.next_token(model, 0), optimizer, schedule))
   batch, history = _batch(), []
   for _ in range(_NUM_STEPS):
     state, metrics = step(state, batch)

@@ -8,20 +8,26 @@ from pathlib import Path
 import shutil
 from typing import Any, NamedTuple
 
+import jax
+from jax.sharding import Mesh
+
 from jaxrl_pt import config as cfg
 from jaxrl_pt import files, gin_bindings, params
 from jaxrl_pt.checkpoint import Checkpointer
 from jaxrl_pt.data import chat_files, gguf_vocabulary, token_table, tokenizer_json
 from jaxrl_pt.data import tokenizer as tokenizers
 from jaxrl_pt.errors import UserError
-from jaxrl_pt.interop import gguf_file
+from jaxrl_pt.interop import gguf_file, peft
 from jaxrl_pt.interop import huggingface as hf
 from jaxrl_pt.interop import verify as verification
 from jaxrl_pt.interop.huggingface_config import context_length, to_config
+from jaxrl_pt.models import adapters
+from jaxrl_pt.parallel import model as models
 from jaxrl_pt.parallel import rules
 from jaxrl_pt.parallel.mesh import make_mesh
 from jaxrl_pt.run import places, policy, saved
 from jaxrl_pt.run import session as sessions
+from jaxrl_pt.types import Params
 
 _TOKENIZER_CONFIG = 'tokenizer_config.json'
 # The scales of packed matrices, which their latent weights have but for rounding.
@@ -32,19 +38,20 @@ _LONGEST_EXAMPLE = 1024  # tokens
 # --- Import -----------------------------------------------------------------------
 
 
-def import_model(source: Path, workdir: Path) -> str:
+def import_model(source: Path, workdir: Path, adapter: Path | None = None) -> str:
   """Makes a work directory of a Hugging Face folder; it is whole or absent.
 
   Args:
     source: a folder with config.json, safetensors and tokenizer.json or tokenizer.model.
     workdir: the work directory, which must not exist.
+    adapter: a folder of PEFT with low-rank adapters of the model; None gives it none.
 
   Returns:
     What was done, in words.
 
   Raises:
-    UserError: the folder is not there, is damaged or holds a model that is not covered, or the work
-      directory exists or cannot be written.
+    UserError: a folder is not there, is damaged or holds a model or adapter that is not covered, or
+      the work directory exists or cannot be written.
   """
   if not source.is_dir():
     raise UserError(f'{source} is no folder: download the model first, and give the folder with '
@@ -58,7 +65,11 @@ def import_model(source: Path, workdir: Path) -> str:
                       f'has {config.vocab_size}: the files are not of one model.')
     mesh = make_mesh(cfg.Mesh())
     rules.check_divides(_run(config, setting, settings), mesh)
+    lora = cfg.NoAdapter() if adapter is None else peft.read_settings(adapter)
+    config = dataclasses.replace(config, adapter=lora)
     config, values = hf.load_model(source, mesh)  # Refusals come before anything large is read.
+    if adapter is not None:
+      config, values = _adapted(dataclasses.replace(config, adapter=lora), values, adapter, mesh)
     run, scales = _run(config, setting, settings), hf.stored_scales(source)
     with _writing(workdir):
       tokenizer.save(folder / places.TOKENIZER)
@@ -92,6 +103,16 @@ def _writing(workdir: Path) -> Iterator[None]:
       raise
     raise UserError(f'{workdir} cannot be written ({reason}): free some space or choose another '
                     'place.') from error
+
+
+def _adapted(config: cfg.Model, values: Params, folder: Path, mesh: Mesh
+             ) -> tuple[cfg.Model, Params]:
+  """The parameters of a model with the adapters of a folder; `config` names them already."""
+  specs = models.build(config, cfg.Compute(), mesh).specs
+  loaded = peft.load(folder, specs, mesh)
+  adapt = jax.jit(lambda params: adapters.adapt(specs, params, jax.random.key(0)),
+                  out_shardings=rules.param_shardings(specs, mesh))
+  return config, params.joined(adapt(values), loaded)
 
 
 def _run(config: cfg.Model, tokenizer: cfg.Tokenizer, settings: dict[str, Any]) -> cfg.Run:
@@ -213,18 +234,52 @@ def export_model(workdir: Path, destination: Path, *, step: int | None, packed: 
   """
   with files.whole_directory(destination) as folder:
     trained = policy.load_policy(workdir, step)
-    tokenizer, config = trained.session.data.tokenizer, trained.model.config
+    tokenizer, (config, values) = trained.session.data.tokenizer, _merged(trained)
     kept = workdir / places.CARRIED / _SCALES
-    hf.save_model(folder, config, trained.params, packed=packed, bos_id=tokenizer.bos_id,
+    hf.save_model(folder, config, values, packed=packed, bos_id=tokenizer.bos_id,
                   eos_id=tokenizer.eos_id, scales=hf.read_json(kept) if kept.exists() else None,
                   longest=_carried(workdir / places.CARRIED).longest)
     said = [f'Exported step {trained.step} of {workdir} to {destination}.']
     if not _write_tokenizer(tokenizer, workdir / places.CARRIED, folder):
       said.append('Its tokenizer has no Hugging Face form and was left out.')
     if verify:
-      difference = verification.check(folder, config, trained.params)
+      difference = verification.check(folder, config, values)
       said.append(f'Its logits in transformers differ by {difference:.1e} at most.')
   return ' '.join(said)
+
+
+def _merged(trained: policy.Policy) -> tuple[cfg.Model, Params]:
+  """The model without adapters, and the parameters with which it computes the same."""
+  config, values = trained.model.config, trained.params
+  if config.adapter == cfg.NoAdapter():
+    return config, values
+  return dataclasses.replace(config, adapter=cfg.NoAdapter()), adapters.merged(values)
+
+
+def export_adapter(workdir: Path, destination: Path, *, step: int | None) -> str:
+  """Writes a work directory's low-rank adapters as a folder of PEFT, whole or not at all.
+
+  Args:
+    workdir: a work directory.
+    destination: the folder, which must not exist.
+    step: the checkpoint's step; None takes the newest good one.
+
+  Returns:
+    What was done, in words.
+
+  Raises:
+    UserError: no checkpoint, a model without adapters, or a folder that exists or cannot be
+      written.
+  """
+  with files.whole_directory(destination) as folder:
+    trained = policy.load_policy(workdir, step)
+    adapter = trained.model.config.adapter
+    if not isinstance(adapter, cfg.LoRA):
+      raise UserError(f'--format peft: the model in {workdir} has no adapters; export it with '
+                      '--format hf.')
+    peft.save(folder, adapter, trained.model.specs, trained.params)
+  return (f'Exported the adapters of step {trained.step} of {workdir} to {destination}; they '
+          'belong to the model that the run started from.')
 
 
 def export_gguf(workdir: Path, destination: Path, *, step: int | None,
@@ -247,7 +302,7 @@ def export_gguf(workdir: Path, destination: Path, *, step: int | None,
   """
   with files.whole_file(destination) as path:
     trained = policy.load_policy(workdir, step)
-    tokenizer, config = trained.session.data.tokenizer, trained.model.config
+    tokenizer, (config, values) = trained.session.data.tokenizer, _merged(trained)
     carried = _carried(workdir / places.CARRIED)
     keys = gguf_file.metadata(config, ternary_type, workdir.absolute().name,
                               carried.longest or context_length(config))
@@ -255,14 +310,14 @@ def export_gguf(workdir: Path, destination: Path, *, step: int | None,
     keys |= vocabulary or {'tokenizer.ggml.model': 'none'}
     if template := chat_files.read(workdir / places.CARRIED):
       keys['tokenizer.chat_template'] = template.source
-    num_f16 = gguf_file.save_model(path, config, trained.params, keys, ternary_type)
+    num_f16 = gguf_file.save_model(path, config, values, keys, ternary_type)
     said = [f'Exported step {trained.step} of {workdir} to {destination}.']
     if not vocabulary:
       said.append('llama.cpp would not encode text as its tokenizer does, which was left out.')
     if num_f16:
       said.append(f'{num_f16} ternary matrices are no multiple of 256 wide and stored as F16.')
     if verify:
-      difference = verification.check_gguf(path, config, trained.params, keys, ternary_type)
+      difference = verification.check_gguf(path, config, values, keys, ternary_type)
       said.append('Read back, its tensors are the same up to the rounding of scales to float16; '
                   f'logits differ by {difference:.1e} of the largest.')
   return ' '.join(said)

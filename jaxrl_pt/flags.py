@@ -186,6 +186,8 @@ def _add_exchange(add: Callable[[str, str, str], argparse.ArgumentParser]) -> No
       'absent if the import fails.')
   taken.add_argument('source', type=_path, metavar='SRC',
                      help='a folder with config.json, safetensors and the tokenizer')
+  taken.add_argument('--adapter', type=_path, metavar='DIR', help='a folder of PEFT with low-rank '
+                     'adapters of the model, which the work directory then has beside it')
   _add_workdir(taken)
   given = add('export', "Write a work directory's model for Hugging Face or llama.cpp.",
               'jaxrl-pt export --workdir runs/qwen exported/qwen --verify')
@@ -193,10 +195,10 @@ def _add_exchange(add: Callable[[str, str, str], argparse.ArgumentParser]) -> No
   _add_step(given)
   given.add_argument('destination', type=_path, metavar='DST',
                      help='the folder or the file, which must not exist yet')
-  given.add_argument('--format', choices=('hf', 'hf-packed', 'gguf', 'gguf-tq1'),
+  given.add_argument('--format', choices=('hf', 'hf-packed', 'gguf', 'gguf-tq1', 'peft'),
                      default='hf', help='hf-packed: ternary weights in 2 bits; gguf: a file '
-                     'for llama.cpp, with ternary weights as TQ2_0, or as TQ1_0 if gguf-tq1 '
-                     '(default %(default)s)')
+                     'for llama.cpp, with ternary weights as TQ2_0, or as TQ1_0 if gguf-tq1; peft: '
+                     'low-rank adapters alone, which the others merge (default %(default)s)')
   given.add_argument('--verify', action='store_true', help='load what was written with the library '
                      'transformers or gguf, and compare logits, before it gets its name')
 

@@ -211,7 +211,7 @@ def _score(args: argparse.Namespace) -> int:
 def _import(args: argparse.Namespace) -> int:
   with _importing():
     from jaxrl_pt import exchange
-  print(exchange.import_model(args.source, args.workdir))
+  print(exchange.import_model(args.source, args.workdir, args.adapter))
   return 0
 
 
@@ -222,6 +222,11 @@ def _export(args: argparse.Namespace) -> int:
     case 'hf' | 'hf-packed':
       said = exchange.export_model(args.workdir, args.destination, step=args.step,
                                    packed=args.format == 'hf-packed', verify=args.verify)
+    case 'peft':
+      if args.verify:
+        raise UserError('--verify compares the logits of a whole model, and --format peft writes '
+                        'adapters alone: leave --verify out.')
+      said = exchange.export_adapter(args.workdir, args.destination, step=args.step)
     case _:
       said = exchange.export_gguf(args.workdir, args.destination, step=args.step,
                                   ternary_type='TQ1_0' if args.format == 'gguf-tq1' else 'TQ2_0',

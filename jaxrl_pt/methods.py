@@ -41,6 +41,8 @@ _OTHERS = (
            '2505.23585', 'opo', 'opo_gym'),
     Method('OPO, several turns', 'the same of episodes with an environment that answers',
            '2505.23585', 'opo', 'guess'),
+    Method('LoRA', 'Y = X W + (alpha / r) (X A) B, of which A and B are trained', '2106.09685',
+           'lora', 'opo_lora'),
     Method('in flight', "term × min(π_train / π_version, cap), with each token's own version",
            '2509.19128', 'in_flight', 'opo_in_flight'),
 )

@@ -318,7 +318,8 @@ def matmul_parameters(model: cfg.Model) -> int:
 def flops_per_token(model: cfg.Model, context: float, *, backward: bool = True) -> float:
   """Model FLOPs of one token: forward 2·N + 4·L·H·E·C, with the backward pass 3 times that.
 
-  N is `matmul_parameters`. Recomputation and quantisation are not model FLOPs.
+  N is `matmul_parameters`. The frozen weights of an adapted model have no gradient, whose 2·N are
+  then left out. Recomputation, quantisation and adapters themselves are not counted.
 
   Args:
     model: the model's sizes.
@@ -326,7 +327,10 @@ def flops_per_token(model: cfg.Model, context: float, *, backward: bool = True) 
     backward: whether to count the backward pass too.
   """
   attention = 4 * model.num_layers * model.num_heads * model.head_dim * context
-  return (3 if backward else 1) * (2 * matmul_parameters(model) + attention)
+  products = 2 * matmul_parameters(model)
+  if not backward:
+    return products + attention
+  return (3 if model.adapter == cfg.NoAdapter() else 2) * products + 3 * attention
 
 
 def mfu(flops_per_second: float, devices: list[jax.Device]) -> float | None:

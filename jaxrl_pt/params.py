@@ -17,8 +17,9 @@ from jaxrl_pt.types import Array, Params
 Init = Callable[[Array, tuple[int, ...], Any], Array]  # (key, shape, dtype) → array
 
 # A projection of a block (a BitLinear where weights are ternary), its bias, the table of
-# embeddings, the head that gives logits, or the gains of a norm.
-Role = Literal['projection', 'bias', 'table', 'head', 'gain']
+# embeddings, the head that gives logits, or the gains of a norm. In an adapted model also the
+# ternary codes of a frozen projection, their scale, or a matrix of a low-rank adapter.
+Role = Literal['projection', 'bias', 'table', 'head', 'gain', 'codes', 'scale', 'adapter']
 
 
 class ParamSpec(NamedTuple):
@@ -31,6 +32,7 @@ class ParamSpec(NamedTuple):
   hugging_face: the name of the parameter's module in a Hugging Face model, with {layer} if the
     array is stacked over layers. It is empty if no such model has the parameter, and an export is
     then refused.
+  is_trained: whether training changes it. A frozen parameter has no gradient and no moments.
   """
 
   shape: tuple[int, ...]
@@ -39,11 +41,12 @@ class ParamSpec(NamedTuple):
   init: Init
   role: Role
   hugging_face: str = ''
+  is_trained: bool = True
 
   @property
   def is_decayed(self) -> bool:
     """Whether weight decay acts on it: on matrices that multiply, and on nothing else."""
-    return self.role in ('projection', 'head')
+    return self.role in ('projection', 'head', 'adapter')
 
 
 def is_spec(x: Any) -> bool:
@@ -91,3 +94,38 @@ def abstract(specs: Any) -> Any:
 def count(specs: Any) -> int:
   """The number of parameters."""
   return sum(math.prod(s.shape) for s in jax.tree.leaves(specs, is_leaf=is_spec))
+
+
+def num_bytes(specs: Any) -> int:
+  """The bytes that all parameters take; a ternary code takes two bits."""
+  bits = lambda s: jnp.iinfo(s.dtype).bits if s.role == 'codes' else 8 * s.dtype.itemsize
+  return sum(math.prod(s.shape) * bits(s)
+             for s in jax.tree.leaves(specs, is_leaf=is_spec)) // 8
+
+
+# --- Trained and frozen parameters ------------------------------------------------
+
+
+def trained(specs: Any, tree: Any) -> Any:
+  """The leaves of a tree like `specs` that training changes, with None in place of the others.
+
+  Training differentiates and optimises this tree alone; where no adapter freezes the model, it is
+  the whole tree.
+  """
+  return _those(specs, tree, are_trained=True)
+
+
+def frozen(specs: Any, tree: Any) -> Any:
+  """The leaves of a tree like `specs` that stay as they are, with None in place of the others."""
+  return _those(specs, tree, are_trained=False)
+
+
+def _those(specs: Any, tree: Any, are_trained: bool) -> Any:
+  return jax.tree.map(lambda s, x: x if s.is_trained == are_trained else None, specs, tree,
+                      is_leaf=is_spec)
+
+
+def joined(tree: Any, part: Any) -> Any:
+  """The tree with the leaves of `part`, which has None where the leaf of `tree` stays."""
+  return jax.tree.map(lambda new, old: old if new is None else new, part, tree,
+                      is_leaf=lambda x: x is None)

@@ -87,6 +87,7 @@ def _owners() -> dict[type, tuple[type, dataclasses.Field]]:
 OWNERS = _owners()
 # What else an owner must then hold: type → {owner: its fields}.
 _BESIDE: dict[type, dict[type, dict[str, Any]]] = {
+    cfg.LoRA: {cfg.Model: {'d_model': 2**13, 'd_ff': 2**13, 'head_dim': 2**12}},
     cfg.InformationGain: {cfg.RPT: {'prediction': cfg.Reason()}},
     cfg.RL: {cfg.Run: {'train': _WITHOUT_ROWS}},
     cfg.ReSA: {cfg.RPT: {'algorithm': cfg.Algorithm(correction=cfg.TokenTIS())}},

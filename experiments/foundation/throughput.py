@@ -89,7 +89,7 @@ def jaxrl_pt(shape: Shape, unroll: int) -> tuple[Run, dict[str, str]]:
   adamw = cfg.AdamW(cfg.ConstantRate(LEARNING_RATE), B1, B2, weight_decay=DECAY, clip_norm=CLIP)
   optimizer = optim.make_optimizer(adamw, 1000, model.specs)
   state = init_state(model, optimizer, make_mesh(cfg.Mesh()), 0)
-  step = jax.jit(make_train_step(losses.next_token(model, 0), optimizer,
+  step = jax.jit(make_train_step(model.specs, losses.next_token(model, 0), optimizer,
                                  optim.learning_rate(adamw.schedule, 1000)), donate_argnums=0)
   batch = batch_of(shape)
 

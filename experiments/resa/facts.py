@@ -128,7 +128,7 @@ def train(texts: list[bytes]) -> tuple[dict, list[list[float]]]:
   optimizer_config = cfg.AdamW(cfg.Cosine(2e-3, warmup_steps=20), weight_decay=0.01)
   optimizer = optim.make_optimizer(optimizer_config, num_steps, model.specs)
   step = jax.jit(make_train_step(
-      losses.next_token(model, 0), optimizer,
+      model.specs, losses.next_token(model, 0), optimizer,
       optim.learning_rate(optimizer_config.schedule, num_steps)), donate_argnums=0)
   evaluate = jax.jit(functools.partial(recall_accuracy, model))
   params = warm_start(P.init(model.specs, jax.random.key(0)))

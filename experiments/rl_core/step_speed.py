@@ -93,7 +93,7 @@ def jaxrl_pt(setting: Setting) -> Step:
   optimizer = optim.make_optimizer(run.optimizer, run.train.num_steps, model.specs)
   mesh = make_mesh(run.mesh)
   new_method = lambda params: state.new_method(rollouts, method, setting.d_model)
-  now = state.state_of(P.init(model.specs, jax.random.key(0)), optimizer,
+  now = state.state_of(model, P.init(model.specs, jax.random.key(0)), optimizer,
                        state.abstract_state(model, optimizer, mesh, new_method), new_method)
   sample = jax.jit(make_sampler(model, run.seed, rollouts, (setting.vocab_size + 1,)))
   learn = jax.jit(update.make_learner(model, optimizer, run, rollouts, method), donate_argnums=0)

@@ -81,8 +81,8 @@ def train(data: Path, seed: int, num_steps: int) -> dict[str, Any]:
   optimizer = optim.make_optimizer(run.optimizer, num_steps, model.specs)
   mesh = make_mesh(run.mesh)
   new_method = lambda params: state.new_method(rollouts, method, run.model.d_model)
-  now = state.state_of(start, optimizer, state.abstract_state(model, optimizer, mesh, new_method),
-                       new_method)
+  now = state.state_of(model, start, optimizer,
+                       state.abstract_state(model, optimizer, mesh, new_method), new_method)
   # BOS is what this model writes between stories: a story may end before its last token.
   sample = jax.jit(make_sampler(model, seed, rollouts, (llama2c.BOS,)))
   compare = jax.jit(functools.partial(fused.reference_logp, model, sampler=rollouts.sampler,

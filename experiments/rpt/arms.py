@@ -110,8 +110,9 @@ def _supervised_step(config: cfg.Model, peak: float, num_steps: int) -> tuple:
   adam = cfg.AdamW(cfg.Cosine(peak, peak / 20, min(20, num_steps)), weight_decay=0.01)
   optimizer = optim.make_optimizer(adam, num_steps, build(config).specs)
   rate = optim.learning_rate(adam.schedule, num_steps)
-  return optimizer, jax.jit(step.make_train_step(losses.next_token(build(config), 0), optimizer,
-                                                   rate))
+  model = build(config)
+  return optimizer, jax.jit(step.make_train_step(
+      model.specs, losses.next_token(model, 0), optimizer, rate))
 
 
 def supervise(config: cfg.Model, params: Params, take: Callable[[int], Batch], num_steps: int,

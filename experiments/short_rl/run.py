@@ -117,7 +117,7 @@ def fit_start(model, worked, num_steps, seed=0, num_rows=32):
   optimizer = optim.make_optimizer(settings, num_steps, model.specs)
   params = P.init(model.specs, jax.random.key(seed))
   state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), {})
-  step = jax.jit(make_train_step(losses.next_token(model, 0), optimizer,
+  step = jax.jit(make_train_step(model.specs, losses.next_token(model, 0), optimizer,
                                  optim.learning_rate(settings.schedule, num_steps)),
                  donate_argnums=0)
   random = np.random.default_rng(seed)

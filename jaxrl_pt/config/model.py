@@ -12,6 +12,7 @@ ActivationQuant = Literal['none', 'int8', 'int4', 'int4_absmax']
 Activation = Literal['swiglu', 'relu2']
 Dtype = Literal['float32', 'bfloat16']
 Remat = Literal['none', 'block']
+Projection = Literal['q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj']
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,45 @@ Rope = PlainRope | Llama3Rope
 
 
 @dataclass(frozen=True)
+class NoAdapter:
+  """All parameters are trained."""
+
+
+@dataclass(frozen=True)
+class LoRA:
+  """Low-rank adapters of some projections are trained, and all else is frozen (2106.09685).
+
+  rank: r of the matrices A[in, r] and B[r, out].
+  alpha: what an adapter computes is multiplied by alpha / r.
+  projections: the projections that have an adapter, as PEFT names them.
+  rank_stabilized: whether the factor is alpha / √r instead (rsLoRA, 2312.03732).
+  """
+
+  rank: int = 8
+  alpha: float = 16.0
+  projections: tuple[Projection, ...] = get_args(Projection)
+  rank_stabilized: bool = False
+
+  def __post_init__(self) -> None:
+    checks.integer(self, 'rank', 1, 2**12)
+    checks.positive(self, 'alpha')
+    options = ', '.join(map(repr, get_args(Projection)))
+    checks.texts(self, 'projections', f'a list of names among {options}', 1)
+    if (set(self.projections) - set(get_args(Projection))
+        or len(set(self.projections)) < len(self.projections)):
+      checks.fail(self, 'projections', f'names among {options}, each once')
+    checks.flag(self, 'rank_stabilized')
+
+  @property
+  def scale(self) -> float:
+    """What an adapter's product is multiplied by."""
+    return self.alpha / (self.rank**0.5 if self.rank_stabilized else self.rank)
+
+
+Adapter = NoAdapter | LoRA
+
+
+@dataclass(frozen=True)
 class Model:
   """The shape of a decoder-only transformer.
 
@@ -96,6 +136,7 @@ class Model:
   qk_norm: whether each head of queries and keys has an RMSNorm before RoPE (Qwen3).
   param_dtype: the type that parameters are kept in. Training wants float32, in which a small
     update is not lost; an imported model keeps the type of its file.
+  adapter: which parameters are trained: all of them, or low-rank adapters of a frozen model.
   """
 
   num_layers: int
@@ -115,6 +156,7 @@ class Model:
   qkv_bias: bool = False
   qk_norm: bool = False
   param_dtype: Dtype = 'float32'
+  adapter: Adapter = field(default_factory=NoAdapter)
 
   def __post_init__(self) -> None:
     for name, high, beside, what in (
@@ -136,6 +178,7 @@ class Model:
     checks.flag(self, 'qkv_bias')
     checks.flag(self, 'qk_norm')
     checks.choice(self, 'param_dtype', Dtype)
+    checks.instance(self, 'adapter', *get_args(Adapter))
     for name, width in (('d_model', self.d_model), ('d_ff', self.d_ff),
                         ('num_heads × head_dim', self.num_heads * self.head_dim)):
       if self.quant.weights == 'ternary_128' and width % GROUP:
@@ -148,6 +191,21 @@ class Model:
     if self.head_dim % 2:
       raise UserError(f'Model.head_dim = {self.head_dim} is odd: RoPE rotates pairs, so make '
                       'it even.')
+    if isinstance(self.adapter, LoRA):
+      _check_rank(self, self.adapter)
+
+
+def _check_rank(model: Model, adapter: LoRA) -> None:
+  """Refuses a rank at which an adapter would be no smaller than the projection beside it."""
+  heads, keys = (n * model.head_dim for n in (model.num_heads, model.num_kv_heads))
+  widths = {'q_proj': (model.d_model, heads), 'k_proj': (model.d_model, keys),
+            'v_proj': (model.d_model, keys), 'o_proj': (heads, model.d_model)}
+  for name in adapter.projections:
+    sizes = widths.get(name, (model.d_model, model.d_ff))
+    if adapter.rank >= min(sizes):
+      raise UserError(f'LoRA.rank = {adapter.rank} is not below {min(sizes)}, the smaller width of '
+                      f'{name} ({max(sizes)} × {min(sizes)}), so that the adapter would be no '
+                      'smaller than what it adapts: lower it, or leave the adapter out.')
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,6 @@ from jaxrl_pt.parallel.mesh import shard_meshes
 from jaxrl_pt.run import session as sessions
 from jaxrl_pt.sampling import weight_sync
 from jaxrl_pt.sampling.engine import Engine
-from jaxrl_pt.train import programs
 from jaxrl_pt.types import Params, Prompts, RolloutBatch, Verdict
 
 STEPS_PER_CALL = 8  # decode steps after which the host looks for texts that have ended
@@ -80,7 +79,6 @@ class Player:
     self._pool, self._transcript = pool, transcript
     self._problems = {p.id: Problem(p.prompt, p.answer) for p in all_problems}
     self._failed: dict[int, tuple[Outcome, str]] = {}  # starts that have failed, by problem
-    self._sync_weights = programs.weight_sync(session.run, session.mesh)
     self._engines: list[Engine] = []
     sampler = method.rollouts.sampler
     # What is banned is banned in the whole engine, whose requests name a few tokens at most.
@@ -142,7 +140,7 @@ class Player:
 
   def _play(self, params: Params, prompts: Prompts, batch: int, version: int, size: int,
             sampler: cfg.Sampler) -> list[turns.Row]:
-    synced, mesh = self._sync_weights(params, version), self._session.mesh
+    synced, mesh = self._session.sync_weights(params, version), self._session.mesh
     of_shards = [(shard, synced if mesh.size == 1 else weight_sync.on_shard(synced, shard))
                  for shard in shard_meshes(mesh)]
     if not self._engines:

@@ -113,7 +113,6 @@ def _make_scorer(session: sessions.Session, rollout_config: cfg.Rollouts,
   greedy = cfg.Sampler(temperature=0.0, banned=rollout_config.sampler.banned)
   samplers = {suffix: programs.sampler(run, mesh, _one_sample(rollout_config, sampler), stop_ids)
               for suffix, sampler in (('', rollout_config.sampler), ('_argmax', greedy))}
-  sync_weights = programs.weight_sync(run, mesh)
   # A batch has no more rows than there are problems, since responses to padding count for nothing.
   size = min(rollout_config.num_prompts, rules.whole_rows(mesh, len(held_out)))
   batches = []
@@ -123,7 +122,7 @@ def _make_scorer(session: sessions.Session, rollout_config: cfg.Rollouts,
     batches.append((session.put_rows(prompts), references, rows < len(held_out)))
 
   def score(params: Params) -> dict[str, float]:
-    params = sync_weights(params, 0)
+    params = session.sync_weights(params, 0)
     results = {}
     for suffix, sample in samplers.items():
       rows = []

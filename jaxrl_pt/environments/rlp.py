@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
+from jaxrl_pt import params as P
 from jaxrl_pt.models.base import Model
 from jaxrl_pt.models.logprobs import token_logprobs
 from jaxrl_pt.rl import rlp
@@ -104,8 +105,8 @@ def policy_verifier(markers: Markers, decay: float) -> PolicyVerifier:
   """
   def verify(model: Model, state: TrainState, prefilled: Prefilled | None,
              prompts: Prompts, thoughts: RolloutBatch) -> Verdict:
-    return thought_verdict(model, state.params, state.method.average, prompts, thoughts, markers,
-                           prefilled)
+    average = P.joined(state.params, state.method.average)
+    return thought_verdict(model, state.params, average, prompts, thoughts, markers, prefilled)
 
   def after(state: TrainState, new: TrainState) -> TrainState:
     average = rlp.average(state.method.average, new.params, decay)

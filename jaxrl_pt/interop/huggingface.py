@@ -69,7 +69,7 @@ def _layers(spec: ParamSpec) -> range:
 
 def is_transposed(spec: ParamSpec) -> bool:
   """Whether a file has a parameter as [out, in], where ours is [in, out]."""
-  return spec.role in ('projection', 'head')
+  return spec.role in ('projection', 'head', 'adapter')
 
 
 # --- Import ---------------------------------------------------------------------
@@ -101,7 +101,7 @@ def load_model(folder: str | Path, mesh: Mesh | None = None) -> tuple[cfg.Model,
 
   def leaf(spec: ParamSpec) -> Array:
     if is_stacked(spec):
-      return _stack(spec, weights.read, mesh)
+      return stack(spec, weights.read, mesh)
     return _placed(weights.read(spec, 0), spec, spec.axes, mesh)
 
   params = map_specs(leaf, specs)
@@ -160,8 +160,8 @@ def _placed(x: np.ndarray, spec: ParamSpec, axes: tuple[str, ...], mesh: Mesh | 
   return value
 
 
-def _stack(spec: ParamSpec, read: Callable[[ParamSpec, int], np.ndarray],
-           mesh: Mesh | None) -> Array:
+def stack(spec: ParamSpec, read: Callable[[ParamSpec, int], np.ndarray],
+          mesh: Mesh | None) -> Array:
   """The array of all layers of a parameter, into which one layer after the other is written."""
   sharding = _sharding(spec.axes, mesh)
   stack = jax.jit(lambda: jnp.zeros(spec.shape, spec.dtype), out_shardings=sharding)()

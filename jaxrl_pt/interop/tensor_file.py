@@ -58,7 +58,7 @@ def open_folder(folder: Path) -> dict[str, Entry]:
   placed = _weight_map(index)
   entries: dict[str, Entry] = {}
   for name in sorted(set(placed.values())):
-    for tensor, entry in _entries(folder / name).items():
+    for tensor, entry in open_file(folder / name).items():
       if tensor in entries:
         raise UserError(f'{entries[tensor].path} and {entry.path} both hold a tensor {tensor}: '
                         'download the checkpoint again.')
@@ -81,7 +81,7 @@ def _single(folder: Path) -> dict[str, Entry]:
     hint = (f'{pickled[0]} may be pickled and is never read, so convert it to safetensors first'
             if pickled else 'download it again')
     raise UserError(f'{path} is missing and so is an index of several files: {hint}.')
-  return _entries(path)
+  return open_file(path)
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -110,8 +110,12 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
   return found
 
 
-def _entries(path: Path) -> dict[str, Entry]:
-  """The tensors of one file, whose data must fill the file without gaps."""
+def open_file(path: Path) -> dict[str, Entry]:
+  """The tensors of one file, whose data must fill the file without gaps.
+
+  Raises:
+    UserError: it cannot be read, is truncated, or is no safetensors file.
+  """
   try:
     with path.open('rb') as file:
       size = os.fstat(file.fileno()).st_size

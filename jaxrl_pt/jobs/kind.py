@@ -44,7 +44,8 @@ class Kind(NamedTuple):
     without data and for devices that are not there.
   num_tokens: run → the number of tokens that a step works on.
   model_flops: run → the model FLOPs of a step.
-  new_method: (run, mesh, parameters) → what `TrainState.method` holds before the first step.
+  new_method: (run, mesh, trained parameters) → what `TrainState.method` holds before the first
+    step.
   reopen: (session of a checkpoint, reference policy's parameters) → a context with the
     `reinforce.Reinforcement` of that session, for a replay; None if the objective draws no
     rollouts.

@@ -85,7 +85,8 @@ class PackedTraining:
     if params is None:
       return states.init_state(self._model, self._optimizer, self.session.mesh,
                                self.session.run.seed, self._stage.new_method)
-    return states.state_of(params, self._optimizer, self.abstract, self._stage.new_method)
+    return states.state_of(self._model, params, self._optimizer, self.abstract,
+                           self._stage.new_method, self.session.run.seed)
 
   def check(self, position: dict[str, Any]) -> None:
     """Refuses a checkpoint of a run with another start policy.

@@ -32,11 +32,12 @@ def num_segments(data: loader.Prepared) -> int:
   return max(data.train.num_segments, data.validation.num_segments)
 
 
-def compiled_step(run: cfg.Run, loss: preferences.PairLoss,
+def compiled_step(run: cfg.Run, specs: Any, loss: preferences.PairLoss,
                   optimizers: preferences.Optimizers, segments: int) -> Any:
   """The jitted step(state, pairs); the state is donated."""
   schedule = optim.learning_rate(run.optimizer.schedule, cfg.num_updates(run))
-  step = preferences.make_pair_step(loss, optimizers, schedule, segments, run.train.accumulation)
+  step = preferences.make_pair_step(specs, loss, optimizers, schedule, segments,
+                                    run.train.accumulation)
   return jax.jit(step, donate_argnums=0)
 
 
@@ -56,7 +57,8 @@ def stage(session: sessions.Session, loss_of: LossOf, pair_of: Callable[[str, Ba
   run, segments = session.run, num_segments(session.data)
 
   def compile_step(model: cfg.Model, optimizer: optax.GradientTransformation) -> Any:
-    step = compiled_step(run, loss_of(model, segments), optimizers_of(optimizer), segments)
+    step = compiled_step(run, session.model(model).specs, loss_of(model, segments),
+                         optimizers_of(optimizer), segments)
     return lambda state, batch: step(state, pair_of('train', batch))
 
   measure = jax.jit(loss_of(run.model, segments))
@@ -79,7 +81,8 @@ def program(run: cfg.Run, mesh: Mesh, name: str, loss_of: LossOf,
   reference = abstract((run.train.batch_size, ASSUMED_SEGMENTS), jnp.float32,
                        rules.row_sharding(mesh))
   pairs = preferences.Pairs(packed.abstract_batch(run, mesh), reference)
-  step = compiled_step(run, loss_of(run.model, ASSUMED_SEGMENTS), optimizers, ASSUMED_SEGMENTS)
+  step = compiled_step(run, model.specs, loss_of(run.model, ASSUMED_SEGMENTS), optimizers,
+                       ASSUMED_SEGMENTS)
   return Program(name, step, (state, pairs))
 
 

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 import optax
 
 from jaxrl_pt import config as cfg
+from jaxrl_pt.errors import UserError
 from jaxrl_pt.jobs import packed
 from jaxrl_pt.jobs.kind import Kind, Program
 from jaxrl_pt.parallel import memory
@@ -26,6 +27,10 @@ from jaxrl_pt.train.step import Reduction, make_train_step
 def _open(run: cfg.Run, workdir: Path, resolved_text: str, allow: frozenset[str]
           ) -> Iterator[packed.PackedTraining]:
   optim.check_schedule(run.optimizer.schedule, cfg.num_updates(run))
+  if run.model.adapter != cfg.NoAdapter():
+    raise UserError('Run.objective = @cfg.NextToken() starts from random parameters, of which '
+                    'Model.adapter = @cfg.LoRA() would train none but the adapters: leave the '
+                    'adapter out, or choose an objective that starts from a policy.')
   memory.check_fits(run)
   with claimed(workdir):
     session = sessions.open_session(run, workdir, resolved_text, allow=allow)
@@ -46,9 +51,10 @@ def stage(session: sessions.Session, reduction: Reduction = 'mean') -> packed.St
 def train_step(run: cfg.Run, mesh: Mesh, model: cfg.Model,
                optimizer: optax.GradientTransformation, reduction: Reduction = 'mean') -> Any:
   """The jitted step(state, batch) of next-token prediction; the state is donated."""
-  loss = losses.next_token(models.build(model, run.compute, mesh), run.compute.loss_chunk)
+  built = models.build(model, run.compute, mesh)
+  loss = losses.next_token(built, run.compute.loss_chunk)
   schedule = optim.learning_rate(run.optimizer.schedule, cfg.num_updates(run))
-  step = make_train_step(loss, optimizer, schedule, run.train.accumulation, reduction)
+  step = make_train_step(built.specs, loss, optimizer, schedule, run.train.accumulation, reduction)
   return jax.jit(step, donate_argnums=0)
 
 

@@ -51,7 +51,7 @@ def of_step(run: cfg.Run, mesh: Mesh, method: cfg.Reinforced, prompts: Prompts, 
   if is_fused(verifier, method.rollouts, mesh.size):
     step = programs.fused_step(run, mesh, method, optimizer, verifier, STOP_IDS)
     fused = [Program(f'{type(method).__name__} step: sampler, verifier and update', step,
-                     (state, state.params, prompts))]
+                     (state, P.trained(model.specs, state.params), prompts))]
     if not resamples(method.rollouts, run.train.num_steps):
       return fused
     if resamples(method.rollouts, 0):
@@ -68,16 +68,19 @@ def _stages(run: cfg.Run, mesh: Mesh, method: cfg.Reinforced, prompts: Prompts,
   reals, ints = abstract(shape, jnp.float32, rows), abstract(shape, jnp.int32, rows)
   number, group = abstract((), jnp.int32, everywhere), abstract(shape[:2], jnp.float32, rows)
   drawn = RolloutBatch(ints, reals, reals, reals, ints, ints)
-  # The reference policy's parameters have the shapes and shardings of the policy's.
-  reference_params, moments = state.params, (state.opt_state, state.method)
+  # The reference policy's parameters have the shapes and shardings of the policy's, and the frozen
+  # ones are the policy's.
+  specs = models.build(run.model, run.compute, mesh).specs
+  reference, moments = P.trained(specs, state.params), (state.opt_state, state.method)
   others = [Program('learner: advantages and updates',
                     programs.learner_step(run, mesh, optimizer, rollouts, algorithm),
                     (state, prompts, drawn, Verdict(group, group, group), reals), 3 / 4,
-                    beside=reference_params),
+                    beside=reference),
             Program('reference policy: log-probabilities for KL',
                     programs.reference_logp(run, mesh, rollouts, algorithm),
-                    (reference_params, prompts, drawn), 1 / 4, beside=state)]
-  synced, beside = state.params, [reference_params, moments]
+                    (state.params, prompts, drawn), 1 / 4,
+                    beside=(P.trained(specs, state.params), moments))]
+  synced, beside = state.params, [reference, moments]
   if mesh.size > 1:
     model = models.build(run.model, run.compute, mesh)
     packed = run.model.quant.is_ternary
@@ -85,6 +88,8 @@ def _stages(run: cfg.Run, mesh: Mesh, method: cfg.Reinforced, prompts: Prompts,
     synced = weight_sync.abstract(model, mesh, packed, run.compute.dtype)
     leaf, arrived = max(zip(jax.tree.leaves(leaving), jax.tree.leaves(synced), strict=True),
                         key=lambda pair: pair[0].size)
+    at_rest = P.frozen(specs, synced)  # It stays where it is from step to step.
+    others = [p._replace(beside=(p.beside, at_rest)) for p in others]
     others += [
         Program('weight sync: what the sampler reads of the parameters',
                 weight_sync.make_leave(model, mesh, packed, run.compute.dtype), (state.params,),
@@ -92,7 +97,7 @@ def _stages(run: cfg.Run, mesh: Mesh, method: cfg.Reinforced, prompts: Prompts,
         Program('weight sync: the largest of them to the sampler',
                 weight_sync.mover(arrived.sharding), (leaf,), 0.0,
                 beside=[*beside, state.params, synced])]
-    beside = [reference_params, state]
+    beside = [reference, state]
   if isinstance(method, cfg.RL) and isinstance(method.verifier, cfg.Interactive):
     engine = _engine(run, mesh, method, method.verifier, beside)
     # Its pages stay where they are from step to step.
@@ -102,7 +107,7 @@ def _stages(run: cfg.Run, mesh: Mesh, method: cfg.Reinforced, prompts: Prompts,
     others_of_method = dataclasses.replace(state.method, pending={})
     return [Program('sampler in flight: prefill and decode', continued,
                     (synced, state.method.pending, number, number), 1 / 4,
-                    beside=[reference_params, state.opt_state, others_of_method]),
+                    beside=[reference, state.opt_state, others_of_method]),
             *others]
   sample = programs.sampler(run, mesh, rollouts, STOP_IDS)
   order = abstract((rollouts.num_prompts,), jnp.int32, everywhere)

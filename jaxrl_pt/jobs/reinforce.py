@@ -28,10 +28,12 @@ from jax.sharding import Mesh
 
 from jaxrl_pt import config as cfg
 from jaxrl_pt import metrics
+from jaxrl_pt import params as P
 from jaxrl_pt.checksum import checksum
 from jaxrl_pt.environments.base import Task
 from jaxrl_pt.errors import UserError
-from jaxrl_pt.models import transformer
+from jaxrl_pt.models import adapters, transformer
+from jaxrl_pt.models.base import Model
 from jaxrl_pt.parallel import memory, rules
 from jaxrl_pt.rollouts import mismatch, record
 from jaxrl_pt.rollouts.stages import Stages, Step, resamples
@@ -71,19 +73,31 @@ class Reinforcement:
     self._optimizer = optim.make_optimizer(run.optimizer, cfg.num_updates(run), model.specs)
     self._new_method = new_method
     self.abstract = states.abstract_state(model, self._optimizer, session.mesh, new_method)
-    self._reference_params, self._digest = reference_params, digest(reference_params)
+    self._start_params, self._digest = reference_params, digest(reference_params)
+    self._model = model
     # These settings and the environment's digest decide which prompts a batch's number stands for.
     self._order = {
         'Run.seed': run.seed, 'Rollouts.num_prompts': method.rollouts.num_prompts,
         f'{type(method).__name__}.positions_per_document': method.positions_per_document}
-    self.stages = Stages(session, environment, reference_params, self._optimizer, method)
+    self.stages = Stages(session, environment, _trained(model, reference_params, run.seed),
+                         self._optimizer, method)
     self._batch = 0  # number of the next batch
     self._ahead: RolloutBatch | None = None  # rollouts of the next batch if they were drawn ahead
 
   def start(self) -> TrainState:
     """A state at step 0 with a copy of the reference policy's parameters."""
-    return states.state_of(self._reference_params, self._optimizer, self.abstract,
-                           self._new_method)
+    state = states.state_of(self._model, self._start_params, self._optimizer, self.abstract,
+                            self._new_method, self.session.run.seed)
+    self._forget_start()
+    return state
+
+  def _forget_start(self) -> None:
+    """Frees the policy that the run started from, where the state has all of it but the adapters.
+
+    The frozen parameters of policy and reference policy are then one copy, which is the state's.
+    """
+    if self._model.config.adapter != cfg.NoAdapter():
+      jax.tree.map(lambda x: x.delete(), self._start_params)
 
   # --- Resume -----------------------------------------------------------------------
 
@@ -124,6 +138,7 @@ class Reinforcement:
 
   def resume(self, state: TrainState, position: dict[str, Any]) -> None:
     """Goes to the checkpoint's next batch, and takes over rollouts that had been drawn ahead."""
+    self._forget_start()
     self._batch = position['batches']
     if self.stages.balance is not None:
       self.stages.balance.resume(position.get('lengths', ()))
@@ -230,11 +245,31 @@ def start_policy(run: cfg.Run, start_from: str, workdir: Path) -> policy.Policy:
   optim.check_schedule(run.optimizer.schedule, cfg.num_updates(run))
   ours, theirs = dataclasses.asdict(run.model), dataclasses.asdict(start.model.config)
   for name, value in ours.items():
-    # A run keeps its own copy of the parameters, in a type of its own.
-    if value != theirs[name] and name != 'param_dtype':
+    # A run keeps its own copy of the parameters, in a type of its own, and may adapt them.
+    if value != theirs[name] and name not in ('param_dtype', 'adapter'):
       raise UserError(f'Model.{name} = {value!r}, but the policy in {start_from} ends with '
                       f'{theirs[name]!r}: set it to that.')
+  if start.model.config.adapter not in (cfg.NoAdapter(), run.model.adapter):
+    raise UserError(f'The policy in {start_from} has {start.model.config.adapter}, and this run '
+                    f'{run.model.adapter}: set Model.adapter to go on with its adapters, or merge '
+                    'them (jaxrl-pt export --format hf, then import) and start from that.')
   return start
+
+
+def _trained(model: Model, params: Params, seed: int) -> Params:
+  """The trained parameters of a policy at its start: all, or a copy of its adapters.
+
+  Args:
+    model: the run's model.
+    params: the policy's parameters, which may lack the adapters that the model has.
+    seed: of the adapters' initial values.
+  """
+  if model.config.adapter == cfg.NoAdapter():
+    return params
+  adapted = jax.jit(lambda params: jax.tree.map(jnp.copy, P.trained(model.specs, adapters.adapt(
+      model.specs, params, jax.random.key(seed)))))
+  found: Params = adapted(params)
+  return found
 
 
 def digest(params: Params) -> str:
@@ -259,10 +294,11 @@ def model_flops(run: cfg.Run) -> float:
   """
   r = run.objective.rollouts
   assert r is not None
-  forward = lambda context: metrics.flops_per_token(run.model, context, backward=False)
-  of_prompt = r.prompt_len * forward((r.prompt_len + 1) / 2)
-  of_response = r.response_tokens * forward(r.prompt_len + (r.response_tokens + 1) / 2)
-  return 4 * r.num_prompts * (of_prompt + r.group_size * of_response)
+  both = lambda context: sum(metrics.flops_per_token(run.model, context, backward=backward)
+                             for backward in (False, True))
+  of_prompt = r.prompt_len * both((r.prompt_len + 1) / 2)
+  of_response = r.response_tokens * both(r.prompt_len + (r.response_tokens + 1) / 2)
+  return r.num_prompts * (of_prompt + r.group_size * of_response)
 
 
 def new_method(run: cfg.Run, mesh: Mesh, params: Params) -> Any:

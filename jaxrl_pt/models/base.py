@@ -60,7 +60,9 @@ def for_a_loop(params: Params, num_layers: int) -> Params:
   a moment.
   """
   layers = params['layers']
-  is_packed = not isinstance(layers, tuple) and isinstance(layers['wq'], TernaryWeight)
+  is_code = lambda x: isinstance(x, TernaryWeight)
+  is_packed = not isinstance(layers, tuple) and any(
+      map(is_code, jax.tree.leaves(layers, is_leaf=is_code)))
   return unstacked(params, num_layers) if is_packed else params
 
 

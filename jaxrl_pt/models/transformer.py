@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 
 from jaxrl_pt import config as cfg
 from jaxrl_pt.errors import UserError
-from jaxrl_pt.models import kv_cache, paged_cache
+from jaxrl_pt.models import adapters, kv_cache, paged_cache
 from jaxrl_pt.models.base import Constrain, Model
 from jaxrl_pt.nn import embed
 from jaxrl_pt.nn.ffn import gated
@@ -102,8 +102,8 @@ def build(config: cfg.Model, compute: cfg.Compute = cfg.Compute(),
     by_heads = lambda x: constrain(x, ('kv_heads', *[None] * (x.ndim - 1)))
     return jax.tree.map(by_heads, pages)
 
-  return Model(config, _specs(config), apply, extend, head, init_cache, init_pages, ops,
-               constrain)
+  specs = adapters.adapt_specs(_specs(config), config)
+  return Model(config, specs, apply, extend, head, init_cache, init_pages, ops, constrain)
 
 
 def _check_rotations(config: cfg.Model) -> None:

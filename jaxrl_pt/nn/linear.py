@@ -1,7 +1,9 @@
-"""Linear layers: plain, BitLinear and H-BitLinear behind one function."""
+"""Linear layers: plain, BitLinear and H-BitLinear, adapted or not, behind one function."""
 
 import functools
+from typing import Any
 
+from flax import struct
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -13,12 +15,43 @@ from jaxrl_pt.nn.ops import Axes, Ops
 from jaxrl_pt.types import Array
 
 
-def linear(x: Array, w: Array | q.TernaryWeight, quant: Quant, ops: Ops, axes: Axes) -> Array:
+@struct.dataclass
+class Adapted:
+  """A frozen weight with its low-rank adapter, in place of the weight in a parameter tree.
+
+  A tree of ParamSpec has it too, with a ParamSpec in place of each array.
+  """
+
+  base: Any  # f[..., I, O] or a TernaryWeight
+  a: Array  # f32[..., I, r]
+  b: Array  # f32[..., r, O]
+  scale: float = struct.field(pytree_node=False)
+
+
+Weight = Array | q.TernaryWeight | Adapted
+
+
+def low_rank(x: Array, w: Adapted) -> Array:
+  """scale · (X A) B: what the adapter of a weight adds to Y = X W.
+
+  Args:
+    x: f[..., I], as it is before a BitLinear rotates or rounds it.
+    w: the weight of one layer.
+
+  Returns:
+    f[..., O] in x's dtype.
+
+  Source: LoRA 2106.09685 section 4.1.
+  """
+  return matmul(matmul(x, w.a), w.b) * w.scale
+
+
+def linear(x: Array, w: Weight, quant: Quant, ops: Ops, axes: Axes) -> Array:
   """Y = X W, with W and X quantised as `quant` says.
 
   Args:
     x: f[..., I].
-    w: f[I, O] latent weights, or the packed weights of `quant.pack`.
+    w: f[I, O] latent weights, or the packed weights of `quant.pack`; either may be adapted.
     quant: how both are quantised; weights 'none' give the plain product in x's dtype.
     ops: computes the quantised product.
     axes: logical names of w's dimensions.
@@ -28,6 +61,8 @@ def linear(x: Array, w: Array | q.TernaryWeight, quant: Quant, ops: Ops, axes: A
 
   Source: 2504.18415 section 2, 2504.12285 section 2.
   """
+  if isinstance(w, Adapted):
+    return linear(x, w.base, quant, ops, axes) + low_rank(x, w)
   if quant.weights == 'none':
     assert not isinstance(w, q.TernaryWeight), 'packed weights in a model without BitLinear'
     return matmul(x, w)
@@ -35,7 +70,7 @@ def linear(x: Array, w: Array | q.TernaryWeight, quant: Quant, ops: Ops, axes: A
   return q.bit_matmul(x, w, codes, scale, quant.activations, ops.product, axes, quant.weights)
 
 
-def normed_linear(x: Array, gain: Array | None, epsilon: float, w: Array | q.TernaryWeight,
+def normed_linear(x: Array, gain: Array | None, epsilon: float, w: Weight,
                   quant: Quant, ops: Ops, axes: Axes) -> Array:
   """Y = RMSNorm(X) W, as W_o and W_down compute it; `quant.hadamard` makes it H-BitLinear.
 
@@ -49,6 +84,9 @@ def normed_linear(x: Array, gain: Array | None, epsilon: float, w: Array | q.Ter
 
   Source: 2504.18415 section 2 (H-BitLinear), 2504.12285 section 2 (SubLN).
   """
+  if isinstance(w, Adapted):
+    of_base = normed_linear(x, gain, epsilon, w.base, quant, ops, axes)
+    return of_base + low_rank(x if gain is None else rms_norm(x, gain, epsilon), w)
   if quant.weights == 'ternary' and quant.hadamard:
     x_r, codes, scale = ops.rotated(x, gain, epsilon, quant.activations)
     return q.bit_matmul(x_r, w, codes, scale, quant.activations, ops.product, axes)

@@ -46,24 +46,26 @@ def check_arrays(arrays: Any, what: str, mend: str) -> None:
 def least_bytes(run: cfg.Run) -> dict[str, int]:
   """Bytes that a step holds at the same time, at least, by the setting that decides them most.
 
-  They are the parameters with AdamW's two moments, and the residual stream of each row in every
-  layer, which even remat keeps. In reinforcement learning they are also the reference policy, and
-  the larger of two numbers: the keys and values of a batch's prompts and responses while these are
-  drawn, or the residual stream of one micro-batch of them.
+  They are the parameters with AdamW's two moments of those that are trained, and the residual
+  stream of each row in every layer, which even remat keeps. In reinforcement learning they are also
+  the trained parameters of the reference policy, and the larger of two numbers: the keys and values
+  of a batch's prompts and responses while these are drawn, or the residual stream of one
+  micro-batch of them.
   """
   model, width = run.model, _BFLOAT16 if run.compute.dtype == 'bfloat16' else _FLOAT32
-  kept = _BFLOAT16 if model.param_dtype == 'bfloat16' else _FLOAT32
-  weights = kept * params.count(transformer.build(model).specs)
+  specs = transformer.build(model).specs
+  trained = params.num_bytes(params.trained(specs, specs))
+  weights = params.num_bytes(specs) + 2 * trained
   stream = width * model.d_model * model.num_layers
   rollouts, algorithm = run.objective.rollouts, run.objective.algorithm
   if rollouts is None or algorithm is None:
     rows = run.train.batch_size // run.train.accumulation
-    return {'Model': 3 * weights, 'Train.batch_size': rows * run.data.seq_len * stream}
+    return {'Model': weights, 'Train.batch_size': rows * run.data.seq_len * stream}
   documents_len = rollouts.prompt_len // run.objective.positions_per_document
   tokens = rollouts.num_prompts * (documents_len + rollouts.group_size * rollouts.response_tokens)
   cache = width * 2 * model.num_kv_heads * model.head_dim * model.num_layers
   parts = algorithm.minibatches * run.train.accumulation  # Prompts in several parts count once.
-  return {'Model': 4 * weights, 'Rollouts': max(tokens * cache, tokens // parts * stream)}
+  return {'Model': weights + trained, 'Rollouts': max(tokens * cache, tokens // parts * stream)}
 
 
 def check_fits(run: cfg.Run) -> None:

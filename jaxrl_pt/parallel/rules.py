@@ -29,6 +29,7 @@ TRAIN: Rules = {
     'ff': ('tensor',),
     'layers': (),
     'norm': (),
+    'rank': (),
 }
 
 # A sampler has its weights whole along `embed`, so that no small product waits for a gather.

@@ -10,6 +10,7 @@ Source: RLP 2510.01265 (docs/methods/rlp.md).
 """
 
 import chex
+import jax
 import optax
 
 from jaxrl_pt.types import Array, Params
@@ -31,7 +32,10 @@ def average(params: Params, policy: Params, decay: float) -> Params:
 
   Args:
     params: φ, the average before.
-    policy: θ, the policy's parameters after its update.
+    policy: θ, the policy's parameters after its update. They have leaves where the average has
+      None, which are frozen.
     decay: τ; the paper has 0.999.
   """
-  return optax.incremental_update(policy, params, 1 - decay)
+  return jax.tree.map(
+      lambda mean, now: None if mean is None else optax.incremental_update(now, mean, 1 - decay),
+      params, policy, is_leaf=lambda x: x is None)

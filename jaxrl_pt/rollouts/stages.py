@@ -17,6 +17,7 @@ import numpy as np
 import optax
 
 from jaxrl_pt import config as cfg
+from jaxrl_pt import params as P
 from jaxrl_pt.environments.base import Task, settled
 from jaxrl_pt.environments.multi_turn import Player
 from jaxrl_pt.errors import UserError
@@ -70,23 +71,22 @@ def resamples(rollouts: cfg.Rollouts, step: int) -> bool:
 class Stages:
   """The compiled programs of one run and the clock of their stages. Final."""
 
-  def __init__(self, session: sessions.Session, environment: Task, reference_params: Params,
+  def __init__(self, session: sessions.Session, environment: Task, reference: Params,
                optimizer: optax.GradientTransformation, method: cfg.Reinforced) -> None:
     """Compiles nothing yet.
 
     Args:
       session, environment: the run's session and environment.
-      reference_params: the reference policy's parameters.
+      reference: the trained parameters of the reference policy, whose frozen ones are the policy's.
       optimizer: the optimizer whose state is in `state.opt_state`.
       method: the run's objective.
     """
     run, mesh, stop_ids = session.run, session.mesh, session.data.tokenizer.stop_ids
     self._session, self._environment, self._method = session, environment, method
-    self._reference_params = reference_params
+    self._reference = reference
     if isinstance(method.rollouts.mode, cfg.InFlight):
       self._in_flight = programs.in_flight_sampler(run, mesh, method.rollouts, stop_ids)
     self._sample = programs.sampler(run, mesh, method.rollouts, stop_ids)
-    self._sync_weights = programs.weight_sync(run, mesh)
     self._learn = programs.learner_step(run, mesh, optimizer, method.rollouts, method.algorithm)
     self._reference_logp = programs.reference_logp(run, mesh, method.rollouts,
                                                      method.algorithm)
@@ -122,7 +122,7 @@ class Stages:
       batch: the batch's number, which addresses the sampler's noise.
       version: the number of steps that `params` have taken.
     """
-    synced = self._sync_weights(params, version)
+    synced = self._session.sync_weights(params, version)
     numbers = jnp.asarray(batch, jnp.int32), jnp.asarray(version, jnp.int32)
     rollouts: RolloutBatch
     if self.balance is None:
@@ -169,7 +169,7 @@ class Stages:
     for number in in_flight.entering(self._method.rollouts, batch):
       sampler = self._in_flight.enqueue(sampler, self.take(number)[0], jnp.asarray(number))
     drawn: in_flight.Drawn = self._in_flight.draw(
-        self._sync_weights(state.params, version), sampler, jnp.asarray(batch),
+        self._session.sync_weights(state.params, version), sampler, jnp.asarray(batch),
         jnp.asarray(version))
     method = dataclasses.replace(state.method, pending=drawn.in_flight)
     return dataclasses.replace(state, method=method), drawn.rollouts, drawn.metrics
@@ -267,7 +267,8 @@ class Stages:
     reference_logp = jnp.zeros_like(rollouts.logp)
     reads = fused.reads_reference(self._method.algorithm)
     if measure or reads:
-      reference_logp = self._reference_logp(self._reference_params, prompts, rollouts)
+      reference_logp = self._reference_logp(P.joined(state.params, self._reference), prompts,
+                                            rollouts)
     state, values = self._learn(state, prompts, rollouts, verdict, reference_logp)
     values = {**values, **self._drawn_metrics}
     if measure or reads:
@@ -286,9 +287,10 @@ class Stages:
       measure: whether to measure the KL from the reference policy.
     """
     prompts, references = self.take(batch)
-    state, values, rollouts, verdict = self._fused_step(state, self._reference_params, prompts)
+    state, values, rollouts, verdict = self._fused_step(state, self._reference, prompts)
     if measure:
-      reference_logp = self._reference_logp(self._reference_params, prompts, rollouts)
+      reference_logp = self._reference_logp(P.joined(state.params, self._reference), prompts,
+                                            rollouts)
       values = {**values, 'kl': _kl(rollouts, reference_logp)}
     by_token = values.pop(BY_TOKEN, None)
     return state, Step(prompts, references, rollouts, verdict, values, by_token)

@@ -56,7 +56,7 @@ BY_CONTENT = frozenset((
 SAME_ARRAYS = frozenset((
     'Model.rope_theta', 'Model.rope', 'Model.activation', 'Model.norm_epsilon', 'Model.quant'))
 FIXED_MODEL = frozenset(f'Model.{field.name}' for field in dataclasses.fields(cfg.Model)
-                        ) - SAME_ARRAYS
+                        ) - SAME_ARRAYS | {'LoRA.rank', 'LoRA.projections'}
 # Settings that no run can change: the state would have other arrays, or the examples another order.
 FIXED = FIXED_MODEL | {'Run.seed', 'Train.batch_size', 'Rollouts.num_prompts',
                        'RPT.positions_per_document'}

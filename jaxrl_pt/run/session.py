@@ -1,6 +1,6 @@
 """The session: the mesh and the data, which a run opens before its first step."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import dataclasses
 from dataclasses import dataclass
 import functools
@@ -23,7 +23,8 @@ from jaxrl_pt.parallel import model as models
 from jaxrl_pt.parallel.mesh import make_mesh
 from jaxrl_pt.run import places
 from jaxrl_pt.run.places import CHECKPOINTS, TOKENIZER
-from jaxrl_pt.types import Batch
+from jaxrl_pt.train import programs
+from jaxrl_pt.types import Batch, Params
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,11 @@ class Session:
   def model(self, config: cfg.Model) -> Model:
     """A model on this session's mesh."""
     return models.build(config, self.run.compute, self.mesh)
+
+  @functools.cached_property
+  def sync_weights(self) -> Callable[[Params, int], Params]:
+    """(parameters, version) → the sampler's copy of them; one for all that draw in the run."""
+    return programs.weight_sync(self.run, self.mesh)
 
   def put(self, batch: Batch) -> Batch:
     """Makes the global batch of this host's part, whose rows and tokens are `owned`."""

@@ -4,7 +4,7 @@ Training splits the parameters over the mesh's `fsdp` axis; a sampler wants them
 `embed`, so that a decode step of few rows gathers nothing. One jitted program rounds them to what
 the sampler reads (the dtype it computes in, or a code for each BitLinear weight), and one for each
 leaf lays it out anew, codes in two bits. They are stamped with their version, and checksums on
-both sides of the move must agree.
+both sides of the move must agree. Frozen parameters move once: later syncs move the adapters alone.
 """
 
 from collections.abc import Callable
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
+from jaxrl_pt import params as P
 from jaxrl_pt.checksum import checksum
 from jaxrl_pt.models.base import Model
 from jaxrl_pt.nn.quant import TernaryWeight, pack
@@ -30,12 +31,15 @@ class Policy(NamedTuple):
 
   params: Params
   version: int  # optimiser step
-  checksum: dict[str, int]  # by the path of each leaf
+  checksum: dict[str, int]  # of the leaves that moved, by their paths
+  num_bytes: int  # that moved; a ternary code takes two bits
 
 
 def make_weight_sync(model: Model, mesh: Mesh, packed: bool, dtype: DTypeLike = jnp.float32
                    ) -> Callable[[Params, int], Policy]:
   """Returns sync(params, version) → Policy, which is compiled once.
+
+  It keeps the sampler's copy of frozen parameters, so that it serves one run alone.
 
   Args:
     model: the model whose parameters are moved.
@@ -47,16 +51,39 @@ def make_weight_sync(model: Model, mesh: Mesh, packed: bool, dtype: DTypeLike = 
     ValueError: `packed`, and the model's weights are not ternary.
     RuntimeError: (raised by sync) a leaf's checksum differs after the move.
   """
-  leave, move = make_leave(model, mesh, packed, dtype), make_move(model, mesh, packed)
+  specs = model.specs
+  move_trained, move_frozen = (
+      _make_part(model._replace(specs=part(specs, specs)), mesh, packed, dtype)
+      for part in (P.trained, P.frozen))
+  at_rest: list[Params] = []  # the frozen parameters as the sampler has them
 
   def sync(params: Params, version: int) -> Policy:
+    moved = move_trained(P.trained(specs, params), version)
+    if not at_rest:
+      frozen = move_frozen(P.frozen(specs, params), version)
+      at_rest.append(frozen.params)
+      moved = moved._replace(checksum={**frozen.checksum, **moved.checksum},
+                             num_bytes=frozen.num_bytes + moved.num_bytes)
+    return moved._replace(params=P.joined(moved.params, at_rest[0]))
+
+  return sync
+
+
+def _make_part(model: Model, mesh: Mesh, packed: bool, dtype: DTypeLike
+               ) -> Callable[[Params, int], Policy]:
+  """move(params, version) → Policy, for a model whose `specs` are a part of the whole."""
+  leave, move = make_leave(model, mesh, packed, dtype), make_move(model, mesh, packed)
+
+  def move_part(params: Params, version: int) -> Policy:
     leaving = leave(params)
     arrived = move(leaving)
     sums = checksum(arrived)
     check(checksum(_as_values(leaving)), sums)
-    return Policy(arrived, version, sums)
+    num_bits = sum(x.size * jnp.iinfo(x.dtype).bits if x.dtype == jnp.int2 else 8 * x.nbytes
+                   for x in jax.tree.leaves(arrived))
+    return Policy(arrived, version, sums, num_bits // 8)
 
-  return sync
+  return move_part
 
 
 @jax.jit
@@ -75,9 +102,10 @@ def _as_read(model: Model, packed: bool, dtype: DTypeLike, codes: DTypeLike, par
   Gains stay as they are. The latent weights of a BitLinear that is not packed stay in float32,
   since its scale is their mean in float32.
   """
-  rounded = ('table', 'head') if model.config.quant.is_ternary else (
-      'table', 'head', 'projection')
-  params = jax.tree.map(lambda spec, x: x.astype(dtype) if spec.role in rounded else x,
+  rounded = ('table', 'head', 'adapter') if model.config.quant.is_ternary else (
+      'table', 'head', 'adapter', 'projection')
+  types = {**dict.fromkeys(rounded, dtype), 'codes': codes}
+  params = jax.tree.map(lambda spec, x: x.astype(types.get(spec.role, x.dtype)),
                         model.specs, params, is_leaf=is_spec)
   if not packed:
     return params

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxrl_pt import config as cfg
+from jaxrl_pt import params as P
 from jaxrl_pt.models.base import Model
 from jaxrl_pt.sampling.groups import NO_STOP, make_sampler
 from jaxrl_pt.sampling.prefill import Prefilled, prefill
@@ -80,10 +81,11 @@ def reads_reference(algorithm: cfg.Algorithm) -> bool:
 def make_fused_step(model: Model, optimizer: optax.GradientTransformation, run: cfg.Run,
                     method: cfg.Reinforced, verifier: Verify | PolicyVerifier,
                     stop_ids: tuple[int, ...] = NO_STOP, *, by_token: bool = False) -> FusedStep:
-  """step(state, reference policy's parameters, prompts) → (state, metrics, rollouts, verdict).
+  """step(state, reference, prompts) → (state, metrics, rollouts, verdict).
 
-  The step is to be jitted with the state donated. A loss or gradient that is not finite leaves the
-  state as it was, its step included, and sets metrics['nonfinite'].
+  `reference` are the trained parameters of the reference policy, whose frozen ones are those of the
+  policy. The step is to be jitted with the state donated. A loss or gradient that is not finite
+  leaves the state as it was, its step included, and sets metrics['nonfinite'].
 
   Args:
     model: the policy's model.
@@ -101,7 +103,7 @@ def make_fused_step(model: Model, optimizer: optax.GradientTransformation, run: 
   learn = update.make_learner(model, optimizer, run, method.rollouts, method.algorithm,
                               by_token=by_token)
 
-  def step(state: TrainState, reference_params: Params, prompts: Prompts
+  def step(state: TrainState, reference: Params, prompts: Prompts
            ) -> tuple[TrainState, Metrics, RolloutBatch, Verdict]:
     shared = _share(model, state.params, prompts, run.train, method.algorithm)
     prefilled = None if shared is None else shared.prefilled
@@ -112,6 +114,7 @@ def make_fused_step(model: Model, optimizer: optax.GradientTransformation, run: 
       verdict = verifier(prompts, rollouts)
     reference_logp = jnp.zeros_like(rollouts.logp)
     if reads_reference(method.algorithm):
+      reference_params = P.joined(state.params, reference)
       reference_logp = response_logp(model, reference_params, prompts, rollouts, run,
                                      method.rollouts.sampler, method.algorithm)
     new, metrics = learn(state, prompts, rollouts, verdict, reference_logp, shared)
@@ -131,4 +134,6 @@ def _share(model: Model, params: Params, prompts: Prompts, train: cfg.Train,
   not let them."""
   if not update.shares(train, algorithm):
     return None
-  return update.Shared(*jax.vjp(lambda p: prefill(model, p, prompts.tokens), params))
+  return update.Shared(*jax.vjp(
+      lambda trained: prefill(model, P.joined(params, trained), prompts.tokens),
+      P.trained(model.specs, params)))

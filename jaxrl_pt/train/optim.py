@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import optax
 
 from jaxrl_pt import config as cfg
+from jaxrl_pt import params as P
 from jaxrl_pt.errors import UserError
-from jaxrl_pt.params import map_specs
 from jaxrl_pt.types import Array
 
 Schedule = Callable[[Any], Any]
@@ -116,18 +116,21 @@ def make_optimizer(config: cfg.AdamW, num_steps: int, specs: Any) -> optax.Gradi
   Args:
     config: the optimiser's settings.
     num_steps: optimiser steps of the whole run (`config.num_updates`).
-    specs: the parameters' tree of ParamSpec, which says on which of them weight decay acts.
+    specs: the parameters' tree of ParamSpec, which says which of them are trained, and on which
+      weight decay acts. The optimiser's own arguments are trees of the trained ones
+      (`params.trained`).
 
   Raises:
     UserError: the warm-up and the phase after it overlap.
   """
+  trained = P.trained(specs, specs)
   clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
   return optax.chain(
       clip,
       optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
       optax.add_decayed_weights(
           weight_decay(config, num_steps),
-          mask=map_specs(lambda spec: spec.is_decayed, specs)),
+          mask=P.map_specs(lambda spec: spec.is_decayed, trained)),
       optax.scale_by_learning_rate(learning_rate(config.schedule, num_steps)),
   )
 

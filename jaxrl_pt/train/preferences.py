@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxrl_pt import config as cfg
+from jaxrl_pt import params as P
 from jaxrl_pt.models.base import Model
 from jaxrl_pt.models.logprobs import token_logprobs
 from jaxrl_pt.train import accumulate, scores
@@ -206,7 +207,7 @@ class Optimizers(NamedTuple):
   head: optax.GradientTransformation | None = None
 
 
-def make_pair_step(loss: PairLoss, optimizers: Optimizers, learning_rate: Schedule,
+def make_pair_step(specs: Any, loss: PairLoss, optimizers: Optimizers, learning_rate: Schedule,
                    num_segments: int, accumulation: int
                    ) -> Callable[[TrainState, Pairs], tuple[TrainState, Metrics]]:
   """step(state, pairs) → (state, metrics), to be jitted with the state donated.
@@ -214,6 +215,7 @@ def make_pair_step(loss: PairLoss, optimizers: Optimizers, learning_rate: Schedu
   The gradient is that of Σ loss / n, where n is the number of pairs of the whole batch.
 
   Args:
+    specs: the parameters' tree of ParamSpec; those that are not trained stay as they are.
     loss: of the parameters, or of (parameters, head) where `optimizers` has one for a head.
     optimizers: those whose states are in `state.opt_state` and `state.method`.
     learning_rate: the schedule, from which the metric 'learning_rate' is read.
@@ -222,13 +224,15 @@ def make_pair_step(loss: PairLoss, optimizers: Optimizers, learning_rate: Schedu
   """
   def step(state: TrainState, pairs: Pairs) -> tuple[TrainState, Metrics]:
     num_pairs = jnp.maximum(are_pairs(pairs.examples.segments, num_segments).sum(), 1.0)
+    own = P.trained(specs, state.params)
+    has_head = optimizers.head is not None
 
     def mean(trained: Any, part: Pairs) -> tuple[Array, Metrics]:
-      total, metrics = loss(trained, part)
+      params = P.joined(state.params, trained[0] if has_head else trained)
+      total, metrics = loss((params, trained[1]) if has_head else params, part)
       return total / num_pairs, metrics
 
-    trained = (state.params if optimizers.head is None
-               else (state.params, state.method.params))
+    trained = (own, state.method.params) if has_head else own
     (_, metrics), grads = accumulate.gradient(
         jax.value_and_grad(mean, has_aux=True), trained, pairs, accumulation)
     metrics = {**metrics, 'grad_norm': Weighted.single(global_norm(grads)),
@@ -238,9 +242,9 @@ def make_pair_step(loss: PairLoss, optimizers: Optimizers, learning_rate: Schedu
       grads, head_grads = grads
       updates, head_state = optimizers.head.update(head_grads, method.opt_state, method.params)
       method = ValueHead(optax.apply_updates(method.params, updates), head_state)
-    updates, opt_state = optimizers.params.update(grads, state.opt_state, state.params)
-    return dataclasses.replace(
-        state, step=state.step + 1, params=optax.apply_updates(state.params, updates),
-        opt_state=opt_state, method=method), metrics
+    updates, opt_state = optimizers.params.update(grads, state.opt_state, own)
+    params = P.joined(state.params, optax.apply_updates(own, updates))
+    return dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state,
+                               method=method), metrics
 
   return step

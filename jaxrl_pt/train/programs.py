@@ -23,7 +23,7 @@ from jaxrl_pt.verifiers.base import DeviceVerifier
 def fused_step(run: cfg.Run, mesh: Mesh, method: cfg.Reinforced,
                optimizer: optax.GradientTransformation,
                verifier: DeviceVerifier | fused.PolicyVerifier, stop_ids: tuple[int, ...]) -> Any:
-  """The jitted step(state, reference policy's parameters, prompts) of `fused.make_fused_step`.
+  """The jitted step(state, reference, prompts) of `fused.make_fused_step`.
 
   The state is donated.
   """

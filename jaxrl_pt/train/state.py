@@ -11,6 +11,7 @@ import optax
 
 from jaxrl_pt import config as cfg
 from jaxrl_pt import params as P
+from jaxrl_pt.models import adapters
 from jaxrl_pt.models.base import Model
 from jaxrl_pt.parallel import rules
 from jaxrl_pt.sampling import in_flight
@@ -34,7 +35,7 @@ class MethodState:
   gate: Any  # f32[] accuracy with which Short-RL's gate compares, or {}
   value: ValueHead
   pending: Any  # RolloutBatch drawn a step ahead, the sampler where it is in flight, or {}
-  average: Any  # parameters of RLP's average policy, or {}
+  average: Any  # the trained parameters of RLP's average policy, or {}
 
 
 def value_optimizer(advantage: cfg.Advantage) -> optax.GradientTransformation:
@@ -59,7 +60,7 @@ def new_method(rollouts: cfg.Rollouts, algorithm: cfg.Algorithm, d_model: int,
   Args:
     rollouts, algorithm: the settings of the run's objective.
     d_model: the model's width, which is the value head's number of inputs.
-    average: the policy's parameters where the method keeps an average of them, else ().
+    average: the policy's trained parameters where the method keeps an average of them, else ().
     sampler: `in_flight.InFlight` where responses are under way over several steps, else ().
   """
   head: Any = {}
@@ -78,13 +79,13 @@ def new_method(rollouts: cfg.Rollouts, algorithm: cfg.Algorithm, d_model: int,
                      pending, jax.tree.map(jnp.copy, average) if average else {})
 
 
-def _method_shardings(method: Any, mesh: Mesh, param_shardings: Any) -> Any:
+def _method_shardings(method: Any, mesh: Mesh, trained_shardings: Any) -> Any:
   """Shards pending rollouts by rows and an average policy as the policy; replicates all else.
 
   Args:
     method: what `TrainState.method` holds, as ShapeDtypeStructs.
     mesh: the run's mesh.
-    param_shardings: the shardings of the policy's parameters.
+    trained_shardings: the shardings of the policy's trained parameters.
   """
   everywhere, rows = rules.replicated(mesh), rules.row_sharding(mesh)
   shardings = jax.tree.map(lambda _: everywhere, method)
@@ -93,37 +94,39 @@ def _method_shardings(method: Any, mesh: Mesh, param_shardings: Any) -> Any:
   if isinstance(method, MethodState) and isinstance(method.pending, in_flight.InFlight):
     shardings = shardings.replace(pending=in_flight.shardings(method.pending, mesh))
   if isinstance(method, MethodState) and method.average:
-    shardings = shardings.replace(average=param_shardings)
+    shardings = shardings.replace(average=trained_shardings)
   return shardings
 
 
 # --- The whole state --------------------------------------------------------------
 
 
-def _new(params: Params, optimizer: optax.GradientTransformation,
+def _new(model: Model, params: Params, optimizer: optax.GradientTransformation,
          method: Callable[[Params], Any]) -> TrainState:
-  return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), method(params))
+  trained = P.trained(model.specs, params)
+  return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(trained), method(trained))
 
 
 def abstract_state(model: Model, optimizer: optax.GradientTransformation, mesh: Mesh,
                    method: Callable[[Params], Any] = no_method) -> TrainState:
   """The state as ShapeDtypeStructs with shardings: the target of initialising and of restoring.
 
-  Moments and an average policy are sharded like the parameters, rollouts that wait for their
-  update by rows; everything else is replicated.
+  Moments and an average policy are sharded like the trained parameters, rollouts that wait for
+  their update by rows; everything else is replicated.
 
   Args:
     model, optimizer, mesh: the run's model, optimizer and mesh.
-    method: parameters → what `TrainState.method` holds before the first step.
+    method: trained parameters → what `TrainState.method` holds before the first step.
   """
-  shapes = jax.eval_shape(lambda key: _new(P.init(model.specs, key), optimizer, method),
+  shapes = jax.eval_shape(lambda key: _new(model, P.init(model.specs, key), optimizer, method),
                           jax.random.key(0))
   param_shardings = rules.param_shardings(model.specs, mesh)
+  trained_shardings = P.trained(model.specs, param_shardings)
   everywhere = rules.replicated(mesh)
   opt_shardings = optax.tree_map_params(
-      optimizer, lambda _, sharding: sharding, shapes.opt_state, param_shardings,
+      optimizer, lambda _, sharding: sharding, shapes.opt_state, trained_shardings,
       transform_non_params=lambda _: everywhere)
-  method_shardings = _method_shardings(shapes.method, mesh, param_shardings)
+  method_shardings = _method_shardings(shapes.method, mesh, trained_shardings)
   shardings = TrainState(everywhere,  # type: ignore[arg-type]  # The same tree.
                          param_shardings, opt_shardings, method_shardings)
 
@@ -133,21 +136,26 @@ def abstract_state(model: Model, optimizer: optax.GradientTransformation, mesh: 
   return jax.tree.map(with_sharding, shapes, shardings)
 
 
-def state_of(params: Params, optimizer: optax.GradientTransformation, abstract: TrainState,
-             method: Callable[[Params], Any] = no_method) -> TrainState:
+def state_of(model: Model, params: Params, optimizer: optax.GradientTransformation,
+             abstract: TrainState, method: Callable[[Params], Any] = no_method,
+             seed: int = 0) -> TrainState:
   """A new state at step 0 with a copy of given parameters, since the step donates its state.
 
   Args:
-    params: the parameters to start from, which may be of another type than the state's.
+    model: the run's model.
+    params: the parameters to start from, which may be of another type than the state's, and which
+      get the adapters that the model has and they lack.
     optimizer: the optimizer whose state is initialised.
     abstract: the state's shapes and shardings, from `abstract_state`.
-    method: parameters → what `TrainState.method` holds before the first step.
+    method: trained parameters → what `TrainState.method` holds before the first step.
+    seed: of the adapters' initial values.
   """
   shardings = jax.tree.map(lambda s: s.sharding, abstract)
 
   def new(given: Params) -> TrainState:
-    own = jax.tree.map(lambda p, target: p.astype(target.dtype), given, abstract.params)
-    return _new(own, optimizer, method)
+    adapted = adapters.adapt(model.specs, given, jax.random.key(seed))
+    own = jax.tree.map(lambda p, target: p.astype(target.dtype), adapted, abstract.params)
+    return _new(model, own, optimizer, method)
 
   return jax.jit(new, out_shardings=shardings)(params)
 
@@ -156,6 +164,6 @@ def init_state(model: Model, optimizer: optax.GradientTransformation, mesh: Mesh
                method: Callable[[Params], Any] = no_method) -> TrainState:
   """A new state with random parameters, made sharded: no device ever holds more than its part."""
   shardings = jax.tree.map(lambda s: s.sharding, abstract_state(model, optimizer, mesh, method))
-  init = jax.jit(lambda key: _new(P.init(model.specs, key), optimizer, method),
+  init = jax.jit(lambda key: _new(model, P.init(model.specs, key), optimizer, method),
                  out_shardings=shardings)
   return init(jax.random.key(seed))

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxrl_pt import config as cfg
+from jaxrl_pt import params as P
 from jaxrl_pt.models.base import Model
 from jaxrl_pt.models.logprobs import TokenScores
 from jaxrl_pt.rl import kl, objectives, ratios, tables, token_advantages
@@ -54,7 +55,7 @@ class Shared(NamedTuple):
   """The policy's forward pass over the documents, with its backward pass."""
 
   prefilled: Prefilled
-  # The function from jax.vjp: gradients of `prefilled` → gradients of the parameters.
+  # The function from jax.vjp: gradients of `prefilled` → gradients of the trained parameters.
   pull_back: Callable[[Prefilled], tuple[Params]]
 
 
@@ -241,18 +242,25 @@ def _make_update(model: Model, optimizer: optax.GradientTransformation, run: cfg
              ) -> tuple[TrainState, Metrics]:
     batch = dataclasses.replace(
         batch, weights=token_weights(algorithm.aggregation, batch.loss_mask))
-    trained = state.params, state.method.value.params
+    trained = P.trained(model.specs, state.params), state.method.value.params
+
+    def loss_of(trained: tuple[Params, Any], *inputs: Any) -> tuple[Array, Metrics]:
+      params, head = trained
+      return loss((P.joined(state.params, params), head), *inputs)
+
     if shared is None:
       (value, metrics), grads = accumulate.gradient(
-          jax.value_and_grad(loss, has_aux=True), trained, batch, run.train.accumulation, _split)
+          jax.value_and_grad(loss_of, has_aux=True), trained, batch, run.train.accumulation,
+          _split)
     else:
-      (value, metrics), grads = _through(loss, trained, batch, shared)
+      (value, metrics), grads = _through(loss_of, trained, batch, shared)
     grad_norm = optim.global_norm(grads[0])
-    updates, opt_state = optimizer.update(grads[0], state.opt_state, state.params)
+    updates, opt_state = optimizer.update(grads[0], state.opt_state, trained[0])
     head, head_state = head_optimizer.update(grads[1], state.method.value.opt_state)
     new_head = ValueHead(optax.apply_updates(state.method.value.params, head), head_state)
     state = dataclasses.replace(
-        state, opt_state=opt_state, params=optax.apply_updates(state.params, updates),
+        state, opt_state=opt_state,
+        params=P.joined(state.params, optax.apply_updates(trained[0], updates)),
         method=dataclasses.replace(state.method, value=new_head))
     finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
     return state, {'loss': Weighted.single(value), 'grad_norm': Weighted.single(grad_norm),

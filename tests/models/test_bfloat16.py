@@ -197,8 +197,9 @@ def pretraining_gradient(config, compute, accumulation):
   """Of the mean loss, from the step itself: plain descent at rate 1 moves by it."""
   model = transformer.build(config, compute)
   optimizer = optax.sgd(1.0)
-  train = jax.jit(step.make_train_step(losses.next_token(model, compute.loss_chunk), optimizer,
-                                       lambda step: 1.0, accumulation))
+  train = jax.jit(step.make_train_step(
+      model.specs, losses.next_token(model, compute.loss_chunk), optimizer, lambda step: 1.0,
+      accumulation))
   tokens = zipf(ROWS, LENGTH)
   rows = jnp.broadcast_to(jnp.arange(LENGTH), tokens.shape)
   batch = Batch(tokens, jnp.roll(tokens, -1, 1), rows, jnp.ones_like(tokens),

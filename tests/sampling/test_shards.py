@@ -32,3 +32,18 @@ def test_every_mesh_draws_the_same_without_collectives_between_data_shards(modul
     parts = [set(part) for part in row['tensor']]
     assert all(any(set(group) <= part for part in parts) for group in row['joined']), row
     assert bool([g for g in row['joined'] if len(g) > 1]) == (row['mesh'][2] > 1), row
+
+
+@pytest.mark.timeout(600)
+def test_a_sync_moves_adapters_alone_after_the_first_on_every_mesh():
+  environment = {**os.environ, 'XLA_FLAGS': xla_flags.with_devices(8), 'JAX_PLATFORMS': 'cpu'}
+  meshes = '1,8,1', '2,2,2'
+  done = subprocess.run([sys.executable, '-m', 'tests.sampling.adapter_shards', *meshes],
+                        env=environment, text=True, capture_output=True, timeout=550, check=False)
+  assert done.returncode == 0, done.stderr[-4000:]
+  rows = [json.loads(line) for line in done.stdout.splitlines()]
+  assert len(rows) == len(meshes)
+  for row in rows:
+    assert row['first'] == row['all'] > 5 * row['adapters']
+    assert row['second'] == row['adapters'] and row['same']
+    assert row['difference'] < 1e-4, row

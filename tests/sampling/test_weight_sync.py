@@ -10,7 +10,7 @@ import pytest
 
 from jaxrl_pt import config as cfg
 from jaxrl_pt import params as P
-from jaxrl_pt.models import transformer
+from jaxrl_pt.models import adapters, transformer
 from jaxrl_pt.parallel.mesh import make_mesh
 from jaxrl_pt.sampling import branch, engine, groups, weight_sync
 
@@ -100,3 +100,22 @@ def test_only_ternary_weights_are_packed():
                                       num_kv_heads=1, head_dim=8, vocab_size=19))
   with pytest.raises(ValueError, match='ternary'):
     weight_sync.make_weight_sync(plain, MESH, True)
+
+
+@pytest.mark.parametrize('weights', ['none', 'ternary'])
+def test_frozen_parameters_move_once_and_adapters_in_every_sync(weights):
+  model = transformer.build(dataclasses.replace(
+      CONFIG, adapter=cfg.LoRA(2, projections=('q_proj', 'down_proj')),
+      quant=cfg.Quant(weights, 'int8' if weights == 'ternary' else 'none')))
+  params = jax.jit(lambda params: adapters.adapt(model.specs, params, jax.random.key(1)))(PARAMS)
+  sync = weight_sync.make_weight_sync(model, MESH, weights == 'ternary')
+  first = sync(params, 0)
+  assert first.num_bytes == P.num_bytes(model.specs)
+  assert len(first.checksum) == len(jax.tree.leaves(params))
+  moved = P.joined(params, jax.tree.map(lambda x: x + 1, P.trained(model.specs, params)))
+  # A sync that read the frozen parameters again would fail, or take over what is in their place.
+  second = sync(P.joined(jax.tree.map(jnp.zeros_like, params), P.trained(model.specs, moved)), 1)
+  num_adapters = 2 * 2 * (16 + 16 + 32 + 16)
+  assert second.num_bytes == 4 * num_adapters and len(second.checksum) == 4
+  assert (first.version, second.version) == (0, 1)
+  jax.tree.map(np.testing.assert_array_equal, (first.params, second.params), (params, moved))

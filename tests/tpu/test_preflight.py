@@ -11,6 +11,7 @@ from jaxrl_pt import config as cfg
 from jaxrl_pt import main
 from jaxrl_pt.tpu import child, chips, roofline, search
 from jaxrl_pt.tpu import compile as compiling
+from tests.golden.regenerate import REQUIRED
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec('libtpu') is None,
                                   reason='libtpu is not installed: make libtpu')
@@ -95,6 +96,22 @@ def test_mistakes_are_one_sentence(change, message, capsys):
   assert main.main([*TINY, *change]) == 2
   [*_, last] = capsys.readouterr().err.strip().splitlines()
   assert message in last
+
+
+@pytest.mark.slow
+@needs_libtpu
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize('adapter, fits', [
+    ((), True), (('cfg.Model.adapter = @cfg.NoAdapter()', "cfg.Model.param_dtype = 'float32'"),
+                 False)], ids=['LoRA', 'full'])
+def test_adapters_fit_a_slice_that_full_fine_tuning_does_not(adapter, fits, capsys):
+  bindings = [flag for binding in (*REQUIRED['opo_lora_7b'], *adapter)
+              for flag in ('--gin_bindings', binding)]
+  code = main.main(['preflight', '--gin_file', 'gin/run/opo_lora_7b.gin', '--topology', 'v5e:4x4',
+                    '--no_search', '--json', *bindings])
+  rows = json.loads(capsys.readouterr().out)['programs']
+  learner = next(row for row in rows if row['program'].startswith('learner'))
+  assert (code == 0) == fits and learner['fits'] == fits
 
 
 def test_without_the_compiler_one_sentence(monkeypatch, capsys):

@@ -95,7 +95,8 @@ def step_of(loss, segments: int, accumulation: int, head: bool = False):
   values = {'weight': jnp.linspace(-1.0, 1.0, 16), 'bias': jnp.zeros(())}
   method = ValueHead(values, both.head.init(values)) if both.head else {}
   state = TrainState(jnp.zeros((), jnp.int32), params_of(0), optimizer.init(params_of(0)), method)
-  return state, jax.jit(preferences.make_pair_step(loss, both, schedule, segments, accumulation))
+  return state, jax.jit(preferences.make_pair_step(
+      MODEL.specs, loss, both, schedule, segments, accumulation))
 
 
 @pytest.mark.parametrize('method', [

@@ -34,7 +34,7 @@ def make(accumulation: int, reduction='mean'):
   optimizer = optim.make_optimizer(OPTIMIZER, 100, model.specs)
   mesh = make_mesh(cfg.Mesh(), jax.devices()[:1])
   state = states.init_state(model, optimizer, mesh, 0)
-  step = make_train_step(losses.next_token(model, 0), optimizer,
+  step = make_train_step(model.specs, losses.next_token(model, 0), optimizer,
                          optim.learning_rate(OPTIMIZER.schedule, 100), accumulation, reduction)
   return model, state, jax.jit(step)
 
