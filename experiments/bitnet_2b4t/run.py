@@ -175,12 +175,14 @@ def plot_stages(sft: dict[str, list], dpo: list) -> None:
   for run in dpo:
     steps = [row['step'] for row in run]
     middle.plot(steps, [row['margin'] for row in run], '.-', color='C0', alpha=0.7)
-    right.plot(steps, [row['accuracy'] for row in run], '.-', color='C0', alpha=0.7)
+    # Before the first step all rewards are 0, and no pair is ordered.
+    right.plot(steps[1:], [row['accuracy'] for row in run[1:]], '.-', color='C0', alpha=0.7)
   middle.axhline(0, color='0.6', linewidth=1)
   right.axhline(0.5, color='0.6', linewidth=1)
   left.set(xlabel='step', ylabel='nats per learned token', title='SFT, held-out answers')
   middle.set(xlabel='step', ylabel='margin of rewards', title='DPO, held-out pairs')
-  right.set(xlabel='step', ylabel='accuracy', title='DPO, held-out pairs')
+  right.set(xlabel='step', ylabel='accuracy', title='DPO, held-out pairs',
+            xlim=middle.get_xlim())
   left.legend(fontsize=8)
   for axes in (left, middle, right):
     axes.grid(alpha=0.3)
