@@ -204,7 +204,8 @@ def _compiled(quant: cfg.Quant, inputs: str, optimizer: cfg.AdamW, num_steps: in
   transformation = optim.make_optimizer(optimizer, num_steps, model.specs)
   rate = optim.learning_rate(optimizer.schedule, num_steps)
   loss = losses.next_token(model, 0)
-  return jax.jit(step.make_train_step(loss, transformation, rate)), transformation
+  take = step.make_train_step(model.specs, loss, transformation, rate)
+  return jax.jit(take), transformation
 
 
 @functools.cache
