@@ -6,7 +6,7 @@ import dataclasses
 import json
 from pathlib import Path
 import shutil
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -238,7 +238,7 @@ def export_model(workdir: Path, destination: Path, *, step: int | None, packed: 
     kept = workdir / places.CARRIED / _SCALES
     hf.save_model(folder, config, values, packed=packed, bos_id=tokenizer.bos_id,
                   eos_id=tokenizer.eos_id, scales=hf.read_json(kept) if kept.exists() else None,
-                  longest=_carried(workdir / places.CARRIED).longest)
+                  longest=_longest(workdir / places.CARRIED))
     said = [f'Exported step {trained.step} of {workdir} to {destination}.']
     if not _write_tokenizer(tokenizer, workdir / places.CARRIED, folder):
       said.append('Its tokenizer has no Hugging Face form and was left out.')
@@ -303,10 +303,9 @@ def export_gguf(workdir: Path, destination: Path, *, step: int | None,
   with files.whole_file(destination) as path:
     trained = policy.load_policy(workdir, step)
     tokenizer, (config, values) = trained.session.data.tokenizer, _merged(trained)
-    carried = _carried(workdir / places.CARRIED)
     keys = gguf_file.metadata(config, ternary_type, workdir.absolute().name,
-                              carried.longest or context_length(config))
-    vocabulary = gguf_vocabulary.metadata(tokenizer, config.vocab_size, carried.end_ids)
+                              _longest(workdir / places.CARRIED) or context_length(config))
+    vocabulary = gguf_vocabulary.metadata(tokenizer, config.vocab_size, tokenizer.stop_ids)
     keys |= vocabulary or {'tokenizer.ggml.model': 'none'}
     if template := chat_files.read(workdir / places.CARRIED):
       keys['tokenizer.chat_template'] = template.source
@@ -323,22 +322,11 @@ def export_gguf(workdir: Path, destination: Path, *, step: int | None,
   return ' '.join(said)
 
 
-class _Carried(NamedTuple):
-  """What the carried files of an imported model say; nothing of one that was trained here."""
-
-  longest: int | None  # tokens of the longest text that it is for
-  end_ids: tuple[int, ...]  # the tokens that end a response
-
-
-def _carried(folder: Path) -> _Carried:
-  def found(name: str) -> dict[str, Any]:
-    value = hf.read_json(folder / name) if (folder / name).exists() else {}
-    return value if isinstance(value, dict) else {}
-
-  ends = found('generation_config.json').get('eos_token_id')
-  ends = tuple(i for i in (ends if isinstance(ends, list) else [ends]) if isinstance(i, int))
-  longest = found('config.json').get('max_position_embeddings')
-  return _Carried(longest if isinstance(longest, int) and longest > 0 else None, ends)
+def _longest(carried: Path) -> int | None:
+  """Tokens of the longest text that an imported model is for; None if it was trained here."""
+  settings = hf.read_json(carried / 'config.json') if (carried / 'config.json').exists() else {}
+  longest = settings.get('max_position_embeddings')
+  return longest if isinstance(longest, int) and longest > 0 else None
 
 
 def _write_tokenizer(tokenizer: tokenizers.Tokenizer, carried: Path, folder: Path) -> bool:
