@@ -14,7 +14,8 @@ def bindings(workdir: Path, gin_files: list[str], given: list[str]) -> list[str]
   """Gin statements that make a run start from a policy, to stand between its files and bindings.
 
   They name the policy, and take its model's shape and its tokenizer from the record of its newest
-  checkpoint; `Model.param_dtype` stays the run's own, and so do its data, where it names any.
+  checkpoint; `Model.param_dtype` stays the run's own, and so do its data, where it names any. A
+  supervised stage has data of its own and reads the policy's tokenizer itself.
 
   Args:
     workdir: the work directory of the policy.
@@ -30,7 +31,7 @@ def bindings(workdir: Path, gin_files: list[str], given: list[str]) -> list[str]
   # A value that chooses a type is written @cfg.Type().
   chosen = [repr(b.value).rpartition('cfg.')[2].removesuffix('()') for b in parsed
             if b.name == 'cfg.Run.objective']
-  starting = {kind.__name__ for kind in get_args(cfg.Objective)
+  starting = {kind.__name__: kind for kind in get_args(cfg.Objective)
               if 'start_from' in kind.policy_fields}
   if not chosen or chosen[-1] not in starting:
     said = f'@cfg.{chosen[-1]}()' if chosen else 'none'
@@ -40,7 +41,9 @@ def bindings(workdir: Path, gin_files: list[str], given: list[str]) -> list[str]
   run, _ = gin_bindings.load([], [gin_bindings.current_names(extras['config'])])
   run = dataclasses.replace(run, model=cfg.model_at(run, step))
   types, owners = _types(run.model), [('Run', 'model')]
-  if any(b.name == 'cfg.Run.data' for b in parsed):
+  if starting[chosen[-1]].examples is not None:
+    pass  # Its data are its own, and Data.tokenizer = @cfg.PolicyTokenizer() names the policy's.
+  elif any(b.name == 'cfg.Run.data' for b in parsed):
     types |= _types(run.data.tokenizer)
     owners.append(('Data', 'tokenizer'))
   else:

@@ -11,9 +11,11 @@ import jax
 import numpy as np
 import pytest
 
-from jaxrl_pt import metrics
+from jaxrl_pt import config as cfg
+from jaxrl_pt import gin_bindings, metrics
 from jaxrl_pt.jobs.open import load_state
 from jaxrl_pt.main import main
+from jaxrl_pt.run import start
 from tests import xla_flags
 from tests.e2e.conftest import PRETRAIN, Job
 from tests.e2e.test_bad_input import complaint, train_argv
@@ -104,6 +106,17 @@ def test_a_tuned_policy_is_evaluated_sampled_and_started_from(
   whole = json.loads(capsys.readouterr().out)
   assert whole['loss'] < 3 and whole['bits_per_byte'] > 0
   assert main(['sample', '--workdir', workdir, '--prompt', 'say 7: ', '--num_tokens', '4']) == 0
+
+
+def test_the_flag_start_from_keeps_the_data_of_a_stage(
+    make_job: Callable[..., Job], pretrained: Job, conversations: Path):
+  job = make_job(SFT, start_from='elsewhere', rows=str(conversations))
+  given = ['cfg.Model.d_ff = 7']  # Of another model than the policy's.
+  taken = start.bindings(pretrained.workdir, [str(job.gin_file)], given)
+  run, _ = gin_bindings.load([str(job.gin_file)], taken)
+  assert run.objective.start_from == str(pretrained.workdir) and run.model.d_ff == 64
+  assert run.data.tokenizer == cfg.PolicyTokenizer()
+  assert isinstance(run.data.source, cfg.WeightedConversations)
 
 
 @pytest.mark.parametrize('binding, expected', [
