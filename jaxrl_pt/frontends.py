@@ -71,7 +71,7 @@ def sample(workdir: Path, prompts: list[str] | None, *, step: int | None, as_jso
     as_json: whether to print one JSON list at the end.
     prompt_len: most tokens of a prompt that is typed at the terminal.
     seed: the seed of the noise; equal seeds draw equal samples.
-    reading: how the cache is read.
+    reading: how the cache is kept and read.
     stop: texts that end a sample.
     drawing: the fields of `cfg.Sampler` that were given; the others are the model's own.
     settings: num_tokens and num_samples of `samples.stream_samples`.
@@ -115,7 +115,8 @@ def _show_samples(policy: Policy, engine: Engine, as_json: bool,
 
 
 def chat(workdir: Path, *, step: int | None, prompt_len: int, template: Path | None,
-         markers: Iterable[str], seed: int, drawing: dict[str, Any], **settings: Any) -> None:
+         markers: Iterable[str], seed: int, kv: cfg.KV, drawing: dict[str, Any],
+         **settings: Any) -> None:
   """Holds a conversation at the terminal.
 
   Args:
@@ -125,6 +126,7 @@ def chat(workdir: Path, *, step: int | None, prompt_len: int, template: Path | N
     template: a file of Jinja2; None takes the model's own, or plain text where it has none.
     markers: the two texts that start and end thinking.
     seed: the seed of the noise; equal seeds and equal lines get equal answers.
+    kv: how keys and values are stored.
     drawing: the fields of `cfg.Sampler` that were given; the others are the model's own.
     settings: the other keyword arguments of `terminal.Chat`.
   """
@@ -138,7 +140,7 @@ def chat(workdir: Path, *, step: int | None, prompt_len: int, template: Path | N
   longest = talk.request((0,), 0).max_tokens
   engine = samples.make_engine(
       policy, cfg.Engine(slots=1, queue=1, prompt_len=prompt_len, response_len=longest,
-                         steps_per_call=2),
+                         kv=kv, steps_per_call=2),
       seed=seed, think_end=encode_marker(tokenizer, enclosing.end))
   engine.check(talk.request((0,), 0))
   if console.is_terminal:

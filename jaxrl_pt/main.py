@@ -114,8 +114,8 @@ def _sample(args: argparse.Namespace) -> int:
     prompts = frontends.read_prompts(args.prompt_file)
   frontends.sample(
       args.workdir, prompts, step=args.step, as_json=args.json, prompt_len=1024, seed=args.seed,
-      reading=samples.Reading(*reading), stop=tuple(args.stop), drawing=drawing,
-      num_tokens=args.num_tokens, num_samples=args.num_samples)
+      reading=samples.Reading(*reading, kv=args.kv), stop=tuple(args.stop),
+      drawing=drawing, num_tokens=args.num_tokens, num_samples=args.num_samples)
   return 0
 
 
@@ -156,7 +156,8 @@ def _chat(args: argparse.Namespace) -> int:
   frontends.chat(
       args.workdir, step=args.step, prompt_len=args.prompt_len, template=args.template,
       markers=args.markers, seed=args.seed, drawing=drawing, max_tokens=args.num_tokens,
-      max_thought=args.max_thought, max_answer=args.max_answer, system=args.system)
+      max_thought=args.max_thought, max_answer=args.max_answer, system=args.system,
+      kv=args.kv)
   return 0
 
 

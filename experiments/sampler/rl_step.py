@@ -86,7 +86,7 @@ def occupancy(params: Any, asked: Prompts, key: Any, stop: int, num: int) -> dic
   """What `groups.generate` counts on the device and does not return."""
   shape = groups.shape_of(SHAPE.vocab_size, asked, SAMPLES, LONGEST, SAMPLER, cfg.Slots(slots=num))
   queue = groups.queue_of(asked, SAMPLES, LONGEST, (stop,))
-  begin = state.init(MODEL, shape, Vocabulary(), jnp.float32)
+  begin = state.init(MODEL, shape, Vocabulary(), 'model')
   end = jax.jit(lambda p, k, q, s: slots.advance(
       MODEL, shape, Vocabulary(), p, k, 0, q, s, groups.most_turns(shape, has_all_pages=True)))(
           params, key, queue, begin)

@@ -59,7 +59,7 @@ def measure(topology: str, slots: int, pages: str) -> dict[str, Any]:
   of_one = transformer.build(TWO_B, cfg.Compute(dtype='bfloat16'))
   of_chip = jax.eval_shape(lambda: (
       groups.queue_of(asked, 1, CONTEXT - PROMPT, groups.NO_STOP),
-      state.init(of_one, shape, Vocabulary(), jnp.dtype(pages))))
+      state.init(of_one, shape, Vocabulary(), 'int8' if pages == 'int8' else 'model')))
   of_all = jax.tree.map(lambda x: jax.ShapeDtypeStruct((num_chips, *x.shape), x.dtype), of_chip)
   key = jax.eval_shape(lambda: jax.random.key(0))
 

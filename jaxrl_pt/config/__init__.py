@@ -17,6 +17,7 @@ from jaxrl_pt.config.model import *
 from jaxrl_pt.config.objectives import *
 from jaxrl_pt.config.optimizer import *
 from jaxrl_pt.config.problems import *
+from jaxrl_pt.config.reading import *
 from jaxrl_pt.config.rollouts import *
 from jaxrl_pt.config.run import *
 from jaxrl_pt.config.verifiers import *

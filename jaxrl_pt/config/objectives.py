@@ -219,6 +219,10 @@ def _check_method(name: str, rollouts: Rollouts, algorithm: Algorithm) -> None:
     raise UserError(f'{name} draws by sparse attention and learns by dense attention, which is '
                     'another policy: choose an Algorithm.correction, such as @cfg.TokenTIS(), or '
                     'ReSA.replay = True.')
+  if rollouts.slots.coarse and algorithm.correction == NoCorrection():
+    raise UserError(f'{name} draws with {rollouts.slots.coarse} and learns without, which is '
+                    'another policy: choose an Algorithm.correction, such as @cfg.TokenTIS(), or '
+                    "'int8'.")
   if rollouts.is_replayed and (rollouts.mode != OnPolicy() or rollouts.dump_every):
     raise UserError('ReSA.replay = True needs Rollouts.mode = @cfg.OnPolicy() and '
                     'Rollouts.dump_every = 0: what each token was drawn from is not kept.')

@@ -1,12 +1,20 @@
-"""How responses are drawn: sampler, sparse attention, engine, groups."""
+"""How responses are drawn: sampler, engine, groups."""
 
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import get_args
 
 from jaxrl_pt.config import checks
+from jaxrl_pt.config.reading import (
+  KV,
+  MOST_TOKENS,
+  Dense,
+  Drafts,
+  NoDrafts,
+  ReSA,
+  block_of,
+  check_reading,
+)
 from jaxrl_pt.errors import UserError
-
-MOST_TOKENS = 2**24  # The largest number of tokens of a row.
 
 
 @dataclass(frozen=True)
@@ -39,134 +47,6 @@ class Sampler:
 
 
 @dataclass(frozen=True)
-class RefreshEvery:
-  """Each row is rectified after every `tokens` tokens.
-
-  With 1 each step reads a dense cache, which shows the effect of sparse reading alone
-  ("decode-only").
-  """
-
-  tokens: int = 32
-
-  def __post_init__(self) -> None:
-    checks.size(self, 'tokens', 1, MOST_TOKENS, 4, 'so many tokens of a row')
-
-
-@dataclass(frozen=True)
-class RefreshNever:
-  """No row is rectified."""
-
-
-@dataclass(frozen=True)
-class Dense:
-  """A step reads the whole KV cache of a row."""
-
-
-@dataclass(frozen=True)
-class ReSA:
-  """Rectified sparse attention (2506.04108): a step reads only some blocks of the KV cache.
-
-  block: tokens of a block.
-  active: the share of the blocks that a step reads.
-  min_blocks: the smallest number of blocks that a step reads, if there are so many.
-  local_blocks: how many of the last blocks are always among those that a step reads.
-  refresh: when keys and values of drawn tokens are computed again by dense attention.
-  replay: whether the learner's forward pass reads the blocks that the sampler read, so that both
-    compute one policy. It takes two forward passes over the responses, and one bit for each block,
-    key/value head, layer and token.
-  """
-
-  block: int = 16
-  active: float = 0.1
-  min_blocks: int = 16
-  local_blocks: int = 1
-  refresh: RefreshEvery | RefreshNever = field(default_factory=RefreshEvery)
-  replay: bool = False
-
-  def __post_init__(self) -> None:
-    checks.size(self, 'block', 1, MOST_TOKENS, 4, 'the tokens of one block')
-    checks.number(self, 'active', 0.0, 1.0)
-    if self.active == 0:
-      checks.fail(self, 'active', 'a share of the blocks above 0, at most 1')
-    checks.integer(self, 'min_blocks', 1)
-    checks.integer(self, 'local_blocks', 0, self.min_blocks)
-    checks.instance(self, 'refresh', RefreshEvery, RefreshNever)
-    checks.flag(self, 'replay')
-
-  @property
-  def window(self) -> int:
-    """Tokens between two rectifications of a row; 0 where there is none."""
-    return self.refresh.tokens if isinstance(self.refresh, RefreshEvery) else 0
-
-
-@dataclass(frozen=True)
-class NoDrafts:
-  """The tokens of a response go through the model one by one."""
-
-
-MOST_DRAFTS = 64
-
-
-@dataclass(frozen=True)
-class PromptLookup:
-  """Drafts are what followed the newest `ngram` tokens when they last stood in the text.
-
-  A dense forward pass checks them, so that the responses are those of NoDrafts.
-
-  tokens: the number of drafts.
-  """
-
-  tokens: int = 4
-  ngram: int = 3
-
-  def __post_init__(self) -> None:
-    checks.integer(self, 'tokens', 1, MOST_DRAFTS)
-    checks.integer(self, 'ngram', 1, MOST_DRAFTS)
-
-
-@dataclass(frozen=True)
-class SparseDrafts:
-  """Drafts are what sparse attention draws (2506.04108 section 4.4).
-
-  A dense forward pass checks them, so that the responses are those of NoDrafts. It also rectifies
-  the cache, so that `ReSA.refresh` and `ReSA.replay` are not read.
-
-  tokens: the number of drafts.
-  resa: which blocks are read.
-  """
-
-  tokens: int = 4
-  resa: ReSA = field(default_factory=ReSA)
-
-  def __post_init__(self) -> None:
-    checks.integer(self, 'tokens', 1, MOST_DRAFTS)
-    checks.instance(self, 'resa', ReSA)
-    if self.resa.replay:
-      raise UserError('SparseDrafts.resa has replay = True, but what is drawn is dense: leave it '
-                      'out.')
-
-
-Drafts = NoDrafts | PromptLookup | SparseDrafts
-
-
-def block_of(sparse: Dense | ReSA, drafts: Drafts) -> int:
-  """Tokens of a block where sparse attention draws or drafts, else 0."""
-  if isinstance(drafts, SparseDrafts):
-    return drafts.resa.block
-  return sparse.block if isinstance(sparse, ReSA) else 0
-
-
-def _check_reading(sparse: Dense | ReSA, drafts: Drafts, kv: str) -> None:
-  """Refuses what does not go with sparse attention."""
-  if kv == 'int8' and (sparse != Dense() or isinstance(drafts, SparseDrafts)):
-    raise UserError("Sparse attention reads pages in the model's type: set kv = 'model', or choose "
-                    '@cfg.Dense() and no @cfg.SparseDrafts().')
-  if sparse != Dense() and drafts != NoDrafts():
-    raise UserError('Drafts are checked by dense attention, which @cfg.ReSA() replaces: choose '
-                    '@cfg.NoDrafts(), or @cfg.SparseDrafts() with @cfg.Dense().')
-
-
-@dataclass(frozen=True)
 class Engine:
   """Sizes of the continuous-batching engine, for which its program is compiled once.
 
@@ -177,7 +57,7 @@ class Engine:
   num_pages: the number of pages; 0 for as many as all slots could need.
   prefill_chunk: tokens of a prompt that go through the model in one forward pass.
   prefill_rows: the number of prompts that go through the model in one forward pass.
-  kv: how keys and values are stored: in the model's type, or as int8.
+  kv: how keys and values are stored: in the model's type, or in 8, 4 or 3 bits.
   steps_per_call: decode steps of one call, after which the host sees the new tokens.
   top_logprobs: the most of the likeliest tokens whose log-probabilities a request may ask for.
   constrained: the largest number of constrained responses at a time.
@@ -193,7 +73,7 @@ class Engine:
   num_pages: int = 0
   prefill_chunk: int = 128
   prefill_rows: int = 2
-  kv: Literal['model', 'int8'] = 'model'
+  kv: KV = 'model'
   steps_per_call: int = 16
   top_logprobs: int = 20
   constrained: int = 16
@@ -215,10 +95,10 @@ class Engine:
     checks.size(self, 'top_logprobs', 0, 1000, 8 * checks.units(self, 'queue', 'response_len'),
                 'the likeliest tokens')
     checks.size(self, 'constrained', 1, 2**20, 2**12, 'the masks of their tokens')
-    checks.choice(self, 'kv', Literal['model', 'int8'])
+    checks.choice(self, 'kv', KV)
     checks.instance(self, 'sparse', Dense, ReSA)
     checks.instance(self, 'drafts', *get_args(Drafts))
-    _check_reading(self.sparse, self.drafts, self.kv)
+    check_reading(self.sparse, self.drafts)
     block = block_of(self.sparse, self.drafts)
     if block and block != self.page_size:
       raise UserError(f'Engine.page_size = {self.page_size} is not ReSA.block = {block}, but a '
@@ -243,7 +123,7 @@ class Slots:
     as many as its slots could need.
   prefill_chunk: tokens of a prompt that go through the model in one forward pass.
   prefill_tokens: tokens of all prompts that go through the model in one forward pass.
-  kv: how keys and values are stored: in the model's type, or as int8.
+  kv: how keys and values are stored: in the model's type, or in 8, 4 or 3 bits.
   drafts: whether tokens are drafted, of which several then go through the model at once.
   """
 
@@ -252,12 +132,11 @@ class Slots:
   num_pages: int = 0
   prefill_chunk: int = 256
   prefill_tokens: int = 1024
-  kv: Literal['model', 'int8'] = 'model'
+  kv: KV = 'model'
   drafts: Drafts = field(default_factory=NoDrafts)
 
   def __post_init__(self) -> None:
     checks.instance(self, 'drafts', *get_args(Drafts))
-    _check_reading(Dense(), self.drafts, self.kv)
     checks.size(self, 'slots', 0, 2**20, 4, 'the slots')
     for name in ('page_size', 'prefill_chunk', 'prefill_tokens'):
       checks.size(self, name, 1, MOST_TOKENS, 4, 'so many tokens')
@@ -265,7 +144,13 @@ class Slots:
     if self.num_pages and not self.slots:
       raise UserError(f'Slots.num_pages = {self.num_pages} with a slot for every response, which '
                       'needs all pages: set Slots.slots too.')
-    checks.choice(self, 'kv', Literal['model', 'int8'])
+    checks.choice(self, 'kv', KV)
+
+
+  @property
+  def coarse(self) -> str:
+    """The setting that rounds so much that another policy draws; empty where none does."""
+    return f"Slots.kv = '{self.kv}'" if self.kv in ('int4', 'int3') else ''
 
 
 @dataclass(frozen=True)
@@ -339,9 +224,10 @@ class Rollouts:
   dump_every: steps between rollouts that are kept in the work directory for replay; 0 keeps none.
   mismatch_gate: a step whose sampler–trainer mismatch, mean exp|log π_train − log π_sampler|, is
     larger stops the run and leaves its worst responses in the work directory; 0 switches the gate
-    off. There is no gate where the two policies differ on purpose: off-policy, and where responses
-    are drawn by sparse attention that the learner does not replay.
-  sparse: whether responses are drawn by sparse attention, which does not take pages of int8.
+    off. There is no gate where the two policies differ on purpose: off-policy, where responses are
+    drawn by sparse attention that the learner does not replay, and with keys and values of 4 or 3
+    bits.
+  sparse: whether responses are drawn by sparse attention.
   """
 
   num_prompts: int = 32
@@ -385,7 +271,7 @@ class Rollouts:
     if isinstance(self.mode, InFlight) and self.sparse != Dense():
       raise UserError('Rollouts.mode = @cfg.InFlight() draws by dense attention: leave '
                       'Rollouts.sparse at @cfg.Dense().')
-    _check_reading(self.sparse, self.slots.drafts, self.slots.kv)
+    check_reading(self.sparse, self.slots.drafts)
 
   @property
   def is_replayed(self) -> bool:
@@ -395,5 +281,5 @@ class Rollouts:
   @property
   def is_gated(self) -> bool:
     """Whether a mismatch can stop the run."""
-    same = self.sparse == Dense() or self.is_replayed
+    same = (self.sparse == Dense() or self.is_replayed) and not self.slots.coarse
     return self.mismatch_gate > 0 and self.mode == OnPolicy() and same

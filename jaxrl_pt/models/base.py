@@ -4,8 +4,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import jax
-from jax.typing import DTypeLike
 
+from jaxrl_pt.config import KV
 from jaxrl_pt.config import Model as ModelConfig
 from jaxrl_pt.models.kv_cache import Attend, KVCache
 from jaxrl_pt.models.paged_cache import PagedCache
@@ -35,7 +35,7 @@ class Model(NamedTuple):
   extend: see `Extend`; `apply` is `extend` without a cache. It takes `unstacked` parameters too.
   head(params) → f[D, V], so that logits_BTV = hidden_BTD @ head
   init_cache(num_rows, num_slots) → empty KVCache
-  init_pages(num_pages, page_size, dtype) → empty PagedCache
+  init_pages(num_pages, page_size, kv) → empty PagedCache
   ops: the operations that have kernels, which the block and some attends call.
   constrain: constrains the layout of an activation on the mesh.
   """
@@ -46,7 +46,7 @@ class Model(NamedTuple):
   extend: Extend
   head: Callable[[Params], Array]
   init_cache: Callable[[int, int], KVCache]
-  init_pages: Callable[[int, int, DTypeLike], PagedCache]
+  init_pages: Callable[[int, int, KV], PagedCache]
   ops: Ops
   constrain: Constrain
 

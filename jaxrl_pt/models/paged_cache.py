@@ -3,17 +3,20 @@
 A page holds the keys and values of `page` consecutive tokens of one sequence, and a page table says
 which page holds which tokens. Sequences with a common beginning share the pages of that beginning.
 Page 0 belongs to nobody: rows without a sequence write there, and no sequence reads it. Pages are
-stored in the model's own type, or as int8 with one scale per token and head.
+stored in the model's own type, or in 8, 4 or 3 bits with one scale per token and head (`kv_quant`).
 """
 
 import dataclasses
 
 from flax import struct
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from jaxrl_pt.config import Model
+from jaxrl_pt.config import KV, Model
 from jaxrl_pt.models.kv_cache import Attend, KVCache
+from jaxrl_pt.nn import absmax, kv_quant
+from jaxrl_pt.nn.kv_quant import PackedPages
 from jaxrl_pt.nn.ops import Ops
 from jaxrl_pt.types import Array
 
@@ -24,9 +27,10 @@ NOBODY = 0
 class PagedCache:
   """N pages in each of L layers; page p of layer l is entry l · N + p of the pool."""
 
-  pages: Array  # f or i8[K, L · N, 2, page, E]; keys, then values
-  scales: Array | None  # f32[K, L · N, 2, page] where pages are int8
+  pages: Array | PackedPages  # f or i8[K, L · N, 2, page, E], or packed; keys, then values
+  scales: Array | None  # f32[K, L · N, 2, page] where pages are quantised
   num_pages: int = struct.field(pytree_node=False)  # N
+  kv: KV = struct.field(pytree_node=False)
 
   @property
   def page_size(self) -> int:
@@ -39,11 +43,25 @@ class PagedCache:
     return self.pages.shape[1] // self.num_pages
 
 
-def init(config: Model, num_pages: int, page_size: int, dtype: DTypeLike) -> PagedCache:
-  """An empty pool; with the dtype int8, keys and values are quantised as they are written."""
+def init(config: Model, num_pages: int, page_size: int, dtype: DTypeLike, kv: KV = 'model'
+         ) -> PagedCache:
+  """An empty pool; unless kv is 'model', keys and values are quantised as they are written.
+
+  Args:
+    config: the model's sizes.
+    num_pages: N.
+    page_size: tokens of a page.
+    dtype: the model's own type.
+    kv: how keys and values are stored.
+
+  Raises:
+    UserError: the heads' channels do not fill whole bytes.
+  """
   shape = (config.num_kv_heads, config.num_layers * num_pages, 2, page_size, config.head_dim)
-  scales = jnp.zeros(shape[:-1], jnp.float32) if jnp.dtype(dtype) == jnp.int8 else None
-  return PagedCache(jnp.zeros(shape, dtype), scales, num_pages)
+  if kv == 'model':
+    return PagedCache(jnp.zeros(shape, dtype), None, num_pages, kv)
+  pages = jnp.zeros(shape, jnp.int8) if kv == 'int8' else kv_quant.empty(shape, kv_quant.BITS[kv])
+  return PagedCache(pages, jnp.zeros(shape[:-1], jnp.float32), num_pages, kv)
 
 
 def paged(ops: Ops, table_BP: Array, starts_B: Array, counts_B: Array) -> Attend:
@@ -93,18 +111,38 @@ def write(ops: Ops, cache: PagedCache, layer: Array | int, table_BP: Array, star
   def put(leaf: Array, new: Array) -> Array:
     return ops.write_pages(leaf, table_BP + first, starts_B, counts_B, new, NOBODY + first)
 
-  if cache.scales is None:
+  if cache.kv == 'model':
+    assert not isinstance(cache.pages, PackedPages)
     return dataclasses.replace(cache, pages=put(cache.pages, new_BSK2E.astype(cache.pages.dtype)))
-  codes, scales = quantise(new_BSK2E)
-  return dataclasses.replace(cache, pages=put(cache.pages, codes),
-                             scales=put(cache.scales, scales))
+  assert cache.scales is not None
+  codes, scales = absmax.quantise(new_BSK2E, kv_quant.BITS[cache.kv])
+  if not isinstance(cache.pages, PackedPages):
+    return dataclasses.replace(cache, pages=put(cache.pages, codes),
+                               scales=put(cache.scales, scales))
+  # The token at position 0 has 8 bits; it stands in a pool of pages of one token each.
+  codes_8, scales_8 = absmax.quantise(new_BSK2E[:, :1], 8)
+  is_first = starts_B == 0
+  scales = scales.at[:, :1].set(jnp.where(is_first[:, None, None, None], scales_8, scales[:, :1]))
+  of_first = ops.write_pages(cache.pages.first, table_BP[:, :1] + first, jnp.zeros_like(starts_B),
+                             jnp.where(is_first, jnp.minimum(counts_B, 1), 0), codes_8,
+                             NOBODY + first)
+  pages = dataclasses.replace(
+      cache.pages, codes=put(cache.pages.codes, absmax.pack(codes, cache.pages.bits)),
+      first=of_first)
+  return dataclasses.replace(cache, pages=pages, scales=put(cache.scales, scales))
 
 
-def quantise(x: Array) -> tuple[Array, Array]:
-  """Quantises vectors f[..., E] by their absmax to int8 codes and a scale f32[...] for each."""
-  x = x.astype(jnp.float32)
-  scale = jnp.maximum(jnp.abs(x).max(-1), 1e-12) / 127
-  return jnp.round(x / scale[..., None]).astype(jnp.int8), scale
+def keys(cache: PagedCache, pages: Array, is_first: Array, dtype: DTypeLike) -> Array:
+  """The keys of some pages, dtype[K, ..., page, E].
+
+  Args:
+    cache: the pool.
+    pages: i32[...] as indices into the pool.
+    is_first: bool[...] whether position 0 is the page's first.
+    dtype: of the keys.
+  """
+  take = lambda leaf: leaf[:, pages, 0]
+  return kv_quant.read(cache.pages, cache.scales, take, is_first, dtype)
 
 
 def write_rows(ops: Ops, cache: PagedCache, table_BP: Array, rows: KVCache, lengths_B: Array
@@ -135,5 +173,4 @@ def copy_pages(cache: PagedCache, sources_C: Array, targets_C: Array) -> PagedCa
   def copied(leaf: Array) -> Array:
     return leaf.at[:, target].set(leaf[:, source])
 
-  scales = None if cache.scales is None else copied(cache.scales)
-  return dataclasses.replace(cache, pages=copied(cache.pages), scales=scales)
+  return jax.tree.map(copied, cache)

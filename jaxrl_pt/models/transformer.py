@@ -15,7 +15,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 
 from jaxrl_pt import config as cfg
 from jaxrl_pt.errors import UserError
@@ -97,8 +96,8 @@ def build(config: cfg.Model, compute: cfg.Compute = cfg.Compute(),
   def init_cache(num_rows: int, num_slots: int) -> kv_cache.KVCache:
     return kv_cache.init(config, num_rows, num_slots, dtype)
 
-  def init_pages(num_pages: int, page_size: int, dtype: DTypeLike) -> paged_cache.PagedCache:
-    pages = paged_cache.init(config, num_pages, page_size, dtype)
+  def init_pages(num_pages: int, page_size: int, kv: cfg.KV) -> paged_cache.PagedCache:
+    pages = paged_cache.init(config, num_pages, page_size, dtype, kv)
     by_heads = lambda x: constrain(x, ('kv_heads', *[None] * (x.ndim - 1)))
     return jax.tree.map(by_heads, pages)
 

@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 from jaxrl_pt.config import ActivationQuant
 from jaxrl_pt.nn import quant
 from jaxrl_pt.nn.attention import causal_attention
+from jaxrl_pt.nn.kv_quant import PackedPages
 from jaxrl_pt.nn.page_writes import write_tokens
 from jaxrl_pt.nn.paged_attention import paged_attention, paged_attention_beside
 from jaxrl_pt.nn.sparse_attention import Reading, sparse_attention
@@ -30,9 +31,10 @@ Rotated = Callable[[Array, Array | None, float, ActivationQuant], tuple[Array, A
 # attention(q_BTHE, k_BTKE, v_BTKE, segments_BT) → out_BTHE
 Attention = Callable[[Array, Array, Array, Array], Array]
 # paged(q_BSHE, pages, scales or None, table_BP, starts_B, counts_B) → out_BSHE
-Paged = Callable[[Array, Array, Array | None, Array, Array, Array], Array]
+Paged = Callable[[Array, Array | PackedPages, Array | None, Array, Array, Array], Array]
 # paged_beside(the arguments of paged, table_DP, shared_B) → out_BSHE
-PagedBeside = Callable[[Array, Array, Array | None, Array, Array, Array, Array, Array], Array]
+PagedBeside = Callable[
+    [Array, Array | PackedPages, Array | None, Array, Array, Array, Array, Array], Array]
 # write_pages(pool, table_BP, starts_B, counts_B, new_BSK2…, nobody) → pool
 WritePages = Callable[[Array, Array, Array, Array, Array, Array | int], Array]
 
@@ -40,8 +42,9 @@ WritePages = Callable[[Array, Array, Array, Array, Array, Array | int], Array]
 class ReadSparsely(Protocol):
   """The signature of `sparse_attention`."""
 
-  def __call__(self, q_BHE: Array, pages: Array, bounds_LBKPD: Array, layer: Array,
-               table_BP: Array, lengths_B: Array, selection: Selection) -> Reading: ...
+  def __call__(self, q_BHE: Array, pages: Array | PackedPages, bounds_LBKPD: Array, layer: Array,
+               table_BP: Array, lengths_B: Array, selection: Selection,
+               scales: Array | None = None) -> Reading: ...
 
 
 def product(x_codes: Array, x_scale: Array, w_codes: Array, w_scale: Array,

@@ -5,8 +5,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
+from jaxrl_pt.nn import kv_quant
 from jaxrl_pt.nn.attention import MASKED
+from jaxrl_pt.nn.kv_quant import PackedPages
 from jaxrl_pt.types import Array
 
 # Tokens that one turn of the loop reads. Fewer make the loop's own cost show, and with more a short
@@ -22,8 +25,8 @@ def pages_per_turn(table_len: int, page_size: int, block: int) -> int:
   return min(max(1, block // page_size, -(-table_len // MOST_TURNS)), table_len)
 
 
-def paged_attention(q_BSHE: Array, pages: Array, scales: Array | None, table_BP: Array,
-                    starts_B: Array, counts_B: Array) -> Array:
+def paged_attention(q_BSHE: Array, pages: Array | PackedPages, scales: Array | None,
+                    table_BP: Array, starts_B: Array, counts_B: Array) -> Array:
   """Attention of S new tokens of each row to the tokens of its pages.
 
     out_s = softmax(q_s K[:t]ᵀ / √E) V[:t],   t = start + s + 1
@@ -33,8 +36,9 @@ def paged_attention(q_BSHE: Array, pages: Array, scales: Array | None, table_BP:
 
   Args:
     q_BSHE: f[B, S, H, E] queries, after RoPE; H is a multiple of K.
-    pages: f or i8[K, N, 2, page, E] keys, then values; those of the new tokens included.
-    scales: f32[K, N, 2, page] where pages are int8, else None.
+    pages: f or i8[K, N, 2, page, E] keys, then values, or packed ones; those of the new tokens
+      included.
+    scales: f32[K, N, 2, page] where pages are quantised, else None.
     table_BP: i32[B, P] the pages of each row, as indices into the pool.
     starts_B: i32[B] position of each row's first new token.
     counts_B: i32[B] how many of its S tokens a row has; the results of the others mean nothing.
@@ -44,12 +48,13 @@ def paged_attention(q_BSHE: Array, pages: Array, scales: Array | None, table_BP:
   """
   q, positions_BQ = _by_group(q_BSHE, starts_B, pages)
   end = jnp.where(counts_B > 0, starts_B + counts_B, 1).max()
-  return _out(_over_pages(q, positions_BQ, end, pages, scales, table_BP, BLOCK), q_BSHE)
+  return _out(_over_pages(q, positions_BQ, end, _Pool(pages, scales, table_BP, True), BLOCK),
+              q_BSHE)
 
 
-def paged_attention_beside(q_BSHE: Array, pages: Array, scales: Array | None, table_BP: Array,
-                           starts_B: Array, counts_B: Array, table_DP: Array, shared_B: Array
-                           ) -> Array:
+def paged_attention_beside(q_BSHE: Array, pages: Array | PackedPages, scales: Array | None,
+                           table_BP: Array, starts_B: Array, counts_B: Array, table_DP: Array,
+                           shared_B: Array) -> Array:
   """`paged_attention` of rows that lie beside one another if their pages begin alike.
 
   The pages that rows share with their document are read once for all of them, and the rest of each
@@ -70,7 +75,8 @@ def paged_attention_beside(q_BSHE: Array, pages: Array, scales: Array | None, ta
   own = shared_B[:, None] // page_size + jnp.arange(table_BP.shape[1])
   own_table = jnp.take_along_axis(table_BP, jnp.minimum(own, table_BP.shape[1] - 1), 1)
   end = jnp.where(counts_B > 0, starts_B + counts_B - shared_B, 1).max()
-  of_rows = _over_pages(q, positions_BQ - shared_B[:, None], end, pages, scales, own_table, BLOCK)
+  of_rows = _over_pages(q, positions_BQ - shared_B[:, None], end,
+                        _Pool(pages, scales, own_table, shared_B == 0), BLOCK)
   # The queries of a document's rows side by side: [D, K, B / D · Q, E].
   num_groups, num_queries, width = q.shape[1:]
   together = q.reshape(num_docs, -1, num_groups, num_queries, width).swapaxes(1, 2)
@@ -79,8 +85,30 @@ def paged_attention_beside(q_BSHE: Array, pages: Array, scales: Array | None, ta
   of_documents = jax.tree.map(
       lambda x: x.reshape(num_docs, num_groups, -1, num_queries, *x.shape[3:]).swapaxes(1, 2)
       .reshape(-1, num_groups, num_queries, *x.shape[3:]),
-      _over_pages(together, last_DQ, shared_B.max(), pages, scales, table_DP, DOCUMENT_BLOCK))
+      _over_pages(together, last_DQ, shared_B.max(), _Pool(pages, scales, table_DP, True),
+                  DOCUMENT_BLOCK))
   return _out(_joined(of_rows, of_documents), q_BSHE)
+
+
+class _Pool(NamedTuple):
+  """Pages, and which of them some rows read."""
+
+  pages: Array | PackedPages
+  scales: Array | None
+  table_BP: Array
+  is_whole: Array | bool  # bool[B] whether a row's table begins with the page of position 0
+
+  def read(self, begin: Array, num_pages: int, which: int, dtype: DTypeLike) -> Array:
+    """dtype[B, K, C, E]: the keys (0) or the values (1) of some pages of each row's table.
+
+    They are read apart: out of one copy of both, XLA would read each with a stride. Heads are
+    mapped over, so that chips which hold different heads read their own and no more.
+    """
+    listed = jax.lax.dynamic_slice_in_dim(self.table_BP, begin, num_pages, 1)
+    of_heads = jax.vmap(lambda of_head: of_head[listed, which], out_axes=1)
+    is_first = (begin + jnp.arange(num_pages) == 0) & jnp.reshape(self.is_whole, (-1, 1, 1))
+    numbers = kv_quant.read(self.pages, self.scales, of_heads, is_first, dtype)
+    return numbers.reshape(*numbers.shape[:2], -1, numbers.shape[-1])
 
 
 class _Part(NamedTuple):
@@ -99,7 +127,7 @@ def _joined(one: _Part, other: _Part) -> _Part:
                one.out * shares[0][..., None] + other.out * shares[1][..., None])
 
 
-def _by_group(q_BSHE: Array, starts_B: Array, pages: Array) -> tuple[Array, Array]:
+def _by_group(q_BSHE: Array, starts_B: Array, pages: Array | PackedPages) -> tuple[Array, Array]:
   """Queries of one key/value head side by side, f[B, K, Q, E], and their positions i32[B, Q]."""
   num_rows, num_new, num_heads, width = q_BSHE.shape
   num_groups = pages.shape[0]
@@ -117,37 +145,24 @@ def _out(part: _Part, q_BSHE: Array) -> Array:
   return out.reshape(q_BSHE.shape)
 
 
-def _over_pages(q_BKQE: Array, positions_BQ: Array, num_tokens: Array, pages: Array,
-                scales: Array | None, table_BP: Array, block: int) -> _Part:
+def _over_pages(q_BKQE: Array, positions_BQ: Array, num_tokens: Array, pool: _Pool,
+                block: int) -> _Part:
   """The attention of queries to the tokens of their row's pages up to their positions.
 
   Args:
     q_BKQE: f[B, K, Q, E].
     positions_BQ: i32[B, Q]; a query with a negative one sees nothing.
     num_tokens: i32[] tokens after which no query sees one.
-    pages, scales, table_BP: as for `paged_attention`.
+    pool: the pages.
     block: the tokens that one turn of the loop reads.
   """
-  num_rows, num_groups, _, width = q_BKQE.shape
-  page_size = pages.shape[3]
-  at_once = pages_per_turn(table_BP.shape[1], page_size, block)
-  table_BP = jnp.pad(table_BP, ((0, 0), (0, -table_BP.shape[1] % at_once)))
-
-  def read(number: Array, which: int) -> Array:
-    """f[B, K, C, E]: the keys (0) or the values (1) of a block.
-
-    They are read apart: out of one copy of both, XLA would read each with a stride. Heads are
-    mapped over, so that chips which hold different heads read their own and no more.
-    """
-    listed = jax.lax.dynamic_slice_in_dim(table_BP, number * at_once, at_once, 1)
-    of_heads = jax.vmap(lambda of_head: of_head[listed, which], out_axes=1)
-    numbers = of_heads(pages).astype(q_BKQE.dtype)
-    if scales is not None:
-      numbers = numbers * of_heads(scales)[..., None].astype(q_BKQE.dtype)
-    return numbers.reshape(num_rows, num_groups, -1, width)
+  width, page_size, table_len = q_BKQE.shape[-1], pool.pages.shape[3], pool.table_BP.shape[1]
+  at_once = pages_per_turn(table_len, page_size, block)
+  table_BP = jnp.pad(pool.table_BP, ((0, 0), (0, -table_len % at_once)))
+  pool = pool._replace(table_BP=table_BP)
 
   def turn(number: Array, so_far: _Part) -> _Part:
-    k, v = (read(number, which) for which in (0, 1))
+    k, v = (pool.read(number * at_once, at_once, which, q_BKQE.dtype) for which in (0, 1))
     scores = jnp.einsum('bkqe,bkce->bkqc', q_BKQE, k, preferred_element_type=jnp.float32)
     key_positions = number * at_once * page_size + jnp.arange(at_once * page_size)
     seen = key_positions <= positions_BQ[..., None]

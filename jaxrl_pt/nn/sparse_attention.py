@@ -17,8 +17,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxrl_pt.nn import kv_quant
 from jaxrl_pt.nn.attention import MASKED
 from jaxrl_pt.nn.block_selection import select
+from jaxrl_pt.nn.kv_quant import PackedPages
 from jaxrl_pt.types import Array
 from pallas_kernels.sparse_decode import Selection
 from pallas_kernels.sparse_decode.reference import block_scores, num_blocks
@@ -39,26 +41,29 @@ class Reading(NamedTuple):
   counts: Array  # i32[B] n
 
 
-def sparse_attention(q_BHE: Array, pages: Array, bounds_LBKPD: Array, layer: Array,
-                     table_BP: Array, lengths_B: Array, selection: Selection, *,
-                     scores: Scores = block_scores) -> Reading:
+def sparse_attention(q_BHE: Array, pages: Array | PackedPages, bounds_LBKPD: Array, layer: Array,
+                     table_BP: Array, lengths_B: Array, selection: Selection,
+                     scales: Array | None = None, *, scores: Scores = block_scores) -> Reading:
   """Attention of one new token of each row to its selected blocks.
 
   Args:
     q_BHE: f[B, H, E] queries, after RoPE; H is a multiple of K.
-    pages: f[K, N, 2, page, E] keys, then values; those of the new token included.
+    pages: f or i8[K, N, 2, page, E] keys, then values, or packed ones; those of the new token
+      included.
     bounds_LBKPD: f[L, B, K, P, 2E] maxima, then minima, of the keys of each block, in all layers.
     layer: i32[] the layer in question.
     table_BP: i32[B, P] the pages of each row, as indices into the pool.
     lengths_B: i32[B] cached tokens of each row, the new one included; 0 for an idle row, whose
       result means nothing.
     selection: how many blocks are selected.
+    scales: f32[K, N, 2, page] where pages are quantised, else None.
     scores: the function that scores blocks; control experiments take another one.
   """
   num_scored = num_blocks(lengths_B, pages.shape[3])
   values = score_layer(scores, q_BHE, bounds_LBKPD, layer, num_scored.max())
   blocks, counts = select(values, num_scored, selection)
-  return Reading(_attend_listed(q_BHE, pages, table_BP, lengths_B, blocks, counts), blocks, counts)
+  out = _attend_listed(q_BHE, pages, scales, table_BP, lengths_B, blocks, counts)
+  return Reading(out, blocks, counts)
 
 
 # --- Scores -----------------------------------------------------------------------
@@ -98,8 +103,8 @@ def pages_per_turn(num_lists: int, num_listed: int, page_numbers: int) -> int:
   return -(-num_listed // turns)
 
 
-def _attend_listed(q_BHE: Array, pages: Array, table_BP: Array, lengths_B: Array,
-                   blocks_BKN: Array, counts_B: Array) -> Array:
+def _attend_listed(q_BHE: Array, pages: Array | PackedPages, scales: Array | None, table_BP: Array,
+                   lengths_B: Array, blocks_BKN: Array, counts_B: Array) -> Array:
   """softmax(q kᵀ / √E) v over the first tokens of the listed blocks; the softmax is float32.
 
   Lists are ascending, and P and greater numbers stand for no block.
@@ -117,9 +122,10 @@ def _attend_listed(q_BHE: Array, pages: Array, table_BP: Array, lengths_B: Array
 
   def turn(masked: bool, i: Array, state: _Softmax) -> _Softmax:
     part = lambda x: jax.lax.dynamic_slice_in_dim(x, i * per_turn, per_turn, 2)
-    k, v = (_copied(pages, part(ids), which) for which in (0, 1))
-    scores = jnp.einsum('bkge,bkce->bkgc', q, k.astype(q.dtype),
-                        preferred_element_type=jnp.float32)
+    k, v = (kv_quant.read(pages, scales, functools.partial(_copied, part(ids), which),
+                          part(blocks) == 0, q.dtype) for which in (0, 1))
+    k, v = (x.reshape(num_rows, num_groups, -1, width) for x in (k, v))
+    scores = jnp.einsum('bkge,bkce->bkgc', q, k, preferred_element_type=jnp.float32)
     if masked:
       at = part(blocks)[..., None] * block + jnp.arange(block)
       seen = at.reshape(num_rows, num_groups, 1, -1) < lengths_B[:, None, None, None]
@@ -158,19 +164,19 @@ class _Softmax(NamedTuple):
                     self.out * kept[..., None] + new)
 
 
-def _copied(pages: Array, ids_BKN: Array, which: int) -> Array:
-  """f[B, K, N · page, E]: the keys (0) or values (1) of the pages with these ids.
+def _copied(ids_BKN: Array, which: int, leaf: Array) -> Array:
+  """[B, K, N, page, …]: what an array [K, N', 2, page, …] holds of the pages with these ids.
 
-  Keys and values are copied apart: out of one copy, XLA would read each with a stride. Heads are
-  mapped over, so that chips which hold different heads read their own and no more.
+  Keys (0) and values (1) are copied apart: out of one copy, XLA would read each with a stride.
+  Heads are mapped over, so that chips which hold different heads read their own and no more.
   """
-  numbers = jax.lax.GatherDimensionNumbers(offset_dims=(2, 3), collapsed_slice_dims=(0, 1),
-                                           start_index_map=(0, 1))
+  numbers = jax.lax.GatherDimensionNumbers(
+      offset_dims=tuple(range(2, leaf.ndim - 1)), collapsed_slice_dims=(0, 1),
+      start_index_map=(0, 1))
 
-  def of_head(pages_N2PE: Array, ids_BN: Array) -> Array:
+  def of_head(of_head_N2: Array, ids_BN: Array) -> Array:
     at = jnp.stack([ids_BN, jnp.full_like(ids_BN, which)], -1)
-    return jax.lax.gather(pages_N2PE, at, numbers, (1, 1, *pages_N2PE.shape[2:]),
+    return jax.lax.gather(of_head_N2, at, numbers, (1, 1, *of_head_N2.shape[2:]),
                           mode=jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS)
 
-  copied = jax.vmap(of_head, in_axes=(0, 1), out_axes=1)(pages, ids_BKN)
-  return copied.reshape(*ids_BKN.shape[:2], -1, pages.shape[-1])
+  return jax.vmap(of_head, in_axes=(0, 1), out_axes=1)(leaf, ids_BKN)

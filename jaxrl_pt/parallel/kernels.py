@@ -26,6 +26,7 @@ from jax.typing import DTypeLike
 from jaxrl_pt.config import ActivationQuant
 from jaxrl_pt.nn import ops
 from jaxrl_pt.nn.attention import causal_attention
+from jaxrl_pt.nn.kv_quant import PackedPages
 from jaxrl_pt.nn.page_writes import write_pages
 from jaxrl_pt.nn.paged_attention import paged_attention, paged_attention_beside
 from jaxrl_pt.nn.sparse_attention import Reading, sparse_attention
@@ -228,9 +229,12 @@ def _attention(place: _Place, generation: Generation, interpret: bool, q: Array,
   return sharded(q, k, v, segments_BT)
 
 
-def _paged(place: _Place, generation: Generation, interpret: bool, q_BSHE: Array, pages: Array,
-           scales: Array | None, table_BP: Array, starts_B: Array, counts_B: Array) -> Array:
+def _paged(place: _Place, generation: Generation, interpret: bool, q_BSHE: Array,
+           pages: Array | PackedPages, scales: Array | None, table_BP: Array, starts_B: Array,
+           counts_B: Array) -> Array:
   """Attention over pages by a kernel; heads are split, rows and the pool are each chip's own."""
+  if isinstance(pages, PackedPages):
+    raise NotImplementedError(f'pages of {pages.bits} bits are read by XLA')
   paged_kernel.check(q_BSHE, pages)
   heads, kv_heads = (place.rules[name] or None for name in ('heads', 'kv_heads'))
   q_spec = PartitionSpec(None, None, heads, None)
@@ -264,12 +268,14 @@ def _write_pages(place: _Place, write: ops.WritePages, pool: Array, table_BP: Ar
 # --- Sparse attention over pages --------------------------------------------------
 
 
-def _sparse(place: _Place, generation: Generation, interpret: bool, q_BHE: Array, pages: Array,
-            bounds_LBKPD: Array, layer: Array, table_BP: Array, lengths_B: Array,
-            selection: Selection) -> Reading:
+def _sparse(place: _Place, generation: Generation, interpret: bool, q_BHE: Array,
+            pages: Array | PackedPages, bounds_LBKPD: Array, layer: Array, table_BP: Array,
+            lengths_B: Array, selection: Selection, scales: Array | None = None) -> Reading:
   """Sparse attention by kernels; heads are split, rows and the pool are each chip's own."""
   if interpret:
     raise NotImplementedError('it is called by functions that do not interpret kernels')
+  if scales is not None or isinstance(pages, PackedPages):
+    raise NotImplementedError('quantised pages are read by XLA')
   heads, kv_heads = (place.rules[name] or None for name in ('heads', 'kv_heads'))
   q_spec, lists = PartitionSpec(None, heads), PartitionSpec(None, kv_heads)
   _check_divides(place.mesh, q_BHE.shape[:2], q_spec)

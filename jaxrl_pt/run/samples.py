@@ -13,10 +13,11 @@ from jaxrl_pt.serving import stream
 
 
 class Reading(NamedTuple):
-  """How the engine reads its cache; `cfg.Engine` says what the fields mean."""
+  """How the engine keeps and reads its cache; `cfg.Engine` says what the fields mean."""
 
   sparse: cfg.Dense | cfg.ReSA = cfg.Dense()
   drafts: cfg.Drafts = cfg.NoDrafts()
+  kv: cfg.KV = 'model'
 
 
 DENSE = Reading()
@@ -48,7 +49,8 @@ def engine_for(policy: Policy, prompts: list[str], *, num_tokens: int, num_sampl
   config = cfg.Engine(
       slots=min(total, 32), queue=max(num_samples, min(total, 256)), prompt_len=longest,
       response_len=num_tokens, prefill_chunk=min(longest, 128), steps_per_call=8,
-      page_size=cfg.block_of(*reading) or 16, sparse=reading.sparse, drafts=reading.drafts)
+      page_size=cfg.block_of(reading.sparse, reading.drafts) or 16, kv=reading.kv,
+      sparse=reading.sparse, drafts=reading.drafts)
   return make_engine(policy, config, seed=seed)
 
 

@@ -97,8 +97,7 @@ class Engine:
     self._shape = engine_rows.shape(config, model.config.vocab_size)
     self._vocabulary = engine_rows.vocabulary(token_bytes, unused_ids, model.config.vocab_size,
                                               think_end)
-    dtype = state.page_dtype(model, config.kv)
-    init = lambda: state.init(model, self._shape, self._vocabulary, dtype)
+    init = lambda: state.init(model, self._shape, self._vocabulary, config.kv)
     memory.check_arrays(
         jax.eval_shape(init), f'The cache of {config.slots} slots of up to {config.prompt_len} + '
         f'{config.response_len} tokens', 'ask for fewer or shorter ones')

@@ -28,7 +28,7 @@ from jaxrl_pt.sampling.requests import (
   Vocabulary,
   pages_of,
 )
-from jaxrl_pt.sampling.state import Responses, init, page_dtype
+from jaxrl_pt.sampling.state import Responses, init
 from jaxrl_pt.types import Array, Params, Prompts, RolloutBatch, SelectedBlocks
 
 NO_STOP: tuple[int, ...] = ()  # No token ends a response.
@@ -141,7 +141,7 @@ def generate(model: Model, params: Params, prompts: Prompts, key: Array, *, samp
   shape = shape_of(model.config.vocab_size, prompts, num_samples, num_tokens, sampler, slots,
                    sparse)
   queue = queue_of(prompts, num_samples, num_tokens, stop_ids, first_samples)
-  state = init(model, shape, Vocabulary(), page_dtype(model, slots.kv))
+  state = init(model, shape, Vocabulary(), slots.kv)
   if shape.slots == shape.queue:
     if prefilled is None:
       prefilled = prefill(model, params, prompts.tokens)

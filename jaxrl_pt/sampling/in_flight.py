@@ -34,7 +34,7 @@ from jaxrl_pt.sampling import groups
 from jaxrl_pt.sampling import slots as program
 from jaxrl_pt.sampling.admission import IDLE
 from jaxrl_pt.sampling.requests import MOST_STOPS, NO_TOKEN, Queue, Shape, Vocabulary
-from jaxrl_pt.sampling.state import RUNNING, Slots, page_dtype
+from jaxrl_pt.sampling.state import RUNNING, Slots
 from jaxrl_pt.sampling.state import init as init_slots
 from jaxrl_pt.types import Array, Params, Prompts, RolloutBatch, Weighted
 
@@ -134,7 +134,7 @@ def init(model: Model, rollouts: cfg.Rollouts, mesh: Mesh | None = None) -> InFl
   empty = dataclasses.replace(queue, tail=none, documents=dataclasses.replace(
       queue.documents, asked=jnp.zeros_like(queue.documents.asked)))
   state = InFlight(empty, init_slots(model, _shape_of(model.config.vocab_size, own), Vocabulary(),
-                                     page_dtype(model, own.slots.kv)))
+                                     own.slots.kv))
   return jax.tree.map(lambda x: jnp.repeat(x[None], shards, 0), state)
 
 

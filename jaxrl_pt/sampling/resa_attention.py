@@ -21,7 +21,7 @@ from jaxrl_pt import config as cfg
 from jaxrl_pt.models import paged_cache
 from jaxrl_pt.models.kv_cache import Attend
 from jaxrl_pt.models.paged_cache import NOBODY, PagedCache
-from jaxrl_pt.nn import block_selection
+from jaxrl_pt.nn import block_selection, kv_quant
 from jaxrl_pt.nn.ops import Ops
 from jaxrl_pt.nn.sparse_attention import Reading
 from jaxrl_pt.types import Array
@@ -35,7 +35,7 @@ Tree = TypeVar('Tree')
 class SparseCache:
   """A pool of pages, B rows' tables of P pages, and the descriptors of the rows' blocks."""
 
-  pool: PagedCache  # in the model's type
+  pool: PagedCache
   table: Array  # i32[B, P] page of each block; NOBODY where a row has none
   bounds: Array  # f[L, B, K, P, 2E] descriptors: maxima, then minima, of each block's keys
   # u32[L, B, K, W] the blocks that the newest sparse step read (`block_selection.packed`), or () if
@@ -93,7 +93,7 @@ def dense(ops: Ops, rows_R: Array, starts_R: Array, counts_R: Array, *,
     cache = describe(dataclasses.replace(cache, pool=pool), jnp.asarray(layer)[None], rows_R,
                      starts_R, starts_R + counts, num_new)
     is_read = last_is_read | (layer < cache.bounds.shape[0] - 1)
-    out = ops.paged(q, pool.pages, None, table + layer * pool.num_pages, starts_R,
+    out = ops.paged(q, pool.pages, pool.scales, table + layer * pool.num_pages, starts_R,
                     jnp.where(is_read, counts, 0))
     return out, cache
 
@@ -115,12 +115,13 @@ def sparse(ops: Ops, resa: cfg.ReSA, positions_B: Array, active_B: Array,
              layer: Array) -> tuple[Array, SparseCache]:
     pool = paged_cache.write(ops, cache.pool, layer, cache.table, positions_B,
                              active_B.astype(jnp.int32), k, v)
-    bounds = _updated(cache, layer, k[:, 0], positions_B, active_B)
+    stored = kv_quant.as_stored(k, positions_B[:, None], pool.kv)
+    bounds = _updated(cache, layer, stored[:, 0], positions_B, active_B)
     cache = dataclasses.replace(cache, pool=pool, bounds=bounds)
     table = cache.table + layer * pool.num_pages
     is_sparse = active_B & ~jnp.asarray(is_dense_B)
     read = ops.sparse(q[:, 0], pool.pages, bounds, layer, table,
-                      jnp.where(is_sparse, positions_B + 1, 0), selection_of(resa))
+                      jnp.where(is_sparse, positions_B + 1, 0), selection_of(resa), pool.scales)
     out, cache = read.out[:, None], _noted(cache, layer, read)
     if is_dense_B is False:
       return out, cache
@@ -134,8 +135,8 @@ def _dense_where(ops: Ops, wanted_B: Array, q_BSHE: Array, cache: SparseCache, t
   """The results of dense attention in the wanted rows, and those given in the others."""
   def turn(rows_R: Array, out: Array) -> Array:
     at = jnp.minimum(rows_R, wanted_B.shape[0] - 1)
-    new = ops.paged(q_BSHE[at], cache.pool.pages, None, table_BP[at], positions_B[at],
-                    (rows_R == at).astype(jnp.int32))
+    new = ops.paged(q_BSHE[at], cache.pool.pages, cache.pool.scales, table_BP[at],
+                    positions_B[at], (rows_R == at).astype(jnp.int32))
     return out.at[rows_R].set(new, mode='drop')
 
   return of_rows(wanted_B, FEW_ROWS, turn, out_BSHE)
@@ -195,7 +196,8 @@ def describe(cache: SparseCache, layers_L: Array, rows_R: Array, starts_R: Array
   positions = touched[..., None] * cache.block + jnp.arange(cache.block)
   seen = (positions < lengths_R[:, None, None])[None, None, :, :, :, None]
   at = layers_L[:, None, None] * cache.pool.num_pages + pages
-  k = cache.pool.pages[:, at, 0].swapaxes(0, 1)  # [L', K, R, T, b, E]
+  keys = paged_cache.keys(cache.pool, at, touched == 0, cache.bounds.dtype)
+  k = keys.swapaxes(0, 1)  # [L', K, R, T, b, E]
   bounds = jnp.concatenate([jnp.where(seen, k, -jnp.inf).max(-2),
                             jnp.where(seen, k, jnp.inf).min(-2)], -1)
   has_keys = (touched * cache.block < lengths_R[:, None]) & (rows_R < num_rows)[:, None]

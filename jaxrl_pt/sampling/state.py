@@ -4,11 +4,9 @@ import dataclasses
 from typing import Any
 
 from flax import struct
-import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 
-from jaxrl_pt.config import SparseDrafts
+from jaxrl_pt import config as cfg
 from jaxrl_pt.models import paged_cache
 from jaxrl_pt.models.base import Model
 from jaxrl_pt.sampling import admission, resa
@@ -71,19 +69,13 @@ class Slots:
   sparse: Any = ()  # resa.Sparse where sparse attention draws, else ()
 
 
-def page_dtype(model: Model, kv: str) -> jnp.dtype:
-  """The type of keys and values in pages: int8, or with kv = 'model' the model's own."""
-  return jnp.dtype(jnp.int8) if kv == 'int8' else jax.eval_shape(
-      lambda: model.init_cache(1, 1)).k.dtype
-
-
-def init(model: Model, shape: Shape, vocabulary: Vocabulary, dtype: DTypeLike) -> Slots:
-  """A state of idle slots and an empty cache, whose pages have type `dtype`."""
+def init(model: Model, shape: Shape, vocabulary: Vocabulary, kv: cfg.KV) -> Slots:
+  """A state of idle slots and an empty cache, whose keys and values are stored as `kv` says."""
   slots, rows, length = shape.slots, shape.queue, shape.response_len
   ints = lambda *dims: jnp.zeros(dims, jnp.int32)
   floats = lambda *dims: jnp.zeros(dims, jnp.float32)
   decoding = Decoding(ints(slots), ints(slots), ints(slots))
-  resa_config = shape.drafts.resa if isinstance(shape.drafts, SparseDrafts) else shape.sparse
+  resa_config = shape.drafts.resa if isinstance(shape.drafts, cfg.SparseDrafts) else shape.sparse
   if vocabulary.think_end:
     decoding = dataclasses.replace(
         decoding, thought=ints(slots) - 1, closing=ints(slots) - 1, answered=ints(slots),
@@ -93,7 +85,7 @@ def init(model: Model, shape: Shape, vocabulary: Vocabulary, dtype: DTypeLike) -
     width = shape.string_len + vocabulary.spelled.bytes.shape[1]
     decoding = dataclasses.replace(decoding, window=jnp.zeros((slots, width), jnp.uint8))
   return Slots(
-      model.init_pages(shape.num_pages, shape.page_size, dtype),
+      model.init_pages(shape.num_pages, shape.page_size, kv),
       admission.init(shape), decoding,
       Responses(ints(rows, length), floats(rows, length), floats(rows, length), ints(rows, length),
                 ints(rows, length, shape.num_top) if shape.num_top else (),
@@ -101,4 +93,4 @@ def init(model: Model, shape: Shape, vocabulary: Vocabulary, dtype: DTypeLike) -
                 ints(rows)),
       Counters(*(ints() for _ in dataclasses.fields(Counters))),
       () if resa_config is None else resa.init(model.config, resa_config, slots, rows, length,
-                                               shape.table_len, dtype))
+                                               shape.table_len, model.init_cache(0, 0).k.dtype))

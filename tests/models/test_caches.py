@@ -9,7 +9,8 @@ import pytest
 
 from jaxrl_pt import config as cfg
 from jaxrl_pt import params as P
-from jaxrl_pt.models import paged_cache, transformer
+from jaxrl_pt.models import kv_cache, paged_cache, transformer
+from jaxrl_pt.nn import kv_quant
 from jaxrl_pt.nn import quant as quantisers
 
 B, T = 3, 11
@@ -42,12 +43,12 @@ def by_slots(model, params, chunks):
   return jnp.concatenate(outs, 1)
 
 
-def by_pages(model, params, chunks, dtype=jnp.float32, page=4):
+def by_pages(model, params, chunks, kv='model', page=4):
   """Pages of the rows lie mixed up in the pool."""
   per_row = -(-T // page)
   order = np.random.default_rng(0).permutation(np.arange(1, 1 + B * per_row))
   table = jnp.asarray(order.reshape(B, per_row))
-  cache = model.init_pages(1 + B * per_row, page, dtype)
+  cache = model.init_pages(1 + B * per_row, page, kv)
 
   @jax.jit
   def extend(params, tokens, positions, cache):
@@ -92,26 +93,43 @@ def assert_close(actual, expected, quant):
 @pytest.mark.parametrize('style', ['llama', 'bitnet'])
 def test_int8_pages_err_by_their_rounding(style):
   model, params, whole = make('plain', style)
-  error = by_pages(model, params, CHUNKS['chunks'], jnp.int8) - whole
+  error = by_pages(model, params, CHUNKS['chunks'], 'int8') - whole
   relative = float(jnp.linalg.norm(error) / jnp.linalg.norm(whole))
   assert 1e-4 < relative < 0.02  # 1/254 of each vector's largest entry, at most
 
 
-@pytest.mark.parametrize('shape', [(7,), (2, 3, 5)])
-def test_int8_codes_of_vectors(shape):
-  x = jax.random.normal(jax.random.key(0), (*shape, 16)) * 3
-  codes, scale = paged_cache.quantise(x)
-  assert codes.dtype == jnp.int8 and scale.shape == shape
-  step = jnp.abs(x).max(-1, keepdims=True) / 127
-  assert (jnp.abs(codes * scale[..., None] - x) <= step / 2 * 1.001).all()
-  assert (jnp.abs(codes).max(-1) == 127).all()
-  zero = paged_cache.quantise(jnp.zeros((2, 4)))
-  assert (zero[0] == 0).all() and jnp.isfinite(zero[1]).all()
+def as_stored_in_slots(model, params, chunks, kv):
+  """The definition: a contiguous cache that is given keys and values as a reader gets them."""
+  cache, outs = model.init_cache(B, T + 2), []
+
+  @jax.jit
+  def extend(params, tokens, positions, cache):
+    def attend(q, k, v, cache, layer):
+      k, v = (kv_quant.as_stored(x, positions, kv) for x in (k, v))
+      return kv_cache.dense(positions)(q, k, v, cache, layer)
+
+    return model.extend(params, tokens, positions, cache, attend)
+
+  for start, end in chunks:
+    hidden, cache = extend(params, TOKENS[:, start:end], POSITIONS[:, start:end], cache)
+    outs.append(hidden)
+  return jnp.concatenate(outs, 1)
+
+
+@pytest.mark.parametrize('kv, chunks, page', [
+    ('int8', 'chunks', 4), ('int4', 'chunks', 4), ('int4', 'prefill and single tokens', 1),
+    ('int3', 'prefill and single tokens', 4)])
+def test_quantised_pages_equal_what_is_quantised_and_put_into_slots(kv, chunks, page):
+  model, params, whole = make('plain', 'llama')
+  got = by_pages(model, params, CHUNKS[chunks], kv, page)
+  np.testing.assert_allclose(got, as_stored_in_slots(model, params, CHUNKS[chunks], kv),
+                             atol=2e-5)
+  assert float(jnp.abs(got - whole).max()) > {'int8': 1e-4, 'int4': 0.01, 'int3': 0.02}[kv]
 
 
 def test_padding_writes_to_nobodys_page():
   model, params, _ = make('plain', 'llama')
-  cache = model.init_pages(4, 4, jnp.float32)
+  cache = model.init_pages(4, 4, 'model')
   positions = jnp.arange(6)[None]
   table = jnp.array([[2, 3]])
   _, cache = model.extend(params, TOKENS[:1, :6], positions, cache,

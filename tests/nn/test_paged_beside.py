@@ -5,23 +5,27 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_pt.models import paged_cache
+from jaxrl_pt.nn import absmax, kv_quant
 from jaxrl_pt.nn import paged_attention as paged
 
 NUM_DOCS, NUM_ROWS, PAGE, PAGES_OF_DOC, OWN_PAGES, GROUPS, HEADS, WIDTH = 2, 6, 4, 5, 3, 2, 4, 8
 
 
 @pytest.mark.parametrize('num_new', [1, 3])
-@pytest.mark.parametrize('dtype', ['float32', 'int8'])
-def test_it_equals_rows_that_read_all_their_pages(num_new, dtype, monkeypatch):
+@pytest.mark.parametrize('kv', ['model', 'int8', 'int4'])
+def test_it_equals_rows_that_read_all_their_pages(num_new, kv, monkeypatch):
   for name in ('BLOCK', 'DOCUMENT_BLOCK'):  # Several turns of the loop in either part.
     monkeypatch.setattr(paged, name, 2 * PAGE)
   rng = np.random.default_rng(0)
   num_pages = 1 + NUM_DOCS * PAGES_OF_DOC + NUM_ROWS * OWN_PAGES
   pages = jnp.asarray(rng.normal(size=(GROUPS, num_pages, 2, PAGE, WIDTH)), jnp.float32)
   scales = None
-  if dtype == 'int8':
-    pages, scales = paged_cache.quantise(pages)
+  if kv == 'int8':
+    pages, scales = absmax.quantise(pages, 8)
+  if kv == 'int4':
+    first, _ = absmax.quantise(pages[:, :, :, :1], 8)
+    codes, scales = absmax.quantise(pages, 4)
+    pages = kv_quant.PackedPages(absmax.pack(codes, 4), first, 4)
   numbers = rng.permutation(np.arange(1, num_pages))
   of_docs = numbers[:NUM_DOCS * PAGES_OF_DOC].reshape(NUM_DOCS, PAGES_OF_DOC)
   of_rows = numbers[NUM_DOCS * PAGES_OF_DOC:].reshape(NUM_ROWS, OWN_PAGES)

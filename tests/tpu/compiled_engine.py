@@ -27,7 +27,7 @@ SHAPE = Shape(slots=8, page_size=16, num_pages=8192, documents=20, queue=16, doc
               num_forced=2, num_strings=1, string_len=8, num_banned=2)
 
 
-def main(topology: str, dtype: str) -> None:
+def main(topology: str, kv: str) -> None:
   mesh, place = one_chip(topology)
   ints = lambda *dims: place(jax.ShapeDtypeStruct(dims, jnp.int32))
   ternary = cfg.Model(2, 256, 512, 2, 2, 128, VOCAB, quant=cfg.Quant('ternary', 'int8'))
@@ -35,7 +35,7 @@ def main(topology: str, dtype: str) -> None:
   spelled = place(TokenBytes(jax.ShapeDtypeStruct((VOCAB, 4), jnp.uint8), ints(VOCAB)))
   vocabulary = lambda spelled: Vocabulary((5, 6), spelled, jnp.ones(VOCAB, bool))
   slots_now = place(jax.eval_shape(lambda: state.init(
-      model, SHAPE, vocabulary(spelled), jnp.dtype(dtype))))
+      model, SHAPE, vocabulary(spelled), kv)))
   empty = engine_rows.empty_queue(SHAPE, PrefixCache(SHAPE.documents, SHAPE.document_len))
   queue = place(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), empty))
   key = place(jax.eval_shape(lambda: jax.random.key(0)))
@@ -46,7 +46,8 @@ def main(topology: str, dtype: str) -> None:
   params = weight_sync.abstract(model, mesh, True, jnp.bfloat16)
   compiled = jax.jit(run, donate_argnums=3).trace(
       params, key, queue, slots_now, ints(), spelled).lower().compile()
-  pool = slots_now.cache.pages
+  # Packed pages have codes and each page's first token.
+  pool = jax.tree.leaves(slots_now.cache.pages)[0]
   shape = f'[{",".join(map(str, pool.shape))}]'
   module = hlo.parse(compiled.as_text())
   copies = [i.name for computation in module.computations.values() for i in computation.values()
