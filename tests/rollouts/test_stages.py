@@ -32,7 +32,7 @@ def make_session(rollouts: cfg.Rollouts) -> sessions.Session:
       seed=1, model=MODEL, objective=objective,
       data=cfg.Data(source=cfg.PythonStdlib(), tokenizer=cfg.Bytes(), seq_len=16),
       optimizer=cfg.AdamW(schedule=cfg.ConstantRate(0.01)), train=cfg.Train(9))
-  data = types.SimpleNamespace(tokenizer=types.SimpleNamespace(eos_id=0))
+  data = types.SimpleNamespace(tokenizer=types.SimpleNamespace(eos_id=0, stop_ids=(0,)))
   return sessions.Session(run, Path('unused'), '', make_mesh(cfg.Mesh()), data)
 
 
