@@ -12,7 +12,7 @@ STAMP := $(VENV)/.installed
 LOCK := requirements/cpu.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test slow lint parity seqio libtpu verifiers mutate golden lock clean
+.PHONY: help quickstart test slow lint parity seqio libtpu verifiers eval mutate golden lock clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -41,6 +41,9 @@ libtpu: $(STAMP) ## adds the TPU compiler, for `jaxrl-pt preflight` and `kernels
 
 verifiers: $(STAMP) ## adds sympy, reasoning-gym and textarena, for their verifiers, games and tests
 	@$(BIN)/python -m pip install -qq -r requirements/verifiers.txt -c $(LOCK)
+
+eval: $(STAMP) ## adds lm-eval, for `jaxrl-pt eval --tasks` and its tests
+	@$(BIN)/python -m pip install -qq -r requirements/eval.txt -c $(LOCK)
 
 mutate: $(STAMP) ## makes deliberate mistakes one by one and runs the nearest tests: an hour or more
 	@$(BIN)/python tools/mutate.py

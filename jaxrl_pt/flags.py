@@ -98,12 +98,7 @@ def make_parser() -> argparse.ArgumentParser:
                      'e.g. Cosine.peak_rate; without a name whichever do')
 
   _add_frontends(add)
-  evaluate = add('eval', "A trained model's loss, bits per byte and accuracy on held-out text.",
-                 'jaxrl-pt eval --workdir runs/pretrain_tiny --json')
-  _add_workdir(evaluate)
-  _add_step(evaluate)
-  _add_gin(evaluate, "other data than the run's own")
-  _add_json(evaluate)
+  _add_evaluation(add)
   score = add('score', 'The reward that a reward model gives each text, as JSON lines.',
               "jaxrl-pt score --workdir runs/reward_model_tiny 'answers.jsonl'")
   score.description = (f'{score.description} A row has a prompt and a completion, as in '
@@ -144,6 +139,43 @@ def _add_rl_commands(add: Callable[[str, str, str], argparse.ArgumentParser]) ->
                       help='learner: from the rollouts that Rollouts.dump_every = 1 has kept; '
                       'sampler: the batch after the checkpoint')
   _add_json(replay)
+
+
+def _add_evaluation(add: Callable[[str, str, str], argparse.ArgumentParser]) -> None:
+  evaluate = add('eval', "A trained model's loss, bits per byte and accuracy on held-out text, or "
+                 "lm-eval's tasks.",
+                 'jaxrl-pt eval --workdir runs/qwen --include_path my_tasks --tasks sums \\\n'
+                 '    --num_fewshot 5 --limit 200 --output results.json')
+  evaluate.description = (
+      f'{evaluate.description} Tasks read files of this machine and fetch nothing; of the Python '
+      "functions that a task names only lm-eval's own are run.")
+  _add_workdir(evaluate)
+  _add_step(evaluate)
+  _add_gin(evaluate, "other data than the run's own")
+  _add_json(evaluate)
+  tasks = evaluate.add_argument_group('tasks of lm-eval')
+  tasks.add_argument('--tasks', type=_text, metavar='A,B', help='tasks, groups or tags of lm-eval '
+                     'or of --include_path')
+  tasks.add_argument('--include_path', type=_path, metavar='DIR',
+                     help='a folder with YAML files of tasks')
+  tasks.add_argument('--limit', type=_at_least(1), metavar='N',
+                     help='only the first N documents of each task')
+  tasks.add_argument('--num_fewshot', type=_at_least(0), metavar='K',
+                     help="solved examples in each prompt (default the task's own)")
+  tasks.add_argument('--output', type=_path, metavar='FILE', help='where the results go as JSON, '
+                     'with this command and the versions of the libraries')
+  tasks.add_argument('--max_length', type=_at_least(2), metavar='TOKENS', help='most tokens that '
+                     'the model reads at once (default what it was made for)')
+  tasks.add_argument('--batch_size', type=_at_least(1), default=16, metavar='B', help='texts that '
+                     'go through the model at once (default %(default)s)')
+  tasks.add_argument('--add_bos_token', choices=('true', 'false'), help='whether texts begin with '
+                     'the token that begins a document (default as it was trained)')
+  tasks.add_argument('--apply_chat_template', action='store_true',
+                     help="put prompts into the model's chat template")
+  tasks.add_argument('--template', type=_path, metavar='FILE', help='another chat format: JSON '
+                     'with system, user, assistant, opening')
+  tasks.add_argument('--seed', type=_SEED, default=0,
+                     help='of the noise where a task samples (default %(default)s)')
 
 
 def _add_tpu_commands(add: Callable[[str, str, str], argparse.ArgumentParser]) -> None:

@@ -11,6 +11,7 @@ import contextlib
 import json
 import logging
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -181,6 +182,12 @@ def _read_stdin() -> str:
 
 
 def _eval(args: argparse.Namespace) -> int:
+  if args.tasks is not None:
+    return _eval_tasks(args)
+  for name in ('include_path', 'limit', 'num_fewshot', 'output', 'max_length', 'add_bos_token',
+               'apply_chat_template', 'template'):
+    if getattr(args, name) not in (None, False):
+      raise UserError(f'--{name} does nothing without --tasks: add it, or leave --{name} out.')
   data = None
   if args.gin_file or args.gin_bindings:
     saved = args.workdir / 'config.gin'
@@ -206,6 +213,40 @@ def _score(args: argparse.Namespace) -> int:
     from jaxrl_pt.jobs import reward_model
   for scored in reward_model.score(args.workdir, args.rows, args.step):
     print(json.dumps(scored, ensure_ascii=False), flush=True)
+  return 0
+
+
+def _eval_tasks(args: argparse.Namespace) -> int:
+  if args.gin_file or args.gin_bindings:
+    raise UserError('--gin_file and --gin_bindings choose the text of an evaluation without tasks: '
+                    'leave them out, or --tasks.')
+  tasks = [name for name in args.tasks.split(',') if name]
+  if not tasks:
+    raise UserError(f'--tasks {args.tasks!r} names none: write for example --tasks wikitext,sums.')
+  if args.output is not None and args.output.is_dir():
+    raise UserError(f'--output {args.output} is a folder: name a file.')
+  # The libraries of Hugging Face read these when they are imported, and then fetch nothing.
+  # lm-eval would otherwise fork a process that has JAX's threads, to estimate standard errors.
+  os.environ.update(HF_HUB_OFFLINE='1', HF_DATASETS_OFFLINE='1', HF_EVALUATE_OFFLINE='1',
+                    DISABLE_MULTIPROC='1')
+  with _importing():
+    try:
+      from jaxrl_pt.evaluation import benchmark
+    except ImportError as e:
+      raise UserError(f'`eval --tasks` needs the extra of evaluation ({e}): '
+                      "pip install 'jaxrl_pt[eval]'.") from e
+  if not args.debug:  # lm-eval's warnings are about its own defaults.
+    logging.getLogger('lm_eval').setLevel(logging.ERROR)
+  add_bos = {None: None, 'true': True, 'false': False}[args.add_bos_token]
+  results = benchmark.evaluate_tasks(
+      args.workdir, tasks, step=args.step, include_path=args.include_path, limit=args.limit,
+      num_fewshot=args.num_fewshot, max_length=args.max_length, add_bos=add_bos,
+      batch_size=args.batch_size, seed=args.seed, is_chat=args.apply_chat_template,
+      template=args.template)
+  command = shlex.join(['jaxrl-pt', *args.arguments])
+  print(benchmark.as_json(command, results) if args.json else benchmark.table(results))
+  if args.output is not None:  # After the table, which a full disk does not take away.
+    benchmark.write(args.output, command, results)
   return 0
 
 
@@ -367,6 +408,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger('asyncio').addFilter(_not_of_saves)
   try:
     args = flags.make_parser().parse_args(arguments)
+    args.arguments = arguments
     code = _COMMANDS[args.command](args)
     sys.stdout.flush()  # A closed pipe shows here, not when Python exits.
     return code

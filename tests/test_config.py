@@ -33,6 +33,7 @@ VALID: dict[type, dict[str, Any]] = {
     cfg.Jsonl: {'glob': 'a'},
     cfg.Parquet: {'glob': 'a'},
     cfg.ArrayRecord: {'glob': 'a'},
+    cfg.HuggingFaceDataset: {'path': 'a'},
     cfg.Seqio: {'name': 'task', 'module': 'm'},
     cfg.JsonlProblems: {'glob': 'a'},
     cfg.KnightsAndKnaves: {'size': 4},
@@ -146,6 +147,8 @@ REFUSED: list[tuple[type, str, list[Any], str]] = [
     (cfg.Jsonl, 'text_field', ['', None], 'a non-empty string'),
     (cfg.Parquet, 'column', ['', None], 'a non-empty string'),
     (cfg.ArrayRecord, 'feature', [None], 'a string'),
+    *((cfg.HuggingFaceDataset, name, ['', None], 'a non-empty string')
+      for name in ('path', 'split', 'column')),
     *((cfg.Seqio, name, ['', None], 'a non-empty string')
       for name in ('name', 'module', 'feature')),
     *((cfg.JsonlProblems, name, ['', None], 'a non-empty string')

@@ -31,8 +31,8 @@ OTHERS = ['None', 'True', "'x'", '3', '()', '(1,)', "('a', 'b')", '[[]]', '{}', 
           '@cfg.Run()', '%gin.REQUIRED', '%nothing', '(0.5, 1e309, 2)', '[0.1, 0.2, 0.3]',
           '(1e309,)', f'({2**63},)', '(-1,)']
 # Where a value decides what is opened, the files are opened too (seqio's load TensorFlow).
-READS = (cfg.TextFiles, cfg.Jsonl, cfg.Parquet, cfg.ArrayRecord, cfg.HuggingFaceTokenizer,
-         cfg.SentencePiece, cfg.TrainedBPE)
+READS = (cfg.TextFiles, cfg.Jsonl, cfg.Parquet, cfg.ArrayRecord, cfg.HuggingFaceDataset,
+         cfg.HuggingFaceTokenizer, cfg.SentencePiece, cfg.TrainedBPE)
 
 
 def edges(kind: Any) -> list[str]:

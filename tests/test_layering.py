@@ -56,10 +56,11 @@ ALLOWED: dict[str, set[str]] = {
     'doctor': _EVERYTHING,
     'frontends': _EVERYTHING,
     'exchange': _EVERYTHING,
+    'evaluation': _EVERYTHING,
     'methods': {'rl'},
     'flags': {'errors'},
     'main': _EVERYTHING | {'methods', 'quickstart', 'doctor', 'frontends', 'exchange',
-                            'flags'},
+                           'evaluation', 'flags'},
 }
 # Only here may the state of the process change: these names must not be called elsewhere.
 PROCESS_STATE = ('jax.config.update', 'jax.distributed.initialize', 'os.environ.setdefault',

@@ -349,6 +349,12 @@ _SAMPLER = [
 ]
 
 _DATA = [
+    *_of('jaxrl_pt/data/huggingface_data.py', 'tests/data/test_huggingface_data.py',
+         ('any_split', 'found = splits.get(source.split)',
+          'found = splits.get(source.split, next(iter(splits.values()), None))'),
+         ('files_of_other_places', 'if not file.resolve().is_relative_to(path.resolve()):',
+          'if False:'),
+         ('the_first_of_several_sets', 'if len(sets) > 1:', 'if False:')),
     *_of('jaxrl_pt/data/pack.py', 'tests/data/test_pack.py',
          ('positions_of_the_row', 'np.where(real_BT, t_T - first_BT, 0)',
           'np.where(real_BT, t_T + 0 * first_BT, 0)'),
@@ -521,6 +527,25 @@ _KERNELS = _of(
     ('int4_for_int8', "'int8' if kind == 'int8' else 'int4'",
      "'int4' if kind == 'int8' else 'int8'"))
 
+_EVALUATION = [
+    *_of('jaxrl_pt/evaluation/harness.py', 'tests/evaluation/test_harness.py',
+         ('truncated_at_the_end', '[-(self.max_length + 1):]', '[:self.max_length + 1]'),
+         ('always_begun', "and string.startswith(begins)", 'and False'),
+         ('greedy_of_any_token', '(likeliest == requests[i][2]).all()',
+          '(likeliest == requests[i][2]).any()'),
+         ('the_first_stop_text_only', 'for end in ends if end', 'for end in ends[:1] if end'),
+         ('greedy_whatever_is_asked', "if known['do_sample'] else 0.0", 'if False else 0.0')),
+    *_of('jaxrl_pt/sampling/prompt_scores.py', 'tests/evaluation/test_harness.py',
+         ('scores_of_the_first_row', 'first(logp_BT[b])', 'first(logp_BT[0])')),
+    *_of('jaxrl_pt/evaluation/task_files.py', 'tests/evaluation/test_tasks.py',
+         ('any_function', 'if not is_own and _OWN not in path.parents:', 'if False:'),
+         ('included_files_unchecked', '_check_file(path.parent / name, seen) for', 'False for'),
+         ('any_metric', "if key == 'metric_list' and isinstance(value, list) and not computes:",
+          'if False:'),
+         ('members_unchecked', 'yield from _files([*_names(members)], index, seen)', 'pass'),
+         ('no_sandbox', '  utils.env = safe', '  del safe')),
+]
+
 _SERVING = [
     *_of('jaxrl_pt/serving/constraint.py', 'tests/serving/test_constraint.py',
          ('formats_end_by_one_token', 'words | self.only_stops if self._matcher.is_accepting()',
@@ -582,4 +607,4 @@ _RECIPES = [
 MUTATIONS: tuple[Mutation, ...] = (
     *_ADVANTAGES, *_TOKEN_ADVANTAGES, *_OBJECTIVES, *_KL, *_SHAPING, *_LEARNER, *_NUMERICS,
     *_SAMPLER, *_DATA, *_CHECKPOINT, *_VERIFIERS, *_PROGRAMS, *_KERNELS, *_SERVING,
-    *_RECIPES)
+    *_RECIPES, *_EVALUATION)

@@ -77,6 +77,25 @@ class ArrayRecord:
 
 
 @dataclass(frozen=True)
+class HuggingFaceDataset:
+  """A data set on disk in the layout of Hugging Face's library `datasets`; the extra of that name.
+
+  path: a folder with Parquet, JSON, CSV or text files, as it is downloaded from the Hub; one that
+    `save_to_disk` wrote; or one such file.
+  split: the split that is read, of which Data.validation_fraction is held out.
+  column: the column with the text.
+  """
+
+  path: str
+  split: str = 'train'
+  column: str = 'text'
+
+  def __post_init__(self) -> None:
+    for name in ('path', 'split', 'column'):
+      checks.text(self, name)
+
+
+@dataclass(frozen=True)
 class Seqio:
   """A registered seqio Task or Mixture, which is cached once; it needs the `seqio` extra.
 
@@ -171,14 +190,15 @@ class SlipPreferences:
     checks.instance(self, 'source', Arithmetic, RedundantChecks)
 
 
-Source = (PythonStdlib | TextFiles | Jsonl | Parquet | ArrayRecord | Seqio | Demonstrations
-          | Conversations | WeightedConversations | Preferences | SlipPreferences)
+Source = (PythonStdlib | TextFiles | Jsonl | Parquet | ArrayRecord | HuggingFaceDataset | Seqio
+          | Demonstrations | Conversations | WeightedConversations | Preferences | SlipPreferences)
 
 # What a packed example is made of.
 Examples = Literal['documents', 'conversations', 'preferences']
 # The sources of each kind of example.
 SOURCES_OF: dict[Examples, tuple[type, ...]] = {
-    'documents': (PythonStdlib, TextFiles, Jsonl, Parquet, ArrayRecord, Seqio, Demonstrations),
+    'documents': (PythonStdlib, TextFiles, Jsonl, Parquet, ArrayRecord, HuggingFaceDataset, Seqio,
+                  Demonstrations),
     'conversations': (Conversations, WeightedConversations, Demonstrations),
     'preferences': (Preferences, SlipPreferences)}
 
@@ -260,7 +280,8 @@ class PolicyTokenizer:
 Tokenizer = Bytes | TrainedBPE | HuggingFaceTokenizer | SentencePiece | PolicyTokenizer
 
 
-_WITHOUT_GLOB = (PythonStdlib, Seqio, Demonstrations, WeightedConversations, SlipPreferences)
+_WITHOUT_GLOB = (PythonStdlib, Seqio, Demonstrations, WeightedConversations, SlipPreferences,
+                 HuggingFaceDataset)
 
 
 @dataclass(frozen=True)

@@ -120,5 +120,7 @@ def _placeless(source: Any) -> Any:
     case (config.TextFiles() | config.Jsonl() | config.Parquet() | config.ArrayRecord()
           | config.Conversations() | config.Preferences()):
       return dataclasses.replace(source, glob='*')
+    case config.HuggingFaceDataset():
+      return dataclasses.replace(source, path='*')
     case _:
       return source

@@ -20,7 +20,7 @@ from typing import IO, Any
 import zlib
 
 from jaxrl_pt import config
-from jaxrl_pt.data import generated, gym_questions, tf_example
+from jaxrl_pt.data import generated, gym_questions, huggingface_data, tf_example
 from jaxrl_pt.errors import MissingFileError, UserError
 
 # Tests, vendored wheels and tables of code points are not prose about programs.
@@ -79,7 +79,7 @@ def demonstrations(source: config.Arithmetic | config.RedundantChecks | config.R
 
 
 def _texts(source: config.PythonStdlib | config.TextFiles | config.Jsonl | config.Parquet
-           | config.ArrayRecord | config.Seqio) -> Iterator[str]:
+           | config.ArrayRecord | config.HuggingFaceDataset | config.Seqio) -> Iterator[str]:
   match source:
     case config.PythonStdlib(max_bytes=max_bytes):
       texts = _python_stdlib(max_bytes)
@@ -91,6 +91,8 @@ def _texts(source: config.PythonStdlib | config.TextFiles | config.Jsonl | confi
       texts = _parquet(pattern, column)
     case config.ArrayRecord(glob=pattern, feature=feature):
       texts = _array_record(pattern, feature)
+    case config.HuggingFaceDataset():
+      texts = huggingface_data.texts(source)
     case config.Seqio(name=name):
       raise UserError(f'The seqio task {name} yields token ids, not texts: it is prepared by '
                       'data.seqio_tasks.')
@@ -115,6 +117,8 @@ def files(source: config.Source) -> list[Path]:
       return []
     case config.WeightedConversations():
       return [path for part in parts(source) for path in files(part)]
+    case config.HuggingFaceDataset():
+      return huggingface_data.files(source)
     case _:
       return _matches(source.glob)
 

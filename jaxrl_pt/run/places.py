@@ -23,6 +23,7 @@ _PATHS: dict[type, tuple[str, ...]] = {
     cfg.TextFiles: ('glob',), cfg.Jsonl: ('glob',), cfg.Parquet: ('glob',),
     cfg.ArrayRecord: ('glob',), cfg.Conversations: ('glob',), cfg.Preferences: ('glob',),
     cfg.JsonlProblems: ('glob',), cfg.SentencePiece: ('path',),
+    cfg.HuggingFaceDataset: ('path',),
     cfg.HuggingFaceTokenizer: ('path',), cfg.Data: ('validation_glob', 'cache_dir'),
     **{kind: kind.policy_fields for kind in get_args(cfg.Objective)}}
 

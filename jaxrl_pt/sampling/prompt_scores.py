@@ -40,21 +40,42 @@ class Scorer:
       tokens: T token ids, at least one.
       num_top: K.
     """
+    return self.score_rows(params, [tokens], 1, num_top)[0]
+
+  def score_rows(self, params: Params, texts: Sequence[Sequence[int]], num_rows: int, num_top: int
+                 ) -> list[Scored]:
+    """Scores several texts in one forward pass.
+
+    Args:
+      params: the model's parameters.
+      texts: at most B texts of T token ids, at least one each. Each may have its own T; the longest
+        decides what the pass costs.
+      num_rows: B, for which the program is compiled.
+      num_top: K.
+    """
+    most = max(map(len, texts))
     width = _SHORTEST
-    while width < len(tokens):
+    while width < most - 1:  # The last token is only predicted.
       width *= 2
-    padded = np.zeros((1, min(width, max(self._longest, len(tokens)))), np.int32)
-    padded[0, :len(tokens)] = tokens
-    logp, top_logp, top_tokens = jax.device_get(self._run(params, padded))
-    first = lambda x: np.concatenate([np.zeros_like(x[:1]), x[:len(tokens) - 1]])
-    return Scored(first(logp), first(top_tokens)[:, :num_top], first(top_logp)[:, :num_top])
+    padded_BT = np.zeros((num_rows, 1 + min(width, max(self._longest, most, 2) - 1)),
+                         np.int32)
+    for row_T, tokens in zip(padded_BT, texts, strict=False):
+      row_T[:len(tokens)] = tokens
+    logp_BT, top_logp_BTK, top_tokens_BTK = jax.device_get(self._run(params, padded_BT))
+
+    def of_text(b: int, length: int) -> Scored:
+      first = lambda x: np.concatenate([np.zeros_like(x[:1]), x[:length - 1]])
+      return Scored(first(logp_BT[b]), first(top_tokens_BTK[b])[:, :num_top],
+                    first(top_logp_BTK[b])[:, :num_top])
+
+    return [of_text(b, len(tokens)) for b, tokens in enumerate(texts)]
 
 
-def _score(model: Model, num_top: int, params: Params, tokens_1T: Array) -> Any:
-  """f32[T − 1], f32[T − 1, K], i32[T − 1, K]: of each token but the first, given those before."""
-  length = tokens_1T.shape[1]
-  hidden_TD = model.apply(params, tokens_1T, jnp.arange(length)[None],
-                          jnp.ones_like(tokens_1T))[0, :-1]
+def _score(model: Model, num_top: int, params: Params, tokens_BT: Array) -> Any:
+  """f32[B, T − 1], f32[B, T − 1, K], i32[B, T − 1, K]: of each token but the first."""
+  inputs_BT = tokens_BT[:, :-1]
+  positions_BT = jnp.broadcast_to(jnp.arange(inputs_BT.shape[1]), inputs_BT.shape)
+  hidden_BTD = model.apply(params, inputs_BT, positions_BT, jnp.ones_like(inputs_BT))
   head_DV = model.head(params)
 
   def of_one(hidden_and_next: tuple[Array, Array]) -> tuple[Array, Array, Array]:
@@ -63,4 +84,6 @@ def _score(model: Model, num_top: int, params: Params, tokens_1T: Array) -> Any:
     return logp_V[token], *jax.lax.top_k(logp_V, num_top)
 
   # In pieces, since the logits of a long text would take more memory than the model.
-  return jax.lax.map(of_one, (hidden_TD, tokens_1T[0, 1:]), batch_size=64)
+  flat = hidden_BTD.reshape(-1, hidden_BTD.shape[-1]), tokens_BT[:, 1:].reshape(-1)
+  of_all = jax.lax.map(of_one, flat, batch_size=64)
+  return jax.tree.map(lambda x: x.reshape(*inputs_BT.shape, *x.shape[1:]), of_all)
