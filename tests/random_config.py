@@ -48,8 +48,11 @@ def instances(draw: st.DrawFn, kind: type) -> Any:
   given = dict(VALID[kind])
   for field in dataclasses.fields(kind):
     drawn = {field.name: draw(values(field.type))}
-    if (kind, field.name) in ((cfg.Composite, 'verifiers'), (cfg.WeightedConversations, 'sources')):
+    if (kind, field.name) in ((cfg.Composite, 'verifiers'), (cfg.WeightedConversations, 'sources'),
+                              (cfg.Mixture, 'sources')):
       drawn['weights'] = (0.5,) * len(drawn[field.name])
+    if (kind, field.name) == (cfg.Mixture, 'sources'):
+      drawn['names'] = tuple(f'source {i}' for i in range(len(drawn['sources'])))
     if isinstance(drawn[field.name], cfg.RL):
       drawn['train'] = _WITHOUT_ROWS
     try:

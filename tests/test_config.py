@@ -16,6 +16,12 @@ RUN = {'seed': 0, 'model': cfg.Model(**MODEL), 'data': cfg.Data(**DATA),
        'objective': cfg.NextToken(), 'optimizer': cfg.AdamW(cfg.ConstantRate(1e-3)),
        'train': cfg.Train(num_steps=4, batch_size=2)}
 
+
+def mixed(*sources: Any, weights: tuple[float, ...] = ()) -> cfg.Mixture:
+  return cfg.Mixture(tuple(map(str, range(len(sources)))), sources,
+                     weights or (1.0,) * len(sources))
+
+
 RL = cfg.RL('a', cfg.Problems(cfg.Arithmetic(9)), cfg.AnswerMatch())
 
 # A valid value of every dataclass, as keyword arguments.
@@ -48,6 +54,7 @@ VALID: dict[type, dict[str, Any]] = {
     cfg.WeightedConversations: {'sources': (cfg.Conversations('a'),), 'weights': (1.0,)},
     cfg.Preferences: {'glob': 'a'},
     cfg.SlipPreferences: {'source': cfg.Arithmetic(4)},
+    cfg.Mixture: {'names': ('a',), 'sources': (cfg.PythonStdlib(),), 'weights': (1.0,)},
     cfg.Bytes: {},
     cfg.PolicyTokenizer: {},
     cfg.TrainedBPE: {'vocab_size': 300},
@@ -142,6 +149,12 @@ REFUSED: list[tuple[type, str, list[Any], str]] = [
     (cfg.SlipPreferences, 'source', [None, cfg.ReasoningGym('chain_sum', 4)], '@cfg.Arithmetic()'),
     (cfg.WeightedConversations, 'sources', [(), None, (cfg.PythonStdlib(),)], 'a list of'),
     (cfg.WeightedConversations, 'weights', [(), None, (0.0,), (-1.0,), (1.0, 2.0), ('x',)],
+     '1 numbers above 0'),
+    (cfg.Mixture, 'names', [(), None, ('',)], 'a list of names'),
+    (cfg.Mixture, 'names', [('a', 'a')], 'names that differ'),
+    (cfg.Mixture, 'sources', [(), (cfg.Seqio('a', 'b'),), (cfg.PythonStdlib(),) * 2],
+     '1 sources, one for each name'),
+    (cfg.Mixture, 'weights', [(), (0.0,), (-1.0,), (1.0, 2.0), ('x',), (float('nan'),)],
      '1 numbers above 0'),
     (cfg.TextFiles, 'document_start', [None, 3], 'a string'),
     (cfg.Jsonl, 'text_field', ['', None], 'a non-empty string'),
@@ -437,6 +450,8 @@ def test_every_field_has_a_row():
     (lambda: cfg.Interactive(cfg.GuessNumber(max_guesses=9), 8),
      'GuessNumber.max_guesses = 9 needs as many turns'),
     (lambda: cfg.Data(**DATA, validation_glob='a'), 'goes with a source of files'),
+    (lambda: mixed(cfg.PythonStdlib(), cfg.Jsonl('a'), weights=(0.333333, 0.666666001)),
+     'a sum of at most 100000'),
     (lambda: cfg.Train(4, batch_size=6, accumulation=4), 'Train.batch_size = 6 is not a multiple'),
     (lambda: cfg.Run(**{**RUN, 'objective': cfg.NextToken(0.5)}), "Quant.weights = 'ternary'"),
     *((lambda loss=loss, smoothing=smoothing: cfg.DPO('a', loss, 0.1, smoothing),
@@ -447,6 +462,10 @@ def test_every_field_has_a_row():
           (cfg.NextToken(), {'source': cfg.Conversations('a')}, 'learns from documents: choose'),
           (cfg.SFT(''), {'long_documents': 'cut'}, 'learns from conversations: choose'),
           (cfg.DPO('a'), {'source': cfg.Conversations('a')}, 'learns from preferences: choose'),
+          (cfg.NextToken(), {'source': mixed(cfg.PythonStdlib(), cfg.Conversations('a'))},
+           'learns from documents: choose'),
+          (cfg.RPT('a', cfg.Rollouts(4)), {'source': mixed(cfg.PythonStdlib())},
+           'draws positions of documents'),
           (cfg.SFT(''), {'source': cfg.Conversations('a')}, 'would part an answer from its prompt'),
           (cfg.SFT('a'), {'source': cfg.Conversations('a')}, 'set it to @cfg.PolicyTokenizer()'),
           (cfg.SFT(''), {'source': cfg.Conversations('a'), 'tokenizer': cfg.PolicyTokenizer()},

@@ -1,6 +1,8 @@
 """Texts, tokenizers and packing."""
 
 from dataclasses import dataclass, replace
+import fractions
+import math
 from typing import Literal, get_args
 
 from jaxrl_pt.config import checks
@@ -190,16 +192,67 @@ class SlipPreferences:
     checks.instance(self, 'source', Arithmetic, RedundantChecks)
 
 
-Source = (PythonStdlib | TextFiles | Jsonl | Parquet | ArrayRecord | HuggingFaceDataset | Seqio
-          | Demonstrations | Conversations | WeightedConversations | Preferences | SlipPreferences)
+MixedSource = (PythonStdlib | TextFiles | Jsonl | Parquet | ArrayRecord | HuggingFaceDataset
+               | Demonstrations | Conversations)
+# The order of a mixture is kept as a table of one period.
+_LONGEST_PERIOD = 100_000
+
+
+@dataclass(frozen=True)
+class Mixture:
+  """Several sources, from which training draws examples in proportion to weights.
+
+  Each source is split and packed for itself, and starts anew when all its examples have been drawn.
+
+  names: what the sources are called in the metrics, in their order.
+  sources: all of documents, or all of conversations.
+  weights: one for each source. The numbers of examples stand to one another as these decimal
+    numbers do, exactly.
+  """
+
+  names: tuple[str, ...]
+  sources: tuple[MixedSource, ...]
+  weights: tuple[float, ...]
+
+  def __post_init__(self) -> None:
+    checks.texts(self, 'names', 'a list of names such as [\'code\', \'books\']', 1)
+    if len(set(self.names)) < len(self.names):
+      checks.fail(self, 'names', 'names that differ')
+    for name in ('sources', 'weights'):
+      if not isinstance(getattr(self, name), (list, tuple)):
+        checks.fail(self, name, 'a list')
+      object.__setattr__(self, name, tuple(getattr(self, name)))
+    if (len(self.sources) != len(self.names)
+        or not all(isinstance(source, get_args(MixedSource)) for source in self.sources)):
+      checks.fail(self, 'sources', f'{len(self.names)} sources, one for each name: '
+                  f'{checks.one_of(get_args(MixedSource))}')
+    if (len(self.weights) != len(self.names)
+        or not all(checks.is_weight(weight) and weight > 0 for weight in self.weights)):
+      checks.fail(self, 'weights', f'{len(self.names)} numbers above 0, one for each name')
+    object.__setattr__(self, 'weights', tuple(map(float, self.weights)))
+    if sum(self.shares) > _LONGEST_PERIOD:
+      checks.fail(self, 'weights', f'numbers of fewer digits, whose ratios are those of whole '
+                  f'numbers with a sum of at most {_LONGEST_PERIOD}')
+
+  @property
+  def shares(self) -> tuple[int, ...]:
+    """Whole numbers without a common divisor that stand to one another as the weights do."""
+    exact = [fractions.Fraction(repr(weight)) for weight in self.weights]
+    scale = math.lcm(*(x.denominator for x in exact))
+    whole = [int(x * scale) for x in exact]
+    return tuple(x // math.gcd(*whole) for x in whole)
+
+
+Source = (MixedSource | Seqio | WeightedConversations | Preferences | SlipPreferences
+          | Mixture)
 
 # What a packed example is made of.
 Examples = Literal['documents', 'conversations', 'preferences']
 # The sources of each kind of example.
 SOURCES_OF: dict[Examples, tuple[type, ...]] = {
     'documents': (PythonStdlib, TextFiles, Jsonl, Parquet, ArrayRecord, HuggingFaceDataset, Seqio,
-                  Demonstrations),
-    'conversations': (Conversations, WeightedConversations, Demonstrations),
+                  Demonstrations, Mixture),
+    'conversations': (Conversations, WeightedConversations, Demonstrations, Mixture),
     'preferences': (Preferences, SlipPreferences)}
 
 
@@ -281,7 +334,7 @@ Tokenizer = Bytes | TrainedBPE | HuggingFaceTokenizer | SentencePiece | PolicyTo
 
 
 _WITHOUT_GLOB = (PythonStdlib, Seqio, Demonstrations, WeightedConversations, SlipPreferences,
-                 HuggingFaceDataset)
+                 HuggingFaceDataset, Mixture)
 
 
 @dataclass(frozen=True)

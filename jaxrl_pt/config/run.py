@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, get_args
 
 from jaxrl_pt.config import checks
-from jaxrl_pt.config.data import SOURCES_OF, Data, PolicyTokenizer
+from jaxrl_pt.config.data import SOURCES_OF, Data, Mixture, PolicyTokenizer
 from jaxrl_pt.config.model import Compute, Mesh, Model
 from jaxrl_pt.config.objectives import RL, NextToken, Objective
 from jaxrl_pt.config.optimizer import AdamW
@@ -127,10 +127,16 @@ def _check_examples(run: Run) -> None:
   """Refuses sources of which the objective's examples cannot be made, and tokenizers it has not."""
   objective, name, data = run.objective, type(run.objective).__name__, run.data
   if objective.examples is None:
+    if isinstance(data.source, Mixture) and not isinstance(objective, RL):  # RL reads problems.
+      raise UserError(f'Data.source = @cfg.Mixture(), but {name} draws positions of documents and '
+                      'not examples in proportion to weights: choose one of its sources.')
     return
-  if not isinstance(data.source, SOURCES_OF[objective.examples]):
-    raise UserError(f'Data.source = {data.source!r}, but {name} learns from {objective.examples}: '
-                    f'choose {checks.one_of(SOURCES_OF[objective.examples])}.')
+  mixed = data.source.sources if isinstance(data.source, Mixture) else ()
+  for source in (data.source, *mixed):
+    if not isinstance(source, SOURCES_OF[objective.examples]):
+      raise UserError(f'Data.source = {data.source!r}, but {name} learns from '
+                      f'{objective.examples}: choose '
+                      f'{checks.one_of(SOURCES_OF[objective.examples])}.')
   starts = any(getattr(objective, field) for field in objective.policy_fields)
   if starts != (data.tokenizer == PolicyTokenizer()):
     raise UserError(f'Data.tokenizer = {data.tokenizer!r}, but '

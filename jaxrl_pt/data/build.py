@@ -81,6 +81,7 @@ class _SplitWriter:
     self._digest = hashlib.sha256()
     self.counts = {'documents': 0, 'text_bytes': 0, 'target_bytes': 0, 'tokens': 0,
                    'targets': 0, 'examples': 0, 'segments': 0}
+    self.parts: list[int] = []  # the examples of each source so far
 
   def add(self, item: _Item) -> None:
     counts = self.counts
@@ -100,10 +101,14 @@ class _SplitWriter:
       self.counts['examples'] += 1
       self.counts['segments'] = max(self.counts['segments'], int(row_CT[2].max()))
 
-  def close(self) -> dict[str, Any]:
+  def end_source(self) -> None:
+    """Closes the rows that are open, so that no row has documents of two sources."""
     self._write(self._packer.flush())
+    self.parts.append(self.counts['examples'] - sum(self.parts))
+
+  def close(self) -> dict[str, Any]:
     self._writer.close()
-    return {**self.counts, 'digest': self._digest.hexdigest()}
+    return {**self.counts, 'parts': self.parts, 'digest': self._digest.hexdigest()}
 
 
 def build(data: config.Data, making: Making, cached: Path | None, directory: Path) -> None:
@@ -119,19 +124,23 @@ def build(data: config.Data, making: Making, cached: Path | None, directory: Pat
   """
   left_out: dict[str, int] = {}
   if making.examples == 'documents':
-    tokenizer, items = _documents(data, cached)
+    tokenizer, items_of_sources = _documents(data, cached)
   else:
-    tokenizer, items = _supervised(data, making, left_out)
+    tokenizer, items_of_sources = _supervised(data, making, left_out)
   tokenizer.save(directory / 'tokenizer')
   writers = {name: _SplitWriter(directory / f'{name}.array_record', data.seq_len)
              for name in SPLITS}
   nearest = 1.0
-  for item in items:
-    if item.pieces:
-      nearest = min(nearest, item.place)
-      writers['validation' if item.held_out else 'train'].add(item)
+  for items in items_of_sources:
+    for item in items:
+      if item.pieces:
+        nearest = min(nearest, item.place)
+        writers['validation' if item.held_out else 'train'].add(item)
+    for writer in writers.values():
+      writer.end_source()
   written = {name: writer.close() for name, writer in writers.items()}
   _check_splits(data, making, written, nearest, left_out)
+  _check_sources(data, written)
   manifest = {'format': FORMAT, 'kind': making.examples, 'data': repr(data),
               'settings': repr(fingerprint.without_places(data)), 'seq_len': data.seq_len,
               'tokenizer_fingerprint': tokenizer.fingerprint,
@@ -160,18 +169,26 @@ def is_prepared(directory: Path, data: config.Data, examples: config.Examples | 
 
 
 def _documents(data: config.Data, cached: Path | None
-               ) -> tuple[tokenizers.Tokenizer, Iterator[_Item]]:
+               ) -> tuple[tokenizers.Tokenizer, list[Iterator[_Item]]]:
+  """The tokenizer, and the items of each source that is packed for itself."""
   if cached:
     tokenizer = tokenizers.train_or_load(data.tokenizer, ())
     seqio_tasks.check_tokenizer(cached, tokenizer)
-    documents = seqio_tasks.documents(cached, data.validation_fraction, tokenizer)
+    documents = [seqio_tasks.documents(cached, data.validation_fraction, tokenizer)]
     seqio_tasks.refuse_shared(cached, data.validation_fraction, tokenizer)
   else:
     _refuse_overlap(data, 'documents')
     training = (text for text, _, held_out in _texts(data) if not held_out)
     tokenizer = tokenizers.train_or_load(data.tokenizer, training)
-    documents = _tokenised(data, tokenizer)
-  return tokenizer, _packable(data, tokenizer, documents)
+    documents = [_tokenised(part, tokenizer) for part in _packed_apart(data)]
+  return tokenizer, [_packable(data, tokenizer, one) for one in documents]
+
+
+def _packed_apart(data: config.Data) -> list[config.Data]:
+  """The settings with each source of a mixture in its place; as they are where there is none."""
+  if not isinstance(data.source, config.Mixture):
+    return [data]
+  return [dataclasses.replace(data, source=part) for part in data.source.sources]
 
 
 def _packable(data: config.Data, tokenizer: tokenizers.Tokenizer,
@@ -205,6 +222,8 @@ def _texts(data: config.Data) -> Iterator[tuple[str, str, bool]]:
 def _keyed(source: config.Source) -> Iterator[tuple[str, str]]:
   """Yields (text, key) of each document or conversation of a source."""
   match source:
+    case config.Mixture(sources=mixed):
+      return (pair for part in mixed for pair in _keyed(part))
     case config.Conversations() | config.WeightedConversations():
       return ((row.text, row.key) for row, _ in conversations.rows(source))
     case config.Preferences() | config.SlipPreferences():
@@ -243,6 +262,17 @@ def _refuse_overlap(data: config.Data, what: str) -> None:
     splits.refuse_overlap(
         split_keys(data, held_out=False), split_keys(data, held_out=True), what,
         'take them out of the files of Data.validation_glob, or of those of Data.source.')
+  if isinstance(data.source, config.Mixture):
+    # Equal keys are on one side, but one source may have a text that is a key of another.
+    splits.refuse_overlap(
+        _texts_and_keys(data, held_out=False), _texts_and_keys(data, held_out=True), what,
+        'take them out of one of the sources of the mixture.')
+
+
+def _texts_and_keys(data: config.Data, *, held_out: bool) -> Iterator[str]:
+  for text, key, is_held_out in _texts(data):
+    if is_held_out == held_out:
+      yield from {text.strip(), key.strip()}
 
 
 def _tokenised(data: config.Data, tokenizer: tokenizers.Tokenizer
@@ -259,7 +289,7 @@ def _tokenised(data: config.Data, tokenizer: tokenizers.Tokenizer
 
 
 def _supervised(data: config.Data, making: Making, left_out: dict[str, int]
-                ) -> tuple[tokenizers.Tokenizer, Iterator[_Item]]:
+                ) -> tuple[tokenizers.Tokenizer, list[Iterator[_Item]]]:
   """Items of an answer each; while they are drawn, `left_out` counts those that were too long."""
   _refuse_overlap(data, 'prompts')
   tokenizer = making.tokenizer
@@ -269,7 +299,8 @@ def _supervised(data: config.Data, making: Making, left_out: dict[str, int]
   left_out.update(cut=0, left_out=0)
   writing = _Writing(data, tokenizer, making.template or chat_files.plain(tokenizer), left_out)
   make = _answered if making.examples == 'conversations' else _preferred
-  return tokenizer, _on_sides(data, lambda source: make(source, writing))
+  return tokenizer, [_on_sides(part, lambda source: make(source, writing))
+                     for part in _packed_apart(data)]
 
 
 class _Writing(NamedTuple):
@@ -343,3 +374,15 @@ def _check_splits(data: config.Data, making: Making, splits: dict[str, dict[str,
         f'None of the {total} {what} of {data.source} falls into a validation split of '
         f'{data.validation_fraction:g}: give more {what} (TextFiles.document_start cuts files), '
         f'or set Data.validation_fraction above {nearest:.4f} for one, or to 0 for none.')
+
+
+def _check_sources(data: config.Data, splits: dict[str, dict[str, Any]]) -> None:
+  """Refuses a mixture of which a source has nothing on one side."""
+  if not isinstance(data.source, config.Mixture):
+    return
+  for name, *numbers in zip(data.source.names, *(splits[split]['parts'] for split in SPLITS),
+                            strict=True):
+    for split, number in zip(SPLITS, numbers, strict=True):
+      if not number and (split == 'train' or data.validation_fraction):
+        raise UserError(f'The source {name!r} of the mixture has nothing in its {split} split: '
+                        'give it more documents, or change Data.validation_fraction.')

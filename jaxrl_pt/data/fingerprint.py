@@ -115,6 +115,9 @@ def without_places(data: config.Data) -> config.Data:
 def _placeless(source: Any) -> Any:
   """A source without the place of its files."""
   match source:
+    case config.Mixture(sources=parts):  # Names and weights do not decide the examples.
+      names = tuple(map(str, range(len(parts))))
+      return config.Mixture(names, tuple(map(_placeless, parts)), (1.0,) * len(parts))
     case config.WeightedConversations(sources=parts):
       return dataclasses.replace(source, sources=tuple(map(_placeless, parts)))
     case (config.TextFiles() | config.Jsonl() | config.Parquet() | config.ArrayRecord()

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from jaxrl_pt import config
-from jaxrl_pt.data import build, fingerprint, pack, publish, seqio_tasks, workers
+from jaxrl_pt.data import build, fingerprint, mixture, pack, publish, seqio_tasks, workers
 from jaxrl_pt.data import tokenizer as tokenizers
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.types import Batch
@@ -44,6 +44,7 @@ class Packed:
   digest: sha256 of the rows.
   channels: C, the arrays of a row (`pack.to_batch`).
   num_segments: the most segments of a row.
+  parts: the examples of each source of a mixture, which are numbered through; otherwise all.
   """
 
   path: Path
@@ -54,6 +55,7 @@ class Packed:
   digest: str
   channels: int = 3
   num_segments: int = 0
+  parts: tuple[int, ...] = ()
 
   def __len__(self) -> int:
     return self.num_examples
@@ -133,7 +135,8 @@ def open_prepared(directory: Path) -> Prepared:
         raise ValueError(f'{path.name} is incomplete')
       splits[name] = Packed(path, manifest['seq_len'], counts['examples'], counts['targets'],
                             counts['target_bytes'], counts['digest'], channels,
-                            counts.get('segments', 0))
+                            counts.get('segments', 0),
+                            tuple(counts.get('parts', [counts['examples']])))
   except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
     raise UserError(f'The prepared data in {directory} are damaged ({error}): delete that '
                     'directory and run again to remake them.') from error
@@ -214,11 +217,12 @@ class TrainIterator:
 
 def train_iterator(packed: Packed, *, seed: int, batch_size: int,
                    rows: np.ndarray | None = None, tokens: np.ndarray | None = None,
-                   num_workers: int = 0) -> TrainIterator:
+                   num_workers: int = 0, shares: tuple[int, ...] = ()) -> TrainIterator:
   """Yields this host's rows and tokens of the global batch of each step.
 
   The global order is a permutation of the examples, drawn anew each epoch from `seed` and cut
-  every `batch_size` rows; a batch may span two epochs.
+  every `batch_size` rows; a batch may span two epochs. Each source of a mixture has a permutation
+  of its own, and `mixture.interleaving` says whose turn it is.
 
   Args:
     packed: the training split.
@@ -227,6 +231,7 @@ def train_iterator(packed: Packed, *, seed: int, batch_size: int,
     rows: which of the B rows this host reads (`parallel.hosts.owned`); None reads all.
     tokens: which of a row's T tokens this host keeps; None keeps all.
     num_workers: processes that read ahead; 0 reads in threads of this process.
+    shares: those of a mixture's sources (`config.Mixture.shares`).
 
   Raises:
     UserError: fewer than B examples.
@@ -234,8 +239,12 @@ def train_iterator(packed: Packed, *, seed: int, batch_size: int,
   _check_enough(packed, batch_size, 'training')
   load = _Load(packed, np.arange(batch_size) if rows is None else rows,
                np.arange(packed.seq_len) if tokens is None else tokens)
-  order = grain.MapDataset.range(len(packed)).shuffle(seed=seed).repeat()
-  identity = {'seed': seed, 'batch_size': batch_size, 'digest': packed.digest}
+  identity: dict[str, Any] = {'seed': seed, 'batch_size': batch_size, 'digest': packed.digest}
+  if shares:
+    order = mixture.order(packed.parts, shares, seed)
+    identity['shares'] = list(shares)
+  else:
+    order = grain.MapDataset.range(len(packed)).shuffle(seed=seed).repeat()
   return TrainIterator(order.batch(batch_size).map(load), num_workers, identity)
 
 

@@ -57,6 +57,8 @@ def keyed_documents(source: config.Source) -> Iterator[tuple[str, str]]:
   match source:
     case config.Demonstrations(source=problems):
       keyed = ((prompt + response, prompt) for prompt, response in demonstrations(problems))
+    case config.Mixture(sources=mixed):
+      keyed = (pair for part in mixed for pair in keyed_documents(part))
     case (config.Conversations() | config.WeightedConversations() | config.Preferences()
           | config.SlipPreferences()):
       raise UserError(f'{source} holds no documents: choose another Data.source.')
@@ -101,7 +103,11 @@ def _texts(source: config.PythonStdlib | config.TextFiles | config.Jsonl | confi
 
 def parts(source: config.Source) -> tuple[config.Source, ...]:
   """The sources that a source is put together of; itself where it is one."""
-  return source.sources if isinstance(source, config.WeightedConversations) else (source,)
+  match source:
+    case config.WeightedConversations() | config.Mixture():
+      return source.sources
+    case _:
+      return (source,)
 
 
 def files(source: config.Source) -> list[Path]:
@@ -115,7 +121,7 @@ def files(source: config.Source) -> list[Path]:
       return _stdlib_files()
     case config.Seqio() | config.Demonstrations() | config.SlipPreferences():
       return []
-    case config.WeightedConversations():
+    case config.WeightedConversations() | config.Mixture():
       return [path for part in parts(source) for path in files(part)]
     case config.HuggingFaceDataset():
       return huggingface_data.files(source)

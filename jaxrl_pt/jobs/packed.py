@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+import numpy as np
 import optax
 
 from jaxrl_pt import config as cfg
@@ -19,7 +20,7 @@ from jaxrl_pt.run import session as sessions
 from jaxrl_pt.run.job import Dispatched
 from jaxrl_pt.train import optim
 from jaxrl_pt.train import state as states
-from jaxrl_pt.types import Array, Batch, Params, TrainState
+from jaxrl_pt.types import Array, Batch, Params, TrainState, Weighted
 
 
 class Start(NamedTuple):
@@ -70,9 +71,12 @@ class PackedTraining:
     self.abstract = states.abstract_state(self._model, self._optimizer, session.mesh,
                                           stage.new_method)
     rows, tokens = session.owned()
+    mixed = run.data.source
     self._batches = loader.train_iterator(
         session.data.train, seed=run.seed, batch_size=run.train.batch_size, rows=rows,
-        tokens=tokens, num_workers=run.data.num_workers)
+        tokens=tokens, num_workers=run.data.num_workers,
+        shares=mixed.shares if isinstance(mixed, cfg.Mixture) else ())
+    self._count = _counting(mixed, session.data.train.parts)
     self._compiled = functools.cache(lambda model: stage.compile(model, self._optimizer))
 
   def close(self) -> None:
@@ -109,9 +113,9 @@ class PackedTraining:
   def step(self, state: TrainState, step: int) -> Dispatched:
     """Dispatches a step on the loader's next batch."""
     batch = self._stage.put(next(self._batches))
-    tokens = _num_real(batch.segments)
+    tokens, counts = _num_real(batch.segments), self._count(batch.ids, batch.segments)
     state, values = self._compiled(cfg.model_at(self.session.run, step))(state, batch)
-    return Dispatched(state, values, batch.ids, tokens)
+    return Dispatched(state, {**values, **counts}, batch.ids, tokens)
 
   def evaluate(self, state: TrainState, step: int) -> dict[str, float]:
     """The metrics of the held-out examples, with the activations of the step just taken."""
@@ -130,6 +134,31 @@ class PackedTraining:
 def _num_real(segments_BT: Array) -> Array:
   """i32[]: the number of tokens that are no padding."""
   return (segments_BT > 0).sum()
+
+
+def _counting(source: cfg.Source, parts: tuple[int, ...]
+              ) -> Callable[[Array, Array], dict[str, Weighted]]:
+  """count(ids_B, segments_BT) → 'examples/NAME' and 'tokens/NAME' of each source of a mixture.
+
+  Args:
+    source: the run's source; others than mixtures have nothing to count.
+    parts: the examples of each source, which are numbered through.
+  """
+  if not isinstance(source, cfg.Mixture):
+    return lambda ids_B, segments_BT: {}
+  ends = np.cumsum(parts)
+
+  @jax.jit
+  def count(ids_B: Array, segments_BT: Array) -> dict[str, Weighted]:
+    counts: dict[str, Weighted] = {}
+    num_real_B = (segments_BT > 0).sum(1)
+    for name, part, end in zip(source.names, parts, ends, strict=True):
+      is_of_B = (ids_B >= end - part) & (ids_B < end)
+      counts[f'examples/{name}'] = Weighted.single(is_of_B.sum())
+      counts[f'tokens/{name}'] = Weighted.single((num_real_B * is_of_B).sum())
+    return counts
+
+  return count
 
 
 # --- Without opening a run --------------------------------------------------------

@@ -34,7 +34,7 @@ FREE = frozenset((
     'Checkpoint.every', 'Checkpoint.keep', 'Checkpoint.keep_every',
     'Mesh.data', 'Mesh.fsdp', 'Mesh.tensor', 'Mesh.context',
     'Compute.remat', 'Compute.unroll', 'Compute.loss_chunk',
-    'Data.cache_dir', 'Data.num_workers',
+    'Data.cache_dir', 'Data.num_workers', 'Mixture.names',
     'RL.eval_problems', 'RPT.eval_positions', 'RPT.difficulty',
     'Rollouts.dump_every', 'Rollouts.mismatch_gate', 'VerifierPool.num_workers'))
 # Settings that say where data lie or how examples are made of them. The examples themselves are
@@ -45,7 +45,7 @@ BY_CONTENT = frozenset((
     'TextFiles.document_start', 'Jsonl.glob', 'Jsonl.text_field', 'Parquet.glob',
     'Parquet.column', 'ArrayRecord.glob', 'ArrayRecord.feature', 'HuggingFaceDataset.path',
     'HuggingFaceDataset.split', 'HuggingFaceDataset.column', 'Seqio.name', 'Seqio.module',
-    'Seqio.feature', 'Conversations.glob', 'WeightedConversations.sources',
+    'Seqio.feature', 'Mixture.sources', 'Conversations.glob', 'WeightedConversations.sources',
     'WeightedConversations.weights', 'Demonstrations.source', 'TrainedBPE.vocab_size',
     'HuggingFaceTokenizer.path', 'HuggingFaceTokenizer.end_of_text',
     'HuggingFaceTokenizer.begin_of_text', 'SentencePiece.path', 'SentencePiece.has_begin',
@@ -59,7 +59,7 @@ SAME_ARRAYS = frozenset((
 FIXED_MODEL = frozenset(f'Model.{field.name}' for field in dataclasses.fields(cfg.Model)
                         ) - SAME_ARRAYS | {'LoRA.rank', 'LoRA.projections'}
 # Settings that no run can change: the state would have other arrays, or the examples another order.
-FIXED = FIXED_MODEL | {'Run.seed', 'Train.batch_size', 'Rollouts.num_prompts',
+FIXED = FIXED_MODEL | {'Run.seed', 'Train.batch_size', 'Mixture.weights', 'Rollouts.num_prompts',
                        'RPT.positions_per_document'}
 
 ANY = '*'  # in place of a name: every setting that may differ only with leave
