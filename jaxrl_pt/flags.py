@@ -172,8 +172,8 @@ def _add_evaluation(add: Callable[[str, str, str], argparse.ArgumentParser]) -> 
                      'the token that begins a document (default as it was trained)')
   tasks.add_argument('--apply_chat_template', action='store_true',
                      help="put prompts into the model's chat template")
-  tasks.add_argument('--template', type=_path, metavar='FILE', help='another chat format: JSON '
-                     'with system, user, assistant, opening')
+  tasks.add_argument('--template', type=_path, metavar='FILE', help='another chat template, in '
+                     'Jinja2')
   tasks.add_argument('--seed', type=_SEED, default=0,
                      help='of the noise where a task samples (default %(default)s)')
 

@@ -16,7 +16,6 @@ from jaxrl_pt.errors import UserError
 from jaxrl_pt.evaluation import harness, task_files
 from jaxrl_pt.run import places
 from jaxrl_pt.run.policy import Policy, load_policy
-from jaxrl_pt.serving.conversation import Message, read_template
 
 # What is kept of lm-eval's results; the rest says what machine this is.
 _KEPT = ('results', 'groups', 'group_subtasks', 'versions', 'n-shot', 'n-samples',
@@ -40,7 +39,7 @@ def evaluate_tasks(workdir: Path, tasks: Sequence[str], *, step: int | None,
     max_length, add_bos: as `harness.reading_of` takes them.
     batch_size, seed: as `harness.PolicyLM` takes them.
     is_chat: whether prompts are put into a chat template.
-    template: a JSON file with the chat format; None takes the model's own template.
+    template: a file with a chat template in Jinja2; None takes the model's own.
 
   Returns:
     The step, versions of the libraries and what lm-eval reports.
@@ -93,23 +92,18 @@ def _renderer(policy: Policy, carried: Path | None, template: Path | None
   Args:
     policy: the policy.
     carried: the folder with its chat template, if there is one.
-    template: a JSON file with the chat format; None takes the model's own template, or plain text.
+    template: a file with a chat template in Jinja2; None takes the model's own, or plain text.
 
   Returns:
     messages, whether the assistant's turn is opened → text. Where it is not, the last message is
     what the assistant's turn begins with, and the text ends with it.
   """
-  layout = None if template is None else read_template(template)
-  own = None if carried is None else chat_files.read(carried)
-  chat = own or chat_files.plain(policy.session.data.tokenizer)
+  given = None if template is None else chat_files.read_template(template)
+  chat = chat_files.of_model(carried, policy.session.data.tokenizer, given)
 
   def render(messages: list[dict[str, str]], is_opened: bool) -> str:
     turns, begun = (messages, '') if is_opened else (messages[:-1], messages[-1]['content'])
-    if layout is None:
-      return chat.render(turns, add_generation_prompt=True) + begun
-    given = [Message(m['role'], m['content'])  # type: ignore[arg-type]  # lm-eval's three roles
-             for m in turns]
-    return ''.join(span.text for span in layout.spans(given)) + begun
+    return chat.render(turns, add_generation_prompt=True) + begun
 
   return render
 

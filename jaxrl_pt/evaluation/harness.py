@@ -214,7 +214,7 @@ class PolicyLM(TemplateLM):
         **{name: value for name, value in given.items() if value is not None})
     return Request(
         tuple(prompt), number, most,
-        sampler=sampler, stop=(self.eot_token_id,),
+        sampler=sampler, stop=self._tokenizer.stop_ids,
         stop_strings=tuple(fitting[:_MOST_STRINGS])), until
 
   def _text(self, tokens: list[int], until: list[str]) -> str:

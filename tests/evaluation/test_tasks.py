@@ -66,8 +66,8 @@ def test_a_group_and_lm_evals_own_functions(workdir: Path, tasks: Path,
 
 def test_a_chat_template_goes_round_prompts(workdir: Path, tasks: Path, tmp_path: Path,
                                             capsys: pytest.CaptureFixture[str]):
-  template = tmp_path / 'chat.json'
-  template.write_text(json.dumps({'user': '<s>{content}</s>', 'opening': 'A:', 'stop': []}))
+  template = tmp_path / 'chat.jinja'
+  template.write_text('{% for m in messages %}<s>{{ m.content }}</s>{% endfor %}A:')
   given = []
   for args in ((), ('--apply_chat_template',),
                ('--apply_chat_template', '--template', str(template))):
