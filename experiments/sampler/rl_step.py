@@ -4,8 +4,8 @@
 
 16 problems of reasoning-gym's basic_arithmetic, 16 responses each of at most 256 tokens, by a
 random policy of 2.6M parameters whose stop token is chosen so that the mean response has a quarter
-of the most tokens; some never stop. The arms draw the same tokens: `groups.generate` with 32 and
-16 slots, with a slot for every response, and the static batch of `static.py`, of all rows at once
+of the most tokens; some never stop. The arms draw the same tokens: `groups.generate` with 32, 16 and
+8 slots, with a slot for every response, and the static batch of `static.py`, of all rows at once
 and of 32 rows at a time. Rounds alternate.
 Results go to results/rl_step.json and .png.
 """
@@ -38,6 +38,7 @@ from matplotlib import pyplot as plt  # After the choice of its backend.
 RESULT = Path(__file__).parent / 'results' / 'rl_step.json'
 PROMPTS, SAMPLES, PROMPT, LONGEST, ROUNDS = 16, 16, 64, 256, 3
 ROWS = PROMPTS * SAMPLES
+REFILLED = (32, 16, 8)
 SHAPE = cfg.Model(num_layers=6, d_model=192, d_ff=512, num_heads=6, num_kv_heads=2, head_dim=32,
                   vocab_size=128)
 MODEL = transformer.build(SHAPE)
@@ -79,7 +80,7 @@ def arms(stop: int | None) -> dict[str, Callable[[Any, Prompts, Any], Any]]:
   refilled = lambda num: jax.jit(functools.partial(
       groups.generate, MODEL, slots=cfg.Slots(slots=num), **kwargs))
   return {f'static, {ROWS} rows': at_once, 'static, 32 rows': in_batches,
-          f'{ROWS} slots': refilled(0), '32 slots': refilled(32), '16 slots': refilled(16)}
+          f'{ROWS} slots': refilled(0), **{f'{num} slots': refilled(num) for num in REFILLED}}
 
 
 def occupancy(params: Any, asked: Prompts, key: Any, stop: int, num: int) -> dict[str, float]:
@@ -115,7 +116,7 @@ def main() -> None:
       seconds[name].append(time.perf_counter() - start)
   median = {name: statistics.median(values) for name, values in seconds.items()}
   best = min(median[name] for name in median if name.startswith('static'))
-  counted = {f'{num} slots': occupancy(params, asked, key, stop, num) for num in (32, 16)}
+  counted = {f'{num} slots': occupancy(params, asked, key, stop, num) for num in REFILLED}
   RESULT.write_text(json.dumps({
       'lengths': {'mean': float(lengths.mean()), 'median': float(np.median(lengths)),
                   'percentile 90': float(np.percentile(lengths, 90)), 'most': int(lengths.max()),

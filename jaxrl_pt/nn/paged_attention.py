@@ -18,6 +18,8 @@ from jaxrl_pt.types import Array
 BLOCK, MOST_TURNS = 64, 256
 # The pages of a document are read once for many queries, so that reading too much costs little.
 DOCUMENT_BLOCK = 256
+# Parts of a document's rows, each of which reads up to its own longest row.
+DOCUMENT_PARTS = 4
 
 
 def pages_per_turn(table_len: int, page_size: int, block: int) -> int:
@@ -77,16 +79,7 @@ def paged_attention_beside(q_BSHE: Array, pages: Array | PackedPages, scales: Ar
   end = jnp.where(counts_B > 0, starts_B + counts_B - shared_B, 1).max()
   of_rows = _over_pages(q, positions_BQ - shared_B[:, None], end,
                         _Pool(pages, scales, own_table, shared_B == 0), BLOCK)
-  # The queries of a document's rows side by side: [D, K, B / D · Q, E].
-  num_groups, num_queries, width = q.shape[1:]
-  together = q.reshape(num_docs, -1, num_groups, num_queries, width).swapaxes(1, 2)
-  together = together.reshape(num_docs, num_groups, -1, width)
-  last_DQ = jnp.repeat(shared_B - 1, num_queries).reshape(num_docs, -1)
-  of_documents = jax.tree.map(
-      lambda x: x.reshape(num_docs, num_groups, -1, num_queries, *x.shape[3:]).swapaxes(1, 2)
-      .reshape(-1, num_groups, num_queries, *x.shape[3:]),
-      _over_pages(together, last_DQ, shared_B.max(), _Pool(pages, scales, table_DP, True),
-                  DOCUMENT_BLOCK))
+  of_documents = _over_documents(q, shared_B, _Pool(pages, scales, table_DP, True))
   return _out(_joined(of_rows, of_documents), q_BSHE)
 
 
@@ -125,6 +118,36 @@ def _joined(one: _Part, other: _Part) -> _Part:
   shares = [jnp.exp(part.highest - highest) for part in (one, other)]
   return _Part(highest, one.total * shares[0] + other.total * shares[1],
                one.out * shares[0][..., None] + other.out * shares[1][..., None])
+
+
+def _over_documents(q_BKQE: Array, shared_B: Array, pool: _Pool) -> _Part:
+  """The attention of rows to the tokens that they share with their documents.
+
+  A document's rows are taken in parts, one after the other, each up to the longest of its rows.
+  Where positions of a document stand in their order, as those of RPT do, the first parts end early.
+
+  Args:
+    q_BKQE: f[B, K, Q, E]; each of D documents has B / D rows.
+    shared_B: i32[B] the tokens that each row reads of its document.
+    pool: the documents' pages; its table is i32[D, P].
+  """
+  num_docs, (num_rows, num_groups, num_queries, width) = pool.table_BP.shape[0], q_BKQE.shape
+  parts = math.gcd(num_rows // num_docs, DOCUMENT_PARTS)
+  in_parts = lambda x: x.reshape(num_docs, parts, -1, *x.shape[1:]).swapaxes(0, 1)
+
+  def part(given: tuple[Array, Array]) -> _Part:
+    q_DRKQE, shared_DR = given
+    # The queries of these rows side by side: [D, K, R · Q, E].
+    together = q_DRKQE.swapaxes(1, 2).reshape(num_docs, num_groups, -1, width)
+    return _over_pages(together, jnp.repeat(shared_DR - 1, num_queries, 1), shared_DR.max(), pool,
+                       DOCUMENT_BLOCK)
+
+  def by_rows(x: Array) -> Array:
+    """[parts, D, K, R · Q, …] → [B, K, Q, …]"""
+    x = x.reshape(parts, num_docs, num_groups, -1, num_queries, *x.shape[4:])
+    return jnp.moveaxis(x, (1, 0, 3, 2), (0, 1, 2, 3)).reshape(*q_BKQE.shape[:3], *x.shape[5:])
+
+  return jax.tree.map(by_rows, jax.lax.map(part, (in_parts(q_BKQE), in_parts(shared_B))))
 
 
 def _by_group(q_BSHE: Array, starts_B: Array, pages: Array | PackedPages) -> tuple[Array, Array]:

@@ -8,12 +8,14 @@ import pytest
 from jaxrl_pt.nn import absmax, kv_quant
 from jaxrl_pt.nn import paged_attention as paged
 
-NUM_DOCS, NUM_ROWS, PAGE, PAGES_OF_DOC, OWN_PAGES, GROUPS, HEADS, WIDTH = 2, 6, 4, 5, 3, 2, 4, 8
+NUM_DOCS, NUM_ROWS, PAGE, PAGES_OF_DOC, OWN_PAGES, GROUPS, HEADS, WIDTH = 2, 8, 4, 5, 3, 2, 4, 8
 
 
-@pytest.mark.parametrize('num_new', [1, 3])
+# A document's rows at once, two by two, and one by one.
+@pytest.mark.parametrize('num_new, num_parts', [(1, 1), (1, 2), (3, 4)])
 @pytest.mark.parametrize('kv', ['model', 'int8', 'int4'])
-def test_it_equals_rows_that_read_all_their_pages(num_new, kv, monkeypatch):
+def test_it_equals_rows_that_read_all_their_pages(num_new, num_parts, kv, monkeypatch):
+  monkeypatch.setattr(paged, 'DOCUMENT_PARTS', num_parts)
   for name in ('BLOCK', 'DOCUMENT_BLOCK'):  # Several turns of the loop in either part.
     monkeypatch.setattr(paged, name, 2 * PAGE)
   rng = np.random.default_rng(0)
@@ -29,13 +31,13 @@ def test_it_equals_rows_that_read_all_their_pages(num_new, kv, monkeypatch):
   numbers = rng.permutation(np.arange(1, num_pages))
   of_docs = numbers[:NUM_DOCS * PAGES_OF_DOC].reshape(NUM_DOCS, PAGES_OF_DOC)
   of_rows = numbers[NUM_DOCS * PAGES_OF_DOC:].reshape(NUM_ROWS, OWN_PAGES)
-  # No page, some and all pages are shared; in two documents of three rows each.
-  num_shared = np.array([0, 2, 5, 5, 1, 3])
+  # No page, some and all pages are shared; in two documents of four rows each.
+  num_shared = np.array([0, 2, 5, 5, 1, 3, 0, 4])
   table = np.zeros((NUM_ROWS, PAGES_OF_DOC + OWN_PAGES), np.int32)
   for row, shared in enumerate(num_shared):
-    table[row, :shared] = of_docs[row // 3, :shared]
+    table[row, :shared] = of_docs[row // 4, :shared]
     table[row, shared:shared + OWN_PAGES] = of_rows[row]
-  starts = jnp.asarray(num_shared * PAGE + np.array([0, 1, 4, 7, 8, 2]))
+  starts = jnp.asarray(num_shared * PAGE + np.array([0, 1, 4, 7, 8, 2, 3, 5]))
   q = jnp.asarray(rng.normal(size=(NUM_ROWS, num_new, HEADS, WIDTH)), jnp.float32)
   arguments = q, pages, scales, jnp.asarray(table), starts, jnp.full(NUM_ROWS, num_new)
   apart = paged.paged_attention(*arguments)
