@@ -317,6 +317,11 @@ def _add_kv(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--kv', choices=('model', 'int8', 'int4', 'int3'), default='model',
                       help="how keys and values are kept: in the model's type, or in 8, 4 or 3 "
                       'bits (default %(default)s)')
+  parser.add_argument('--head', choices=('model', 'int8', 'int4'), default='model',
+                      help="how embedding and head are held: in the model's type, or in 8 or 4 "
+                      'bits (default %(default)s)')
+  parser.add_argument('--packed', action='store_true',
+                      help='hold ternary weights packed, in two bits each, on one device')
 
 
 def _add_resa(parser: argparse.ArgumentParser) -> None:

@@ -17,7 +17,7 @@ from jaxrl_pt.data import chat_files
 from jaxrl_pt.data.chat import ChatTemplate
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.run import interrupt, places, samples
-from jaxrl_pt.run.policy import Policy, load_policy
+from jaxrl_pt.run.policy import Held, Policy, as_sampled, load_policy
 from jaxrl_pt.sampling.engine import Engine
 from jaxrl_pt.serving import terminal
 from jaxrl_pt.serving.lines import read_lines
@@ -60,8 +60,8 @@ def _json_prompt(line: str, where: str) -> str:
 
 
 def sample(workdir: Path, prompts: list[str] | None, *, step: int | None, as_json: bool,
-           prompt_len: int, seed: int, reading: samples.Reading, stop: tuple[str, ...],
-           drawing: dict[str, Any], **settings: Any) -> None:
+           prompt_len: int, seed: int, reading: samples.Reading, held: Held,
+           stop: tuple[str, ...], drawing: dict[str, Any], **settings: Any) -> None:
   """Prints continuations as they are drawn, or all of them as JSON.
 
   Args:
@@ -72,12 +72,13 @@ def sample(workdir: Path, prompts: list[str] | None, *, step: int | None, as_jso
     prompt_len: most tokens of a prompt that is typed at the terminal.
     seed: the seed of the noise; equal seeds draw equal samples.
     reading: how the cache is kept and read.
+    held: how the weights are held.
     stop: texts that end a sample.
     drawing: the fields of `cfg.Sampler` that were given; the others are the model's own.
     settings: num_tokens and num_samples of `samples.stream_samples`.
   """
   settings['sampler'] = _sampler(workdir, drawing, sys.stderr)
-  policy = load_policy(workdir, step)
+  policy = as_sampled(load_policy(workdir, step), held)
   engine = samples.engine_for(
       policy, prompts or [], seed=seed, reading=reading, prompt_len=1 if prompts else prompt_len,
       num_tokens=settings['num_tokens'], num_samples=settings['num_samples'])
@@ -115,8 +116,8 @@ def _show_samples(policy: Policy, engine: Engine, as_json: bool,
 
 
 def chat(workdir: Path, *, step: int | None, prompt_len: int, template: Path | None,
-         markers: Iterable[str], seed: int, kv: cfg.KV, drawing: dict[str, Any],
-         **settings: Any) -> None:
+         markers: Iterable[str], seed: int, kv: cfg.KV, held: Held,
+         drawing: dict[str, Any], **settings: Any) -> None:
   """Holds a conversation at the terminal.
 
   Args:
@@ -127,6 +128,7 @@ def chat(workdir: Path, *, step: int | None, prompt_len: int, template: Path | N
     markers: the two texts that start and end thinking.
     seed: the seed of the noise; equal seeds and equal lines get equal answers.
     kv: how keys and values are stored.
+    held: how the weights are held.
     drawing: the fields of `cfg.Sampler` that were given; the others are the model's own.
     settings: the other keyword arguments of `terminal.Chat`.
   """
@@ -134,7 +136,7 @@ def chat(workdir: Path, *, step: int | None, prompt_len: int, template: Path | N
   enclosing = Markers(*markers)
   console = Console(highlight=False)
   sampler = _sampler(workdir, drawing, sys.stderr)
-  policy = load_policy(workdir, step)
+  policy = as_sampled(load_policy(workdir, step), held)
   tokenizer = policy.session.data.tokenizer
   talk = terminal.Chat(tokenizer, _template(given, policy), enclosing, sampler, **settings)
   longest = talk.request((0,), 0).max_tokens
@@ -176,7 +178,7 @@ def _name(workdir: Path) -> str:
 
 def serve(workdir: Path, *, step: int | None, host: str, port: int, token_file: Path | None,
           engine: cfg.Engine, max_samples: int, template: Path | None, markers: Iterable[str],
-          seed: int, access_log: bool) -> None:
+          seed: int, held: Held, access_log: bool) -> None:
   """Serves a model over HTTP until SIGTERM or Ctrl-C, and then ends the answers under way.
 
   Args:
@@ -190,6 +192,7 @@ def serve(workdir: Path, *, step: int | None, host: str, port: int, token_file: 
     template: a file of Jinja2; None takes the model's own, or plain text where it has none.
     markers: the two texts that start and end thinking.
     seed: the seed of the noise, together with each request's own seed.
+    held: how the weights are held.
     access_log: whether to write one line a request to standard error.
 
   Raises:
@@ -211,7 +214,7 @@ def serve(workdir: Path, *, step: int | None, host: str, port: int, token_file: 
   listening = _listen(host, port)
   with listening, interrupt.stop_on_signals(
       (signal.SIGTERM, signal.SIGINT)) as stopped:
-    policy = load_policy(workdir, step)
+    policy = as_sampled(load_policy(workdir, step), held)
     tokenizer = policy.session.data.tokenizer
     service = Service(_name(workdir), tokenizer, engine, policy.model.config.vocab_size,
                       _template(given, policy), enclosing, _sampler(workdir, {}, sys.stderr),

@@ -101,6 +101,13 @@ def _join_hosts() -> None:
                     'leave --multihost out.') from e
 
 
+def _held(args: argparse.Namespace) -> Any:
+  """How the weights are held, a `policy.Held`."""
+  with _importing():
+    from jaxrl_pt.run import policy
+  return policy.Held(args.head, args.packed)
+
+
 def _sample(args: argparse.Namespace) -> int:
   drawing, reading = _drawing(args), _reading(args)
   if args.prompt is not None and args.prompt_file is not None:
@@ -115,7 +122,7 @@ def _sample(args: argparse.Namespace) -> int:
     prompts = frontends.read_prompts(args.prompt_file)
   frontends.sample(
       args.workdir, prompts, step=args.step, as_json=args.json, prompt_len=1024, seed=args.seed,
-      reading=samples.Reading(*reading, kv=args.kv), stop=tuple(args.stop),
+      reading=samples.Reading(*reading, kv=args.kv), held=_held(args), stop=tuple(args.stop),
       drawing=drawing, num_tokens=args.num_tokens, num_samples=args.num_samples)
   return 0
 
@@ -158,7 +165,7 @@ def _chat(args: argparse.Namespace) -> int:
       args.workdir, step=args.step, prompt_len=args.prompt_len, template=args.template,
       markers=args.markers, seed=args.seed, drawing=drawing, max_tokens=args.num_tokens,
       max_thought=args.max_thought, max_answer=args.max_answer, system=args.system,
-      kv=args.kv)
+      kv=args.kv, held=_held(args))
   return 0
 
 
@@ -170,7 +177,7 @@ def _serve(args: argparse.Namespace) -> int:
   frontends.serve(
       args.workdir, step=args.step, host=args.host, port=args.port, token_file=args.token_file,
       engine=engine, max_samples=args.max_samples, template=args.template, markers=args.markers,
-      seed=args.seed, access_log=args.access_log)
+      seed=args.seed, held=_held(args), access_log=args.access_log)
   return 0
 
 

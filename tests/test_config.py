@@ -313,6 +313,8 @@ REFUSED: list[tuple[type, str, list[Any], str]] = [
     (cfg.Slots, 'kv', ['int5', 4], "one of 'model', 'int8', 'int4', 'int3'"),
     (cfg.Engine, 'top_logprobs', [-1, 0.5], 'at least 0'),
     (cfg.Engine, 'num_pages', [-1, 0.5], 'at least 0'),
+    (cfg.Slots, 'head', ['int3', 8], "one of 'model', 'int8', 'int4'"),
+    (cfg.Slots, 'packed', [None, 1], 'True or False'),
     (cfg.Engine, 'kv', ['int5', None], "one of 'model', 'int8', 'int4', 'int3'"),
     (cfg.RPT, 'start_from', ['', None], 'a non-empty string'),
     (cfg.RPT, 'rollouts', [None], 'one of @cfg.Rollouts()'),

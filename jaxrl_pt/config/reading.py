@@ -1,4 +1,4 @@
-"""How a sampler keeps its cache, and how it reads it: sparse attention, drafts."""
+"""How a sampler keeps its cache and weights, and how it reads them: sparse attention, drafts."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -8,6 +8,8 @@ from jaxrl_pt.errors import UserError
 
 # How keys and values are stored: in the model's type, or quantised (`nn.kv_quant`).
 KV = Literal['model', 'int8', 'int4', 'int3']
+# How a sampler holds embedding and head: in the model's type, or quantised (`nn.packed`).
+Table = Literal['model', 'int8', 'int4']
 MOST_TOKENS = 2**24  # The largest number of tokens of a row.
 
 

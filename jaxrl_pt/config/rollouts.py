@@ -11,6 +11,7 @@ from jaxrl_pt.config.reading import (
   Drafts,
   NoDrafts,
   ReSA,
+  Table,
   block_of,
   check_reading,
 )
@@ -124,6 +125,8 @@ class Slots:
   prefill_chunk: tokens of a prompt that go through the model in one forward pass.
   prefill_tokens: tokens of all prompts that go through the model in one forward pass.
   kv: how keys and values are stored: in the model's type, or in 8, 4 or 3 bits.
+  head: how the sampler holds embedding and head: in the model's type, or in 8 or 4 bits.
+  packed: whether a sampler on one device holds ternary weights packed; on a mesh it always does.
   drafts: whether tokens are drafted, of which several then go through the model at once.
   """
 
@@ -133,6 +136,8 @@ class Slots:
   prefill_chunk: int = 256
   prefill_tokens: int = 1024
   kv: KV = 'model'
+  head: Table = 'model'
+  packed: bool = False
   drafts: Drafts = field(default_factory=NoDrafts)
 
   def __post_init__(self) -> None:
@@ -145,12 +150,15 @@ class Slots:
       raise UserError(f'Slots.num_pages = {self.num_pages} with a slot for every response, which '
                       'needs all pages: set Slots.slots too.')
     checks.choice(self, 'kv', KV)
-
+    checks.choice(self, 'head', Table)
+    checks.flag(self, 'packed')
 
   @property
   def coarse(self) -> str:
     """The setting that rounds so much that another policy draws; empty where none does."""
-    return f"Slots.kv = '{self.kv}'" if self.kv in ('int4', 'int3') else ''
+    if self.kv in ('int4', 'int3'):
+      return f"Slots.kv = '{self.kv}'"
+    return f"Slots.head = '{self.head}'" if self.head == 'int4' else ''
 
 
 @dataclass(frozen=True)
@@ -226,7 +234,7 @@ class Rollouts:
     larger stops the run and leaves its worst responses in the work directory; 0 switches the gate
     off. There is no gate where the two policies differ on purpose: off-policy, where responses are
     drawn by sparse attention that the learner does not replay, and with keys and values of 4 or 3
-    bits.
+    bits or a head of 4.
   sparse: whether responses are drawn by sparse attention.
   """
 

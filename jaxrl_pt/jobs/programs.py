@@ -70,7 +70,8 @@ def _stages(run: cfg.Run, mesh: Mesh, method: cfg.Reinforced, prompts: Prompts,
   drawn = RolloutBatch(ints, reals, reals, reals, ints, ints)
   # The reference policy's parameters have the shapes and shardings of the policy's, and the frozen
   # ones are the policy's.
-  specs = models.build(run.model, run.compute, mesh).specs
+  model = models.build(run.model, run.compute, mesh)
+  specs = model.specs
   reference, moments = P.trained(specs, state.params), (state.opt_state, state.method)
   others = [Program('learner: advantages and updates',
                     programs.learner_step(run, mesh, optimizer, rollouts, algorithm),
@@ -80,23 +81,22 @@ def _stages(run: cfg.Run, mesh: Mesh, method: cfg.Reinforced, prompts: Prompts,
                     programs.reference_logp(run, mesh, rollouts, algorithm),
                     (state.params, prompts, drawn), 1 / 4,
                     beside=(P.trained(specs, state.params), moments))]
-  synced, beside = state.params, [reference, moments]
+  synced, beside = _synced(run, mesh, mesh, rollouts.slots), [reference, moments]
   if mesh.size > 1:
-    model = models.build(run.model, run.compute, mesh)
-    packed = run.model.quant.is_ternary
-    leaving = weight_sync.abstract_leaving(model, mesh, packed, run.compute.dtype)
-    synced = weight_sync.abstract(model, mesh, packed, run.compute.dtype)
+    settings = (model, mesh, run.model.quant.is_ternary, run.compute.dtype,
+                rollouts.slots.head)
+    leaving = weight_sync.abstract_leaving(*settings)
     leaf, arrived = max(zip(jax.tree.leaves(leaving), jax.tree.leaves(synced), strict=True),
                         key=lambda pair: pair[0].size)
     at_rest = P.frozen(specs, synced)  # It stays where it is from step to step.
     others = [p._replace(beside=(p.beside, at_rest)) for p in others]
     others += [
         Program('weight sync: what the sampler reads of the parameters',
-                weight_sync.make_leave(model, mesh, packed, run.compute.dtype), (state.params,),
-                0.0, beside=beside),
+                weight_sync.make_leave(*settings), (state.params,), 0.0, beside=beside),
         Program('weight sync: the largest of them to the sampler',
-                weight_sync.mover(arrived.sharding), (leaf,), 0.0,
+                weight_sync.mover(arrived.sharding, arrived.dtype), (leaf,), 0.0,
                 beside=[*beside, state.params, synced])]
+  if mesh.size > 1 or rollouts.slots.packed or rollouts.slots.head != 'model':
     beside = [reference, state]
   if isinstance(method, cfg.RL) and isinstance(method.verifier, cfg.Interactive):
     engine = _engine(run, mesh, method, method.verifier, beside)
@@ -132,13 +132,22 @@ def _engine(run: cfg.Run, mesh: Mesh, method: cfg.RL, settings: cfg.Interactive,
   now = jax.tree.map(lambda x, there: abstract(x.shape, x.dtype, there), now, layout)
   queue = placed(engine_rows.empty_queue(shape, PrefixCache(shape.documents, shape.document_len)))
   number, key = abstract((), jnp.int32, everywhere), jax.eval_shape(lambda: jax.random.key(0))
-  params = placed(P.abstract(model.specs)) if mesh.size == 1 else weight_sync.abstract(
-      model, shard, run.model.quant.is_ternary, run.compute.dtype)
+  params = _synced(run, mesh, shard, method.rollouts.slots)
   advance = functools.partial(slots.advance, model, shape, vocabulary)
   return Program('engine: prefill and decode of turns',
                  jax.jit(advance, donate_argnums=4, out_shardings=layout),
                  (params, placed(key), number, queue, now, number), 1 / 4, beside=beside,
                  copies=num_shards)
+
+
+def _synced(run: cfg.Run, mesh: Mesh, there: Mesh, slots: cfg.Slots) -> Any:
+  """The parameters that a sampler on the mesh `there` gets of a trainer on a mesh."""
+  model = models.build(run.model, run.compute, there)
+  if mesh.size > 1:
+    return weight_sync.abstract(model, there, run.model.quant.is_ternary,
+                                run.compute.dtype, slots.head)
+  read = jax.eval_shape(programs.held(run, mesh, slots), P.abstract(model.specs))
+  return jax.tree.map(lambda x: abstract(x.shape, x.dtype, rules.replicated(mesh)), read)
 
 
 def longest_tokens(model: cfg.Model) -> TokenBytes:

@@ -34,6 +34,7 @@ class Model(NamedTuple):
   apply(params, tokens_BT, positions_BT, segments_BT) → hidden_BTD
   extend: see `Extend`; `apply` is `extend` without a cache. It takes `unstacked` parameters too.
   head(params) → f[D, V], so that logits_BTV = hidden_BTD @ head
+  logits(params, hidden f[..., D]) → f32[..., V], for sampling: the head may be quantised
   init_cache(num_rows, num_slots) → empty KVCache
   init_pages(num_pages, page_size, kv) → empty PagedCache
   ops: the operations that have kernels, which the block and some attends call.
@@ -45,6 +46,7 @@ class Model(NamedTuple):
   apply: Callable[[Params, Array, Array, Array], Array]
   extend: Extend
   head: Callable[[Params], Array]
+  logits: Callable[[Params, Array], Array]
   init_cache: Callable[[int, int], KVCache]
   init_pages: Callable[[int, int, KV], PagedCache]
   ops: Ops

@@ -15,12 +15,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from jaxrl_pt import config as cfg
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.models import adapters, kv_cache, paged_cache
 from jaxrl_pt.models.base import Constrain, Model
-from jaxrl_pt.nn import embed
+from jaxrl_pt.nn import embed, packed
 from jaxrl_pt.nn.ffn import gated
 from jaxrl_pt.nn.linear import add_bias, linear, normed_linear
 from jaxrl_pt.nn.norm import rms_norm
@@ -61,6 +62,9 @@ def build(config: cfg.Model, compute: cfg.Compute = cfg.Compute(),
   unroll = compute.unroll or config.num_layers
 
   def embed_tokens(params: Params, tokens_BT: Array) -> Array:
+    if isinstance(params['embed'], packed.QuantizedTable):
+      x_BTD = packed.lookup(params['embed'], tokens_BT, dtype)
+      return constrain(x_BTD, ('batch', 'sequence', None))
     whole = lambda table_VD: constrain(table_VD, ('vocab', None))  # Gathered once.
     x_BTD = embed.lookup(params['embed'], tokens_BT, dtype, whole)
     return constrain(x_BTD, ('batch', 'sequence', None))
@@ -88,10 +92,7 @@ def build(config: cfg.Model, compute: cfg.Compute = cfg.Compute(),
   def apply(params: Params, tokens_BT: Array, positions_BT: Array, segments_BT: Array) -> Array:
     return extend(params, tokens_BT, positions_BT, (), kv_cache.sequences(ops, segments_BT))[0]
 
-  def head(params: Params) -> Array:
-    head_DV = params['embed'].T if config.tied_head else params['head']
-    # Gathered once: a product over a split D would add up all logits across chips.
-    return constrain(head_DV.astype(dtype), (None, 'vocab'))
+  head, logits = _make_head(config, dtype, constrain)
 
   def init_cache(num_rows: int, num_slots: int) -> kv_cache.KVCache:
     return kv_cache.init(config, num_rows, num_slots, dtype)
@@ -102,7 +103,29 @@ def build(config: cfg.Model, compute: cfg.Compute = cfg.Compute(),
     return jax.tree.map(by_heads, pages)
 
   specs = adapters.adapt_specs(_specs(config), config)
-  return Model(config, specs, apply, extend, head, init_cache, init_pages, ops, constrain)
+  return Model(config, specs, apply, extend, head, logits, init_cache, init_pages, ops,
+               constrain)
+
+
+def _make_head(config: cfg.Model, dtype: DTypeLike, constrain: Constrain
+               ) -> tuple[Callable[[Params], Array], Callable[[Params, Array], Array]]:
+  """`Model.head` and `Model.logits`."""
+  def head(params: Params) -> Array:
+    table = params['embed'] if config.tied_head else params['head']
+    if isinstance(table, packed.QuantizedTable):
+      head_DV = packed.dequantised(table, dtype).T
+    else:
+      head_DV = table.T if config.tied_head else table
+    # Gathered once: a product over a split D would add up all logits across chips.
+    return constrain(head_DV.astype(dtype), (None, 'vocab'))
+
+  def logits(params: Params, hidden: Array) -> Array:
+    table = params['embed'] if config.tied_head else params['head']
+    if isinstance(table, packed.QuantizedTable):
+      return packed.logits(hidden, table)
+    return jnp.matmul(hidden, head(params), preferred_element_type=jnp.float32)
+
+  return head, logits
 
 
 def _check_rotations(config: cfg.Model) -> None:

@@ -12,6 +12,7 @@ from jaxrl_pt.config import Quant
 from jaxrl_pt.nn import quant as q
 from jaxrl_pt.nn.norm import rms_norm
 from jaxrl_pt.nn.ops import Axes, Ops
+from jaxrl_pt.nn.packed import TernaryBytes
 from jaxrl_pt.types import Array
 
 
@@ -22,13 +23,13 @@ class Adapted:
   A tree of ParamSpec has it too, with a ParamSpec in place of each array.
   """
 
-  base: Any  # f[..., I, O] or a TernaryWeight
+  base: Any  # f[..., I, O], a TernaryWeight or TernaryBytes
   a: Array  # f32[..., I, r]
   b: Array  # f32[..., r, O]
   scale: float = struct.field(pytree_node=False)
 
 
-Weight = Array | q.TernaryWeight | Adapted
+Weight = Array | q.TernaryWeight | TernaryBytes | Adapted
 
 
 def low_rank(x: Array, w: Adapted) -> Array:
@@ -64,7 +65,8 @@ def linear(x: Array, w: Weight, quant: Quant, ops: Ops, axes: Axes) -> Array:
   if isinstance(w, Adapted):
     return linear(x, w.base, quant, ops, axes) + low_rank(x, w)
   if quant.weights == 'none':
-    assert not isinstance(w, q.TernaryWeight), 'packed weights in a model without BitLinear'
+    assert not isinstance(w, q.TernaryWeight | TernaryBytes), (
+        'packed weights in a model without BitLinear')
     return matmul(x, w)
   codes, scale = q.activations(jax.lax.stop_gradient(x), quant.activations)
   return q.bit_matmul(x, w, codes, scale, quant.activations, ops.product, axes, quant.weights)

@@ -16,6 +16,8 @@ from jax.typing import DTypeLike
 
 from jaxrl_pt.config import ActivationQuant, WeightQuant
 from jaxrl_pt.config.model import GROUP
+from jaxrl_pt.nn import packed
+from jaxrl_pt.nn.packed import TernaryBytes
 from jaxrl_pt.types import Array, Params
 from pallas_kernels.hadamard_quantize.reference import (
   EPSILON,
@@ -133,7 +135,7 @@ def pack(params: Params, is_packed: Callable[[tuple[Any, ...]], bool],
   return jax.tree_util.tree_map_with_path(leaf, params)
 
 
-def bit_matmul(x: Array, w: Array | TernaryWeight, x_codes: Array, x_scale: Array,
+def bit_matmul(x: Array, w: Array | TernaryWeight | TernaryBytes, x_codes: Array, x_scale: Array,
                kind: ActivationQuant, product: Callable[..., Array], axes: tuple[str, str],
                weight_kind: WeightQuant = 'ternary') -> Array:
   """Y = Q_a(X) · Q_w(W) with straight-through gradients: both quantisers count as identity.
@@ -147,7 +149,7 @@ def bit_matmul(x: Array, w: Array | TernaryWeight, x_codes: Array, x_scale: Arra
   Args:
     x: f[..., I] activations; their values are not read, and the gradient flows to them.
     w: f[I, O] latent weights, which are quantised to ternary here, or packed weights, which get no
-      gradient.
+      gradient; weights in bytes pass none to x either, and refuse it.
     x_codes, x_scale: X as `activations` quantises it.
     kind, axes: arguments that `product` takes.
     product: computes the integer product with its scales, as `ops.Product` says.
@@ -158,6 +160,9 @@ def bit_matmul(x: Array, w: Array | TernaryWeight, x_codes: Array, x_scale: Arra
 
   Source: 2504.18415 section 2 (STE).
   """
+  if isinstance(w, TernaryBytes):
+    y = packed.product(x_codes, x_scale, w, kind != 'none', x.dtype)
+    return packed.without_gradient(x, y)
   if isinstance(w, TernaryWeight):
     latent, w_codes, w_scale = None, w.codes, w.scale
   else:

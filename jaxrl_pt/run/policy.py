@@ -4,7 +4,9 @@ from collections.abc import Callable
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import jax
 
 from jaxrl_pt import checkpoint, gin_bindings
 from jaxrl_pt import config as cfg
@@ -13,6 +15,7 @@ from jaxrl_pt.errors import UserError
 from jaxrl_pt.models.base import Model
 from jaxrl_pt.run import places
 from jaxrl_pt.run import session as sessions
+from jaxrl_pt.sampling import weight_sync
 from jaxrl_pt.train import optim
 from jaxrl_pt.train import state as states
 from jaxrl_pt.types import Params
@@ -46,6 +49,35 @@ def load_policy(workdir: Path, step: int | None = None, mesh: cfg.Mesh = cfg.Mes
   restored = restore(session, step, 'params')
   model = session.model(cfg.model_at(session.run, restored.step))
   return Policy(session, model, restored.state, restored.step)
+
+
+class Held(NamedTuple):
+  """How a sampler on one device holds weights: `head` and `packed` as in `cfg.Slots`."""
+
+  head: cfg.Table = 'model'
+  packed: bool = False
+
+
+def as_sampled(policy: Policy, held: Held) -> Policy:
+  """The policy with its parameters as a sampler on one device reads them.
+
+  The whole ones are freed once nobody else has them.
+
+  Args:
+    policy: from `load_policy`.
+    held: how they are held.
+
+  Raises:
+    UserError: there are several devices, or no ternary weights to pack.
+  """
+  if held == Held():
+    return policy
+  mesh, dtype = policy.session.mesh, policy.session.run.compute.dtype
+  if mesh.size > 1:
+    raise UserError(f'--head and --packed hold weights on one device, and there are {mesh.size}: '
+                    'leave them out, or let the process see one device.')
+  read = weight_sync.for_one_device(policy.model, mesh.devices.flat[0], dtype, *held)
+  return dataclasses.replace(policy, params=jax.jit(read)(policy.params))
 
 
 def open_run(workdir: Path, step: int | None, mesh: cfg.Mesh) -> sessions.Session:

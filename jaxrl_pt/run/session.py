@@ -46,7 +46,9 @@ class Session:
   @functools.cached_property
   def sync_weights(self) -> Callable[[Params, int], Params]:
     """(parameters, version) → the sampler's copy of them; one for all that draw in the run."""
-    return programs.weight_sync(self.run, self.mesh)
+    method = self.run.objective
+    assert isinstance(method, cfg.Reinforced), 'only reinforcement learning draws'
+    return programs.weight_sync(self.run, self.mesh, method.rollouts.slots)
 
   def put(self, batch: Batch) -> Batch:
     """Makes the global batch of this host's part, whose rows and tokens are `owned`."""

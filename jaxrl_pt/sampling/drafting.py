@@ -124,8 +124,7 @@ def _drawn_sparsely(model: Model, shape: Shape, vocabulary: Vocabulary, params: 
     tokens, cache = carry
     hidden, cache = resa.decode(model, params, settings, cache, tokens[:, i], first + i,
                                 i + 1 < most_B)
-    logits = jnp.matmul(hidden, model.head(params), preferred_element_type=jnp.float32)
-    likely = drawing.filtered(shape, vocabulary, queue, asked, logits)
+    likely = drawing.filtered(shape, vocabulary, queue, asked, model.logits(params, hidden))
     token = drawing.drawn(model, key, asked, first + i + 1, likely).token
     return tokens.at[:, i + 1].set(token), cache
 

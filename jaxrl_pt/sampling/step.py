@@ -74,7 +74,7 @@ def _draw_next(model: Model, shape: Shape, vocabulary: Vocabulary, params: Param
   decoding, row = slots.decoding, jnp.maximum(slots.places.row, 0)
   slots = dataclasses.replace(
       slots, decoding=dataclasses.replace(decoding, length=decoding.length + going))
-  logits = jnp.matmul(fed.hidden[:, j], model.head(params), preferred_element_type=jnp.float32)
+  logits = model.logits(params, fed.hidden[:, j])
   # Tokens of the tail are known, and belong to no response.
   in_tail = decoding.fed + 1 < asked.num_tail
   is_response = going & ~in_tail

@@ -80,7 +80,8 @@ def reads_reference(algorithm: cfg.Algorithm) -> bool:
 
 def make_fused_step(model: Model, optimizer: optax.GradientTransformation, run: cfg.Run,
                     method: cfg.Reinforced, verifier: Verify | PolicyVerifier,
-                    stop_ids: tuple[int, ...] = NO_STOP, *, by_token: bool = False) -> FusedStep:
+                    stop_ids: tuple[int, ...] = NO_STOP, *, by_token: bool = False,
+                    held: Callable[[Params], Params] = lambda params: params) -> FusedStep:
   """step(state, reference, prompts) → (state, metrics, rollouts, verdict).
 
   `reference` are the trained parameters of the reference policy, whose frozen ones are those of the
@@ -95,6 +96,7 @@ def make_fused_step(model: Model, optimizer: optax.GradientTransformation, run: 
     verifier: a verifier that works on the device.
     stop_ids: the tokens of which any ends a response; a PolicyVerifier names its own instead.
     by_token: whether `update.BY_TOKEN` is among the metrics.
+    held: the function from the parameters to what the sampler reads of them.
   """
   policy_verifier = verifier if isinstance(verifier, PolicyVerifier) else None
   if policy_verifier:
@@ -107,7 +109,7 @@ def make_fused_step(model: Model, optimizer: optax.GradientTransformation, run: 
            ) -> tuple[TrainState, Metrics, RolloutBatch, Verdict]:
     shared = _share(model, state.params, prompts, run.train, method.algorithm)
     prefilled = None if shared is None else shared.prefilled
-    rollouts = sample(state.params, prompts, state.step, state.step, prefilled)
+    rollouts = sample(held(state.params), prompts, state.step, state.step, prefilled)
     if isinstance(verifier, PolicyVerifier):
       verdict = verifier.verify(model, state, prefilled, prompts, rollouts)
     else:

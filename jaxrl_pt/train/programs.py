@@ -30,7 +30,9 @@ def fused_step(run: cfg.Run, mesh: Mesh, method: cfg.Reinforced,
   model = models.build(run.model, run.compute, mesh)
   verify = verifier.verify if isinstance(verifier, DeviceVerifier) else verifier
   return jax.jit(fused.make_fused_step(model, optimizer, run, method, verify, stop_ids,
-                                       by_token=method.rollouts.is_gated), donate_argnums=0)
+                                       by_token=method.rollouts.is_gated,
+                                       held=held(run, mesh, method.rollouts.slots)),
+                 donate_argnums=0)
 
 
 def sampler(run: cfg.Run, mesh: Mesh, rollouts: cfg.Rollouts, stop_ids: tuple[int, ...]) -> Any:
@@ -77,13 +79,25 @@ def reference_logp(run: cfg.Run, mesh: Mesh, rollouts: cfg.Rollouts, algorithm: 
       model, params, prompts, drawn, run, rollouts.sampler, algorithm))
 
 
-def weight_sync(run: cfg.Run, mesh: Mesh) -> Callable[[Params, int], Params]:
+def held(run: cfg.Run, mesh: Mesh, slots: cfg.Slots) -> Callable[[Params], Params]:
+  """The function from parameters to what a sampler on the mesh's one device reads of them."""
+  model = models.build(run.model, run.compute, mesh)
+  return syncing.for_one_device(model, mesh.devices.flat[0], run.compute.dtype, slots.head,
+                                slots.packed)
+
+
+def weight_sync(run: cfg.Run, mesh: Mesh, slots: cfg.Slots) -> Callable[[Params, int], Params]:
   """sync(params, version) → the sampler's copy of the parameters, checked on arrival.
 
-  On one device nothing travels: the sampler reads the trainer's own parameters.
+  On one device nothing travels: the sampler reads the trainer's own parameters, or packed ones.
   """
-  if mesh.size == 1:
-    return lambda params, version: params
   model = models.build(run.model, run.compute, mesh)
-  sync = syncing.make_weight_sync(model, mesh, run.model.quant.is_ternary, run.compute.dtype)
+  if slots.packed:
+    syncing.check_packed(model, mesh.devices.flat[0])
+  if mesh.size == 1:
+    read = syncing.make_sync_on_one_device(model, mesh.devices.flat[0], run.compute.dtype,
+                                           slots.head, slots.packed)
+    return lambda params, version: read(params)
+  sync = syncing.make_weight_sync(model, mesh, run.model.quant.is_ternary,
+                                  run.compute.dtype, slots.head)
   return lambda params, version: sync(params, version).params

@@ -28,7 +28,7 @@ def main() -> None:
   for x, arrived in zip(
       jax.tree.leaves(weight_sync.abstract_leaving(model, mesh, True, jnp.bfloat16)),
       jax.tree.leaves(weight_sync.abstract(model, mesh, True, jnp.bfloat16)), strict=True):
-    weight_sync.mover(arrived.sharding).lower(x).compile()
+    weight_sync.mover(arrived.sharding, arrived.dtype).lower(x).compile()
     codes += arrived.dtype == jnp.int2
   print(json.dumps({'codes': codes}))
 
