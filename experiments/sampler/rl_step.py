@@ -4,9 +4,9 @@
 
 16 problems of reasoning-gym's basic_arithmetic, 16 responses each of at most 256 tokens, by a
 random policy of 2.6M parameters whose stop token is chosen so that the mean response has a quarter
-of the most tokens; some never stop. The arms draw the same tokens: `groups.generate` with 32, 16 and
-8 slots, with a slot for every response, and the static batch of `static.py`, of all rows at once
-and of 32 rows at a time. Rounds alternate.
+of the most tokens; some never stop. The arms draw the same tokens: `groups.generate` with 32, 16
+and 8 slots, with a slot for every response, and the static batch of `static.py`, of all rows at
+once and of 32 rows at a time. Rounds alternate.
 Results go to results/rl_step.json and .png.
 """
 

@@ -72,7 +72,7 @@ def paged_attention_beside(q_BSHE: Array, pages: Array | PackedPages, scales: Ar
   Returns:
     f[B, S, H, E] in q's dtype.
   """
-  page_size, num_docs = pages.shape[3], table_DP.shape[0]
+  page_size = pages.shape[3]
   q, positions_BQ = _by_group(q_BSHE, starts_B, pages)
   own = shared_B[:, None] // page_size + jnp.arange(table_BP.shape[1])
   own_table = jnp.take_along_axis(table_BP, jnp.minimum(own, table_BP.shape[1] - 1), 1)
