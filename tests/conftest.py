@@ -1,7 +1,10 @@
 """What all tests share: the CPU as device, and one line that says what was left out."""
 
+from collections.abc import Iterator
+import gc
 import importlib.util
 import os
+from pathlib import Path
 import signal
 
 import pytest
@@ -34,6 +37,22 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
                     '`make verifiers`)')
   if left_out:
     terminalreporter.write_line(f'Left out: {", ".join(left_out)}.')
+
+
+# Each compiled program takes memory maps, of which Linux gives a process 65,530; XLA crashes without
+# a word when there are no more.
+_MOST_MAPS = 20_000
+_MAPS = Path('/proc/self/maps')
+
+
+@pytest.fixture(autouse=True, scope='module')
+def few_programs() -> Iterator[None]:
+  """Forgets what the tests of a file have compiled where a process holds too many programs."""
+  yield
+  if _MAPS.exists() and _MAPS.read_bytes().count(b'\n') > _MOST_MAPS:
+    import jax
+    jax.clear_caches()
+    gc.collect()
 
 
 # A job that a shell starts in the background ignores Ctrl-C, and one under nohup a dropped
