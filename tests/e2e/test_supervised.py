@@ -158,7 +158,8 @@ def preferences(tmp_path_factory: pytest.TempPathFactory) -> Path:
   return path
 
 
-@pytest.mark.parametrize('objective', ['DPO', 'RewardModel'])
+@pytest.mark.parametrize('objective', [
+    'DPO', pytest.param('RewardModel', marks=pytest.mark.slow)])
 def test_preferences_are_learned_and_a_killed_run_is_bit_identical(
     make_job: Callable[..., Job], pretrained: Job, preferences: Path, objective: str,
     capsys: pytest.CaptureFixture[str], tmp_path: Path):

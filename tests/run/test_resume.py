@@ -37,7 +37,7 @@ def test_the_table_names_settings_that_exist_and_each_once():
 
 def test_the_settings_of_a_model_that_leave_its_arrays_are_those_that_do():
   other = {'activation': 'relu2', 'quant': cfg.Quant(), 'sub_norm': False, 'tied_head': False,
-           'rope': cfg.Llama3Rope(), 'param_dtype': 'bfloat16'}
+           'rope': cfg.Llama3Rope(), 'param_dtype': 'bfloat16', 'adapter': cfg.LoRA(2)}
   model = RUN.model
   arrays = lambda config: map_specs(lambda spec: (spec.shape, spec.dtype), build(config).specs)
   for field in dataclasses.fields(cfg.Model):

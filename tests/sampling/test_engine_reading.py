@@ -74,10 +74,9 @@ def test_a_sparse_engine_draws_what_sparse_rollouts_draw():
 
 
 @pytest.mark.parametrize('settings, message', [
-    ({'sparse': SPARSE, 'kv': 'int8'}, "kv = 'model'"),
     ({'sparse': SPARSE, 'drafts': cfg.PromptLookup()}, '@cfg.NoDrafts'),
     ({'sparse': SPARSE, 'page_size': 16}, 'a block is a page'),
-    ({'drafts': cfg.SparseDrafts(), 'kv': 'int8'}, "kv = 'model'")])
+    ({'drafts': cfg.SparseDrafts()}, 'a block is a page')])
 def test_what_does_not_go_together_is_refused(settings, message):
   with pytest.raises(UserError, match=message):
     cfg.Engine(**{'page_size': 4, **settings})

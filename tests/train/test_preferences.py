@@ -48,9 +48,10 @@ def drawn():
   return pairs, jax.tree.map(jnp.asarray, pack.to_batch(rows, np.arange(ROWS)))
 
 
-def alone(params, ids: list[int]):
+@functools.cache
+def alone(seed: int, ids: tuple[int, ...]):
   """(log-probabilities of ids[1:], hidden state of the last), of one sequence by itself."""
-  tokens = jnp.asarray([ids])
+  params, tokens = params_of(seed), jnp.asarray([ids])
   hidden = MODEL.apply(params, tokens, jnp.arange(len(ids))[None], jnp.ones_like(tokens))
   logits = np.asarray(hidden @ MODEL.head(params), np.float64)[0]
   logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
@@ -64,7 +65,7 @@ def by_hand(method: cfg.DPO) -> tuple[float, float]:
   for prompt, *completions in drawn()[0]:
     ratios = []
     for completion in completions:
-      logp, reference = (alone(params_of(seed), prompt + completion)[0][-len(completion):].sum()
+      logp, reference = (alone(seed, (*prompt, *completion))[0][-len(completion):].sum()
                          for seed in (0, 1))
       by = len(completion) if method.loss in ('ipo', 'length_normalised') else 1
       ratios.append((logp - reference) / by)
@@ -144,7 +145,7 @@ def test_reward_model_by_hand_and_in_micro_batches(center: float):
   loss = preferences.bradley_terry(cfg.RewardModel('a', center), MODEL, 8)
   state, step = step_of(loss, 8, 1, head=True)
   weight = np.asarray(state.method.params['weight'], np.float64)
-  rewards = np.asarray([[alone(params_of(0), prompt + completion)[1] @ weight
+  rewards = np.asarray([[alone(0, (*prompt, *completion))[1] @ weight
                          for completion in completions] for prompt, *completions in pairs])
   delta = rewards[:, 0] - rewards[:, 1]
   expected = np.mean(np.log1p(np.exp(-delta)) + center * rewards.sum(1)**2)
