@@ -39,8 +39,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.write_line(f'Left out: {", ".join(left_out)}.')
 
 
-# Each compiled program takes memory maps, of which Linux gives a process 65,530; XLA crashes without
-# a word when there are no more.
+# Each compiled program takes memory maps, of which Linux gives a process 65,530. When there are no
+# more, XLA crashes without a word.
 _MOST_MAPS = 20_000
 _MAPS = Path('/proc/self/maps')
 
