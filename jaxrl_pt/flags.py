@@ -272,7 +272,7 @@ def _add_frontends(add: Callable[[str, str, str], argparse.ArgumentParser]) -> N
                       help='samples of each prompt (default %(default)s)')
   sample.add_argument('--stop', action='append', default=[], type=_text, metavar='TEXT',
                       help='ends a sample and is left out of it; may be repeated')
-  _add_kv(sample)
+  _add_storage(sample)
   _add_resa(sample)
   _add_json(sample)
 
@@ -286,7 +286,7 @@ def _add_frontends(add: Callable[[str, str, str], argparse.ArgumentParser]) -> N
   chat.add_argument('--max_thought', type=_at_least(0), help='think first, for at most that many '
                     'tokens; without it the model decides')
   chat.add_argument('--max_answer', type=_at_least(1), help='most tokens after a thought')
-  _add_kv(chat)
+  _add_storage(chat)
   _add_chat_format(chat)
 
   serve = add('serve', "A small HTTP server with OpenAI's completions and chat completions.",
@@ -305,7 +305,7 @@ def _add_frontends(add: Callable[[str, str, str], argparse.ArgumentParser]) -> N
       ('max_samples', 16, 'most responses to one prompt')):
     serve.add_argument(f'--{name}', type=_at_least(1), default=default,
                        help=f'{about} (default %(default)s)')
-  _add_kv(serve)
+  _add_storage(serve)
   serve.add_argument('--seed', type=_SEED, default=0, help='seed of the noise, together '
                      "with a request's own seed (default %(default)s)")
   serve.add_argument('--access_log', action='store_true',
@@ -313,7 +313,7 @@ def _add_frontends(add: Callable[[str, str, str], argparse.ArgumentParser]) -> N
   _add_chat_format(serve)
 
 
-def _add_kv(parser: argparse.ArgumentParser) -> None:
+def _add_storage(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--kv', choices=('model', 'int8', 'int4', 'int3'), default='model',
                       help="how keys and values are kept: in the model's type, or in 8, 4 or 3 "
                       'bits (default %(default)s)')

@@ -176,7 +176,6 @@ class _Conversation:
 
   def text(self, num_messages: int, *, prompt: bool) -> str:
     """The marked text of the first messages, with or without the opening of the next turn."""
-    # pylint: disable-next=protected-access
     return self._template._marked(self._marks, self.messages[:num_messages], self.tools, prompt)
 
   def ids(self, *, prompt: bool) -> list[int]:

@@ -7,7 +7,6 @@ computed before the first step and kept beside the data (`jobs.reference`), so t
 take no memory while the policy learns. `train.preferences` has the losses.
 """
 
-from collections.abc import Iterator
 import contextlib
 from pathlib import Path
 
@@ -21,7 +20,6 @@ from jaxrl_pt.jobs.kind import Kind, Program
 from jaxrl_pt.parallel import hosts, rules
 from jaxrl_pt.parallel import model as models
 from jaxrl_pt.run import session as sessions
-from jaxrl_pt.run.workdir import claimed
 from jaxrl_pt.train import optim, preferences
 from jaxrl_pt.train import state as states
 from jaxrl_pt.types import Array, Batch
@@ -57,17 +55,15 @@ class _Reference:
     return preferences.Pairs(batch, self._take(self._tables[split], batch.ids))
 
 
-@contextlib.contextmanager
+def _stage(session: sessions.Session, start: packed.Start) -> packed.Stage:
+  known = _Reference(session, start)
+  return pairs.stage(session, _loss_of(session.run, session.mesh), known.pairs,
+                     preferences.Optimizers, lambda state: state.params, states.no_method)
+
+
 def _open(run: cfg.Run, workdir: Path, resolved_text: str, allow: frozenset[str]
-          ) -> Iterator[packed.PackedTraining]:
-  start, tokenizer = sft.open_start(run, _method(run).start_from, workdir)
-  with claimed(workdir):
-    session = sessions.open_session(run, workdir, resolved_text, allow=allow, tokenizer=tokenizer)
-    known = _Reference(session, start)
-    stage = pairs.stage(session, _loss_of(run, session.mesh), known.pairs, preferences.Optimizers,
-                        lambda state: state.params, states.no_method)
-    with contextlib.closing(packed.PackedTraining(session, stage, start)) as job:
-      yield job
+          ) -> contextlib.AbstractContextManager[packed.PackedTraining]:
+  return sft.opened(run, _method(run).start_from, workdir, resolved_text, allow, _stage)
 
 
 def _programs(run: cfg.Run, mesh: Mesh) -> list[Program]:

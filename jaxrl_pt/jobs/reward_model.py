@@ -29,7 +29,6 @@ from jaxrl_pt.parallel import model as models
 from jaxrl_pt.parallel import rules
 from jaxrl_pt.run import policy
 from jaxrl_pt.run import session as sessions
-from jaxrl_pt.run.workdir import claimed
 from jaxrl_pt.train import optim, preferences
 from jaxrl_pt.train import state as states
 from jaxrl_pt.types import Batch, Params
@@ -58,21 +57,20 @@ def _new_method(run: cfg.Run, mesh: Any, params: Params) -> states.ValueHead:
   return states.ValueHead(head, _head_optimizer(run).init(head))
 
 
-@contextlib.contextmanager
+def _stage(session: sessions.Session, start: packed.Start) -> packed.Stage:
+  del start
+  run, segments = session.run, pairs.num_segments(session.data)
+  return pairs.stage(
+      session, _loss_of(run, session.mesh),
+      lambda split, batch: pairs.no_reference(split, batch, segments),
+      lambda optimizer: preferences.Optimizers(optimizer, _head_optimizer(run)),
+      lambda state: (state.params, state.method.params),
+      functools.partial(_new_method, run, session.mesh))
+
+
 def _open(run: cfg.Run, workdir: Path, resolved_text: str, allow: frozenset[str]
-          ) -> Iterator[packed.PackedTraining]:
-  start, tokenizer = sft.open_start(run, _method(run).start_from, workdir)
-  with claimed(workdir):
-    session = sessions.open_session(run, workdir, resolved_text, allow=allow, tokenizer=tokenizer)
-    segments = pairs.num_segments(session.data)
-    stage = pairs.stage(
-        session, _loss_of(run, session.mesh),
-        lambda split, batch: pairs.no_reference(split, batch, segments),
-        lambda optimizer: preferences.Optimizers(optimizer, _head_optimizer(run)),
-        lambda state: (state.params, state.method.params),
-        functools.partial(_new_method, run, session.mesh))
-    with contextlib.closing(packed.PackedTraining(session, stage, start)) as job:
-      yield job
+          ) -> contextlib.AbstractContextManager[packed.PackedTraining]:
+  return sft.opened(run, _method(run).start_from, workdir, resolved_text, allow, _stage)
 
 
 def _programs(run: cfg.Run, mesh: Mesh) -> list[Program]:

@@ -6,7 +6,7 @@ over the learned tokens of all rows of a batch, where w is the weight of the con
 n is the number of learned tokens of the whole batch for the loss 'mean', and 1 for 'sum'.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
 from pathlib import Path
 
@@ -67,15 +67,29 @@ def check_held_out(data: cfg.Data, trained: cfg.Data) -> None:
 
 
 @contextlib.contextmanager
-def _open(run: cfg.Run, workdir: Path, resolved_text: str, allow: frozenset[str]
-          ) -> Iterator[packed.PackedTraining]:
-  method = _method(run)
-  start, tokenizer = open_start(run, method.start_from, workdir)
+def opened(run: cfg.Run, start_from: str, workdir: Path, resolved_text: str,
+           allow: frozenset[str], stage_of: Callable[[sessions.Session, packed.Start], packed.Stage]
+           ) -> Iterator[packed.PackedTraining]:
+  """The job of a supervised stage, as `Kind.open` gives it.
+
+  Args:
+    run, workdir, resolved_text, allow: as `Kind.open` takes them.
+    start_from: as in `open_start`.
+    stage_of: (session, start policy) → what the objective does of its own.
+  """
+  start, tokenizer = open_start(run, start_from, workdir)
   with claimed(workdir):
     session = sessions.open_session(run, workdir, resolved_text, allow=allow, tokenizer=tokenizer)
-    stage = pretrain.stage(session, method.loss)
+    stage = stage_of(session, start)
     with contextlib.closing(packed.PackedTraining(session, stage, start)) as job:
       yield job
+
+
+def _open(run: cfg.Run, workdir: Path, resolved_text: str, allow: frozenset[str]
+          ) -> contextlib.AbstractContextManager[packed.PackedTraining]:
+  method = _method(run)
+  return opened(run, method.start_from, workdir, resolved_text, allow,
+                lambda session, start: pretrain.stage(session, method.loss))
 
 
 def _programs(run: cfg.Run, mesh: Mesh) -> list[Program]:
