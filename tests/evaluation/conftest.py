@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tokenizers
 
 from jaxrl_pt import config as cfg
 from jaxrl_pt import exchange
@@ -16,7 +15,7 @@ from jaxrl_pt import params as P
 from jaxrl_pt.interop import huggingface as hf
 from jaxrl_pt.models import transformer
 from jaxrl_pt.run.policy import Policy, load_policy
-from tests.evaluation.local_tasks import write_task
+from tests.evaluation.local_tasks import tokenizer_of, write_task
 
 MODEL = cfg.Model(num_layers=1, d_model=32, d_ff=48, num_heads=4, num_kv_heads=2, head_dim=8,
                   vocab_size=300, tied_head=False, norm_epsilon=1e-6)
@@ -37,15 +36,7 @@ def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
   source = folder / 'source'
   params = P.init(transformer.build(MODEL).specs, jax.random.key(0))
   hf.save_model(source, MODEL, {**params, 'embed': params['embed'] * 20}, eos_id=1)
-  backend = tokenizers.Tokenizer(tokenizers.models.BPE())
-  backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-  backend.decoder = tokenizers.decoders.ByteLevel()
-  backend.train_from_iterator(TEXT, tokenizers.trainers.BpeTrainer(
-      vocab_size=290, special_tokens=['<s>', '</s>'], show_progress=False,
-      initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
-  backend.post_processor = tokenizers.processors.TemplateProcessing(
-      single='<s> $A', special_tokens=[('<s>', 0)])
-  backend.save(str(source / 'tokenizer.json'))
+  tokenizer_of(TEXT, begins=True).save(str(source / 'tokenizer.json'))
   (source / 'tokenizer_config.json').write_text(
       json.dumps({'bos_token': '<s>', 'eos_token': '</s>'}))
   exchange.import_model(source, folder / 'work')

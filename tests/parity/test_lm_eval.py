@@ -11,10 +11,10 @@ pytest.importorskip('lm_eval', reason='needs lm-eval (the eval extra)')
 from lm_eval import evaluator, utils  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
-import tokenizers  # noqa: E402
 
 from jaxrl_pt import exchange  # noqa: E402
 from jaxrl_pt.evaluation import benchmark  # noqa: E402
+from tests.evaluation.local_tasks import tokenizer_of  # noqa: E402
 
 pytestmark = pytest.mark.parity
 
@@ -48,15 +48,7 @@ metric_list: [{metric: exact_match}, {metric: chrf}]
 
 
 def save_tokenizer(folder, *, begins):
-  backend = tokenizers.Tokenizer(tokenizers.models.BPE())
-  backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-  backend.decoder = tokenizers.decoders.ByteLevel()
-  backend.train_from_iterator(TEXT, tokenizers.trainers.BpeTrainer(
-      vocab_size=290, special_tokens=['<s>', '</s>'], show_progress=False,
-      initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
-  if begins:
-    backend.post_processor = tokenizers.processors.TemplateProcessing(
-        single='<s> $A', special_tokens=[('<s>', 0)])
+  backend = tokenizer_of(TEXT, begins=begins)
   transformers.PreTrainedTokenizerFast(
       tokenizer_object=backend, bos_token='<s>', eos_token='</s>', pad_token='</s>',
   ).save_pretrained(folder)
