@@ -53,7 +53,7 @@ def _head_optimizer(run: cfg.Run) -> optax.GradientTransformation:
 def _new_method(run: cfg.Run, mesh: Any, params: Params) -> states.ValueHead:
   """The head before the first step."""
   del mesh, params
-  head = {'weight': jnp.zeros(run.model.d_model), 'bias': jnp.zeros(())}
+  head = states.zero_head(run.model.d_model)
   return states.ValueHead(head, _head_optimizer(run).init(head))
 
 

@@ -15,7 +15,7 @@ from jaxrl_pt.models import adapters
 from jaxrl_pt.models.base import Model
 from jaxrl_pt.parallel import rules
 from jaxrl_pt.sampling import in_flight
-from jaxrl_pt.types import Params, RolloutBatch, TrainState
+from jaxrl_pt.types import Array, Params, RolloutBatch, TrainState
 
 # --- What a method of reinforcement learning keeps between steps ------------------
 
@@ -36,6 +36,11 @@ class MethodState:
   value: ValueHead
   pending: Any  # RolloutBatch drawn a step ahead, the sampler where it is in flight, or {}
   average: Any  # the trained parameters of RLP's average policy, or {}
+
+
+def zero_head(d_model: int) -> dict[str, Array]:
+  """A scalar head on hidden states before its first step: it says 0 of everything."""
+  return {'weight': jnp.zeros(d_model), 'bias': jnp.zeros(())}
 
 
 def value_optimizer(advantage: cfg.Advantage) -> optax.GradientTransformation:
@@ -65,7 +70,7 @@ def new_method(rollouts: cfg.Rollouts, algorithm: cfg.Algorithm, d_model: int,
   """
   head: Any = {}
   if isinstance(algorithm.advantage, cfg.GAE):
-    head = {'weight': jnp.zeros(d_model), 'bias': jnp.zeros(())}
+    head = zero_head(d_model)
   gate: Any = jnp.zeros(()) if isinstance(algorithm.shaping, cfg.ShortRL) else {}
   pending: Any = {}
   if rollouts.mode == cfg.OneStepOff():
