@@ -115,10 +115,10 @@ class Engine:
     self._scored: list[tuple[int, Response]] = []  # of requests that draw nothing
     self._rows: dict[int, _Row] = {}
     self._num_handles = self._num_hits = self._num_hit_tokens = 0
-    self._num_traces = 0
+    self._traced: set[tuple[Any, ...]] = set()  # types of the arguments
 
     def run(*args: Any) -> state.Slots:
-      self._num_traces += 1
+      self._traced.add(tuple(jax.typeof(x) for x in jax.tree.leaves(args)))
       return slots.advance(model, self._shape, self._vocabulary, *args)
 
     # The device's state is donated: a call updates it in place.
@@ -212,7 +212,7 @@ class Engine:
       steps = min(steps, 1)  # Each token of a constrained response changes its mask.
     self._slots = self._run(self._params, self._key, np.int32(self.version), self._on_device,
                             self._slots, np.int32(steps))
-    if self._num_traces > 1:
+    if len(self._traced) > 1:
       raise RuntimeError('the engine compiled again: its parameters changed their shapes')
     places, out = self._slots.places, dataclasses.replace(self._slots.responses, version=())
     if not any(note.request.top_logprobs for note in self._rows.values()):
