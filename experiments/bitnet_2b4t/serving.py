@@ -8,13 +8,15 @@ other: the float masters of 2.4 billion parameters never exist. Ours has its cod
 embedding and head in 8 bits, and float32 activations between its integer products (a CPU without
 bfloat16 instructions is slower in that). `transformers` has its own packed class, `BitLinear`,
 which unpacks a weight each time it is used, and the faster of float32 and bfloat16 for all else;
-PyTorch has as many threads as are fastest. Each is a child that warms up and then waits; rounds
-alternate. A round decodes NEW tokens greedily after PROMPT tokens, and counts
-the time of the whole call. Results go to results/serving_BATCH.json.
+PyTorch has as many threads as are fastest. A third contender is `transformers` with the same
+weights unpacked to floats once, many times the memory, and without quantised activations. Each is
+a child that warms up and then waits; rounds alternate. A round decodes NEW tokens greedily after
+PROMPT tokens, and counts the time of the whole call. Results go to results/serving_BATCH.json.
 """
 
 import argparse
 from collections.abc import Callable, Iterator
+import functools
 import json
 import os
 from pathlib import Path
@@ -70,8 +72,6 @@ def resident() -> int:
 
 
 def jaxrl_pt(rows: int, report: dict[str, Any]) -> Run:
-  import functools
-
   import jax
   import jax.numpy as jnp
 
@@ -119,12 +119,14 @@ def jaxrl_pt(rows: int, report: dict[str, Any]) -> Run:
   return run
 
 
-def transformers_packed(rows: int, report: dict[str, Any]) -> Run:
+def of_transformers(packed: bool, rows: int, report: dict[str, Any]) -> Run:
   import torch
   import transformers
   from transformers.integrations import bitnet
   from transformers.models.bitnet import modeling_bitnet
 
+  # It compiles for each kind of float and of matrix, which are more than PyTorch's default.
+  torch._dynamo.config.recompile_limit = 256
   report['resident_before_weights'] = resident()
   theirs = {'wq': 'self_attn.q_proj', 'wk': 'self_attn.k_proj', 'wv': 'self_attn.v_proj',
             'wo': 'self_attn.o_proj', 'w_gate': 'mlp.gate_proj', 'w_up': 'mlp.up_proj',
@@ -135,17 +137,29 @@ def transformers_packed(rows: int, report: dict[str, Any]) -> Run:
       max_position_embeddings=4096, rms_norm_eps=1e-5, tie_word_embeddings=True,
       rope_parameters={'rope_type': 'default', 'rope_theta': 500_000.0})
 
+  def unpacked(codes: np.ndarray, name: str, dtype: Any) -> Any:
+    with torch.device('meta'):
+      linear = torch.nn.Linear(codes.shape[1], codes.shape[0], False)
+    weight = (torch.from_numpy(codes).to(dtype) - 1) * scale(name)
+    linear.weight = torch.nn.Parameter(weight, requires_grad=False)
+    return linear
+
+  def still_packed(codes: np.ndarray, name: str, dtype: Any) -> Any:
+    linear = bitnet.BitLinear(codes.shape[1], codes.shape[0], False, dtype=dtype)
+    planes = np.split(codes, 4, 0)
+    linear.weight.copy_(torch.from_numpy(
+        planes[0] | planes[1] << 2 | planes[2] << 4 | planes[3] << 6))
+    linear.weight_scale.fill_(1 / scale(name))  # This class divides by it.
+    return linear
+
+  to_linear = still_packed if packed else unpacked
+
   def build(dtype: Any) -> Any:
     with torch.device('meta'):
       model = transformers.BitNetForCausalLM(config).to(dtype)
     for layer in range(LAYERS):
       for name, path in theirs.items():
-        codes = codes_plus_1(layer, name)
-        linear = bitnet.BitLinear(codes.shape[1], codes.shape[0], False, dtype=dtype)
-        planes = np.split(codes, 4, 0)
-        linear.weight.copy_(torch.from_numpy(
-            planes[0] | planes[1] << 2 | planes[2] << 4 | planes[3] << 6))
-        linear.weight_scale.fill_(1 / scale(name))  # This class divides by it.
+        linear = to_linear(codes_plus_1(layer, name), name, dtype)
         model.model.layers[layer].set_submodule(path, linear)
     table = torch.empty(VOCAB, WIDTH, dtype=dtype)
     for part, values in enumerate(embedding()):
@@ -173,23 +187,24 @@ def transformers_packed(rows: int, report: dict[str, Any]) -> Run:
     run(model, 2)
     return time.perf_counter() - start
 
-  trials, models = {}, {}
+  trials = {}
   for dtype in (torch.float32, torch.bfloat16):
-    models[dtype] = build(dtype)
-    report[f'resident_with_weights, {dtype} and before'] = resident()
-    run(models[dtype], 2)  # Compiles.
+    model = build(dtype)
+    report[f'resident_with_weights, {dtype}'] = resident()
+    run(model, 2)  # Compiles.
     for threads in {1, os.cpu_count() or 1}:
-      trials[dtype, threads] = seconds(models[dtype], threads)
+      trials[dtype, threads] = seconds(model, threads)
+    del model  # Both at once would be 14 GB.
   report['trials_seconds'] = {f'{d}, {t} threads': s for (d, t), s in trials.items()}
   dtype, threads = min(trials, key=trials.__getitem__)
   report['chosen'] = f'{dtype}, {threads} threads'
-  model = models[dtype]
-  models.clear()
+  model = build(dtype)
   torch.set_num_threads(threads)
   return lambda: run(model)
 
 
-CONTENDERS = {'jaxrl_pt': jaxrl_pt, 'transformers': transformers_packed}
+CONTENDERS = {'jaxrl_pt': jaxrl_pt, 'transformers': functools.partial(of_transformers, True),
+              'transformers, unpacked': functools.partial(of_transformers, False)}
 
 
 def serve(name: str, rows: int) -> None:
@@ -211,7 +226,7 @@ def serve(name: str, rows: int) -> None:
 
 
 def measure(rows: int) -> dict[str, Any]:
-  children, began = {}, time.perf_counter()
+  children = {}
 
   def line(name: str) -> str:
     for text in children[name].stdout:
@@ -224,6 +239,7 @@ def measure(rows: int) -> dict[str, Any]:
         [sys.executable, __file__, '--child', name, '--batch', str(rows)], stdin=subprocess.PIPE,
         stdout=subprocess.PIPE, text=True, env={**os.environ, 'JAX_PLATFORMS': 'cpu'})
     line(name)
+  began = time.perf_counter()
   speeds: dict[str, list[float]] = {name: [] for name in CONTENDERS}
   for number in range(MOST_ROUNDS):
     if number and time.perf_counter() - began > SECONDS:
@@ -238,11 +254,14 @@ def measure(rows: int) -> dict[str, Any]:
     reports[name] = json.loads(line(name).removeprefix('report '))
     child.wait()
   tokens = [reports[name].pop('tokens') for name in CONTENDERS]
-  ratios = [a / b for a, b in zip(*speeds.values(), strict=True)]
+  ours, *others = CONTENDERS
+  ratios = {name: [a / b for a, b in zip(speeds[ours], speeds[name], strict=True)]
+            for name in others}
   return {'batch': rows, 'prompt': PROMPT, 'new': NEW, 'tokens_per_second': speeds,
           'medians': {n: statistics.median(v) for n, v in speeds.items()},
-          'ratio_of_each_round': ratios, 'ratio': statistics.median(ratios),
-          'first_tokens_equal': [a[0] == b[0] for a, b in zip(*tokens, strict=True)],
+          'ratio_of_each_round': ratios,
+          'ratio': {name: statistics.median(values) for name, values in ratios.items()},
+          'first_tokens_equal': [a[0] == b[0] for a, b in zip(*tokens[:2], strict=True)],
           'reports': reports}
 
 

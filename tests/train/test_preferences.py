@@ -48,14 +48,22 @@ def drawn():
   return pairs, jax.tree.map(jnp.asarray, pack.to_batch(rows, np.arange(ROWS)))
 
 
+@jax.jit
+def _hidden_and_logits(params, tokens):
+  """Of a sequence by itself: a causal model does not see the padding after its end."""
+  hidden = MODEL.apply(params, tokens, jnp.arange(SEQ_LEN)[None], jnp.ones_like(tokens))
+  return hidden[0], (hidden @ MODEL.head(params))[0]
+
+
 @functools.cache
 def alone(seed: int, ids: tuple[int, ...]):
   """(log-probabilities of ids[1:], hidden state of the last), of one sequence by itself."""
-  params, tokens = params_of(seed), jnp.asarray([ids])
-  hidden = MODEL.apply(params, tokens, jnp.arange(len(ids))[None], jnp.ones_like(tokens))
-  logits = np.asarray(hidden @ MODEL.head(params), np.float64)[0]
+  tokens = np.zeros((1, SEQ_LEN), np.int32)  # One length for all, to be compiled once.
+  tokens[0, :len(ids)] = ids
+  hidden, logits = _hidden_and_logits(params_of(seed), tokens)
+  hidden, logits = (np.asarray(x, np.float64)[:len(ids)] for x in (hidden, logits))
   logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-  return logp[np.arange(len(ids) - 1), ids[1:]], np.asarray(hidden, np.float64)[0, -1]
+  return logp[np.arange(len(ids) - 1), ids[1:]], hidden[-1]
 
 
 def by_hand(method: cfg.DPO) -> tuple[float, float]:
