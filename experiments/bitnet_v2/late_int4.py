@@ -31,6 +31,7 @@ BATCH, LENGTH, VOCAB = 8, 128, 512
 SWITCH = 0.95  # of the steps, as in the paper
 EVAL_BATCHES = 32
 WIDTH, FF, LAYERS = 128, 512, 4
+RATE, RATES = 6e-3, (3e-3, 1.2e-2)  # The peak rate of the ternary models, and what else is tried.
 # Channels of each SubLN whose gain starts at PLANTED, in the setting of that name.
 PLANTED_SHARE, PLANTED = 1 / 64, 20.0
 
@@ -86,7 +87,7 @@ class Setting:
   quant: cfg.Quant
   inputs: str = 'none'
   planted: bool = False
-  peak_rate: float = 6e-3
+  peak_rate: float = RATE
   length: float = 1.0
 
 
@@ -107,6 +108,10 @@ SETTINGS: dict[str, Setting] = {
     'full precision': Setting(cfg.Quant(), peak_rate=4e-3),
     'A4 from the start': Setting(_ternary('int4')),
     'A4 + Hadamard from the start': Setting(_ternary('int4'), 'hadamard'),
+    # Whether the rotated model is the slower one at its own best rate too.
+    **{f'A8, rate {rate}': Setting(_ternary('int8'), peak_rate=rate) for rate in RATES},
+    **{f'A8 + Hadamard, rate {rate}': Setting(_ternary('int8'), 'hadamard', peak_rate=rate)
+       for rate in RATES},
 }
 BRANCHES: dict[str, dict[str, tuple[cfg.ActivationQuant, str]]] = {
     'A8': {'A8': ('int8', 'none'), 'A4': ('int4', 'none'), 'A4 absmax': ('int4_absmax', 'none'),

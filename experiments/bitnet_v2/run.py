@@ -140,6 +140,22 @@ def recipes(losses: Losses) -> dict[str, Any]:
   return found
 
 
+def by_rate(losses: Losses) -> dict[str, Any]:
+  """Nats per token of both models at 8 bits by their peak rate, and each at its best one."""
+  values: dict[str, dict[float, np.ndarray]] = {}
+  for name in MODELS['natural']:
+    settings = {arms.RATE: (name, 'A8'), **{r: (f'{name}, rate {r}', '') for r in arms.RATES}}
+    values[name] = {rate: losses.at(*place) for rate, place in sorted(settings.items())
+                    if losses.has(place[0])}
+  if any(not of for of in values.values()):
+    return {}
+  found: dict[str, Any] = {name: {str(rate): interval(v) for rate, v in of.items()}
+                           for name, of in values.items()}
+  plain, rotated = (min(of.values(), key=np.mean) for of in values.values())
+  found['Hadamard minus without, each at its best rate'] = interval(rotated - plain)
+  return found
+
+
 def inputs(rows: list[dict]) -> dict[str, Any]:
   """Means over layers and seeds of the statistics of W_o's and W_down's inputs."""
   found: dict[str, Any] = {}
@@ -234,11 +250,11 @@ def main() -> None:
                                / text.packed.validation.num_targets, 4),
       'paper, A4 minus A8 with Hadamard, nats': PAPER_GAPS,
       'thresholds': thresholds(losses), 'minus A8': gaps(losses),
-      'recipes': recipes(losses), 'inputs': inputs(rows), 'runs': rows}
+      'recipes': recipes(losses), 'rates': by_rate(losses), 'inputs': inputs(rows), 'runs': rows}
   RESULTS.mkdir(exist_ok=True)
   (RESULTS / 'bitnet_v2.json').write_text(json.dumps(report, indent=1, ensure_ascii=False) + '\n')
   plot(losses, rows)
-  print(json.dumps({k: report[k] for k in ('thresholds', 'minus A8', 'recipes', 'inputs')},
+  print(json.dumps({k: report[k] for k in ('thresholds', 'minus A8', 'recipes', 'rates', 'inputs')},
                    indent=1, ensure_ascii=False))
 
 
