@@ -90,7 +90,8 @@ def serving(job: Job, *flags: str) -> Iterator[tuple[subprocess.Popen[str], str]
     process.wait()
 
 
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize('number', [
+    signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_serve_ends_its_streams_and_then_itself(pretrained: Job, tmp_path, number: signal.Signals):
   (tmp_path / 'token').write_text('abc\n')
   flags = ('--token_file', str(tmp_path / 'token'), '--slots', '2', '--queue', '4',

@@ -126,7 +126,8 @@ def unlink(workdir: Path) -> None:
 
 
 @pytest.mark.parametrize('change, said', [
-    (lose, 'was deleted or renamed'), (unlink, 'its rows have been put back')])
+    pytest.param(lose, 'was deleted or renamed', marks=pytest.mark.slow),
+    (unlink, 'its rows have been put back')])
 def test_a_run_that_loses_its_files_stops_with_one_sentence(
     make_job: Callable[..., Job], change: Callable[[Path], None], said: str):
   job = make_job(bindings=ENDLESS)

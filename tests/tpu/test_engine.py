@@ -18,7 +18,8 @@ def test_no_step_and_no_admission_copies_the_pool(kv):
 
 @pytest.mark.skipif(importlib.util.find_spec('libtpu') is None,
                     reason='libtpu is not installed: make libtpu')
-@pytest.mark.parametrize('kv', ['int4', pytest.param('int3', marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('kv', ['int4', 'int3'])
 def test_pages_of_few_bits_compile_and_weights_stay_packed(kv):
   """No kernel reads them. XLA updates the pool in place, and yet copies it in some loops."""
   (row,) = child.rows('tests.tpu.compiled_engine', 'v5e:2x2', kv)

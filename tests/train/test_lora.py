@@ -17,7 +17,7 @@ from jaxrl_pt.parallel.mesh import make_mesh
 from jaxrl_pt.train import fused, losses, optim, update
 from jaxrl_pt.train import state as states
 from jaxrl_pt.train.step import make_train_step
-from jaxrl_pt.types import Batch
+from jaxrl_pt.types import Batch, RolloutBatch, Verdict
 from tests.train.test_fused import CONFIG, METHOD, PARAMS, VERIFY, make_prompts, make_run
 
 KL = dataclasses.replace(METHOD, algorithm=cfg.Algorithm(kl=cfg.KLInLoss(0.5)))
@@ -160,8 +160,13 @@ def test_the_reference_policy_is_the_base_without_a_copy_of_it():
 def test_the_learner_of_stages_moves_adapters_alone(algorithm):
   method = dataclasses.replace(METHOD, algorithm=algorithm)
   model, run, optimizer, state = begun('ternary', method)
-  step = jax.jit(fused.make_fused_step(model, optimizer, run, method, VERIFY, stop_ids=(0,)))
-  _, _, rollouts, verdict = step(state, parts(model, state)[0], make_prompts())
+  r = method.rollouts
+  tokens = jax.random.randint(jax.random.key(1), (r.num_prompts, r.group_size, r.response_tokens),
+                              1, CONFIG.vocab_size)
+  ones = jnp.ones_like(tokens, jnp.float32)
+  rollouts = RolloutBatch.of_one_turn(tokens, ones, -np.log(CONFIG.vocab_size) * ones, 0)
+  reward = (tokens[..., 0] % 2).astype(jnp.float32)
+  verdict = Verdict(reward, jnp.ones_like(reward), reward)
   learn = jax.jit(update.make_learner(model, optimizer, run, method.rollouts, algorithm))
   new, metrics = learn(state, make_prompts(), rollouts, verdict, jnp.zeros_like(rollouts.logp))
   assert float(metrics['nonfinite'].sum) == 0
