@@ -157,12 +157,14 @@ def whole_file(final: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def _beside(final: Path) -> Iterator[Path]:
   """An unfinished directory beside `final`, where nothing stands yet."""
-  if os.path.lexists(final):
-    raise UserError(f'{final} exists already: choose another place, or remove it first.')
   try:
-    final.parent.mkdir(parents=True, exist_ok=True)
+    # Before `final` is looked for, since a process that is killed right after the renaming leaves
+    # something beside it too.
     for lock in final.parent.glob(f'.{glob.escape(final.name)}-*.lock'):
       remove_if_abandoned(lock.with_suffix(''))
+    if os.path.lexists(final):
+      raise UserError(f'{final} exists already: choose another place, or remove it first.')
+    final.parent.mkdir(parents=True, exist_ok=True)
     with unfinished_directory(final) as temporary:
       yield temporary
     sync(final.parent)

@@ -240,6 +240,7 @@ _SHOWN = (
     ('kl', 'KL {:.4f}'),
     ('validation/loss', 'validation {:.4f}'),
     ('validation/bits_per_byte', '{:.3f} bits/byte'),
+    ('validation/margin', 'held-out margin {:.3f}'),
     ('validation/reward', 'held-out reward {:.3f}'),
     ('time/tokens_per_second', '{:,.0f} tokens/s'),
     ('time/mfu', 'MFU {:.1%}'),

@@ -141,6 +141,9 @@ def test_a_whole_file_is_there_at_the_end_or_not_at_all(tmp_path):
     path.write_bytes(b'whole')
     assert not final.exists() and not killed.exists()
   assert final.read_bytes() == b'whole' and list(final.parent.iterdir()) == [final]
+  # As a process leaves it that is killed once the file has its name.
+  killed.mkdir()
+  (final.parent / '.a.bin-0123.lock').touch()
   with pytest.raises(UserError, match='exists already'), files.whole_file(final):
     pass
-  assert final.read_bytes() == b'whole'
+  assert final.read_bytes() == b'whole' and list(final.parent.iterdir()) == [final]

@@ -279,6 +279,9 @@ def test_one_plain_line_a_step(tmp_path, capsys):
       'step  1/10  loss 1.0000', 'step  2/10  loss 0.5000', 'step  3/10  loss 0.3333']
   assert metrics.describe(ROW, 600) == (
       'step  12/600  loss 3.2141  mismatch 1.0002  9,120 tokens/s  goodput 98%')
+  pairs = {'step': 9, 'accuracy': 0.8, 'validation/loss': 0.6, 'validation/margin': 0.25}
+  assert metrics.describe(pairs, 9) == (
+      'step 9/9  accuracy 0.800  validation 0.6000  held-out margin 0.250')
   write(tmp_path, 4, 10, log_every=4)
   assert [line[:10] for line in capsys.readouterr().out.splitlines()] == [
       'step  4/10', 'step  8/10', 'step 10/10']

@@ -565,6 +565,11 @@ _KERNELS = _of(
      "'int4' if kind == 'int8' else 'int8'"))
 
 _EVALUATION = [
+    *_of('jaxrl_pt/evaluation/harness.py', 'tests/evaluation/test_tasks.py',
+         ('windows_overlap', 'map(utils.make_disjoint_window, of_text)', 'of_text')),
+    *_of('jaxrl_pt/files.py', 'tests/test_files.py',
+         ('what_a_kill_left_stays', "remove_if_abandoned(lock.with_suffix(''))", 'del lock'),
+         ('what_exists_is_written_over', 'if os.path.lexists(final):', 'if False:')),
     *_of('jaxrl_pt/evaluation/harness.py', 'tests/evaluation/test_harness.py',
          ('truncated_at_the_end', '[-(self.max_length + 1):]', '[:self.max_length + 1]'),
          ('always_begun', "and string.startswith(begins)", 'and False'),

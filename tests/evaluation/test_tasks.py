@@ -1,20 +1,23 @@
 """`eval --tasks` as a user calls it: what it prints and writes, and what it refuses to run."""
 
+from collections.abc import Callable
 import json
 from pathlib import Path
 import re
 import sys
+import textwrap
 
+import numpy as np
 import pytest
 
 pytest.importorskip('lm_eval', reason='needs lm-eval (the eval extra)')
 
 from jaxrl_pt.main import main
+from jaxrl_pt.run.policy import Policy
 from tests.evaluation.local_tasks import write_task
 
 CHOICES = 'output_type: multiple_choice\ndoc_to_choice: choices\ndoc_to_target: answer\n'
 METRIC = 'metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n'
-OWN = 'lm_eval.tasks.wikitext.preprocess_wikitext'
 
 
 def run(workdir: Path, tasks: Path, names: str, *args: str) -> int:
@@ -44,24 +47,39 @@ def test_a_table_is_printed_and_results_are_written(workdir: Path, tasks: Path, 
   assert f'{found["results"]["choices"]["acc,none"]:.4f}' in table
 
 
-def test_a_group_and_lm_evals_own_functions(workdir: Path, tasks: Path,
-                                            capsys: pytest.CaptureFixture[str]):
-  """WikiText as lm-eval detokenises and counts it, over a file of one's own."""
-  page = ' = A pale horse = \n \n It stood by the " river " @-@ side , 1 @.@ 5 m high . \n'
-  (tasks / 'rows.jsonl').write_text(json.dumps({'page': page, 'question': 'a', 'choices': [' b'],
-                                                'answer': 0}) + '\n')
-  write_task(tasks, 'pages', 'output_type: loglikelihood_rolling\ndoc_to_text: ""\n'
-             f'doc_to_target: !function {OWN}.wikitext_detokenizer\n'
-             f'process_results: !function {OWN}.process_results\n'
-             'metric_list: [{metric: word_perplexity}, {metric: byte_perplexity}, '
-             '{metric: bits_per_byte}]')
-  (tasks / 'both.yaml').write_text('group: both\ntask: [pages, choices]\n')
-  assert run(workdir, tasks, 'both', '--json') == 0
+def test_a_group_and_wikitext_as_the_docs_have_it(
+    workdir: Path, tasks: Path, policy: Policy, logp: Callable[[list[int]], np.ndarray],
+    capsys: pytest.CaptureFixture[str]):
+  """The task of docs/evaluation.md: text is detokenised, words and bytes are those before that."""
+  pages = [' = A pale horse = \n \n It stood by the " river " @-@ side , 1 @.@ 5 m high . \n',
+           ' = A mill = \n \n Nobody asked ( as was said ) why . \n']
+  read = [' = A pale horse =\n\nIt stood by the "river"-side, 1.5 m high.\n',
+          ' = A mill =\n\nNobody asked (as was said) why.\n']
+  (tasks / 'pages.jsonl').write_text(''.join(json.dumps({'page': page}) + '\n' for page in pages))
+  docs = (Path(__file__).parents[2] / 'docs' / 'evaluation.md').read_text()
+  yaml = textwrap.dedent(re.search(r'^    task: wikitext2\n(    .*\n)+', docs, re.M)[0])
+  (tasks / 'wikitext2.yaml').write_text(yaml.replace('pages.jsonl', f'{tasks}/pages.jsonl'))
+  (tasks / 'both.yaml').write_text('group: both\ntask: [wikitext2, choices]\n')
+  assert run(workdir, tasks, 'both', '--max_length', '16', '--add_bos_token', 'false',
+             '--json') == 0
   found = json.loads(capsys.readouterr().out)['results']
-  assert {'pages', 'choices'} <= set(found)
-  words, size = len(re.split(r'\s+', page)), len(page.encode())
-  assert found['pages']['word_perplexity,none'] ** (words / size) == pytest.approx(
-      found['pages']['byte_perplexity,none'], rel=1e-5)
+  assert {'wikitext2', 'choices'} <= set(found)
+  total = 0.0
+  for text in read:
+    ids = policy.session.data.tokenizer.encode(text)
+    assert len(ids) > 16 and len(ids) % 16
+    for low in range(0, len(ids), 16):
+      # The last window is filled up with earlier tokens, which are not predicted again.
+      high = min(low + 16, len(ids))
+      window = [0, *ids][max(0, high - 16):high + 1]
+      chosen = logp(window[:-1])[np.arange(len(window) - 1), window[1:]]
+      total += chosen[len(chosen) - (high - low):].sum()
+  words, size = (sum(len(split(page)) for page in pages)
+                 for split in (lambda page: re.split(r'\s+', page), str.encode))
+  expected = {'word_perplexity': np.exp(-total / words), 'byte_perplexity': np.exp(-total / size),
+              'bits_per_byte': -total / size / np.log(2)}
+  for name, value in expected.items():
+    assert found['wikitext2'][f'{name},none'] == pytest.approx(value, rel=1e-4), name
 
 
 def test_a_chat_template_goes_round_prompts(workdir: Path, tasks: Path, tmp_path: Path,
