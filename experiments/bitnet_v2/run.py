@@ -26,6 +26,8 @@ RESULTS = HERE / 'results'
 MODELS = {'natural': ('A8', 'A8 + Hadamard'),
           'planted': ('planted: A8', 'planted: A8 + Hadamard'),
           'longer': ('longer: A8', 'longer: A8 + Hadamard')}
+# Settings of side questions, which get fewer seeds.
+SIDE = {*MODELS['longer'], *(name for name in arms.SETTINGS if ', rate ' in name)}
 # Nats that the paper's table gives: A4 − A8 with Hadamard, by size.
 PAPER_GAPS = {'400M': 0.0205, '1.3B': 0.0169, '3B': 0.0133, '7B': 0.0109}
 
@@ -35,7 +37,7 @@ def run_all(text: arms.Text, work: Path, args: argparse.Namespace) -> list[dict]
   path = work / 'runs.jsonl'
   wanted = [(name, seed, round(setting.length * args.steps))
             for name, setting in arms.SETTINGS.items() if name in args.settings
-            for seed in (args.longer_seeds if setting.length > 1 else args.seeds)]
+            for seed in (args.side_seeds if name in SIDE else args.seeds)]
   found = {(row['setting'], row['seed'], row['steps']): row
            for row in seeds_of.finished_rows(path)}
   for name, seed, steps in wanted:
@@ -149,6 +151,9 @@ def by_rate(losses: Losses) -> dict[str, Any]:
                     if losses.has(place[0])}
   if any(not of for of in values.values()):
     return {}
+  # Those seeds that all of them have.
+  shared = min(len(v) for of in values.values() for v in of.values())
+  values = {name: {rate: v[:shared] for rate, v in of.items()} for name, of in values.items()}
   found: dict[str, Any] = {name: {str(rate): interval(v) for rate, v in of.items()}
                            for name, of in values.items()}
   plain, rotated = (min(of.values(), key=np.mean) for of in values.values())
@@ -231,8 +236,8 @@ def main() -> None:
   parser.add_argument('--work', type=Path, default=Path('runs/bitnet_v2'))
   parser.add_argument('--steps', type=int, default=240)
   parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
-  parser.add_argument('--longer_seeds', type=int, nargs='+', default=[0, 1],
-                      help='of the models that get twice the steps')
+  parser.add_argument('--side_seeds', type=int, nargs='+', default=[0, 1],
+                      help='of the models with twice the steps, and of those with another rate')
   parser.add_argument('--settings', choices=arms.SETTINGS, nargs='+', default=list(arms.SETTINGS),
                       help='what is trained and reported; all by default')
   args = parser.parse_args()

@@ -77,6 +77,7 @@ def assert_drawn_again(workdir: Path, step: int) -> None:
   assert 'the same tokens as' in replay.text(found)
 
 
+@pytest.mark.slow
 def test_rollouts_of_the_fused_program_are_those_of_the_stages(
     make_job: Callable[..., Job], pretrained: Job):
   """RPT's one program against draw, submit, settle and learn dispatched one by one."""
