@@ -31,7 +31,7 @@ from jaxrl_pt.parallel.mesh import AXES
 from jaxrl_pt.sampling import groups, state, weight_sync
 from jaxrl_pt.sampling.requests import Vocabulary
 from jaxrl_pt.sampling.step import step
-from jaxrl_pt.tpu import chips, hlo, roofline
+from jaxrl_pt.tpu import child, chips, hlo, roofline
 from jaxrl_pt.types import Prompts
 
 RESULT = Path(__file__).parent / 'results' / 'static.json'
@@ -134,11 +134,11 @@ def main() -> None:
       if (topology, *case) in done:
         continue
       # Only a process of its own may ask libtpu for a topology.
-      child = subprocess.run([sys.executable, __file__, topology, *map(str, case)],
-                             capture_output=True, text=True)
-      if child.returncode:
-        raise SystemExit(f'{topology} {case}: {child.stderr[-2000:]}')
-      rows.append(json.loads(child.stdout.splitlines()[-1]))
+      compiled = subprocess.run([sys.executable, __file__, topology, *map(str, case)],
+                                capture_output=True, text=True, env=child.environment())
+      if compiled.returncode:
+        raise SystemExit(f'{topology} {case}: {compiled.stderr[-2000:]}')
+      rows.append(json.loads(compiled.stdout.splitlines()[-1]))
       print('{topology} {what} {size}: {predicted_ms:.2f} ms predicted, bound by {bound}, '
             '{ratio:.3f}× of what must move'.format(**rows[-1]), flush=True)
       RESULT.parent.mkdir(exist_ok=True)

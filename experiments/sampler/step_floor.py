@@ -30,7 +30,7 @@ from jaxrl_pt.parallel.mesh import AXES
 from jaxrl_pt.sampling import groups, state, weight_sync
 from jaxrl_pt.sampling.requests import Vocabulary
 from jaxrl_pt.sampling.step import step
-from jaxrl_pt.tpu import chips, hlo
+from jaxrl_pt.tpu import child, chips, hlo
 from jaxrl_pt.types import Prompts
 
 RESULT = Path(__file__).parent / 'results' / 'step_floor.json'
@@ -99,7 +99,7 @@ def main() -> None:
   for case in CASES:
     # Only a process of its own may ask libtpu for a topology.
     done = subprocess.run([sys.executable, __file__, *map(str, case)], capture_output=True,
-                          text=True)
+                          text=True, env=child.environment())
     if done.returncode:
       raise SystemExit(f'{case}: {done.stderr[-2000:]}')
     rows.append(json.loads(done.stdout.splitlines()[-1]))
