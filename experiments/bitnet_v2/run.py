@@ -179,7 +179,7 @@ def inputs(rows: list[dict]) -> dict[str, Any]:
 def plot(losses: Losses, rows: list[dict]) -> None:
   """Gaps of the branches at the end, and kurtosis before and after the rotation."""
   from matplotlib.figure import Figure
-  figure = Figure(figsize=(10, 4.2), layout='constrained')
+  figure = Figure(figsize=(12, 4.2), layout='constrained')
   left, right = figure.subplots(1, 2, width_ratios=(3, 2))
   bars = [(model, label, name, branch) for model, (plain, rotated) in losses.models.items()
           for label, name, branch in (
@@ -204,7 +204,7 @@ def plot(losses: Losses, rows: list[dict]) -> None:
                                ('C2', 'longer', 'twice the steps')):
     if model in losses.models:
       left.plot([], [], '-', color=colour, label=label)
-  left.set_xticks(range(len(bars)), [label for _, label, _, _ in bars], fontsize=7)
+  left.set_xticks(range(len(bars)), [label for _, label, _, _ in bars], fontsize=6)
   left.set(ylabel='nats per token over A8', title='What 4 bits cost, each seed')
   left.set_yscale('symlog', linthresh=1e-3)
   left.set_ylim(-1e-3, 20)  # Room for the legend.
