@@ -20,6 +20,8 @@ from jaxrl_pt.run.policy import Policy, load_policy
 # What is kept of lm-eval's results; the rest says what machine this is.
 _KEPT = ('results', 'groups', 'group_subtasks', 'versions', 'n-shot', 'n-samples',
          'higher_is_better', 'configs')
+# Stands in a conversation where an answer goes on.
+_MARK = 'THE-ANSWER-GOES-ON-HERE '
 _VERSIONS = ('jaxrl_pt', 'lm_eval', 'datasets', 'jax')
 
 
@@ -96,14 +98,24 @@ def _renderer(policy: Policy, carried: Path | None, template: Path | None
 
   Returns:
     messages, whether the assistant's turn is opened → text. Where it is not, the last message is
-    what the assistant's turn begins with, and the text ends with it.
+    what the assistant's turn begins with (a task's `gen_prefix`), and the text ends with it. As in
+    transformers it then stands where the template puts an answer, which need not be where the
+    template opens a turn: some open one with a thought.
   """
   given = None if template is None else chat_files.read_template(template)
   chat = chat_files.of_model(carried, policy.session.data.tokenizer, given)
 
   def render(messages: list[dict[str, str]], is_opened: bool) -> str:
-    turns, begun = (messages, '') if is_opened else (messages[:-1], messages[-1]['content'])
-    return chat.render(turns, add_generation_prompt=True) + begun
+    if is_opened:
+      return chat.render(messages, add_generation_prompt=True)
+    *turns, last = messages
+    text = chat.render([*turns, {**last, 'content': last['content'] + _MARK}])
+    place = text.rfind(_MARK.rstrip())
+    if place < 0:
+      raise UserError(f'{chat.name} does not write what an answer begins with: leave gen_prefix '
+                      'out of the task, or give another --template.')
+    # The space at the mark's end is gone where the template strips what is said.
+    return text[:place] if text.startswith(_MARK, place) else text[:place].rstrip()
 
   return render
 
