@@ -205,8 +205,8 @@ def _eval(args: argparse.Namespace) -> int:
     run, _ = gin_bindings.load([str(saved), *args.gin_file], args.gin_bindings)
     data = run.data
   with _importing():
-    from jaxrl_pt.run import evaluate
-  results = evaluate.evaluate_workdir(args.workdir, step=args.step, data=data)
+    from jaxrl_pt.jobs import open as jobs
+  results = jobs.evaluate_workdir(args.workdir, step=args.step, data=data)
   if args.json:
     print(json.dumps(results, indent=2))
   else:

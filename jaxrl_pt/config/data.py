@@ -193,7 +193,7 @@ class SlipPreferences:
 
 
 MixedSource = (PythonStdlib | TextFiles | Jsonl | Parquet | ArrayRecord | HuggingFaceDataset
-               | Demonstrations | Conversations)
+               | Demonstrations | Conversations | WeightedConversations)
 # The order of a mixture is kept as a table of one period.
 _LONGEST_PERIOD = 100_000
 
@@ -243,8 +243,7 @@ class Mixture:
     return tuple(x // math.gcd(*whole) for x in whole)
 
 
-Source = (MixedSource | Seqio | WeightedConversations | Preferences | SlipPreferences
-          | Mixture)
+Source = MixedSource | Seqio | Preferences | SlipPreferences | Mixture
 
 # What a packed example is made of.
 Examples = Literal['documents', 'conversations', 'preferences']

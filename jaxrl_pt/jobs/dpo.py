@@ -7,6 +7,7 @@ computed before the first step and kept beside the data (`jobs.reference`), so t
 take no memory while the policy learns. `train.preferences` has the losses.
 """
 
+from collections.abc import Callable
 import contextlib
 from pathlib import Path
 
@@ -14,15 +15,16 @@ import jax
 from jax.sharding import Mesh
 
 from jaxrl_pt import config as cfg
-from jaxrl_pt.data import loader
-from jaxrl_pt.jobs import packed, pairs, reference, sft
+from jaxrl_pt.errors import UserError
+from jaxrl_pt.jobs import packed, pairs, reference, reinforce, sft
 from jaxrl_pt.jobs.kind import Kind, Program
 from jaxrl_pt.parallel import hosts, rules
 from jaxrl_pt.parallel import model as models
+from jaxrl_pt.run import places, policy
 from jaxrl_pt.run import session as sessions
 from jaxrl_pt.train import optim, preferences
 from jaxrl_pt.train import state as states
-from jaxrl_pt.types import Array, Batch
+from jaxrl_pt.types import Batch, Params
 
 
 def _method(run: cfg.Run) -> cfg.DPO:
@@ -36,18 +38,24 @@ def _loss_of(run: cfg.Run, mesh: Mesh) -> pairs.LossOf:
 
 
 class _Reference:
-  """The reference policy's log-probabilities of both splits, on the devices."""
+  """The reference policy's log-probabilities of some splits, on the devices."""
 
-  def __init__(self, session: sessions.Session, start: packed.Start) -> None:
+  def __init__(self, session: sessions.Session, params: Callable[[], Params], digest: str,
+               splits: tuple[str, ...]) -> None:
+    """Computes what no earlier run has kept.
+
+    Args:
+      session: the run's session.
+      params: gives the reference policy's parameters.
+      digest: names them.
+      splits: 'train', 'validation' or both.
+    """
     segments = pairs.num_segments(session.data)
     self._rows = rules.row_sharding(session.mesh)
-
-    def table(split: loader.Packed) -> Array:
-      found = reference.completions(session, split, start.params, start.digest, segments)
-      return hosts.from_whole(found, rules.replicated(session.mesh))
-
-    self._tables = {'train': table(session.data.train),
-                    'validation': table(session.data.validation)}
+    data = {'train': session.data.train, 'validation': session.data.validation}
+    self._tables = {name: hosts.from_whole(
+        reference.completions(session, data[name], params, digest, segments),
+        rules.replicated(session.mesh)) for name in splits}
     self._take = jax.jit(lambda table, ids: table[ids], out_shardings=self._rows)
 
   def pairs(self, split: str, batch: Batch) -> preferences.Pairs:
@@ -56,7 +64,7 @@ class _Reference:
 
 
 def _stage(session: sessions.Session, start: packed.Start) -> packed.Stage:
-  known = _Reference(session, start)
+  known = _Reference(session, lambda: start.params, start.digest, ('train', 'validation'))
   return pairs.stage(session, _loss_of(session.run, session.mesh), known.pairs,
                      preferences.Optimizers, lambda state: state.params, states.no_method)
 
@@ -77,4 +85,21 @@ def _programs(run: cfg.Run, mesh: Mesh) -> list[Program]:
   return [step, Program('reference policy', read, (state.params, batch), share=0.0)]
 
 
-KIND = Kind(_open, _programs, packed.num_tokens, packed.model_flops, packed.keeps_nothing)
+def _evaluate(session: sessions.Session, step: int) -> dict[str, float]:
+  """Loss, accuracy and margin against the reference policy that the run started from."""
+  restored = policy.restore(session, step, 'params')
+  digest = restored.extras['loader']['start']
+
+  def start() -> Params:
+    path = places.policy(_method(session.run).start_from, session.workdir, 'start_from')
+    params = policy.load_policy(path).params
+    if reinforce.digest(params) != digest:
+      raise UserError(packed.OTHER_START)
+    return params
+
+  known = _Reference(session, start, digest, ('validation',))
+  return pairs.evaluated(session, _loss_of(session.run, session.mesh), restored.state, known.pairs)
+
+
+KIND = Kind(_open, _programs, packed.num_tokens, packed.model_flops, packed.keeps_nothing,
+            evaluate=_evaluate)

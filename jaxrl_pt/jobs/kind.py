@@ -9,6 +9,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 
 from jaxrl_pt import config as cfg
+from jaxrl_pt.run.evaluate import evaluate_text
 from jaxrl_pt.run.job import Job
 from jaxrl_pt.run.session import Session
 from jaxrl_pt.types import Params
@@ -49,6 +50,8 @@ class Kind(NamedTuple):
   reopen: (session of a checkpoint, reference policy's parameters) → a context with the
     `reinforce.Reinforcement` of that session, for a replay; None if the objective draws no
     rollouts.
+  evaluate: (session of a checkpoint with the data to measure on, its step) → metrics of the whole
+    validation split.
   """
 
   open: Callable[[cfg.Run, Path, str, frozenset[str]], contextlib.AbstractContextManager[Job]]
@@ -57,3 +60,4 @@ class Kind(NamedTuple):
   model_flops: Callable[[cfg.Run], float]
   new_method: Callable[[cfg.Run, Mesh, Params], Any]
   reopen: Callable[[Session, Params], contextlib.AbstractContextManager[Any]] | None = None
+  evaluate: Callable[[Session, int], dict[str, float]] = evaluate_text

@@ -1,10 +1,11 @@
 """From a run to its job. No other module asks which objective a run has."""
 
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from jax.sharding import Mesh
 
+from jaxrl_pt import checkpoint
 from jaxrl_pt import config as cfg
 from jaxrl_pt.checkpoint import Restored
 from jaxrl_pt.config import checks
@@ -12,7 +13,7 @@ from jaxrl_pt.errors import UserError
 from jaxrl_pt.jobs import dpo, pretrain, reward_model, rl, rpt, sft
 from jaxrl_pt.jobs.kind import Kind, Program
 from jaxrl_pt.parallel import rules
-from jaxrl_pt.run import loop, policy
+from jaxrl_pt.run import evaluate, loop, places, policy
 from jaxrl_pt.run.session import Session
 from jaxrl_pt.types import TrainState
 
@@ -84,6 +85,26 @@ def load_state(workdir: Path, step: int | None = None) -> TrainState:
   """
   state: TrainState = load_run(workdir, step)[1].state
   return state
+
+
+def evaluate_workdir(workdir: Path, *, step: int | None = None,
+                     data: cfg.Data | None = None) -> dict[str, Any]:
+  """The `eval` command: measures what a run has learned on a whole validation split.
+
+  Args:
+    workdir: a work directory written by `train`.
+    step: the checkpoint's step; None takes the newest good one.
+    data: a data set to evaluate on; None takes the run's own.
+
+  Returns:
+    'step', and the metrics of pairs of an objective that learns from pairs, of text of any other.
+
+  Raises:
+    UserError: no checkpoint, data of another tokenizer, or an empty validation split.
+  """
+  found, _ = checkpoint.read_extras(workdir / places.CHECKPOINTS, step)
+  session = evaluate.with_data(policy.open_run(workdir, found, cfg.Mesh()), data)
+  return {'step': found, **kind(session.run.objective).evaluate(session, found)}
 
 
 def programs(run: cfg.Run, mesh: Mesh) -> list[Program]:

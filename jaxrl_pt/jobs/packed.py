@@ -22,6 +22,9 @@ from jaxrl_pt.train import optim
 from jaxrl_pt.train import state as states
 from jaxrl_pt.types import Array, Batch, Params, TrainState, Weighted
 
+OTHER_START = ('The policy in start_from is not the one that this run started from: put it back, '
+               'or use a new --workdir.')
+
 
 class Start(NamedTuple):
   """The policy that a run starts from.
@@ -101,8 +104,7 @@ class PackedTraining:
       UserError: the policy that the run started from is another one now.
     """
     if position.get('start', '') != self._start.digest:
-      raise UserError('The policy in start_from is not the one that this run started from: put it '
-                      'back, or use a new --workdir.')
+      raise UserError(OTHER_START)
 
   def resume(self, state: TrainState, position: dict[str, Any]) -> None:
     """Sets the loader to the checkpoint's position."""

@@ -65,12 +65,32 @@ def stage(session: sessions.Session, loss_of: LossOf, pair_of: Callable[[str, Ba
 
   def measured(state: TrainState, step: int) -> dict[str, float]:
     del step
-    found = evaluate.totals(
-        session, session.data.validation, run.train.eval_batches,
-        lambda batch: measure(trained_of(state), pair_of('validation', batch))[1])
+    found = _totals(session, measure, trained_of(state), pair_of, run.train.eval_batches)
     return {f'validation/{name}': value for name, value in found.items()}
 
   return packed.Stage(compile_step, session.put, measured, new_method)
+
+
+def _totals(session: sessions.Session, measure: preferences.PairLoss, trained: Any,
+            pair_of: Callable[[str, Batch], Any], limit: int) -> dict[str, float]:
+  return evaluate.totals(session, session.data.validation, limit,
+                         lambda batch: measure(trained, pair_of('validation', batch))[1])
+
+
+def evaluated(session: sessions.Session, loss_of: LossOf, trained: Any,
+              pair_of: Callable[[str, Batch], Any]) -> dict[str, float]:
+  """`Kind.evaluate` of an objective over pairs.
+
+  Args:
+    session: the session of a checkpoint with the data to measure on.
+    loss_of, pair_of: as `stage` takes them.
+    trained: what the loss takes as its parameters.
+  """
+  split = session.data.validation
+  batches = loader.eval_batches(split, session.run.train.batch_size)
+  measure = jax.jit(loss_of(session.run.model, num_segments(session.data)))
+  return {'num_pairs': sum(int(batch.segments.max(1).sum()) for batch in batches) // 2,
+          **_totals(session, measure, trained, pair_of, limit=0)}
 
 
 def program(run: cfg.Run, mesh: Mesh, name: str, loss_of: LossOf,

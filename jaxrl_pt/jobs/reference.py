@@ -6,6 +6,7 @@ reference policy, whatever its other settings, and another policy gets another f
 whole or not at all.
 """
 
+from collections.abc import Callable
 import hashlib
 import io
 import json
@@ -25,14 +26,14 @@ from jaxrl_pt.train import preferences
 from jaxrl_pt.types import Params
 
 
-def completions(session: sessions.Session, packed: loader.Packed, params: Params, digest: str,
-                num_segments: int) -> np.ndarray:
+def completions(session: sessions.Session, packed: loader.Packed,
+                params: Callable[[], Params], digest: str, num_segments: int) -> np.ndarray:
   """f32[N, S]: the reference policy's log-probability of each completion of a split, in nats.
 
   Args:
     session: the run's session.
     packed: the split, of N rows.
-    params: the reference policy's parameters.
+    params: gives the reference policy's parameters; it is called if they have to be asked.
     digest: names those parameters.
     num_segments: S.
   """
@@ -45,7 +46,7 @@ def completions(session: sessions.Session, packed: loader.Packed, params: Params
   if bool(hosts.agreed(np.int32(known is not None))):
     found: np.ndarray = hosts.agreed(np.zeros(shape, np.float32) if known is None else known)
     return found
-  found = _compute(session, packed, params, num_segments)
+  found = _compute(session, packed, params(), num_segments)
   if jax.process_index() == 0:
     _write(path, found)
   return found

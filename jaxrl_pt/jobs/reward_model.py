@@ -81,7 +81,21 @@ def _programs(run: cfg.Run, mesh: Mesh) -> list[Program]:
                         functools.partial(_new_method, run, mesh))]
 
 
-KIND = Kind(_open, _programs, packed.num_tokens, packed.model_flops, _new_method)
+def _restored(session: sessions.Session, step: int | None) -> tuple[Params, Any]:
+  """The parameters and the head of a checkpoint."""
+  new_method = functools.partial(_new_method, session.run, session.mesh)
+  return (policy.restore(session, step, 'params').state,
+          policy.restore(session, step, 'method', new_method).state.params)
+
+
+def _evaluate(session: sessions.Session, step: int) -> dict[str, float]:
+  segments = pairs.num_segments(session.data)
+  return pairs.evaluated(session, _loss_of(session.run, session.mesh), _restored(session, step),
+                         lambda split, batch: pairs.no_reference(split, batch, segments))
+
+
+KIND = Kind(_open, _programs, packed.num_tokens, packed.model_flops, _new_method,
+            evaluate=_evaluate)
 
 
 # --- Scores -----------------------------------------------------------------------
@@ -106,9 +120,7 @@ def score(workdir: Path, glob: str, step: int | None = None) -> Iterator[dict[st
   if not isinstance(run.objective, cfg.RewardModel):
     raise UserError(f'{workdir} holds a run of {type(run.objective).__name__}: give the work '
                     'directory of a run of RewardModel.')
-  new_method = functools.partial(_new_method, run, session.mesh)
-  params = policy.restore(session, step, 'params').state
-  head = policy.restore(session, step, 'method', new_method).state.params
+  trained = _restored(session, step)
   compute = jax.jit(preferences.rewards(session.model(run.model), 1))
   num_rows = rules.whole_rows(session.mesh, 1)
   tokenizer = session.data.tokenizer
@@ -117,7 +129,7 @@ def score(workdir: Path, glob: str, step: int | None = None) -> Iterator[dict[st
   for row, _ in conversations.rows(cfg.Conversations(glob)):
     ids, _ = conversations.encode(row, tokenizer, template)
     batch = _alone(row.place, ids, run.data.seq_len, num_rows)
-    reward = compute((params, head), session.put_global(batch))
+    reward = compute(trained, session.put_global(batch))
     yield {'place': row.place, 'reward': float(np.asarray(reward)[0, 0]),
            'tokens': int(np.asarray(batch.segments[0]).sum())}
 

@@ -1,9 +1,9 @@
 """The loss of a policy on packed text, during training and from a work directory."""
 
 from collections.abc import Callable
+import dataclasses
 import functools
 import math
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -83,32 +83,36 @@ def _compiled_evaluation(session: sessions.Session, model: cfg.Model) -> Any:
   return jax.jit(losses.evaluation(session.model(model), chunk))
 
 
-def evaluate_workdir(workdir: Path, *, step: int | None = None,
-                     data: cfg.Data | None = None) -> dict[str, Any]:
-  """The `eval` command: evaluates a checkpoint's policy on a whole validation split.
+def with_data(session: sessions.Session, data: cfg.Data | None) -> sessions.Session:
+  """The session of a checkpoint with the data that its policy is to be measured on.
 
   Args:
-    workdir: a work directory written by `train`.
-    step: the checkpoint's step; None takes the newest good one.
-    data: a data set to evaluate on; None takes the run's own.
+    session: from `policy.open_run`.
+    data: the settings of data of the same kind of example; None takes the run's own.
 
   Raises:
-    UserError: no checkpoint, data of another tokenizer, or an empty validation split.
+    UserError: data of another tokenizer, or an empty validation split.
   """
-  trained = policy.load_policy(workdir, step)
-  if trained.session.run.objective.examples == 'preferences':
-    raise UserError(f'{workdir} holds a run on preferences, whose held-out ones are measured as it '
-                    'trains: see validation/ in metrics.jsonl.')
-  opened = trained.session.data
+  opened = session.data
   if data is not None:
-    ours = places.with_own_tokenizer(data, workdir)
-    making = sessions.making(trained.session.run, ours, workdir, opened.tokenizer)
-    opened = loader.prepare(ours, workdir / 'data', making)
-    sessions.check_tokenizer(opened, trained.session.data.tokenizer.fingerprint, workdir)
-  packed = opened.validation
-  if len(packed) == 0:
+    ours = places.with_own_tokenizer(data, session.workdir)
+    making = sessions.making(session.run, ours, session.workdir, opened.tokenizer)
+    opened = loader.prepare(ours, session.workdir / 'data', making)
+    sessions.check_tokenizer(opened, session.data.tokenizer.fingerprint, session.workdir)
+  if len(opened.validation) == 0:
     raise UserError(f'{opened.directory} has no validation documents: set '
                     'Data.validation_fraction above 0.')
-  results = evaluate_packed(trained.session, trained.model.config, trained.params, packed, limit=0)
-  return {'step': trained.step, 'num_targets': packed.num_targets,
-          'num_bytes': packed.num_bytes, **results}
+  return dataclasses.replace(session, data=opened)
+
+
+def evaluate_text(session: sessions.Session, step: int) -> dict[str, float]:
+  """The loss of a checkpoint's policy on the whole validation split of its session.
+
+  Args:
+    session: from `with_data`.
+    step: the checkpoint's step.
+  """
+  packed = session.data.validation
+  params = policy.restore(session, step, 'params').state
+  results = evaluate_packed(session, cfg.model_at(session.run, step), params, packed, limit=0)
+  return {'num_targets': packed.num_targets, 'num_bytes': packed.num_bytes, **results}

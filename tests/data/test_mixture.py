@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from jaxrl_pt import config
-from jaxrl_pt.data import loader, mixture, pack
+from jaxrl_pt.data import build, loader, mixture, pack
 from jaxrl_pt.data import sources as sources_of
 from jaxrl_pt.errors import UserError
 
@@ -158,3 +158,29 @@ def test_batches_hold_the_shares_whatever_hosts_workers_and_resumes(data: config
   batches = loader.train_iterator(packed, seed=3, batch_size=8, shares=(6, 3, 1))
   with pytest.raises(UserError, match='shares'):
     batches.set_state({**batches.get_state(), 'shares': [1, 1, 1]})
+
+
+def test_conversations_are_mixed_and_their_losses_weighted(tmp_path: Path):
+  """Each source is packed for itself, and the assistant's tokens alone have a weight."""
+  said = lambda user, assistant: {'messages': [{'role': 'user', 'content': user},
+                                               {'role': 'assistant', 'content': assistant}]}
+  for name, rows in (('chat', [said(f'AAA{i}', f'b{i}') for i in range(40)]),
+                     ('half', [{'prompt': f'CCC{i}', 'completion': f'd{i}'} for i in range(40)])):
+    (tmp_path / f'{name}.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
+  chat, half = (config.Conversations(str(tmp_path / f'{name}.jsonl')) for name in ('chat', 'half'))
+  mixed = config.Mixture(
+      ('chat', 'half', 'sums'),
+      (chat, config.WeightedConversations((half,), (0.5,)),
+       config.Demonstrations(config.Arithmetic(60))), (2, 1, 1))
+  data = config.Data(mixed, config.Bytes(), 64, 0.2, long_documents='error')
+  prepared = loader.prepare(data, tmp_path / 'data', build.Making('conversations'))
+  packed, ends = prepared.train, np.cumsum(prepared.train.parts)
+  assert min(packed.parts) > 0 and min(prepared.validation.parts) > 0
+  for end, part, weight, learned in zip(ends, packed.parts, (1, 0.5, 1), 'bd#', strict=True):
+    rows = packed.batch(range(end - part, end))
+    assert set(np.unique(rows.weights)) == {0, weight}
+    of_assistant = {chr(x) for x in rows.targets[rows.weights > 0] if x < 256}
+    assert learned in of_assistant and not of_assistant & set('AC')
+  ids = ids_of(packed, 16, shares=mixed.shares)
+  counts = np.bincount(np.searchsorted(ends, ids.reshape(-1), side='right'))
+  np.testing.assert_array_equal(counts, [64, 32, 32])

@@ -5,6 +5,7 @@ import dataclasses
 import json
 from pathlib import Path
 import random
+import shutil
 import signal
 
 import jax
@@ -146,7 +147,8 @@ cfg.Run.objective = @cfg.{objective}()
 cfg.{objective}.start_from = '{start_from}'
 cfg.Data.source = @cfg.Preferences()
 cfg.Preferences.glob = '{rows}'
-""").replace('cfg.Cosine.peak_rate = 0.01', 'cfg.Cosine.peak_rate = 0.002')
+""").replace('cfg.Cosine.peak_rate = 0.01', 'cfg.Cosine.peak_rate = 0.002').replace(
+    'cfg.Train.eval_batches = 2', 'cfg.Train.eval_batches = 0')
 
 
 @pytest.fixture(scope='module')
@@ -156,6 +158,39 @@ def preferences(tmp_path_factory: pytest.TempPathFactory) -> Path:
       json.dumps({'prompt': f'say {i}: ', 'chosen': 'good word', 'rejected': 'bad byte'}) + '\n'
       for i in range(200)))
   return path
+
+
+def check_eval(job: Job, start: Job, objective: str, capsys: pytest.CaptureFixture[str],
+               tmp_path: Path) -> None:
+  """`eval` finds what the run found of all held-out pairs, and measures others too."""
+  def found(*bindings: str) -> dict:
+    capsys.readouterr()
+    given = [flag for text in bindings for flag in ('--gin_bindings', text)]
+    assert main(['eval', '--workdir', str(job.workdir), '--json', *given]) == 0
+    return json.loads(capsys.readouterr().out)
+
+  own, row = found(), job.rows()[-1]
+  assert own['step'] == STEPS and 0 < own['num_pairs'] < 60
+  for name, value in row.items():
+    if name.startswith('validation/'):
+      assert own[name.removeprefix('validation/')] == pytest.approx(value, rel=1e-5)
+  turned = tmp_path / 'turned.jsonl'
+  glob = f"cfg.Preferences.glob = '{turned}'"
+  rows = [json.dumps({'prompt': f'say {i}: ', 'chosen': 'bad byte', 'rejected': 'good word'}) + '\n'
+          for i in range(100)]
+  turned.write_text(''.join(rows))
+  others = found(glob)
+  assert others['accuracy'] == 0 and others['margin'] < -0.05
+  if objective == 'DPO':
+    away = start.workdir.with_name('away')
+    start.workdir.rename(away)
+    assert found() == own  # What it says of the run's own pairs is known.
+    shutil.copytree(job.workdir, start.workdir)
+    turned.write_text(''.join(rows[:90]))
+    assert 'is not the one that this run started from' in complaint(
+        capsys, 'eval', '--workdir', str(job.workdir), '--gin_bindings', glob)
+    shutil.rmtree(start.workdir)
+    away.rename(start.workdir)
 
 
 @pytest.mark.parametrize('objective', [
@@ -170,6 +205,7 @@ def test_preferences_are_learned_and_a_killed_run_is_bit_identical(
   assert done.returncode == 0, done.stdout + done.stderr
   rows = whole.rows()
   assert rows[-1]['validation/accuracy'] == 1 and rows[-1]['validation/margin'] > 0.05
+  check_eval(whole, pretrained, objective, capsys, tmp_path)
   if objective == 'DPO':  # Before the first step the policy is its own reference.
     assert rows[0]['validation/loss'] == pytest.approx(np.log(2), abs=1e-3)
   code, output = job.run_until(random.SystemRandom().randint(1, STEPS - 4), signal.SIGKILL)
@@ -183,10 +219,30 @@ def test_preferences_are_learned_and_a_killed_run_is_bit_identical(
       for text in ('good word', 'bad byte')))
   if objective == 'DPO':
     assert 'holds a run of DPO' in complaint(capsys, *score)
-    line = complaint(capsys, 'eval', '--workdir', str(whole.workdir))
-    assert 'see validation/ in metrics.jsonl' in line
     return
   assert main(score) == 0
   good, bad = map(json.loads, capsys.readouterr().out.splitlines())
   assert good['reward'] > bad['reward'] and good['place'].endswith('rows.jsonl:1')
   assert good['tokens'] == len('say 7: good word') + 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('objective', ['DPO', 'RewardModel'])
+@pytest.mark.parametrize('adapter', [
+    (), ('cfg.Model.adapter = @cfg.LoRA()', 'cfg.LoRA.rank = 4')], ids=['whole', 'adapters'])
+def test_pairs_on_eight_devices_and_in_micro_batches_give_the_same_losses(
+    make_job: Callable[..., Job], pretrained: Job, preferences: Path, objective: str,
+    adapter: tuple[str, ...]):
+  fields = {'start_from': str(pretrained.workdir), 'rows': str(preferences),
+            'objective': objective}
+  short = ('cfg.Train.num_steps = 6', 'cfg.Train.eval_every = 6', *adapter)
+  one = make_job(PAIRS, bindings=short, **fields)
+  split = on_eight_devices(make_job(PAIRS, bindings=(*short, *_SPLIT), **fields))
+  for job in (one, split):
+    done = job.run()
+    assert done.returncode == 0, done.stderr
+  assert one.rows()[-1]['loss'] < one.rows()[1]['loss']
+  for ours, theirs in zip(split.rows(), one.rows(), strict=True):
+    for name in ('loss', 'margin', 'validation/loss', 'validation/margin'):
+      assert ours.get(name) == pytest.approx(theirs.get(name), rel=5e-3, abs=2e-4), (
+          name, ours['step'])

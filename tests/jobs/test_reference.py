@@ -39,8 +39,8 @@ def test_they_are_computed_once_for_a_policy_and_rows(opened, monkeypatch: pytes
   monkeypatch.setattr(reference, '_compute',
                       lambda *given: asked.append(given) or compute(*given))
   segments = pairs.num_segments(opened.data)
-  first = reference.completions(opened, packed, params_of(opened, 0), 'first', segments)
-  again = reference.completions(opened, packed, params_of(opened, 0), 'first', segments)
+  first = reference.completions(opened, packed, lambda: params_of(opened, 0), 'first', segments)
+  again = reference.completions(opened, packed, lambda: params_of(opened, 0), 'first', segments)
   np.testing.assert_array_equal(first, again)
   assert len(asked) == 1 and first.shape == (len(packed), segments)
   # The slow definition: the rows one by one, those behind the last whole batch among them.
@@ -50,20 +50,20 @@ def test_they_are_computed_once_for_a_policy_and_rows(opened, monkeypatch: pytes
     expected = score(params_of(opened, 0), packed.batch([row]))[0][0]
     np.testing.assert_allclose(first[row], expected, rtol=1e-4, atol=1e-4)
 
-  other = reference.completions(opened, packed, params_of(opened, 1), 'second', segments)
+  other = reference.completions(opened, packed, lambda: params_of(opened, 1), 'second', segments)
   assert len(asked) == 2 and not np.allclose(first, other)
   rounded = dataclasses.replace(opened, run=dataclasses.replace(
       opened.run, compute=cfg.Compute(dtype='bfloat16')))
-  reference.completions(rounded, packed, params_of(opened, 0), 'first', segments)
+  reference.completions(rounded, packed, lambda: params_of(opened, 0), 'first', segments)
   assert len(asked) == 3
 
 
 def test_a_damaged_file_is_made_again(opened):
   packed, segments = opened.data.train, pairs.num_segments(opened.data)
-  first = reference.completions(opened, packed, params_of(opened, 0), 'first', segments)
+  first = reference.completions(opened, packed, lambda: params_of(opened, 0), 'first', segments)
   [path] = opened.data.directory.glob('reference-*.npy')
   for damage in (path.read_bytes()[:-5], b'', b'no array'):
     path.write_bytes(damage)
-    again = reference.completions(opened, packed, params_of(opened, 0), 'first', segments)
+    again = reference.completions(opened, packed, lambda: params_of(opened, 0), 'first', segments)
     np.testing.assert_array_equal(first, again)
     assert np.load(path).shape == first.shape
