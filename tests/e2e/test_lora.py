@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import dataclasses
+import io
 import json
 from pathlib import Path
 import shutil
@@ -75,9 +76,18 @@ def test_a_resumed_run_ends_with_the_same_bits(adapted: Job, tmp_path: Path):
 
 
 def test_every_command_takes_its_work_directory(adapted: Job, tmp_path: Path,
-                                                capsys: pytest.CaptureFixture[str]):
+                                                capsys: pytest.CaptureFixture[str],
+                                                monkeypatch: pytest.MonkeyPatch):
   workdir = ['--workdir', str(adapted.workdir)]
-  assert main(['sample', '--prompt', '1+1', '--num_tokens', '3', *workdir]) == 0
+  drawn = []
+  for held in ((), ('--packed',)):
+    capsys.readouterr()
+    assert main(['sample', '--prompt', '1+1', '--num_tokens', '3', '--json', *held, *workdir]) == 0
+    drawn.append(json.loads(capsys.readouterr().out))
+  assert drawn[0] == drawn[1]
+  monkeypatch.setattr('sys.stdin', io.TextIOWrapper(io.BytesIO(b'1+1\n')))
+  assert main(['chat', '--num_tokens', '3', *workdir]) == 0
+  assert '(3 tokens' in capsys.readouterr().out
   assert main(['eval', *workdir, '--json']) == 0
   assert main(['replay', '--only', 'sampler', '--step', '2', *workdir]) == 0
   assert main(['export', str(tmp_path / 'adapter'), '--format', 'peft', *workdir]) == 0
