@@ -206,7 +206,9 @@ def _eval(args: argparse.Namespace) -> int:
     data = run.data
   with _importing():
     from jaxrl_pt.jobs import open as jobs
-  results = jobs.evaluate_workdir(args.workdir, step=args.step, data=data)
+  # Notes, as of rows that were cut, are no part of the JSON.
+  with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):
+    results = jobs.evaluate_workdir(args.workdir, step=args.step, data=data)
   if args.json:
     print(json.dumps(results, indent=2))
   else:

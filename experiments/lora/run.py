@@ -5,19 +5,20 @@
 The policy of gin/run/warmstart_arithmetic_tiny.gin is reinforced (gin/run/opo_tiny.gin,
 opo_lora_tiny.gin) and fine-tuned (sft_tiny.gin without and with gin/method/lora.gin), each arm at
 every learning rate of RATES and in three seeds. Every run is the job that `jaxrl-pt train` of the
-same files would open. The seeds of an arm share its compiled programs: seed k takes batches
-1000·k, 1000·k + 1, … and the noise of those steps, and draws the adapters' A from k.
+same files would open, and the steps of both arms alternate. The seeds of an arm share its compiled
+programs: seed k takes batches 1000·k, 1000·k + 1, … and the noise of those steps, and draws the
+adapters' A from k.
 
 What is finished is a row of runs.jsonl in the work directory, so the command may be interrupted and
 repeated. Results go to results/lora.json and lora.png; README.md reads them.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import json
 from pathlib import Path
-import statistics
 import subprocess
 import sys
 import time
@@ -45,24 +46,25 @@ FILES = {
     ('OPO', 'LoRA'): ('gin/run/opo_lora_tiny.gin',),
     ('SFT', 'full'): ('gin/run/sft_tiny.gin',),
     ('SFT', 'LoRA'): ('gin/run/sft_tiny.gin', 'gin/method/lora.gin')}
-# Of each arm the rate of its shipped file, or ten times that of its twin, and one or two beside it.
-RATES = {('OPO', 'full'): (1e-4, 3e-4), ('OPO', 'LoRA'): (1e-3, 3e-3),
-         ('SFT', 'full'): (1e-3, 2e-3), ('SFT', 'LoRA'): (1e-2, 2e-2)}
-# The objective's setting of the start policy, its learning rate, the steps of a run, how often it
-# is evaluated, and what is compared between arms.
-SHAPE = {'OPO': ('RL', 'ConstantRate.learning_rate', 60, 60, 'reward'),
-         'SFT': ('SFT', 'Cosine.peak_rate', 60, 20, 'validation/loss')}
-BATCHES = {'OPO': (), 'SFT': ('cfg.Train.batch_size = 16', 'cfg.Train.eval_batches = 16')}
+# The first pair has the rates of the shipped files, with ten times the rate for adapters.
+RATES = {'OPO': ({'full': 1e-4, 'LoRA': 1e-3},),
+         'SFT': ({'full': 2e-3, 'LoRA': 2e-2}, {'full': 1e-3, 'LoRA': 1e-2})}
+# The type that holds start_from, the setting of the learning rate, the steps of a run, and after
+# how many it is evaluated.
+SHAPE = {'OPO': ('RL', 'ConstantRate.learning_rate', 30, 30),
+         'SFT': ('SFT', 'Cosine.peak_rate', 40, 20)}
+SMALLER = {'OPO': ('cfg.RL.eval_problems = 96',),
+           'SFT': ('cfg.Train.batch_size = 16', 'cfg.Train.eval_batches = 8')}
 SEEDS = (0, 1, 2)
 COLOURS = {'full': '#0072B2', 'LoRA': '#D55E00'}
 
 
 def settings(task: str, arm: str, rate: float, start: Path) -> tuple[cfg.Run, str]:
   """The run of an arm, and its resolved text."""
-  objective, rate_name, steps, every, _ = SHAPE[task]
+  objective, rate_name, steps, every = SHAPE[task]
   return gin_bindings.load(FILES[task, arm], [
       f'cfg.{objective}.start_from = {str(start)!r}', f'cfg.{rate_name} = {rate!r}',
-      f'cfg.Train.num_steps = {steps}', f'cfg.Train.eval_every = {every}', *BATCHES[task]])
+      f'cfg.Train.num_steps = {steps}', f'cfg.Train.eval_every = {every}', *SMALLER[task]])
 
 
 def begun(job: Any, start: Path, seed: int) -> Any:
@@ -78,18 +80,34 @@ def begun(job: Any, start: Path, seed: int) -> Any:
   return dataclasses.replace(state, step=jnp.int32(first))
 
 
-def train(job: Any, start: Path, seed: int) -> dict[str, Any]:
-  """One seed of an arm: the metrics of its steps, and what was held out at the marked ones."""
-  run, rows = job.session.run, []
-  state = begun(job, start, seed)
-  held_out = [{'step': 0, **job.evaluate(state, 0)}]
-  for step in range(run.train.num_steps):
-    done = job.step(state, 1000 * seed + step)
-    state = done.state
-    rows.append(float(done.metrics['reward' if 'reward' in done.metrics else 'loss'].mean()))
-    if (step + 1) % run.train.eval_every == 0:
-      held_out.append({'step': step + 1, **job.evaluate(state, step + 1)})
-  return {'steps': rows, 'held_out': held_out}
+def train(jobs: dict[str, Any], before: dict[str, Any], start: Path, seed: int
+          ) -> dict[str, dict[str, Any]]:
+  """One seed of both arms, which take their steps in turn so that their seconds compare.
+
+  Args:
+    jobs: of both arms.
+    before: what each measures on held-out examples before its first step.
+    start: the work directory of the policy that they start from.
+    seed: as in the docstring of this file.
+
+  Returns:
+    Of each arm the reward or the loss of each step, its seconds, and what was held out.
+  """
+  state = {arm: begun(job, start, seed) for arm, job in jobs.items()}
+  found: dict[str, dict[str, Any]] = {
+      arm: {'steps': [], 'seconds': [], 'held_out': [{'step': 0, **before[arm]}]} for arm in jobs}
+  train = jobs['full'].session.run.train
+  for step in range(train.num_steps):
+    for arm, job in jobs.items():
+      began = time.perf_counter()
+      done = job.step(state[arm], 1000 * seed + step)
+      state[arm] = jax.block_until_ready(done.state)
+      found[arm]['seconds'].append(round(time.perf_counter() - began, 4))
+      metric = done.metrics['reward' if 'reward' in done.metrics else 'loss']
+      found[arm]['steps'].append(float(metric.mean()))
+      if (step + 1) % train.eval_every == 0:
+        found[arm]['held_out'].append({'step': step + 1, **job.evaluate(state[arm], step + 1)})
+  return found
 
 
 class Experiment:
@@ -103,55 +121,39 @@ class Experiment:
       subprocess.run([sys.executable, '-m', 'jaxrl_pt.main', 'train', '--gin_file', WARM,
                       '--workdir', str(self.start)], check=True)
 
-  def open(self, task: str, arm: str, rate: float) -> Any:
-    """A context with the job of an arm."""
-    run, text = settings(task, arm, rate, self.start)
-    return kind(run.objective).open(run, self._root / f'{task}-{arm}-{rate:g}', text, frozenset())
-
-  def seeds(self, task: str, arm: str, rate: float) -> list[dict[str, Any]]:
-    """The results of an arm at one rate, one for each seed."""
-    name = lambda seed: f'{task} {arm} {rate:g} {seed}'
+  def seeds(self, task: str, rates: dict[str, float]) -> list[dict[str, dict[str, Any]]]:
+    """The results of both arms at one rate each, one for each seed."""
+    name = lambda seed: f'{task} {json.dumps(rates)} {seed}'
     wanted = [seed for seed in SEEDS if name(seed) not in self._rows]
-    if wanted:
-      with self.open(task, arm, rate) as job:
-        for seed in wanted:
-          began = time.perf_counter()
-          result = train(job, self.start, seed)
-          self._rows[name(seed)] = result
-          append_row(self._file, {'run': name(seed), 'result': result})
-          print(f'{name(seed)}: {time.perf_counter() - began:.0f} s,', result['held_out'][-1],
-                flush=True)
+    with contextlib.ExitStack() as opened:
+      jobs: dict[str, Any] = {}
+      for arm, rate in rates.items() if wanted else ():
+        run, text = settings(task, arm, rate, self.start)
+        workdir = self._root / f'{task}-{arm}-{rate:g}'
+        jobs[arm] = opened.enter_context(kind(run.objective).open(run, workdir, text, frozenset()))
+      # The same for all seeds, since the adapters' B begin at zero.
+      before = {arm: job.evaluate(begun(job, self.start, 0), 0) for arm, job in jobs.items()}
+      for seed in wanted:
+        began = time.perf_counter()
+        self._rows[name(seed)] = result = train(jobs, before, self.start, seed)
+        append_row(self._file, {'run': name(seed), 'result': result})
+        print(f'{name(seed)}: {time.perf_counter() - began:.0f} s', flush=True)
     return [self._rows[name(seed)] for seed in SEEDS]
 
 
-def alternated(experiment: Experiment, task: str, rounds: int = 12) -> dict[str, Any]:
-  """Seconds of a step of both arms, which take turns; the first two steps of each are not counted.
-
-  Returns:
-    The median of each arm, and the median and quartiles of the paired ratio full / LoRA.
-  """
-  rates = {arm: RATES[task, arm][0] for arm in COLOURS}
-  with experiment.open(task, 'full', rates['full']) as full, \
-       experiment.open(task, 'LoRA', rates['LoRA']) as lora:
-    jobs = {'full': full, 'LoRA': lora}
-    state = {arm: begun(job, experiment.start, 9) for arm, job in jobs.items()}
-    seconds: dict[str, list[float]] = {arm: [] for arm in jobs}
-    for step in range(rounds + 2):
-      for arm, job in jobs.items():
-        began = time.perf_counter()
-        state[arm] = job.step(state[arm], 9000 + step).state
-        jax.block_until_ready(state[arm])
-        seconds[arm].append(time.perf_counter() - began)
-  ratio = np.array(seconds['full'][2:]) / np.array(seconds['LoRA'][2:])
-  return {**{arm: round(statistics.median(values[2:]), 4) for arm, values in seconds.items()},
-          'full / LoRA, quartiles': np.quantile(ratio, (0.25, 0.5, 0.75)).round(3).tolist()}
+def seconds(runs: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
+  """Medians of a step, and quartiles of neighbours' ratio, without the first two of each run."""
+  taken = {arm: np.concatenate([run[arm]['seconds'][2:] for run in runs]) for arm in COLOURS}
+  return {**{arm: round(float(np.median(values)), 4) for arm, values in taken.items()},
+          'full / LoRA, quartiles': np.quantile(
+              taken['full'] / taken['LoRA'], (0.25, 0.5, 0.75)).round(3).tolist()}
 
 
 def num_bytes(start: Path) -> dict[str, dict[str, int]]:
   """Bytes of each arm's parameters and optimiser state, which are the same for both objectives."""
   found = {}
   for arm in COLOURS:
-    run, _ = settings('OPO', arm, RATES['OPO', arm][0], start)
+    run, _ = settings('OPO', arm, RATES['OPO'][0][arm], start)
     specs = transformer.build(run.model).specs
     optimizer = optim.make_optimizer(run.optimizer, 1, specs)
     moments = jax.eval_shape(lambda optimizer=optimizer, specs=specs: optimizer.init(
@@ -224,18 +226,21 @@ def main() -> None:
   args.workdir.mkdir(parents=True, exist_ok=True)
   experiment = Experiment(args.workdir.resolve())
   result: dict[str, Any] = {'bytes': num_bytes(experiment.start)}
-  kept: dict[str, dict[str, Any]] = {task: {} for task in SHAPE}
-  chosen: dict[str, dict[str, float]] = {task: {} for task in SHAPE}
-  for (task, arm), rates in RATES.items():
-    runs = {rate: experiment.seeds(task, arm, rate) for rate in rates}
-    found = {rate: measured(seeds, task) for rate, seeds in runs.items()}
-    chosen[task][arm] = rate = better(found, task)
-    kept[task][arm] = runs[rate]
-    result[f'{task}, {arm}'] = {'better rate': rate, **{f'{r:g}': m for r, m in found.items()}}
-  for task, arms in kept.items():
-    last = {arm: curve(runs, task)[1][:, -1] for arm, runs in arms.items()}
-    result[f'{task}, LoRA minus full'] = interval(last['LoRA'] - last['full'])
-    result[f'{task}, seconds a step'] = alternated(experiment, task)
+  kept: dict[str, dict[str, Any]] = {}
+  chosen: dict[str, dict[str, float]] = {}
+  for task, pairs in RATES.items():
+    runs = [experiment.seeds(task, rates) for rates in pairs]
+    result[task] = {'seconds a step': seconds([run for seeds in runs for run in seeds])}
+    kept[task], chosen[task] = {}, {}
+    for arm in COLOURS:
+      of_arm = {rates[arm]: [run[arm] for run in seeds]
+                for rates, seeds in zip(pairs, runs, strict=True)}
+      found = {rate: measured(seeds, task) for rate, seeds in of_arm.items()}
+      chosen[task][arm] = rate = better(found, task)
+      kept[task][arm] = of_arm[rate]
+      result[task][arm] = {'better rate': rate, **{f'{r:g}': m for r, m in found.items()}}
+    last = {arm: curve(seeds, task)[1][:, -1] for arm, seeds in kept[task].items()}
+    result[task]['LoRA minus full'] = interval(last['LoRA'] - last['full'])
   results = HERE / 'results'
   results.mkdir(exist_ok=True)
   (results / 'lora.json').write_text(json.dumps(result, indent=1) + '\n')
