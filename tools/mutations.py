@@ -599,6 +599,8 @@ _SERVING = [
          ('formats_end_by_one_token', 'words | self.only_stops if self._matcher.is_accepting()',
           'words if self._matcher.is_accepting()'),
          ('formats_have_dead_ends', 'or not (words & ~self.only_stops).any()', ''),
+         ('costly_expressions_are_taken', 'for _ in range(2):', 'for _ in range(1):'),
+         ('escapes_without_an_end', "(len(pattern) - len(pattern.rstrip('\\\\'))) % 2", 'False'),
          ('formats_of_one_matcher', 'self._matcher.deep_copy(), self._num_words, self._stops,\n',
           'self._matcher, self._num_words, self._stops,\n'),
          ('white_space_without_end', "overrides={'whitespace_pattern': _WHITE_SPACE}",

@@ -118,6 +118,7 @@ def _call(call: Any, where: str) -> dict[str, Any]:
       arguments = json.loads(given)
     except (ValueError, RecursionError):
       arguments = None
+    _check_json(arguments, f'{where}.function.arguments')  # An escape may be a lone surrogate.
   if not isinstance(arguments, Mapping):
     raise UserError(f'{where}.function.arguments = {_short(given)}: expected a JSON object, or '
                     'the text of one.')

@@ -19,7 +19,8 @@ from jaxrl_pt.data.tokenizer import Tokenizer
 _WHITE_SPACE = r'[\x20\x0A\x0D\x09]{0,20}'
 # A grammar comes from a client: to read it must not take many seconds, nor a step much of one.
 _MOST_READ = 100_000  # characters
-_LIMITS = LLParserLimits(max_lexer_states=20_000, max_grammar_size=10_000, verbose_errors=False)
+_LIMITS = LLParserLimits(initial_lexer_fuel=300_000, max_lexer_states=20_000,
+                         max_grammar_size=10_000, verbose_errors=False)
 _LEAD = '\x02'  # A character that no tokenizer merges with the next one.
 _MOST_CHARACTERS = 200  # of llguidance's own words in an error
 
@@ -41,7 +42,12 @@ def regex_grammar(pattern: str) -> str:
   r"""The grammar of the texts that a regular expression matches from end to end.
 
   As in JSON schemas, \d and \w are characters of ASCII.
+
+  Raises:
+    ValueError: the expression ends within an escape, which llguidance would leave out.
   """
+  if (len(pattern) - len(pattern.rstrip('\\'))) % 2:
+    raise ValueError('a single backslash at its end')
   return LLMatcher.grammar_from_lark(f'start: /{regex_to_lark(pattern, "dw")}/')
 
 
@@ -183,11 +189,13 @@ class Guide:
     if len(grammar) > _MOST_READ:
       raise ValueError(f'it has more than {_MOST_READ} characters')
     matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=_LIMITS)
-    # Some grammars that nothing meets only show it at their first token.
-    trial = Constraint(matcher.deep_copy(), self._num_words, tuple(stops), ())
-    has_end_alone = (trial.mask() == trial.only_stops).all()
-    if trial.error or (has_end_alone and not trial.is_met):
-      raise ValueError(_sentence(trial.error))
+    # Some grammars that nothing meets only show it at their first token, and some expressions that
+    # are too large only when a second copy comes to it.
+    for _ in range(2):
+      trial = Constraint(matcher.deep_copy(), self._num_words, tuple(stops), ())
+      has_end_alone = (trial.mask() == trial.only_stops).all()
+      if trial.error or (has_end_alone and not trial.is_met):
+        raise ValueError(_sentence(trial.error))
     return Constraint(matcher, self._num_words, tuple(stops), thought_end)
 
 

@@ -15,7 +15,9 @@ class ApiError(Exception):
     self.status, self.headers = status, headers or {}
     kind = {401: 'authentication_error', 429: 'rate_limit_error'}.get(
         status, 'invalid_request_error' if status < 500 else 'server_error')
-    self.body = {'error': {'message': message, 'type': kind, 'param': param, 'code': code}}
+    # The name of a field may hold a lone surrogate, which no answer can be encoded with.
+    written = None if param is None else param.encode(errors='backslashreplace').decode()
+    self.body = {'error': {'message': message, 'type': kind, 'param': written, 'code': code}}
 
 
 def read_json(body: bytes) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The formats that a client may ask an answer to have: `response_format`, `guided_json`, …"""
 
+from collections.abc import Callable
 import json
 from typing import Any, NamedTuple
 
@@ -45,7 +46,7 @@ def _response_format(fields: Fields) -> Format | None:
       found = _json_schema(said, f'{field}.json_schema')
     case 'regex':
       pattern = inner.need('pattern', 'a regular expression', is_text)
-      found = Format(f'{field}.pattern', constraint.regex_grammar(pattern))
+      found = _made(f'{field}.pattern', constraint.regex_grammar, pattern)
   inner.finish()
   return found
 
@@ -73,7 +74,7 @@ def _guided_json(fields: Fields) -> Format | None:
 def _guided_regex(fields: Fields) -> Format | None:
   field = 'guided_regex'
   value = fields.take(field, 'a regular expression', is_text)
-  return None if value is None else Format(field, constraint.regex_grammar(value))
+  return None if value is None else _made(field, constraint.regex_grammar, value)
 
 
 def _read(text: str) -> Any:
@@ -84,7 +85,12 @@ def _read(text: str) -> Any:
 
 
 def _of_schema(field: str, schema: dict[str, Any]) -> Format:
+  return _made(field, constraint.json_grammar, schema)
+
+
+def _made(field: str, grammar: Callable[[Any], str], said: Any) -> Format:
+  """The format whose grammar is made of what the field says."""
   try:
-    return Format(field, constraint.json_grammar(schema))
+    return Format(field, grammar(said))
   except ValueError as e:
     raise ApiError(400, f'{field} cannot be met: {e}.', param=field) from e

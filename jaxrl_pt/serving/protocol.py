@@ -218,14 +218,7 @@ def _ask(fields: Fields, service: Service, ids: Ids, shape: _Shape) -> Ask:
   fields.take('user', 'a text', lambda x: isinstance(x, str))  # Checked, then dropped.
   seed = fields.integer('seed', None, -2**63, 2**63 - 1)
   num_choices, num_samples = _numbers(fields, service, is_stream)
-  own = service.sampler
-  sampler = cfg.Sampler(
-      temperature=fields.number('temperature', own.temperature, 'a number of at least 0',
-                                lambda x: x >= 0),
-      top_k=fields.integer('top_k', own.top_k, 0, 2**31 - 1),
-      top_p=fields.number('top_p', own.top_p, 'a number above 0 and at most 1',
-                          lambda x: 0 < x <= 1),
-      min_p=fields.number('min_p', own.min_p, 'a number from 0 to 1', lambda x: 0 <= x <= 1))
+  sampler = _sampler(fields, service.sampler)
   ends = service.end_tokens if shape.is_chat else service.tokenizer.stop_ids
   own_stops = service.layout.stop_texts if shape.is_chat else ()
   stop = (*own_stops, *fields.texts('stop', _MOST_STOPS))
@@ -243,6 +236,20 @@ def _ask(fields: Fields, service: Service, ids: Ids, shape: _Shape) -> Ask:
               max_thought, max_answer, shape.num_top, scores_prompt, held_to)
       for tokens in shape.prompts), num_choices, shape.is_chat, is_stream, has_usage,
       shape.has_logprobs, shape.echoes, shape.tools, held_to)
+
+
+def _sampler(fields: Fields, own: cfg.Sampler) -> cfg.Sampler:
+  """How responses are drawn: as the model's `own` sampler where the body does not say it."""
+  try:
+    return cfg.Sampler(
+        temperature=fields.number('temperature', own.temperature, 'a number of at least 0',
+                                  lambda x: x >= 0),
+        top_k=fields.integer('top_k', own.top_k, 0, 2**31 - 1),
+        top_p=fields.number('top_p', own.top_p, 'a number above 0 and at most 1',
+                            lambda x: 0 < x <= 1),
+        min_p=fields.number('min_p', own.min_p, 'a number from 0 to 1', lambda x: 0 <= x <= 1))
+  except UserError as e:  # A temperature so near 0, or so large, that logits lose their meaning.
+    raise ApiError(400, str(e).removeprefix('Sampler.'), param='temperature') from e
 
 
 def _numbers(fields: Fields, service: Service, is_stream: bool) -> tuple[int, int]:

@@ -324,6 +324,7 @@ def call(arguments: object) -> dict[str, object]:
     ([{'role': 'user', 'content': '\ud800'}], 'messages[0] holds a text that is not Unicode'),
     ([{'role': 'user', 'content': 'x', 'z': object()}], 'messages[0] holds <object object'),
     ([call('{"a": ')], "messages[0].tool_calls[0].function.arguments = '{\"a\": ': expected a"),
+    ([call('{"a": "\\ud800"}')], 'arguments holds a text that is not Unicode'),
     ([call('3')], 'expected a JSON object'), ([call(3)], 'expected a JSON object'),
     ([{'role': 'assistant', 'tool_calls': ['f']}], "messages[0].tool_calls[0] = 'f'"),
     ([{'role': 'assistant', 'tool_calls': 'f'}], "messages[0].tool_calls = 'f'"),

@@ -189,11 +189,19 @@ def test_a_thought_is_free_and_the_answer_is_not(thought: bytes):
     (json_grammar({'$ref': 'http://127.0.0.1/x'}), 'does not fetch resources'),
     (json_grammar({'properties': {f'k{i}': {'type': 'string'} for i in range(2000)}}), 'too big'),
     (regex_grammar('a' * 100_000), 'more than 100000 characters'),
+    (regex_grammar('(a{1000}){1000}'), 'too many expressions'),
 ])
 def test_what_cannot_be_met_is_refused_with_its_reason(grammar: str, reason: str):
   with pytest.raises(ValueError, match=reason) as raised:
     guide().constraint(grammar, (EOS,))
   assert '\n' not in str(raised.value) and len(str(raised.value)) <= 200
+
+
+@pytest.mark.parametrize('pattern', ['\\', 'a' + 3 * '\\'])
+def test_an_expression_that_ends_within_an_escape(pattern: str):
+  with pytest.raises(ValueError, match='a single backslash at its end'):
+    regex_grammar(pattern)
+  regex_grammar(pattern + '\\')
 
 
 def test_a_schema_that_is_nested_too_deeply():
