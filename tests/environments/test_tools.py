@@ -37,7 +37,8 @@ def _step(settings: cfg.ToolUse, text: str, outputs=()) -> tools.Step:
     ('3*4', '12'), ('2^10', '1024'), ('1/3', '1/3 = 0.333333333333'), ('5!', '120'),
     (r'\sqrt{2}', '1.41421356237'), ('(1+2)*3 - 4/5', '8.2'), ('50%', '0.5'),
     ('2π', '6.28318530718'), (r'\sin(\pi/2)', '1'), ('log_2(8)', '3'), ('0.1+0.2', '0.3'),
-    ('12 ÷ 4', '3'), ('|-3|', '3')])
+    ('12 ÷ 4', '3'), ('|-3|', '3'), (r'\max(\pi, 2)', '3.14159265359'),
+    (r'\min(\pi)', '3.14159265359')])
 def test_the_calculator_works_out(expression, value):
   assert calculator.calculate(expression) == value
 
