@@ -18,7 +18,8 @@ _FLOATS: Mapping[str, Callable[..., float]] = {
     'percent': lambda a: a / 100, 'degree': math.radians, 'mixed': lambda a, b, c: a + b / c,
     'ln': math.log, 'lg': math.log10, 'exp': math.exp, 'abs': abs, 'floor': math.floor,
     'ceil': math.ceil, 'min': lambda *args: min(args), 'max': lambda *args: max(args),
-    'sin': math.sin, 'cos': math.cos, 'tan': math.tan, 'arcsin': math.asin, 'arccos': math.acos, 'arctan': math.atan, 'sinh': math.sinh,
+    'sin': math.sin, 'cos': math.cos, 'tan': math.tan,
+    'arcsin': math.asin, 'arccos': math.acos, 'arctan': math.atan, 'sinh': math.sinh,
     'cosh': math.cosh, 'tanh': math.tanh}
 
 

@@ -97,7 +97,7 @@ def refused(server: Running, path: str, status: int = 400, **request: object) ->
     ({'logit_bias': {'3': 1}}, 'logit_bias'),
     ({'frequency_penalty': 0.5}, 'frequency_penalty = 0.5'),
     ({'temprature': 1}, "Unknown field 'temprature'"),
-    ({'a\ud800': 1}, "Unknown field 'a\\\\ud800'"),
+    ({'a\ud800': 1}, "Unknown field 'a\\ud800'"),
     ({'max_thought': -1}, 'max_thought = -1'),
     ({'user': 3}, 'user = 3'),
 ])
