@@ -146,7 +146,11 @@ def _tokenizer(source: Path, settings: dict[str, Any], workdir: Path
     raise UserError(f'{source} holds neither tokenizer.json nor tokenizer.model: download the '
                     "model's tokenizer into it.")
   stops = _stop_tokens(source, settings, tokenizers.train_or_load(setting, ()))
-  setting = dataclasses.replace(setting, stop_tokens=stops)
+  try:
+    setting = dataclasses.replace(setting, stop_tokens=stops)
+  except UserError as e:
+    raise UserError(f'{source} names {len(stops)} tokens that end a response, beside the end of '
+                    f'text: {e}') from e
   return (tokenizers.train_or_load(setting, ()),
           dataclasses.replace(setting, path=str(home / path.name)))
 

@@ -425,7 +425,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if '--debug' in arguments:
       traceback.print_exc()
     else:
-      print(f'jaxrl-pt: {e}', file=sys.stderr)
+      # Names in damaged files, which a message quotes, may hold line breaks.
+      print('jaxrl-pt:', ' '.join(str(e).splitlines()), file=sys.stderr)
     _drop_unwritable_output()
     return 2
   except Preempted as e:

@@ -14,6 +14,7 @@ ROLES = ('system', 'developer', 'user', 'assistant', 'tool')
 # The fields in which servers and data keep what an assistant thought.
 _REASONING = ('reasoning_content', 'thinking', 'reasoning')
 _SHOWN = 40  # characters of a wrong value in an error
+_DEEPEST = 100  # levels of lists and objects, which templates and their filters walk recursively
 
 
 def checked(messages: Any, where: str = 'messages') -> list[dict[str, Any]]:
@@ -128,13 +129,15 @@ def _call(call: Any, where: str) -> dict[str, Any]:
 
 def _check_json(value: Any, where: str) -> None:
   """Checks that a value is one of JSON, of Unicode text, so that no template reads an object."""
-  left: list[Any] = [value]
+  left: list[tuple[Any, int]] = [(value, 0)]
   while left:
-    one = left.pop()
+    one, depth = left.pop()
+    if depth > _DEEPEST:
+      raise UserError(f'{where} is nested more than {_DEEPEST} levels deep: leave some out.')
     if isinstance(one, Mapping):
-      left += [*one.keys(), *one.values()]
+      left += [(inner, depth + 1) for inner in (*one.keys(), *one.values())]
     elif isinstance(one, (list, tuple)):
-      left += one
+      left += [(inner, depth + 1) for inner in one]
     elif isinstance(one, str):
       _check_text(one, where)
     elif not isinstance(one, (int, float, type(None))):

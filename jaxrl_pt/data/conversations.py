@@ -100,6 +100,8 @@ def of_messages(messages: Any, tools: Any, place: str, *, only_last: bool = Fals
     offered = chat_messages.check_tools(_plain(tools))
   except UserError as error:
     raise UserError(f'{place}: {error}') from error
+  except RecursionError as error:
+    raise UserError(f'{place}: messages or tools are nested too deeply: drop the row.') from error
   answers = [turn for turn in turns if turn['role'] == 'assistant']
   if not any((turn['content'] or '').strip() or turn.get('tool_calls') for turn in answers):
     raise UserError(f'{place}: the assistant says nothing in messages, so that nothing is learned '

@@ -181,12 +181,16 @@ def _described(path: Path) -> dict[str, list[str]]:
     raise UserError(f'README.md in {path} has a damaged header ({error.__class__.__name__}): '
                     'download it again, or remove it.') from error
   sets = described.get('configs') if isinstance(described, dict) else None
-  sets = [one for one in sets or () if isinstance(one, dict)]
+  sets = [one for one in sets if isinstance(one, dict)] if isinstance(sets, list) else []
   if len(sets) > 1:
     names = ', '.join(repr(one.get('config_name')) for one in sets)
     raise UserError(f'{path} holds several data sets ({names}): give the folder of one of them, '
                     'or a file.')
   if not sets or 'data_files' not in sets[0]:
     return {}
-  return {str(name): [str(one) for one in group]
-          for name, group in patterns.sanitize_patterns(sets[0]['data_files']).items()}
+  try:
+    given = patterns.sanitize_patterns(sets[0]['data_files'])
+  except (ValueError, TypeError, LookupError) as error:
+    raise UserError(f'README.md in {path} says in data_files what names no files: mend it, or '
+                    'remove it.') from error
+  return {str(name): [str(one) for one in group] for name, group in given.items()}

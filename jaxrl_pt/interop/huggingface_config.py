@@ -6,16 +6,17 @@ may change the arithmetic, and a model that loads with wrong logits gives no err
 left out means what the class of transformers takes for it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 import re
-from typing import Any
+from typing import Any, TypeVar
 
 from jaxrl_pt import config as cfg
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.models import transformer
 
 Settings = dict[str, Any]
+_Made = TypeVar('_Made')
 
 W1A8 = cfg.Quant('ternary', 'int8')
 # One scale for 128 weights, as in Ternary-Bonsai: the file holds them as plain weights.
@@ -133,16 +134,24 @@ def to_config(settings: Any, where: str) -> cfg.Model:
     raise UserError(f'{where}: tie_word_embeddings is {tied!r}, but it must be true or false.')
   # null is not the same as a key that is left out.
   kv_heads = heads if 'num_key_value_heads' in settings else family.num_kv_heads or heads
-  return cfg.Model(
-      num_layers=_size(settings, 'num_hidden_layers', where), d_model=width,
+  return _made(
+      cfg.Model, where, num_layers=_size(settings, 'num_hidden_layers', where), d_model=width,
       d_ff=_size(settings, 'intermediate_size', where), num_heads=heads,
       num_kv_heads=_size(settings, 'num_key_value_heads', where, kv_heads),
       head_dim=_size(settings, 'head_dim', where, family.head_dim or width // heads),
       vocab_size=_size(settings, 'vocab_size', where),
-      rope_theta=theta or family.rope_theta, rope=rope,
+      rope_theta=family.rope_theta if theta is None else theta, rope=rope,
       activation=_OUR_ACTIVATION[family.hidden_act], sub_norm=family.sub_norm, tied_head=tied,
       quant=W1A8 if quantised else cfg.Quant(), qkv_bias=family.qkv_bias, qk_norm=family.qk_norm,
       norm_epsilon=settings.get('rms_norm_eps', family.norm_epsilon))
+
+
+def _made(make: Callable[..., _Made], where: str, *values: Any, **named: Any) -> _Made:
+  """What `make` gives for values of a file, which an error names."""
+  try:
+    return make(*values, **named)
+  except UserError as e:
+    raise UserError(f'{where} says what cannot be: {e}') from e
 
 
 def _family(settings: Settings, where: str) -> _Family:
@@ -170,8 +179,7 @@ def _family(settings: Settings, where: str) -> _Family:
 
 
 def linear_class(settings: Settings) -> tuple[str, str]:
-  """(linear_class, quantization_mode) of a checked config.json, ('', '') if it has no quantisation.
-  """
+  """(linear_class, quantization_mode) of a checked config.json; ('', '') if not quantised."""
   quantization = settings.get('quantization_config')
   if not quantization:
     return '', ''
@@ -215,9 +223,8 @@ def _scaling(section: Settings, name: str, where: str) -> cfg.Rope:
   _check_known(section, _READ_ROPE | set(_LLAMA3), _NEUTRAL_ROPE, where, f'{name}.')
   for key in _LLAMA3:
     _check_number(section.get(key), f'{name}.{key}', where)
-  return cfg.Llama3Rope(float(section['factor']), float(section['low_freq_factor']),
-                        float(section['high_freq_factor']),
-                        int(section['original_max_position_embeddings']))
+  return _made(cfg.Llama3Rope, where, *(float(section[key]) for key in _LLAMA3[:3]),
+               _size(section, _LLAMA3[3], where))
 
 
 def _quantization(settings: Settings, where: str) -> Settings:
@@ -278,9 +285,8 @@ def _check_skipped(skipped: Any, num_layers: Any, where: str) -> None:
 def _check_known(settings: Settings, known: Iterable[str], neutral: Settings, where: str,
                  prefix: str) -> None:
   for name, value in settings.items():
-    if name in known or value is None or (name in neutral and value == neutral[name]):
-      continue
-    if name not in neutral and value in _EMPTY:
+    idle = (neutral[name],) if name in neutral else _EMPTY
+    if name in known or value is None or value in idle:
       continue
     if name in neutral:
       raise _not_covered(where, f'{prefix}{name} = {value!r}')
@@ -290,11 +296,9 @@ def _check_known(settings: Settings, known: Iterable[str], neutral: Settings, wh
 
 def _section(settings: Settings, name: str, where: str) -> Settings:
   section = settings.get(name)
-  if section is None:
-    return {}
-  if not isinstance(section, dict):
+  if section is not None and not isinstance(section, dict):
     raise UserError(f'{where}: {name} is {section!r}, but it must be an object.')
-  return section
+  return section or {}
 
 
 def _check_number(value: Any, name: str, where: str) -> None:

@@ -72,7 +72,7 @@ def _targets(path: Path, modules: Any) -> tuple[cfg.Projection, ...]:
   known = get_args(cfg.Projection)
   if modules == 'all-linear':
     modules = known
-  if not isinstance(modules, list | tuple) or not modules or not set(modules) <= set(known):
+  if not isinstance(modules, list | tuple) or not modules or any(m not in known for m in modules):
     raise UserError(f'{path} says target_modules = {modules!r}: expected a list of names among '
                     f'{", ".join(known)}.')
   return tuple(name for name in known if name in modules)

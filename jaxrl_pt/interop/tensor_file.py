@@ -157,7 +157,7 @@ def _checked(name: str, value: Any) -> tuple[str, tuple[int, ...], tuple[int, in
     raise ValueError(f'its header does not describe tensor {name}') from e
   if not all(type(n) is int and n >= 0 for n in (*shape, first, last)):
     raise ValueError(f'its header gives tensor {name} sizes that are no whole numbers')
-  if dtype not in _DTYPES:
+  if not isinstance(dtype, str) or dtype not in _DTYPES:
     raise ValueError(f'tensor {name} is of type {dtype}, which is not known here')
   return _DTYPES[dtype], shape, (first, last)
 

@@ -203,6 +203,13 @@ def test_the_template_of_a_model_writes_the_turns_and_decides_the_examples(tmp_p
       written.directory)
 
 
+def nested(depth: int) -> list:
+  value: list = []
+  for _ in range(depth):
+    value = [value]
+  return value
+
+
 @pytest.mark.parametrize('messages, expected', [
     ([{'role': 'robot', 'content': 'a'}], "messages[0].role = 'robot': expected one of"),
     ([{'role': 'user'}], 'messages[0].content'),
@@ -211,6 +218,8 @@ def test_the_template_of_a_model_writes_the_turns_and_decides_the_examples(tmp_p
     ([{'role': 'user', 'content': 'a'}], 'the assistant says nothing'),
     (turns('a', ' '), 'the assistant says nothing'),
     (turns('a', 'b\ud800'), 'lone surrogate'),
+    ([turns('a', 'b')[0] | {'z': nested(150)}, turns('a', 'b')[1]], 'nested more than 100 levels'),
+    ([turns('a', 'b')[0] | {'z': nested(600)}, turns('a', 'b')[1]], 'nested '),
 ])
 def test_bad_messages_are_named_by_file_and_line(tmp_path: Path, messages, expected: str):
   path = tmp_path / 'a.jsonl'

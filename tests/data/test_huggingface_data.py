@@ -113,6 +113,9 @@ def test_what_cannot_be_read_is_one_sentence(tmp_path: Path):
        "several data sets \\('en', 'de'\\)"),
       ('elsewhere', {'README.md': '---\nconfigs:\n- config_name: a\n  data_files: '
                                   'https://example.org/a.parquet\n---\n'}, 'files elsewhere'),
+      ('number', {'README.md': '---\nconfigs:\n- config_name: a\n  data_files: 5\n---\n'},
+       'data_files what names no files'),
+      ('no list', {'README.md': '---\nconfigs: 5\n---\n'}, 'no files that can be read'),
       ('outside', {'README.md': '---\nconfigs:\n- config_name: a\n  data_files: '
                                 '../script/*.jsonl\n---\n'}, 'which is not in it|no split'),
       ('saved', {'state.json': '{"_data_files": [{"filename": "../rows.arrow"}]}'},

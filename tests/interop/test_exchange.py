@@ -226,6 +226,9 @@ Q_PROJ = 'model.layers.1.self_attn.q_proj'
   (lambda f: set_keys(f, quantization_config=QUANTISED | {'linear_class': 'bitlinear'}),
    'has no tensor model.layers.0.mlp.down_proj.weight_scale'),
   (lambda f: set_keys(f, a_new_key=1.5), 'sets a_new_key = 1.5'),
+  (lambda f: set_keys(f, **{'on two\nlines': 1}), 'sets on two lines = 1'),
+  (lambda f: (f / 'generation_config.json').write_text(
+      json.dumps({'eos_token_id': list(range(1, 20))})), 'names 18 tokens that end a response'),
 ])
 def test_a_bad_folder_leaves_nothing_behind(source: Path, tmp_path, capsys, change, words):
   shutil.copytree(source, tmp_path / 'a')

@@ -270,6 +270,10 @@ DEFAULT = {'rope_type': 'default', 'rope_theta': 10_000.0}
     ({'rope_parameters': {**DEFAULT, 'partial_rotary_factor': 0.5}}, 'partial_rotary_factor'),
     ({'rope_parameters': {**DEFAULT, 'rope_theta': 5e5}}, 'rope_theta as 500000.0 and as 10000.0'),
     ({'rope_theta': '1e4'}, 'must be a number'),
+    ({'rope_theta': 0}, 'config.json says what cannot be: Model.rope_theta = 0.0'),
+    ({'rms_norm_eps': None}, 'config.json says what cannot be: Model.norm_epsilon = None'),
+    ({'rope_scaling': {**SCALED, 'factor': 0.5}}, 'config.json says what cannot be: Llama3Rope'),
+    ({'rope_scaling': {**SCALED, 'original_max_position_embeddings': 64.5}}, 'must be a whole'),
     ({'partial_rotary_factor': 0.5}, 'partial_rotary_factor = 0.5 is not covered'),
     # Keys of relatives, and one that nobody knows.
     ({'sliding_window': 4096}, 'sliding_window = 4096 is not covered'),

@@ -120,6 +120,7 @@ def test_a_model_without_adapters_has_none_to_export(
     ({'task_type': 'SEQ_CLS'}, "task_type = 'SEQ_CLS', which would change"),
     ({'init_lora_weights': 'pissa'}, "init_lora_weights = 'pissa', which changed the base too"),
     ({'target_modules': ['q_proj', 'lm_head']}, "target_modules = ['q_proj', 'lm_head']"),
+    ({'target_modules': [['q_proj']]}, "target_modules = [['q_proj']]: expected a list of names"),
     ({'target_modules': '.*proj'}, "target_modules = '.*proj': expected a list of names among"),
     ({'r': 0}, 'LoRA.rank = 0: expected a whole number'),
     ({'r': 32}, 'LoRA.rank = 32 is not below 32'),

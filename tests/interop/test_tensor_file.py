@@ -75,6 +75,7 @@ def tensor(first, last, shape=(2,), dtype='F32'):
     (bytes_of({'a': tensor(0, 8, (2.0,))}, b'\0' * 8), 'tensor a sizes that are no whole'),
     (bytes_of({'a': tensor(0, 8, (-2,))}, b'\0' * 8), 'tensor a sizes that are no whole'),
     (bytes_of({'a': tensor(0, 8, dtype='F8_E4M3')}, b'\0' * 8), 'tensor a is of type F8_E4M3'),
+    (bytes_of({'a': tensor(0, 8, dtype=['F32'])}, b'\0' * 8), r"tensor a is of type \['F32'\]"),
     (bytes_of({'a': tensor(0, 8)}, b'\0' * 7), 'is truncated'),
     (bytes_of({'a': tensor(0, 8)}, b'\0' * 9), 'goes on after its last tensor'),
     (bytes_of({'a': tensor(0, 4)}, b'\0' * 4), 'places tensor a at bytes 0 to 4'),
