@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any, get_args
 
+import jax
 from jax.sharding import Mesh
 
 from jaxrl_pt import checkpoint
@@ -58,6 +59,7 @@ def train(run: cfg.Run, workdir: Path, resolved_text: str,
       `workdir`.
     Preempted: a signal came before the last step; a checkpoint has been saved.
   """
+  rules.check_compiles(run.model, jax.devices()[0].platform)
   with kind(run.objective).open(run, workdir, resolved_text, allow) as job:
     loop.run(job)
 
@@ -111,7 +113,9 @@ def programs(run: cfg.Run, mesh: Mesh) -> list[Program]:
   """The programs that the run would dispatch, each with its abstract arguments.
 
   Raises:
-    UserError: a mesh axis does not divide the size that is split over it.
+    UserError: a mesh axis does not divide the size that is split over it, or the compiler takes no
+      training step of the model.
   """
   rules.check_divides(run, mesh)
+  rules.check_compiles(run.model, mesh.devices.flat[0].platform)
   return kind(run.objective).programs(run, mesh)

@@ -141,3 +141,22 @@ def check_divides(run: cfg.Run, mesh: Mesh) -> None:
     if size % parts:
       raise UserError(f'Mesh axis {axis} = {parts} does not divide {what} = {size}: change one '
                       'of them.')
+
+
+def check_compiles(model: cfg.Model, platform: str) -> None:
+  """Checks that the compiler of the devices takes a training step of the model.
+
+  Args:
+    model: the policy's model.
+    platform: what the devices are, as JAX names it, e.g. 'tpu'.
+
+  Raises:
+    UserError: it does not take it.
+  """
+  # Layers are slices of a stack of codes, and XLA for TPUs loses the type of a slice of two bits:
+  # "Call parameter must match argument; got parameter s2, argument s8", or "Failed to get shape".
+  if platform == 'tpu' and model.quant.is_ternary and isinstance(model.adapter, cfg.LoRA):
+    raise UserError(
+        f"Model.adapter = LoRA over Quant.weights = '{model.quant.weights}' does not train on "
+        'TPUs, whose compiler takes no training step over a frozen base of two bits: train all '
+        'parameters (Model.adapter = @cfg.NoAdapter()), or the adapters on CPUs or GPUs.')

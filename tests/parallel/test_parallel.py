@@ -86,3 +86,13 @@ def test_constrain_is_the_identity_on_one_device():
   constrain = rules.make_constrain(meshes.make_mesh(cfg.Mesh(), jax.devices()[:1]))
   x = jax.numpy.ones((2, 3))
   assert constrain(x, ('batch', None)) is x
+
+
+def test_frozen_codes_are_refused_for_tpus_alone():
+  of = lambda quant, adapter: cfg.Model(1, 8, 8, 1, 1, 8, 8, quant=quant, adapter=adapter)
+  ternary, adapter = cfg.Quant('ternary', 'int8'), cfg.LoRA(2)
+  with pytest.raises(UserError, match="LoRA over Quant.weights = 'ternary' does not train on TPUs"):
+    rules.check_compiles(of(ternary, adapter), 'tpu')
+  rules.check_compiles(of(ternary, adapter), 'cpu')
+  rules.check_compiles(of(ternary, cfg.NoAdapter()), 'tpu')
+  rules.check_compiles(of(cfg.Quant(), adapter), 'tpu')
