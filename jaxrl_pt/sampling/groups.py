@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxrl_pt import config as cfg
+from jaxrl_pt.errors import UserError
 from jaxrl_pt.models.base import Model
 from jaxrl_pt.parallel.rules import ROWS
 from jaxrl_pt.sampling import slots as program
@@ -198,6 +199,12 @@ def shape_of(vocab_size: int, prompts: Prompts, num_samples: int, num_tokens: in
       chunk=chunk, vocab_size=vocab_size, sampler=sampler, sparse=resa,
       drafts=drafts)
   if slots.num_pages and num_slots < num_rows:
+    # Page 0 belongs to nobody, and a document's pages stay until its last response has begun.
+    least = 1 + own_pages(shape) + pages_of(document_len, page_size)
+    if slots.num_pages < least:
+      raise UserError(f'Slots.num_pages = {slots.num_pages} cannot hold one response of '
+                      f'{num_tokens} tokens to a prompt of {document_len}: set it to at least '
+                      f'{least}, or to 0.')
     return shape
   kept = num_docs if num_slots == num_rows else min(num_docs, num_slots + shape.lanes)
   return shape._replace(num_pages=1 + num_slots * own_pages(shape) + kept * pages_of(

@@ -11,6 +11,7 @@ import pytest
 from jaxrl_pt import config as cfg
 from jaxrl_pt import params as P
 from jaxrl_pt.config import Sampler
+from jaxrl_pt.errors import UserError
 from jaxrl_pt.models import transformer
 from jaxrl_pt.sampling import groups, policies
 from jaxrl_pt.types import Prompts
@@ -120,6 +121,18 @@ def test_slots_and_pages_do_not_matter(slots, suffix):
   np.testing.assert_array_equal(refilled.tokens, whole.tokens)
   np.testing.assert_array_equal(refilled.in_response, whole.in_response)
   np.testing.assert_allclose(refilled.logp, whole.logp, atol=1e-5)
+
+
+def test_a_pool_that_holds_one_response_is_enough_and_a_smaller_one_is_refused():
+  prompts, asked = make_prompts(TOKENS), dict(sampler=Sampler(), num_samples=2, num_tokens=9)
+  draw = lambda slots: jax.jit(functools.partial(groups.generate, MODEL, slots=slots, **asked))(
+      PARAMS, prompts, KEY)
+  least = 1 + 2 + 4  # The page of nobody; 8 tokens of a prompt; 9 of a response, and one in part.
+  slots = cfg.Slots(slots=3, page_size=4, num_pages=least)
+  np.testing.assert_array_equal(draw(slots).tokens, draw(cfg.Slots()).tokens)
+  with pytest.raises(UserError, match='Slots.num_pages = 6 cannot hold one response of 9 tokens '
+                                      'to a prompt of 8: set it to at least 7, or to 0'):
+    draw(dataclasses.replace(slots, num_pages=least - 1))
 
 
 def test_order_batch_and_padding_do_not_matter():
