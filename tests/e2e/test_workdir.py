@@ -197,6 +197,7 @@ def sampled(workdir: Path, capsys: pytest.CaptureFixture[str]) -> str:
   return capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_model_is_used_without_its_texts_wherever_it_is(
     home: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch):

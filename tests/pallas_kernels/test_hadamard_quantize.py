@@ -77,6 +77,7 @@ def check(x, gain, kind, target, interpret):
 
 
 # In 768 = 12 · 64 and 6912 = 108 · 64 two rows share the lanes of a tile.
+@pytest.mark.slow
 @settings(max_examples=6, deadline=None)
 @given(M=st.integers(1, 100), D=st.sampled_from((128, 256, 768)),
        dtype=st.sampled_from((jnp.bfloat16, jnp.float32)), has_gain=st.booleans(),

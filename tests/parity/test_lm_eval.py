@@ -122,7 +122,9 @@ def assert_equal_results(theirs, ours):
         assert ours['results'][task][name] == pytest.approx(value, rel=1e-5), (task, name)
 
 
-@pytest.mark.parametrize('begins', [True, False], ids=['begins_with_bos', 'without'])
+@pytest.mark.parametrize('begins', [
+    pytest.param(True, id='begins_with_bos'),
+    pytest.param(False, id='without', marks=pytest.mark.slow)])
 def test_results_are_those_of_its_own_adapter(tmp_path, begins):
   save_model(tmp_path / 'hf', save_tokenizer(tmp_path / 'hf', begins=begins))
   theirs, ours = both(tmp_path, TASKS, is_chat=False)
@@ -132,7 +134,8 @@ def test_results_are_those_of_its_own_adapter(tmp_path, begins):
   assert theirs['results']['texts']['chrf,none'] > 0
 
 
-@pytest.mark.parametrize('name', TEMPLATES)
+@pytest.mark.parametrize('name', [
+    'begins', pytest.param('without', marks=pytest.mark.slow)])
 def test_results_in_a_chat_template_are_those_of_its_own_adapter(tmp_path, name):
   vocab_size = save_tokenizer(tmp_path / 'hf', begins=True, template=TEMPLATES[name])
   save_model(tmp_path / 'hf', vocab_size, longest=512)

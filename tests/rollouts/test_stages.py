@@ -141,7 +141,8 @@ def plain_logp(model, params, prompts, tokens):
   return jnp.take_along_axis(logp, rows[:, 1:, None], -1)[..., 0].reshape(N, G, S)
 
 
-@pytest.mark.parametrize('kl', [cfg.KLInLoss(0.5, 'k3'), cfg.KLInReward(0.5, 'k1')],
+@pytest.mark.parametrize('kl', [cfg.KLInLoss(0.5, 'k3'),
+                                pytest.param(cfg.KLInReward(0.5, 'k1'), marks=pytest.mark.slow)],
                          ids=lambda kl: type(kl).__name__)
 def test_the_reference_of_a_step_is_the_start_policy_as_it_was_sampled(kl):
   """In the stages and in the one program, on logged steps and on others, against a learner that

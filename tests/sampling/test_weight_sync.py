@@ -192,7 +192,8 @@ def test_weights_that_a_cpu_cannot_hold_packed_are_refused(weights):
     weight_sync.for_one_device(model, jax.devices()[0], 'float32', packed=True)
 
 
-@pytest.mark.parametrize('head, error, share', [('int8', 0.01, 4), ('int4', 0.2, 8)])
+@pytest.mark.parametrize('head, error, share', [
+    ('int8', 0.01, 4), pytest.param('int4', 0.2, 8, marks=pytest.mark.slow)])
 @pytest.mark.parametrize('tied', [True, False])
 def test_quantised_tables_arrive_and_draw_near(head, error, share, tied):
   """What is drawn has the log-probabilities of the dequantised tables."""
