@@ -41,13 +41,6 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
   return _source(tmp_path_factory.mktemp('chat') / 'model')
 
 
-@pytest.fixture(scope='module')
-def workdir(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-  path = tmp_path_factory.mktemp('imported') / 'run'
-  assert main(['import', str(source), '--workdir', str(path)]) == 0
-  return path
-
-
 def test_end_tokens_are_a_list(workdir: Path, source: Path, tmp_path: Path):
   tokenizer = load_policy(workdir).session.data.tokenizer
   special = tokenizer.special_tokens

@@ -57,13 +57,6 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
   return make_source(tmp_path_factory.mktemp('source') / 'model')
 
 
-@pytest.fixture(scope='module')
-def workdir(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-  path = tmp_path_factory.mktemp('imported') / 'run'
-  assert main(['import', str(source), '--workdir', str(path)]) == 0
-  return path
-
-
 def check_gguf(path: Path) -> None:
   gguf = pytest.importorskip('gguf')
   (embedding,) = [tensor for tensor in gguf.GGUFReader(path).tensors
