@@ -16,6 +16,9 @@ import jax.numpy as jnp
 Array = jax.Array
 Params = Any  # nested dict of arrays, shaped like the model's tree of ParamSpec
 
+# Modes of responses: it thinks first, it answers at once, or its first token says neither.
+THINK, NO_THINK, NO_MODE = 0, 1, -1
+
 
 @struct.dataclass
 class Batch:
@@ -85,7 +88,7 @@ class RolloutBatch:
   logp: Array  # f32[N, G, S] log-probability under the behaviour policy, nats; 0 if not sampled
   version: Array  # i32[N, G, S] steps that the parameters had taken when they drew the token
   turn: Array  # i32[N, G, S] number of the turn, that is of the call of the policy, from 0
-  mode: Any = ()  # i32[N, G] number of the response's mode, or () in a run without modes
+  mode: Any = ()  # i32[N, G] THINK, NO_THINK or NO_MODE; () in a run without modes
   selected: Any = ()  # SelectedBlocks if a learner is to replay sparse reading, else ()
 
   @classmethod

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal, get_args
 
 from jaxrl_pt.config import checks
+from jaxrl_pt.config.hybrid import DecoupledModes, ModeAdvantage
 from jaxrl_pt.errors import UserError
 
 # Advantages: how much better than expected each response was. An advantage that is `grouped`
@@ -103,7 +104,7 @@ class OptimalTokenBaseline:
 
 
 Advantage = (GRPO | DrGRPO | RLOO | OPO | OPOLeaveOneOut | OPOBatch | ReinforcePlusPlus
-             | ReinforcePlusPlusBaseline | GAE | OptimalTokenBaseline)
+             | ReinforcePlusPlusBaseline | GAE | OptimalTokenBaseline | ModeAdvantage)
 
 
 # Surrogates: the function of importance ratio and advantage that is maximised.
@@ -196,7 +197,8 @@ class ConstantDivisor:
     checks.integer(self, 'num_tokens', 1)
 
 
-Aggregation = TokenMean | SequenceMeanTokenSum | SequenceMeanTokenMean | ConstantDivisor
+Aggregation = (TokenMean | SequenceMeanTokenSum | SequenceMeanTokenMean | ConstantDivisor
+               | DecoupledModes)
 
 
 # Corrections: weights of tokens that another policy than the updated one has drawn.

@@ -6,7 +6,7 @@ import math
 from typing import Literal, get_args
 
 from jaxrl_pt.config import checks
-from jaxrl_pt.config.problems import Arithmetic, ReasoningGym, RedundantChecks
+from jaxrl_pt.config.problems import Arithmetic, Generated, ReasoningGym, RedundantChecks
 from jaxrl_pt.errors import UserError
 
 
@@ -123,10 +123,10 @@ class Demonstrations:
   has noise; those of reasoning-gym are the bare answer.
   """
 
-  source: Arithmetic | RedundantChecks | ReasoningGym
+  source: Generated | ReasoningGym
 
   def __post_init__(self) -> None:
-    checks.instance(self, 'source', Arithmetic, RedundantChecks, ReasoningGym)
+    checks.instance(self, 'source', *get_args(Generated), ReasoningGym)
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,13 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal, get_args
 
 from jaxrl_pt.config import checks
-from jaxrl_pt.config.algorithm import Algorithm, NoCorrection
+from jaxrl_pt.config.algorithm import Algorithm
+from jaxrl_pt.config.compatible import check_method, check_modes, check_turns
 from jaxrl_pt.config.data import Examples
 from jaxrl_pt.config.environments import Interactive
+from jaxrl_pt.config.hybrid import OneMode
 from jaxrl_pt.config.problems import Problems
-from jaxrl_pt.config.rollouts import AllGroups, Dense, InFlight, OnPolicy, Rollouts
+from jaxrl_pt.config.rollouts import AllGroups, InFlight, OnPolicy, Rollouts
 from jaxrl_pt.config.verifiers import Verifier, VerifierPool, programs_of
 from jaxrl_pt.errors import UserError
 
@@ -198,36 +200,6 @@ class Reason:
 Prediction = Direct | Reason
 
 
-def _check_method(name: str, rollouts: Rollouts, algorithm: Algorithm) -> None:
-  """Checks that the rollouts and the algorithm of a method go together."""
-  if rollouts.group_size == 1 and algorithm.advantage.grouped:
-    raise UserError(f'Rollouts.group_size = 1, but {type(algorithm.advantage).__name__} compares '
-                    'the responses of a group: set it to at least 2.')
-  sampler = rollouts.sampler
-  if sampler.temperature == 0 or sampler.top_k == 1 or sampler.min_p == 1:
-    raise UserError(f'{name} learns from responses that differ, but {sampler} leaves the likeliest '
-                    'token alone: choose Sampler.temperature above 0, Sampler.top_k other than 1 '
-                    'and Sampler.min_p below 1.')
-  if rollouts.num_prompts % algorithm.minibatches:
-    raise UserError(f'Algorithm.minibatches = {algorithm.minibatches} does not divide '
-                    f'Rollouts.num_prompts = {rollouts.num_prompts}: change one of them.')
-  if rollouts.mode != OnPolicy() and algorithm.correction == NoCorrection():
-    raise UserError(f'{name} draws off-policy: choose an Algorithm.correction, such as '
-                    '@cfg.TokenTIS(), or Rollouts.mode = @cfg.OnPolicy().')
-  if rollouts.sparse != Dense() and not rollouts.is_replayed and (
-      algorithm.correction == NoCorrection()):
-    raise UserError(f'{name} draws by sparse attention and learns by dense attention, which is '
-                    'another policy: choose an Algorithm.correction, such as @cfg.TokenTIS(), or '
-                    'ReSA.replay = True.')
-  if rollouts.slots.coarse and algorithm.correction == NoCorrection():
-    raise UserError(f'{name} draws with {rollouts.slots.coarse} and learns without, which is '
-                    'another policy: choose an Algorithm.correction, such as @cfg.TokenTIS(), or '
-                    "'int8'.")
-  if rollouts.is_replayed and (rollouts.mode != OnPolicy() or rollouts.dump_every):
-    raise UserError('ReSA.replay = True needs Rollouts.mode = @cfg.OnPolicy() and '
-                    'Rollouts.dump_every = 0: what each token was drawn from is not kept.')
-
-
 @dataclass(frozen=True)
 class RPT:
   """Reinforcement Pre-Training (2506.08007): reward a correct prediction of what comes next.
@@ -269,7 +241,10 @@ class RPT:
     checks.instance(self, 'prediction', *get_args(Prediction))
     checks.instance(self, 'rollouts', Rollouts)
     checks.instance(self, 'algorithm', Algorithm)
-    _check_method('RPT', self.rollouts, self.algorithm)
+    check_method('RPT', self.rollouts, self.algorithm)
+    if self.rollouts.modes != OneMode():
+      raise UserError('Rollouts.modes = @cfg.Modes() begins a response with a word of its own, '
+                      'which is no prediction: leave it at @cfg.OneMode() for RPT.')
     checks.number(self, 'min_entropy', 0.0)
     checks.integer(self, 'scored_examples', 1)
     checks.integer(self, 'eval_positions', 1)
@@ -348,24 +323,14 @@ class RL:
                         'of being wrong: lower it, or raise the other.')
     checks.instance(self, 'rollouts', Rollouts)
     checks.instance(self, 'algorithm', Algorithm)
-    _check_method('RL', self.rollouts, self.algorithm)
+    check_method('RL', self.rollouts, self.algorithm)
+    check_modes(self.rollouts, self.algorithm)
     checks.integer(self, 'eval_problems', 1)
     if isinstance(self.verifier, Interactive):
-      _check_turns(self.rollouts)
+      check_turns(self.rollouts)
       if self.problems.is_chat:
         raise UserError('RL.verifier = @cfg.Interactive() has a template of its own '
                         '(Interactive.template): leave Problems.is_chat at False.')
-
-
-def _check_turns(rollouts: Rollouts) -> None:
-  """Refuses settings that rollouts of several turns do not have."""
-  if rollouts.mode != OnPolicy():
-    raise UserError('RL.verifier = @cfg.Interactive() rewards an episode while it is drawn, so '
-                    'that nothing is left to do beside the next batch: choose Rollouts.mode = '
-                    '@cfg.OnPolicy().')
-  if rollouts.sparse != Dense():
-    raise UserError('RL.verifier = @cfg.Interactive() draws by dense attention: leave '
-                    'Rollouts.sparse at @cfg.Dense().')
 
 
 # Objectives that draw responses and learn from their rewards.

@@ -113,6 +113,47 @@ class RedundantChecks:
 
 
 @dataclass(frozen=True)
+class HybridSums:
+  """Sums of digits modulo 10, of one step or of many, answered at once or after the steps.
+
+  A demonstration begins with a mark that says which: it thinks, or it answers at once.
+
+  easy_share: the share of sums of one step; the others have min_steps to max_steps.
+  think_share: the share of the demonstrations that think.
+  slips: the shares of demonstrations that are wrong: easy and hard ones that think, easy and hard
+    ones that answer at once. They set what each mode is worth.
+  think, think_end, no_think: the three marks, each of one byte that the sums do not use.
+  """
+
+  size: int
+  easy_share: float = 0.5
+  min_steps: int = 4
+  max_steps: int = 6
+  think_share: float = 0.5
+  slips: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+  think: str = '\x01'
+  think_end: str = '\x02'
+  no_think: str = '\x03'
+  seed: int = 0
+
+  def __post_init__(self) -> None:
+    checks.size(self, 'size', 1, MOST_PROBLEMS, 256, 'the problems')
+    checks.number(self, 'easy_share', 0.0, 1.0)
+    checks.integer(self, 'min_steps', 1, 64)
+    checks.integer(self, 'max_steps', self.min_steps, 64)
+    checks.number(self, 'think_share', 0.0, 1.0)
+    if not (isinstance(self.slips, tuple) and len(self.slips) == 4
+            and all(checks.is_weight(slip) and 0 <= slip <= 1 for slip in self.slips)):
+      checks.fail(self, 'slips', 'four numbers from 0 to 1, as (0.0, 0.0, 0.0, 0.0)')
+    marks = self.think, self.think_end, self.no_think
+    for name, mark in zip(('think', 'think_end', 'no_think'), marks, strict=True):
+      checks.text(self, name)
+      if len(mark.encode()) != 1 or mark in '0123456789+=:#' or marks.count(mark) > 1:
+        checks.fail(self, name, 'one byte that neither sums nor the other marks use')
+    checks.integer(self, 'seed', 0)
+
+
+@dataclass(frozen=True)
 class CodeProblems:
   """Programming problems in JSON-lines files of MBPP's format, whose asserts a program must pass.
 
@@ -143,8 +184,10 @@ class NumberedGames:
     checks.integer(self, 'seed', 0)
 
 
-ProblemSource = (JsonlProblems | KnightsAndKnaves | ReasoningGym | Arithmetic | RedundantChecks
-                 | CodeProblems | NumberedGames)
+# Generated problems that have demonstrations, as functions of (seed, index).
+Generated = Arithmetic | RedundantChecks | HybridSums
+ProblemSource = (JsonlProblems | KnightsAndKnaves | ReasoningGym | Generated | CodeProblems
+                 | NumberedGames)
 
 
 @dataclass(frozen=True)

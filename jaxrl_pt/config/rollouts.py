@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import get_args
 
 from jaxrl_pt.config import checks
+from jaxrl_pt.config.hybrid import Modes, OneMode, ResponseModes
 from jaxrl_pt.config.reading import (
   KV,
   MOST_TOKENS,
@@ -236,6 +237,7 @@ class Rollouts:
     drawn by sparse attention that the learner does not replay, and with keys and values of 4 or 3
     bits or a head of 4.
   sparse: whether responses are drawn by sparse attention.
+  modes: whether the first token of a response says if it thinks first.
   """
 
   num_prompts: int = 32
@@ -249,6 +251,7 @@ class Rollouts:
   dump_every: int = 0
   mismatch_gate: float = 1.05
   sparse: Dense | ReSA = field(default_factory=Dense)
+  modes: ResponseModes = field(default_factory=OneMode)
 
   def __post_init__(self) -> None:
     for name, high, beside, what in (
@@ -280,6 +283,13 @@ class Rollouts:
       raise UserError('Rollouts.mode = @cfg.InFlight() draws by dense attention: leave '
                       'Rollouts.sparse at @cfg.Dense().')
     check_reading(self.sparse, self.slots.drafts)
+    checks.instance(self, 'modes', *get_args(ResponseModes))
+    _check_modes(self)
+
+  @property
+  def forces_modes(self) -> bool:
+    """Whether half of each group is made to think, and the other half not to."""
+    return isinstance(self.modes, Modes) and self.modes.forced
 
   @property
   def is_replayed(self) -> bool:
@@ -291,3 +301,20 @@ class Rollouts:
     """Whether a mismatch can stop the run."""
     same = (self.sparse == Dense() or self.is_replayed) and not self.slots.coarse
     return self.mismatch_gate > 0 and self.mode == OnPolicy() and same
+
+
+def _check_modes(rollouts: Rollouts) -> None:
+  """Refuses settings with which half of each group cannot be forced into each mode."""
+  if isinstance(rollouts.modes, Modes) and rollouts.response_tokens < 2:
+    raise UserError('Rollouts.response_tokens = 1 has room for the token of a mode alone (Rollouts.'
+                    'modes = @cfg.Modes()): set it to at least 2.')
+  if not rollouts.forces_modes:
+    return
+  if rollouts.group_size % 2:
+    raise UserError(f'Rollouts.group_size = {rollouts.group_size} is odd, but half of each group '
+                    'is forced into each mode (Modes.forced): choose an even number.')
+  sampler = rollouts.sampler
+  if sampler.top_k or sampler.top_p < 1 or sampler.min_p:
+    raise UserError(f'{sampler} may leave a mode no probability at all, and so no gradient, while '
+                    'Modes.forced draws it all the same: leave Sampler.top_k, top_p and min_p at '
+                    'their defaults.')

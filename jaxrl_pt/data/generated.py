@@ -21,6 +21,7 @@ class Problem:
   id: its number within its source.
   place: where it stands, for messages.
   demonstration: a worked response, right or wrong; empty where the source has none.
+  level: how difficult it is called; empty where the source does not say.
   """
 
   id: int
@@ -28,6 +29,7 @@ class Problem:
   answer: str
   place: str
   demonstration: str = ''
+  level: str = ''
 
 
 def arithmetic(source: config.Arithmetic, index: int) -> Problem:
@@ -70,6 +72,33 @@ def redundant_checks(source: config.RedundantChecks, index: int) -> Problem:
                  f'{steps}{f"?{sums[taken]}" * num_checks}{MARKER}{sums[taken]}')
 
 
+def hybrid_sum(source: config.HybridSums, index: int) -> Problem:
+  """Digits such as `74:` or `74029:`, with the response `T+4=1E#1` or `N#1`: a sum modulo 10.
+
+  T, E and N stand for the marks of thinking, its end, and answering at once. A wrong demonstration
+  is off by 1 to 9 at one of its steps and goes on from there.
+
+  Source: our own, after the two types of query in docs/methods/lhrm.md.
+  """
+  rng = np.random.default_rng([source.seed, index])
+  is_easy, thinks = rng.random() < source.easy_share, rng.random() < source.think_share
+  num_steps = 1 if is_easy else int(rng.integers(source.min_steps, source.max_steps + 1))
+  digits = rng.integers(0, 10, num_steps + 1)
+  slip = _slip(rng, source.slips[2 * (not thinks) + (not is_easy)], num_steps)
+  errors = np.zeros(num_steps + 1, int)
+  if slip is not None:
+    errors[slip + 1] = rng.integers(1, 10)
+  sums = np.cumsum(digits + errors) % 10
+  answer = f'{MARKER}{sums[-1]}'
+  if thinks:
+    steps = ''.join(f'+{digits[i]}={sums[i]}' for i in range(1, num_steps + 1))
+    response = f'{source.think}{steps}{source.think_end}{answer}'
+  else:
+    response = source.no_think + answer
+  return Problem(index, ''.join(map(str, digits)) + ':', str(digits.sum() % 10),
+                 f'problem {index} of HybridSums', response, 'easy' if is_easy else 'hard')
+
+
 def preference(source: config.Arithmetic | config.RedundantChecks, index: int
                ) -> tuple[str, str, str]:
   """The prompt of problem `index`, a demonstration without a slip, and one with a slip."""
@@ -83,10 +112,12 @@ def _slip(rng: np.random.Generator, noise: float, num_steps: int) -> int | None:
   return step if wrong else None
 
 
-def problem(source: config.Arithmetic | config.RedundantChecks, index: int) -> Problem:
+def problem(source: config.Generated, index: int) -> Problem:
   """Problem `index` of a source that has demonstrations."""
   match source:
     case config.Arithmetic():
       return arithmetic(source, index)
     case config.RedundantChecks():
       return redundant_checks(source, index)
+    case config.HybridSums():
+      return hybrid_sum(source, index)

@@ -136,8 +136,8 @@ def _problems(source: config.ProblemSource) -> Iterator[Problem]:
       return code_problems.problems(source)
     case config.NumberedGames(size=size, seed=seed):
       return (Problem(i, f'game {seed}.{i}', '', f'game {i}') for i in range(size))
-    case config.Arithmetic(size=size) | config.RedundantChecks(size=size):
-      return (generated.problem(source, i) for i in range(size))
+    case config.Arithmetic() | config.RedundantChecks() | config.HybridSums():
+      return (generated.problem(source, i) for i in range(source.size))
 
 
 def _jsonl(source: config.JsonlProblems) -> Iterator[Problem]:

@@ -67,8 +67,7 @@ def keyed_documents(source: config.Source) -> Iterator[tuple[str, str]]:
   return ((text, key) for text, key in keyed if text.strip())
 
 
-def demonstrations(source: config.Arithmetic | config.RedundantChecks | config.ReasoningGym
-                   ) -> Iterator[tuple[str, str]]:
+def demonstrations(source: config.Generated | config.ReasoningGym) -> Iterator[tuple[str, str]]:
   """Yields (prompt, worked response) of each problem."""
   match source:
     case config.ReasoningGym():

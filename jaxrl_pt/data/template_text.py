@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from jaxrl_pt.data import token_table
 from jaxrl_pt.data.tokenizer import Tokenizer
+from jaxrl_pt.errors import UserError
 
 _LEAD = '\n'  # A text that most tokenizers keep apart from the one after it.
 
@@ -66,3 +67,16 @@ def encode_next(tokenizer: Tokenizer, spans: Sequence[Span]) -> list[int]:
   lead = tokenizer.encode(_LEAD)
   ids = encode(tokenizer, [Span(_LEAD, False), *spans])
   return ids[len(lead):] if lead and ids[:len(lead)] == lead else encode(tokenizer, spans)
+
+
+def one_token(tokenizer: Tokenizer, setting: str, text: str) -> int:
+  """The id of the only token of a text, which may be a special token.
+
+  Raises:
+    UserError: the text is not one token; `setting` names it.
+  """
+  ids = encode(tokenizer, template(text))
+  if len(ids) != 1:
+    raise UserError(f'{setting} = {text!r} is {len(ids)} tokens: choose a text that is one and '
+                    'that the corpus does not use.')
+  return ids[0]

@@ -100,14 +100,9 @@ def prompt_template(prediction: cfg.Prediction, tokenizer: Tokenizer) -> PromptT
     case cfg.Direct():
       return PromptTemplate()
     case cfg.Reason(think=think, answer=answer):
-      ids = []
-      for name, text in (('think', think), ('answer', answer)):
-        tokens = template_text.encode(tokenizer, template_text.template(text))
-        if len(tokens) != 1:
-          raise UserError(f'Reason.{name} = {text!r} is {len(tokens)} tokens: choose a text that '
-                          'is one and that the corpus does not use.')
-        ids += tokens
-      return PromptTemplate(templates.TokenTemplate(after=(ids[0],)), ids[1])
+      before = template_text.one_token(tokenizer, 'Reason.think', think)
+      return PromptTemplate(templates.TokenTemplate(after=(before,)),
+                            template_text.one_token(tokenizer, 'Reason.answer', answer))
 
 
 def continuation_len(method: cfg.RPT) -> int:

@@ -9,7 +9,7 @@ import contextlib
 import numpy as np
 
 from jaxrl_pt import config as cfg
-from jaxrl_pt.data import build, chat_files, problems, splits
+from jaxrl_pt.data import build, chat_files, modes, problems, splits
 from jaxrl_pt.data.chat import ChatTemplate, for_training
 from jaxrl_pt.data.tokenizer import Tokenizer
 from jaxrl_pt.environments.base import EVALUATION_STREAM, Task, settled
@@ -20,10 +20,12 @@ from jaxrl_pt.run import places
 from jaxrl_pt.run import session as sessions
 from jaxrl_pt.token_bytes import token_table
 from jaxrl_pt.train import programs
-from jaxrl_pt.types import Params, Prompts
+from jaxrl_pt.types import THINK, Params, Prompts
 from jaxrl_pt.verifiers import exact, pool, trial
 from jaxrl_pt.verifiers.base import DeviceVerifier
 from jaxrl_pt.verifiers.host import PoolVerifier
+
+_COUNTS = 'counts'  # the column of the scorer that says which responses count
 
 
 @contextlib.contextmanager
@@ -107,11 +109,14 @@ def _make_scorer(session: sessions.Session, rollout_config: cfg.Rollouts,
                  ) -> Callable[[Params], dict[str, float]]:
   """score(params) → validation/{accuracy,reward,response_length} and the same with _argmax.
 
-  The policy answers each problem once with training's sampler, and once greedily for _argmax.
+  The policy answers each problem once with training's sampler, and once greedily for _argmax. Where
+  responses have modes it chooses them itself, and `think` is how often it thinks.
   """
   run, mesh, stop_ids = session.run, session.mesh, session.data.tokenizer.stop_ids
+  mode_ids = modes.token_ids(session.data.tokenizer, rollout_config.modes)
   greedy = cfg.Sampler(temperature=0.0, banned=rollout_config.sampler.banned)
-  samplers = {suffix: programs.sampler(run, mesh, _one_sample(rollout_config, sampler), stop_ids)
+  samplers = {suffix: programs.sampler(run, mesh, _one_sample(rollout_config, sampler), stop_ids,
+                                       mode_ids)
               for suffix, sampler in (('', rollout_config.sampler), ('_argmax', greedy))}
   # A batch has no more rows than there are problems, since responses to padding count for nothing.
   size = min(rollout_config.num_prompts, rules.whole_rows(mesh, len(held_out)))
@@ -133,11 +138,14 @@ def _make_scorer(session: sessions.Session, rollout_config: cfg.Rollouts,
           verdict = on_host(verifier.submit(prompts, rollouts, references).result())
         else:
           verdict = settled(verifier.submit(prompts, fetched, references))
-        rows.append(np.stack([verdict.reward[:, 0], verdict.correct[:, 0],
-                              fetched.in_response[:, 0].sum(-1), verdict.valid[:, 0] * counted]))
-      reward, correct, length, counts = np.concatenate(rows, 1)
-      for name, values in (('reward', reward), ('accuracy', correct),
-                           ('response_length', length)):
+        columns = {'reward': verdict.reward, 'accuracy': verdict.correct,
+                   'response_length': fetched.in_response.sum(-1), _COUNTS: verdict.valid}
+        if mode_ids:
+          columns['think'] = fetched.mode == THINK
+        rows.append({name: values[:, 0] * counted for name, values in columns.items()})
+      joined = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+      counts = joined.pop(_COUNTS)
+      for name, values in joined.items():
         results[f'validation/{name}{suffix}'] = float(
             (values * counts).sum() / max(counts.sum(), 1.0))
     return results
@@ -148,7 +156,7 @@ def _make_scorer(session: sessions.Session, rollout_config: cfg.Rollouts,
 def _one_sample(rollouts: cfg.Rollouts, sampler: cfg.Sampler) -> cfg.Rollouts:
   """The settings to draw one response to each prompt, of the same lengths."""
   return cfg.Rollouts(rollouts.num_prompts, 1, rollouts.prompt_len, rollouts.response_tokens,
-                      sampler)
+                      sampler, modes=cfg.of_its_own(rollouts.modes))
 
 
 # --- What the start policy has read -----------------------------------------------

@@ -49,7 +49,8 @@ def of_step(run: cfg.Run, mesh: Mesh, method: cfg.Reinforced, prompts: Prompts, 
   state = states.abstract_state(model, optimizer, mesh, new_method)
   fused: list[Program] = []
   if is_fused(verifier, method.rollouts, mesh.size):
-    step = programs.fused_step(run, mesh, method, optimizer, verifier, STOP_IDS)
+    step = programs.fused_step(run, mesh, method, optimizer, verifier, STOP_IDS,
+                               _mode_ids(method.rollouts))
     fused = [Program(f'{type(method).__name__} step: sampler, verifier and update', step,
                      (state, P.trained(model.specs, state.params), prompts))]
     if not resamples(method.rollouts, run.train.num_steps):
@@ -67,7 +68,9 @@ def _stages(run: cfg.Run, mesh: Mesh, method: cfg.Reinforced, prompts: Prompts,
   rows, everywhere = rules.row_sharding(mesh), rules.replicated(mesh)
   reals, ints = abstract(shape, jnp.float32, rows), abstract(shape, jnp.int32, rows)
   number, group = abstract((), jnp.int32, everywhere), abstract(shape[:2], jnp.float32, rows)
-  drawn = RolloutBatch(ints, reals, reals, reals, ints, ints)
+  mode_ids = _mode_ids(rollouts)
+  drawn = RolloutBatch(ints, reals, reals, reals, ints, ints,
+                       abstract(shape[:2], jnp.int32, rows) if mode_ids else ())
   # The reference policy's parameters have the shapes and shardings of the policy's, and the frozen
   # ones are the policy's.
   model = models.build(run.model, run.compute, mesh)
@@ -103,17 +106,22 @@ def _stages(run: cfg.Run, mesh: Mesh, method: cfg.Reinforced, prompts: Prompts,
     # Its pages stay where they are from step to step.
     return [engine, *(p._replace(beside=(p.beside, engine.args[4])) for p in others)]
   if isinstance(rollouts.mode, cfg.InFlight):
-    continued = programs.in_flight_sampler(run, mesh, rollouts, STOP_IDS).draw
+    continued = programs.in_flight_sampler(run, mesh, rollouts, STOP_IDS, mode_ids).draw
     others_of_method = dataclasses.replace(state.method, pending={})
     return [Program('sampler in flight: prefill and decode', continued,
                     (synced, state.method.pending, number, number), 1 / 4,
                     beside=[reference, state.opt_state, others_of_method]),
             *others]
-  sample = programs.sampler(run, mesh, rollouts, STOP_IDS)
+  sample = programs.sampler(run, mesh, rollouts, STOP_IDS, mode_ids)
   order = abstract((rollouts.num_prompts,), jnp.int32, everywhere)
   args = synced, prompts, number, number, None, order if is_balanced(method, mesh) else None
   return [Program('sampler: prefill and decode', sample, args, 1 / 4, beside=beside),
           *others]
+
+
+def _mode_ids(rollouts: cfg.Rollouts) -> tuple[int, ...]:
+  """Tokens that stand in for those of the modes."""
+  return () if rollouts.modes == cfg.OneMode() else (1, 2)
 
 
 def _engine(run: cfg.Run, mesh: Mesh, method: cfg.RL, settings: cfg.Interactive, beside: Any

@@ -201,6 +201,7 @@ class Scored(NamedTuple):
   logp: Array  # f32[N, G, S]
   collision: Array  # f32[N, G, S] Σ_v π_v²
   values: Array  # f32[N, G, S]
+  mode: Any = ()  # i32[N, G] in {THINK, NO_THINK, NO_MODE}; () in a run without modes
 
 
 # (config, scored) → f32[N, G, S] advantages, and f32[N, G, S] targets of the value head.

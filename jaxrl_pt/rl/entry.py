@@ -16,6 +16,9 @@ class Entry(Generic[Function]):
   title, gin: the method that is known for this choice, and the stem of its file in gin/method;
   empty for a choice that methods share.
   needs_policy: whether `compute` reads scores of the policy before the update.
+  learns_modes: whether the token of a response's mode is learned from even if it was forced.
+  modes_even: whether the old policy of that token is the even draw of the modes, instead of the
+  policy before the update.
   """
 
   compute: Function
@@ -24,3 +27,5 @@ class Entry(Generic[Function]):
   title: str = ''
   gin: str = ''
   needs_policy: bool = False
+  learns_modes: bool = False
+  modes_even: bool = False

@@ -61,6 +61,24 @@ def token_sum_over(divisor: float) -> Aggregate:
   return lambda values, mask: (values * mask).sum() / divisor
 
 
+def decoupled_modes(alpha: float) -> Aggregate:
+  """Thinkless' DeGRPO: mean over responses of α · the mode token's term + the mean of the others'.
+
+  In a plain mean over the tokens of a response the term of the mode's token, which is its first,
+  weighs the less the longer the response is.
+
+  Source: 2505.13379, equation 4.
+  """
+  def aggregate(values: Array, mask: Array) -> Array:
+    first = jnp.zeros_like(mask).at[..., 0].set(1.0)
+    num_responses = jnp.maximum((mask.sum(-1) > 0).sum(), 1)
+    rest = mask * (1 - first)
+    means = (values * rest).sum(-1) / jnp.maximum(rest.sum(-1), 1.0)
+    return (alpha * (values * mask * first).sum() + means.sum()) / num_responses
+
+  return aggregate
+
+
 # --- Policy -----------------------------------------------------------------------
 
 
@@ -265,4 +283,7 @@ AGGREGATIONS: dict[type, Entry[AggregateOf]] = {
     cfg.ConstantDivisor: Entry(
         lambda c, n: token_sum_over(n * c.num_tokens), 'Σ over tokens / token budget',
         '2503.20783'),
+    cfg.DecoupledModes: Entry(
+        lambda c, n: decoupled_modes(c.alpha),
+        'mean of α · mode token + mean of the other tokens', '2505.13379'),
 }

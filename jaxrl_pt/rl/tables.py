@@ -7,11 +7,19 @@ go through them.
 
 from collections.abc import Mapping
 
-from jaxrl_pt.rl import advantages, corrections, objectives, shaping, token_advantages
+from jaxrl_pt.rl import (
+  advantages,
+  corrections,
+  hgpo,
+  mode_choice,
+  objectives,
+  shaping,
+  token_advantages,
+)
 from jaxrl_pt.rl.entry import Entry
 
 ADVANTAGES: Mapping[type, Entry[advantages.Compute]] = {
-    **advantages.TABLE, **token_advantages.TABLE}
+    **advantages.TABLE, **token_advantages.TABLE, **hgpo.TABLE, **mode_choice.TABLE}
 SURROGATES: Mapping[type, Entry[objectives.SurrogateOf]] = objectives.SURROGATES
 AGGREGATIONS: Mapping[type, Entry[objectives.AggregateOf]] = objectives.AGGREGATIONS
 CORRECTIONS: Mapping[type, Entry[corrections.Compute]] = corrections.TABLE

@@ -18,6 +18,7 @@ import optax
 
 from jaxrl_pt import config as cfg
 from jaxrl_pt import params as P
+from jaxrl_pt.data import modes
 from jaxrl_pt.environments.base import Task, settled
 from jaxrl_pt.environments.multi_turn import Player
 from jaxrl_pt.errors import UserError
@@ -82,18 +83,21 @@ class Stages:
       method: the run's objective.
     """
     run, mesh, stop_ids = session.run, session.mesh, session.data.tokenizer.stop_ids
+    mode_ids = modes.token_ids(session.data.tokenizer, method.rollouts.modes)
     self._session, self._environment, self._method = session, environment, method
     self._reference = reference
     if isinstance(method.rollouts.mode, cfg.InFlight):
-      self._in_flight = programs.in_flight_sampler(run, mesh, method.rollouts, stop_ids)
-    self._sample = programs.sampler(run, mesh, method.rollouts, stop_ids)
+      self._in_flight = programs.in_flight_sampler(run, mesh, method.rollouts, stop_ids,
+                                                   mode_ids)
+    self._sample = programs.sampler(run, mesh, method.rollouts, stop_ids, mode_ids)
     self._learn = programs.learner_step(run, mesh, optimizer, method.rollouts, method.algorithm)
     self._reference_logp = programs.reference_logp(run, mesh, method.rollouts,
                                                      method.algorithm)
     verifier: Any = environment.verifier
     self.fused = is_fused(verifier, method.rollouts, mesh.size)
     if self.fused:
-      self._fused_step = programs.fused_step(run, mesh, method, optimizer, verifier, stop_ids)
+      self._fused_step = programs.fused_step(run, mesh, method, optimizer, verifier, stop_ids,
+                                             mode_ids)
     self.balance = (Balance(rules.num_shards(mesh), method.rollouts.num_prompts)
                     if is_balanced(method, mesh) else None)
     self._drawn_metrics: dict[str, Weighted] = {}  # of the newest draw

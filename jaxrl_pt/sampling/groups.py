@@ -30,9 +30,19 @@ from jaxrl_pt.sampling.requests import (
   pages_of,
 )
 from jaxrl_pt.sampling.state import Responses, init
-from jaxrl_pt.types import Array, Params, Prompts, RolloutBatch, SelectedBlocks
+from jaxrl_pt.types import (
+  NO_MODE,
+  NO_THINK,
+  THINK,
+  Array,
+  Params,
+  Prompts,
+  RolloutBatch,
+  SelectedBlocks,
+)
 
 NO_STOP: tuple[int, ...] = ()  # No token ends a response.
+NO_MODES: tuple[int, ...] = ()  # No token stands for a mode.
 ALL_SLOTS, DENSE = cfg.Slots(), cfg.Dense()
 
 
@@ -45,7 +55,7 @@ class Sample(Protocol):
 
 
 def make_sampler(model: Model, seed: int, rollouts: cfg.Rollouts, stop_ids: tuple[int, ...],
-                 mesh: Mesh | None = None) -> Sample:
+                 mesh: Mesh | None = None, mode_ids: tuple[int, ...] = NO_MODES) -> Sample:
   """Returns sample(params, prompts, batch, version, prefilled, order) → RolloutBatch.
 
   The noise is addressed by (seed, batch, prompt id, sample, position). The batch's number is in
@@ -65,11 +75,12 @@ def make_sampler(model: Model, seed: int, rollouts: cfg.Rollouts, stop_ids: tupl
     mesh: the devices, if there are several. Each shard of its axes ROWS then has slots and pages of
       its own, draws the responses to its own prompts, and waits for no other shard; the model must
       be made for `rules.SHARD`.
+    mode_ids: the tokens of `rollouts.modes`, which are () where there are none.
   """
   draw = functools.partial(
       generate, model, sampler=rollouts.sampler, num_samples=rollouts.group_size,
       num_tokens=rollouts.response_tokens, stop_ids=stop_ids, slots=rollouts.slots,
-      sparse=rollouts.sparse)
+      sparse=rollouts.sparse, mode_ids=mode_ids, forces_modes=rollouts.forces_modes)
 
   def sample(params: Params, prompts: Prompts, batch: Array, version: Array,
              prefilled: Prefilled | None = None, order: Array | None = None) -> RolloutBatch:
@@ -103,7 +114,8 @@ def generate(model: Model, params: Params, prompts: Prompts, key: Array, *, samp
              num_samples: int, num_tokens: int, stop_ids: tuple[int, ...] = NO_STOP,
              version: Array | int = 0, prefilled: Prefilled | None = None,
              first_samples: Array | None = None, slots: cfg.Slots = ALL_SLOTS,
-             sparse: cfg.Dense | cfg.ReSA = DENSE) -> RolloutBatch:
+             sparse: cfg.Dense | cfg.ReSA = DENSE, mode_ids: tuple[int, ...] = NO_MODES,
+             forces_modes: bool = False) -> RolloutBatch:
   """Draws `num_samples` responses of at most `num_tokens` to each prompt.
 
     token_{n,g,s} = draw(k, filtered_logits(z))   with the key
@@ -132,6 +144,11 @@ def generate(model: Model, params: Params, prompts: Prompts, key: Array, *, samp
     sparse: how sparse attention draws responses, whose logp is then under the distribution that it
       drew from. Prompts are read densely. With an active share of 1 the result is that of dense
       attention, up to rounding.
+    mode_ids: the tokens with which responses that think, and such that do not, begin; () where
+      responses have no modes.
+    forces_modes: whether the first half of each group is made to think and the second half not
+      to, by a first token that is not drawn. Its logp is the one that it would have been drawn
+      with.
 
   Returns:
     RolloutBatch. After a response's end its tokens are the first of `stop_ids`, or 0 where there
@@ -139,9 +156,10 @@ def generate(model: Model, params: Params, prompts: Prompts, key: Array, *, samp
     drawn from.
   """
   num_prompts = prompts.lengths.shape[0]
+  forced = mode_ids if forces_modes else NO_MODES
   shape = shape_of(model.config.vocab_size, prompts, num_samples, num_tokens, sampler, slots,
-                   sparse)
-  queue = queue_of(prompts, num_samples, num_tokens, stop_ids, first_samples)
+                   sparse, forces_modes)
+  queue = queue_of(prompts, num_samples, num_tokens, stop_ids, first_samples, forced)
   state = init(model, shape, Vocabulary(), slots.kv)
   if shape.slots == shape.queue:
     if prefilled is None:
@@ -151,7 +169,7 @@ def generate(model: Model, params: Params, prompts: Prompts, key: Array, *, samp
   else:
     state = program.advance(model, shape, Vocabulary(), params, key, version, queue, state,
                             most_turns(shape, has_all_pages=not slots.num_pages))
-  rollouts = rollouts_of(state.responses, num_prompts, stop_ids, version)
+  rollouts = rollouts_of(state.responses, num_prompts, stop_ids, version, mode_ids)
   if not (isinstance(sparse, cfg.ReSA) and sparse.replay):
     return rollouts
   bits = state.sparse.selected
@@ -160,7 +178,7 @@ def generate(model: Model, params: Params, prompts: Prompts, key: Array, *, samp
 
 
 def rollouts_of(responses: Responses, num_prompts: int, stop_ids: tuple[int, ...],
-                version: Array | int) -> RolloutBatch:
+                version: Array | int, mode_ids: tuple[int, ...] = NO_MODES) -> RolloutBatch:
   """Responses as groups.
 
   After a response's end its tokens are the first of `stop_ids`, or 0 where there is none, and its
@@ -171,19 +189,27 @@ def rollouts_of(responses: Responses, num_prompts: int, stop_ids: tuple[int, ...
     num_prompts: N.
     stop_ids: the tokens of which any ends a response.
     version: i32[] the version that stands after a response's end.
+    mode_ids: as for `generate`.
   """
   num_tokens = responses.tokens.shape[1]
   there = jnp.arange(num_tokens) < responses.count[:, None]
   whole = lambda x: x.reshape(num_prompts, -1, num_tokens)
-  return RolloutBatch.of_one_turn(
+  rollouts = RolloutBatch.of_one_turn(
       whole(jnp.where(there, responses.tokens, stop_ids[0] if stop_ids else 0)),
       whole(there.astype(jnp.float32)), whole(jnp.where(there, responses.logp, 0.0)),
       whole(jnp.where(there, responses.version, version)))
+  if not mode_ids:
+    return rollouts
+  first = rollouts.tokens[..., 0]
+  mode = jnp.where(first == mode_ids[THINK], THINK,
+                   jnp.where(first == mode_ids[NO_THINK], NO_THINK, NO_MODE))
+  return dataclasses.replace(
+      rollouts, mode=mode, sampled=whole(jnp.where(there, responses.sampled, 0.0)))
 
 
 def shape_of(vocab_size: int, prompts: Prompts, num_samples: int, num_tokens: int,
-             sampler: cfg.Sampler, slots: cfg.Slots, sparse: cfg.Dense | cfg.ReSA = DENSE
-             ) -> Shape:
+             sampler: cfg.Sampler, slots: cfg.Slots, sparse: cfg.Dense | cfg.ReSA = DENSE,
+             forces_modes: bool = False) -> Shape:
   """The sizes of the program that draws `num_samples` responses to each prompt."""
   num_docs, document_len = prompts.tokens.shape
   num_rows = prompts.lengths.shape[0] * num_samples
@@ -196,8 +222,8 @@ def shape_of(vocab_size: int, prompts: Prompts, num_samples: int, num_tokens: in
       slots=num_slots, page_size=page_size, num_pages=slots.num_pages, documents=num_docs,
       queue=num_rows, document_len=document_len, tail_len=1 + prompts.num_suffix,
       response_len=num_tokens, lanes=min(num_docs, max(1, slots.prefill_tokens // chunk)),
-      chunk=chunk, vocab_size=vocab_size, sampler=sampler, sparse=resa,
-      drafts=drafts)
+      chunk=chunk, vocab_size=vocab_size, num_forced=int(forces_modes), forced_logp=forces_modes,
+      sampler=sampler, sparse=resa, drafts=drafts)
   if slots.num_pages and num_slots < num_rows:
     # Page 0 belongs to nobody, and a document's pages stay until its last response has begun.
     least = 1 + own_pages(shape) + pages_of(document_len, page_size)
@@ -224,11 +250,12 @@ def most_turns(shape: Shape, *, has_all_pages: bool) -> int:
 
 
 def queue_of(prompts: Prompts, num_samples: int, num_tokens: int, stop_ids: tuple[int, ...],
-             first_samples: Array | None = None) -> Queue:
+             first_samples: Array | None = None, forced_ids: tuple[int, ...] = NO_MODES) -> Queue:
   """Documents and requests of prompts, in their order.
 
   A request begins with all tokens of its prompt but the last, which is the first token of its tail:
-  the hidden state that the first token is drawn from is computed in a step like every other.
+  the hidden state that the first token is drawn from is computed in a step like every other. Each
+  of `forced_ids` is the first token of an equal part of every group.
   """
   num_docs, num_prompts = prompts.tokens.shape[0], prompts.lengths.shape[0]
   num_rows = num_prompts * num_samples
@@ -253,6 +280,10 @@ def queue_of(prompts: Prompts, num_samples: int, num_tokens: int, stop_ids: tupl
       stop=jnp.tile(jnp.asarray([stop_ids or (NO_TOKEN,)], jnp.int32), (num_rows, 1)),
       keep=every(NO_DOCUMENT),
       cancelled=jnp.zeros(num_rows, bool))
+  if forced_ids:
+    of_group = jnp.repeat(jnp.asarray(forced_ids, jnp.int32), num_samples // len(forced_ids))
+    requests = dataclasses.replace(requests, forced=jnp.tile(of_group, num_prompts)[:, None],
+                                   num_forced=every(1))
   return Queue(documents, requests, jnp.arange(num_rows, dtype=jnp.int32),
                jnp.asarray(num_rows, jnp.int32))
 

@@ -68,7 +68,8 @@ class Sampler(NamedTuple):
 
 
 def make_sampler(model: Model, seed: int, rollouts: cfg.Rollouts, stop_ids: tuple[int, ...],
-                 mesh: Mesh | None = None) -> Sampler:
+                 mesh: Mesh | None = None, mode_ids: tuple[int, ...] = groups.NO_MODES
+                 ) -> Sampler:
   """Returns enqueue(in_flight, prompts, batch) and draw(params, in_flight, batch, version).
 
   `enqueue` appends a batch's requests in the rows of the batch W before it, whose responses must
@@ -82,7 +83,9 @@ def make_sampler(model: Model, seed: int, rollouts: cfg.Rollouts, stop_ids: tupl
     rollouts: the settings.
     stop_ids: the tokens of which any ends a response.
     mesh: the devices, if there are several. No shard waits for another while it decodes.
+    mode_ids: the tokens of `rollouts.modes`, which are () where there are none.
   """
+  marks = _Marks(stop_ids, mode_ids)
   own = dataclasses.replace(rollouts, num_prompts=rollouts.num_prompts // num_shards(mesh))
   rows, whole = PartitionSpec(ROWS), PartitionSpec()
 
@@ -94,7 +97,7 @@ def make_sampler(model: Model, seed: int, rollouts: cfg.Rollouts, stop_ids: tupl
 
   def enqueue(in_flight: InFlight, prompts: Prompts, batch: Array) -> InFlight:
     def enqueue_shard(state: InFlight, prompts: Prompts, first: Array, batch: Array) -> InFlight:
-      return _of_shards(_enqueue(own, stop_ids, _of_shard(state), prompts, first, batch))
+      return _of_shards(_enqueue(own, marks, _of_shard(state), prompts, first, batch))
 
     first = groups.occurrences(prompts.ids) * rollouts.group_size
     return on_shards(enqueue_shard, rows, rows, rows, whole)(in_flight, prompts, first, batch)
@@ -102,7 +105,7 @@ def make_sampler(model: Model, seed: int, rollouts: cfg.Rollouts, stop_ids: tupl
   def draw(params: Params, in_flight: InFlight, batch: Array, version: Array) -> Drawn:
     def draw_shard(params: Params, state: InFlight, batch: Array, version: Array
                    ) -> tuple[InFlight, RolloutBatch, _Counts]:
-      state, drawn, counts = _draw(model, seed, own, stop_ids, params, _of_shard(state), batch,
+      state, drawn, counts = _draw(model, seed, own, marks, params, _of_shard(state), batch,
                                    version)
       return _of_shards(state), drawn, _of_shards(counts)
 
@@ -130,7 +133,9 @@ def init(model: Model, rollouts: cfg.Rollouts, mesh: Mesh | None = None) -> InFl
   shards = num_shards(mesh)
   own = dataclasses.replace(rollouts, num_prompts=rollouts.num_prompts // shards)
   prompts, none = _empty_prompts(own, num_batches(own)), jnp.zeros((), jnp.int32)
-  queue = _requests(own, prompts, jnp.zeros_like(prompts.ids), 0, groups.NO_STOP)
+  # The tokenizer is not known yet, and no request of this queue is ever answered.
+  nobody = _Marks(groups.NO_STOP, (0, 0) if own.forces_modes else groups.NO_MODES)
+  queue = _requests(own, prompts, jnp.zeros_like(prompts.ids), 0, nobody)
   empty = dataclasses.replace(queue, tail=none, documents=dataclasses.replace(
       queue.documents, asked=jnp.zeros_like(queue.documents.asked)))
   state = InFlight(empty, init_slots(model, _shape_of(model.config.vocab_size, own), Vocabulary(),
@@ -154,6 +159,13 @@ def shardings(in_flight: InFlight, mesh: Mesh) -> InFlight:
 # --- One shard ------------------------------------------------------------------------
 
 
+class _Marks(NamedTuple):
+  """Tokens that mean something to the sampler."""
+
+  stop_ids: tuple[int, ...]  # of which any ends a response
+  mode_ids: tuple[int, ...]  # with which the responses of each mode begin
+
+
 class _Counts(NamedTuple):
   """What the sampler did in one step; i32[] in a shard, i32[shards] outside."""
 
@@ -164,11 +176,11 @@ class _Counts(NamedTuple):
   slots: Array  # slots × steps
 
 
-def _enqueue(rollouts: cfg.Rollouts, stop_ids: tuple[int, ...], in_flight: InFlight,
-             prompts: Prompts, first: Array, batch: Array) -> InFlight:
+def _enqueue(rollouts: cfg.Rollouts, marks: _Marks, in_flight: InFlight, prompts: Prompts,
+             first: Array, batch: Array) -> InFlight:
   """Appends a batch; `first` is i32[N], the number of each prompt's first sample."""
   queue, part = in_flight.queue, batch % num_batches(rollouts)
-  new = _requests(rollouts, prompts, first, batch, stop_ids)
+  new = _requests(rollouts, prompts, first, batch, marks)
   documents, rows = new.documents, new.rows
   # A content's number is never 0, which an empty row has.
   documents = dataclasses.replace(
@@ -186,8 +198,8 @@ def _enqueue(rollouts: cfg.Rollouts, stop_ids: tuple[int, ...], in_flight: InFli
       dataclasses.replace(in_flight.slots, responses=responses))
 
 
-def _draw(model: Model, seed: int, rollouts: cfg.Rollouts, stop_ids: tuple[int, ...],
-          params: Params, in_flight: InFlight, batch: Array, version: Array
+def _draw(model: Model, seed: int, rollouts: cfg.Rollouts, marks: _Marks, params: Params,
+          in_flight: InFlight, batch: Array, version: Array
           ) -> tuple[InFlight, RolloutBatch, _Counts]:
   """Decodes until no response of the batch is under way."""
   shape = _shape_of(model.config.vocab_size, rollouts)
@@ -197,7 +209,8 @@ def _draw(model: Model, seed: int, rollouts: cfg.Rollouts, stop_ids: tuple[int, 
       model, shape, Vocabulary(), params, jax.random.key(seed), version, in_flight.queue, before,
       groups.most_turns(shape, has_all_pages=not rollouts.slots.num_pages), is_under_way)
   of_batch = jax.tree.map(lambda x: _part(x, part, num_rows), after.responses)
-  drawn = groups.rollouts_of(of_batch, rollouts.num_prompts, stop_ids, version)
+  drawn = groups.rollouts_of(of_batch, rollouts.num_prompts, marks.stop_ids, version,
+                             marks.mode_ids)
   steps = after.counters.steps - before.counters.steps
   counts = _Counts(after.responses.count.sum() - before.responses.count.sum(),
                    (after.places.row != IDLE).sum(), steps,
@@ -223,7 +236,7 @@ def _shape_of(vocab_size: int, rollouts: cfg.Rollouts) -> Shape:
   """The sizes of the program, whose queue holds W batches."""
   prompts = _empty_prompts(rollouts, num_batches(rollouts))
   shape = groups.shape_of(vocab_size, prompts, rollouts.group_size, rollouts.response_tokens,
-                          rollouts.sampler, rollouts.slots)
+                          rollouts.sampler, rollouts.slots, forces_modes=rollouts.forces_modes)
   return shape._replace(due=_num_rows(rollouts))
 
 
@@ -255,10 +268,11 @@ def _empty_prompts(rollouts: cfg.Rollouts, times: int) -> Prompts:
 
 
 def _requests(rollouts: cfg.Rollouts, prompts: Prompts, first: Array, batch: Array | int,
-              stop_ids: tuple[int, ...]) -> Queue:
+              marks: _Marks) -> Queue:
   """`groups.queue_of` with the batch's number in every row."""
   # The queue is made before the tokenizer is known, so that it has room for several tokens.
-  stops = (*stop_ids, *[NO_TOKEN] * (MOST_STOPS - len(stop_ids)))
-  queue = groups.queue_of(prompts, rollouts.group_size, rollouts.response_tokens, stops, first)
+  stops = (*marks.stop_ids, *[NO_TOKEN] * (MOST_STOPS - len(marks.stop_ids)))
+  queue = groups.queue_of(prompts, rollouts.group_size, rollouts.response_tokens, stops, first,
+                          marks.mode_ids if rollouts.forces_modes else groups.NO_MODES)
   rows = dataclasses.replace(queue.rows, batch=jnp.full_like(queue.rows.ids, batch))
   return dataclasses.replace(queue, rows=rows)

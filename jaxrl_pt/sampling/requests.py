@@ -37,6 +37,7 @@ class Shape(NamedTuple):
   vocab_size: int
   num_stop: int = 1  # Z, the largest number of stop tokens of a request
   num_forced: int = 0  # F, the largest number of forced tokens of a response
+  forced_logp: bool = False  # whether the log-probabilities of forced tokens are noted
   num_strings: int = 0  # X, the largest number of stop strings of a request
   string_len: int = 0  # W, the largest number of bytes of a stop string
   num_banned: int = 0  # the largest number of banned tokens of a request

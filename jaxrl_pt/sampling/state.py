@@ -23,7 +23,9 @@ class Responses:
 
   tokens: Array  # i32[Q, S]
   sampled: Array  # f32[Q, S] 1 where a token was drawn, 0 where it was forced
-  logp: Array  # f32[Q, S] under the distribution that was drawn from; 0 where forced
+  # f32[Q, S] under the distribution that was drawn from. A forced token has 0, or with
+  # `Shape.forced_logp` what it would have had if it had been drawn.
+  logp: Array
   version: Array  # i32[Q, S] version of the parameters that each token was drawn by
   top_tokens: Any  # i32[Q, S, num_top] the likeliest tokens, falling; () where nobody asks
   top_logp: Any  # f32[Q, S, num_top]

@@ -133,8 +133,9 @@ def _choose(model: Model, shape: Shape, vocabulary: Vocabulary, key: Array, aske
     is_response: bool[B] whether the next token belongs to a response.
 
   Returns:
-    tokens i32[B], their log-probabilities f32[B] (0 where forced), bool[B] whether they were
-    drawn and not forced, and the slots with what has been forced of the end marker.
+    tokens i32[B], their log-probabilities f32[B] (where forced 0, or with `Shape.forced_logp` what
+    they would have had), bool[B] whether they were drawn and not forced, and the slots with what
+    has been forced of the end marker.
   """
   decoding = slots.decoding
   token, logp = drawn(model, key, asked, decoding.length, filtered_BV)
@@ -145,6 +146,9 @@ def _choose(model: Model, shape: Shape, vocabulary: Vocabulary, key: Array, aske
     forced = jnp.take_along_axis(
         asked.forced, jnp.minimum(count, shape.num_forced - 1)[:, None], -1)[:, 0]
     token = jnp.where(is_forced, forced, token)
+    if shape.forced_logp:
+      of_forced = jnp.take_along_axis(filtered_BV, forced[:, None], -1)[:, 0]
+      logp = jnp.where(is_forced, of_forced - jax.nn.logsumexp(filtered_BV, -1), logp)
   if vocabulary.think_end:
     marker = jnp.array(vocabulary.think_end, jnp.int32)
     closing, thought = decoding.closing, decoding.thought
@@ -155,7 +159,7 @@ def _choose(model: Model, shape: Shape, vocabulary: Vocabulary, key: Array, aske
     is_forced |= is_closing
     closing = jnp.where(is_closing, closing + 1, decoding.closing)
     decoding = dataclasses.replace(decoding, closing=closing)
-  return (token, jnp.where(is_forced, 0.0, logp), ~is_forced,
+  return (token, logp if shape.forced_logp else jnp.where(is_forced, 0.0, logp), ~is_forced,
           dataclasses.replace(slots, decoding=decoding))
 
 

@@ -21,7 +21,7 @@ import optax
 from jaxrl_pt import config as cfg
 from jaxrl_pt import params as P
 from jaxrl_pt.models.base import Model
-from jaxrl_pt.sampling.groups import NO_STOP, make_sampler
+from jaxrl_pt.sampling.groups import NO_MODES, NO_STOP, make_sampler
 from jaxrl_pt.sampling.prefill import Prefilled, prefill
 from jaxrl_pt.train import scores, update
 from jaxrl_pt.types import (
@@ -80,7 +80,8 @@ def reads_reference(algorithm: cfg.Algorithm) -> bool:
 
 def make_fused_step(model: Model, optimizer: optax.GradientTransformation, run: cfg.Run,
                     method: cfg.Reinforced, verifier: Verify | PolicyVerifier,
-                    stop_ids: tuple[int, ...] = NO_STOP, *, by_token: bool = False,
+                    stop_ids: tuple[int, ...] = NO_STOP, *,
+                    mode_ids: tuple[int, ...] = NO_MODES, by_token: bool = False,
                     held: Callable[[Params], Params] = lambda params: params) -> FusedStep:
   """step(state, reference, prompts) → (state, metrics, rollouts, verdict).
 
@@ -95,13 +96,14 @@ def make_fused_step(model: Model, optimizer: optax.GradientTransformation, run: 
     method: the run's objective, which must be on-policy.
     verifier: a verifier that works on the device.
     stop_ids: the tokens of which any ends a response; a PolicyVerifier names its own instead.
+    mode_ids: the tokens of the rollouts' modes, which are () where there are none.
     by_token: whether `update.BY_TOKEN` is among the metrics.
     held: the function from the parameters to what the sampler reads of them.
   """
   policy_verifier = verifier if isinstance(verifier, PolicyVerifier) else None
   if policy_verifier:
     stop_ids = policy_verifier.stop_ids
-  sample = make_sampler(model, run.seed, method.rollouts, stop_ids)
+  sample = make_sampler(model, run.seed, method.rollouts, stop_ids, mode_ids=mode_ids)
   learn = update.make_learner(model, optimizer, run, method.rollouts, method.algorithm,
                               by_token=by_token)
 

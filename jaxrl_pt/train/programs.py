@@ -14,7 +14,7 @@ from jaxrl_pt.parallel import model as models
 from jaxrl_pt.parallel import rules
 from jaxrl_pt.sampling import in_flight
 from jaxrl_pt.sampling import weight_sync as syncing
-from jaxrl_pt.sampling.groups import make_sampler
+from jaxrl_pt.sampling.groups import NO_MODES, make_sampler
 from jaxrl_pt.train import fused, update
 from jaxrl_pt.types import Params
 from jaxrl_pt.verifiers.base import DeviceVerifier
@@ -22,7 +22,8 @@ from jaxrl_pt.verifiers.base import DeviceVerifier
 
 def fused_step(run: cfg.Run, mesh: Mesh, method: cfg.Reinforced,
                optimizer: optax.GradientTransformation,
-               verifier: DeviceVerifier | fused.PolicyVerifier, stop_ids: tuple[int, ...]) -> Any:
+               verifier: DeviceVerifier | fused.PolicyVerifier, stop_ids: tuple[int, ...],
+               mode_ids: tuple[int, ...] = NO_MODES) -> Any:
   """The jitted step(state, reference, prompts) of `fused.make_fused_step`.
 
   The state is donated.
@@ -30,26 +31,28 @@ def fused_step(run: cfg.Run, mesh: Mesh, method: cfg.Reinforced,
   model = models.build(run.model, run.compute, mesh)
   verify = verifier.verify if isinstance(verifier, DeviceVerifier) else verifier
   return jax.jit(fused.make_fused_step(model, optimizer, run, method, verify, stop_ids,
-                                       by_token=method.rollouts.is_gated,
+                                       mode_ids=mode_ids, by_token=method.rollouts.is_gated,
                                        held=held(run, mesh, method.rollouts.slots)),
                  donate_argnums=0)
 
 
-def sampler(run: cfg.Run, mesh: Mesh, rollouts: cfg.Rollouts, stop_ids: tuple[int, ...]) -> Any:
+def sampler(run: cfg.Run, mesh: Mesh, rollouts: cfg.Rollouts, stop_ids: tuple[int, ...],
+            mode_ids: tuple[int, ...] = NO_MODES) -> Any:
   """The jitted sample(parameters after the weight sync, prompts, batch, version) → RolloutBatch."""
   model = models.build(run.model, run.compute, mesh, rules.SHARD)
-  return jax.jit(make_sampler(model, run.seed, rollouts, stop_ids, mesh if mesh.size > 1 else None))
+  return jax.jit(make_sampler(model, run.seed, rollouts, stop_ids, mesh if mesh.size > 1 else None,
+                              mode_ids))
 
 
-def in_flight_sampler(run: cfg.Run, mesh: Mesh, rollouts: cfg.Rollouts, stop_ids: tuple[int, ...]
-                      ) -> Any:
+def in_flight_sampler(run: cfg.Run, mesh: Mesh, rollouts: cfg.Rollouts, stop_ids: tuple[int, ...],
+                      mode_ids: tuple[int, ...] = NO_MODES) -> Any:
   """The jitted enqueue and draw of `in_flight.make_sampler`, to which its state is donated.
 
   The parameters are those after the weight sync.
   """
   model = models.build(run.model, run.compute, mesh, rules.SHARD)
   enqueue, draw = in_flight.make_sampler(model, run.seed, rollouts, stop_ids,
-                                         mesh if mesh.size > 1 else None)
+                                         mesh if mesh.size > 1 else None, mode_ids)
   # Each program leaves the state as the next one takes it.
   there = in_flight.shardings(jax.eval_shape(functools.partial(
       in_flight.init, transformer.build(run.model, run.compute), rollouts, mesh)), mesh)

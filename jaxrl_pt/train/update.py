@@ -31,9 +31,10 @@ from jaxrl_pt.rl import kl, objectives, ratios, tables, token_advantages
 from jaxrl_pt.rl.advantages import Scored
 from jaxrl_pt.sampling import branch
 from jaxrl_pt.sampling.prefill import Prefilled
-from jaxrl_pt.train import accumulate, group_parts, optim, scores
+from jaxrl_pt.train import accumulate, group_parts, optim, rollout_metrics, scores
 from jaxrl_pt.train.state import ValueHead, value_optimizer
 from jaxrl_pt.types import (
+  NO_MODE,
   Array,
   Params,
   Prompts,
@@ -139,7 +140,7 @@ def make_learner(model: Model, optimizer: optax.GradientTransformation, run: cfg
     name = 'mismatch' if rollout_config.mode == cfg.OnPolicy() else 'staleness'
     return new, {**values, name: first.pop('mismatch'), **first,
                  'learning_rate': Weighted.single(schedule(state.step * algorithm.updates)),
-                 **_rollout_metrics(rollouts, verdict, reward),
+                 **rollout_metrics.of(rollouts, verdict, reward),
                  'zero_advantage_groups': zero_advantage, **shaping_metrics}
 
   return learn
@@ -152,7 +153,7 @@ def _train_batch(model: Model, state: TrainState, prompts: Prompts, rollouts: Ro
                  verdict: Verdict, reward: Array, reference_logp: Array, run: cfg.Run,
                  sampler: cfg.Sampler, algorithm: cfg.Algorithm) -> TrainBatch:
   """Computes advantages, and all else that is fixed before the first update."""
-  mask = rollouts.sampled * verdict.valid[..., None]
+  mask = _learned(rollouts, verdict, algorithm)
   zeros = jnp.zeros_like(mask)
   old, values = TokenScores(rollouts.logp, zeros, zeros, zeros), zeros
   if needs_old_policy(algorithm):
@@ -173,23 +174,23 @@ def _train_batch(model: Model, state: TrainState, prompts: Prompts, rollouts: Ro
       reward = token_rewards.sum(-1)
   advantage, returns = tables.ADVANTAGES[type(algorithm.advantage)].compute(
       algorithm.advantage, Scored(reward, rollouts.lengths() * verdict.valid, verdict.valid,
-                               token_rewards, mask, old.logp, old.collision, values))
+                               token_rewards, mask, old.logp, old.collision, values,
+                               rollouts.mode))
   return TrainBatch(prompts, rollouts.tokens, mask, rollouts.logp, old.logp, reference_logp,
                     advantage, returns, zeros, rollouts.selected)
 
 
-def _rollout_metrics(rollouts: RolloutBatch, verdict: Verdict, reward: Array) -> Metrics:
-  return {
-      'reward': Weighted.of(verdict.reward, verdict.valid),
-      'shaped_reward': Weighted.of(reward, verdict.valid),
-      'accuracy': Weighted.of(verdict.correct, verdict.valid),
-      'verified': Weighted.of(verdict.valid, jnp.ones_like(verdict.valid)),
-      'response_length': Weighted.of(rollouts.lengths(), verdict.valid),
-      **{f'reward/{name}': Weighted.of(part, verdict.valid)
-         for name, part in verdict.parts.items()},
-      **{name: Weighted.of(measure, jnp.ones_like(measure))
-         for name, measure in verdict.measures.items()},
-  }
+def _learned(rollouts: RolloutBatch, verdict: Verdict, algorithm: cfg.Algorithm) -> Array:
+  """f32[N, G, S]: 1 on the tokens that are learned from, which the policy drew.
+
+  Where the advantage is also one of the choice of a mode, the token of a mode counts even if it was
+  forced.
+  """
+  tokens = rollouts.sampled
+  if tables.ADVANTAGES[type(algorithm.advantage)].learns_modes:
+    of_mode = rollouts.in_response[..., 0] * (rollouts.mode != NO_MODE)
+    tokens = tokens.at[..., 0].set(jnp.maximum(tokens[..., 0], of_mode))
+  return tokens * verdict.valid[..., None]
 
 
 # --- Updates --------------------------------------------------------------------
@@ -309,6 +310,7 @@ def make_loss(model: Model, sampler: cfg.Sampler, algorithm: cfg.Algorithm, loss
   single_update = algorithm.updates == 1
   surrogate_of = tables.SURROGATES[type(algorithm.surrogate)].compute
   correct = tables.CORRECTIONS[type(algorithm.correction)].compute
+  modes_even = tables.ADVANTAGES[type(algorithm.advantage)].modes_even
 
   def loss(trained: tuple[Params, Any], batch: TrainBatch,
            prefilled: Prefilled | None = None) -> tuple[Array, Metrics]:
@@ -320,6 +322,8 @@ def make_loss(model: Model, sampler: cfg.Sampler, algorithm: cfg.Algorithm, loss
     # Beyond a response's end the log-probabilities are garbage, whose exponential might overflow.
     logp = on_mask(read.logp)
     old_logp = jax.lax.stop_gradient(logp) if single_update else on_mask(batch.old_logp)
+    if modes_even:
+      old_logp = old_logp.at[..., 0].set(-jnp.log(2.0))
     correction = correct(algorithm.correction, old_logp, batch.sampler_logp, mask)
     surrogate = surrogate_of(algorithm.surrogate, logp, old_logp, batch.advantage, mask)
     reference_logp = on_mask(batch.reference_logp)
