@@ -9,6 +9,7 @@ import pytest
 
 from jaxrl_pt import config as cfg
 from jaxrl_pt.rl import advantages as adv
+from jaxrl_pt.rl import hgpo, mode_choice
 from jaxrl_pt.rl import token_advantages as of_tokens
 
 ONES = jnp.ones((1, 4))
@@ -213,4 +214,11 @@ PLAIN = {
     cfg.GAE(0.9, 0.8): lambda s: of_tokens.whiten(of_tokens.generalised(
         s.token_rewards, s.values, s.mask, 0.9, 0.8)[0], s.mask),
     cfg.OptimalTokenBaseline(): lambda s: of_tokens.optimal_token_baseline(
-        s.token_rewards, s.logp, s.collision, s.mask)}
+        s.token_rewards, s.logp, s.collision, s.mask),
+    cfg.HGPO(): lambda s: hgpo.hgpo(cfg.HGPO(), s)[0],
+    cfg.Thinkless(): lambda s: mode_choice.thinkless(
+        s.reward, s.mode, s.valid, 0.5)[..., None] * s.mask,
+    cfg.AdaptThink(): lambda s: mode_choice.adapt_think(
+        s.reward, s.mode, s.valid, 0.05)[..., None] * s.mask,
+    cfg.ModeEfficiency(0.0): lambda s: mode_choice.mode_efficiency(
+        s.reward, s.mode, s.valid)[0][..., None] * s.mask}

@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 
 from jaxrl_pt import config as cfg
-from jaxrl_pt.rl import advantages, corrections, objectives, shaping, tables, token_advantages
+from jaxrl_pt.rl import (
+  advantages,
+  corrections,
+  hgpo,
+  mode_choice,
+  objectives,
+  shaping,
+  tables,
+  token_advantages,
+)
 from jaxrl_pt.types import Verdict
 from tests.rl.test_advantages import PLAIN
 
@@ -32,7 +41,8 @@ def test_every_choice_of_a_kind_has_one_entry_and_no_entry_is_of_another(kind):
 
 def test_no_type_stands_in_two_modules_of_a_kind():
   """One of two entries would be lost where the tables are put together."""
-  assert len(tables.ADVANTAGES) == len(advantages.TABLE) + len(token_advantages.TABLE)
+  modules = advantages, token_advantages, hgpo, mode_choice
+  assert len(tables.ADVANTAGES) == sum(len(module.TABLE) for module in modules)
 
 
 def test_every_kind_of_choice_of_an_algorithm_has_a_table():
@@ -75,7 +85,8 @@ def scored(seed: int) -> advantages.Scored:
   real = lambda *shape: random.normal(size=shape).astype(np.float32)
   return advantages.Scored(
       real(N, G), (there.sum(-1) * valid).astype(np.float32), valid, real(N, G, S), mask,
-      -np.abs(real(N, G, S)), np.square(real(N, G, S)), real(N, G, S))
+      -np.abs(real(N, G, S)), np.square(real(N, G, S)), real(N, G, S),
+      random.integers(-1, 2, (N, G)))
 
 
 def test_every_advantage_is_written_out():
@@ -141,7 +152,8 @@ def test_each_correction_is_the_function_that_it_names(config, want):
     (cfg.TokenMean(), objectives.token_mean),
     (cfg.SequenceMeanTokenSum(), objectives.sequence_mean_token_sum),
     (cfg.SequenceMeanTokenMean(), objectives.sequence_mean_token_mean),
-    (cfg.ConstantDivisor(7), objectives.token_sum_over(N * G * 7))],
+    (cfg.ConstantDivisor(7), objectives.token_sum_over(N * G * 7)),
+    (cfg.DecoupledModes(0.3), objectives.decoupled_modes(0.3))],
                          ids=lambda c: type(c).__name__)
 def test_each_aggregation_is_the_function_that_it_names(config, want):
   found = tables.AGGREGATIONS[type(config)].compute(config, N * G)
