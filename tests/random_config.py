@@ -100,6 +100,8 @@ _BESIDE: dict[type, dict[type, dict[str, Any]]] = {
        for kind in (cfg.Conversations, cfg.WeightedConversations)},
     **{kind: {cfg.Data: {'long_documents': 'cut'}, cfg.Run: {'objective': cfg.RewardModel('')}}
        for kind in (cfg.Preferences, cfg.SlipPreferences)},
+    cfg.HybridModes: {cfg.Rollouts: {'response_tokens': 2}},
+    cfg.AdaptThink: {cfg.Algorithm: {'surrogate': cfg.PPOClip()}},
     cfg.PolicyTokenizer: {cfg.Data: {'source': cfg.Conversations('a'), 'long_documents': 'cut'},
                           cfg.Run: {'objective': cfg.SFT('a')}},
 }
@@ -111,6 +113,21 @@ def _examples_for(objective: cfg.Supervised) -> cfg.Data:
   return cfg.Data(source, tokenizer, 16, long_documents='cut')
 
 
+def _has_modes(value: Any) -> bool:
+  return (isinstance(value, cfg.Rollouts) and value.modes != cfg.SingleMode()
+          or isinstance(value, cfg.Algorithm) and (
+              isinstance(value.advantage, cfg.ModeAdvantage)
+              or isinstance(value.aggregation, cfg.DecoupledModes)))
+
+
+def _rollouts_for(value: cfg.Rollouts | cfg.Algorithm) -> cfg.Rollouts:
+  """Rollouts whose modes the advantage of an algorithm can learn from."""
+  if isinstance(value, cfg.Rollouts):
+    return value
+  forced = not isinstance(value.advantage, cfg.Thinkless)
+  return cfg.Rollouts(response_tokens=2, modes=cfg.HybridModes(forced=forced))
+
+
 def holding(value: Any) -> cfg.Run:
   """A run that holds this value somewhere, and elsewhere as little as possible."""
   beside: dict[type, dict[str, Any]] = {}
@@ -119,6 +136,9 @@ def holding(value: Any) -> cfg.Run:
     if isinstance(value, cfg.Supervised):
       beside[cfg.Run] = {'data': _examples_for(value)}
     owner, field = OWNERS[type(value)]
+    if _has_modes(value):  # No run of RPT has modes.
+      owner, field = next((cfg.RL, f) for f in dataclasses.fields(cfg.RL) if f.name == field.name)
+      beside[cfg.RL] = {'rollouts': _rollouts_for(value)}
     held = (value,) if get_origin(field.type) is tuple else value
     value = owner(**{**VALID[owner], **beside.get(owner, {}), field.name: held})
   return value

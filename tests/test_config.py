@@ -12,6 +12,7 @@ from jaxrl_pt.errors import UserError
 MODEL = {'num_layers': 2, 'd_model': 32, 'd_ff': 64, 'num_heads': 4, 'num_kv_heads': 2,
          'head_dim': 8, 'vocab_size': 300}
 DATA = {'source': cfg.PythonStdlib(), 'tokenizer': cfg.Bytes(), 'seq_len': 16}
+HYBRID = cfg.HybridModes()
 RUN = {'seed': 0, 'model': cfg.Model(**MODEL), 'data': cfg.Data(**DATA),
        'objective': cfg.NextToken(), 'optimizer': cfg.AdamW(cfg.ConstantRate(1e-3)),
        'train': cfg.Train(num_steps=4, batch_size=2)}
@@ -77,7 +78,7 @@ VALID: dict[type, dict[str, Any]] = {
         cfg.SequenceMeanTokenSum, cfg.SequenceMeanTokenMean, cfg.NoCorrection, cfg.TokenTIS,
         cfg.SequenceTIS, cfg.Rejection, cfg.NoKL, cfg.NoShaping, cfg.ShortRL, cfg.Kimi,
         cfg.Algorithm, cfg.Dense, cfg.OnPolicy, cfg.OneStepOff, cfg.InFlight, cfg.AllGroups,
-        cfg.DynamicSampling, cfg.Rollouts, cfg.DecoupledModes, cfg.OneMode, cfg.Modes)},
+        cfg.DynamicSampling, cfg.Rollouts, cfg.DecoupledModes, cfg.SingleMode, cfg.HybridModes)},
     cfg.ConstantDivisor: {'num_tokens': 8},
     cfg.KLInLoss: {'coef': 0.1},
     cfg.KLInReward: {'coef': 0.1},
@@ -338,9 +339,9 @@ REFUSED: list[tuple[type, str, list[Any], str]] = [
     (cfg.AdaptThink, 'bonus', [-0.1, NAN], 'a number of at least 0'),
     *((t, 'alpha', [-0.1, NAN], 'a number of at least 0')
       for t in (cfg.ModeEfficiency, cfg.DecoupledModes)),
-    *((cfg.Modes, name, ['', None], 'a non-empty string') for name in ('think', 'no_think')),
-    (cfg.Modes, 'forced', [1, None], 'True or False'),
-    (cfg.Rollouts, 'modes', [None, 'think'], 'one of @cfg.OneMode()'),
+    *((cfg.HybridModes, name, ['', None], 'a non-empty string') for name in ('think', 'no_think')),
+    (cfg.HybridModes, 'forced', [1, None], 'True or False'),
+    (cfg.Rollouts, 'modes', [None, 'think'], 'one of @cfg.SingleMode()'),
     *((cfg.HybridSums, name, [-0.1, 1.1], 'a number from 0 to 1')
       for name in ('easy_share', 'think_share')),
     (cfg.HybridSums, 'size', [0, 1.5], 'at least 1'),
@@ -495,24 +496,24 @@ def test_every_field_has_a_row():
           (cfg.SFT(''), {'source': cfg.Conversations('a'), 'tokenizer': cfg.PolicyTokenizer()},
            'SFT starts from no policy that would have one'))),
     (lambda: cfg.Algorithm(epochs=2), 'choose a surrogate with a ratio'),
-    (lambda: cfg.Modes('a', 'a'), 'another text than Modes.think'),
-    (lambda: cfg.Rollouts(group_size=3, response_tokens=2, modes=cfg.Modes()), 'choose an even'),
-    (lambda: cfg.Rollouts(modes=cfg.Modes()), 'room for the token of a mode alone'),
-    *((lambda sampler=sampler: cfg.Rollouts(response_tokens=2, modes=cfg.Modes(), sampler=sampler),
+    (lambda: cfg.HybridModes('a', 'a'), 'another text than HybridModes.think'),
+    (lambda: cfg.Rollouts(group_size=3, response_tokens=2, modes=HYBRID), 'choose an even'),
+    (lambda: cfg.Rollouts(modes=cfg.HybridModes()), 'room for the token of a mode alone'),
+    *((lambda sampler=sampler: cfg.Rollouts(response_tokens=2, modes=HYBRID, sampler=sampler),
        'may leave a mode no probability')
       for sampler in (cfg.Sampler(top_k=4), cfg.Sampler(top_p=0.9), cfg.Sampler(min_p=0.1))),
-    (lambda: cfg.RPT('a', cfg.Rollouts(response_tokens=2, modes=cfg.Modes())), 'is no prediction'),
+    (lambda: cfg.RPT('a', cfg.Rollouts(response_tokens=2, modes=HYBRID)), 'is no prediction'),
     *((lambda modes=modes, settings=settings: cfg.RL(
         'a', cfg.Problems(cfg.Arithmetic(9)), cfg.AnswerMatch(),
         rollouts=cfg.Rollouts(response_tokens=2, modes=modes),
         algorithm=cfg.Algorithm(**settings)), expected) for modes, settings, expected in (
-            (cfg.OneMode(), {'aggregation': cfg.DecoupledModes()}, 'weighs the token of a mode'),
-            (cfg.OneMode(), {'advantage': cfg.HGPO()}, 'choose Rollouts.modes = @cfg.Modes()'),
-            (cfg.Modes(forced=False), {'advantage': cfg.HGPO()}, 'set Modes.forced = True'),
-            (cfg.Modes(), {'advantage': cfg.Thinkless()}, 'set Modes.forced = False'),
-            (cfg.Modes(), {'advantage': cfg.AdaptThink()}, 'choose a surrogate that has one'))),
+            (cfg.SingleMode(), {'aggregation': cfg.DecoupledModes()}, 'weighs the token of a mode'),
+            (cfg.SingleMode(), {'advantage': cfg.HGPO()}, 'choose Rollouts.modes = @cfg.Hybrid'),
+            (cfg.HybridModes(forced=False), {'advantage': cfg.HGPO()}, 'forced = True'),
+            (HYBRID, {'advantage': cfg.Thinkless()}, 'set HybridModes.forced = False'),
+            (HYBRID, {'advantage': cfg.AdaptThink()}, 'choose a surrogate that has one'))),
     (lambda: cfg.RL('a', cfg.Problems(cfg.Arithmetic(9)), cfg.Interactive(cfg.GuessNumber()),
-                    rollouts=cfg.Rollouts(response_tokens=2, modes=cfg.Modes())),
+                    rollouts=cfg.Rollouts(response_tokens=2, modes=HYBRID)),
      'has no modes of responses'),
     *((lambda mode=mode: cfg.Rollouts(mode=mode, selection=cfg.DynamicSampling()),
        f'{type(mode).__name__}() cannot foresee: choose @cfg.OnPolicy()')

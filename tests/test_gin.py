@@ -150,7 +150,7 @@ def test_files_are_found_from_another_directory(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('binding, expected', [
-    ('cfg.Modell.num_layers = 3', "no setting type 'cfg.Modell': did you mean cfg.Model?"),
+    ('cfg.Modell.num_layers = 3', "no setting type 'cfg.Modell': did you mean cfg.Model"),
     ('cfg.Model.num_layerz = 3', "no field 'num_layerz': did you mean num_layers?"),
     ('cfg.Model.xyzzy = 3', 'it has activation, adapter, d_ff, d_model'),
     ('cfg.Model.num_layers = @cfg.Modle()', 'did you mean cfg.Model?'),

@@ -6,7 +6,7 @@ from jaxrl_pt.config.hybrid import (
   AdaptThink,
   DecoupledModes,
   ModeAdvantage,
-  OneMode,
+  SingleMode,
   Thinkless,
 )
 from jaxrl_pt.config.rollouts import Dense, OnPolicy, Rollouts
@@ -47,18 +47,19 @@ def check_modes(rollouts: Rollouts, algorithm: Algorithm) -> None:
   """Refuses advantages and aggregations of modes where there are none, or not as they need them."""
   advantage = algorithm.advantage
   name = f'Algorithm.advantage = @cfg.{type(advantage).__name__}()'
-  if isinstance(algorithm.aggregation, DecoupledModes) and rollouts.modes == OneMode():
+  if isinstance(algorithm.aggregation, DecoupledModes) and rollouts.modes == SingleMode():
     raise UserError('Algorithm.aggregation = @cfg.DecoupledModes() weighs the token of a mode: '
-                    'choose Rollouts.modes = @cfg.Modes(), or another aggregation.')
+                    'choose Rollouts.modes = @cfg.HybridModes(), or another aggregation.')
   if not isinstance(advantage, ModeAdvantage):
     return
-  if rollouts.modes == OneMode():
+  if rollouts.modes == SingleMode():
     raise UserError(f'{name} compares responses that think with such that do not: choose '
-                    'Rollouts.modes = @cfg.Modes().')
+                    'Rollouts.modes = @cfg.HybridModes().')
   if isinstance(advantage, FORCED_MODES) and not rollouts.forces_modes:
-    raise UserError(f'{name} needs both modes in each group: set Modes.forced = True.')
+    raise UserError(f'{name} needs both modes in each group: set HybridModes.forced = True.')
   if isinstance(advantage, Thinkless) and rollouts.forces_modes:
-    raise UserError(f'{name} learns from modes that the policy chose: set Modes.forced = False.')
+    raise UserError(f'{name} learns from modes that the policy chose: set HybridModes.forced = '
+                    'False.')
   if isinstance(advantage, AdaptThink) and algorithm.surrogate == PolicyGradient():
     raise UserError(f'{name} weighs the mode by a ratio: choose a surrogate that has one, such as '
                     '@cfg.PPOClip().')
@@ -73,6 +74,6 @@ def check_turns(rollouts: Rollouts) -> None:
   if rollouts.sparse != Dense():
     raise UserError('RL.verifier = @cfg.Interactive() draws by dense attention: leave '
                     'Rollouts.sparse at @cfg.Dense().')
-  if rollouts.modes != OneMode():
+  if rollouts.modes != SingleMode():
     raise UserError('RL.verifier = @cfg.Interactive() has no modes of responses: leave '
-                    'Rollouts.modes at @cfg.OneMode().')
+                    'Rollouts.modes at @cfg.SingleMode().')

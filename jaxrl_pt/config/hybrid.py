@@ -7,12 +7,12 @@ from jaxrl_pt.config import checks
 
 
 @dataclass(frozen=True)
-class OneMode:
+class SingleMode:
   """Responses begin as the policy likes, and none of their tokens stands for a mode."""
 
 
 @dataclass(frozen=True)
-class Modes:
+class HybridModes:
   """The first token of a response says its mode: that it thinks first, or answers at once.
 
   think, no_think: the texts of the two modes' tokens, of exactly one token each.
@@ -29,15 +29,15 @@ class Modes:
     checks.text(self, 'no_think')
     checks.flag(self, 'forced')
     if self.think == self.no_think:
-      checks.fail(self, 'no_think', 'another text than Modes.think')
+      checks.fail(self, 'no_think', 'another text than HybridModes.think')
 
 
-ResponseModes = OneMode | Modes
+ResponseModes = SingleMode | HybridModes
 
 
 def of_its_own(modes: ResponseModes) -> ResponseModes:
   """The same modes, of which the policy chooses itself."""
-  return replace(modes, forced=False) if isinstance(modes, Modes) else modes
+  return replace(modes, forced=False) if isinstance(modes, HybridModes) else modes
 
 HybridForm = Literal['grpo', 'rloo', 'reinforce_plus_plus']
 ModeTies = Literal['no_think', 'think', 'neither']

@@ -15,7 +15,7 @@ from jaxrl_pt.config.algorithm import Algorithm
 from jaxrl_pt.config.compatible import check_method, check_modes, check_turns
 from jaxrl_pt.config.data import Examples
 from jaxrl_pt.config.environments import Interactive
-from jaxrl_pt.config.hybrid import OneMode
+from jaxrl_pt.config.hybrid import SingleMode
 from jaxrl_pt.config.problems import Problems
 from jaxrl_pt.config.rollouts import AllGroups, InFlight, OnPolicy, Rollouts
 from jaxrl_pt.config.verifiers import Verifier, VerifierPool, programs_of
@@ -242,9 +242,10 @@ class RPT:
     checks.instance(self, 'rollouts', Rollouts)
     checks.instance(self, 'algorithm', Algorithm)
     check_method('RPT', self.rollouts, self.algorithm)
-    if self.rollouts.modes != OneMode():
-      raise UserError('Rollouts.modes = @cfg.Modes() begins a response with a word of its own, '
-                      'which is no prediction: leave it at @cfg.OneMode() for RPT.')
+    check_modes(self.rollouts, self.algorithm)
+    if self.rollouts.modes != SingleMode():
+      raise UserError('Rollouts.modes = @cfg.HybridModes() begins a response with a word that '
+                      'is no prediction: leave it at @cfg.SingleMode() for RPT.')
     checks.number(self, 'min_entropy', 0.0)
     checks.integer(self, 'scored_examples', 1)
     checks.integer(self, 'eval_positions', 1)

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import get_args
 
 from jaxrl_pt.config import checks
-from jaxrl_pt.config.hybrid import Modes, OneMode, ResponseModes
+from jaxrl_pt.config.hybrid import HybridModes, ResponseModes, SingleMode
 from jaxrl_pt.config.reading import (
   KV,
   MOST_TOKENS,
@@ -251,7 +251,7 @@ class Rollouts:
   dump_every: int = 0
   mismatch_gate: float = 1.05
   sparse: Dense | ReSA = field(default_factory=Dense)
-  modes: ResponseModes = field(default_factory=OneMode)
+  modes: ResponseModes = field(default_factory=SingleMode)
 
   def __post_init__(self) -> None:
     for name, high, beside, what in (
@@ -289,7 +289,7 @@ class Rollouts:
   @property
   def forces_modes(self) -> bool:
     """Whether half of each group is made to think, and the other half not to."""
-    return isinstance(self.modes, Modes) and self.modes.forced
+    return isinstance(self.modes, HybridModes) and self.modes.forced
 
   @property
   def is_replayed(self) -> bool:
@@ -305,16 +305,16 @@ class Rollouts:
 
 def _check_modes(rollouts: Rollouts) -> None:
   """Refuses settings with which half of each group cannot be forced into each mode."""
-  if isinstance(rollouts.modes, Modes) and rollouts.response_tokens < 2:
+  if isinstance(rollouts.modes, HybridModes) and rollouts.response_tokens < 2:
     raise UserError('Rollouts.response_tokens = 1 has room for the token of a mode alone (Rollouts.'
-                    'modes = @cfg.Modes()): set it to at least 2.')
+                    'modes = @cfg.HybridModes()): set it to at least 2.')
   if not rollouts.forces_modes:
     return
   if rollouts.group_size % 2:
     raise UserError(f'Rollouts.group_size = {rollouts.group_size} is odd, but half of each group '
-                    'is forced into each mode (Modes.forced): choose an even number.')
+                    'is forced into each mode (HybridModes.forced): choose an even number.')
   sampler = rollouts.sampler
   if sampler.top_k or sampler.top_p < 1 or sampler.min_p:
     raise UserError(f'{sampler} may leave a mode no probability at all, and so no gradient, while '
-                    'Modes.forced draws it all the same: leave Sampler.top_k, top_p and min_p at '
-                    'their defaults.')
+                    'HybridModes.forced draws it all the same: leave Sampler.top_k, top_p and '
+                    'min_p at their defaults.')

@@ -12,8 +12,8 @@ def token_ids(tokenizer: Tokenizer, modes: cfg.ResponseModes) -> tuple[int, ...]
     UserError: a mode's text is not one token.
   """
   match modes:
-    case cfg.OneMode():
+    case cfg.SingleMode():
       return ()
-    case cfg.Modes(think=think, no_think=no_think):
-      return (template_text.one_token(tokenizer, 'Modes.think', think),
-              template_text.one_token(tokenizer, 'Modes.no_think', no_think))
+    case cfg.HybridModes(think=think, no_think=no_think):
+      return (template_text.one_token(tokenizer, 'HybridModes.think', think),
+              template_text.one_token(tokenizer, 'HybridModes.no_think', no_think))

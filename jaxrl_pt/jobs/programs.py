@@ -121,7 +121,7 @@ def _stages(run: cfg.Run, mesh: Mesh, method: cfg.Reinforced, prompts: Prompts,
 
 def _mode_ids(rollouts: cfg.Rollouts) -> tuple[int, ...]:
   """Tokens that stand in for those of the modes."""
-  return () if rollouts.modes == cfg.OneMode() else (1, 2)
+  return () if rollouts.modes == cfg.SingleMode() else (1, 2)
 
 
 def _engine(run: cfg.Run, mesh: Mesh, method: cfg.RL, settings: cfg.Interactive, beside: Any

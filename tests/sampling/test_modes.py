@@ -1,4 +1,4 @@
-"""Forced and free modes of responses: `groups.generate` against a loop that puts the token there."""
+"""Forced and free modes: `groups.generate` against a loop that puts the token there."""
 
 import dataclasses
 import functools
@@ -28,7 +28,7 @@ ASKED = dict(sampler=cfg.Sampler(0.9), num_samples=4, num_tokens=6, stop_ids=(ST
 
 
 @functools.cache
-def generated(forces_modes: bool, slots: cfg.Slots = cfg.Slots()):
+def generated(forces_modes: bool, slots: cfg.Slots):
   return jax.jit(functools.partial(groups.generate, MODEL, slots=slots, forces_modes=forces_modes,
                                    **ASKED))(PARAMS, make_prompts(TOKENS), KEY)
 
@@ -62,7 +62,7 @@ def test_half_of_a_group_is_made_to_think_and_half_not_to(slots):
 
 
 def test_free_modes_are_what_the_first_token_says_and_change_nothing_else():
-  free = generated(False)
+  free = generated(False, cfg.Slots())
   asked = {**ASKED, 'mode_ids': ()}
   plain = jax.jit(functools.partial(groups.generate, MODEL, **asked))(
       PARAMS, make_prompts(TOKENS), KEY)
@@ -77,7 +77,7 @@ def test_free_modes_are_what_the_first_token_says_and_change_nothing_else():
 @pytest.mark.slow
 def test_modes_are_forced_in_flight_too():
   rollouts = cfg.Rollouts(2, 4, 8, 6, mode=cfg.InFlight(), slots=cfg.Slots(slots=3, page_size=4),
-                          modes=cfg.Modes())
+                          modes=cfg.HybridModes())
   prompts = make_prompts(TOKENS[:2])
   enqueue, draw = map(jax.jit, in_flight.make_sampler(MODEL, 7, rollouts, (STOP,), mode_ids=IDS))
   sampler = in_flight.init(MODEL, rollouts)

@@ -1,4 +1,4 @@
-"""What is learned from the token of a mode: the learner's loss and gradient against a plain loss."""
+"""What is learned from the token of a mode: the learner against a plain loss."""
 
 import functools
 
@@ -16,13 +16,13 @@ from jaxrl_pt.train import rollout_metrics
 from jaxrl_pt.types import THINK, RolloutBatch, Verdict
 from tests.train.test_update import MODEL, PARAMS, PROMPTS, G, N, S, Verified, learn, make_run
 
-IDS, MODES = (1, 2), cfg.Modes()
+IDS, MODES = (1, 2), cfg.HybridModes()
 CORRECT = jnp.asarray(np.random.default_rng(3).integers(0, 2, (N, G)), jnp.float32)
 
 
 @functools.cache
 def drawn(forced: bool) -> RolloutBatch:
-  run = make_run(cfg.Algorithm(), modes=cfg.Modes(forced=forced))
+  run = make_run(cfg.Algorithm(), modes=cfg.HybridModes(forced=forced))
   sample = make_sampler(MODEL, 1, run.objective.rollouts, stop_ids=(0,), mode_ids=IDS)
   return jax.jit(sample)(PARAMS, PROMPTS, jnp.int32(0), jnp.int32(0))
 
@@ -36,7 +36,8 @@ def plain_logp(params, rollouts: RolloutBatch):
   """f32[N, G, S] by a whole forward pass over each prompt and response."""
   def one(tokens_T, length, response_S):
     both = jnp.zeros(len(tokens_T) + S, jnp.int32)
-    both = jax.lax.dynamic_update_slice(both.at[:len(tokens_T)].set(tokens_T), response_S, (length,))
+    both = both.at[:len(tokens_T)].set(tokens_T)
+    both = jax.lax.dynamic_update_slice(both, response_S, (length,))
     hidden = MODEL.apply(params, both[None], jnp.arange(len(both))[None],
                          jnp.ones((1, len(both)), jnp.int32))
     logp = jax.nn.log_softmax(hidden[0] @ MODEL.head(params))
@@ -77,7 +78,7 @@ def test_the_learner_equals_a_plain_loss(name):
     return (terms * mask).sum() / (mask.sum(-1) > 0).sum()
 
   value, gradient = jax.value_and_grad(loss)(PARAMS)
-  _, metrics = learn(algorithm, batch, modes=cfg.Modes(forced=forced))
+  _, metrics = learn(algorithm, batch, modes=cfg.HybridModes(forced=forced))
   assert metrics['loss'] == pytest.approx(float(value), rel=1e-4, abs=1e-5)
   assert metrics['grad_norm'] == pytest.approx(float(optax.tree.norm(gradient)), rel=1e-3)
   assert metrics['mismatch'] == pytest.approx(1.0, abs=1e-4)
