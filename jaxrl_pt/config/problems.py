@@ -114,11 +114,13 @@ class RedundantChecks:
 
 @dataclass(frozen=True)
 class HybridSums:
-  """Sums of digits modulo 10, of one step or of many, answered at once or after the steps.
+  """Sums of digits modulo 10, of two digits or of many, answered at once or after the steps.
 
   A demonstration begins with a mark that says which: it thinks, or it answers at once.
 
-  easy_share: the share of sums of one step; the others have min_steps to max_steps.
+  easy_share: the share of easy sums, in which all digits but two are 0. Their answers can be known by
+    heart; those of the other sums are too many for that.
+  min_steps, max_steps: the range of the number of steps; the prompt shows one digit more.
   think_share: the share of the demonstrations that think.
   slips: the shares of demonstrations that are wrong: easy and hard ones that think, easy and hard
     ones that answer at once. They set what each mode is worth.
