@@ -3,6 +3,8 @@
 Every other exception is a defect of ours and keeps its traceback.
 """
 
+from typing import Any
+
 
 class UserError(Exception):
   """A mistake the user can mend: the message says what, where and what to do. Exit code 2."""
@@ -28,3 +30,18 @@ class Unwritable(UserError):
 
 class MissingFileError(UserError):
   """The files that data are made of are not there."""
+
+
+def shown(value: Any, most: int = 100) -> str:
+  """A wrong value as a message quotes it: as Python writes it, or its first `most` characters."""
+  if isinstance(value, int) and value.bit_length() > 1000:  # Python may refuse to write it.
+    return f'a whole number of {value.bit_length()} bits'
+  try:
+    return shortened(repr(value), most)
+  except RecursionError:
+    return 'a value that is nested too deeply'
+
+
+def shortened(text: str, most: int = 100) -> str:
+  """A text, or its first `most` characters."""
+  return text if len(text) <= most else f'{text[:most]}…'

@@ -33,6 +33,9 @@ _TOKENIZER_CONFIG = 'tokenizer_config.json'
 # The scales of packed matrices, which their latent weights have but for rounding.
 _SCALES = 'ternary_scales.json'
 _LONGEST_EXAMPLE = 1024  # tokens
+# What can be done where a file of an imported model is damaged.
+_COPY = 'copy it again from the folder that was imported'
+_IMPORT = 'import the model again'
 
 
 # --- Import -----------------------------------------------------------------------
@@ -57,7 +60,7 @@ def import_model(source: Path, workdir: Path, adapter: Path | None = None) -> st
     raise UserError(f'{source} is no folder: download the model first, and give the folder with '
                     'its config.json.')
   with files.whole_directory(workdir) as folder:
-    settings = hf.read_json(source / 'config.json')
+    settings = hf.read_settings(source)
     config = to_config(settings, str(source / 'config.json'))
     tokenizer, setting = _tokenizer(source, settings, workdir)
     if tokenizer.vocab_size > config.vocab_size:
@@ -133,9 +136,7 @@ def _tokenizer(source: Path, settings: dict[str, Any], workdir: Path
   """The folder's tokenizer, and the setting that names its copy in the work directory."""
   home = (workdir / places.TOKENIZER).absolute()
   own = source / _TOKENIZER_CONFIG
-  described = hf.read_json(own) if own.exists() else {}
-  if not isinstance(described, dict):
-    raise UserError(f'{own} holds no JSON object: download it again.')
+  described = files.read_object(own) if own.exists() else {}
   path = source / token_table.DEFINITION['tokenizer.json']
   if path.exists():
     setting: cfg.HuggingFaceTokenizer | cfg.SentencePiece = cfg.HuggingFaceTokenizer(
@@ -169,6 +170,7 @@ def _stop_tokens(source: Path, settings: dict[str, Any], tokenizer: tokenizers.T
       tokenizer_json.token_of(path, token) if path.exists() else None)
   ids = chat_files.stop_ids(source, settings)
   if (template := chat_files.read(source)) is not None:
+    chat_files.check(template, tokenizer)
     ids += chat_files.end_tokens(template, tokenizer)
   return tuple(dict.fromkeys(text for token in ids if token != tokenizer.eos_id
                              if (text := name(token)) is not None))
@@ -239,9 +241,8 @@ def export_model(workdir: Path, destination: Path, *, step: int | None, packed: 
   with files.whole_directory(destination) as folder:
     trained = policy.load_policy(workdir, step)
     tokenizer, (config, values) = trained.session.data.tokenizer, _merged(trained)
-    kept = workdir / places.CARRIED / _SCALES
     hf.save_model(folder, config, values, packed=packed, bos_id=tokenizer.bos_id,
-                  eos_id=tokenizer.eos_id, scales=hf.read_json(kept) if kept.exists() else None,
+                  eos_id=tokenizer.eos_id, scales=_scales(workdir / places.CARRIED),
                   longest=_longest(workdir / places.CARRIED))
     said = [f'Exported step {trained.step} of {workdir} to {destination}.']
     if not _write_tokenizer(tokenizer, workdir / places.CARRIED, folder):
@@ -328,9 +329,18 @@ def export_gguf(workdir: Path, destination: Path, *, step: int | None,
 
 def _longest(carried: Path) -> int | None:
   """Tokens of the longest text that an imported model is for; None if it was trained here."""
-  settings = hf.read_json(carried / 'config.json') if (carried / 'config.json').exists() else {}
-  longest = settings.get('max_position_embeddings')
+  path = carried / 'config.json'
+  longest = files.read_object(path, _COPY).get('max_position_embeddings') if path.exists() else None
   return longest if isinstance(longest, int) and longest > 0 else None
+
+
+def _scales(carried: Path) -> dict[str, float] | None:
+  """The scales of an imported packed model by the names of their codes; None for other models."""
+  path = carried / _SCALES
+  scales = files.read_object(path, _IMPORT) if path.exists() else None
+  if scales is not None and any(type(scale) is not float for scale in scales.values()):
+    raise UserError(f'{path} holds a scale that is no number: {_IMPORT}.')
+  return scales
 
 
 def _write_tokenizer(tokenizer: tokenizers.Tokenizer, carried: Path, folder: Path) -> bool:

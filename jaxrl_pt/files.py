@@ -1,4 +1,4 @@
-"""Writes a run's files, whole or not at all, and locks them."""
+"""Writes a run's files, whole or not at all, and locks them; reads JSON that others wrote."""
 
 from collections.abc import Iterator, Mapping
 import contextlib
@@ -6,6 +6,7 @@ import errno
 import fcntl
 import glob
 import io
+import json
 import os
 from pathlib import Path
 import re
@@ -117,6 +118,27 @@ def reason_of(error: BaseException | None) -> str | None:
         return os.strerror(getattr(errno, match[0]))
     error = error.__cause__ or error.__context__
   return None
+
+
+def read_object(path: Path, advice: str = 'download it again') -> dict[str, Any]:
+  """The JSON object in a file that others wrote.
+
+  Args:
+    path: the file.
+    advice: what the user can do where it is missing or damaged.
+
+  Raises:
+    UserError: the file cannot be read, or is no JSON object.
+  """
+  try:
+    value = json.loads(path.read_bytes().decode('utf-8-sig'))
+  except OSError as error:
+    raise UserError(f'{path} cannot be read ({error.strerror}): {advice}.') from error
+  except (ValueError, RecursionError) as error:
+    raise UserError(f'{path} is not JSON ({error}): {advice}.') from error
+  if not isinstance(value, dict):
+    raise UserError(f'{path} holds no JSON object: {advice}.')
+  return value
 
 
 # --- Directories ----------------------------------------------------------------------

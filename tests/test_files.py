@@ -127,6 +127,19 @@ def test_the_system_s_reason_is_found_behind_an_error(error: Exception, reason: 
   assert files.reason_of(wrapped) == reason
 
 
+def test_a_file_of_others_is_an_object_or_named_with_advice(tmp_path):
+  path = tmp_path / 'a.json'
+  path.write_text('\ufeff{"a": [1]}', encoding='utf-8')
+  assert files.read_object(path) == {'a': [1]}
+  for content, words in ((b'[]', 'holds no JSON object'), (b'{', 'is not JSON'),
+                         (b'"\xff"', 'is not JSON'), (b'[' * 99999, 'is not JSON')):
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=f'a.json {words}.*: buy another.$'):
+      files.read_object(path, 'buy another')
+  with pytest.raises(UserError, match=r'cannot be read \(No such file .*: download it again.$'):
+    files.read_object(tmp_path / 'b.json')
+
+
 def test_a_whole_file_is_there_at_the_end_or_not_at_all(tmp_path):
   final = tmp_path / 'deep' / 'a.bin'
   with pytest.raises(ZeroDivisionError), files.whole_file(final) as path:

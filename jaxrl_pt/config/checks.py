@@ -4,26 +4,19 @@ from collections.abc import Iterable
 import math
 from typing import Any, get_args
 
-from jaxrl_pt.errors import UserError
+from jaxrl_pt.errors import UserError, shown
 
 INT32 = 2**31 - 1  # Steps, ids and sizes are 32-bit integers on the device.
 # Eight powers of ten below the largest float32, so that sums of such numbers stay finite.
 LARGEST = 1e30
 # A factor below float32's precision changes nothing, which nobody can want.
 SMALLEST = 1e-12
+_SHOWN = 300  # characters of a wrong value in a message
 
 
 def fail(owner: Any, name: str, expected: str) -> None:
   value = getattr(owner, name)
-  raise UserError(f'{type(owner).__name__}.{name} = {_short(value)}: expected {expected}.')
-
-
-def _short(value: Any) -> str:
-  """The value as Python writes it, or its beginning; Python cannot write very long integers."""
-  if isinstance(value, int) and value.bit_length() > 1000:
-    return f'a whole number of {value.bit_length()} bits'
-  text = repr(value)
-  return text if len(text) <= 300 else f'{text[:300]}…'
+  raise UserError(f'{type(owner).__name__}.{name} = {shown(value, _SHOWN)}: expected {expected}.')
 
 
 def integer(owner: Any, name: str, low: int, high: int | None = None) -> None:

@@ -7,19 +7,22 @@ a response, are in generation_config.json.
 
 from collections.abc import Mapping
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
-from jaxrl_pt import config
-from jaxrl_pt.data.chat import ChatTemplate, encode_conversation
+from jaxrl_pt import config, files
+from jaxrl_pt.data.chat import ChatTemplate, encode_conversation, prompt_ids
 from jaxrl_pt.data.tokenizer import Tokenizer
-from jaxrl_pt.errors import UserError
+from jaxrl_pt.errors import UserError, shown
 
 _TOKENIZER_CONFIG, _GENERATION_CONFIG = 'tokenizer_config.json', 'generation_config.json'
 _TEMPLATE = 'chat_template.jinja'
 # The tokens that transformers tells a template of.
 _TOLD = ('bos_token', 'eos_token', 'pad_token', 'unk_token', 'sep_token', 'cls_token', 'mask_token')
+_TOOL = {'type': 'function', 'function': {
+    'name': 'a', 'description': 'a', 'parameters': {
+        'type': 'object', 'properties': {'a': {'type': 'string', 'description': 'a'}},
+        'required': ['a']}}}
 _PLAIN = '''
 {{- bos_token }}
 {%- set is_led = messages[0].role in ['system', 'developer'] %}
@@ -109,6 +112,27 @@ def of_model(folder: Path | None, tokenizer: Tokenizer, given: ChatTemplate | No
   return own if given is None else dataclasses.replace(given, variables=own.variables)
 
 
+def check(template: ChatTemplate, tokenizer: Tokenizer) -> None:
+  """Asks for a first answer, so that a template that always fails is refused before it is used.
+
+  Some templates want a system message, which a second try gives them. What one with another source
+  for tools writes of a tool is looked at too.
+
+  Raises:
+    UserError: the template fails in each try.
+  """
+  asked = [{'role': 'user', 'content': 'a'}]
+  for tools in [(), (_TOOL,)] if template.tool_source else [()]:
+    try:
+      prompt_ids(template, tokenizer, asked, tools)
+    except UserError as error:
+      try:
+        prompt_ids(template, tokenizer, [{'role': 'system', 'content': 'a'}, *asked], tools)
+      except UserError:
+        raise UserError(f'{str(error).rstrip(".")}; mend the template, or leave it out to import '
+                        'the model without one.') from error
+
+
 def end_tokens(template: ChatTemplate, tokenizer: Tokenizer) -> tuple[int, ...]:
   """The tokens that end an answer: the model's, and the one by which the template ends a turn."""
   turns = [{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'a'}]
@@ -137,8 +161,8 @@ def stop_ids(folder: Path, settings: Mapping[str, Any]) -> list[int]:
   ids = given if isinstance(given, list) else [] if given is None else [given]
   for one in ids:
     if isinstance(one, bool) or not isinstance(one, int) or one < 0:
-      raise UserError(f'{where} has eos_token_id = {given!r}: expected a token id or a list of '
-                      'them.')
+      raise UserError(f'{where} has eos_token_id = {shown(given)}: expected a token id or a list '
+                      'of them.')
   return list(ids)
 
 
@@ -189,12 +213,4 @@ def _text(path: Path) -> str:
 
 def _object(path: Path) -> dict[str, Any]:
   """The JSON object in a file; an empty one where there is no file."""
-  if not path.is_file():
-    return {}
-  try:
-    value = json.loads(path.read_bytes().decode('utf-8-sig'))
-  except (OSError, ValueError, RecursionError) as e:
-    raise UserError(f'{path} is no JSON ({e}): download it again.') from e
-  if not isinstance(value, dict):
-    raise UserError(f'{path} holds no JSON object: download it again.')
-  return value
+  return files.read_object(path) if path.is_file() else {}

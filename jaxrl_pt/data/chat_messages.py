@@ -8,12 +8,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import json
 from typing import Any
 
-from jaxrl_pt.errors import UserError
+from jaxrl_pt.errors import UserError, shown
 
 ROLES = ('system', 'developer', 'user', 'assistant', 'tool')
 # The fields in which servers and data keep what an assistant thought.
 _REASONING = ('reasoning_content', 'thinking', 'reasoning')
-_SHOWN = 40  # characters of a wrong value in an error
 _DEEPEST = 100  # levels of lists and objects, which templates and their filters walk recursively
 
 
@@ -31,7 +30,7 @@ def checked(messages: Any, where: str = 'messages') -> list[dict[str, Any]]:
     UserError: the first message that is none, by its place.
   """
   if not isinstance(messages, (list, tuple)) or not messages:
-    raise UserError(f'{where} = {_short(messages)}: expected a list of at least one message.')
+    raise UserError(f'{where} = {shown(messages)}: expected a list of at least one message.')
   return [_message(message, f'{where}[{i}]') for i, message in enumerate(messages)]
 
 
@@ -76,10 +75,10 @@ def other_forms(messages: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]
 
 def _message(message: Any, where: str) -> dict[str, Any]:
   if not isinstance(message, Mapping):
-    raise UserError(f'{where} = {_short(message)}: expected an object with a role and a content.')
+    raise UserError(f'{where} = {shown(message)}: expected an object with a role and a content.')
   role = message.get('role')
   if role not in ROLES:
-    raise UserError(f'{where}.role = {_short(role)}: expected one of {", ".join(ROLES)}.')
+    raise UserError(f'{where}.role = {shown(role)}: expected one of {", ".join(ROLES)}.')
   _check_json(message, where)
   calls = message.get('tool_calls') or ()
   if calls and role != 'assistant':
@@ -89,7 +88,7 @@ def _message(message: Any, where: str) -> dict[str, Any]:
   new['content'] = _content(message.get('content'), f'{where}.content', is_free=bool(calls))
   if calls:
     if not isinstance(calls, (list, tuple)):
-      raise UserError(f'{where}.tool_calls = {_short(calls)}: expected a list of calls.')
+      raise UserError(f'{where}.tool_calls = {shown(calls)}: expected a list of calls.')
     new['tool_calls'] = [_call(call, f'{where}.tool_calls[{i}]') for i, call in enumerate(calls)]
   thought = next((new[name] for name in _REASONING if new.get(name) is not None), None)
   return new if thought is None else {'thinking': thought, **new, 'reasoning_content': thought}
@@ -102,7 +101,7 @@ def _content(content: Any, where: str, *, is_free: bool) -> str | None:
       isinstance(part, Mapping) and part.get('type') == 'text'
       and isinstance(part.get('text'), str) for part in content):
     return ''.join(part['text'] for part in content)
-  raise UserError(f'{where} = {_short(content)}: expected a text, or a list of text parts.')
+  raise UserError(f'{where} = {shown(content)}: expected a text, or a list of text parts.')
 
 
 def _call(call: Any, where: str) -> dict[str, Any]:
@@ -110,7 +109,7 @@ def _call(call: Any, where: str) -> dict[str, Any]:
   function = call.get('function', call) if isinstance(call, Mapping) else None
   name = function.get('name') if isinstance(function, Mapping) else None
   if not isinstance(function, Mapping) or not isinstance(name, str) or not name:
-    raise UserError(f'{where} = {_short(call)}: expected {{"type": "function", "function": '
+    raise UserError(f'{where} = {shown(call)}: expected {{"type": "function", "function": '
                     '{"name": …, "arguments": …}}.')
   given = function.get('arguments', {})
   arguments = given
@@ -121,7 +120,7 @@ def _call(call: Any, where: str) -> dict[str, Any]:
       arguments = None
     _check_json(arguments, f'{where}.function.arguments')  # An escape may be a lone surrogate.
   if not isinstance(arguments, Mapping):
-    raise UserError(f'{where}.function.arguments = {_short(given)}: expected a JSON object, or '
+    raise UserError(f'{where}.function.arguments = {shown(given)}: expected a JSON object, or '
                     'the text of one.')
   outer = {name: value for name, value in call.items() if name not in ('name', 'arguments')}
   return outer | {'type': 'function', 'function': {**function, 'arguments': dict(arguments)}}
@@ -141,7 +140,7 @@ def _check_json(value: Any, where: str) -> None:
     elif isinstance(one, str):
       _check_text(one, where)
     elif not isinstance(one, (int, float, type(None))):
-      raise UserError(f'{where} holds {_short(one)}, which is no JSON: write a text.')
+      raise UserError(f'{where} holds {shown(one)}, which is no JSON: write a text.')
 
 
 def _check_text(text: str, where: str) -> None:
@@ -159,14 +158,9 @@ def check_tools(tools: Sequence[Any], where: str = 'tools') -> list[dict[str, An
     UserError: one of them is no object.
   """
   if not isinstance(tools, (list, tuple)):
-    raise UserError(f'{where} = {_short(tools)}: expected a list of tools.')
+    raise UserError(f'{where} = {shown(tools)}: expected a list of tools.')
   for i, tool in enumerate(tools):
     if not isinstance(tool, Mapping):
-      raise UserError(f'{where}[{i}] = {_short(tool)}: expected an object that describes a tool.')
+      raise UserError(f'{where}[{i}] = {shown(tool)}: expected an object that describes a tool.')
     _check_json(tool, f'{where}[{i}]')
   return [dict(tool) for tool in tools]
-
-
-def _short(value: Any) -> str:
-  text = repr(value)
-  return text if len(text) <= _SHOWN else f'{text[:_SHOWN]}…'

@@ -8,9 +8,7 @@ measured on, may share texts: whoever puts them together calls `refuse_overlap`.
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 
-from jaxrl_pt.errors import UserError
-
-_SHOWN = 60  # characters of a shared item that a message quotes
+from jaxrl_pt.errors import UserError, shortened
 
 
 @dataclass(frozen=True)
@@ -52,8 +50,7 @@ def refuse_overlap(training: Iterable[Hashable], held_out: Iterable[Hashable], w
     if item in measured:
       shared.add(item)
   if shared:
-    example = min(map(repr, shared))
-    example = example if len(example) <= _SHOWN else f'{example[:_SHOWN]}…'
+    example = shortened(min(map(repr, shared)), 60)
     raise UserError(
         f'{len(shared)} of the {len(measured)} distinct held-out {what} '
         f'({len(shared) / len(measured):.0%}) are trained on too, such as {example}: {advice}')

@@ -81,7 +81,7 @@ def _described(carried: Path | None) -> dict[str, Any]:
   found: dict[str, Any] = {}
   for name in ('config.json', 'tokenizer_config.json') if carried is not None else ():
     if carried is not None and (carried / name).is_file():
-      found |= json.loads((carried / name).read_bytes())
+      found |= files.read_object(carried / name)
   if isinstance(found.get('bos_token'), dict):
     found['bos_token'] = found['bos_token'].get('content')
   return found

@@ -28,6 +28,7 @@ from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 import numpy as np
 
 from jaxrl_pt import config as cfg
+from jaxrl_pt import files
 from jaxrl_pt.config.model import GROUP
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.interop import tensor_file
@@ -75,6 +76,16 @@ def is_transposed(spec: ParamSpec) -> bool:
 # --- Import ---------------------------------------------------------------------
 
 
+def read_settings(folder: Path) -> dict[str, Any]:
+  """The config.json of a folder.
+
+  Raises:
+    UserError: it cannot be read, or is no JSON object.
+  """
+  return files.read_object(folder / 'config.json', 'give the whole folder of a model, with '
+                           'config.json and model.safetensors')
+
+
 def load_model(folder: str | Path, mesh: Mesh | None = None) -> tuple[cfg.Model, Params]:
   """Reads a model from a Hugging Face folder.
 
@@ -92,7 +103,7 @@ def load_model(folder: str | Path, mesh: Mesh | None = None) -> tuple[cfg.Model,
       another shape, has no place or holds NaN.
   """
   folder = Path(folder)
-  settings = read_json(folder / 'config.json')
+  settings = read_settings(folder)
   config = to_config(settings, str(folder / 'config.json'))
   weights = _Weights(folder, linear_class(settings))
   config = dataclasses.replace(config, param_dtype=weights.dtype)
@@ -116,7 +127,7 @@ def stored_scales(folder: Path) -> dict[str, float]:
   Latent weights have these as their absmean up to the rounding of a float32 sum. An export of the
   same model writes them again to the last bit.
   """
-  kind, _ = linear_class(read_json(folder / 'config.json'))
+  kind, _ = linear_class(read_settings(folder))
   entries = tensor_file.open_folder(folder)
   stored = {name.removesuffix('_scale'): tensor_file.read(entry).astype(np.float32)[0]
             for name, entry in entries.items() if name.endswith('.weight_scale')}
@@ -266,17 +277,20 @@ class _Weights:
     shape = spec.shape[1:] if is_stacked(spec) else spec.shape
     shape = shape[::-1] if is_transposed(spec) else shape
     if not (self._has_codes and spec.role == 'projection'):
-      entry = self._find(name, *shape)
-      if entry.dtype.name not in ('float32', 'float16', 'bfloat16'):
-        raise UserError(f'Tensor {name} in {self._folder} is {entry.dtype}, but config.json says '
-                        'nothing of packed weights, and others are float32, float16 or bfloat16: '
-                        'the two files are not of one model.')
+      self._find_floats(name, *shape)
       return {name}
     found = self._entries.get(name)
     is_packed = found is not None and found.dtype == np.uint8
     self._find(name, -(-shape[0] // 4) if is_packed else shape[0], shape[1])
-    self._find(f'{name}_scale', 1)
+    self._find_floats(f'{name}_scale', 1)
     return {name, f'{name}_scale'}
+
+  def _find_floats(self, name: str, *shape: int) -> None:
+    entry = self._find(name, *shape)
+    if entry.dtype.name not in ('float32', 'float16', 'bfloat16'):
+      raise UserError(f'Tensor {name} in {self._folder} is {entry.dtype}, but by config.json it is '
+                      'no packed weight, and others are float32, float16 or bfloat16: the two '
+                      'files are not of one model.')
 
   def _find(self, name: str, *shape: int) -> Entry:
     if name not in self._entries:
@@ -287,21 +301,6 @@ class _Weights:
       raise UserError(f'Tensor {name} in {entry.path} has shape {entry.shape} but config.json asks '
                       f'for {shape}: the two files are not of one model.')
     return entry
-
-
-def read_json(path: Path) -> Any:
-  """A JSON file of a Hugging Face folder.
-
-  Raises:
-    UserError: the file cannot be read, or is not JSON.
-  """
-  try:
-    return json.loads(path.read_text(encoding='utf-8'))
-  except OSError as e:
-    raise UserError(f'{path} cannot be read ({e.strerror}): give a folder with config.json and '
-                    'model.safetensors.') from e
-  except (ValueError, RecursionError) as e:
-    raise UserError(f'{path} is not JSON ({e}): download it again.') from e
 
 
 # --- Export ---------------------------------------------------------------------

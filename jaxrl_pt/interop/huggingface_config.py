@@ -1,9 +1,8 @@
 """Turns the config.json of a Hugging Face model into a cfg.Model and back, with no unknown key.
 
-A key is either read (`_READ`), or does not change the logits (`_HARMLESS`), or does nothing at one
-value (`_NEUTRAL`). Every other key with a value that is not empty is refused by its name, since it
-may change the arithmetic, and a model that loads with wrong logits gives no error. A key that is
-left out means what the class of transformers takes for it.
+The keys are listed in `huggingface_keys`. Every other key with a value that is not empty is refused
+by its name, since it may change the arithmetic, and a model that loads with wrong logits gives no
+error. A key that is left out means what the class of transformers takes for it.
 """
 
 from collections.abc import Callable, Iterable
@@ -12,7 +11,8 @@ import re
 from typing import Any, TypeVar
 
 from jaxrl_pt import config as cfg
-from jaxrl_pt.errors import UserError
+from jaxrl_pt.errors import UserError, shortened, shown
+from jaxrl_pt.interop import huggingface_keys as keys
 from jaxrl_pt.models import transformer
 
 Settings = dict[str, Any]
@@ -56,53 +56,6 @@ _FAMILIES = {
 }
 _OUR_ACTIVATION: dict[str, cfg.Activation] = {'silu': 'swiglu', 'relu2': 'relu2'}
 
-_READ = frozenset("""
-    architectures head_dim hidden_act hidden_size intermediate_size model_type
-    num_attention_heads num_hidden_layers num_key_value_heads quantization_config rms_norm_eps
-    rope_parameters rope_scaling rope_theta tie_word_embeddings vocab_size""".split())
-
-# Keys about the file and its loader, training, generation, other tasks and the tokenizer.
-_HARMLESS = frozenset("""
-    _attn_implementation _attn_implementation_autoset _commit_hash _flash_attn_2_enabled
-    _name_or_path attn_implementation auto_map dtype low_cpu_mem_usage return_dict torch_dtype
-    torchscript transformers_version unsloth_fixed unsloth_version use_bfloat16 use_cache
-    use_return_dict output_attentions output_hidden_states tf_legacy_loss
-    attention_dropout attn_pdrop embd_pdrop gradient_checkpointing hidden_dropout
-    hidden_dropout_prob initializer_range resid_pdrop
-    bad_words_ids begin_suppress_tokens diversity_penalty do_sample early_stopping
-    encoder_no_repeat_ngram_size exponential_decay_length_penalty forced_bos_token_id
-    forced_eos_token_id length_penalty max_length max_new_tokens min_length
-    no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_scores
-    remove_invalid_values repetition_penalty return_dict_in_generate suppress_tokens
-    temperature top_k top_p typical_p
-    finetuning_task id2label label2id num_labels problem_type task_specific_params
-    bos_token_id decoder_start_token_id eos_token_id pad_token_id prefix sep_token_id
-    tokenizer_class unk_token_id
-    chunk_size_feed_forward is_decoder max_position_embeddings max_sequence_length
-    max_window_layers model_max_length pretraining_tp""".split())
-
-# Keys of models like Llama, each with the value at which it does nothing.
-_NEUTRAL: dict[str, Any] = {
-    'add_cross_attention': False, 'attention_bias': False, 'bias': False, 'clip_qkv': None,
-    'embedding_multiplier': 1, 'is_causal': True, 'is_encoder_decoder': False,
-    'logit_scale': 1, 'logits_scaling': 1, 'mlp_bias': False, 'partial_rotary_factor': 1,
-    'pruned_heads': {}, 'qk_layernorm': False, 'qk_norm': False, 'qkv_bias': False,
-    'residual_multiplier': 1, 'rope_interleaved': False, 'sliding_window': None,
-    'tie_encoder_decoder': False, 'use_bias': False, 'use_qk_norm': False,
-    'use_sliding_window': False,
-    **dict.fromkeys(('first_k_dense_replace', 'moe_intermediate_size', 'n_routed_experts',
-                     'num_experts', 'num_experts_per_tok', 'num_local_experts'), 0)}
-_EMPTY: tuple[Any, ...] = (None, False, 0, '', [], {})  # what an unknown key may be
-
-# The same kinds of keys for the dictionaries inside config.json.
-_NEUTRAL_ROPE: dict[str, Any] = {'attention_factor': 1, 'partial_rotary_factor': 1}
-_READ_ROPE = frozenset({'rope_theta', 'rope_type', 'type', 'original_max_position_embeddings'})
-_LLAMA3 = 'factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings'
-_READ_QUANTIZATION = frozenset({'linear_class', 'modules_to_not_convert', 'quant_method',
-                                'quantization_mode'})
-_HARMLESS_QUANTIZATION = frozenset({'rms_norm_eps'})  # It is read only with use_rms_norm.
-_NEUTRAL_QUANTIZATION: dict[str, Any] = {'use_rms_norm': False}
-
 
 # --- Import ---------------------------------------------------------------------
 
@@ -131,7 +84,7 @@ def to_config(settings: Any, where: str) -> cfg.Model:
   heads, width = (_size(settings, name, where) for name in ('num_attention_heads', 'hidden_size'))
   tied = settings.get('tie_word_embeddings', False)
   if not isinstance(tied, bool):
-    raise UserError(f'{where}: tie_word_embeddings is {tied!r}, but it must be true or false.')
+    raise UserError(f'{where}: tie_word_embeddings is {shown(tied)}, but it must be true or false.')
   # null is not the same as a key that is left out.
   kv_heads = heads if 'num_key_value_heads' in settings else family.num_kv_heads or heads
   return _made(
@@ -158,23 +111,23 @@ def _family(settings: Settings, where: str) -> _Family:
   """The family of a config.json whose keys have been checked, up to RoPE and quantisation."""
   kind = settings.get('model_type')
   if not isinstance(kind, str) or kind not in _FAMILIES:
-    raise _not_covered(where, f'model_type {kind!r}')
+    raise _not_covered(where, f'model_type {shown(kind)}')
   family = _FAMILIES[kind]
   architectures = _list(settings, 'architectures', where) or [family.architecture]
   if family.architecture not in architectures:
-    raise _not_covered(where, f'architectures {architectures!r}')
+    raise _not_covered(where, f'architectures {shown(architectures)}')
   if settings.get('hidden_act', family.hidden_act) != family.hidden_act:
-    raise _not_covered(where, f'hidden_act {settings["hidden_act"]!r}')
+    raise _not_covered(where, f'hidden_act {shown(settings["hidden_act"])}')
   layer_types = _list(settings, 'layer_types', where)
   if any(t != 'full_attention' for t in layer_types):
-    raise _not_covered(where, f'layer_types {sorted(set(map(str, layer_types)))}')
+    raise _not_covered(where, f'layer_types {shown(sorted(set(map(str, layer_types))))}')
   if kind == 'mistral' and 'sliding_window' not in settings:
     raise UserError(f'{where} does not say sliding_window, for which transformers takes 4096, and '
                     'a sliding window is not covered: if the model has none, write null.')
-  harmless = _HARMLESS | {'layer_types'}
+  harmless = keys.HARMLESS | {'layer_types'}
   if kind in ('qwen2', 'qwen3'):  # These have a switch for it, which is checked.
     harmless |= {'sliding_window'}
-  _check_known(settings, _READ | harmless, _NEUTRAL, where, '')
+  _check_known(settings, keys.READ | harmless, keys.NEUTRAL, where, '')
   return family
 
 
@@ -216,15 +169,15 @@ def _scaling(section: Settings, name: str, where: str) -> cfg.Rope:
   kinds = [section[key] for key in ('rope_type', 'type') if section.get(key) is not None]
   known = [kind for kind in kinds if kind in ('default', 'llama3')]
   if kinds != known or len(set(known)) > 1:
-    raise _not_covered(where, f'{name} of type {" and ".join(map(repr, kinds))}')
+    raise _not_covered(where, f'{name} of type {" and ".join(map(shown, kinds))}')
   if 'llama3' not in kinds:
-    _check_known(section, _READ_ROPE, {**_NEUTRAL_ROPE, 'factor': 1}, where, f'{name}.')
+    _check_known(section, keys.READ_ROPE, {**keys.NEUTRAL_ROPE, 'factor': 1}, where, f'{name}.')
     return cfg.PlainRope()
-  _check_known(section, _READ_ROPE | set(_LLAMA3), _NEUTRAL_ROPE, where, f'{name}.')
-  for key in _LLAMA3:
+  _check_known(section, keys.READ_ROPE | set(keys.LLAMA3), keys.NEUTRAL_ROPE, where, f'{name}.')
+  for key in keys.LLAMA3:
     _check_number(section.get(key), f'{name}.{key}', where)
-  return _made(cfg.Llama3Rope, where, *(float(section[key]) for key in _LLAMA3[:3]),
-               _size(section, _LLAMA3[3], where))
+  return _made(cfg.Llama3Rope, where, *(float(section[key]) for key in keys.LLAMA3[:3]),
+               _size(section, keys.LLAMA3[3], where))
 
 
 def _quantization(settings: Settings, where: str) -> Settings:
@@ -233,13 +186,13 @@ def _quantization(settings: Settings, where: str) -> Settings:
   if not section:
     return section
   if section.get('quant_method') != 'bitnet':
-    raise _not_covered(where, f'quantisation {section.get("quant_method")!r}')
+    raise _not_covered(where, f'quantisation {shown(section.get("quant_method"))}')
   for name, known in (('linear_class', ('bitlinear', 'autobitlinear')),
                       ('quantization_mode', ('offline', 'online'))):
     if section.get(name, known[0]) not in known:
-      raise _not_covered(where, f'{name} {section[name]!r}')
-  _check_known(section, _READ_QUANTIZATION | _HARMLESS_QUANTIZATION, _NEUTRAL_QUANTIZATION, where,
-               'quantization_config.')
+      raise _not_covered(where, f'{name} {shown(section[name])}')
+  _check_known(section, keys.READ_QUANTIZATION | keys.HARMLESS_QUANTIZATION,
+               keys.NEUTRAL_QUANTIZATION, where, 'quantization_config.')
   skipped = section.get('modules_to_not_convert')
   if skipped is not None:  # Where the key is missing, the head is not converted.
     _check_skipped(skipped, settings.get('num_hidden_layers'), where)
@@ -265,8 +218,8 @@ def _check_skipped(skipped: Any, num_layers: Any, where: str) -> None:
     UserError: an entry is refused, or none names the head.
   """
   if not isinstance(skipped, list) or not all(isinstance(s, str) for s in skipped):
-    raise UserError(f'{where}: modules_to_not_convert is {skipped!r}, but it must be a list of '
-                    'names of modules.')
+    raise UserError(f'{where}: modules_to_not_convert is {shown(skipped)}, but it must be a list '
+                    'of names of modules.')
   depth = min(num_layers, 9999) if isinstance(num_layers, int) else 0
   matrices = _matrices()
   names = [matrix.format(layer=i) for i in range(depth) for matrix in matrices]
@@ -274,30 +227,31 @@ def _check_skipped(skipped: Any, num_layers: Any, where: str) -> None:
     module = next((name for name in names if entry in name), None)
     if module or not re.fullmatch(r'[\w.]+', entry):
       what = f'leaves {module} unquantised' if module else 'is a pattern'
-      raise UserError(f'{where}: {entry!r} in modules_to_not_convert {what}. Models whose blocks '
-                      "are quantised throughout are covered: give the list as ['lm_head'].")
+      raise UserError(f'{where}: {shown(entry)} in modules_to_not_convert {what}. Models whose '
+                      "blocks are quantised throughout are covered: give the list as ['lm_head'].")
   # The path of the head is its name alone.
   if not any(_HEAD.endswith(entry) for entry in skipped):
-    raise UserError(f"{where}: modules_to_not_convert = {skipped} does not name 'lm_head', so "
-                    'that the head is quantised. Models with a plain head are covered.')
+    raise UserError(f"{where}: modules_to_not_convert = {shown(skipped)} does not name 'lm_head', "
+                    'so that the head is quantised. Models with a plain head are covered.')
 
 
 def _check_known(settings: Settings, known: Iterable[str], neutral: Settings, where: str,
                  prefix: str) -> None:
   for name, value in settings.items():
-    idle = (neutral[name],) if name in neutral else _EMPTY
+    idle = (neutral[name],) if name in neutral else keys.EMPTY
     if name in known or value is None or value in idle:
       continue
     if name in neutral:
-      raise _not_covered(where, f'{prefix}{name} = {value!r}')
-    raise UserError(f'{where} sets {prefix}{name} = {value!r}, which is not known here and may '
-                    'change what the model computes. If it does not, take it out of the file.')
+      raise _not_covered(where, f'{prefix}{name} = {shown(value)}')
+    raise UserError(f'{where} sets {prefix}{shortened(name)} = {shown(value)}, which is not known '
+                    'here and may change what the model computes. If it does not, take it out of '
+                    'the file.')
 
 
 def _section(settings: Settings, name: str, where: str) -> Settings:
   section = settings.get(name)
   if section is not None and not isinstance(section, dict):
-    raise UserError(f'{where}: {name} is {section!r}, but it must be an object.')
+    raise UserError(f'{where}: {name} is {shown(section)}, but it must be an object.')
   return section or {}
 
 
@@ -305,13 +259,13 @@ def _check_number(value: Any, name: str, where: str) -> None:
   # The bound also refuses the infinities and NaN that Python reads in JSON.
   is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
   if not is_number or not abs(value) <= 1e30:
-    raise UserError(f'{where}: {name} is {value!r}, but it must be a number.')
+    raise UserError(f'{where}: {name} is {shown(value)}, but it must be a number.')
 
 
 def _list(settings: Settings, name: str, where: str) -> list[Any]:
   items = settings.get(name) or []
   if not isinstance(items, list):
-    raise UserError(f'{where}: {name} is {items!r}, but it must be a list.')
+    raise UserError(f'{where}: {name} is {shown(items)}, but it must be a list.')
   return items
 
 
@@ -321,7 +275,8 @@ def _size(settings: Settings, name: str, where: str, default: int | None = None)
   if value is None:
     raise UserError(f'{where} does not say {name!r}: give the config.json of the model.')
   if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-    raise UserError(f'{where}: {name} is {value!r}, but it must be a whole number above 0.')
+    raise UserError(f'{where}: {name} is {shown(value)}, but it must be a whole number above '
+                    '0.')
   return value
 
 

@@ -18,7 +18,8 @@ from jax.sharding import Mesh
 import numpy as np
 
 from jaxrl_pt import config as cfg
-from jaxrl_pt.errors import UserError
+from jaxrl_pt import files
+from jaxrl_pt.errors import UserError, shortened, shown
 from jaxrl_pt.interop import huggingface as hf
 from jaxrl_pt.interop import tensor_file
 from jaxrl_pt.interop.tensor_file import Entry, Planned
@@ -49,16 +50,18 @@ def read_settings(folder: Path) -> cfg.LoRA:
     UserError: the folder holds no adapter_config.json, or one of an adapter that is not covered.
   """
   path = folder / CONFIG
-  found = hf.read_json(path)
-  if not isinstance(found, dict) or found.get('peft_type') != 'LORA':
+  found = files.read_object(path, f'give the whole folder of an adapter, with {CONFIG} and '
+                            f'{TENSORS}')
+  if found.get('peft_type') != 'LORA':
     raise UserError(f"{path} does not say peft_type = 'LORA': only low-rank adapters are read.")
   for key, value in found.items():
     if key in _READ | _HARMLESS or not value or value == _NEUTRAL.get(key):
       continue
-    raise UserError(f'{path} says {key} = {value!r}, which would change what the adapter computes '
-                    'and is not covered: merge the adapter with PEFT, and import the model.')
+    raise UserError(f'{path} says {shortened(key)} = {shown(value)}, which would change what the '
+                    'adapter computes and is not covered: merge the adapter with PEFT, and import '
+                    'the model.')
   if found.get('init_lora_weights') not in _KEEPS_BASE:
-    raise UserError(f'{path} says init_lora_weights = {found["init_lora_weights"]!r}, which '
+    raise UserError(f'{path} says init_lora_weights = {shown(found["init_lora_weights"])}, which '
                     'changed the base too: merge the adapter with PEFT, and import the model.')
   try:
     return cfg.LoRA(found.get('r', 8), found.get('lora_alpha', 8),
@@ -73,8 +76,8 @@ def _targets(path: Path, modules: Any) -> tuple[cfg.Projection, ...]:
   if modules == 'all-linear':
     modules = known
   if not isinstance(modules, list | tuple) or not modules or any(m not in known for m in modules):
-    raise UserError(f'{path} says target_modules = {modules!r}: expected a list of names among '
-                    f'{", ".join(known)}.')
+    raise UserError(f'{path} says target_modules = {shown(modules)}: expected a list of names '
+                    f'among {", ".join(known)}.')
   return tuple(name for name in known if name in modules)
 
 

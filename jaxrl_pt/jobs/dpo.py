@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from jaxrl_pt import config as cfg
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.jobs import packed, pairs, reference, reinforce, sft
-from jaxrl_pt.jobs.kind import Kind, Program
+from jaxrl_pt.jobs.kind import OTHER_START, Kind, Program
 from jaxrl_pt.parallel import hosts, rules
 from jaxrl_pt.parallel import model as models
 from jaxrl_pt.run import places, policy
@@ -94,7 +94,7 @@ def _evaluate(session: sessions.Session, step: int) -> dict[str, float]:
     path = places.policy(_method(session.run).start_from, session.workdir, 'start_from')
     params = policy.load_policy(path).params
     if reinforce.digest(params) != digest:
-      raise UserError(packed.OTHER_START)
+      raise UserError(OTHER_START)
     return params
 
   known = _Reference(session, start, digest, ('validation',))

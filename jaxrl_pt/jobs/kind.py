@@ -14,6 +14,9 @@ from jaxrl_pt.run.job import Job
 from jaxrl_pt.run.session import Session
 from jaxrl_pt.types import Params
 
+OTHER_START = ('The policy in start_from is not the one that this run started from: put it back, '
+               'or use a new --workdir.')
+
 
 class Program(NamedTuple):
   """A jitted function, and the abstract arguments with which a run would call it.

@@ -14,16 +14,13 @@ from jaxrl_pt import config as cfg
 from jaxrl_pt import metrics
 from jaxrl_pt.data import loader
 from jaxrl_pt.errors import UserError
-from jaxrl_pt.jobs.kind import abstract
+from jaxrl_pt.jobs.kind import OTHER_START, abstract
 from jaxrl_pt.parallel import rules
 from jaxrl_pt.run import session as sessions
 from jaxrl_pt.run.job import Dispatched
 from jaxrl_pt.train import optim
 from jaxrl_pt.train import state as states
 from jaxrl_pt.types import Array, Batch, Params, TrainState, Weighted
-
-OTHER_START = ('The policy in start_from is not the one that this run started from: put it back, '
-               'or use a new --workdir.')
 
 
 class Start(NamedTuple):

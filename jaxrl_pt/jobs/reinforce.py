@@ -32,6 +32,7 @@ from jaxrl_pt import params as P
 from jaxrl_pt.checksum import checksum
 from jaxrl_pt.environments.base import Task
 from jaxrl_pt.errors import UserError
+from jaxrl_pt.jobs.kind import OTHER_START
 from jaxrl_pt.models import adapters, transformer
 from jaxrl_pt.models.base import Model
 from jaxrl_pt.parallel import memory, rules
@@ -121,8 +122,7 @@ class Reinforcement:
                         f'{value!r}, which would ask some prompts twice and others not at all: '
                         f'resume with {name} = {position[name]!r}, or use a new --workdir.')
     if position['start'] != self._digest:
-      raise UserError(f'The policy in {self._method.start_from} is not the one that this run '
-                      'started from: put it back, or use a new --workdir.')
+      raise UserError(OTHER_START)
     if position['task'] != self._environment.digest:
       raise UserError('The problems are not those that this run began with: put them back, or '
                       'use a new --workdir.')

@@ -2,7 +2,7 @@
 
 `Engine` is the host's half of `sampling/slots.py`: it checks requests, keeps their rows, hands
 them to the device and collects the tokens that have been drawn. Its one program is compiled for
-one set of shapes when the engine is made; to compile again is an error.
+one set of types (shapes and dtypes) when the engine is made; to compile again is an error.
 
 Floating-point sums depend on how many rows a product has. A change of `Engine.slots` or of
 `Engine.prefill_chunk` can therefore move a logit by a rounding and, at a near tie, change a
@@ -213,7 +213,8 @@ class Engine:
     self._slots = self._run(self._params, self._key, np.int32(self.version), self._on_device,
                             self._slots, np.int32(steps))
     if len(self._traced) > 1:
-      raise RuntimeError('the engine compiled again: its parameters changed their shapes')
+      raise RuntimeError('the engine compiled again: its parameters changed their types (shape or '
+                         'dtype)')
     places, out = self._slots.places, dataclasses.replace(self._slots.responses, version=())
     if not any(note.request.top_logprobs for note in self._rows.values()):
       out = dataclasses.replace(out, top_tokens=(), top_logp=())  # They are not fetched.
@@ -288,7 +289,7 @@ class Engine:
     return [sorted(group, key=lambda r: r.sample) for group in done]
 
   def load(self, params: Params, version: int, batch: int | None = None) -> None:
-    """Replaces the parameters by others of the same shapes, and forgets what they have cached.
+    """Replaces the parameters by others of the same types, and forgets what they have cached.
 
     Args:
       params: the policy's parameters.

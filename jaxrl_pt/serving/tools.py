@@ -273,8 +273,9 @@ def parse(text: str, names: frozenset[str]) -> Call | None:
         or value['name'] not in names or not isinstance(value['arguments'], dict)):
       return None
     arguments = json.dumps(value['arguments'], ensure_ascii=False)
-    if not is_text(arguments):  # A lone surrogate stays written as an escape.
-      arguments = json.dumps(value['arguments'])
-    return Call(value['name'], arguments)
+    # An escape may be a lone surrogate, which no message may hold. U+FFFD stands in its place, so
+    # that the call can come back.
+    return Call(value['name'], arguments.encode('utf-16', 'surrogatepass').decode(
+        'utf-16', 'replace'))
   except (ValueError, TypeError, RecursionError):
     return None

@@ -11,7 +11,9 @@ import tokenizers
 
 from jaxrl_pt import config as cfg
 from jaxrl_pt import frontends, gin_bindings
-from jaxrl_pt.data import chat_files
+from jaxrl_pt.data import chat_files, chat_sandbox
+from jaxrl_pt.data.chat import ChatTemplate
+from jaxrl_pt.data.tokenizer import ByteTokenizer
 from jaxrl_pt.main import main
 from jaxrl_pt.run import start
 from jaxrl_pt.run.policy import load_policy
@@ -70,18 +72,34 @@ def test_the_models_own_template_and_drawing_are_the_default(
 @pytest.mark.parametrize(('name', 'content', 'expected'), [
     ('generation_config.json', '{"eos_token_id": "x"}', "eos_token_id = 'x'"),
     ('generation_config.json', '[]', 'holds no JSON object'),
-    ('generation_config.json', '{', 'is no JSON'),
+    ('generation_config.json', '{', 'is not JSON'),
     ('generation_config.json', '{"eos_token_id": 1, "top_p": 7}', 'asks for what cannot be'),
     ('chat_template.jinja', '{% for', 'is no Jinja2 template: line 1'),
     ('tokenizer_config.json', '{"eos_token": "</s>", "chat_template": [{"name": "a"}]}',
-     'neither a text nor a list of named templates')])
+     'neither a text nor a list of named templates'),
+    ('chat_template.jinja', '{% for i in range(9999) %}{% for j in range(99999) %}{% endfor %}'
+     '{% endfor %}', 'was stopped: it computes for more than 0.1 seconds; mend the template'),
+    ('chat_template.jinja', '{{ bos_token.__class__ }}', 'reads what it must not'),
+    ('chat_template.jinja', '{{ raise_exception("no " + messages[0].role) }}',
+     'refuses these messages: no user; mend the template'),
+    ('chat_template.jinja', '{{ messages[7].content }}', 'refuses these messages'),
+    ('tokenizer_config.json', '{"eos_token": "</s>", "chat_template": [{"name": "default", '
+     '"template": "a"}, {"name": "tool_use", "template": "{{ tools[1].a.b }}"}]}',
+     'refuses these messages')])
 def test_a_damaged_file_is_told_in_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str],
-                                               name: str, content: str, expected: str):
+                                               monkeypatch: pytest.MonkeyPatch, name: str,
+                                               content: str, expected: str):
+  monkeypatch.setattr(chat_sandbox, 'MOST_SECONDS', 0.1)
   source = _source(tmp_path / 'model')
   (source / name).write_text(content)
   told = mistake(capsys, 'import', str(source), '--workdir', str(tmp_path / 'run'))
   assert expected in told and name in told
   assert not (tmp_path / 'run').exists()
+
+
+def test_a_template_that_wants_a_system_message_is_imported():
+  asks = "{% if messages[0].role != 'system' %}{{ raise_exception('no system') }}{% endif %}a"
+  chat_files.check(ChatTemplate(asks, asks), ByteTokenizer())
 
 
 def test_named_templates(tmp_path: Path):

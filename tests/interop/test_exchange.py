@@ -297,6 +297,21 @@ def test_what_a_killed_import_leaves_is_removed_by_the_next(source: Path, tmp_pa
   assert [p.name for p in home.iterdir()] == ['run']
 
 
+def test_a_damaged_file_that_was_carried_along_is_named(workdir: Path, tmp_path, capsys):
+  moved = tmp_path / 'moved'
+  shutil.copytree(workdir, moved)
+  for name, content, advice in (('config.json', '[]', 'copy it again'),
+                                ('ternary_scales.json', '[]', 'import the model again'),
+                                ('ternary_scales.json', '{"a": "b"}', 'import the model again')):
+    kept = moved / 'huggingface' / name
+    before = kept.read_bytes() if kept.exists() else None
+    kept.write_text(content)
+    error = mistake(capsys, 'export', '--workdir', str(moved), str(tmp_path / 'out'))
+    assert str(kept) in error and advice in error
+    kept.unlink() if before is None else kept.write_bytes(before)
+  assert [path.name for path in tmp_path.iterdir()] == ['moved']
+
+
 def test_an_export_that_fails_or_is_stopped_leaves_nothing(workdir: Path, tmp_path, capsys,
                                                            monkeypatch):
   flags = ('export', '--workdir', str(workdir), str(tmp_path / 'out'), '--verify')

@@ -22,6 +22,7 @@ from jaxrl_pt import params as P
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.interop import huggingface as hf
 from jaxrl_pt.interop import tensor_file
+from jaxrl_pt.interop.huggingface_config import to_config, to_settings
 from jaxrl_pt.models import transformer
 from jaxrl_pt.nn.quant import pack, ternary
 from tests import xla_flags
@@ -373,6 +374,18 @@ def test_quantisation_that_is_not_covered(tmp_path, change, words):
     hf.load_model(rewritten(tmp_path, {'quantization_config': settings_json}, **PACKED))
 
 
+@pytest.mark.parametrize('name', [
+    'model_type', 'architectures', 'hidden_act', 'layer_types', 'hidden_size', 'head_dim',
+    'tie_word_embeddings', 'rope_scaling', 'rope_theta', 'rms_norm_eps', 'quantization_config',
+    'num_experts', 'y' * 9999])
+@pytest.mark.parametrize('value', ['x' * 9999, ['x' * 9999], {'type': 'x' * 9999}])
+def test_a_long_value_is_not_quoted_whole(name, value):
+  settings = to_settings(LLAMA, False, None, None, 99) | {name: value}
+  with pytest.raises(UserError) as told:
+    to_config(settings, 'config.json')
+  assert len(str(told.value)) < 600
+
+
 def with_tensors(folder, change, **options):
   rewritten(folder, {}, **options)
   path = folder / 'model.safetensors'
@@ -391,10 +404,12 @@ HEAD, EMBED = 'lm_head.weight', 'model.embed_tokens.weight'
     ({'config': BITNET}, lambda stored: {HEAD: stored[EMBED][:-1]}, 'has shape'),
     ({}, lambda stored: {f'{Q}.bias': np.zeros(16, np.float32)}, 'holds 1 tensors'),
     ({}, lambda stored: {f'{Q}.weight_scale': np.ones(1, np.float32)}, f'holds 1 .*{Q}'),
-    ({}, lambda stored: {f'{Q}.weight': np.ones((16, 16), np.uint8)}, 'nothing of packed'),
+    ({}, lambda stored: {f'{Q}.weight': np.ones((16, 16), np.uint8)}, 'no packed weight'),
     ({'config': BITNET}, lambda stored: {f'{Q}.weight_scale': np.ones(1, np.float32)},
      'holds 1 tensors'),
     (PACKED, lambda stored: {f'{Q}.weight_scale': OUT}, 'has no tensor'),
+    (PACKED, lambda stored: {f'{Q}.weight_scale': np.ones(1, np.int32)}, f'{Q}.weight_scale.*int'),
+    (PACKED, lambda stored: {f'{Q}.weight_scale': np.ones(1, bool)}, f'{Q}.weight_scale.*bool'),
     (PACKED, lambda stored: {f'{Q}.weight': np.full((16, 16), 0.3, np.float32)},
      'more than −1, 0 and 1'),
     (PACKED, lambda stored: {f'{Q}.weight': np.full((4, 16), 255, np.uint8)},

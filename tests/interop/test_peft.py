@@ -154,4 +154,6 @@ def test_an_adapter_of_another_or_a_damaged_model_is_refused(
   path.write_bytes(path.read_bytes()[:-8])
   assert 'is truncated' in refused(tmp_path / 'short')
   shutil.rmtree(tmp_path / 'short')
-  assert 'adapter_config.json cannot be read' in refused(tmp_path / 'short')
+  error = refused(tmp_path / 'short')
+  assert 'adapter_config.json cannot be read' in error
+  assert 'give the whole folder of an adapter' in error

@@ -67,8 +67,9 @@ ANSWERS: dict[str, tuple[str, list[Call]]] = {
     # The end marker stands in a quotation.
     written('weather', '{"city": "</tool_call>"}'):
         ('', [Call('weather', '{"city": "</tool_call>"}')]),
-    written('weather', '{"city": "\\ud800 €"}'):
-        ('', [Call('weather', '{"city": "\\ud800 \\u20ac"}')]),
+    # Lone surrogates, which no message may hold, and a pair of them.
+    written('weather', '{"city": "\\ud800 € \\udc00 \\ud83d\\ude00\\ud83d"}'):
+        ('', [Call('weather', '{"city": "\ufffd € \ufffd \U0001f600\ufffd"}')]),
 }
 # What is no call is plain text, as it was written.
 NO_CALLS = [
