@@ -97,7 +97,7 @@ _BESIDE: dict[type, dict[type, dict[str, Any]]] = {
     cfg.OneStepOff: {cfg.RPT: {'algorithm': cfg.Algorithm(correction=cfg.TokenTIS())}},
     cfg.InFlight: {cfg.RPT: {'algorithm': cfg.Algorithm(correction=cfg.TokenTIS())}},
     **{kind: {cfg.Data: {'long_documents': 'cut'}, cfg.Run: {'objective': cfg.SFT('')}}
-       for kind in (cfg.Conversations, cfg.WeightedConversations)},
+       for kind in (cfg.Conversations, cfg.HybridConversations, cfg.WeightedConversations)},
     **{kind: {cfg.Data: {'long_documents': 'cut'}, cfg.Run: {'objective': cfg.RewardModel('')}}
        for kind in (cfg.Preferences, cfg.SlipPreferences)},
     cfg.HybridModes: {cfg.Rollouts: {'response_tokens': 2}},

@@ -48,6 +48,7 @@ VALID: dict[type, dict[str, Any]] = {
     cfg.Arithmetic: {'size': 4},
     cfg.RedundantChecks: {'size': 4},
     cfg.HybridSums: {'size': 4},
+    cfg.HybridConversations: {'glob': 'a'},
     cfg.CodeProblems: {'glob': 'a'},
     cfg.NumberedGames: {'size': 4},
     cfg.Problems: {'source': cfg.Arithmetic(4)},
@@ -351,6 +352,11 @@ REFUSED: list[tuple[type, str, list[Any], str]] = [
     *((cfg.HybridSums, name, ['#', 'ab', 'é', '7'], 'one byte that neither')
       for name in ('think', 'think_end', 'no_think')),
     (cfg.HybridSums, 'seed', [-1, 0.5], 'at least 0'),
+    *((cfg.HybridConversations, name, ['', None], 'a non-empty string')
+      for name in ('glob', 'think', 'think_end', 'no_think', 'evaluation_field')),
+    *((cfg.HybridConversations, name, [None, 3], 'a string')
+      for name in ('no_think_end', 'evaluation_glob')),
+    (cfg.HybridConversations, 'ngram', [0, 101, 1.5], 'from 1 to 100'),
     (cfg.GAE, 'lam', [-0.1, 1.1], 'a number from 0 to 1'),
     (cfg.GAE, 'value_lr', [-0.1, 0, NAN], 'a number above 0'),
     *((t, 'low', [-0.1, 1.1, None], 'a number from 0 to 1')
@@ -497,6 +503,7 @@ def test_every_field_has_a_row():
            'SFT starts from no policy that would have one'))),
     (lambda: cfg.Algorithm(epochs=2), 'choose a surrogate with a ratio'),
     (lambda: cfg.HybridModes('a', 'a'), 'another text than HybridModes.think'),
+    (lambda: cfg.HybridConversations('a', 'b', no_think='b'), 'another text than Hybrid'),
     (lambda: cfg.Rollouts(group_size=3, response_tokens=2, modes=HYBRID), 'choose an even'),
     (lambda: cfg.Rollouts(modes=cfg.HybridModes()), 'room for the token of a mode alone'),
     *((lambda sampler=sampler: cfg.Rollouts(response_tokens=2, modes=HYBRID, sampler=sampler),

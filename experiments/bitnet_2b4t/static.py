@@ -4,11 +4,12 @@
 
 Needs libtpu (`make libtpu`) and no TPU. `sampling.step.step` is compiled for each generation with
 2-bit weights, embedding and head in 8 bits, and int8 pages of 2,048 cached tokens a row; the
-prefill extends one row by 2,048 tokens, with the kernels of the product. The compiled program of 2
-and of 6 layers is read by `tpu.hlo` and `tpu.roofline`; what 30 layers take is that of 2, and 28
-times what each of the other four adds, since all layers are alike. A prediction is the larger of
-bytes over HBM bandwidth and multiply-adds over the MXU's peak: perfect overlap, no latency, no
-measurement. `must move` is what an ideal step reads and writes. Results go to results/static.json.
+prefill extends one row by 2,048 tokens in chunks of 256, with the kernels of the product. The
+compiled program of 2 and of 6 layers is read by `tpu.hlo` and `tpu.roofline`; what 30 layers take
+is that of 2, and 28 times what each of the other four adds, since all layers are alike. A
+prediction is the larger of bytes over HBM bandwidth and multiply-adds over the MXU's peak: perfect
+overlap, no latency, no measurement. `must move` is what an ideal
+step reads and writes. Results go to results/static.json.
 """
 
 import json
@@ -37,6 +38,7 @@ from jaxrl_pt.types import Prompts
 RESULT = Path(__file__).parent / 'results' / 'static.json'
 TOPOLOGIES = ('v5e:2x2', 'v5p:2x2x1', 'v6e:2x2', 'tpu7x:2x2x1')
 BATCHES, PROMPT, CONTEXT, PAGE, STEPS = (1, 8, 32, 128), 64, 2048, 128, 64
+CHUNK = cfg.Slots().prefill_chunk  # tokens of a prompt that go through the model at once
 LAYERS, FEW, MORE = 30, 2, 6
 
 
@@ -85,11 +87,19 @@ def prefill(model: Any, mesh: Any, params: Any, place: Any, length: int) -> dict
 
   def run(params: Any, tokens: Any, pool: Any) -> Any:
     params = for_a_loop(params, model.config.num_layers)
-    positions = jnp.arange(length)[None]
-    attend = paged_cache.paged(model.ops, 1 + jnp.arange(num_pages)[None], jnp.zeros(1, jnp.int32),
-                               jnp.full(1, length))
-    hidden, pool = model.extend(params, tokens, positions, pool, attend)
-    return model.logits(params, hidden[:, -1]), pool
+    table = 1 + jnp.arange(num_pages)[None]
+
+    def chunk(i: Any, carry: Any) -> Any:
+      pool, _ = carry
+      start = i * CHUNK
+      attend = paged_cache.paged(model.ops, table, jnp.full(1, start), jnp.full(1, CHUNK))
+      hidden, pool = model.extend(params, jax.lax.dynamic_slice_in_dim(tokens, start, CHUNK, 1),
+                                  start + jnp.arange(CHUNK)[None], pool, attend)
+      return pool, hidden[:, -1]
+
+    last = jnp.zeros((1, model.config.d_model), jnp.bfloat16)
+    pool, last = jax.lax.fori_loop(0, length // CHUNK, chunk, (pool, last))
+    return model.logits(params, last), pool
 
   tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
   traced = jax.jit(run, donate_argnums=2).trace(params, place(tokens), place(pool))

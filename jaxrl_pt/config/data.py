@@ -6,7 +6,14 @@ import math
 from typing import Literal, get_args
 
 from jaxrl_pt.config import checks
-from jaxrl_pt.config.problems import Arithmetic, Generated, ReasoningGym, RedundantChecks
+from jaxrl_pt.config.examples import (
+  Conversations,
+  Demonstrations,
+  HybridConversations,
+  Preferences,
+  SlipPreferences,
+  WeightedConversations,
+)
 from jaxrl_pt.errors import UserError
 
 
@@ -114,86 +121,8 @@ class Seqio:
       checks.text(self, name)
 
 
-@dataclass(frozen=True)
-class Demonstrations:
-  """Prompts of problems, each with a response, for the warm start of RL.
-
-  They are split by their prompts: Data.validation_fraction holds out the same prompts as an equal
-  Problems.held_out. Demonstrations of generated problems show the work, with slips where the source
-  has noise; those of reasoning-gym are the bare answer.
-  """
-
-  source: Generated | ReasoningGym
-
-  def __post_init__(self) -> None:
-    checks.instance(self, 'source', *get_args(Generated), ReasoningGym)
-
-
-@dataclass(frozen=True)
-class Conversations:
-  """Conversations of which the assistant's part is learned: rows of JSON-lines files.
-
-  A row has `messages`, a list of {"role", "content"}, or `prompt` and `completion`. Rows are split
-  by what they ask: Data.validation_fraction holds out all conversations with the same prompt.
-  """
-
-  glob: str
-
-  def __post_init__(self) -> None:
-    checks.text(self, 'glob')
-
-
-@dataclass(frozen=True)
-class WeightedConversations:
-  """Several sources of conversations, each with a weight that multiplies its loss.
-
-  weights: one for each source, in their order.
-  """
-
-  sources: tuple[Conversations | Demonstrations, ...]
-  weights: tuple[float, ...]
-
-  def __post_init__(self) -> None:
-    kinds = Conversations, Demonstrations
-    if not (isinstance(self.sources, (list, tuple)) and self.sources
-            and all(isinstance(source, kinds) for source in self.sources)):
-      checks.fail(self, 'sources', f'a list of {checks.one_of(kinds)}')
-    if not (isinstance(self.weights, (list, tuple)) and len(self.weights) == len(self.sources)
-            and all(checks.is_weight(weight) and weight > 0 for weight in self.weights)):
-      checks.fail(self, 'weights', f'{len(self.sources)} numbers above 0, one for each source')
-    object.__setattr__(self, 'sources', tuple(self.sources))
-    object.__setattr__(self, 'weights', tuple(map(float, self.weights)))
-
-
-@dataclass(frozen=True)
-class Preferences:
-  """Pairs of completions of which one is preferred: rows of JSON-lines files.
-
-  A row has `prompt`, `chosen` and `rejected`. Data.validation_fraction holds out all pairs with the
-  same prompt.
-  """
-
-  glob: str
-
-  def __post_init__(self) -> None:
-    checks.text(self, 'glob')
-
-
-@dataclass(frozen=True)
-class SlipPreferences:
-  """Generated problems, each with a right demonstration, which is chosen, and one with a slip.
-
-  The noise of the problems is not read.
-  """
-
-  source: Arithmetic | RedundantChecks
-
-  def __post_init__(self) -> None:
-    checks.instance(self, 'source', Arithmetic, RedundantChecks)
-
-
 MixedSource = (PythonStdlib | TextFiles | Jsonl | Parquet | ArrayRecord | HuggingFaceDataset
-               | Demonstrations | Conversations | WeightedConversations)
+               | Demonstrations | Conversations | HybridConversations | WeightedConversations)
 # The order of a mixture is kept as a table of one period.
 _LONGEST_PERIOD = 100_000
 
@@ -251,7 +180,8 @@ Examples = Literal['documents', 'conversations', 'preferences']
 SOURCES_OF: dict[Examples, tuple[type, ...]] = {
     'documents': (PythonStdlib, TextFiles, Jsonl, Parquet, ArrayRecord, HuggingFaceDataset, Seqio,
                   Demonstrations, Mixture),
-    'conversations': (Conversations, WeightedConversations, Demonstrations, Mixture),
+    'conversations': (Conversations, HybridConversations, WeightedConversations, Demonstrations,
+                      Mixture),
     'preferences': (Preferences, SlipPreferences)}
 
 

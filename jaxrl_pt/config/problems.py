@@ -118,8 +118,8 @@ class HybridSums:
 
   A demonstration begins with a mark that says which: it thinks, or it answers at once.
 
-  easy_share: the share of easy sums, in which all digits but two are 0. Their answers can be known by
-    heart; those of the other sums are too many for that.
+  easy_share: the share of easy sums, in which all digits but two are 0. Their answers can be known
+    by heart; those of the other sums are too many for that.
   min_steps, max_steps: the range of the number of steps; the prompt shows one digit more.
   think_share: the share of the demonstrations that think.
   slips: the shares of demonstrations that are wrong: easy and hard ones that think, easy and hard

@@ -16,6 +16,7 @@ from jaxrl_pt.data import (
   chat_files,
   conversations,
   fingerprint,
+  hybrid_examples,
   pack,
   preferences,
   publish,
@@ -224,7 +225,8 @@ def _keyed(source: config.Source) -> Iterator[tuple[str, str]]:
   match source:
     case config.Mixture(sources=mixed):
       return (pair for part in mixed for pair in _keyed(part))
-    case config.Conversations() | config.WeightedConversations():
+    case (config.Conversations() | config.HybridConversations()
+          | config.WeightedConversations()):
       return ((row.text, row.key) for row, _ in conversations.rows(source))
     case config.Preferences() | config.SlipPreferences():
       return ((row.chosen.text, row.key) for row in preferences.rows(source))
@@ -292,6 +294,9 @@ def _supervised(data: config.Data, making: Making, left_out: dict[str, int]
                 ) -> tuple[tokenizers.Tokenizer, list[Iterator[_Item]]]:
   """Items of an answer each; while they are drawn, `left_out` counts those that were too long."""
   _refuse_overlap(data, 'prompts')
+  for part in _parts(data.source):
+    if isinstance(part, config.HybridConversations):
+      print(hybrid_examples.counts(part), flush=True)
   tokenizer = making.tokenizer
   if tokenizer is None:
     training = (text for text, _, held_out in _texts(data) if not held_out)
@@ -301,6 +306,12 @@ def _supervised(data: config.Data, making: Making, left_out: dict[str, int]
   make = _answered if making.examples == 'conversations' else _preferred
   return tokenizer, [_on_sides(part, lambda source: make(source, writing))
                      for part in _packed_apart(data)]
+
+
+def _parts(source: config.Source) -> Iterator[config.Source]:
+  """All sources that a source is put together of."""
+  inner = sources.parts(source)
+  return iter(inner) if inner == (source,) else (p for part in inner for p in _parts(part))
 
 
 class _Writing(NamedTuple):

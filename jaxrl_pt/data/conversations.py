@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxrl_pt import config
-from jaxrl_pt.data import chat, chat_messages, sources
+from jaxrl_pt.data import chat, chat_messages, hybrid_examples, sources, template_text
+from jaxrl_pt.data.template_text import Span
 from jaxrl_pt.data.tokenizer import Tokenizer
 from jaxrl_pt.errors import UserError
 
@@ -36,6 +37,7 @@ class Row(NamedTuple):
   prompt, completion: both empty where there are messages.
   messages, tools: as `chat.encode_conversation` takes them; empty where there is a prompt.
   only_last: whether the assistant's last turn alone is learned.
+  marked: the completion in pieces, where some of them are tags of the operator's; else ().
   """
 
   place: str
@@ -45,6 +47,7 @@ class Row(NamedTuple):
   messages: tuple[Any, ...] = ()
   tools: tuple[Any, ...] = ()
   only_last: bool = False
+  marked: tuple[Span, ...] = ()
 
   @property
   def text(self) -> str:
@@ -71,6 +74,11 @@ def rows(source: config.Source) -> Iterator[tuple[Row, float]]:
     case config.Demonstrations(source=problems):
       for number, (prompt, response) in enumerate(sources.demonstrations(problems)):
         yield Row(f'demonstration {number} of {problems}', prompt, prompt, response), 1.0
+    case config.HybridConversations():
+      for example in hybrid_examples.examples(source):
+        completion = ''.join(span.text for span in example.completion)
+        yield Row(example.place, example.prompt, example.prompt, completion,
+                  marked=example.completion), 1.0
     case config.Conversations(glob=pattern):
       for place, found in sources.json_rows(pattern):
         yield of_row(found, place), 1.0
@@ -176,7 +184,9 @@ def encode(row: Row, tokenizer: Tokenizer, template: chat.ChatTemplate
     return np.asarray(found.tokens, np.int32), np.asarray(found.is_written, bool)
   begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
   asked = [*begin, *tokenizer.encode(row.prompt)]
-  answer = [*tokenizer.encode(row.completion), tokenizer.eos_id]
+  completion = (template_text.encode(tokenizer, row.marked) if row.marked
+                else tokenizer.encode(row.completion))
+  answer = [*completion, tokenizer.eos_id]
   learned_n = np.arange(len(asked) + len(answer)) >= len(asked)
   return np.asarray([*asked, *answer], np.int32), learned_n
 

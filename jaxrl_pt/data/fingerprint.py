@@ -123,6 +123,9 @@ def _placeless(source: Any) -> Any:
     case (config.TextFiles() | config.Jsonl() | config.Parquet() | config.ArrayRecord()
           | config.Conversations() | config.Preferences()):
       return dataclasses.replace(source, glob='*')
+    case config.HybridConversations():
+      evaluated = '*' if source.evaluation_glob else ''
+      return dataclasses.replace(source, glob='*', evaluation_glob=evaluated)
     case config.HuggingFaceDataset():
       return dataclasses.replace(source, path='*')
     case _:

@@ -59,8 +59,8 @@ def keyed_documents(source: config.Source) -> Iterator[tuple[str, str]]:
       keyed = ((prompt + response, prompt) for prompt, response in demonstrations(problems))
     case config.Mixture(sources=mixed):
       keyed = (pair for part in mixed for pair in keyed_documents(part))
-    case (config.Conversations() | config.WeightedConversations() | config.Preferences()
-          | config.SlipPreferences()):
+    case (config.Conversations() | config.HybridConversations() | config.WeightedConversations()
+          | config.Preferences() | config.SlipPreferences()):
       raise UserError(f'{source} holds no documents: choose another Data.source.')
     case _:
       keyed = ((text, text) for text in _texts(source))
@@ -124,6 +124,8 @@ def files(source: config.Source) -> list[Path]:
       return [path for part in parts(source) for path in files(part)]
     case config.HuggingFaceDataset():
       return huggingface_data.files(source)
+    case config.HybridConversations(glob=pattern, evaluation_glob=evaluated):
+      return [path for each in (pattern, evaluated) if each for path in _matches(each)]
     case _:
       return _matches(source.glob)
 

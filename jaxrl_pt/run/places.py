@@ -22,6 +22,7 @@ SMALL_FILES = ('config.json', 'generation_config.json', 'tokenizer_config.json',
 _PATHS: dict[type, tuple[str, ...]] = {
     cfg.TextFiles: ('glob',), cfg.Jsonl: ('glob',), cfg.Parquet: ('glob',),
     cfg.ArrayRecord: ('glob',), cfg.Conversations: ('glob',), cfg.Preferences: ('glob',),
+    cfg.HybridConversations: ('glob', 'evaluation_glob'),
     cfg.JsonlProblems: ('glob',), cfg.SentencePiece: ('path',),
     cfg.HuggingFaceDataset: ('path',),
     cfg.HuggingFaceTokenizer: ('path',), cfg.Data: ('validation_glob', 'cache_dir'),
