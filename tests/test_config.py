@@ -347,7 +347,7 @@ REFUSED: list[tuple[type, str, list[Any], str]] = [
       for name in ('easy_share', 'think_share')),
     (cfg.HybridSums, 'size', [0, 1.5], 'at least 1'),
     (cfg.HybridSums, 'min_steps', [0, 65], 'from 1 to 64'),
-    (cfg.HybridSums, 'max_steps', [3, 65], 'from 4 to 64'),
+    (cfg.HybridSums, 'max_steps', [2, 65], 'from 3 to 64'),
     (cfg.HybridSums, 'slips', [(), (0.1, 0.2, 0.3, 1.1), 0.1], 'four numbers from 0 to 1'),
     *((cfg.HybridSums, name, ['#', 'ab', 'é', '7'], 'one byte that neither')
       for name in ('think', 'think_end', 'no_think')),

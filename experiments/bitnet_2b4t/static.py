@@ -146,11 +146,16 @@ def main() -> None:
       # Only a process of its own may ask libtpu for a topology.
       compiled = subprocess.run([sys.executable, __file__, topology, *map(str, case)],
                                 capture_output=True, text=True, env=child.environment())
-      if compiled.returncode:
-        raise SystemExit(f'{topology} {case}: {compiled.stderr[-2000:]}')
-      rows.append(json.loads(compiled.stdout.splitlines()[-1]))
-      print('{topology} {what} {size}: {predicted_ms:.2f} ms predicted, bound by {bound}, '
-            '{ratio:.3f}× of what must move'.format(**rows[-1]), flush=True)
+      if compiled.returncode:  # Some programs are refused, or end the compiler.
+        said = [line for line in compiled.stderr.splitlines() if 'heck failed' in line]
+        said = said or compiled.stderr.strip().splitlines()
+        rows.append(dict(zip(('topology', 'what', 'size'), (topology, *case), strict=True),
+                         refused=(said or ['no message'])[-1].split('] ')[-1][:300]))
+        print('{topology} {what} {size} is refused: {refused}'.format(**rows[-1]), flush=True)
+      else:
+        rows.append(json.loads(compiled.stdout.splitlines()[-1]))
+        print('{topology} {what} {size}: {predicted_ms:.2f} ms predicted, bound by {bound}, '
+              '{ratio:.3f}× of what must move'.format(**rows[-1]), flush=True)
       RESULT.parent.mkdir(exist_ok=True)
       RESULT.write_text(json.dumps(rows, indent=1) + '\n')
 

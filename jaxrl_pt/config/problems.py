@@ -114,12 +114,12 @@ class RedundantChecks:
 
 @dataclass(frozen=True)
 class HybridSums:
-  """Sums of digits modulo 10, of two digits or of many, answered at once or after the steps.
+  """Sums of digits modulo 10, of one digit or of many, answered at once or after the steps.
 
   A demonstration begins with a mark that says which: it thinks, or it answers at once.
 
-  easy_share: the share of easy sums, in which all digits but two are 0. Their answers can be known
-    by heart; those of the other sums are too many for that.
+  easy_share: the share of easy sums, in which all digits but one are 0, so that the answer can be
+    read off; that of the other sums has to be worked out.
   min_steps, max_steps: the range of the number of steps; the prompt shows one digit more.
   think_share: the share of the demonstrations that think.
   slips: the shares of demonstrations that are wrong: easy and hard ones that think, easy and hard
@@ -129,8 +129,8 @@ class HybridSums:
 
   size: int
   easy_share: float = 0.5
-  min_steps: int = 4
-  max_steps: int = 6
+  min_steps: int = 3
+  max_steps: int = 4
   think_share: float = 0.5
   slips: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
   think: str = '\x01'

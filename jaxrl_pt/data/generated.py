@@ -73,7 +73,7 @@ def redundant_checks(source: config.RedundantChecks, index: int) -> Problem:
 
 
 def hybrid_sum(source: config.HybridSums, index: int) -> Problem:
-  """Digits such as `0704:`, or `7402:`, with the response `T+7=7+0=7+4=1E#1` or `N#1`: modulo 10.
+  """Digits such as `0070:` or `7402:`, with the response `T+4=1+0=1+2=3E#3` or `N#3`: modulo 10.
 
   T, E and N stand for the marks of thinking, its end, and answering at once. A wrong demonstration
   is off by 1 to 9 at one of its steps and goes on from there.
@@ -85,7 +85,7 @@ def hybrid_sum(source: config.HybridSums, index: int) -> Problem:
   num_steps = int(rng.integers(source.min_steps, source.max_steps + 1))
   digits = rng.integers(0, 10, num_steps + 1)
   if is_easy:
-    digits[rng.permutation(num_steps + 1)[2:]] = 0
+    digits[rng.permutation(num_steps + 1)[1:]] = 0
   slip = _slip(rng, source.slips[2 * (not thinks) + (not is_easy)], num_steps)
   errors = np.zeros(num_steps + 1, int)
   if slip is not None:

@@ -9,6 +9,7 @@ text.
 """
 
 from collections.abc import Iterator, Sequence
+import dataclasses
 from dataclasses import dataclass
 import decimal
 import functools
@@ -107,8 +108,7 @@ def load(problems: config.Problems) -> tuple[list[Problem], list[Problem]]:
       continue
     if held_out:
       measured.add(p.prompt)
-    sides[held_out].append(Problem(p.id, before + p.prompt + after, p.answer, p.place,
-                                   p.demonstration))
+    sides[held_out].append(dataclasses.replace(p, prompt=before + p.prompt + after))
   name = type(problems.source).__name__
   if not sides[0]:
     raise UserError(f'{name} has no problem to train on: give more, or lower Problems.held_out.')

@@ -1,0 +1,5 @@
+from pathlib import Path
+
+
+def write(rows: Path, results: Path) -> None:
+  pass
