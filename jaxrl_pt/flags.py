@@ -33,7 +33,6 @@ def _at_least(low: int, high: int = 2**31 - 1) -> Any:
   return whole_number
 
 
-# JAX makes a key of a seed's lower 32 bits, so a larger seed would repeat a smaller one.
 _SEED = _at_least(0, 2**32 - 1)
 
 
@@ -259,7 +258,9 @@ def _add_json(parser: argparse.ArgumentParser) -> None:
 
 def _add_frontends(add: Callable[[str, str, str], argparse.ArgumentParser]) -> None:
   sample = add('sample', 'Continue prompts with a trained model.',
-               'jaxrl-pt sample --workdir runs/pretrain_tiny --prompt "def main(" --num_samples 2')
+               'jaxrl-pt sample --workdir runs/pretrain_tiny --prompt "def main(" --num_samples 2\n'
+               '  jaxrl-pt sample --workdir runs/hgpo_tiny --prompt 7402: --thinking on \\\n'
+               '    --thinking_budget 12')
   _add_workdir(sample)
   _add_step(sample)
   sample.add_argument('--prompt', action='append', type=_text,
@@ -272,19 +273,23 @@ def _add_frontends(add: Callable[[str, str, str], argparse.ArgumentParser]) -> N
                       help='samples of each prompt (default %(default)s)')
   sample.add_argument('--stop', action='append', default=[], type=_text, metavar='TEXT',
                       help='ends a sample and is left out of it; may be repeated')
+  _add_thinking(sample)
+  _add_markers(sample)
   _add_storage(sample)
   _add_resa(sample)
   _add_json(sample)
 
   chat = add('chat', 'Talk with a trained model at the terminal.',
-             'jaxrl-pt chat --workdir runs/pretrain_tiny --temperature 0.7 --max_thought 200')
+             'jaxrl-pt chat --workdir runs/qwen --thinking on --thinking_budget 200\n'
+             '  jaxrl-pt chat --workdir runs/pretrain_tiny --temperature 0.7 --max_thought 200')
   _add_workdir(chat)
   _add_step(chat)
   _add_sampling(chat, num_tokens=512)
   chat.add_argument('--system', default='', type=_text, metavar='TEXT',
                     help='what stands before all turns')
-  chat.add_argument('--max_thought', type=_at_least(0), help='think first, for at most that many '
-                    'tokens; without it the model decides')
+  _add_thinking(chat)
+  chat.add_argument('--max_thought', type=_at_least(0), help='make any model think first, whether '
+                    'it has learned that or not, for at most that many tokens')
   chat.add_argument('--max_answer', type=_at_least(1), help='most tokens after a thought')
   _add_storage(chat)
   _add_chat_format(chat)
@@ -347,9 +352,24 @@ def _add_chat_format(parser: argparse.ArgumentParser) -> None:
                       help='most tokens of a prompt (default %(default)s)')
   parser.add_argument('--template', type=_path, metavar='FILE', help='how turns become text: a '
                       'chat template in Jinja2 (default the model\'s own, or plain text)')
-  parser.add_argument('--markers', nargs=2, type=_text, default=('<think>', '</think>'),
-                      metavar=('START', 'END'), help='what encloses thinking (default <think> '
+  _add_markers(parser)
+
+
+def _add_thinking(parser: argparse.ArgumentParser) -> None:
+  parser.add_argument('--thinking', choices=('auto', 'on', 'off'), default='auto',
+                      help='whether to think first: as the model likes, always or never '
+                      '(default %(default)s)')
+  parser.add_argument('--thinking_budget', type=_at_least(0), metavar='TOKENS',
+                      help='most tokens of a thought, after which its end is forced')
+
+
+def _add_markers(parser: argparse.ArgumentParser) -> None:
+  parser.add_argument('--markers', nargs=2, type=_text, metavar=('START', 'END'),
+                      help="what encloses thinking (default that of the run's modes, or <think> "
                       '</think>)')
+  parser.add_argument('--no_think', type=_text, metavar='TEXT',
+                      help='what begins an answer without thinking, in one token, where the policy '
+                      "has modes (default the run's own)")
 
 
 def _add_sampling(parser: argparse.ArgumentParser, num_tokens: int) -> None:

@@ -1,6 +1,6 @@
 """The commands that use a trained model: `sample`, `chat` and `serve`."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 import functools
 import json
 import os
@@ -8,12 +8,12 @@ from pathlib import Path
 import signal
 import socket
 import sys
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 from rich.console import Console
 
 from jaxrl_pt import config as cfg
-from jaxrl_pt.data import chat_files
+from jaxrl_pt.data import chat_files, template_text
 from jaxrl_pt.data.chat import ChatTemplate
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.run import interrupt, places, samples
@@ -21,11 +21,27 @@ from jaxrl_pt.run.policy import Held, Policy, as_sampled, load_policy
 from jaxrl_pt.sampling.engine import Engine
 from jaxrl_pt.serving import terminal
 from jaxrl_pt.serving.lines import read_lines
-from jaxrl_pt.serving.text import Markers, encode_marker
+from jaxrl_pt.serving.text import Markers
+from jaxrl_pt.serving.thinking import Thinker, Thinking, Wish
 from jaxrl_pt.serving.worker import Worker
 
 TOKEN_VARIABLE = 'JAXRL_PT_TOKEN'
 _SHUTDOWN_SECONDS = 30  # time for the answers under way to end
+
+
+class Thought(NamedTuple):
+  """What the flags say of thinking; `thinking.Wish` says what the first two mean.
+
+  markers: the texts that start and end a thought; None takes those of the run's modes, else the
+    usual ones.
+  no_think: the text of the mode that answers at once; None takes that of the run's modes, if it has
+    any, and '' says that there is none.
+  """
+
+  thinking: Thinking = 'auto'
+  budget: int | None = None
+  markers: Sequence[str] | None = None
+  no_think: str | None = None
 
 
 # --- sample ---------------------------------------------------------------------------
@@ -61,7 +77,8 @@ def _json_prompt(line: str, where: str) -> str:
 
 def sample(workdir: Path, prompts: list[str] | None, *, step: int | None, as_json: bool,
            prompt_len: int, seed: int, reading: samples.Reading, held: Held,
-           stop: tuple[str, ...], drawing: dict[str, Any], **settings: Any) -> None:
+           stop: tuple[str, ...], drawing: dict[str, Any], thought: Thought, **settings: Any
+           ) -> None:
   """Prints continuations as they are drawn, or all of them as JSON.
 
   Args:
@@ -75,13 +92,19 @@ def sample(workdir: Path, prompts: list[str] | None, *, step: int | None, as_jso
     held: how the weights are held.
     stop: texts that end a sample.
     drawing: the fields of `cfg.Sampler` that were given; the others are the model's own.
+    thought: whether samples think first.
     settings: num_tokens and num_samples of `samples.stream_samples`.
   """
+  wish = Wish(thought.thinking, thought.budget)
   settings['sampler'] = _sampler(workdir, drawing, sys.stderr)
   policy = as_sampled(load_policy(workdir, step), held)
+  thinker = None
+  if wish != Wish():
+    thinker = Thinker(policy.session.data.tokenizer, _markers(thought, policy))
+    settings['steering'] = thinker.steer(wish, ())
   engine = samples.engine_for(
       policy, prompts or [], seed=seed, reading=reading, prompt_len=1 if prompts else prompt_len,
-      num_tokens=settings['num_tokens'], num_samples=settings['num_samples'])
+      num_tokens=settings['num_tokens'], num_samples=settings['num_samples'], thinker=thinker)
 
   def show(some: list[str]) -> None:
     _show_samples(policy, engine, as_json, some, stop=stop, **settings)
@@ -116,7 +139,7 @@ def _show_samples(policy: Policy, engine: Engine, as_json: bool,
 
 
 def chat(workdir: Path, *, step: int | None, prompt_len: int, template: Path | None,
-         markers: Iterable[str], seed: int, kv: cfg.KV, held: Held,
+         thought: Thought, seed: int, kv: cfg.KV, held: Held,
          drawing: dict[str, Any], **settings: Any) -> None:
   """Holds a conversation at the terminal.
 
@@ -125,7 +148,7 @@ def chat(workdir: Path, *, step: int | None, prompt_len: int, template: Path | N
     step: the checkpoint's step; None takes the newest good one.
     prompt_len: most tokens of a conversation that the model sees.
     template: a file of Jinja2; None takes the model's own, or plain text where it has none.
-    markers: the two texts that start and end thinking.
+    thought: whether answers think first, and what encloses a thought.
     seed: the seed of the noise; equal seeds and equal lines get equal answers.
     kv: how keys and values are stored.
     held: how the weights are held.
@@ -133,17 +156,21 @@ def chat(workdir: Path, *, step: int | None, prompt_len: int, template: Path | N
     settings: the other keyword arguments of `terminal.Chat`.
   """
   given = chat_files.read_template(template) if template else None
-  enclosing = Markers(*markers)
+  wish = Wish(thought.thinking, thought.budget)
+  if wish != Wish() and settings['max_thought'] is not None:
+    raise UserError('--max_thought makes any model think, which --thinking and --thinking_budget '
+                    'say otherwise: leave it out, or both of them.')
   console = Console(highlight=False)
   sampler = _sampler(workdir, drawing, sys.stderr)
   policy = as_sampled(load_policy(workdir, step), held)
   tokenizer = policy.session.data.tokenizer
-  talk = terminal.Chat(tokenizer, _template(given, policy), enclosing, sampler, **settings)
+  talk = terminal.Chat(tokenizer, _template(given, policy), _markers(thought, policy), sampler,
+                       wish=wish, **settings)
   longest = talk.request((0,), 0).max_tokens
   engine = samples.make_engine(
       policy, cfg.Engine(slots=1, queue=1, prompt_len=prompt_len, response_len=longest,
                          kv=kv, steps_per_call=2),
-      seed=seed, think_end=encode_marker(tokenizer, enclosing.end))
+      seed=seed, thinker=talk.thinker)
   engine.check(talk.request((0,), 0))
   if console.is_terminal:
     console.print(f'{_name(workdir)}, step {policy.step}. Ctrl-C stops an answer, /new starts a '
@@ -155,6 +182,23 @@ def _template(given: ChatTemplate | None, policy: Policy) -> ChatTemplate:
   """The template that was given, else the model's own, else the plain one."""
   session = policy.session
   return chat_files.of_model(session.workdir / places.CARRIED, session.data.tokenizer, given)
+
+
+def _markers(thought: Thought, policy: Policy) -> Markers:
+  """The markers that were given, else those of the modes of the policy's run, else the usual ones.
+
+  Raises:
+    UserError: a mode is not one token.
+  """
+  modes, own = cfg.modes_of(policy.session.run), Markers()
+  if isinstance(modes, cfg.HybridModes):
+    own = Markers(modes.think, modes.think_end, modes.no_think)
+  start, end = thought.markers or own[:2]
+  found = Markers(start, end, own.no_think if thought.no_think is None else thought.no_think)
+  if found.no_think:
+    for name, text in (('The first of --markers', start), ('--no_think', found.no_think)):
+      template_text.one_token(policy.session.data.tokenizer, name, text)
+  return found
 
 
 def _sampler(workdir: Path, given: dict[str, Any], out: TextIO) -> cfg.Sampler:
@@ -177,7 +221,7 @@ def _name(workdir: Path) -> str:
 
 
 def serve(workdir: Path, *, step: int | None, host: str, port: int, token_file: Path | None,
-          engine: cfg.Engine, max_samples: int, template: Path | None, markers: Iterable[str],
+          engine: cfg.Engine, max_samples: int, template: Path | None, thought: Thought,
           seed: int, held: Held, access_log: bool) -> None:
   """Serves a model over HTTP until SIGTERM or Ctrl-C, and then ends the answers under way.
 
@@ -190,7 +234,7 @@ def serve(workdir: Path, *, step: int | None, host: str, port: int, token_file: 
     engine: the engine's sizes.
     max_samples: most responses to one prompt.
     template: a file of Jinja2; None takes the model's own, or plain text where it has none.
-    markers: the two texts that start and end thinking.
+    thought: what encloses a thought; requests say whether they want one.
     seed: the seed of the noise, together with each request's own seed.
     held: how the weights are held.
     access_log: whether to write one line a request to standard error.
@@ -206,7 +250,7 @@ def serve(workdir: Path, *, step: int | None, host: str, port: int, token_file: 
   except ImportError as e:
     raise UserError('`serve` needs the extra of that name: '
                     "pip install 'jaxrl_pt[serve]'.") from e
-  token, enclosing = _read_token(token_file), Markers(*markers)
+  token = _read_token(token_file)
   given = chat_files.read_template(template) if template else None
   if token is None and not app.is_loopback(host):
     raise UserError(f'--host {host} lets others in: give a --token_file, or set '
@@ -217,10 +261,9 @@ def serve(workdir: Path, *, step: int | None, host: str, port: int, token_file: 
     policy = as_sampled(load_policy(workdir, step), held)
     tokenizer = policy.session.data.tokenizer
     service = Service(_name(workdir), tokenizer, engine, policy.model.config.vocab_size,
-                      _template(given, policy), enclosing, _sampler(workdir, {}, sys.stderr),
-                      max_samples=max_samples)
-    worker = Worker(samples.make_engine(policy, engine, seed=seed,
-                                         think_end=encode_marker(tokenizer, enclosing.end)))
+                      _template(given, policy), _markers(thought, policy),
+                      _sampler(workdir, {}, sys.stderr), max_samples=max_samples)
+    worker = Worker(samples.make_engine(policy, engine, seed=seed, thinker=service.thinker))
     log = functools.partial(print, file=sys.stderr, flush=True) if access_log else None
     server = uvicorn.Server(connections.server_config(
         app.make_app(service, worker, token, log), shutdown_seconds=_SHUTDOWN_SECONDS))

@@ -123,8 +123,16 @@ def _sample(args: argparse.Namespace) -> int:
   frontends.sample(
       args.workdir, prompts, step=args.step, as_json=args.json, prompt_len=1024, seed=args.seed,
       reading=samples.Reading(*reading, kv=args.kv), held=_held(args), stop=tuple(args.stop),
-      drawing=drawing, num_tokens=args.num_tokens, num_samples=args.num_samples)
+      drawing=drawing, thought=_thought(args), num_tokens=args.num_tokens,
+      num_samples=args.num_samples)
   return 0
+
+
+def _thought(args: argparse.Namespace) -> Any:
+  """What the flags say of thinking, a `frontends.Thought`."""
+  with _importing():
+    from jaxrl_pt import frontends
+  return frontends.Thought(args.thinking, args.thinking_budget, args.markers, args.no_think)
 
 
 def _drawing(args: argparse.Namespace) -> dict[str, Any]:
@@ -163,7 +171,7 @@ def _chat(args: argparse.Namespace) -> int:
     from jaxrl_pt import frontends
   frontends.chat(
       args.workdir, step=args.step, prompt_len=args.prompt_len, template=args.template,
-      markers=args.markers, seed=args.seed, drawing=drawing, max_tokens=args.num_tokens,
+      thought=_thought(args), seed=args.seed, drawing=drawing, max_tokens=args.num_tokens,
       max_thought=args.max_thought, max_answer=args.max_answer, system=args.system,
       kv=args.kv, held=_held(args))
   return 0
@@ -176,8 +184,9 @@ def _serve(args: argparse.Namespace) -> int:
     from jaxrl_pt import frontends
   frontends.serve(
       args.workdir, step=args.step, host=args.host, port=args.port, token_file=args.token_file,
-      engine=engine, max_samples=args.max_samples, template=args.template, markers=args.markers,
-      seed=args.seed, held=_held(args), access_log=args.access_log)
+      engine=engine, max_samples=args.max_samples, template=args.template,
+      thought=frontends.Thought(markers=args.markers, no_think=args.no_think), seed=args.seed,
+      held=_held(args), access_log=args.access_log)
   return 0
 
 

@@ -340,7 +340,8 @@ REFUSED: list[tuple[type, str, list[Any], str]] = [
     (cfg.AdaptThink, 'bonus', [-0.1, NAN], 'a number of at least 0'),
     *((t, 'alpha', [-0.1, NAN], 'a number of at least 0')
       for t in (cfg.ModeEfficiency, cfg.DecoupledModes)),
-    *((cfg.HybridModes, name, ['', None], 'a non-empty string') for name in ('think', 'no_think')),
+    *((cfg.HybridModes, name, ['', None], 'a non-empty string')
+      for name in ('think', 'no_think', 'think_end')),
     (cfg.HybridModes, 'forced', [1, None], 'True or False'),
     (cfg.Rollouts, 'modes', [None, 'think'], 'one of @cfg.SingleMode()'),
     *((cfg.HybridSums, name, [-0.1, 1.1], 'a number from 0 to 1')
@@ -504,6 +505,7 @@ def test_every_field_has_a_row():
     (lambda: cfg.Algorithm(epochs=2), 'choose a surrogate with a ratio'),
     (lambda: cfg.HybridModes('a', 'a'), 'another text than HybridModes.think'),
     (lambda: cfg.HybridConversations('a', 'b', no_think='b'), 'another text than Hybrid'),
+    (lambda: cfg.HybridModes('a', 'b', think_end='b'), "another text than those of the modes'"),
     (lambda: cfg.Rollouts(group_size=3, response_tokens=2, modes=HYBRID), 'choose an even'),
     (lambda: cfg.Rollouts(modes=cfg.HybridModes()), 'room for the token of a mode alone'),
     *((lambda sampler=sampler: cfg.Rollouts(response_tokens=2, modes=HYBRID, sampler=sampler),

@@ -603,6 +603,17 @@ _EVALUATION = [
 ]
 
 _SERVING = [
+    *_of('jaxrl_pt/serving/thinking.py', 'tests/serving/test_thinking.py',
+         ('templates_are_told_beside_modes',
+          "'' if self.template is None or self._no_think else", "'' if self.template is None else"),
+         ('words_of_a_template_are_variables',
+          "\\s*(is\\s+(not\\s+)?defined|\\|\\s*default)', source", "', source"),
+         ('thoughts_begin_twice', '() if self.is_open(prompt) else self.start', 'self.start'),
+         ('contradictions_are_taken', 'if len(set(says.values())) > 1:', 'if False:')),
+    *_of('jaxrl_pt/sampling/step.py', 'tests/sampling/test_engine.py',
+         ('budgets_of_every_response', 'jnp.where(goes_on, begun, NO_THOUGHT)', 'begun'),
+         ('answers_like_a_marker_count_less', 'jnp.where(goes_on, 0, count + 1)',
+          'jnp.where(goes_on, 0, 1)')),
     *_of('jaxrl_pt/serving/constraint.py', 'tests/serving/test_constraint.py',
          ('formats_end_by_one_token', 'words | self.only_stops if self._matcher.is_accepting()',
           'words if self._matcher.is_accepting()'),

@@ -16,6 +16,8 @@ class HybridModes:
   """The first token of a response says its mode: that it thinks first, or answers at once.
 
   think, no_think: the texts of the two modes' tokens, of exactly one token each.
+  think_end: the text that ends thinking, which those read who show a thought apart from its answer
+    or give it a budget; training does not.
   forced: whether half of each group is forced into each mode, as HGPO needs; otherwise the policy
     draws the mode's token like any other.
   """
@@ -23,13 +25,17 @@ class HybridModes:
   think: str = '<think>'
   no_think: str = '<no_think>'
   forced: bool = True
+  think_end: str = '</think>'
 
   def __post_init__(self) -> None:
     checks.text(self, 'think')
     checks.text(self, 'no_think')
+    checks.text(self, 'think_end')
     checks.flag(self, 'forced')
     if self.think == self.no_think:
       checks.fail(self, 'no_think', 'another text than HybridModes.think')
+    if self.think_end in (self.think, self.no_think):
+      checks.fail(self, 'think_end', "another text than those of the modes' tokens")
 
 
 ResponseModes = SingleMode | HybridModes
@@ -38,6 +44,7 @@ ResponseModes = SingleMode | HybridModes
 def of_its_own(modes: ResponseModes) -> ResponseModes:
   """The same modes, of which the policy chooses itself."""
   return replace(modes, forced=False) if isinstance(modes, HybridModes) else modes
+
 
 HybridForm = Literal['grpo', 'rloo', 'reinforce_plus_plus']
 ModeTies = Literal['no_think', 'think', 'neither']

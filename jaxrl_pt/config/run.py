@@ -6,9 +6,12 @@ from typing import Any, get_args
 
 from jaxrl_pt.config import checks
 from jaxrl_pt.config.data import SOURCES_OF, Data, Mixture, PolicyTokenizer
+from jaxrl_pt.config.examples import Demonstrations, HybridConversations, WeightedConversations
+from jaxrl_pt.config.hybrid import HybridModes, ResponseModes, SingleMode
 from jaxrl_pt.config.model import Compute, Mesh, Model
 from jaxrl_pt.config.objectives import RL, NextToken, Objective
 from jaxrl_pt.config.optimizer import AdamW
+from jaxrl_pt.config.problems import HybridSums
 from jaxrl_pt.config.verifiers import AnswerMatch, VerifierPool
 from jaxrl_pt.errors import UserError
 
@@ -201,3 +204,21 @@ def model_at(run: Run, step: int) -> Model:
         quant = dataclasses.replace(run.model.quant, activations='int4')
         return dataclasses.replace(run.model, quant=quant)
   return run.model
+
+
+def modes_of(run: Run) -> ResponseModes:
+  """The modes that the run's policy knows: those of its rollouts, or of the examples it learned.
+
+  SingleMode() where it has none.
+  """
+  rollouts = run.objective.rollouts
+  if rollouts is not None and rollouts.modes != SingleMode():
+    return rollouts.modes
+  source: Any = run.data.source
+  nested = (Mixture, WeightedConversations)
+  sources = source.sources if isinstance(source, nested) else (source,)
+  for one in sources:
+    marks = one.source if isinstance(one, Demonstrations) else one
+    if isinstance(marks, (HybridSums, HybridConversations)):
+      return HybridModes(marks.think, marks.no_think, False, marks.think_end)
+  return SingleMode()

@@ -35,7 +35,7 @@ FREE = frozenset((
     'Mesh.data', 'Mesh.fsdp', 'Mesh.tensor', 'Mesh.context',
     'Compute.remat', 'Compute.unroll', 'Compute.loss_chunk',
     'Data.cache_dir', 'Data.num_workers', 'Mixture.names',
-    'RL.eval_problems', 'RPT.eval_positions', 'RPT.difficulty',
+    'RL.eval_problems', 'RPT.eval_positions', 'RPT.difficulty', 'HybridModes.think_end',
     'Rollouts.dump_every', 'Rollouts.mismatch_gate', 'VerifierPool.num_workers'))
 # Settings that say where data lie or how examples are made of them. The examples themselves are
 # compared by their digest, the tokenizer by its fingerprint, the start policy by its parameters.

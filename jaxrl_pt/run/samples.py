@@ -10,6 +10,7 @@ from jaxrl_pt.data.tokenizer import begun
 from jaxrl_pt.run.policy import Policy, load_policy
 from jaxrl_pt.sampling.engine import Engine, Request, Response
 from jaxrl_pt.serving import stream
+from jaxrl_pt.serving.thinking import Steering, Thinker
 
 
 class Reading(NamedTuple):
@@ -21,19 +22,28 @@ class Reading(NamedTuple):
 
 
 DENSE = Reading()
+AS_IT_LIKES = Steering()
 
 
 def make_engine(policy: Policy, config: cfg.Engine, *, seed: int,
-                think_end: tuple[int, ...] = ()) -> Engine:
-  """An engine that draws from a policy; arguments as `Engine` takes them."""
+                thinker: Thinker | None = None) -> Engine:
+  """An engine that draws from a policy.
+
+  Args:
+    policy: the policy.
+    config, seed: as `Engine` takes them.
+    thinker: what the markers of thinking are; None where nobody asks for it.
+  """
   tokenizer = policy.session.data.tokenizer
-  return Engine(policy.model, policy.params, config, seed=seed, think_end=think_end,
+  start, end = ((), ()) if thinker is None else (thinker.start, thinker.end)
+  return Engine(policy.model, policy.params, config, seed=seed,
                 token_bytes=tokenizer.token_bytes(), unused_ids=tokenizer.unused_ids,
-                version=policy.step, mesh=policy.session.mesh)
+                think_end=end, think_start=start, version=policy.step, mesh=policy.session.mesh)
 
 
 def engine_for(policy: Policy, prompts: list[str], *, num_tokens: int, num_samples: int, seed: int,
-               prompt_len: int = 1, reading: Reading = DENSE) -> Engine:
+               prompt_len: int = 1, reading: Reading = DENSE, thinker: Thinker | None = None
+               ) -> Engine:
   """An engine of the right size for `stream_samples`.
 
   Args:
@@ -42,8 +52,10 @@ def engine_for(policy: Policy, prompts: list[str], *, num_tokens: int, num_sampl
     seed: the seed of the noise; equal seeds draw equal samples.
     prompt_len: most tokens of the prompts that are not yet known.
     reading: how the cache is read.
+    thinker: as for `make_engine`; a mode or marker may be forced beside the tokens of a sample.
   """
   tokenizer = policy.session.data.tokenizer
+  num_tokens += 0 if thinker is None else len(thinker.start) + len(thinker.end)
   total = max(1, len(prompts)) * num_samples
   longest = max([prompt_len, *(len(begun(tokenizer, tokenizer.encode(p))) for p in prompts)])
   config = cfg.Engine(
@@ -51,7 +63,7 @@ def engine_for(policy: Policy, prompts: list[str], *, num_tokens: int, num_sampl
       response_len=num_tokens, prefill_chunk=min(longest, 128), steps_per_call=8,
       page_size=cfg.block_of(reading.sparse, reading.drafts) or 16, kv=reading.kv,
       sparse=reading.sparse, drafts=reading.drafts)
-  return make_engine(policy, config, seed=seed)
+  return make_engine(policy, config, seed=seed, thinker=thinker)
 
 
 def sample_workdir(workdir: Path, prompts: list[str], *, sampler: cfg.Sampler, num_tokens: int,
@@ -97,7 +109,8 @@ def collect(prompts: list[str], pieces: Iterable[stream.Piece]) -> list[dict[str
 
 def stream_samples(engine: stream.Draws, policy: Policy, prompts: list[str], *,
                    sampler: cfg.Sampler, num_tokens: int, num_samples: int,
-                   stop: tuple[str, ...] = ()) -> Iterator[stream.Piece]:
+                   stop: tuple[str, ...] = (), steering: Steering = AS_IT_LIKES
+                   ) -> Iterator[stream.Piece]:
   """Yields pieces of the continuations of each prompt as they are drawn.
 
   Each prompt is preceded by what documents begin with in training. An empty prompt is that alone.
@@ -110,9 +123,12 @@ def stream_samples(engine: stream.Draws, policy: Policy, prompts: list[str], *,
     num_tokens: most tokens of a sample.
     num_samples: samples of each prompt.
     stop: texts that end a sample.
+    steering: how the samples are made to think, with an engine that knows the markers.
   """
   tokenizer = policy.session.data.tokenizer
+  forced, max_thought, begins = steering
   requests = [
-      Request(tuple(begun(tokenizer, tokenizer.encode(prompt))), n, num_tokens, num_samples,
-              sampler, tokenizer.stop_ids, stop) for n, prompt in enumerate(prompts)]
+      Request(tuple(begun(tokenizer, tokenizer.encode(prompt))), n, num_tokens + len(forced),
+              num_samples, sampler, tokenizer.stop_ids, stop, forced, max_thought,
+              begins_thinking=begins) for n, prompt in enumerate(prompts)]
   return stream.stream(engine, tokenizer, requests, starts_text=[not p for p in prompts])

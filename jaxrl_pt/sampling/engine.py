@@ -76,8 +76,8 @@ class Engine:
 
   def __init__(self, model: Model, params: Params, config: cfg.Engine, *, seed: int,
                token_bytes: Sequence[bytes], unused_ids: Sequence[int] = (),
-               think_end: tuple[int, ...] = (), version: int = 0, mesh: Mesh | None = None
-               ) -> None:
+               think_end: tuple[int, ...] = (), think_start: tuple[int, ...] = (),
+               version: int = 0, mesh: Mesh | None = None) -> None:
     """Compiles the program.
 
     Args:
@@ -88,6 +88,8 @@ class Engine:
       token_bytes: the bytes of every token of the tokenizer; ids beyond this list are never drawn.
       unused_ids: further ids that no token has and that are never drawn.
       think_end: the tokens of the marker that ends thinking.
+      think_start: those of the marker that starts it, for requests that leave it to the policy
+        whether to think.
       version: the optimiser step of `params`.
       mesh: the devices that `params` lie on; key/value heads are split over the tensor axis. None
         for the default device.
@@ -96,7 +98,7 @@ class Engine:
     self.version = version
     self._shape = engine_rows.shape(config, model.config.vocab_size)
     self._vocabulary = engine_rows.vocabulary(token_bytes, unused_ids, model.config.vocab_size,
-                                              think_end)
+                                              think_end, think_start)
     init = lambda: state.init(model, self._shape, self._vocabulary, config.kv)
     memory.check_arrays(
         jax.eval_shape(init), f'The cache of {config.slots} slots of up to {config.prompt_len} + '
@@ -137,7 +139,7 @@ class Engine:
     Raises:
       UserError: the request cannot be answered; the message says why and what the engine takes.
     """
-    check(request, self._shape, self._vocabulary.think_end)
+    check(request, self._shape, self._vocabulary)
 
   def submit(self, request: Request) -> int:
     """Queues a request and returns the handle that its responses carry.

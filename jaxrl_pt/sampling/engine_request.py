@@ -7,7 +7,7 @@ import numpy as np
 
 from jaxrl_pt import config as cfg
 from jaxrl_pt.errors import UserError
-from jaxrl_pt.sampling.requests import Shape
+from jaxrl_pt.sampling.requests import Shape, Vocabulary
 
 
 class Constraint(Protocol):
@@ -42,8 +42,7 @@ class Request:
   stop: tokens that end a response and belong to it.
   stop_strings: texts that end a response as soon as they are complete.
   forced: tokens that every response starts with.
-  max_thought: drawn tokens after which the end of thinking is forced; None for responses without
-    thinking.
+  max_thought: drawn tokens of a thought after which its end is forced; None for no such budget.
   max_answer: the largest number of tokens after the end of thinking; None for no limit but
     `max_tokens`. It is read only where `max_thought` is set.
   top_logprobs: for how many of the likeliest tokens log-probabilities are given.
@@ -51,6 +50,9 @@ class Request:
   constraint: what the response has to look like; each sample goes on with a copy of it.
   first_sample: the number of the first response among the samples of `id`, which addresses the
     randomness too.
+  begins_thinking: whether the response, or what is forced of it, begins inside a thought; otherwise
+    one begins if the response does so with the start marker. It is read only where `max_thought`
+    is set.
   """
 
   prompt: tuple[int, ...]
@@ -67,9 +69,10 @@ class Request:
   prompt_logprobs: bool = False
   constraint: Constraint | None = None
   first_sample: int = 0
+  begins_thinking: bool = True
 
 
-def check(request: Request, shape: Shape, think_end: tuple[int, ...]) -> None:
+def check(request: Request, shape: Shape, vocabulary: Vocabulary) -> None:
   def refuse(what: str) -> NoReturn:
     raise UserError(f'This cannot be answered: {what}.')
 
@@ -109,5 +112,8 @@ def check(request: Request, shape: Shape, think_end: tuple[int, ...]) -> None:
   for name, budget in (('max_thought', request.max_thought), ('max_answer', request.max_answer)):
     if budget is not None and budget < 0:
       refuse(f'{name} = {budget}; write 0 or more')
-  if request.max_thought is not None and not think_end:
+  if request.max_thought is not None and not vocabulary.think_end:
     refuse('max_thought is set, but this model has no marker that ends thinking')
+  if request.max_thought is not None and not (request.begins_thinking or vocabulary.think_start):
+    refuse('the policy is to choose whether to think, but this model has no marker that starts '
+           'thinking')

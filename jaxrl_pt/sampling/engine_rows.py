@@ -56,10 +56,11 @@ def layout(mesh: Mesh, slots: Slots) -> Any:
 
 
 def vocabulary(token_bytes: Sequence[bytes], unused_ids: Sequence[int], vocab_size: int,
-                think_end: tuple[int, ...]) -> Vocabulary:
+                think_end: tuple[int, ...], think_start: tuple[int, ...]) -> Vocabulary:
   is_token = np.arange(vocab_size) < len(token_bytes)
   is_token[list(unused_ids)] = False
-  return Vocabulary(think_end, token_table(token_bytes, vocab_size), jnp.asarray(is_token))
+  return Vocabulary(think_end, token_table(token_bytes, vocab_size), jnp.asarray(is_token),
+                    think_start)
 
 
 def empty_queue(shape: Shape, cache: PrefixCache) -> Any:
@@ -72,6 +73,7 @@ def empty_queue(shape: Shape, cache: PrefixCache) -> Any:
       string_lens=ints(shape.num_strings),
       samplers=RowSamplers.of([cfg.Sampler()] * shape.queue, shape.vocab_size, shape.num_banned),
       cancelled=np.zeros(shape.queue, bool), wants_top=np.zeros(shape.queue, bool),
+      begins_thinking=np.zeros(shape.queue, bool),
       mask=ints() + NO_MASK)
   documents: dict[str, Any] = dict(
       tokens=cache.tokens, lengths=cache.lengths, parents=cache.parents, shared=cache.shared,
@@ -113,6 +115,7 @@ def fill(rows: Any, shape: Shape, row: int, request: Request, sample: int, docum
       ('samples', sample), ('max_tokens', request.max_tokens),
       ('max_thought', -1 if request.max_thought is None else request.max_thought),
       ('max_answer', request.max_tokens if request.max_answer is None else request.max_answer),
-      ('num_forced', len(request.forced)), ('cancelled', False),
+      ('begins_thinking', request.begins_thinking), ('num_forced', len(request.forced)),
+      ('cancelled', False),
       ('wants_top', request.top_logprobs > 0), ('mask', mask)):
     getattr(rows, name)[row] = value

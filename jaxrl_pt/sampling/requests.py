@@ -124,6 +124,9 @@ class Requests:
   num_forced: Any = ()  # i32[Q]
   max_thought: Any = ()  # i32[Q] drawn tokens before the end of thinking is forced; < 0: none
   max_answer: Any = ()  # i32[Q] tokens after the end of thinking
+  # bool[Q] whether the response begins inside a thought. Otherwise one begins with the marker
+  # `Vocabulary.think_start`, if the response does.
+  begins_thinking: Any = ()
   strings: Any = ()  # u8[Q, X, W] stop strings, right-aligned
   string_lens: Any = ()  # i32[Q, X] bytes, padded with 0
   samplers: RowSamplers | tuple[()] = ()
@@ -157,3 +160,4 @@ class Vocabulary(NamedTuple):
   think_end: tuple[int, ...] = ()  # the end marker of thinking; () where there is none
   spelled: TokenBytes | None = None  # the bytes of each token; None where nobody has stop strings
   is_token: Array | None = None  # bool[V] False for ids that are never drawn; None if all may be
+  think_start: tuple[int, ...] = ()  # the start marker of thinking; () where none is looked for

@@ -25,8 +25,8 @@ from jaxrl_pt.models.base import Model, for_a_loop
 from jaxrl_pt.models.kv_cache import KVCache
 from jaxrl_pt.sampling import admission
 from jaxrl_pt.sampling.admission import FILLED, IDLE
-from jaxrl_pt.sampling.requests import Documents, Queue, Shape, Vocabulary
-from jaxrl_pt.sampling.state import CANCELLED, RUNNING, Slots
+from jaxrl_pt.sampling.requests import Documents, Queue, Requests, Shape, Vocabulary
+from jaxrl_pt.sampling.state import CANCELLED, MAY_THINK, NO_THOUGHT, RUNNING, Slots
 from jaxrl_pt.sampling.step import is_due, step
 from jaxrl_pt.types import Array, Params
 
@@ -116,13 +116,19 @@ def _admit(shape: Shape, queue: Queue, slots: Slots) -> Slots:
       newest=new(requests.tail[row, 0], old.newest), fed=new(0, old.fed))
   if not isinstance(old.thought, tuple):
     decoding = dataclasses.replace(
-        decoding, thought=new(jnp.where(requests.max_thought[row] < 0, -1, 0), old.thought),
+        decoding, thought=new(_thought_at_start(requests, row), old.thought),
         closing=new(-1, old.closing), answered=new(0, old.answered), recent=new(-1, old.recent))
   if not isinstance(old.window, tuple):
     decoding = dataclasses.replace(decoding, window=new(0, old.window))
   slots = dataclasses.replace(slots, places=places, decoding=decoding)
   return _once(slots, places.head != before.head,
                functools.partial(_clear, shape, queue, before.head))
+
+
+def _thought_at_start(requests: Requests, row: Array) -> Array:
+  """i32[B]: `Decoding.thought` before the first token of each response."""
+  begins = jnp.where(requests.begins_thinking[row], 0, MAY_THINK)
+  return jnp.where(requests.max_thought[row] < 0, NO_THOUGHT, begins)
 
 
 def _clear(shape: Shape, queue: Queue, head: Array, slots: Slots) -> Slots:

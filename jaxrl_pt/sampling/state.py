@@ -15,6 +15,9 @@ from jaxrl_pt.sampling.requests import Shape, Vocabulary
 from jaxrl_pt.types import Array
 
 RUNNING, STOP, LENGTH, STOP_STRING, CANCELLED = range(5)  # values of Responses.finish
+# Values of Decoding.thought beside numbers of tokens: no thought goes on, or all of the response so
+# far is like the start marker of one.
+NO_THOUGHT, MAY_THINK = -1, -2
 
 
 @struct.dataclass
@@ -41,7 +44,7 @@ class Decoding:
   newest: Array  # i32[B] the token that goes through the model next
   fed: Array  # i32[B] tokens of the tail before the newest one
   # Thinking; () where the vocabulary has no end marker.
-  thought: Any = ()  # i32[B] tokens drawn since thinking began; −1 once it has ended
+  thought: Any = ()  # i32[B] tokens drawn since thinking began, NO_THOUGHT or MAY_THINK
   closing: Any = ()  # i32[B] forced tokens of the end marker of thinking; −1 if it is not forced
   answered: Any = ()  # i32[B] tokens since thinking ended
   recent: Any = ()  # i32[B, M] newest tokens, M being the length of the end marker
@@ -80,7 +83,7 @@ def init(model: Model, shape: Shape, vocabulary: Vocabulary, kv: cfg.KV) -> Slot
   resa_config = shape.drafts.resa if isinstance(shape.drafts, cfg.SparseDrafts) else shape.sparse
   if vocabulary.think_end:
     decoding = dataclasses.replace(
-        decoding, thought=ints(slots) - 1, closing=ints(slots) - 1, answered=ints(slots),
+        decoding, thought=ints(slots) + NO_THOUGHT, closing=ints(slots) - 1, answered=ints(slots),
         recent=ints(slots, len(vocabulary.think_end)) - 1)
   if shape.num_strings:
     assert vocabulary.spelled is not None

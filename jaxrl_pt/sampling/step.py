@@ -18,6 +18,8 @@ from jaxrl_pt.sampling.requests import Queue, Requests, Shape, Vocabulary
 from jaxrl_pt.sampling.state import (
   CANCELLED,
   LENGTH,
+  MAY_THINK,
+  NO_THOUGHT,
   RUNNING,
   STOP,
   STOP_STRING,
@@ -179,7 +181,7 @@ def _record(shape: Shape, slots: Slots, asked: Requests, row: Array, is_response
   stops = (token[:, None] == asked.stop).any(-1) & drawn
   full = count + 1 >= asked.max_tokens
   if vocabulary.think_end:
-    decoding = _thinking(vocabulary, decoding, is_response, token, drawn)
+    decoding = _thinking(vocabulary, decoding, is_response, token, drawn, count)
     full |= (asked.max_thought >= 0) & (decoding.answered >= asked.max_answer)
   if shape.num_strings:
     assert vocabulary.spelled is not None
@@ -200,18 +202,28 @@ def _record(shape: Shape, slots: Slots, asked: Requests, row: Array, is_response
 
 
 def _thinking(vocabulary: Vocabulary, decoding: Decoding, is_response: Array, token: Array,
-              drawn: Array) -> Decoding:
-  """Counts the tokens of thought and answer."""
+              drawn: Array, count: Array) -> Decoding:
+  """Counts the tokens of thought and answer, before which a response has `count` i32[B] tokens.
+
+  A start marker that is drawn belongs to neither. What only began like one belongs to the answer.
+  """
   recent = jnp.concatenate([decoding.recent[:, 1:], token[:, None]], 1)
   was_thinking = decoding.thought >= 0
   ended = (recent == jnp.array(vocabulary.think_end)).all(-1) & was_thinking
   only = lambda new, old: jnp.where(is_response.reshape(-1, *[1] * (old.ndim - 1)), new, old)
+  thought = jnp.where(ended, NO_THOUGHT, decoding.thought + (was_thinking & drawn))
+  answered = decoding.answered + ~was_thinking
+  if vocabulary.think_start:
+    marker = jnp.array(vocabulary.think_start, jnp.int32)
+    may_think = decoding.thought == MAY_THINK
+    goes_on = token == marker[jnp.minimum(count, len(marker) - 1)]
+    begun = jnp.where(count + 1 == len(marker), 0, MAY_THINK)
+    thought = jnp.where(may_think, jnp.where(goes_on, begun, NO_THOUGHT), thought)
+    answered = jnp.where(may_think, jnp.where(goes_on, 0, count + 1), answered)
   return dataclasses.replace(
-      decoding, recent=only(recent, decoding.recent),
-      thought=only(jnp.where(ended, -1, decoding.thought + (was_thinking & drawn)),
-                   decoding.thought),
+      decoding, recent=only(recent, decoding.recent), thought=only(thought, decoding.thought),
       closing=only(jnp.where(ended, -1, decoding.closing), decoding.closing),
-      answered=only(decoding.answered + ~was_thinking, decoding.answered))
+      answered=only(answered, decoding.answered))
 
 
 def _release(shape: Shape, slots: Slots, asked: Requests, ended: Array) -> Slots:

@@ -41,7 +41,8 @@ class Choice:
     self.num_tokens = 0
     self.mean_logp = 0.0  # of the drawn tokens of the whole response
     self._stream = TextStream(service.tokenizer, service.token_bytes, self._request.stop_strings)
-    self._thoughts = ThoughtSplitter(service.markers) if ask.is_chat else None
+    self._thoughts = ThoughtSplitter(
+        service.markers, is_open=ask.opens_thought) if ask.is_chat else None
     self._calls = CallSplitter(ask.tools) if ask.tools.tools else None
     self._num_calls = 0
     self._echo = ask.echoes[number] if ask.echoes else None  # None once it has been given

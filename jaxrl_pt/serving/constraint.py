@@ -181,7 +181,8 @@ class Guide:
       grammar: what `json_grammar`, `regex_grammar` or `tools.grammar` returns.
       stops: the tokens that end the response; they may come as soon as the text is a whole one.
       thought_end: the tokens of the marker that ends thinking, if the response begins with a
-        thought; the grammar holds for what comes after it.
+        thought, or those that are forced in place of one; the grammar holds for what comes after
+        them.
 
     Raises:
       ValueError: the grammar is malformed or too large, or no text meets it; it says which.

@@ -2,8 +2,8 @@
 
 Fields mean what they mean to OpenAI. A field that asks for what this server cannot do is refused by
 name and never ignored, unless it would not change the answer (`IGNORED`). Beside OpenAI's fields
-this server takes `top_k`, `min_p`, `max_thought`, `max_answer`, `guided_regex` and `guided_json`.
-docs/serving.md lists them all.
+this server takes `top_k`, `min_p`, `max_thought`, `max_answer`, `guided_regex`, `guided_json` and
+what `thinking.take` takes. docs/serving.md lists them all.
 """
 
 from collections.abc import Sequence
@@ -21,15 +21,16 @@ from jaxrl_pt.data.chat import ChatTemplate, prompt_ids
 from jaxrl_pt.data.tokenizer import Tokenizer, begun
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.sampling.engine import Request
-from jaxrl_pt.serving import formats, tools
+from jaxrl_pt.serving import formats, thinking, tools
 from jaxrl_pt.serving.constraint import Constraint, Guide
 from jaxrl_pt.serving.fields import ApiError, Fields, is_integer, is_object, is_text, short
-from jaxrl_pt.serving.text import CALLS, Markers, encode_marker, spelled
+from jaxrl_pt.serving.text import CALLS, Markers, spelled
+from jaxrl_pt.serving.thinking import Steering, Thinker, Wish
 from jaxrl_pt.serving.tools import Tools
 
 # Fields that clients send by default or for their own records and that do not change the answer.
 IGNORED = ('metadata', 'prediction', 'prompt_cache_key', 'prompt_cache_retention',
-           'reasoning_effort', 'safety_identifier', 'service_tier', 'skip_special_tokens', 'store',
+           'safety_identifier', 'service_tier', 'skip_special_tokens', 'store',
            'verbosity')
 # Fields of a message beside role and content, which this and other servers send with an answer.
 IGNORED_IN_MESSAGES = ('name', 'reasoning', 'reasoning_content', 'reasoning_details')
@@ -43,8 +44,7 @@ _UNSUPPORTED: tuple[tuple[str, tuple[Any, ...]], ...] = (
 _UNSUPPORTED_IN_CHAT: tuple[tuple[str, tuple[Any, ...]], ...] = (
     ('functions', ([],)), ('function_call', ('none', 'auto')), ('modalities', (['text'],)),
     ('audio', ()), ('web_search_options', ()), ('echo', (False,)), ('chat_template', ()),
-    ('chat_template_kwargs', ({},)), ('add_generation_prompt', (True,)),
-    ('continue_final_message', (False,)))
+    ('add_generation_prompt', (True,)), ('continue_final_message', (False,)))
 _UNSUPPORTED_IN_COMPLETIONS: tuple[tuple[str, tuple[Any, ...]], ...] = (('suffix', ('',)),)
 _MOST_STOPS = 4  # Stop texts that a client may send, beside those of the template.
 _MOST_LOGPROBS = 20
@@ -91,6 +91,16 @@ class Service:
     return chat_files.end_tokens(self.layout, self.tokenizer)
 
   @functools.cached_property
+  def thinker(self) -> Thinker:
+    """How the policy is made to think in a conversation, or not to."""
+    return Thinker(self.tokenizer, self.markers, self.layout)
+
+  @functools.cached_property
+  def plain_thinker(self) -> Thinker:
+    """How it is where a prompt is no conversation."""
+    return Thinker(self.tokenizer, self.markers)
+
+  @functools.cached_property
   def guide(self) -> Guide:
     """What makes constraints for the model's vocabulary."""
     return Guide(self.tokenizer, self.vocab_size)
@@ -108,6 +118,7 @@ class Ask(NamedTuple):
   echoes: tuple[str, ...] = ()  # the prompts' texts, where each choice begins with its prompt
   tools: Tools = Tools()
   constraint: Constraint | None = None  # that of every request
+  opens_thought: bool = False  # whether the prompt ends inside a thought
 
 
 class _Shape(NamedTuple):
@@ -120,6 +131,8 @@ class _Shape(NamedTuple):
   num_top: int  # most probable tokens whose log-probabilities are given
   echoes: tuple[str, ...] = ()
   tools: Tools = Tools()
+  wish: Wish = Wish()
+  wished_by: str = ''  # the field that says the wish
 
 
 class Ids:
@@ -169,9 +182,10 @@ def completion(body: dict[str, Any], service: Service, ids: Ids) -> Ask:
   # Where nothing is drawn, only the prompt is scored.
   max_tokens = fields.integer('max_tokens', min(16, most), 0 if has_echo else 1, most)
   echoes = [p if isinstance(p, str) else service.tokenizer.decode(p) for p in prompts]
+  wish, wished_by = thinking.take(fields, max_tokens, most)
   return _ask(fields, service, ids, _Shape(
       tokens, max_tokens, False, num_top is not None, num_top or 0,
-      tuple(echoes) if has_echo else ()))
+      tuple(echoes) if has_echo else (), wish=wish, wished_by=wished_by))
 
 
 def chat(body: dict[str, Any], service: Service, ids: Ids) -> Ask:
@@ -186,8 +200,12 @@ def chat(body: dict[str, Any], service: Service, ids: Ids) -> Ask:
                          lambda x: isinstance(x, list) and bool(x))
   offered = tools.take(fields)
   said = [_message(m, f'messages[{i}]') for i, m in enumerate(messages)]
+  most = service.engine.response_len
+  max_tokens = fields.integer('max_tokens', most, 1, most)
+  max_tokens = fields.integer('max_completion_tokens', max_tokens, 1, most)
+  wish, wished_by = thinking.take(fields, max_tokens, most)
   try:
-    prompt = prompt_ids(service.layout, service.tokenizer, said,
+    prompt = prompt_ids(service.thinker.told(wish), service.tokenizer, said,
                         [json.loads(tool.text) for tool in offered.tools])
   except UserError as e:
     raise ApiError(400, str(e), param='messages') from e
@@ -198,11 +216,8 @@ def chat(body: dict[str, Any], service: Service, ids: Ids) -> Ask:
                    param='top_logprobs')
   for name, harmless in _UNSUPPORTED_IN_CHAT:
     fields.refuse(name, *harmless)
-  most = service.engine.response_len
-  max_tokens = fields.integer('max_tokens', most, 1, most)
-  max_tokens = fields.integer('max_completion_tokens', max_tokens, 1, most)
-  return _ask(fields, service, ids,
-              _Shape([prompt], max_tokens, True, has_logprobs, num_top, tools=offered))
+  return _ask(fields, service, ids, _Shape([prompt], max_tokens, True, has_logprobs, num_top,
+                                           tools=offered, wish=wish, wished_by=wished_by))
 
 
 def _ask(fields: Fields, service: Service, ids: Ids, shape: _Shape) -> Ask:
@@ -223,19 +238,35 @@ def _ask(fields: Fields, service: Service, ids: Ids, shape: _Shape) -> Ask:
   own_stops = service.layout.stop_texts if shape.is_chat else ()
   stop = (*own_stops, *fields.texts('stop', _MOST_STOPS))
   most = service.engine.response_len
-  max_thought = fields.integer('max_thought', None, 0, most)
+  thinker = service.thinker if shape.is_chat else service.plain_thinker
+  steering = _steering(fields, thinker, shape, most)
   max_answer = fields.integer('max_answer', None, 1, most)
-  held_to = _constraint(fields, service, shape.tools, ends, max_thought)
+  # The format holds after a thought, or after what is forced in its place.
+  held_to = _constraint(fields, service, shape.tools, ends,
+                        thinker.end if steering.begins_thinking else steering.forced)
   fields.finish()
-  # A budget for thinking makes the response begin with the start marker of thinking.
-  forced = () if max_thought is None else encode_marker(service.tokenizer, service.markers.start)
-  max_tokens = min(shape.max_tokens + len(forced), most) if shape.max_tokens else 0
+  max_tokens = min(shape.max_tokens + len(steering.forced), most) if shape.max_tokens else 0
   scores_prompt = bool(shape.echoes) and (shape.has_logprobs or not max_tokens)
   return Ask(tuple(
-      Request(tuple(tokens), ids.of(seed), max_tokens, num_samples, sampler, ends, stop, forced,
-              max_thought, max_answer, shape.num_top, scores_prompt, held_to)
+      Request(tuple(tokens), ids.of(seed), max_tokens, num_samples, sampler, ends, stop,
+              steering.forced, steering.max_thought, max_answer, shape.num_top, scores_prompt,
+              held_to, begins_thinking=steering.begins_thinking)
       for tokens in shape.prompts), num_choices, shape.is_chat, is_stream, has_usage,
-      shape.has_logprobs, shape.echoes, shape.tools, held_to)
+      shape.has_logprobs, shape.echoes, shape.tools, held_to, thinker.is_open(shape.prompts[0]))
+
+
+def _steering(fields: Fields, thinker: Thinker, shape: _Shape, most: int) -> Steering:
+  """How the responses are made to think; `max_thought` makes those of any policy do so."""
+  max_thought, prompt = fields.integer('max_thought', None, 0, most), shape.prompts[0]
+  if max_thought is None:
+    try:
+      return thinker.steer(shape.wish, prompt)
+    except UserError as e:
+      raise ApiError(400, str(e), param=shape.wished_by) from e
+  if shape.wish != Wish():
+    raise ApiError(400, f'max_thought cannot be combined with {shape.wished_by}: expected one of '
+                   'them.', param='max_thought')
+  return thinker.think(max_thought, prompt)
 
 
 def _sampler(fields: Fields, own: cfg.Sampler) -> cfg.Sampler:
@@ -266,8 +297,11 @@ def _numbers(fields: Fields, service: Service, is_stream: bool) -> tuple[int, in
 
 
 def _constraint(fields: Fields, service: Service, offered: Tools, ends: tuple[int, ...],
-                max_thought: int | None) -> Constraint | None:
-  """What a format, or the use of tools, holds the responses to; None where they are free."""
+                after: tuple[int, ...]) -> Constraint | None:
+  """What a format, or the use of tools, holds the responses to; None where they are free.
+
+  It holds after the tokens `after`, where there are any.
+  """
   wanted = formats.take(fields)
   if wanted and offered.tools:
     raise ApiError(400, f'{wanted.field} cannot be combined with tools: expected one of them, or '
@@ -277,10 +311,8 @@ def _constraint(fields: Fields, service: Service, offered: Tools, ends: tuple[in
         offered, is_special=CALLS.start in service.tokenizer.special_tokens))
   if wanted is None:
     return None
-  thought_end = () if max_thought is None else encode_marker(
-      service.tokenizer, service.markers.end)
   try:
-    return service.guide.constraint(wanted.grammar, ends, thought_end)
+    return service.guide.constraint(wanted.grammar, ends, after)
   except ValueError as e:
     raise ApiError(400, f'{wanted.field} cannot be met: {e}.', param=wanted.field) from e
 

@@ -21,6 +21,7 @@ from jaxrl_pt.sampling.engine import Engine, Request, Response
 from jaxrl_pt.serving.conversation import fit
 from jaxrl_pt.serving.stream import Piece, stream
 from jaxrl_pt.serving.text import Markers, ThoughtSplitter, encode_marker, printable, spelled
+from jaxrl_pt.serving.thinking import Thinker, Wish
 
 # --- Samples --------------------------------------------------------------------------
 
@@ -66,8 +67,9 @@ class Chat:
   """A conversation's settings.
 
   max_tokens: the largest number of tokens of an answer, its thought included.
-  max_thought: drawn tokens after which the end of thinking is forced; None leaves it to the model
-    whether to think.
+  wish: whether an answer thinks first, and for how long.
+  max_thought: drawn tokens after which the end of thinking is forced, where any model is made to
+    think by the start marker; None leaves that to `wish`.
   max_answer: the largest number of tokens after the end of thinking.
   system: the system message, '' for none.
   """
@@ -80,15 +82,20 @@ class Chat:
   max_thought: int | None = None
   max_answer: int | None = None
   system: str = ''
+  wish: Wish = Wish()
 
   def request(self, prompt: Sequence[int], turn: int) -> Request:
     """The request for the next answer; the number of the turn addresses its randomness."""
-    forced: tuple[int, ...] = ()
-    if self.max_thought is not None:
-      forced = encode_marker(self.tokenizer, self.markers.start)
-    return Request(tuple(prompt), turn, self.max_tokens + len(forced), 1, self.sampler,
-                   self.end_tokens, self.template.stop_texts, forced, self.max_thought,
-                   self.max_answer)
+    steering = (self.thinker.steer(self.wish, prompt) if self.max_thought is None
+                else self.thinker.think(self.max_thought, prompt))
+    return Request(tuple(prompt), turn, self.max_tokens + len(steering.forced), 1, self.sampler,
+                   self.end_tokens, self.template.stop_texts, steering.forced,
+                   steering.max_thought, self.max_answer, begins_thinking=steering.begins_thinking)
+
+  @functools.cached_property
+  def thinker(self) -> Thinker:
+    """How the policy is made to think, or not to."""
+    return Thinker(self.tokenizer, self.markers, self.template)
 
   @functools.cached_property
   def end_tokens(self) -> tuple[int, ...]:
@@ -100,7 +107,7 @@ def talk(engine: Engine, chat: Chat, lines: Iterable[str], console: Console) -> 
   """Answers line after line; the thought is dim, and Ctrl-C stops an answer.
 
   Args:
-    engine: an engine whose `think_end` is the end marker of `chat.markers`.
+    engine: an engine with the markers of `chat.thinker`.
     chat: the conversation's settings.
     lines: what the user says; `/new` forgets the conversation, `/quit` ends it.
     console: the terminal that shows the answers.
@@ -125,8 +132,8 @@ def talk(engine: Engine, chat: Chat, lines: Iterable[str], console: Console) -> 
     with _noting_interrupt() as is_interrupted:
       try:
         line.encode()
-        prompt, num_cut = fit(chat.template, chat.tokenizer, asked, engine.config.prompt_len,
-                              drawn)
+        prompt, num_cut = fit(chat.thinker.told(chat.wish), chat.tokenizer, asked,
+                              engine.config.prompt_len, drawn)
       except (UserError, UnicodeEncodeError) as e:
         note(str(e) if isinstance(e, UserError) else 'that line is not UTF-8 text')
         continue
@@ -146,7 +153,7 @@ def talk(engine: Engine, chat: Chat, lines: Iterable[str], console: Console) -> 
 def _answer(engine: Engine, chat: Chat, request: Request, console: Console,
             is_interrupted: Callable[[], bool]) -> tuple[str, list[int]]:
   """Shows the answer as it is drawn; returns its text and its tokens, without its thought."""
-  splitter = ThoughtSplitter(chat.markers)
+  splitter = ThoughtSplitter(chat.markers, is_open=chat.thinker.is_open(request.prompt))
   answer, has_thought, num_tokens, began = '', False, 0, time.perf_counter()
   response: Response | None = None
   with contextlib.closing(stream(
@@ -172,10 +179,12 @@ def _answer(engine: Engine, chat: Chat, request: Request, console: Console,
 def _answer_tokens(chat: Chat, response: Response, answer: str) -> list[int]:
   """The tokens of the answer alone; none where a stop text ends it in the middle of a token."""
   tokens = response.tokens.tolist()[:-1 if response.finish == 'stop' else None]
-  end = list(encode_marker(chat.tokenizer, chat.markers.end))
+  before = [list(encode_marker(chat.tokenizer, marker))
+            for marker in (chat.markers.end, chat.markers.no_think) if marker]
   table = spelled(chat.tokenizer, chat.markers)
   text = lambda ids: b''.join(table[i] for i in ids if i < len(table)).decode('utf-8', 'replace')
-  starts = [0, *(i for i in range(len(end), len(tokens) + 1) if tokens[i - len(end):i] == end)]
+  starts = [0, *(i for i in range(1, len(tokens) + 1)
+                 if any(tokens[:i][-len(marker):] == marker for marker in before))]
   # After a stop text the answer ends before the last tokens.
   return next((tokens[start:stop] for start in starts
                for stop in range(len(tokens), start, -1)

@@ -14,13 +14,19 @@ from jaxrl_pt.data.tokenizer import Tokenizer
 
 
 class Markers(NamedTuple):
-  """Two texts that enclose a part of a response: by default thinking, at its start."""
+  """Two texts that enclose a part of a response: by default thinking, at its start.
+
+  no_think: the text with which a response begins that answers at once, where policies have such a
+    mode. It belongs to neither thought nor answer.
+  """
 
   start: str = '<think>'
   end: str = '</think>'
+  no_think: str = ''
 
 
 CALLS = Markers('<tool_call>', '</tool_call>')  # around each tool call
+_NOTHING = Markers('\0', '\0')  # once the answer has begun, in which a second marker is text
 
 
 def encode_marker(tokenizer: Tokenizer, marker: str) -> tuple[int, ...]:
@@ -142,9 +148,10 @@ class ThoughtSplitter:
   before the first marker and before the answer belongs to neither.
   """
 
-  def __init__(self, markers: Markers) -> None:
+  def __init__(self, markers: Markers, *, is_open: bool = False) -> None:
+    """Starts before the first text; `is_open` says that the prompt has begun a thought."""
     self._markers = markers
-    self._is_thinking, self._is_start = False, True
+    self._is_thinking, self._is_start = is_open, True
     self._held = ''
 
   def feed(self, text: str, *, last: bool = False) -> tuple[str, str]:
@@ -153,10 +160,13 @@ class ThoughtSplitter:
     thought = ''
     if self._is_start and not self._is_thinking:
       self._held = self._held.lstrip()
-      if self._held.startswith(self._markers.start):
-        self._is_thinking, self._held = True, self._held[len(self._markers.start):]
-      elif self._markers.start.startswith(self._held) and not last:
-        return '', ''  # Still white space or a part of the marker.
+      start, _, no_think = self._markers
+      if self._held.startswith(start):
+        self._is_thinking, self._held = True, self._held[len(start):]
+      elif no_think and self._held.startswith(no_think):
+        self._held, self._markers = self._held[len(no_think):], _NOTHING
+      elif not last and any(marker.startswith(self._held) for marker in (start, no_think)):
+        return '', ''  # Still white space or a part of a marker.
     if self._is_thinking:
       thought = self._take_thought(last)
       if self._is_thinking:
@@ -170,8 +180,7 @@ class ThoughtSplitter:
     thought, marker, answer = self._held.partition(self._markers.end)
     if marker:
       self._is_thinking, self._held = False, answer
-      # All that follows is the answer, in which a second marker is text.
-      self._markers = Markers('\0', '\0')
+      self._markers = _NOTHING
       return thought
     keep = 0 if last else num_held(self._held, [self._markers.end])
     shown, self._held = self._held[:len(self._held) - keep], self._held[len(self._held) - keep:]

@@ -30,13 +30,14 @@ PROMPTS = [(3, 1, 4, 1, 5), (9, 2), (6, 5, 3, 5, 8, 9, 7, 1), (11,), (4, 4, 4, 4
 TOKEN_BYTES = [bytes([65 + i]) for i in range(VOCAB - 1)] + [b'xyz']
 SIZES = cfg.Engine(slots=3, queue=16, prompt_len=8, response_len=24, page_size=4,
                    prefill_chunk=4, steps_per_call=5)
-THINK_END = (10, 11)
+THINK_END, THINK_START = (10, 11), (8, 2)
 
 
 @functools.lru_cache
 def make(think_end=(), model=MODEL, **sizes):
   return engine.Engine(model, PARAMS, dataclasses.replace(SIZES, **sizes), seed=SEED,
-                       token_bytes=TOKEN_BYTES, think_end=think_end)
+                       token_bytes=TOKEN_BYTES, think_end=think_end,
+                       think_start=THINK_START if think_end else ())
 
 
 def requests(sampler=Sampler(), num_tokens=20, num_samples=3, **fields):
@@ -182,6 +183,31 @@ def test_thought_and_answer_budgets(max_thought):
     assert len(tokens) == ends[0] + 1 + 3 and response.finish == 'length'
 
 
+@pytest.mark.parametrize(('max_thought', 'max_answer'), [(0, None), (4, 3)])
+def test_a_budget_holds_if_the_policy_chooses_to_think(max_thought, max_answer):
+  """What is forced is the start marker, a part of it or nothing."""
+  one, seen = make(THINK_END), []
+  for forced in (THINK_START, THINK_START[:1], ()):
+    for number in range(1 if len(forced) == 2 else 5):
+      asked = [dataclasses.replace(r, stop=(), id=r.id + 10 * number) for r in requests(
+          Sampler(3.0), 24, forced=forced, max_thought=max_thought, max_answer=max_answer,
+          begins_thinking=False)]
+      for response in flat(one.run(asked)):
+        tokens, sampled = response.tokens.tolist(), response.sampled.tolist()
+        thinks = tuple(tokens[:2]) == THINK_START
+        seen.append((len(forced), thinks))
+        if not thinks:  # Nothing is forced, and all of it is the answer.
+          assert sampled == [0] * len(forced) + [1] * (len(tokens) - len(forced))
+          assert len(tokens) == (max_answer or 24)
+          continue
+        ends = [i for i in range(3, len(tokens)) if tuple(tokens[i - 1:i + 1]) == THINK_END]
+        assert ends and ends[0] <= 2 + max_thought + 1
+        if sampled[ends[0]] == 0:
+          assert sampled[2:ends[0] + 1] == [1] * max_thought + [0, 0]
+        assert len(tokens) == (24 if max_answer is None else ends[0] + 1 + max_answer)
+  assert {(2, True), (1, True), (1, False), (0, False)} <= set(seen)
+
+
 def test_stop_strings_end_a_response_with_the_token_that_completes_them():
   plain = flat(make().run(requests(num_samples=2)))
   texts = [b''.join(TOKEN_BYTES[t] for t in r.tokens) for r in plain]
@@ -248,6 +274,7 @@ def test_nothing_compiles_after_the_engine_is_made(caplog):
     ({'stop_strings': ('',)}, 'stop string .*1 to 32 bytes'),
     ({'stop_strings': ('a',) * 9}, '9 entries in stop_strings; at most 8'),
     ({'max_thought': 3}, 'no marker that ends thinking'),
+    ({'max_thought': 3, 'begins_thinking': False}, 'no marker that ends thinking'),
     ({'max_answer': -1}, 'max_answer = -1'),
 ])
 def test_a_wrong_request_is_refused_alone(fields, message):
