@@ -4,6 +4,7 @@ A Hugging Face folder is computed by the library transformers, independently of 
 read by the package gguf, with its own dequantisers, and computed by our forward.
 """
 
+import functools
 from pathlib import Path
 
 import jax
@@ -15,7 +16,7 @@ from jaxrl_pt.errors import UserError
 from jaxrl_pt.interop import gguf_file
 from jaxrl_pt.models import transformer
 from jaxrl_pt.nn.quant import TernaryWeight, as_computed, ternary
-from jaxrl_pt.types import Params
+from jaxrl_pt.types import Array, Params
 
 _ROWS, _LENGTH = 2, 32
 # Shares of the largest logit; both compute in float32. With int8 activations the two round alike
@@ -106,12 +107,12 @@ def check_gguf(path: Path, config: cfg.Model, params: Params, keys: gguf_file.Me
 
 def _logits(config: cfg.Model, params: Params, tokens_BT: np.ndarray) -> np.ndarray:
   """f32[B, T, V], computed in float32 whatever the parameters' type."""
+  return np.asarray(_run(config, params, jnp.asarray(tokens_BT)))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run(config: cfg.Model, params: Params, tokens_BT: Array) -> Array:
   model = transformer.build(config)
   positions = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-
-  @jax.jit
-  def run(params: Params) -> jax.Array:
-    hidden = model.apply(params, jnp.asarray(tokens_BT), positions, jnp.ones_like(tokens_BT))
-    return hidden @ model.head(params)
-
-  return np.asarray(run(params))
+  hidden = model.apply(params, tokens_BT, positions, jnp.ones_like(tokens_BT))
+  return hidden @ model.head(params)

@@ -143,7 +143,8 @@ def test_every_way_of_drawing_takes_adapters(pretrained: Job, make_job: Callable
   assert any(np.asarray(x).any() for x in jax.tree.leaves(own))
 
 
-@pytest.mark.parametrize('objective', ['SFT', 'DPO', 'RewardModel'])
+@pytest.mark.parametrize('objective', [
+    'SFT', 'DPO', pytest.param('RewardModel', marks=pytest.mark.slow)])  # It opens as DPO does.
 def test_supervised_stages_train_adapters_alone(pretrained: Job, make_job: Callable[..., Job],
                                                 tmp_path: Path, objective: str):
   path = tmp_path / 'rows.jsonl'

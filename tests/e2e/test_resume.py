@@ -27,7 +27,9 @@ def assert_same_run(one: Job, other: Job) -> None:
   assert [r['step'] for r in rows if r['step'] > 0] == list(range(1, LAST + 1))
 
 
-@pytest.mark.parametrize('trial', [0, pytest.param(1, marks=pytest.mark.slow)])
+# `test_mixture.py` kills a pretraining run in the ordinary tests.
+@pytest.mark.slow
+@pytest.mark.parametrize('trial', [0, 1])
 def test_pretraining_killed_at_a_random_step_is_bit_identical(
     make_job: Callable[..., Job], pretrained: Job, trial: int):
   step = random.SystemRandom().randint(1, LAST - 5)
@@ -81,8 +83,8 @@ def test_rlp_killed_at_a_random_step_is_bit_identical(
   assert max(jax.tree.leaves(apart)) > 0  # The average lags behind.
 
 
-@pytest.mark.parametrize('number', [
-    signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)])
+@pytest.mark.slow  # The next test sends SIGTERM, and asks the same of it.
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_writes_a_checkpoint_and_says_that_the_run_is_not_finished(
     make_job: Callable[..., Job], pretrained: Job, number: signal.Signals):
   job = make_job()
@@ -97,7 +99,9 @@ def test_a_signal_writes_a_checkpoint_and_says_that_the_run_is_not_finished(
 def test_a_truncated_newest_checkpoint_is_named_and_skipped(
     make_job: Callable[..., Job], pretrained: Job):
   job = make_job()
-  assert job.run_until(35, signal.SIGTERM)[0] == 75
+  code, output = job.run_until(35, signal.SIGTERM)
+  assert code == 75 and 'run the same command to go on' in output, output
+  assert checkpoint.steps(job.workdir / 'checkpoints')[-1] == job.last_step()
   newest, before = checkpoint.steps(job.workdir / 'checkpoints')[:-3:-1]
   largest = max((job.workdir / 'checkpoints' / str(newest)).rglob('*'),
                 key=lambda p: p.stat().st_size if p.is_file() else -1)

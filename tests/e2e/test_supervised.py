@@ -85,11 +85,15 @@ def tuned(make_job: Callable[..., Job], pretrained: Job, conversations: Path) ->
   return job
 
 
-def test_sft_learns_and_killed_at_a_random_step_is_bit_identical(
-    make_job: Callable[..., Job], pretrained: Job, tuned: Job, conversations: Path):
+def test_sft_learns(tuned: Job):
   rows = tuned.rows()
   assert rows[0]['step'] == 0  # The start policy is measured too.
   assert rows[-1]['validation/loss'] < rows[0]['validation/loss'] - 0.3
+
+
+@pytest.mark.slow  # The same job is killed with pairs below, and its loader in `test_mixture.py`.
+def test_sft_killed_at_a_random_step_is_bit_identical(
+    make_job: Callable[..., Job], pretrained: Job, tuned: Job, conversations: Path):
   job = make_job(SFT, start_from=str(pretrained.workdir), rows=str(conversations))
   code, output = job.run_until(random.SystemRandom().randint(1, STEPS - 4), signal.SIGKILL)
   assert code == -signal.SIGKILL, output

@@ -68,9 +68,11 @@ CHUNKS = {'prefill and single tokens': [(0, 5), *((i, i + 1) for i in range(5, T
 
 
 @pytest.mark.parametrize('cached', [by_slots, by_pages])
-@pytest.mark.parametrize('chunks, style', [('prefill and single tokens', 'llama'),
-                                           ('chunks', 'bitnet')])
-@pytest.mark.parametrize('quant', QUANTS)
+@pytest.mark.parametrize('quant, chunks, style', [
+    pytest.param(quant, chunks, style, marks=[pytest.mark.slow] * (quant == slow))
+    # Each quantiser in one way at least, and each way with two.
+    for chunks, style, slow in (('prefill and single tokens', 'llama', 'int4_hadamard'),
+                                ('chunks', 'bitnet', 'int8')) for quant in QUANTS])
 def test_equals_the_whole_forward(cached, chunks, style, quant):
   model, params, whole = make(quant, style)
   assert_close(cached(model, params, CHUNKS[chunks]), whole, quant)

@@ -1,6 +1,7 @@
 """Properties of the forward: causal, packed ≡ separate, cached ≡ whole, and its sizes."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -31,10 +32,13 @@ SHAPES = {
     'narrow_queries': dict(num_heads=2, head_dim=4, num_kv_heads=1),
     'imported': dict(qkv_bias=True, qk_norm=True, rope=cfg.Llama3Rope(8.0, 1.0, 4.0, 16)),
 }
-VARIANTS = [*((q, 'bitnet') for q in QUANTS), *(('plain', s) for s in SHAPES if s != 'bitnet'),
-            ('int8', 'llama')]
+# The cache of these differs from that of others in nothing but what is put into it.
+SLOW = 'weights', 'int8_hadamard', 'int4_absmax'
+VARIANTS = [*(pytest.param(q, 'bitnet', marks=[pytest.mark.slow] * (q in SLOW)) for q in QUANTS),
+            *(('plain', s) for s in SHAPES if s != 'bitnet'), ('int8', 'llama')]
 
 
+@functools.cache
 def make(quant='plain', shape='llama', compute=cfg.Compute()):
   config = dataclasses.replace(BASE, **SHAPES[shape], quant=QUANTS[quant])
   model = transformer.build(config, compute)
@@ -158,6 +162,7 @@ def test_packed_weights_run_through_the_unchanged_forward(quant):
   assert_close_but_for_flips(cached, apply(packed, tokens, positions, segments), quantised=True)
 
 
+@functools.cache
 def loss_and_grad(compute, quant='int8'):
   model, params = make(quant, 'bitnet', compute)
   inputs = plain_inputs(draw_tokens(2, 8))
@@ -169,8 +174,9 @@ def loss_and_grad(compute, quant='int8'):
 
 
 @pytest.mark.parametrize('quant', [pytest.param('plain', marks=pytest.mark.slow), 'int8'])
-@pytest.mark.parametrize('compute', [cfg.Compute(remat='block'), cfg.Compute(unroll=0),
-                                     cfg.Compute(unroll=2, remat='block')])
+@pytest.mark.parametrize('compute', [
+    pytest.param(cfg.Compute(remat='block'), marks=pytest.mark.slow), cfg.Compute(unroll=0),
+    cfg.Compute(unroll=2, remat='block')])
 def test_remat_and_unrolling_change_nothing(compute, quant):
   value, grads = loss_and_grad(cfg.Compute(), quant)
   other_value, other_grads = loss_and_grad(compute, quant)
@@ -180,7 +186,9 @@ def test_remat_and_unrolling_change_nothing(compute, quant):
     np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5 * float(jnp.abs(b).max()) + 1e-9)
 
 
-@pytest.mark.parametrize('quant', ['plain', 'int8_hadamard'])
+# What is summed and handed on in bfloat16 without quantisers: `test_bfloat16.py`.
+@pytest.mark.parametrize('quant', [
+    pytest.param('plain', marks=pytest.mark.slow), 'int8_hadamard'])
 def test_bfloat16_is_near_float32(quant):
   inputs = plain_inputs(draw_tokens(2, 16))
   model, params = make(quant, 'bitnet')

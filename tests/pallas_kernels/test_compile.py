@@ -16,8 +16,9 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec('libtpu') is None,
 TOPOLOGIES = [pytest.param(name, '', marks=pytest.mark.slow, id=name)
               for name in ('v4:2x2x1', 'v5e:2x2', 'v5p:2x2x1', 'v6e:2x2', 'tpu7x:2x2x1')]
 SOME = '|'.join((
-    r'^hadamard\S* int\d (32x|2048x8192)', r'^sparse\S* page (16|128) ',
-    r'^ternary\S* int\d (1|32|2048)x(2560->6912|6912->2560)',
+    r'^hadamard\S* (int8 32x6912|int4 (32x2560|2048x8192))',
+    r'^sparse\S* page (16 .*8x4K|128 .*256K)',
+    r'^ternary\S* (int8 (1|32|2048)x2560->6912|int4 (1|32|2048)x6912->2560)',
     r'2B4T .* 32x1 .*(64|128)$', '32B .* 1x256 ', 'small heads'))
 TOPOLOGIES.append(pytest.param('v5e:2x2', SOME, id='v5e, some'))
 VMEM_BYTES = {'v4': 16 << 20, 'v5e': 128 << 20, 'v5p': 64 << 20, 'v6e': 128 << 20,

@@ -139,7 +139,7 @@ def test_attention_equals_the_definition(data):
 
 
 @pytest.mark.parametrize('lengths, selection', [
-    ([55], DENSE), ([96, 0, 33], Selection(0.3, 2))])
+    pytest.param([55], DENSE, marks=pytest.mark.slow), ([96, 0, 33], Selection(0.3, 2))])
 def test_a_step_of_kernels_equals_dense_over_what_it_selects(lengths, selection):
   kv, bounds, table, lengths = cache(3, lengths, 16, 6)
   q = normal(4, len(lengths), 8, E)
@@ -270,7 +270,7 @@ def test_what_does_not_fit_is_said(change, message):
     api.sparse_decode(**(arguments | change), generation=None)
 
 
-@pytest.mark.parametrize('generation', ['v5e', 'v5p'])
+@pytest.mark.parametrize('generation', ['v5e', pytest.param('v5p', marks=pytest.mark.slow)])
 def test_cases_trace_and_count_what_the_formula_says(generation):
   cases = arg_specs.cases(generation)
   assert len({case.name for case in cases}) == len(cases) == 8

@@ -103,7 +103,8 @@ def test_the_kernels_codes_are_the_definitions(dtype, kind):
   assert wrong.mean() <= 2 * 2.0**-14 * (127 if kind == 'int8' else 8)
 
 
-@pytest.mark.parametrize('gain', [None, 1 + 0.1 * draw(256, seed=1)])
+@pytest.mark.parametrize('gain', [
+    pytest.param(None, marks=pytest.mark.slow), 1 + 0.1 * draw(256, seed=1)])
 def test_the_gradient_through_the_rotated_input(gain):
   x, w, dy = draw(2, 32, 256, dtype=jnp.bfloat16), draw(256, 128, seed=2), draw(2, 32, 128, seed=3)
   if gain is None:

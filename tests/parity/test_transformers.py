@@ -187,7 +187,8 @@ def test_verify_accepts_an_export_and_refuses_another_model(tmp_path, config):
     verify.check(tmp_path, config, params)
 
 
-@pytest.mark.parametrize('config, packed', [(BITNET, True), (QWEN2, False), (QWEN3, True)],
+@pytest.mark.parametrize('config, packed', [(BITNET, True), (QWEN2, False),
+                                            pytest.param(QWEN3, True, marks=pytest.mark.slow)],
                          ids=['bitnet packed', 'qwen2', 'qwen3 packed'])
 def test_quantised_exports_are_verified_in_their_arithmetic(tmp_path, config, packed):
   config = dataclasses.replace(config, quant=cfg.Quant('ternary', 'int8'))

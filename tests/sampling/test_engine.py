@@ -94,8 +94,9 @@ def test_equals_generate(sampler):
 
 
 @pytest.mark.parametrize('sizes', [
-    {'slots': 1}, {'slots': 8}, {'page_size': 16}, {'page_size': 1}, {'prefill_chunk': 8},
-    {'num_pages': 11, 'slots': 4}], ids=str)
+    {'slots': 1}, {'page_size': 1}, {'prefill_chunk': 8}, {'num_pages': 11, 'slots': 4},
+    pytest.param({'slots': 8}, marks=pytest.mark.slow),
+    pytest.param({'page_size': 16}, marks=pytest.mark.slow)], ids=str)
 def test_sizes_do_not_change_tokens(sizes):
   assert_equal(flat(make(**sizes).run(requests())), expected(Sampler()))
 

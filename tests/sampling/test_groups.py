@@ -105,6 +105,17 @@ def test_equals_a_whole_forward_per_token(sampler):
     assert len(lengths) > 1  # Some responses stopped and some did not: both were compared.
 
 
+@functools.cache
+def drawn_in(slots, suffix):
+  """What is drawn for eight prompts, which end in the suffix."""
+  prompts = make_prompts([*TOKENS, *TOKENS])
+  if suffix:
+    prompts = dataclasses.replace(prompts, suffix=jnp.array([suffix] * 8, jnp.int32))
+  return jax.jit(functools.partial(
+      groups.generate, MODEL, slots=slots, sampler=Sampler(), num_samples=3, num_tokens=9,
+      stop_ids=(STOP,)))(PARAMS, prompts, KEY)
+
+
 @pytest.mark.parametrize('slots', [
     cfg.Slots(slots=1, page_size=4), cfg.Slots(slots=5, page_size=1, prefill_chunk=3),
     cfg.Slots(slots=3, page_size=4, num_pages=10, prefill_tokens=4), cfg.Slots(page_size=2)],
@@ -112,12 +123,7 @@ def test_equals_a_whole_forward_per_token(sampler):
 @pytest.mark.parametrize('suffix', [(), (4, 2)])
 def test_slots_and_pages_do_not_matter(slots, suffix):
   """Of 24 responses few at a time, even in a pool that holds hardly one of them."""
-  prompts = make_prompts([*TOKENS, *TOKENS])
-  if suffix:
-    prompts = dataclasses.replace(prompts, suffix=jnp.array([suffix] * 8, jnp.int32))
-  asked = dict(sampler=Sampler(), num_samples=3, num_tokens=9, stop_ids=(STOP,))
-  whole, refilled = (jax.jit(functools.partial(groups.generate, MODEL, slots=s, **asked))(
-      PARAMS, prompts, KEY) for s in (cfg.Slots(), slots))
+  whole, refilled = drawn_in(cfg.Slots(), suffix), drawn_in(slots, suffix)
   np.testing.assert_array_equal(refilled.tokens, whole.tokens)
   np.testing.assert_array_equal(refilled.in_response, whole.in_response)
   np.testing.assert_allclose(refilled.logp, whole.logp, atol=1e-5)

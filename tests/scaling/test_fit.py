@@ -46,7 +46,8 @@ def test_the_limit_of_an_accuracy_stays_in_the_unit_interval():
 
 
 # One run cannot show how much of the noise its points share.
-@pytest.mark.parametrize('num_runs, shared', [(1, 0.0), (3, 0.0), (3, 0.5)])
+@pytest.mark.parametrize('num_runs, shared', [
+    (1, 0.0), pytest.param(3, 0.0, marks=pytest.mark.slow), (3, 0.5)])
 def test_intervals_hold_the_truth_as_often_as_they_say(num_runs, shared):
   # The computes of 2506.08007.
   compute, law = np.array([1.0, 2, 4, 8, 10, 12]), fit.PowerLaw(-0.25, 0.5, 0.5)

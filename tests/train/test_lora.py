@@ -81,8 +81,9 @@ def test_the_least_memory_of_a_run_counts_the_base_once():
   assert memory.least_bytes(plain)['Model'] == 4 * (4 * sizes + others)
 
 
-@pytest.mark.parametrize('accumulation', [1, 2])
-@pytest.mark.parametrize('quant', QUANT)
+@pytest.mark.parametrize('quant, accumulation', [
+    ('float', 1), ('ternary', 2), pytest.param('float', 2, marks=pytest.mark.slow),
+    pytest.param('ternary', 1, marks=pytest.mark.slow)])
 def test_a_step_on_text_moves_adapters_alone(quant, accumulation):
   """By the same AdamW as of a tree that holds nothing but the adapters."""
   model = build(quant)
@@ -119,7 +120,7 @@ def test_a_step_on_text_moves_adapters_alone(quant, accumulation):
     np.testing.assert_allclose(a, b, atol=2e-4)
 
 
-@pytest.mark.parametrize('quant', QUANT)
+@pytest.mark.parametrize('quant', [pytest.param('float', marks=pytest.mark.slow), 'ternary'])
 def test_the_step_of_one_program_learns_by_its_adapters(quant):
   model, run, optimizer, state = begun(quant)
   step = jax.jit(fused.make_fused_step(model, optimizer, run, METHOD, VERIFY, stop_ids=(0,)))

@@ -110,7 +110,9 @@ def step_of(loss, segments: int, accumulation: int, head: bool = False):
 
 @pytest.mark.parametrize('method', [
     cfg.DPO('a', beta=0.5), cfg.DPO('a', 'ipo', beta=0.5),
-    cfg.DPO('a', 'length_normalised', beta=0.5), cfg.DPO('a', 'robust', 0.5, 0.2)],
+    # TRL computes these two as well (tests/parity/test_trl_supervised.py).
+    *(pytest.param(method, marks=pytest.mark.slow) for method in (
+        cfg.DPO('a', 'length_normalised', beta=0.5), cfg.DPO('a', 'robust', 0.5, 0.2)))],
     ids=lambda m: m.loss)
 def test_dpo_by_hand_and_in_micro_batches(method: cfg.DPO):
   pairs, batch = drawn()

@@ -79,6 +79,7 @@ def verified(reference_logp=None, correct=None) -> Verified:
   return Verified(PROMPTS, drawn(), Verdict(correct, valid, correct, {'a': correct}), reference)
 
 
+@functools.cache  # Tests of one method share its program.
 def make_step(method: cfg.Algorithm, accumulation=1, group_parts=1, **rollouts):
   """The compiled learner and the state that it begins with."""
   run = make_run(method, accumulation, group_parts, **rollouts)
@@ -323,8 +324,9 @@ def test_the_value_head_teaches_itself_and_not_the_policy():
 
 
 @pytest.mark.parametrize('options, accumulation, group_parts', [
-    ({}, 1, 1), ({}, 2, 1), ({'epochs': 2, 'minibatches': 2}, 1, 1),
-    ({'epochs': 2, 'minibatches': 2}, 1, 2)], ids=str)
+    ({}, 1, 1), ({'epochs': 2, 'minibatches': 2}, 1, 2), *(
+        pytest.param(*given, marks=pytest.mark.slow) for given in (
+            ({}, 2, 1), ({'epochs': 2, 'minibatches': 2}, 1, 1)))], ids=str)
 def test_the_trainers_log_probabilities_come_out_by_token(options, accumulation, group_parts):
   """Those of the first update; of a row that it had no part in, none."""
   method = cfg.Algorithm(surrogate=cfg.PPOClip(), **options)
@@ -420,7 +422,7 @@ def test_nothing_reads_the_log_probabilities_of_a_forced_token(method):
 
 
 @pytest.mark.parametrize('aggregation, options, slices', [
-    (cfg.TokenMean(), {}, {'accumulation': 2}),
+    pytest.param(cfg.TokenMean(), {}, {'accumulation': 2}, marks=pytest.mark.slow),
     (cfg.SequenceMeanTokenMean(), {}, {'accumulation': 4, 'group_parts': 2}),
     (cfg.TokenMean(), {'minibatches': 2, 'correction': cfg.TokenTIS(2.0)},
      {'accumulation': 4, 'group_parts': 4})], ids=str)

@@ -127,7 +127,9 @@ def test_a_forced_token_belongs_to_the_response(forced):
 # --- Real tokenizers ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize('name', ['bytes', 'trained', 'gpt2', 'deepseek', 'mistral', 't5'])
+@pytest.mark.parametrize('name', [
+    'bytes', 'trained', 'gpt2', 'deepseek', 't5',
+    pytest.param('mistral', marks=pytest.mark.slow)])  # SentencePiece, as that of t5
 def test_correct_demonstrations_are_correct_with_every_tokenizer(name):
   """… and wrong ones wrong, equal to the definition, although tokenizers merge `;#` and `#7`."""
   tokenizer = _tokenizer(name)
