@@ -77,6 +77,15 @@ def test_the_weight_of_a_source_is_that_of_its_tokens(tmp_path: Path):
       tmp_path, source, fraction=0).train.digest
 
 
+def test_the_same_files_in_other_sources_are_prepared_again(tmp_path: Path):
+  for i in range(3):
+    write(tmp_path / f'{i}.jsonl', asked(i, 5))
+  one, other = (prepare(tmp_path / 'data', cfg.WeightedConversations(
+      tuple(cfg.Conversations(f'{tmp_path}/{names}.jsonl') for names in globs), (0.5, 3.0)),
+                        fraction=0) for globs in (('[01]', '2'), ('0', '[12]')))
+  assert sorted(segments_of(one.train)) != sorted(segments_of(other.train))
+
+
 def test_conversations_with_one_prompt_are_held_out_together(tmp_path: Path):
   rows = [{'prompt': f'{i % 20}?', 'completion': f'{i}'} for i in range(200)]
   prepared = prepare(tmp_path, write(tmp_path / 'a.jsonl', rows))
