@@ -154,7 +154,7 @@ def grammar(tools: Tools, is_special: bool) -> str:
     tools: the tools that may be called.
     is_special: whether the start marker is a special token and not a text.
   """
-  opening, closing = (m if is_special else json.dumps(m) for m in (CALLS.start, CALLS.end))
+  opening, closing = (m if is_special else json.dumps(m) for m in CALLS[:2])
   rules, is_auto = [], tools.choice == 'auto'
   for i, tool in enumerate(tools.tools):
     # Without `strict` the arguments may be any object, as they may without a grammar.
