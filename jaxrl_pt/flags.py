@@ -3,67 +3,19 @@
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
 
-from jaxrl_pt.errors import UserError
+from jaxrl_pt.flag_types import SEED, Parser, at_least, glob, path, text
 
 DESCRIPTION = 'Pretrain ternary transformers and reinforce them, on a laptop or a TPU pod.'
 _RUN = 'gin/run/pretrain_tiny.gin'
 
 
-class _Parser(argparse.ArgumentParser):
-  """A parser that tells a wrong flag in one sentence, like every other mistake."""
-
-  def error(self, message: str) -> NoReturn:
-    raise UserError(f'{message[:1].upper()}{message[1:].rstrip(".")}: see {self.prog} --help.')
-
-
-def _at_least(low: int, high: int = 2**31 - 1) -> Any:
-  """The type of a flag that takes a whole number from `low` to `high`."""
-  def whole_number(text: str) -> int:
-    try:
-      value = int(text)
-    except ValueError:
-      value = low - 1
-    if value < low:
-      raise argparse.ArgumentTypeError(f'expected a whole number of at least {low}, not {text!r}')
-    if value > high:
-      raise argparse.ArgumentTypeError(f'expected a whole number of at most {high}, not {text!r}')
-    return value
-  return whole_number
-
-
-_SEED = _at_least(0, 2**32 - 1)
-
-
-def _text(text: str) -> str:
-  """The type of a flag that takes text, which must be possible to write as UTF-8."""
-  try:
-    text.encode()
-  except UnicodeEncodeError as e:
-    raise argparse.ArgumentTypeError(f'expected UTF-8 text, not {text!r}') from e
-  return text
-
-
-def _path(text: str) -> Path:
-  """The type of a flag that takes a path: not the empty text, which Path takes for '.'."""
-  if not text or '\0' in text:
-    raise argparse.ArgumentTypeError(f'expected a path, not {text!r}')
-  return Path(text)
-
-
-def _glob(text: str) -> str:
-  """The type of a flag that takes a glob."""
-  _path(text)
-  return text
-
-
 def make_parser() -> argparse.ArgumentParser:
   """The parser of all commands; a wrong flag raises UserError."""
-  debug = _Parser(add_help=False)
+  debug = Parser(add_help=False)
   debug.add_argument('--debug', action='store_true',
                      help='show the full traceback of a mistake')
-  parser = _Parser(prog='jaxrl-pt', description=DESCRIPTION, allow_abbrev=False)
+  parser = Parser(prog='jaxrl-pt', description=DESCRIPTION, allow_abbrev=False)
   commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
 
   def add(name: str, summary: str, example: str) -> argparse.ArgumentParser:
@@ -75,7 +27,7 @@ def make_parser() -> argparse.ArgumentParser:
   quickstart = add('quickstart', 'The main job on real text, offline, in a few minutes.',
                    "jaxrl-pt quickstart --data 'books/*.txt'")
   _add_workdir(quickstart, 'runs/quickstart')
-  quickstart.add_argument('--data', type=_glob, metavar='GLOB',
+  quickstart.add_argument('--data', type=glob, metavar='GLOB',
                           help='UTF-8 text files to learn; without it '
                           "the standard library's own text")
 
@@ -88,7 +40,7 @@ def make_parser() -> argparse.ArgumentParser:
       '2 a mistake, said in one sentence. One host\'s signal stops all.')
   _add_gin(train)
   _add_workdir(train)
-  train.add_argument('--start_from', type=_path, metavar='DIR', help='the work directory of the '
+  train.add_argument('--start_from', type=path, metavar='DIR', help='the work directory of the '
                      "policy to start from, whose model's shape and tokenizer the run takes")
   train.add_argument('--multihost', action='store_true', help='join the other hosts of a TPU '
                      'slice before training (run the same command on each)')
@@ -104,8 +56,9 @@ def make_parser() -> argparse.ArgumentParser:
                        'fine-tuning.')
   _add_workdir(score)
   _add_step(score)
-  score.add_argument('rows', type=_glob, metavar='GLOB', help='JSON-lines files')
+  score.add_argument('rows', type=glob, metavar='GLOB', help='JSON-lines files')
 
+  _add_judge(add)
   _add_rl_commands(add)
   _add_tpu_commands(add)
   _add_exchange(add)
@@ -116,6 +69,39 @@ def make_parser() -> argparse.ArgumentParser:
   return parser
 
 
+def _add_judge(add: Callable[[str, str, str], argparse.ArgumentParser]) -> None:
+  judge = add('judge', 'Which of two responses is better, or which of many, by a model as judge.',
+              'jaxrl-pt judge --workdir runs/rrm_tiny pairs.jsonl --votes 5 --swap')
+  judge.description = (
+      f'{judge.description} Rows with prompt, chosen, rejected and perhaps subset give the '
+      'accuracy of each subset; rows with prompt and candidates get the best of them.')
+  _add_workdir(judge)
+  _add_step(judge)
+  judge.add_argument('rows', type=glob, metavar='GLOB', help='JSON-lines files')
+  judge.add_argument('--votes', type=at_least(1), metavar='K', help='verdicts of a comparison, of '
+                     'which the majority counts (default 1, or what --budget pays for)')
+  _add_switches(judge, ('swap', 'ask in both orders, and say how often they agree'),
+                ('direct', 'begin responses with the verdict, without reasoning'),
+                ('soft', 'count shares of votes in a round robin, not majorities'))
+  judge.add_argument('--unparsed', choices=('wrong', 'half'), default='wrong', help='what a pair '
+                     'without a verdict scores (default %(default)s)')
+  judge.add_argument('--tournament', choices=('knockout', 'round_robin'), default='knockout',
+                     help='of candidates (default %(default)s)')
+  judge.add_argument('--ties', choices=('coin', 'first', 'half'), help='whose a comparison without '
+                     'a majority is (default coin, in a round robin half)')
+  judge.add_argument('--output', type=path, metavar='FILE', help='where the rows go, with verdicts')
+  for name, low, default, about in (
+      ('budget', 0, 0, 'the most verdicts of a row of candidates; 0 for no bound'),
+      ('prompt_len', 1, 8192, 'most tokens of a prompt; a longer one gets no verdict'),
+      ('slots', 1, 64, 'responses decoded at once')):
+    judge.add_argument(f'--{name}', type=at_least(low), default=default,
+                       help=f'{about} (default %(default)s)')
+  _add_sampling(judge, num_tokens=2048)
+  _add_storage(judge)
+  _add_gin(judge, "how a comparison is shown, cfg.JudgePrompt (default the model's own)")
+  _add_json(judge)
+
+
 def _add_rl_commands(add: Callable[[str, str, str], argparse.ArgumentParser]) -> None:
   add('methods', 'The methods of reinforcement learning: equation, paper, gin file, experiment.',
       'jaxrl-pt methods')
@@ -124,11 +110,11 @@ def _add_rl_commands(add: Callable[[str, str, str], argparse.ArgumentParser]) ->
   play.description = (
       f'{play.description} A line is a text; one that ends with \\ goes on in the next. Ends with '
       '1 if the episode was not played to its end, or the environment failed.')
-  play.add_argument('--environment', type=_text, metavar='NAME', help='a shipped one, '
+  play.add_argument('--environment', type=text, metavar='NAME', help='a shipped one, '
                     'gin/environment/NAME.gin: calculator, guess_number, python or text_arena')
   _add_gin(play, 'the settings of cfg.Interactive')
-  play.add_argument('--prompt', type=_text, default='', help='the problem, e.g. a question')
-  play.add_argument('--reference', type=_text, default='', help='the reference answer')
+  play.add_argument('--prompt', type=text, default='', help='the problem, e.g. a question')
+  play.add_argument('--reference', type=text, default='', help='the reference answer')
   _add_json(play)
   replay = add('replay', 'One half of an RL step alone: learn from kept rollouts, or only draw.',
                'jaxrl-pt replay --workdir runs/opo_tiny --only learner --step 10')
@@ -153,27 +139,27 @@ def _add_evaluation(add: Callable[[str, str, str], argparse.ArgumentParser]) -> 
   _add_gin(evaluate, "other data than the run's own")
   _add_json(evaluate)
   tasks = evaluate.add_argument_group('tasks of lm-eval')
-  tasks.add_argument('--tasks', type=_text, metavar='A,B', help='tasks, groups or tags of lm-eval '
+  tasks.add_argument('--tasks', type=text, metavar='A,B', help='tasks, groups or tags of lm-eval '
                      'or of --include_path')
-  tasks.add_argument('--include_path', type=_path, metavar='DIR',
+  tasks.add_argument('--include_path', type=path, metavar='DIR',
                      help='a folder with YAML files of tasks')
-  tasks.add_argument('--limit', type=_at_least(1), metavar='N',
+  tasks.add_argument('--limit', type=at_least(1), metavar='N',
                      help='only the first N documents of each task')
-  tasks.add_argument('--num_fewshot', type=_at_least(0), metavar='K',
+  tasks.add_argument('--num_fewshot', type=at_least(0), metavar='K',
                      help="solved examples in each prompt (default the task's own)")
-  tasks.add_argument('--output', type=_path, metavar='FILE', help='where the results go as JSON, '
+  tasks.add_argument('--output', type=path, metavar='FILE', help='where the results go as JSON, '
                      'with this command and the versions of the libraries')
-  tasks.add_argument('--max_length', type=_at_least(2), metavar='TOKENS', help='most tokens that '
+  tasks.add_argument('--max_length', type=at_least(2), metavar='TOKENS', help='most tokens that '
                      'the model reads at once (default what it was made for)')
-  tasks.add_argument('--batch_size', type=_at_least(1), default=16, metavar='B', help='texts that '
+  tasks.add_argument('--batch_size', type=at_least(1), default=16, metavar='B', help='texts that '
                      'go through the model at once (default %(default)s)')
   tasks.add_argument('--add_bos_token', choices=('true', 'false'), help='whether texts begin with '
                      'the token that begins a document (default as it was trained)')
   tasks.add_argument('--apply_chat_template', action='store_true',
                      help="put prompts into the model's chat template")
-  tasks.add_argument('--template', type=_path, metavar='FILE', help='another chat template, in '
+  tasks.add_argument('--template', type=path, metavar='FILE', help='another chat template, in '
                      'Jinja2')
-  tasks.add_argument('--seed', type=_SEED, default=0,
+  tasks.add_argument('--seed', type=SEED, default=0,
                      help='of the noise where a task samples (default %(default)s)')
 
 
@@ -185,7 +171,7 @@ def _add_tpu_commands(add: Callable[[str, str, str], argparse.ArgumentParser]) -
   _add_gin(preflight)
   preflight.add_argument('--topology', required=True, metavar='NAME',
                          help='e.g. v4:4x4x4, v5e:16x16, v5p:4x4x4, v6e:16x16 or tpu7x:4x4x4')
-  preflight.add_argument('--slices', type=_at_least(1), default=1, metavar='N',
+  preflight.add_argument('--slices', type=at_least(1), default=1, metavar='N',
                          help='how many such slices, joined by the network of the data centre '
                          '(default %(default)s)')
   preflight.add_argument('--no_search', action='store_true',
@@ -203,7 +189,7 @@ def _add_tpu_commands(add: Callable[[str, str, str], argparse.ArgumentParser]) -
                        help='one kernel instead of all; may be repeated')
   kernels.add_argument('--only', default='', metavar='REGEX',
                        help='only the cases whose name matches, e.g. "int4 2048x"')
-  kernels.add_argument('--keep', type=_path, metavar='DIR',
+  kernels.add_argument('--keep', type=path, metavar='DIR',
                        help="keep the compiler's raw schedules here")
   _add_json(kernels)
 
@@ -215,16 +201,16 @@ def _add_exchange(add: Callable[[str, str, str], argparse.ArgumentParser]) -> No
       f'{taken.description} Llama, Mistral, Qwen2, Qwen3 and BitNet models in safetensors; what '
       'would be computed wrongly is refused by name. The work directory is then whole, and '
       'absent if the import fails.')
-  taken.add_argument('source', type=_path, metavar='SRC',
+  taken.add_argument('source', type=path, metavar='SRC',
                      help='a folder with config.json, safetensors and the tokenizer')
-  taken.add_argument('--adapter', type=_path, metavar='DIR', help='a folder of PEFT with low-rank '
+  taken.add_argument('--adapter', type=path, metavar='DIR', help='a folder of PEFT with low-rank '
                      'adapters of the model, which the work directory then has beside it')
   _add_workdir(taken)
   given = add('export', "Write a work directory's model for Hugging Face or llama.cpp.",
               'jaxrl-pt export --workdir runs/qwen exported/qwen --verify')
   _add_workdir(given)
   _add_step(given)
-  given.add_argument('destination', type=_path, metavar='DST',
+  given.add_argument('destination', type=path, metavar='DST',
                      help='the folder or the file, which must not exist yet')
   given.add_argument('--format', choices=('hf', 'hf-packed', 'gguf', 'gguf-tq1', 'peft'),
                      default='hf', help='hf-packed: ternary weights in 2 bits; gguf: a file '
@@ -243,13 +229,18 @@ def _add_gin(parser: argparse.ArgumentParser, purpose: str = 'what to run') -> N
 
 
 def _add_workdir(parser: argparse.ArgumentParser, default: str | None = None) -> None:
-  parser.add_argument('--workdir', type=_path, default=default and Path(default), metavar='DIR',
+  parser.add_argument('--workdir', type=path, default=default and Path(default), metavar='DIR',
                       required=default is None, help='where the run lives'
                       + (f' (default {default})' if default else ''))
 
 
 def _add_step(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument('--step', type=_at_least(0), help='which checkpoint (default the newest)')
+  parser.add_argument('--step', type=at_least(0), help='which checkpoint (default the newest)')
+
+
+def _add_switches(parser: argparse.ArgumentParser, *switches: tuple[str, str]) -> None:
+  for name, about in switches:
+    parser.add_argument(f'--{name}', action='store_true', help=about)
 
 
 def _add_json(parser: argparse.ArgumentParser) -> None:
@@ -263,15 +254,15 @@ def _add_frontends(add: Callable[[str, str, str], argparse.ArgumentParser]) -> N
                '    --thinking_budget 12')
   _add_workdir(sample)
   _add_step(sample)
-  sample.add_argument('--prompt', action='append', type=_text,
+  sample.add_argument('--prompt', action='append', type=text,
                       help='text to continue; may be repeated; without it standard input is '
                       'the prompt, or each line typed at a terminal')
-  sample.add_argument('--prompt_file', type=_path, metavar='FILE', help='one prompt a line; of a '
+  sample.add_argument('--prompt_file', type=path, metavar='FILE', help='one prompt a line; of a '
                       '.jsonl file, each line\'s "prompt"')
   _add_sampling(sample, num_tokens=64)
-  sample.add_argument('--num_samples', type=_at_least(1), default=1,
+  sample.add_argument('--num_samples', type=at_least(1), default=1,
                       help='samples of each prompt (default %(default)s)')
-  sample.add_argument('--stop', action='append', default=[], type=_text, metavar='TEXT',
+  sample.add_argument('--stop', action='append', default=[], type=text, metavar='TEXT',
                       help='ends a sample and is left out of it; may be repeated')
   _add_thinking(sample)
   _add_markers(sample)
@@ -285,12 +276,12 @@ def _add_frontends(add: Callable[[str, str, str], argparse.ArgumentParser]) -> N
   _add_workdir(chat)
   _add_step(chat)
   _add_sampling(chat, num_tokens=512)
-  chat.add_argument('--system', default='', type=_text, metavar='TEXT',
+  chat.add_argument('--system', default='', type=text, metavar='TEXT',
                     help='what stands before all turns')
   _add_thinking(chat)
-  chat.add_argument('--max_thought', type=_at_least(0), help='make any model think first, whether '
+  chat.add_argument('--max_thought', type=at_least(0), help='make any model think first, whether '
                     'it has learned that or not, for at most that many tokens')
-  chat.add_argument('--max_answer', type=_at_least(1), help='most tokens after a thought')
+  chat.add_argument('--max_answer', type=at_least(1), help='most tokens after a thought')
   _add_storage(chat)
   _add_chat_format(chat)
 
@@ -300,18 +291,18 @@ def _add_frontends(add: Callable[[str, str, str], argparse.ArgumentParser]) -> N
   _add_step(serve)
   serve.add_argument('--host', default='127.0.0.1', help='where to listen (default %(default)s); '
                      'any but a loopback address needs a token')
-  serve.add_argument('--port', type=_at_least(0), default=8000,
+  serve.add_argument('--port', type=at_least(0), default=8000,
                      help='0 takes a free one (default %(default)s)')
-  serve.add_argument('--token_file', type=_path, metavar='FILE', help='holds the token that '
+  serve.add_argument('--token_file', type=path, metavar='FILE', help='holds the token that '
                      'clients send as API key; or set JAXRL_PT_TOKEN')
   for name, default, about in (
       ('slots', 32, 'responses decoded at once'), ('queue', 256, 'responses waiting or under way '
        'at most; more get 429'), ('response_len', 1024, 'most tokens of a response'),
       ('max_samples', 16, 'most responses to one prompt')):
-    serve.add_argument(f'--{name}', type=_at_least(1), default=default,
+    serve.add_argument(f'--{name}', type=at_least(1), default=default,
                        help=f'{about} (default %(default)s)')
   _add_storage(serve)
-  serve.add_argument('--seed', type=_SEED, default=0, help='seed of the noise, together '
+  serve.add_argument('--seed', type=SEED, default=0, help='seed of the noise, together '
                      "with a request's own seed (default %(default)s)")
   serve.add_argument('--access_log', action='store_true',
                      help='write one line a request to standard error')
@@ -333,24 +324,24 @@ def _add_resa(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--resa', action='store_true', help='rectified sparse decoding, e.g. --resa '
                       '--resa_share 0.1 --resa_every 32: a step reads a part of the cache')
   # These flags have no defaults, so that one sees which of them were given.
-  parser.add_argument('--resa_block', type=_at_least(1), metavar='TOKENS',
+  parser.add_argument('--resa_block', type=at_least(1), metavar='TOKENS',
                       help='tokens of a block (default 16)')
   parser.add_argument('--resa_share', type=float, metavar='SHARE', help='share of the blocks that '
                       'a step reads; 1 is dense (default 0.1)')
-  parser.add_argument('--resa_every', type=_at_least(1), metavar='TOKENS', help='tokens between '
+  parser.add_argument('--resa_every', type=at_least(1), metavar='TOKENS', help='tokens between '
                       'two rectifications (default 32)')
-  parser.add_argument('--resa_drafts', type=_at_least(1), metavar='TOKENS',
+  parser.add_argument('--resa_drafts', type=at_least(1), metavar='TOKENS',
                       help='tokens that sparse attention drafts before a dense pass checks them: '
                       'the texts of dense decoding, in fewer dense steps')
-  parser.add_argument('--lookup_drafts', type=_at_least(1), metavar='TOKENS',
+  parser.add_argument('--lookup_drafts', type=at_least(1), metavar='TOKENS',
                       help='tokens that are looked up in the text so far before a dense pass '
                       'checks them: the texts of dense decoding, in fewer steps where texts repeat')
 
 
 def _add_chat_format(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument('--prompt_len', type=_at_least(1), default=1024,
+  parser.add_argument('--prompt_len', type=at_least(1), default=1024,
                       help='most tokens of a prompt (default %(default)s)')
-  parser.add_argument('--template', type=_path, metavar='FILE', help='how turns become text: a '
+  parser.add_argument('--template', type=path, metavar='FILE', help='how turns become text: a '
                       'chat template in Jinja2 (default the model\'s own, or plain text)')
   _add_markers(parser)
 
@@ -359,29 +350,29 @@ def _add_thinking(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--thinking', choices=('auto', 'on', 'off'), default='auto',
                       help='whether to think first: as the model likes, always or never '
                       '(default %(default)s)')
-  parser.add_argument('--thinking_budget', type=_at_least(0), metavar='TOKENS',
+  parser.add_argument('--thinking_budget', type=at_least(0), metavar='TOKENS',
                       help='most tokens of a thought, after which its end is forced')
 
 
 def _add_markers(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument('--markers', nargs=2, type=_text, metavar=('START', 'END'),
+  parser.add_argument('--markers', nargs=2, type=text, metavar=('START', 'END'),
                       help="what encloses thinking (default that of the run's modes, or <think> "
                       '</think>)')
-  parser.add_argument('--no_think', type=_text, metavar='TEXT',
+  parser.add_argument('--no_think', type=text, metavar='TEXT',
                       help='what begins an answer without thinking, in one token, where the policy '
                       "has modes (default the run's own)")
 
 
 def _add_sampling(parser: argparse.ArgumentParser, num_tokens: int) -> None:
-  parser.add_argument('--num_tokens', type=_at_least(1), default=num_tokens,
+  parser.add_argument('--num_tokens', type=at_least(1), default=num_tokens,
                       help='most tokens of a response (default %(default)s)')
   # An imported model's generation_config.json may have defaults of its own.
   parser.add_argument('--temperature', type=float,
                       help="0 is greedy (default the model's own, or 1)")
-  parser.add_argument('--top_k', type=_at_least(0),
+  parser.add_argument('--top_k', type=at_least(0),
                       help="0 keeps all (default the model's own, or 0)")
   parser.add_argument('--top_p', type=float, help="1 keeps all (default the model's own, or 1)")
   parser.add_argument('--min_p', type=float, help='drops tokens less likely than this times the '
                       "likeliest (default the model's own, or 0)")
-  parser.add_argument('--seed', type=_SEED, default=0,
+  parser.add_argument('--seed', type=SEED, default=0,
                       help='equal seeds draw equal responses (default %(default)s)')

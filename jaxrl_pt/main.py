@@ -234,6 +234,37 @@ def _score(args: argparse.Namespace) -> int:
   return 0
 
 
+def _judge(args: argparse.Namespace) -> int:
+  drawing = _drawing(args)
+  if args.output is not None and args.output.is_dir():
+    raise UserError(f'--output {args.output} is a folder: name a file.')
+  with _importing():
+    from jaxrl_pt import gin_bindings
+    from jaxrl_pt.environments import judging as asking
+    from jaxrl_pt.evaluation import judging
+    from jaxrl_pt.run import policy
+    from jaxrl_pt.verifiers import tournament
+  rows, is_pairs = judging.read(args.rows)
+  prompt = None
+  if args.gin_file or args.gin_bindings:
+    prompt = gin_bindings.load_value(cfg.JudgePrompt, args.gin_file, args.gin_bindings)
+  loaded = policy.as_sampled(policy.load_policy(args.workdir, args.step), _held(args))
+  speaker = asking.of_policy(loaded, prompt, cfg.Sampler(**drawing), args.num_tokens, args.direct)
+  config = asking.engine_config(speaker, judging.prompt_len(speaker, rows, args.prompt_len),
+                                args.slots, args.kv)
+  judge = asking.make(loaded, speaker, config, args.seed)
+  ties: Any = args.ties or ('coin' if args.tournament == 'knockout' else 'half')
+  settings = judging.Asking(
+      args.votes, args.swap, args.unparsed, args.tournament, args.budget,
+      tournament.Rule(ties, is_soft=args.soft, seed=args.seed))
+  found, out = (judging.judge_pairs(judge, rows, settings, args.seed) if is_pairs else
+                judging.select(judge, rows, settings))
+  print(json.dumps(found, indent=2) if args.json else judging.text(found, is_pairs))
+  if args.output is not None:
+    judging.write(args.output, out)
+  return 0
+
+
 def _eval_tasks(args: argparse.Namespace) -> int:
   if args.gin_file or args.gin_bindings:
     raise UserError('--gin_file and --gin_bindings choose the text of an evaluation without tasks: '
@@ -381,7 +412,8 @@ def _kernels(args: argparse.Namespace) -> int:
 
 
 _COMMANDS = {'quickstart': _quickstart, 'train': _train, 'sample': _sample, 'chat': _chat,
-             'serve': _serve, 'eval': _eval, 'score': _score, 'import': _import, 'export': _export,
+             'serve': _serve, 'eval': _eval, 'score': _score, 'judge': _judge, 'import': _import,
+             'export': _export,
              'methods': _methods, 'play': _play, 'replay': _replay, 'doctor': _doctor,
              'kernels': _kernels, 'preflight': _preflight}
 

@@ -94,12 +94,13 @@ _BESIDE: dict[type, dict[type, dict[str, Any]]] = {
     cfg.InformationGain: {cfg.RPT: {'prediction': cfg.Reason()}},
     cfg.RL: {cfg.Run: {'train': _WITHOUT_ROWS}},
     cfg.ReSA: {cfg.RPT: {'algorithm': cfg.Algorithm(correction=cfg.TokenTIS())}},
+    cfg.Rollouts: {cfg.RPT: {'algorithm': cfg.Algorithm(correction=cfg.TokenTIS())}},
     cfg.OneStepOff: {cfg.RPT: {'algorithm': cfg.Algorithm(correction=cfg.TokenTIS())}},
     cfg.InFlight: {cfg.RPT: {'algorithm': cfg.Algorithm(correction=cfg.TokenTIS())}},
     **{kind: {cfg.Data: {'long_documents': 'cut'}, cfg.Run: {'objective': cfg.SFT('')}}
        for kind in (cfg.Conversations, cfg.HybridConversations, cfg.WeightedConversations)},
     **{kind: {cfg.Data: {'long_documents': 'cut'}, cfg.Run: {'objective': cfg.RewardModel('')}}
-       for kind in (cfg.Preferences, cfg.SlipPreferences)},
+       for kind in (cfg.Preferences, cfg.SlipPreferences, cfg.ResultPreferences)},
     cfg.HybridModes: {cfg.Rollouts: {'response_tokens': 2}},
     cfg.AdaptThink: {cfg.Algorithm: {'surrogate': cfg.PPOClip()}},
     cfg.PolicyTokenizer: {cfg.Data: {'source': cfg.Conversations('a'), 'long_documents': 'cut'},

@@ -58,7 +58,8 @@ ALLOWED: dict[str, set[str]] = {
     'exchange': _EVERYTHING,
     'evaluation': _EVERYTHING,
     'methods': {'rl'},
-    'flags': {'errors'},
+    'flag_types': {'errors'},
+    'flags': {'flag_types'},
     'main': _EVERYTHING | {'methods', 'quickstart', 'doctor', 'frontends', 'exchange',
                            'evaluation', 'flags'},
 }

@@ -25,7 +25,7 @@ from jaxrl_pt import metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 STARTS = ('pretrain_tiny', 'warmstart_arithmetic_tiny', 'warmstart_redundant_checks_tiny',
-          'warmstart_gym_tiny')
+          'warmstart_gym_tiny', 'warmstart_judge_tiny', 'warmstart_judge_direct_tiny')
 # Metrics that tell the time.
 TIMES = ('seconds', 'per_second', 'goodput', 'mfu')
 SHORT = ('Train.eval_every = 3', 'Checkpoint.every = 3', 'Train.log_every = 1',

@@ -14,10 +14,12 @@ from jaxrl_pt.config.algorithm import *
 from jaxrl_pt.config.data import *
 from jaxrl_pt.config.environments import *
 from jaxrl_pt.config.examples import *
+from jaxrl_pt.config.generated import *
 from jaxrl_pt.config.hybrid import *
 from jaxrl_pt.config.model import *
 from jaxrl_pt.config.objectives import *
 from jaxrl_pt.config.optimizer import *
+from jaxrl_pt.config.pairs import *
 from jaxrl_pt.config.problems import *
 from jaxrl_pt.config.reading import *
 from jaxrl_pt.config.rollouts import *

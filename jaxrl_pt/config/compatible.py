@@ -1,6 +1,7 @@
 """Settings of rollouts and of the algorithm that do not go together."""
 
 from jaxrl_pt.config.algorithm import Algorithm, NoCorrection, PolicyGradient
+from jaxrl_pt.config.environments import Interactive
 from jaxrl_pt.config.hybrid import (
   FORCED_MODES,
   AdaptThink,
@@ -9,7 +10,9 @@ from jaxrl_pt.config.hybrid import (
   SingleMode,
   Thinkless,
 )
+from jaxrl_pt.config.pairs import MarkedVerdict, Verdicts
 from jaxrl_pt.config.rollouts import Dense, OnPolicy, Rollouts
+from jaxrl_pt.config.verifiers import AnswerMatch, JudgeVerifier, Verifier
 from jaxrl_pt.errors import UserError
 
 
@@ -77,3 +80,17 @@ def check_turns(rollouts: Rollouts) -> None:
   if rollouts.modes != SingleMode():
     raise UserError('RL.verifier = @cfg.Interactive() has no modes of responses: leave '
                     'Rollouts.modes at @cfg.SingleMode().')
+
+
+def check_judge(verdict: Verdicts, verifier: Verifier | Interactive) -> None:
+  """Refuses a verifier that reads another form of verdict than the judge is asked for."""
+  match verifier:
+    case JudgeVerifier(verdict=read):
+      is_read = read == verdict
+    case AnswerMatch(marker=marker):
+      is_read = isinstance(verdict, MarkedVerdict) and verdict.marker == marker
+    case _:
+      is_read = True  # A verifier of the user's own, or several.
+  if not is_read:
+    raise UserError(f'RL.verifier = {verifier!r} does not read the verdicts that the judge is '
+                    f'asked for, JudgePrompt.verdict = {verdict!r}: give both the same.')

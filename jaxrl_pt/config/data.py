@@ -10,10 +10,9 @@ from jaxrl_pt.config.examples import (
   Conversations,
   Demonstrations,
   HybridConversations,
-  Preferences,
-  SlipPreferences,
   WeightedConversations,
 )
+from jaxrl_pt.config.pairs import Preferences, ResultPreferences, SlipPreferences
 from jaxrl_pt.errors import UserError
 
 
@@ -172,7 +171,7 @@ class Mixture:
     return tuple(x // math.gcd(*whole) for x in whole)
 
 
-Source = MixedSource | Seqio | Preferences | SlipPreferences | Mixture
+Source = MixedSource | Seqio | Preferences | SlipPreferences | ResultPreferences | Mixture
 
 # What a packed example is made of.
 Examples = Literal['documents', 'conversations', 'preferences']
@@ -182,7 +181,7 @@ SOURCES_OF: dict[Examples, tuple[type, ...]] = {
                   Demonstrations, Mixture),
     'conversations': (Conversations, HybridConversations, WeightedConversations, Demonstrations,
                       Mixture),
-    'preferences': (Preferences, SlipPreferences)}
+    'preferences': (Preferences, SlipPreferences, ResultPreferences)}
 
 
 @dataclass(frozen=True)
@@ -263,7 +262,7 @@ Tokenizer = Bytes | TrainedBPE | HuggingFaceTokenizer | SentencePiece | PolicyTo
 
 
 _WITHOUT_GLOB = (PythonStdlib, Seqio, Demonstrations, WeightedConversations, SlipPreferences,
-                 HuggingFaceDataset, Mixture)
+                 ResultPreferences, HuggingFaceDataset, Mixture)
 
 
 @dataclass(frozen=True)

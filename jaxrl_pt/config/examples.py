@@ -1,10 +1,13 @@
-"""Sources of prompts with answers: demonstrations, conversations, preferences."""
+"""Sources of prompts with answers: demonstrations and conversations."""
 
 from dataclasses import dataclass
 from typing import get_args
 
 from jaxrl_pt.config import checks
-from jaxrl_pt.config.problems import Arithmetic, Generated, ReasoningGym, RedundantChecks
+from jaxrl_pt.config.generated import Generated
+from jaxrl_pt.config.pairs import JudgePairs, Preferences
+from jaxrl_pt.config.problems import ReasoningGym
+from jaxrl_pt.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -13,13 +16,17 @@ class Demonstrations:
 
   They are split by their prompts: Data.validation_fraction holds out the same prompts as an equal
   Problems.held_out. Demonstrations of generated problems show the work, with slips where the source
-  has noise; those of reasoning-gym are the bare answer.
+  has noise; those of reasoning-gym are the bare answer. Those of a judge are split by the queries.
   """
 
-  source: Generated | ReasoningGym
+  source: Generated | ReasoningGym | JudgePairs
 
   def __post_init__(self) -> None:
-    checks.instance(self, 'source', *get_args(Generated), ReasoningGym)
+    checks.instance(self, 'source', *get_args(Generated), ReasoningGym, JudgePairs)
+    if isinstance(self.source, JudgePairs) and isinstance(self.source.source, Preferences):
+      raise UserError('Demonstrations.source = @cfg.JudgePairs() shows how generated pairs are '
+                      'judged, and files of preferences have no such work in them: choose '
+                      'JudgePairs.source = @cfg.ResultPreferences() or @cfg.SlipPreferences().')
 
 
 @dataclass(frozen=True)
@@ -89,30 +96,3 @@ class WeightedConversations:
       checks.fail(self, 'weights', f'{len(self.sources)} numbers above 0, one for each source')
     object.__setattr__(self, 'sources', tuple(self.sources))
     object.__setattr__(self, 'weights', tuple(map(float, self.weights)))
-
-
-@dataclass(frozen=True)
-class Preferences:
-  """Pairs of completions of which one is preferred: rows of JSON-lines files.
-
-  A row has `prompt`, `chosen` and `rejected`. Data.validation_fraction holds out all pairs with the
-  same prompt.
-  """
-
-  glob: str
-
-  def __post_init__(self) -> None:
-    checks.text(self, 'glob')
-
-
-@dataclass(frozen=True)
-class SlipPreferences:
-  """Generated problems, each with a right demonstration, which is chosen, and one with a slip.
-
-  The noise of the problems is not read.
-  """
-
-  source: Arithmetic | RedundantChecks
-
-  def __post_init__(self) -> None:
-    checks.instance(self, 'source', Arithmetic, RedundantChecks)

@@ -12,10 +12,11 @@ from typing import ClassVar, Literal, get_args
 
 from jaxrl_pt.config import checks
 from jaxrl_pt.config.algorithm import Algorithm
-from jaxrl_pt.config.compatible import check_method, check_modes, check_turns
+from jaxrl_pt.config.compatible import check_judge, check_method, check_modes, check_turns
 from jaxrl_pt.config.data import Examples
 from jaxrl_pt.config.environments import Interactive
 from jaxrl_pt.config.hybrid import SingleMode
+from jaxrl_pt.config.pairs import JudgePairs
 from jaxrl_pt.config.problems import Problems
 from jaxrl_pt.config.rollouts import AllGroups, InFlight, OnPolicy, Rollouts
 from jaxrl_pt.config.verifiers import Verifier, VerifierPool, programs_of
@@ -332,6 +333,8 @@ class RL:
       if self.problems.is_chat:
         raise UserError('RL.verifier = @cfg.Interactive() has a template of its own '
                         '(Interactive.template): leave Problems.is_chat at False.')
+    if isinstance(self.problems.source, JudgePairs):
+      check_judge(self.problems.source.prompt.verdict, self.verifier)
 
 
 # Objectives that draw responses and learn from their rewards.

@@ -7,11 +7,11 @@ from typing import Any, get_args
 from jaxrl_pt.config import checks
 from jaxrl_pt.config.data import SOURCES_OF, Data, Mixture, PolicyTokenizer
 from jaxrl_pt.config.examples import Demonstrations, HybridConversations, WeightedConversations
+from jaxrl_pt.config.generated import HybridSums
 from jaxrl_pt.config.hybrid import HybridModes, ResponseModes, SingleMode
 from jaxrl_pt.config.model import Compute, Mesh, Model
 from jaxrl_pt.config.objectives import RL, NextToken, Objective
 from jaxrl_pt.config.optimizer import AdamW
-from jaxrl_pt.config.problems import HybridSums
 from jaxrl_pt.config.verifiers import AnswerMatch, VerifierPool
 from jaxrl_pt.errors import UserError
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from jaxrl_pt.config import checks
+from jaxrl_pt.config.pairs import BoxedVerdict, MarkedVerdict, Verdicts
 
 AnswerFormat = Literal['boxed', 'gsm8k', 'last_number']
 GymAnswer = Literal['tags', 'text']
@@ -14,15 +15,18 @@ CodeAnswer = Literal['fence', 'text']
 class AnswerMatch:
   """A verifier on the device: the answer is the text between the last marker and the end.
 
-  It is compared with the reference answer byte by byte.
+  It is compared with the reference answer byte by byte, and earns 1 where it is right.
 
   marker: the text before an answer; it need not be a token of its own.
+  wrong: the reward of every other response; a judge's is −1.
   """
 
   marker: str = '#'
+  wrong: float = 0.0
 
   def __post_init__(self) -> None:
     checks.text(self, 'marker')
+    checks.number(self, 'wrong', -1.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,22 @@ class LogicVerifier:
 
   docs/methods/short_rl.md has the table of rewards.
   """
+
+
+@dataclass(frozen=True)
+class JudgeVerifier:
+  """A judge's verdict (`JudgePairs`): 1 where it names the better response, −1 where the other one.
+
+  verdict: how it is stated.
+  unparsed: the reward where no verdict is found. −1, since RRM (2505.14674) knows no third reward.
+  """
+
+  verdict: Verdicts = field(default_factory=BoxedVerdict)
+  unparsed: float = -1.0
+
+  def __post_init__(self) -> None:
+    checks.instance(self, 'verdict', BoxedVerdict, MarkedVerdict)
+    checks.number(self, 'unparsed', -1.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -180,8 +200,8 @@ class CodeVerifier:
     checks.instance(self, 'interpreter', Interpreter)
 
 
-Part = (MathVerifier | LogicVerifier | GymVerifier | WordVerifier | FormatVerifier
-        | LengthVerifier | CodeVerifier | PythonVerifier)
+Part = (MathVerifier | LogicVerifier | JudgeVerifier | GymVerifier | WordVerifier
+        | FormatVerifier | LengthVerifier | CodeVerifier | PythonVerifier)
 
 
 @dataclass(frozen=True)

@@ -228,7 +228,7 @@ def _keyed(source: config.Source) -> Iterator[tuple[str, str]]:
     case (config.Conversations() | config.HybridConversations()
           | config.WeightedConversations()):
       return ((row.text, row.key) for row, _ in conversations.rows(source))
-    case config.Preferences() | config.SlipPreferences():
+    case config.Preferences() | config.SlipPreferences() | config.ResultPreferences():
       return ((row.chosen.text, row.key) for row in preferences.rows(source))
     case _:
       return sources.keyed_documents(source)

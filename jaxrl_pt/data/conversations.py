@@ -72,8 +72,9 @@ def rows(source: config.Source) -> Iterator[tuple[Row, float]]:
         for row, _ in rows(part):
           yield row, weight
     case config.Demonstrations(source=problems):
-      for number, (prompt, response) in enumerate(sources.demonstrations(problems)):
-        yield Row(f'demonstration {number} of {problems}', prompt, prompt, response), 1.0
+      for number, shown in enumerate(sources.demonstrations(problems)):
+        place = f'demonstration {number} of {problems}'
+        yield Row(place, shown.key, shown.prompt, shown.response), 1.0
     case config.HybridConversations():
       for example in hybrid_examples.examples(source):
         completion = ''.join(span.text for span in example.completion)

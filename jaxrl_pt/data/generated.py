@@ -4,8 +4,10 @@ They are so small that a model of a million parameters learns them from bytes in
 response ends with `#` and the answer.
 """
 
+from collections.abc import Iterator
 import dataclasses
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,6 +24,8 @@ class Problem:
   place: where it stands, for messages.
   demonstration: a worked response, right or wrong; empty where the source has none.
   level: how difficult it is called; empty where the source does not say.
+  key: by what problems are held out together; empty for the prompt.
+  system: the system message of a chat with this prompt; empty for none.
   """
 
   id: int
@@ -30,6 +34,22 @@ class Problem:
   place: str
   demonstration: str = ''
   level: str = ''
+  key: str = ''
+  system: str = ''
+
+
+class Pair(NamedTuple):
+  """Two responses to a query.
+
+  place: where they stand, for messages.
+  worked: how the query's answer is worked out, right or wrong; empty where nobody knows.
+  """
+
+  place: str
+  query: str
+  better: str
+  worse: str
+  worked: str = ''
 
 
 def arithmetic(source: config.Arithmetic, index: int) -> Problem:
@@ -106,6 +126,31 @@ def preference(source: config.Arithmetic | config.RedundantChecks, index: int
   """The prompt of problem `index`, a demonstration without a slip, and one with a slip."""
   right, wrong = (problem(dataclasses.replace(source, noise=noise), index) for noise in (0.0, 1.0))
   return right.prompt, right.demonstration, wrong.demonstration
+
+
+def pairs(source: config.SlipPreferences | config.ResultPreferences) -> Iterator[Pair]:
+  """Yields the pair of each problem, in order."""
+  problems = source.source
+  for number in range(problems.size):
+    place, found = f'preference {number} of {problems}', problem(problems, number)
+    match source:
+      case config.SlipPreferences():
+        yield Pair(place, *preference(problems, number), found.demonstration)
+      case config.ResultPreferences():
+        wrong = _wrong_result(problems, number, int(found.answer))
+        yield Pair(place, found.prompt, found.answer, wrong, found.demonstration)
+
+
+def _wrong_result(source: config.Arithmetic | config.RedundantChecks, index: int, answer: int
+                  ) -> str:
+  """Another digit, or a sum that is off by 1 to 9."""
+  rng = np.random.default_rng([source.seed, index, 1])
+  match source:
+    case config.RedundantChecks():
+      return str((answer + int(rng.integers(1, 10))) % 10)
+    case config.Arithmetic():
+      error = int(rng.integers(1, 10)) * (1 if rng.random() < 0.5 else -1)
+      return str(answer + error if answer + error >= 0 else answer - error)
 
 
 def _slip(rng: np.random.Generator, noise: float, num_steps: int) -> int | None:

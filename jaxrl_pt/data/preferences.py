@@ -45,20 +45,59 @@ def rows(source: config.Source) -> Iterator[Row]:
     UserError: a row is no pair; the message names its file and line.
   """
   match source:
-    case config.SlipPreferences(source=problems):
-      for number in range(problems.size):
-        prompt, chosen, rejected = generated.preference(problems, number)
-        place = f'preference {number} of {problems}'
-        yield Row(*(conversations.Row(place, prompt, prompt, text) for text in (chosen, rejected)))
+    case config.SlipPreferences() | config.ResultPreferences():
+      for pair in generated.pairs(source):
+        yield Row(*(conversations.Row(pair.place, pair.query, pair.query, text)
+                    for text in (pair.better, pair.worse)))
     case config.Preferences(glob=pattern):
       for place, row in sources.json_rows(pattern):
-        yield _row(place, row)
+        yield of_row(place, row)
     case _:
       raise UserError(f'{source} holds no preferences: set Data.source to @cfg.Preferences().')
 
 
-def _row(place: str, row: dict[str, Any]) -> Row:
-  """A pair of a JSON object."""
+def pairs(source: config.PairSource) -> Iterator[generated.Pair]:
+  """Yields each pair of a source as texts, always in the same order.
+
+  Raises:
+    UserError: as `rows`; or both texts are the same but for space round them.
+  """
+  if isinstance(source, config.Preferences):
+    return map(as_texts, rows(source))
+  return generated.pairs(source)
+
+
+def as_texts(row: Row) -> generated.Pair:
+  """A pair as texts; the query of a conversation of several turns has their roles in it.
+
+  Raises:
+    UserError: both texts are the same but for space round them, or one is no text.
+  """
+  place, last = row.chosen.place, []
+  for side in row:
+    said = side.messages[-1]['content'] if side.messages else side.completion
+    if not (said or '').strip():
+      raise UserError(f'{place}: one of the responses has no text, so that there is nothing to '
+                      'judge: drop the row.')
+    last.append(said)
+  if last[0].strip() == last[1].strip():
+    raise UserError(f"{place}: 'chosen' and 'rejected' are the same text, so that neither is "
+                    'better: drop the row.')
+  asked = row.chosen.messages[:-1]
+  query = row.chosen.prompt
+  if len(asked) == 1:
+    query = asked[0]['content'] or ''
+  elif asked:
+    query = '\n\n'.join(f'{turn["role"]}: {turn["content"] or ""}' for turn in asked)
+  return generated.Pair(place, query, *last)
+
+
+def of_row(place: str, row: dict[str, Any]) -> Row:
+  """A pair of a JSON object.
+
+  Raises:
+    UserError: it is none; the message begins with the place.
+  """
   names = 'chosen', 'rejected'
   if isinstance(row.get('chosen'), list) and isinstance(row.get('rejected'), list):
     prompt = row.get('prompt')

@@ -24,8 +24,11 @@ from jaxrl_pt.data import (
     code_problems,
     generated,
     gym_questions,
+    judge_problems,
+    judge_prompts,
     knights,
     pack,
+    preferences,
     sources,
     template_text,
     token_table,
@@ -60,7 +63,8 @@ class ProblemSet:
   @functools.cached_property
   def digest(self) -> str:
     """sha256 of all texts and tokens."""
-    texts = json.dumps([(p.id, p.prompt, p.answer) for p in self.problems])
+    texts = json.dumps([(p.id, p.prompt, p.answer) + ((p.system,) if p.system else ())
+                        for p in self.problems])
     return hashlib.sha256(texts.encode() + self.tokens.tobytes()
                           + self.answers.tobytes()).hexdigest()
 
@@ -92,8 +96,8 @@ def load(problems: config.Problems) -> tuple[list[Problem], list[Problem]]:
   """Loads (training, held-out) problems, put in the template and in the source's order.
 
   A hash of the prompt alone decides which problems are held out, so equal prompts fall on the same
-  side. The held-out prompts are distinct: one that the source repeats is measured once, by its
-  first reference answer.
+  side; of a judge's problems, a hash of the query. The held-out prompts are distinct: one that the
+  source repeats is measured once, by its first reference answer.
 
   Raises:
     UserError: a file cannot be read, a row has no answer, a task does not exist, or no problem is
@@ -102,8 +106,8 @@ def load(problems: config.Problems) -> tuple[list[Problem], list[Problem]]:
   before, _, after = problems.template.partition('{prompt}')
   sides: tuple[list[Problem], list[Problem]] = [], []
   measured = set()
-  for p in _problems(problems.source):
-    held_out = pack.hold_out(p.prompt) < problems.held_out
+  for p in _problems(problems):
+    held_out = pack.hold_out(p.key or p.prompt) < problems.held_out
     if held_out and p.prompt in measured:
       continue
     if held_out:
@@ -119,24 +123,26 @@ def load(problems: config.Problems) -> tuple[list[Problem], list[Problem]]:
 
 
 def prompts(problems: config.Problems, held_out: bool) -> Iterator[str]:
-  """Yields the prompts of one side as the source has them, without the template."""
-  return (p.prompt for p in _problems(problems.source)
-          if (pack.hold_out(p.prompt) < problems.held_out) == held_out)
+  """Yields what one side asks as the source has it, without the template: the keys of the split."""
+  keys = (p.key or p.prompt for p in _problems(problems))
+  return (key for key in keys if (pack.hold_out(key) < problems.held_out) == held_out)
 
 
-def _problems(source: config.ProblemSource) -> Iterator[Problem]:
-  match source:
-    case config.JsonlProblems():
+def _problems(problems: config.Problems) -> Iterator[Problem]:
+  match problems.source:
+    case config.JsonlProblems() as source:
       return _jsonl(source)
-    case config.KnightsAndKnaves(size=size):
+    case config.KnightsAndKnaves(size=size) as source:
       return (knights.puzzle(source, i) for i in range(size))
-    case config.ReasoningGym():
+    case config.ReasoningGym() as source:
       return _reasoning_gym(source)
-    case config.CodeProblems():
+    case config.CodeProblems() as source:
       return code_problems.problems(source)
+    case config.JudgePairs() as source:
+      return judge_problems.problems(source, preferences.pairs(source.source), problems.is_chat)
     case config.NumberedGames(size=size, seed=seed):
       return (Problem(i, f'game {seed}.{i}', '', f'game {i}') for i in range(size))
-    case config.Arithmetic() | config.RedundantChecks() | config.HybridSums():
+    case (config.Arithmetic() | config.RedundantChecks() | config.HybridSums()) as source:
       return (generated.problem(source, i) for i in range(source.size))
 
 
@@ -203,7 +209,7 @@ def encode(problems: Sequence[Problem], tokenizer: Tokenizer, prompt_len: int,
     all_ids = [begun(tokenizer, ids) if ids else []
                for ids in _prompt_ids(problems, tokenizer, template)]
   else:
-    all_ids = [prompt_ids(chat, tokenizer, [{'role': 'user', 'content': p.prompt}])
+    all_ids = [prompt_ids(chat, tokenizer, judge_prompts.messages(p.system, p.prompt))
                for p in problems]
   for problem, tokens in zip(problems, all_ids, strict=True):
     if not 1 <= len(tokens) <= prompt_len:

@@ -16,11 +16,17 @@ import os
 from pathlib import Path
 import re
 import sysconfig
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 import zlib
 
 from jaxrl_pt import config
-from jaxrl_pt.data import generated, gym_questions, huggingface_data, tf_example
+from jaxrl_pt.data import (
+  generated,
+  gym_questions,
+  huggingface_data,
+  judge_problems,
+  tf_example,
+)
 from jaxrl_pt.errors import MissingFileError, UserError
 
 # Tests, vendored wheels and tables of code points are not prose about programs.
@@ -56,27 +62,41 @@ def keyed_documents(source: config.Source) -> Iterator[tuple[str, str]]:
   """
   match source:
     case config.Demonstrations(source=problems):
-      keyed = ((prompt + response, prompt) for prompt, response in demonstrations(problems))
+      keyed = ((shown.prompt + shown.response, shown.key) for shown in demonstrations(problems))
     case config.Mixture(sources=mixed):
       keyed = (pair for part in mixed for pair in keyed_documents(part))
     case (config.Conversations() | config.HybridConversations() | config.WeightedConversations()
-          | config.Preferences() | config.SlipPreferences()):
+          | config.Preferences() | config.SlipPreferences()
+          | config.ResultPreferences()):
       raise UserError(f'{source} holds no documents: choose another Data.source.')
     case _:
       keyed = ((text, text) for text in _texts(source))
   return ((text, key) for text, key in keyed if text.strip())
 
 
-def demonstrations(source: config.Generated | config.ReasoningGym) -> Iterator[tuple[str, str]]:
-  """Yields (prompt, worked response) of each problem."""
+class Demonstration(NamedTuple):
+  """A worked response to a prompt; those of one key stand on one side of a split."""
+
+  key: str
+  prompt: str
+  response: str
+
+
+def demonstrations(source: config.Generated | config.ReasoningGym | config.JudgePairs
+                   ) -> Iterator[Demonstration]:
+  """Yields a worked response to each problem."""
   match source:
     case config.ReasoningGym():
       for question in gym_questions.questions(source):
-        yield question.text, question.answer
+        yield Demonstration(question.text, question.text, question.answer)
+    case config.JudgePairs():
+      assert not isinstance(source.source, config.Preferences)  # `config.Demonstrations` says so.
+      for problem in judge_problems.problems(source, generated.pairs(source.source)):
+        yield Demonstration(problem.key, problem.prompt, problem.demonstration)
     case _:
       for i in range(source.size):
         found = generated.problem(source, i)
-        yield found.prompt, found.demonstration
+        yield Demonstration(found.prompt, found.prompt, found.demonstration)
 
 
 def _texts(source: config.PythonStdlib | config.TextFiles | config.Jsonl | config.Parquet
@@ -118,7 +138,8 @@ def files(source: config.Source) -> list[Path]:
   match source:
     case config.PythonStdlib():
       return _stdlib_files()
-    case config.Seqio() | config.Demonstrations() | config.SlipPreferences():
+    case (config.Seqio() | config.Demonstrations() | config.SlipPreferences()
+          | config.ResultPreferences()):
       return []
     case config.WeightedConversations() | config.Mixture():
       return [path for part in parts(source) for path in files(part)]

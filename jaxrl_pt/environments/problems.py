@@ -9,7 +9,7 @@ import contextlib
 import numpy as np
 
 from jaxrl_pt import config as cfg
-from jaxrl_pt.data import build, chat_files, modes, problems, splits
+from jaxrl_pt.data import build, chat_files, judge_prompts, modes, problems, splits
 from jaxrl_pt.data.chat import ChatTemplate, for_training
 from jaxrl_pt.data.tokenizer import Tokenizer
 from jaxrl_pt.environments.base import EVALUATION_STREAM, Task, settled
@@ -42,6 +42,8 @@ def open_environment(session: sessions.Session, method: cfg.RL) -> Iterator[Task
   """
   tokenizer, rollouts = session.data.tokenizer, method.rollouts
   training, held_out = problems.load(method.problems)
+  if isinstance(method.problems.source, cfg.JudgePairs):
+    judge_prompts.check_tokenizer(method.problems.source.prompt, tokenizer)
   on_device = isinstance(method.verifier, cfg.AnswerMatch)
   template = method.problems.template
   chat = _chat_template(session) if method.problems.is_chat else None
@@ -67,11 +69,12 @@ def _open_verifier(method: cfg.RL, tokenizer: Tokenizer, vocab_size: int,
                    ) -> Iterator[DeviceVerifier | PoolVerifier]:
   """The verifier of `method`, after it has been tried on some of the problems."""
   match method.verifier:
-    case cfg.AnswerMatch(marker=marker):
+    case cfg.AnswerMatch(marker=marker, wrong=wrong):
       for problem in all_problems:
         _check_answer(tokenizer, marker, problem.answer, problem.place)
       table = token_table(tokenizer.token_bytes(), vocab_size)
-      yield DeviceVerifier(exact.device_verifier(table, marker.encode(), tokenizer.stop_ids))
+      yield DeviceVerifier(exact.device_verifier(table, marker.encode(), tokenizer.stop_ids,
+                                                 wrong))
     case verifier:
       assert not isinstance(verifier, cfg.Interactive)  # `multi_turn` opens those.
       with pool.Pool(verifier, method.pool) as verifiers:

@@ -51,7 +51,7 @@ BY_CONTENT = frozenset((
     'HuggingFaceTokenizer.begin_of_text', 'SentencePiece.path', 'SentencePiece.has_begin',
     'JsonlProblems.glob', 'RPT.start_from', 'RPT.proxy_from', 'RL.start_from',
     'SFT.start_from', 'DPO.start_from', 'RewardModel.start_from', 'Preferences.glob',
-    'SlipPreferences.source',
+    'SlipPreferences.source', 'ResultPreferences.source', 'JudgePairs.source',
     *(f'HybridConversations.{f.name}' for f in dataclasses.fields(cfg.HybridConversations))))
 # Settings of the model that leave the arrays of its state as they are. All others decide which
 # arrays there are, so that no state of one value goes on with another.

@@ -266,7 +266,7 @@ class Engine:
     """Answers requests to the end.
 
     Requests with the largest `max_tokens` start first, so that no long response runs alone at
-    the end.
+    the end; those with equal ones start in their order.
 
     Returns:
       For each request its whole responses, in the order of their samples.
@@ -278,7 +278,7 @@ class Engine:
     for request in requests:
       self.check(request)
     # The next request is popped from the end of this list.
-    waiting = sorted(range(len(requests)), key=lambda i: requests[i].max_tokens)
+    waiting = sorted(range(len(requests)), key=lambda i: (requests[i].max_tokens, -i))
     numbers: dict[int, int] = {}
     done: list[list[Response]] = [[] for _ in requests]
     while waiting or self._rows or self._scored:

@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxrl_pt import config as cfg
 from jaxrl_pt.errors import UserError
-from jaxrl_pt.verifiers import code, gym, logic, text
+from jaxrl_pt.verifiers import code, gym, judge, logic, text
 from jaxrl_pt.verifiers import math as mathematics
 from jaxrl_pt.verifiers.response_verdict import UNVERIFIED, HostVerifier, Outcome, ResponseVerdict
 
@@ -25,6 +25,8 @@ def host_verifier(settings: cfg.HostVerifier) -> HostVerifier:
       return mathematics.verifier(form, symbolic)
     case cfg.LogicVerifier():
       return logic.verify
+    case cfg.JudgeVerifier():
+      return judge.verifier(settings)
     case cfg.GymVerifier(answer=form, partial_credit=partial_credit):
       return gym.verifier(form, partial_credit)
     case cfg.WordVerifier(min_words=low, max_words=high, ngram=ngram):
@@ -49,6 +51,8 @@ def part_ranges(settings: cfg.HostVerifier) -> dict[str, tuple[float, float]]:
   match settings:
     case cfg.LogicVerifier():
       return {'format': (-1.0, 1.0), 'answer': (-2.0, 2.0)}
+    case cfg.JudgeVerifier():
+      return {'answer': (-1.0, 1.0)}
     case cfg.GymVerifier(partial_credit=True):
       return {'answer': (0.0, 1.0), 'partial': (0.0, 1.0)}
     case cfg.WordVerifier():

@@ -127,8 +127,11 @@ def marker_reader(table: TokenBytes, marker: bytes) -> Array:
   return jnp.asarray(state_SV)
 
 
-def device_verifier(table: TokenBytes, marker: bytes, stop_ids: tuple[int, ...]) -> Verify:
-  """The verifier that gives reward 1 for the exact answer. Every row is valid.
+def device_verifier(table: TokenBytes, marker: bytes, stop_ids: tuple[int, ...],
+                    wrong: float = 0.0) -> Verify:
+  """The verifier that gives reward 1 for the exact answer and `wrong` for all else.
+
+  Every row is valid.
 
   The bytes of the reference answer are 'answer' in `prompts.extras`. The part 'parsed', which earns
   nothing, is 1 where a response states any answer.
@@ -137,10 +140,11 @@ def device_verifier(table: TokenBytes, marker: bytes, stop_ids: tuple[int, ...])
 
   def verify(prompts: Prompts, rollouts: RolloutBatch) -> Verdict:
     tokens, mask = rollouts.tokens, rollouts.in_response
-    reward = answer_match(table, tokens, mask, prompts.extras['answer'],
-                          prompts.extras['answer_lengths'], marker, stop_ids)
+    correct = answer_match(table, tokens, mask, prompts.extras['answer'],
+                           prompts.extras['answer_lengths'], marker, stop_ids)
+    reward = jnp.where(correct > 0, 1.0, wrong)
     ended = (jnp.isin(tokens, jnp.asarray(stop_ids)) & (mask > 0)).any(-1)
     parsed = ended * has_marker(reader_SV, tokens, mask)
-    return Verdict(reward, jnp.ones_like(reward), reward, {'answer': reward, 'parsed': parsed})
+    return Verdict(reward, jnp.ones_like(reward), correct, {'answer': reward, 'parsed': parsed})
 
   return jax.named_call(verify, name='answer_match')

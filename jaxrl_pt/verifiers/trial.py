@@ -58,6 +58,10 @@ def _right_response(settings: cfg.HostVerifier, reference: str, demonstration: s
       return f'#### {mathematics.reference_answer(reference)}'
     case cfg.MathVerifier():
       return mathematics.reference_answer(reference)
+    case cfg.JudgeVerifier(verdict=form) if reference in form.labels:
+      return form.text(form.labels.index(reference))
+    case cfg.JudgeVerifier():
+      return reference  # These are no pairs.
     case cfg.LogicVerifier():
       return f'<think></think><answer>{reference}</answer>'
     case cfg.GymVerifier(answer=form):

@@ -1,0 +1,58 @@
+"""What flags take: whole numbers, texts and paths, each refused in one sentence.
+
+This module imports little, so that `--help` answers at once.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any, NoReturn
+
+from jaxrl_pt.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+  """A parser that tells a wrong flag in one sentence, like every other mistake."""
+
+  def error(self, message: str) -> NoReturn:
+    raise UserError(f'{message[:1].upper()}{message[1:].rstrip(".")}: see {self.prog} --help.')
+
+
+def at_least(low: int, high: int = 2**31 - 1) -> Any:
+  """The type of a flag that takes a whole number from `low` to `high`."""
+  def whole_number(text: str) -> int:
+    try:
+      value = int(text)
+    except ValueError:
+      value = low - 1
+    if value < low:
+      raise argparse.ArgumentTypeError(f'expected a whole number of at least {low}, not {text!r}')
+    if value > high:
+      raise argparse.ArgumentTypeError(f'expected a whole number of at most {high}, not {text!r}')
+    return value
+  return whole_number
+
+
+# JAX makes a key of a seed's lower 32 bits, so a larger seed would repeat a smaller one.
+SEED = at_least(0, 2**32 - 1)
+
+
+def text(text: str) -> str:
+  """The type of a flag that takes text, which must be possible to write as UTF-8."""
+  try:
+    text.encode()
+  except UnicodeEncodeError as e:
+    raise argparse.ArgumentTypeError(f'expected UTF-8 text, not {text!r}') from e
+  return text
+
+
+def path(text: str) -> Path:
+  """The type of a flag that takes a path: not the empty text, which Path takes for '.'."""
+  if not text or '\0' in text:
+    raise argparse.ArgumentTypeError(f'expected a path, not {text!r}')
+  return Path(text)
+
+
+def glob(text: str) -> str:
+  """The type of a flag that takes a glob."""
+  path(text)
+  return text
