@@ -1,146 +1,207 @@
-"""When to think: HFT, HGPO, their controls and comparators on easy and on hard sums.
+"""When to think: HFT, HGPO, its controls and comparators on easy and on hard sums.
 
-    python experiments/lhrm/run.py --workdir runs/lhrm [--workers 2] [--only hgpo,alpha_0] [--steps N]
+    python experiments/lhrm/run.py [--workdir runs/lhrm] [--workers 2] [--only hgpo,alpha_0]
 
-Every arm is a run that `jaxrl-pt train` of shipped gin files makes, in a process of its own, in
-several seeds: first the HFT policies (gin/run/hft_tiny.gin), and from them everything else. Then a
-policy answers held-out sums K times in each forced mode; what it does when it chooses itself follows
-from these answers and its exact probability of thinking, without further noise:
+First the HFT policies are trained (gin/run/hft_tiny.gin), one for each seed, each in a process of
+its own. From them goes everything else: an arm is a process whose seeds share its compiled step,
+that of the shipped run file with the changes that ARMS names. Then each policy answers held-out
+sums K times in each forced mode. What it does when it chooses itself follows from these answers and
+its exact probability of thinking, without further noise:
 
     accuracy = P(think) · accuracy of thinking + P(no-think) · accuracy of answering at once
 
-What is finished is a row of runs.jsonl in the work directory, so the command may be interrupted and
-repeated, and ARMS may be shared out between machines. `--report` reads the rows, writes
-results/lhrm.json and the plots, and trains nothing.
+What is finished is a row of runs.jsonl in the work directory, so that the command may be repeated,
+and `--only` shares arms out between machines. `--report` trains nothing: it reads the rows
+and writes results/lhrm.json and the plots.
 """
 
 import argparse
 import concurrent.futures
-import json
+import functools
 import os
 from pathlib import Path
-import shutil
 import subprocess
 import sys
 import time
+from typing import Any
 
 from jaxrl_pt.scaling.seeds import append_row, finished_rows
 
 SEEDS = (0, 1, 2, 3, 4)
-STEPS, HFT_STEPS = 200, 600
-MARGIN = 0.05  # of Hybrid Accuracy: within it, the shorter mode is the right one
-K, NUM_PROMPTS = 16, 64  # answers in each mode, and prompts, at once
-HELD_OUT = 128
-# Of HFT: easy and hard sums that are thought about, easy and hard ones that are answered at once.
-SWAPPED = "cfg.HybridSums.slips = (0.05, 0.95, 0.7, 0.0)"
-HFT = {'hft': (), 'hft_swapped': (SWAPPED,),
-       'hft_rarely_at_once': ('cfg.HybridSums.think_share = 0.99',)}
+STEPS, HFT_STEPS, RATE = 120, 500, 2e-4
+K, AT_ONCE = 16, 32  # answers in each mode, and prompts, at once
+# Of HFT: shares of wrong demonstrations, easy and hard ones that think, then those that do not.
+SWAPPED = 'cfg.HybridSums.slips = (0.05, 0.95, 0.7, 0.0)'
+HFT: dict[str, tuple[str, ...]] = {
+    'hft': (), 'hft_swapped': (SWAPPED,), 'hft_rare': ('cfg.HybridSums.think_share = 0.99',)}
 
 
-def _hgpo(*changes: str, start: str = 'hft', gin: str = 'hgpo_tiny') -> tuple[str, str, list[str]]:
+def _arm(*changes: str, start: str = 'hft', gin: str = 'hgpo') -> tuple[str, str, list[str]]:
   return start, gin, list(changes)
 
 
-_N4, _N16 = 'cfg.Rollouts.group_size = 4', 'cfg.Rollouts.group_size = 16'
-_PLAIN = ('cfg.Algorithm.advantage = @cfg.GRPO()', 'cfg.HybridModes.forced = False')
+_FREE = ('cfg.Algorithm.advantage = @cfg.GRPO()', 'cfg.HybridModes.forced = False')
+_MARGINS = (0.0, 0.2, 0.4, 0.6)
 ARMS: dict[str, tuple[str, str, list[str]]] = {
-    'hgpo': _hgpo(),
-    'alpha_0': _hgpo('cfg.HGPO.alpha = 0.0'),
-    'swapped': _hgpo(SWAPPED, start='hft_swapped'),
-    'rloo_form': _hgpo("cfg.HGPO.form = 'rloo'"),
-    'reinforce_form': _hgpo("cfg.HGPO.form = 'reinforce_plus_plus'"),
-    'all_best_win': _hgpo("cfg.HGPO.best_ties = 'all'", "cfg.HGPO.best_over = 'group'"),
-    **{f'n4_margin_{m:g}': _hgpo(_N4, f'cfg.HGPO.margin = {m}') for m in (0.0, 0.2, 0.4, 0.6, 1.0)},
-    **{f'n16_margin_{m:g}': _hgpo(_N16, f'cfg.HGPO.margin = {m}')
-       for m in (0.0, 0.2, 0.4, 0.6, 1.0)},
-    'grpo_free': _hgpo(*_PLAIN),
-    'grpo_free_from_rare': _hgpo(*_PLAIN, start='hft_rarely_at_once'),
-    'hgpo_from_rare': _hgpo(start='hft_rarely_at_once'),
-    'thinkless': _hgpo(gin='thinkless_tiny'),
-    'adapt_think': _hgpo(gin='adapt_think_tiny'),
-    'mode_efficiency': _hgpo(gin='mode_efficiency_tiny'),
-    'hft_rft': ('hft', 'rft', []),
-    'hft_dpo': ('hft', 'dpo', []),
+    **{f'n16_margin_{m:g}': _arm('cfg.Rollouts.group_size = 16', f'cfg.HGPO.margin = {m}')
+       for m in _MARGINS},
+    'hgpo': _arm(),
+    'alpha_0': _arm('cfg.HGPO.alpha = 0.0'),
+    'swapped': _arm(SWAPPED, start='hft_swapped'),
+    'grpo_free': _arm(*_FREE),
+    'grpo_free_from_rare': _arm(*_FREE, start='hft_rare'),
+    'hgpo_from_rare': _arm(start='hft_rare'),
+    'thinkless': _arm(gin='thinkless'),
+    'thinkless_alpha_1': _arm('cfg.DecoupledModes.alpha = 1.0', gin='thinkless'),
+    'adapt_think': _arm(gin='adapt_think'),
+    'mode_efficiency': _arm(gin='mode_efficiency'),
+    'rft': _arm(gin='rft'),
+    'dpo': _arm(gin='dpo'),
+    'rloo_form': _arm("cfg.HGPO.form = 'rloo'"),
+    'reinforce_form': _arm("cfg.HGPO.form = 'reinforce_plus_plus'"),
+    **{f'n4_margin_{m:g}': _arm('cfg.Rollouts.group_size = 4', f'cfg.HGPO.margin = {m}')
+       for m in _MARGINS},
 }
+# The sweeps of the margin have fewer seeds.
+SWEEP_SEEDS = 3
 
 
-# --- One run, in a process of its own --------------------------------------------------
+# --- One process ----------------------------------------------------------------------
 
 
-def child(arm: str, seed: int, root: Path, steps: int, rate: float, hft_steps: int) -> None:
-  """Trains an arm's policy if it is not there, measures it, and appends its row."""
+def hft(arm: str, seed: int, root: Path, steps: int) -> None:
+  """Trains an HFT policy as `jaxrl-pt train` does."""
   from jaxrl_pt.main import main as jaxrl_pt
-  began = time.time()
-  workdir = root / f'{arm}-{seed}'
-  common = [f'cfg.Run.seed = {seed}', 'cfg.Train.tensorboard = False', 'cfg.Checkpoint.keep = 1']
-  if arm in HFT:
-    files = ['gin/run/hft_tiny.gin']
-    bindings = [f'cfg.Train.num_steps = {hft_steps}', f'cfg.Train.eval_every = {hft_steps}',
-                f'cfg.Checkpoint.every = {hft_steps}', *HFT[arm]]
-  else:
-    start, gin, changes = ARMS[arm]
-    start_from = str(root / f'{start}-{seed}')
-    if gin in ('rft', 'dpo'):
-      import samples
-      files, bindings = samples.prepare(gin, Path(start_from), workdir.with_suffix('.jsonl'), seed)
-    else:
-      files = [f'gin/run/{gin}.gin']
-      bindings = [f'cfg.RL.start_from = {start_from!r}', 'cfg.RL.eval_problems = 64',
-                  f'cfg.Train.num_steps = {steps}', f'cfg.Train.eval_every = {steps}',
-                  f'cfg.Checkpoint.every = {steps}', 'cfg.Rollouts.mismatch_gate = 0.0',
-                  f'cfg.ConstantRate.learning_rate = {rate!r}']
-    bindings += changes
-  args = ['train', '--workdir', str(workdir)]
-  for file in files:
-    args += ['--gin_file', file]
-  for binding in (*common, *bindings):
+  args = ['train', '--workdir', str(root / f'{arm}-{seed}'), '--gin_file', 'gin/run/hft_tiny.gin']
+  for binding in (f'cfg.Run.seed = {seed}', f'cfg.Train.num_steps = {steps}',
+                  f'cfg.Train.eval_every = {steps}', f'cfg.Checkpoint.every = {steps}',
+                  'cfg.Train.tensorboard = False', *HFT[arm]):
     args += ['--gin_bindings', binding]
   if jaxrl_pt(args):
     raise SystemExit(f'{arm} {seed}: training failed')
+
+
+def reinforce(arm: str, seeds: list[int], root: Path, steps: int, rate: float) -> Any:
+  """Yields (seed, policy, its parameters at the end, its metrics step by step) of an arm."""
+  import jax
+
+  from jaxrl_pt import gin_bindings
+  from jaxrl_pt import params as P
+  from jaxrl_pt.data import modes
+  from jaxrl_pt.environments import problems
+  from jaxrl_pt.jobs.open import kind
+  from jaxrl_pt.run import session as sessions
+  from jaxrl_pt.run.policy import load_policy
+  from jaxrl_pt.train import optim, programs
+  from jaxrl_pt.train import state as states
+
+  start, gin, changes = ARMS[arm]
+  starts = {seed: load_policy(root / f'{start}-{seed}') for seed in seeds}
+  first = starts[seeds[0]]
+  run, text = gin_bindings.load([f'gin/run/{gin}_tiny.gin'], [
+      f'cfg.RL.start_from = {str(first.session.workdir)!r}', 'cfg.RL.eval_problems = 1',
+      f'cfg.Train.num_steps = {steps}', f'cfg.ConstantRate.learning_rate = {rate!r}', *changes])
+  session = sessions.open_session(run, root / arm, text, data=first.session.data,
+                                  allow=frozenset(), data_dir=first.session.workdir / 'data')
+  method, tokenizer = run.objective, first.session.data.tokenizer
+  model = session.model(run.model)
+  optimizer = optim.make_optimizer(run.optimizer, steps, model.specs)
+  new_method = functools.partial(kind(method).new_method, run, session.mesh)
+  abstract = states.abstract_state(model, optimizer, session.mesh, new_method)
+  with problems.open_environment(session, method) as environment:
+    mode_ids = modes.token_ids(tokenizer, method.rollouts.modes)
+    step = programs.fused_step(run, session.mesh, method, optimizer, environment.verifier,
+                               tokenizer.stop_ids, mode_ids)
+    for seed in seeds:
+      params = starts[seed].params
+      reference = P.trained(model.specs, params)
+      state = states.state_of(model, jax.tree.map(lambda x: x.copy(), params), optimizer, abstract,
+                              new_method, seed)
+      curve = []
+      for i in range(steps):
+        prompts, _ = environment.take(1000 * seed + i)
+        state, metrics, _, _ = step(state, reference, session.put_rows(prompts))
+        curve.append({name: float(metrics[name].mean())
+                      for name in ('think', 'reward', 'response_length', 'grad_norm')})
+      yield seed, starts[seed], state.params, curve
+
+
+def supervise(arm: str, seed: int, root: Path) -> Any:
+  """(seed, policy, its parameters, []) of HFT-RFT or HFT-DPO, trained as `jaxrl-pt train` does."""
+  import samples
+
+  from jaxrl_pt.main import main as jaxrl_pt
+  from jaxrl_pt.run.policy import load_policy
+  workdir = root / f'{arm}-{seed}'
+  args = ['train', '--workdir', str(workdir), *samples.prepare(
+      arm, root / f'hft-{seed}', workdir.with_suffix('.jsonl'), seed)]
+  if jaxrl_pt(args):
+    raise SystemExit(f'{arm} {seed}: training failed')
+  policy = load_policy(workdir)
+  return seed, policy, policy.params, []
+
+
+def child(arm: str, seeds: list[int], root: Path, args: argparse.Namespace) -> None:
+  """Trains and measures, and appends a row for each seed."""
   import measure
-  rows = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
-  curve = [[row['step'], *(round(row[name], 4) for name in ('think', 'reward', 'response_length'))]
-           for row in rows if 'think' in row and 'reward' in row]
-  swapped = arm in ('hft_swapped', 'swapped')
-  found = measure.policy(workdir, SWAPPED if swapped else '', HELD_OUT, NUM_PROMPTS, K, MARGIN, seed)
-  append_row(root / 'runs.jsonl', {
-      'arm': arm, 'seed': seed, 'steps': steps, 'rate': rate, 'seconds': round(time.time() - began),
-      'curve': curve, **found})
-  if arm not in HFT:
-    shutil.rmtree(workdir)
+
+  from jaxrl_pt.run.policy import load_policy
+  began = time.time()
+  if arm in HFT:
+    hft(arm, seeds[0], root, args.hft_steps)
+    policy = load_policy(root / f'{arm}-{seeds[0]}')
+    trained = iter([(seeds[0], policy, policy.params, [])])
+  elif ARMS[arm][1] in ('rft', 'dpo'):
+    trained = iter([supervise(arm, seeds[0], root)])
+  else:
+    trained = reinforce(arm, seeds, root, args.steps, args.rate)
+  answer, chosen = None, measure.held_out()
+  for seed, policy, params, curve in trained:
+    answer = answer or measure.answering(policy, AT_ONCE, K)
+    answers, _ = answer(params, chosen, 100_000 + 1000 * seed)
+    rounded = [{k: float(f'{v:.4g}') for k, v in row.items()} for row in curve]
+    append_row(root / 'runs.jsonl', {
+        'arm': arm, 'seed': seed, 'steps': len(curve), 'rate': args.rate,
+        'seconds': round(time.time() - began), 'curve': rounded,
+        **measure.numbers(answers, [p.level for p in chosen])})
 
 
-# --- All runs ----------------------------------------------------------------------------
+# --- All processes ------------------------------------------------------------------------
 
 
 def run_all(args: argparse.Namespace) -> None:
   root = args.workdir
   root.mkdir(parents=True, exist_ok=True)
   arms = args.only.split(',') if args.only else list(ARMS)
-  seeds = tuple(map(int, args.seeds.split(',')))
-  starts = {ARMS[arm][0] for arm in arms if arm in ARMS} | {arm for arm in arms if arm in HFT}
+  seeds = list(map(int, args.seeds.split(',')))
   done = {(row['arm'], row['seed']) for row in finished_rows(root / 'runs.jsonl')}
 
-  def one(job: tuple[str, int]) -> None:
-    if job in done:
+  def one(job: tuple[str, tuple[int, ...]]) -> None:
+    arm, wanted = job[0], [seed for seed in job[1] if (job[0], seed) not in done]
+    if not wanted:
       return
     began = time.time()
-    command = [sys.executable, __file__, '--workdir', str(root), '--child', *map(str, job),
-               '--steps', str(args.steps), '--rate', str(args.rate),
-               '--hft_steps', str(args.hft_steps)]
-    log = root / f'{job[0]}-{job[1]}.log'
-    threads = {'XLA_FLAGS': os.environ.get('XLA_FLAGS', '') + (
-        ' --xla_cpu_multi_thread_eigen=false' if args.workers > 1 else '')}
-    with open(log, 'w', encoding='utf-8') as file:
-      code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False,
-                            env={**os.environ, **threads}).returncode
-    last = log.read_text().strip().splitlines()[-1:]
-    print(f'{job[0]} {job[1]}: {time.time() - began:.0f} s' + (f' FAILED {last}' if code else ''),
-          flush=True)
+    name = f'{arm}-{"-".join(map(str, wanted))}'
+    command = [sys.executable, __file__, '--workdir', str(root), '--child', arm,
+               '--seeds', ','.join(map(str, wanted)), '--steps', str(args.steps),
+               '--rate', str(args.rate), '--hft_steps', str(args.hft_steps)]
+    alone = ' --xla_cpu_multi_thread_eigen=false' if args.workers > 1 else ''
+    with open(root / f'{name}.log', 'w', encoding='utf-8') as log:
+      code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False, env={
+          **os.environ, 'XLA_FLAGS': os.environ.get('XLA_FLAGS', '') + alone}).returncode
+    said = (root / f'{name}.log').read_text().strip().splitlines()[-1:] if code else ''
+    print(f'{name}: {time.time() - began:.0f} s {said}', flush=True)
 
+  of_arm = lambda arm: seeds[:SWEEP_SEEDS] if '_margin_' in arm else seeds
+  starts = {ARMS[arm][0] if arm in ARMS else arm for arm in arms}
+  jobs = []
+  for arm in arms:
+    if arm in ARMS:
+      apart = ARMS[arm][1] in ('rft', 'dpo')
+      jobs += [(arm, (seed,)) for seed in seeds] if apart else [(arm, tuple(of_arm(arm)))]
   with concurrent.futures.ThreadPoolExecutor(args.workers) as pool:
-    list(pool.map(one, [(arm, seed) for seed in seeds for arm in sorted(starts)]))
-    list(pool.map(one, [(arm, seed) for seed in seeds for arm in arms if arm in ARMS]))
+    list(pool.map(one, [(arm, (seed,)) for seed in seeds for arm in sorted(starts)]))
+    list(pool.map(one, jobs))
 
 
 def main() -> None:
@@ -151,14 +212,13 @@ def main() -> None:
   parser.add_argument('--seeds', default=','.join(map(str, SEEDS)))
   parser.add_argument('--steps', type=int, default=STEPS)
   parser.add_argument('--hft_steps', type=int, default=HFT_STEPS)
-  parser.add_argument('--rate', type=float, default=1e-4)
+  parser.add_argument('--rate', type=float, default=RATE)
   parser.add_argument('--report', action='store_true')
-  parser.add_argument('--child', nargs=2)
+  parser.add_argument('--child')
   args = parser.parse_args()
   args.workdir = args.workdir.absolute()
   if args.child:
-    return child(args.child[0], int(args.child[1]), args.workdir, args.steps, args.rate,
-                 args.hft_steps)
+    return child(args.child, list(map(int, args.seeds.split(','))), args.workdir, args)
   if not args.report:
     run_all(args)
   import report
