@@ -280,8 +280,8 @@ def test_markers_that_are_special_tokens():
   backend.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
   backend.decoder = hf.decoders.ByteLevel()
   backend.train_from_iterator([], hf.trainers.BpeTrainer(
-      special_tokens=['<|end|>', *CALLS[:2]], initial_alphabet=hf.pre_tokenizers.ByteLevel.alphabet(),
-      show_progress=False))
+      special_tokens=['<|end|>', *CALLS[:2]], show_progress=False,
+      initial_alphabet=hf.pre_tokenizers.ByteLevel.alphabet()))
   tokenizer = JsonTokenizer(backend.to_str(), '<|end|>', '')
   eos, *marks = (tokenizer.special_tokens[text] for text in ('<|end|>', *CALLS[:2]))
   constraint = Guide(tokenizer, tokenizer.vocab_size).constraint(
