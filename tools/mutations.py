@@ -27,6 +27,31 @@ _ADVANTAGES = _of(
     ('opo_without_lengths', '(reward, lengths * valid', '(reward, valid'),
     ('leave_one_out_keeps_its_own', 'others = total - weights', 'others = total + 0 * weights'))
 
+_MODES = [
+    *_of('jaxrl_pt/rl/hgpo.py', 'tests/rl/test_hgpo.py',
+         ('margin_for_thinking', 'means[NO_THINK] + margin', 'means[NO_THINK] - margin'),
+         ('one_mode_is_compared', 'counted[THINK].sum(-1, keepdims=True) > 0) & (',
+          'valid >= 0) & ('),
+         ('ties_have_several_winners', 'best * (jnp.cumsum(best, -1) == 1) * is_mixed',
+          'best * is_mixed'),
+         ('alpha_on_every_token', 'jnp.zeros_like(mask).at[..., 0].set(1.0) * mask', 'mask')),
+    *_of('jaxrl_pt/rl/mode_choice.py', 'tests/rl/test_hgpo.py',
+         ('no_mode_is_short', 'jnp.where(mode == NO_THINK, 0.0, think_cost',
+          'jnp.where(mode != THINK, 0.0, think_cost'),
+         ('bonus_for_thinking', 'bonus * (mode == NO_THINK)', 'bonus * (mode == THINK)')),
+    *_of('jaxrl_pt/sampling/groups.py', 'tests/sampling/test_modes.py',
+         ('forced_token_was_drawn', 'whole(jnp.where(there, responses.sampled, 0.0))',
+          'rollouts.in_response')),
+    *_of('jaxrl_pt/sampling/step.py', 'tests/sampling/test_modes.py',
+         ('forced_logp_unnormalised', 'of_forced - jax.nn.logsumexp(filtered_BV, -1)',
+          'of_forced')),
+    *_of('jaxrl_pt/train/update.py', 'tests/train/test_modes.py',
+         ('forced_mode_is_not_learned', 'jnp.maximum(tokens[..., 0], of_mode)', 'tokens[..., 0]'),
+         ('modes_drawn_by_the_policy', 'old_logp.at[..., 0].set(-jnp.log(2.0))', 'old_logp')),
+    *_of('jaxrl_pt/data/hybrid_examples.py', 'tests/data/test_hybrid_examples.py',
+         ('rows_may_close_their_tags', 'Span(thinking, False)', 'Span(thinking, True)'),
+         ('evaluation_sets_are_learned', '& evaluated:', '& set():'))]
+
 _TOKEN_ADVANTAGES = _of(
     'jaxrl_pt/rl/token_advantages.py', 'tests/rl/test_token_advantages.py',
     ('reward_on_first_token', '* mask * (remaining == 1)',
@@ -674,6 +699,6 @@ _RECIPES = [
          ('rows_behind_torn_ones', "file.write(b'\\n' + json.dumps", 'file.write(json.dumps'))]
 
 MUTATIONS: tuple[Mutation, ...] = (
-    *_ADVANTAGES, *_TOKEN_ADVANTAGES, *_OBJECTIVES, *_KL, *_SHAPING, *_LEARNER, *_NUMERICS,
+    *_ADVANTAGES, *_MODES, *_TOKEN_ADVANTAGES, *_OBJECTIVES, *_KL, *_SHAPING, *_LEARNER, *_NUMERICS,
     *_SAMPLER, *_DATA, *_CHECKPOINT, *_VERIFIERS, *_PROGRAMS, *_KERNELS, *_SERVING,
     *_RECIPES, *_EVALUATION)
