@@ -128,15 +128,16 @@ def _add_rl_commands(add: Callable[[str, str, str], argparse.ArgumentParser]) ->
 
 def _add_evaluation(add: Callable[[str, str, str], argparse.ArgumentParser]) -> None:
   evaluate = add('eval', "A trained model's loss, bits per byte and accuracy on held-out text, or "
-                 "lm-eval's tasks.",
+                 "lm-eval's tasks, or the Hybrid Accuracy of a policy with modes.",
                  'jaxrl-pt eval --workdir runs/qwen --include_path my_tasks --tasks sums \\\n'
-                 '    --num_fewshot 5 --limit 200 --output results.json')
+                 '    --num_fewshot 5 --limit 200 --output results.json\n'
+                 '  jaxrl-pt eval --workdir runs/hgpo_tiny --gin_file gin/eval/hybrid.gin')
   evaluate.description = (
       f'{evaluate.description} Tasks read files of this machine and fetch nothing; of the Python '
       "functions that a task names only lm-eval's own are run.")
   _add_workdir(evaluate)
   _add_step(evaluate)
-  _add_gin(evaluate, "other data than the run's own")
+  _add_gin(evaluate, "other data than the run's own, or what else is measured")
   _add_json(evaluate)
   tasks = evaluate.add_argument_group('tasks of lm-eval')
   tasks.add_argument('--tasks', type=text, metavar='A,B', help='tasks, groups or tags of lm-eval '

@@ -427,17 +427,24 @@ def parse(gin_files: Iterable[str], bindings: Iterable[str]) -> list[_Binding]:
   return parsed
 
 
-def load_value(root: type[Value], gin_files: Iterable[str], bindings: Iterable[str]) -> Value:
+def binds(name: str, gin_files: Iterable[str], bindings: Iterable[str]) -> bool:
+  """Whether a setting, such as 'Run.objective', or any of a type, such as 'Run', is bound."""
+  return any(name in (b.owner, f'{b.owner}.{b.field}') for b in parse(gin_files, bindings))
+
+
+def load_value(root: type[Value], gin_files: Iterable[str], bindings: Iterable[str],
+               first: Iterable[str] = ()) -> Value:
   """Builds a value of a type of `config` that is no run, such as the settings of one command.
 
   Args:
     root: the type.
     gin_files, bindings: as in `resolve`.
+    first: gin statements that come before the files.
 
   Raises:
     UserError: as in `resolve`.
   """
-  kept, _ = _live(parse(gin_files, bindings), root)
+  kept, _ = _live([*parse((), first), *parse(gin_files, bindings)], root)
   _check_values(kept)
   return _build(kept, root)
 

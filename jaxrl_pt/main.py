@@ -200,17 +200,22 @@ def _read_stdin() -> str:
 def _eval(args: argparse.Namespace) -> int:
   if args.tasks is not None:
     return _eval_tasks(args)
-  for name in ('include_path', 'limit', 'num_fewshot', 'output', 'max_length', 'add_bos_token',
+  for name in ('include_path', 'limit', 'num_fewshot', 'max_length', 'add_bos_token',
                'apply_chat_template', 'template'):
     if getattr(args, name) not in (None, False):
       raise UserError(f'--{name} does nothing without --tasks: add it, or leave --{name} out.')
+  with _importing():
+    from jaxrl_pt import gin_bindings
+  if gin_bindings.binds('HybridAccuracy', args.gin_file, args.gin_bindings):
+    return _eval_hybrid(args)
+  if args.output is not None:
+    raise UserError('--output does nothing without --tasks or the settings of cfg.HybridAccuracy: '
+                    'add one of them, or leave --output out.')
   data = None
   if args.gin_file or args.gin_bindings:
     saved = args.workdir / 'config.gin'
     if not saved.is_file():
       raise UserError(f'{args.workdir} holds no config.gin: give the --workdir of a train run.')
-    with _importing():
-      from jaxrl_pt import gin_bindings
     run, _ = gin_bindings.load([str(saved), *args.gin_file], args.gin_bindings)
     data = run.data
   with _importing():
@@ -223,6 +228,31 @@ def _eval(args: argparse.Namespace) -> int:
   else:
     for name, value in results.items():
       print(f'{name:16} {value:.4f}' if isinstance(value, float) else f'{name:16} {value}')
+  return 0
+
+
+def _eval_hybrid(args: argparse.Namespace) -> int:
+  saved = args.workdir / 'config.gin'
+  if not saved.is_file():
+    raise UserError(f'{args.workdir} holds no config.gin: give the --workdir of a train run.')
+  if args.output is not None and args.output.is_dir():
+    raise UserError(f'--output {args.output} is a folder: name a file.')
+  with _importing():
+    from jaxrl_pt import gin_bindings
+    from jaxrl_pt.evaluation import hybrid, hybrid_report
+  gin_files = list(args.gin_file)
+  # A run file says all that is measured; without one it is the run of the work directory.
+  if not gin_bindings.binds('Run.objective', gin_files, args.gin_bindings):
+    gin_files.insert(0, str(saved))
+  settings = gin_bindings.load_value(cfg.HybridAccuracy, gin_files, args.gin_bindings,
+                                     first=['cfg.HybridAccuracy.run = @cfg.Run()'])
+  say = lambda line: print(line, file=sys.stderr, flush=True)
+  found = hybrid.evaluate(args.workdir, settings, step=args.step, say=say)
+  command = shlex.join(['jaxrl-pt', *args.arguments])
+  print(json.dumps({'command': command, **found}, indent=2) if args.json
+        else hybrid_report.text(found))
+  output = args.output or args.workdir / 'evaluations' / f'hybrid_{found["step"]}.json'
+  say(f'Written: {output} and {hybrid_report.write(output, command, found)}')
   return 0
 
 

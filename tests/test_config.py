@@ -25,6 +25,9 @@ def mixed(*sources: Any, weights: tuple[float, ...] = ()) -> cfg.Mixture:
 
 RL = cfg.RL('a', cfg.Problems(cfg.Arithmetic(9)), cfg.AnswerMatch())
 
+HYBRID_RUN = cfg.Run(**{**RUN, 'train': cfg.Train(4), 'objective': dataclasses.replace(
+    RL, rollouts=cfg.Rollouts(response_tokens=8, modes=HYBRID))})
+
 # A valid value of every dataclass, as keyword arguments.
 VALID: dict[type, dict[str, Any]] = {
     cfg.Quant: {},
@@ -48,6 +51,7 @@ VALID: dict[type, dict[str, Any]] = {
     cfg.Arithmetic: {'size': 4},
     cfg.RedundantChecks: {'size': 4},
     cfg.HybridSums: {'size': 4},
+    cfg.HybridAccuracy: {'run': HYBRID_RUN},
     cfg.HybridConversations: {'glob': 'a'},
     cfg.CodeProblems: {'glob': 'a'},
     cfg.NumberedGames: {'size': 4},
@@ -367,6 +371,16 @@ REFUSED: list[tuple[type, str, list[Any], str]] = [
     *((cfg.HybridModes, name, ['', None], 'a non-empty string')
       for name in ('think', 'no_think', 'think_end')),
     (cfg.HybridModes, 'forced', [1, None], 'True or False'),
+    (cfg.HybridAccuracy, 'run', [None, 'runs/x'], 'one of @cfg.Run()'),
+    (cfg.HybridAccuracy, 'problems', ['some', None], "one of 'held_out', 'all'"),
+    *((cfg.HybridAccuracy, name, [0, 1.5], 'at least 1')
+      for name in ('num_problems', 'samples', 'free_samples')),
+    (cfg.HybridAccuracy, 'margin', [-0.1, NAN], 'a number of at least 0'),
+    (cfg.HybridAccuracy, 'sampler', [None, 0.6], 'one of @cfg.Sampler()'),
+    (cfg.HybridAccuracy, 'budgets', [(), 0.5, (0.5, 1.0), (-0.1,), ('a',)], 'below 1'),
+    (cfg.HybridAccuracy, 'resamples', [99, 1.5], 'from 100 to'),
+    (cfg.HybridAccuracy, 'slots', [0, None], 'from 1 to'),
+    (cfg.HybridAccuracy, 'seed', [-1, 0.5], 'from 0 to'),
     (cfg.Rollouts, 'modes', [None, 'think'], 'one of @cfg.SingleMode()'),
     *((cfg.HybridSums, name, [-0.1, 1.1], 'a number from 0 to 1')
       for name in ('easy_share', 'think_share')),
@@ -532,6 +546,9 @@ def test_every_field_has_a_row():
            'SFT starts from no policy that would have one'))),
     (lambda: cfg.Algorithm(epochs=2), 'choose a surrogate with a ratio'),
     (lambda: cfg.HybridModes('a', 'a'), 'another text than HybridModes.think'),
+    (lambda: cfg.HybridAccuracy(cfg.Run(**RUN)), 'give the file of a run of @cfg.RL() too'),
+    (lambda: cfg.HybridAccuracy(cfg.Run(**{**RUN, 'objective': RL, 'train': cfg.Train(4)})),
+     'compares modes of responses: choose @cfg.HybridModes'),
     (lambda: cfg.HybridConversations('a', 'b', no_think='b'), 'another text than Hybrid'),
     (lambda: cfg.HybridModes('a', 'b', think_end='b'), "another text than those of the modes'"),
     (lambda: cfg.Rollouts(group_size=3, response_tokens=2, modes=HYBRID), 'choose an even'),

@@ -51,6 +51,29 @@ def test_cluster_files_only_shape_the_mesh(name):
   assert dataclasses.replace(after, mesh=before.mesh) == before
 
 
+EVALUATIONS = sorted((ROOT / 'gin' / 'eval').glob('*.gin'))
+
+
+@pytest.mark.parametrize('path', EVALUATIONS, ids=lambda p: p.stem)
+def test_evaluation_files_go_with_a_run_file_and_with_a_saved_run(path, tmp_path):
+  """A run file says all that is measured; so does the resolved text of a run."""
+  first = ['cfg.HybridAccuracy.run = @cfg.Run()']
+  run, text = gin_bindings.load([str(ROOT / 'gin/run/hgpo_tiny.gin')], ())
+  (tmp_path / 'config.gin').write_text(text, encoding='utf-8')
+  starts = ROOT / 'gin/run/hgpo_tiny.gin', tmp_path / 'config.gin'
+  by_file, by_text = (gin_bindings.load_value(
+      cfg.HybridAccuracy, [str(start), str(path)], (), first) for start in starts)
+  assert by_file == by_text and by_file.run == run
+  assert by_file.sampler != run.objective.rollouts.sampler
+
+
+def test_every_folder_of_gin_files_is_installed():
+  listed = (ROOT / 'setup.cfg').read_text(encoding='utf-8')
+  folders = {path.parent.relative_to(ROOT) for path in (ROOT / 'gin').rglob('*.gin')}
+  for folder in map(Path.as_posix, folders):
+    assert f'share/jaxrl_pt/{folder} = {folder}/*.gin' in listed, folder
+
+
 def test_grpo_file_chooses_the_advantage():
   files = (str(ROOT / 'gin/run/rpt_tiny.gin'), 'gin/method/grpo.gin')
   run, _ = gin_bindings.load(files, ())

@@ -16,8 +16,8 @@ from jaxrl_pt.errors import UserError
 from tests import random_config
 from tests.test_config import ALL, RUN
 
-# An argument of functions, which no run holds.
-ELSEWHERE = {cfg.Engine}
+# Arguments of functions and commands, which no run holds.
+ELSEWHERE = {cfg.Engine, cfg.HybridAccuracy}
 SHIPPED = sorted((Path(__file__).resolve().parents[1] / 'gin' / 'environment').glob('*.gin'))
 
 

@@ -603,6 +603,18 @@ _KERNELS = _of(
      "'int4' if kind == 'int8' else 'int8'"))
 
 _EVALUATION = [
+    *_of('jaxrl_pt/evaluation/hybrid_accuracy.py', 'tests/evaluation/test_hybrid.py',
+         ('ties_go_to_thinking', 'np.where(lengths[:, THINK] < lengths[:, NO_THINK], THINK, NO',
+          'np.where(lengths[:, THINK] <= lengths[:, NO_THINK], THINK, NO'),
+         ('no_better_mode_is_a_wrong_choice',
+          'np.where(better == NO_MODE, np.nan, (chosen == better[:, None]).mean(-1))',
+          '(chosen == better[:, None]).mean(-1)'),
+         ('budgets_of_more_tokens', 'np.where(t_i <= wanted[..., None, None], reached, -np.inf)',
+          'np.where(t_i <= t_i, reached, -np.inf)'),
+         ('unverified_responses_count', '(values * valid).sum(-1) / counts', 'values.mean(-1)')),
+    *_of('jaxrl_pt/evaluation/hybrid.py', 'tests/evaluation/test_hybrid.py',
+         ('free_choice_costs_what_thinking_does',
+          "free = [_per_prompt(drawn['free'], f)", "free = [_per_prompt(drawn['think'], f)")),
     *_of('jaxrl_pt/evaluation/harness.py', 'tests/evaluation/test_tasks.py',
          ('windows_overlap', 'map(utils.make_disjoint_window, of_text)', 'of_text')),
     *_of('jaxrl_pt/files.py', 'tests/test_files.py',

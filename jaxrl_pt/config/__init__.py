@@ -13,6 +13,7 @@ a test checks.
 from jaxrl_pt.config.algorithm import *
 from jaxrl_pt.config.data import *
 from jaxrl_pt.config.environments import *
+from jaxrl_pt.config.evaluation import *
 from jaxrl_pt.config.examples import *
 from jaxrl_pt.config.generated import *
 from jaxrl_pt.config.hybrid import *

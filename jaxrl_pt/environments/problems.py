@@ -46,14 +46,14 @@ def open_environment(session: sessions.Session, method: cfg.RL) -> Iterator[Task
     judge_prompts.check_tokenizer(method.problems.source.prompt, tokenizer)
   on_device = isinstance(method.verifier, cfg.AnswerMatch)
   template = method.problems.template
-  chat = _chat_template(session) if method.problems.is_chat else None
+  chat = chat_template(session) if method.problems.is_chat else None
   training_set = problems.encode(training, tokenizer, rollouts.prompt_len, on_device, template,
                                  chat)
 
   def take(batch: int) -> tuple[Prompts, Sequence[str]]:
     return problems.step_prompts(training_set, rollouts.num_prompts, session.run.seed, batch)
 
-  with _open_verifier(method, tokenizer, session.run.model.vocab_size,
+  with open_verifier(method, tokenizer, session.run.model.vocab_size,
                       [*training, *held_out]) as verifier:
     score: Callable[[Params], dict[str, float]] = lambda params: {}
     if held_out:
@@ -64,7 +64,7 @@ def open_environment(session: sessions.Session, method: cfg.RL) -> Iterator[Task
 
 
 @contextlib.contextmanager
-def _open_verifier(method: cfg.RL, tokenizer: Tokenizer, vocab_size: int,
+def open_verifier(method: cfg.RL, tokenizer: Tokenizer, vocab_size: int,
                    all_problems: Sequence[problems.Problem]
                    ) -> Iterator[DeviceVerifier | PoolVerifier]:
   """The verifier of `method`, after it has been tried on some of the problems."""
@@ -101,7 +101,7 @@ def _check_answer(tokenizer: Tokenizer, marker: str, answer: str, place: str) ->
                     'an answer begins: choose another AnswerMatch.marker.')
 
 
-def _chat_template(session: sessions.Session) -> ChatTemplate:
+def chat_template(session: sessions.Session) -> ChatTemplate:
   """The chat template of the policy that the run starts from, at a date that stays the same."""
   folder = places.carried(session.run, session.workdir)
   return for_training(chat_files.of_model(folder, session.data.tokenizer))
