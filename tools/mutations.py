@@ -710,7 +710,36 @@ _RECIPES = [
          ('spread_of_a_whole_population', 'values.std(ddof=1)', 'values.std(ddof=0)'),
          ('rows_behind_torn_ones', "file.write(b'\\n' + json.dumps", 'file.write(json.dumps'))]
 
+_JUDGES = [
+    *_of('jaxrl_pt/verifiers/judge.py', 'tests/verifiers/test_judge.py',
+         ('the_first_marker_counts', 'response.rpartition(marker)', 'response.partition(marker)'),
+         ('wrong_verdicts_cost_nothing', "{'answer': -1.0}", "{'answer': 0.0}")),
+    *_of('jaxrl_pt/data/judge_prompts.py', 'tests/data/test_judge.py',
+         ('headings_with_space_pass', '{_SPACE})', ')'),
+         ('headings_of_another_case_pass',
+          "return (re.compile(rf'{begins}(\\\\*)(?={lines})', re.IGNORECASE)",
+          "return (re.compile(rf'{begins}(\\\\*)(?={lines})')"),
+         ('roles_pass', '{*own, *_ROLES}', 'own')),
+    *_of('jaxrl_pt/data/judge_problems.py', 'tests/data/test_judge.py',
+         ('the_answer_is_always_first', 'verdict.labels[is_swapped], pair.place',
+          'verdict.labels[0], pair.place'),
+         ('pairs_are_held_out_apart', 'key=pair.query', "key=''")),
+    *_of('jaxrl_pt/verifiers/tournament.py', 'tests/verifiers/test_tournament.py',
+         ('ties_are_wins_of_the_second', 'np.where(share == 0.5, tied, share > 0.5)',
+          'share > 0.5'),
+         ('byes_stay_last', 'alive[q] = [*bye, *won[begin:end].tolist()]',
+          'alive[q] = [*won[begin:end].tolist(), *bye]'),
+         ('votes_keep_their_places', 'SECOND - votes)', 'votes)'),
+         ('losers_are_not_counted', 'np.add.at(table, (flat[own, 2], flat[own, 1]), 1 - won[own])',
+          'pass')),
+    *_of('jaxrl_pt/environments/judging.py', 'tests/environments/test_judging.py',
+         ('all_votes_are_one', 'first_sample=begin)', 'first_sample=0)'),
+         ('orders_share_their_noise', 'json.dumps(shown)', "json.dumps('')")),
+    *_of('jaxrl_pt/evaluation/judging.py', 'tests/evaluation/test_judging.py',
+         ('a_place_is_consistent', '(share[:, 1] < 0.5)', '(share[:, 1] > 0.5)'),
+         ('budgets_of_one_order', '(2 if asking.both_orders else 1)', '1'))]
+
 MUTATIONS: tuple[Mutation, ...] = (
     *_ADVANTAGES, *_MODES, *_TOKEN_ADVANTAGES, *_OBJECTIVES, *_KL, *_SHAPING, *_LEARNER, *_NUMERICS,
     *_SAMPLER, *_DATA, *_CHECKPOINT, *_VERIFIERS, *_PROGRAMS, *_KERNELS, *_SERVING,
-    *_RECIPES, *_EVALUATION)
+    *_RECIPES, *_EVALUATION, *_JUDGES)

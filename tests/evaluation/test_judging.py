@@ -178,7 +178,8 @@ def test_pairs_of_three_annotators(tmp_path):
     texts = row['response1'], row['response2']
     best = max(set(said), key=said.count)
     spoken = {str(text).strip() for text in texts} - {''}
-    if best and said.count(best) > 1 and len(spoken) == 2 and all(isinstance(t, str) for t in texts):
+    is_text = all(isinstance(text, str) for text in texts)
+    if best and said.count(best) > 1 and len(spoken) == 2 and is_text:
       agreed.append({'prompt': f'{row["instruction"]}\n{row["input"]}', 'chosen': texts[best - 1],
                      'rejected': texts[2 - best]})
   assert len(agreed) > 700

@@ -41,6 +41,8 @@ REQUIRED = {
                     "cfg.JsonlProblems.glob = 'problems.jsonl'"),
     'opo_mbpp_7b': (*_POD, "cfg.RL.start_from = 'runs/policy'",
                     "cfg.CodeProblems.glob = 'mbpp.jsonl'"),
+    'rrm_7b': (*_POD, "cfg.RL.start_from = 'runs/policy'",
+               "cfg.Preferences.glob = 'pairs.jsonl'"),
     'rpt_14b': (*_POD, "cfg.RPT.start_from = 'runs/policy'"),
     'dpo_2b4t': ("cfg.DPO.start_from = 'runs/policy'", "cfg.Preferences.glob = 'pairs.jsonl'"),
     'dpo_7b': ("cfg.DPO.start_from = 'runs/policy'", "cfg.Preferences.glob = 'pairs.jsonl'"),
