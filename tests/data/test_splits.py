@@ -205,7 +205,7 @@ def _counted(data: cfg.Data, asked: cfg.Problems) -> splits.Apart:
 def test_shipped_runs_measure_what_their_start_policy_never_read(path, monkeypatch):
   monkeypatch.chdir(ROOT)
   run, _ = gin_bindings.load([f'gin/run/{path}'], [])
-  if 'start_from' not in run.objective.policy_fields:
+  if 'start_from' not in run.objective.policy_fields or not run.objective.start_from:
     return
   start, _ = gin_bindings.load([f'gin/run/{Path(run.objective.start_from).name}.gin'], [])
   _check(run, start)
