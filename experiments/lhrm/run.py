@@ -28,7 +28,7 @@ from typing import Any
 from jaxrl_pt.scaling.seeds import append_row, finished_rows
 
 SEEDS = (0, 1, 2)
-STEPS, HFT_STEPS, RATE = 100, 160, 2e-4
+STEPS, HFT_STEPS, RATE = 100, 350, 2e-4
 K, AT_ONCE = 16, 32  # answers in each mode, and prompts, at once
 # Of HFT: shares of wrong demonstrations, easy and hard ones that think, then those that do not.
 SWAPPED = 'cfg.HybridSums.slips = (0.05, 0.95, 0.7, 0.0)'
