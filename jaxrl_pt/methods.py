@@ -55,7 +55,7 @@ _EXPERIMENTS: Mapping[str, str] = {
     'rpt': 'rpt', 'rpt_branches': 'sampler', 'rlp': 'rpt', 'opo': 'rl_core',
     'opo_leave_one_out': 'opo', 'rloo': 'opo', 'short_rl': 'short_rl', 'kimi': 'short_rl',
     'one_step_off': 'rl_core',
-    'in_flight': 'sampler',
+    'in_flight': 'sampler', 'hgpo': 'lhrm',
 }
 _RUNS: Mapping[str, str] = {'one_step_off': 'opo_off'}
 
