@@ -46,10 +46,13 @@ def test_help_shows_an_example(command, capsys):
 def test_examples_parse(command, capsys):
   with pytest.raises(SystemExit):
     cli.main([command, '--help'])
-  example = capsys.readouterr().out.split('example:\n')[1].replace('\\\n', ' ')
-  arguments = [a.strip('\'"') for a in re.findall(r'"[^"]*"|\'[^\']*\'|\S+', example)]
-  assert arguments[0] == 'jaxrl-pt'
-  assert flags.make_parser().parse_args(arguments[1:]).command == command
+  text = capsys.readouterr().out.split('example:\n')[1].replace('\\\n', ' ')
+  examples = [line for line in text.splitlines() if line.strip()]
+  assert examples
+  for example in examples:
+    arguments = [a.strip('\'"') for a in re.findall(r'"[^"]*"|\'[^\']*\'|\S+', example)]
+    assert arguments[0] == 'jaxrl-pt'
+    assert flags.make_parser().parse_args(arguments[1:]).command == command
 
 
 def test_help_imports_neither_jax_nor_numpy():
