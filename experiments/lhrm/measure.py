@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxrl_pt import config as cfg
 from jaxrl_pt.data import modes, problems
+from jaxrl_pt.evaluation.hybrid_accuracy import better_mode
 from jaxrl_pt.run.policy import Policy
 from jaxrl_pt.sampling.groups import make_sampler
 from jaxrl_pt.token_bytes import token_table
@@ -72,7 +73,7 @@ def numbers(answers: dict[str, np.ndarray], levels: list[str]) -> dict[str, dict
   score, length = answers['correct'].mean(-1), answers['length'].mean(-1)  # [N, 2]
   p = np.exp(answers['logp'][:, :, 0])
   p_mode = p / p.sum(-1, keepdims=True)
-  best = np.where(np.abs(score[:, 0] - score[:, 1]) <= MARGIN, length.argmin(-1), score.argmax(-1))
+  best = better_mode(answers['correct'], answers['length'], np.ones_like(answers['length']), MARGIN)
   right = np.take_along_axis(p_mode, best[:, None], 1)[:, 0]
   of_each = {
       'think': p_mode[:, 0], 'neither': 1 - p.sum(-1), 'accuracy': (p_mode * score).sum(-1),

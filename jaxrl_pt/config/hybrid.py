@@ -139,7 +139,7 @@ class ModeEfficiency:
 
 
 ModeAdvantage = HGPO | Thinkless | AdaptThink | ModeEfficiency
-# Those that compare forced modes, and the one whose policy must choose itself.
+# Those that need both modes in each group.
 FORCED_MODES: tuple[type, ...] = (HGPO, AdaptThink)
 
 
