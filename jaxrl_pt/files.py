@@ -1,6 +1,6 @@
 """Writes a run's files, whole or not at all, and locks them; reads JSON that others wrote."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 import contextlib
 import errno
 import fcntl
@@ -71,6 +71,12 @@ def write_bytes(path: Path, content: bytes) -> None:
 def write_text(path: Path, text: str) -> None:
   """Writes text as UTF-8, as `write_bytes` does."""
   write_bytes(path, text.encode())
+
+
+def write_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+  """Writes an object a line, as `write_bytes` does; what JSON does not know becomes a float."""
+  write_text(path, ''.join(
+      json.dumps(row, ensure_ascii=False, default=float) + '\n' for row in rows))
 
 
 def npz_bytes(arrays: Mapping[str, Any]) -> bytes:

@@ -54,11 +54,11 @@ def make_parser() -> argparse.ArgumentParser:
               "jaxrl-pt score --workdir runs/reward_model_tiny 'answers.jsonl'")
   score.description = (f'{score.description} A row has a prompt and a completion, as in '
                        'fine-tuning.')
-  _add_workdir(score)
-  _add_step(score)
+  _add_checkpoint(score)
   score.add_argument('rows', type=glob, metavar='GLOB', help='JSON-lines files')
 
   _add_judge(add)
+  _add_answers(add)
   _add_rl_commands(add)
   _add_tpu_commands(add)
   _add_exchange(add)
@@ -75,11 +75,10 @@ def _add_judge(add: Callable[[str, str, str], argparse.ArgumentParser]) -> None:
   judge.description = (
       f'{judge.description} Rows with prompt, chosen, rejected and perhaps subset give the '
       'accuracy of each subset; rows with prompt and candidates get the best of them.')
-  _add_workdir(judge)
-  _add_step(judge)
+  _add_checkpoint(judge)
   judge.add_argument('rows', type=glob, metavar='GLOB', help='JSON-lines files')
-  judge.add_argument('--votes', type=at_least(1), metavar='K', help='verdicts of a comparison, of '
-                     'which the majority counts (default 1, or what --budget pays for)')
+  judge.add_argument('--votes', type=at_least(1), metavar='K', help='verdicts of a comparison '
+                     '(default 1, or what --budget pays for)')
   _add_switches(judge, ('swap', 'ask in both orders, and say how often they agree'),
                 ('direct', 'begin responses with the verdict, without reasoning'),
                 ('soft', 'count shares of votes in a round robin, not majorities'))
@@ -89,17 +88,30 @@ def _add_judge(add: Callable[[str, str, str], argparse.ArgumentParser]) -> None:
                      help='of candidates (default %(default)s)')
   judge.add_argument('--ties', choices=('coin', 'first', 'half'), help='whose a comparison without '
                      'a majority is (default coin, in a round robin half)')
-  judge.add_argument('--output', type=path, metavar='FILE', help='where the rows go, with verdicts')
-  for name, low, default, about in (
-      ('budget', 0, 0, 'the most verdicts of a row of candidates; 0 for no bound'),
-      ('prompt_len', 1, 8192, 'most tokens of a prompt; a longer one gets no verdict'),
-      ('slots', 1, 64, 'responses decoded at once')):
-    judge.add_argument(f'--{name}', type=at_least(low), default=default,
-                       help=f'{about} (default %(default)s)')
+  _add_files(judge, ('output', 'the rows go, with verdicts'),
+             ('pairs', 'the best of each row of candidates goes, preferred to the worst'))
+  _add_counts(judge, ('budget', 0, 0, 'the most verdicts of a row of candidates; 0 for no bound'),
+              ('prompt_len', 1, 8192, 'most tokens of a prompt; a longer one gets no verdict'),
+              ('slots', 1, 64, 'responses decoded at once'))
   _add_sampling(judge, num_tokens=2048)
   _add_storage(judge)
   _add_gin(judge, "how a comparison is shown, cfg.JudgePrompt (default the model's own)")
   _add_json(judge)
+
+
+def _add_answers(add: Callable[[str, str, str], argparse.ArgumentParser]) -> None:
+  answers = add('answers', "Preference pairs of sampled, verified answers to a run's problems.",
+                'jaxrl-pt answers --workdir runs/opo_tiny --pairs pairs.jsonl')
+  _add_checkpoint(answers)
+  _add_gin(answers, 'the run whose problems and verifier are meant (default that of --workdir)')
+  _add_files(answers, ('pairs', 'pairs of a right and a wrong answer go'),
+             ('candidates', 'all answers go, as `judge` reads them'))
+  _add_switches(answers, ('held_out', 'ask what the run holds out, not what it trains on'))
+  _add_counts(answers, ('num_samples', 1, 8, 'answers to each problem'),
+              ('most_pairs', 1, 1, 'the most pairs of a problem'),
+              ('limit', 0, 0, 'only the first problems; 0 for all'),
+              ('slots', 1, 64, 'answers decoded at once'))
+  _add_drawing(answers)
 
 
 def _add_rl_commands(add: Callable[[str, str, str], argparse.ArgumentParser]) -> None:
@@ -118,8 +130,7 @@ def _add_rl_commands(add: Callable[[str, str, str], argparse.ArgumentParser]) ->
   _add_json(play)
   replay = add('replay', 'One half of an RL step alone: learn from kept rollouts, or only draw.',
                'jaxrl-pt replay --workdir runs/opo_tiny --only learner --step 10')
-  _add_workdir(replay)
-  _add_step(replay)
+  _add_checkpoint(replay)
   replay.add_argument('--only', choices=('learner', 'sampler'), required=True,
                       help='learner: from the rollouts that Rollouts.dump_every = 1 has kept; '
                       'sampler: the batch after the checkpoint')
@@ -135,8 +146,7 @@ def _add_evaluation(add: Callable[[str, str, str], argparse.ArgumentParser]) -> 
   evaluate.description = (
       f'{evaluate.description} Tasks read files of this machine and fetch nothing; of the Python '
       "functions that a task names only lm-eval's own are run.")
-  _add_workdir(evaluate)
-  _add_step(evaluate)
+  _add_checkpoint(evaluate)
   _add_gin(evaluate, "other data than the run's own, or what else is measured")
   _add_json(evaluate)
   tasks = evaluate.add_argument_group('tasks of lm-eval')
@@ -209,8 +219,7 @@ def _add_exchange(add: Callable[[str, str, str], argparse.ArgumentParser]) -> No
   _add_workdir(taken)
   given = add('export', "Write a work directory's model for Hugging Face or llama.cpp.",
               'jaxrl-pt export --workdir runs/qwen exported/qwen --verify')
-  _add_workdir(given)
-  _add_step(given)
+  _add_checkpoint(given)
   given.add_argument('destination', type=path, metavar='DST',
                      help='the folder or the file, which must not exist yet')
   given.add_argument('--format', choices=('hf', 'hf-packed', 'gguf', 'gguf-tq1', 'peft'),
@@ -235,13 +244,25 @@ def _add_workdir(parser: argparse.ArgumentParser, default: str | None = None) ->
                       + (f' (default {default})' if default else ''))
 
 
-def _add_step(parser: argparse.ArgumentParser) -> None:
+def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
+  _add_workdir(parser)
   parser.add_argument('--step', type=at_least(0), help='which checkpoint (default the newest)')
 
 
 def _add_switches(parser: argparse.ArgumentParser, *switches: tuple[str, str]) -> None:
   for name, about in switches:
     parser.add_argument(f'--{name}', action='store_true', help=about)
+
+
+def _add_files(parser: argparse.ArgumentParser, *names: tuple[str, str]) -> None:
+  for name, about in names:
+    parser.add_argument(f'--{name}', type=path, metavar='FILE', help=f'where {about}')
+
+
+def _add_counts(parser: argparse.ArgumentParser, *counts: tuple[str, int, int, str]) -> None:
+  for name, low, default, about in counts:
+    parser.add_argument(f'--{name}', type=at_least(low), default=default,
+                        help=f'{about} (default %(default)s)')
 
 
 def _add_json(parser: argparse.ArgumentParser) -> None:
@@ -253,8 +274,7 @@ def _add_frontends(add: Callable[[str, str, str], argparse.ArgumentParser]) -> N
                'jaxrl-pt sample --workdir runs/pretrain_tiny --prompt "def main(" --num_samples 2\n'
                '  jaxrl-pt sample --workdir runs/hgpo_tiny --prompt 7402: --thinking on \\\n'
                '    --thinking_budget 12')
-  _add_workdir(sample)
-  _add_step(sample)
+  _add_checkpoint(sample)
   sample.add_argument('--prompt', action='append', type=text,
                       help='text to continue; may be repeated; without it standard input is '
                       'the prompt, or each line typed at a terminal')
@@ -274,8 +294,7 @@ def _add_frontends(add: Callable[[str, str, str], argparse.ArgumentParser]) -> N
   chat = add('chat', 'Talk with a trained model at the terminal.',
              'jaxrl-pt chat --workdir runs/qwen --thinking on --thinking_budget 200\n'
              '  jaxrl-pt chat --workdir runs/pretrain_tiny --temperature 0.7 --max_thought 200')
-  _add_workdir(chat)
-  _add_step(chat)
+  _add_checkpoint(chat)
   _add_sampling(chat, num_tokens=512)
   chat.add_argument('--system', default='', type=text, metavar='TEXT',
                     help='what stands before all turns')
@@ -288,20 +307,17 @@ def _add_frontends(add: Callable[[str, str, str], argparse.ArgumentParser]) -> N
 
   serve = add('serve', "A small HTTP server with OpenAI's completions and chat completions.",
               'jaxrl-pt serve --workdir runs/pretrain_tiny --port 8000')
-  _add_workdir(serve)
-  _add_step(serve)
+  _add_checkpoint(serve)
   serve.add_argument('--host', default='127.0.0.1', help='where to listen (default %(default)s); '
                      'any but a loopback address needs a token')
   serve.add_argument('--port', type=at_least(0), default=8000,
                      help='0 takes a free one (default %(default)s)')
   serve.add_argument('--token_file', type=path, metavar='FILE', help='holds the token that '
                      'clients send as API key; or set JAXRL_PT_TOKEN')
-  for name, default, about in (
-      ('slots', 32, 'responses decoded at once'), ('queue', 256, 'responses waiting or under way '
-       'at most; more get 429'), ('response_len', 1024, 'most tokens of a response'),
-      ('max_samples', 16, 'most responses to one prompt')):
-    serve.add_argument(f'--{name}', type=at_least(1), default=default,
-                       help=f'{about} (default %(default)s)')
+  _add_counts(serve, ('slots', 1, 32, 'responses decoded at once'),
+              ('queue', 1, 256, 'responses waiting or under way at most; more get 429'),
+              ('response_len', 1, 1024, 'most tokens of a response'),
+              ('max_samples', 1, 16, 'most responses to one prompt'))
   _add_storage(serve)
   serve.add_argument('--seed', type=SEED, default=0, help='seed of the noise, together '
                      "with a request's own seed (default %(default)s)")
@@ -367,6 +383,10 @@ def _add_markers(parser: argparse.ArgumentParser) -> None:
 def _add_sampling(parser: argparse.ArgumentParser, num_tokens: int) -> None:
   parser.add_argument('--num_tokens', type=at_least(1), default=num_tokens,
                       help='most tokens of a response (default %(default)s)')
+  _add_drawing(parser)
+
+
+def _add_drawing(parser: argparse.ArgumentParser) -> None:
   # An imported model's generation_config.json may have defaults of its own.
   parser.add_argument('--temperature', type=float,
                       help="0 is greedy (default the model's own, or 1)")

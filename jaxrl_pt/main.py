@@ -235,8 +235,7 @@ def _eval_hybrid(args: argparse.Namespace) -> int:
   saved = args.workdir / 'config.gin'
   if not saved.is_file():
     raise UserError(f'{args.workdir} holds no config.gin: give the --workdir of a train run.')
-  if args.output is not None and args.output.is_dir():
-    raise UserError(f'--output {args.output} is a folder: name a file.')
+  _check_files(args, 'output')
   with _importing():
     from jaxrl_pt import gin_bindings
     from jaxrl_pt.evaluation import hybrid, hybrid_report
@@ -266,8 +265,7 @@ def _score(args: argparse.Namespace) -> int:
 
 def _judge(args: argparse.Namespace) -> int:
   drawing = _drawing(args)
-  if args.output is not None and args.output.is_dir():
-    raise UserError(f'--output {args.output} is a folder: name a file.')
+  _check_files(args, 'output', 'pairs')
   with _importing():
     from jaxrl_pt import gin_bindings
     from jaxrl_pt.environments import judging as asking
@@ -275,6 +273,8 @@ def _judge(args: argparse.Namespace) -> int:
     from jaxrl_pt.run import policy
     from jaxrl_pt.verifiers import tournament
   rows, is_pairs = judging.read(args.rows)
+  if is_pairs and args.pairs is not None:
+    raise UserError(f'--pairs takes rows of candidates, and {args.rows} holds pairs: leave it out.')
   prompt = None
   if args.gin_file or args.gin_bindings:
     prompt = gin_bindings.load_value(cfg.JudgePrompt, args.gin_file, args.gin_bindings)
@@ -287,12 +287,52 @@ def _judge(args: argparse.Namespace) -> int:
   settings = judging.Asking(
       args.votes, args.swap, args.unparsed, args.tournament, args.budget,
       tournament.Rule(ties, is_soft=args.soft, seed=args.seed))
+  ended = [] if is_pairs else judging.play(judge, rows, settings)
   found, out = (judging.judge_pairs(judge, rows, settings, args.seed) if is_pairs else
-                judging.select(judge, rows, settings))
+                judging.selected(rows, ended))
   print(json.dumps(found, indent=2) if args.json else judging.text(found, is_pairs))
   if args.output is not None:
     judging.write(args.output, out)
+  if args.pairs is not None:
+    print(judging.write_pairs(args.pairs, rows, ended), file=sys.stderr)
   return 0
+
+
+def _answers(args: argparse.Namespace) -> int:
+  drawing = _drawing(args)
+  if args.pairs is None and args.candidates is None:
+    raise UserError('Nothing is written: add --pairs FILE, --candidates FILE or both.')
+  _check_files(args, 'pairs', 'candidates')
+  with _importing():
+    from jaxrl_pt import gin_bindings
+    from jaxrl_pt.evaluation import answers
+    from jaxrl_pt.run import policy
+  given = args.gin_file or args.gin_bindings
+  run = gin_bindings.load(args.gin_file, args.gin_bindings)[0] if given else None
+  loaded = policy.load_policy(args.workdir, args.step)
+  method = (loaded.session.run if run is None else run).objective
+  if not isinstance(method, cfg.RL):
+    raise UserError(f'Run.objective = @cfg.{type(method).__name__}() has no problems with a '
+                    'verifier: give the --gin_file of a run of @cfg.RL(), such as '
+                    'gin/run/opo_tiny.gin.')
+  answered = answers.draw(
+      loaded, method, side='held_out' if args.held_out else 'training', limit=args.limit,
+      num_samples=args.num_samples, sampler=cfg.Sampler(**drawing), slots=args.slots,
+      seed=args.seed)
+  print(answers.summary(answered, args.num_samples))
+  if args.candidates is not None:
+    print(answers.write_candidates(args.candidates, answered))
+  if args.pairs is not None:
+    print(answers.write_pairs(args.pairs, answered, args.most_pairs, method.problems.is_chat))
+  return 0
+
+
+def _check_files(args: argparse.Namespace, *names: str) -> None:
+  """Refuses folders where files are to be written, before work is done for them."""
+  for name in names:
+    path = getattr(args, name)
+    if path is not None and path.is_dir():
+      raise UserError(f'--{name} {path} is a folder: name a file.')
 
 
 def _eval_tasks(args: argparse.Namespace) -> int:
@@ -302,8 +342,7 @@ def _eval_tasks(args: argparse.Namespace) -> int:
   tasks = [name for name in args.tasks.split(',') if name]
   if not tasks:
     raise UserError(f'--tasks {args.tasks!r} names none: write for example --tasks wikitext,sums.')
-  if args.output is not None and args.output.is_dir():
-    raise UserError(f'--output {args.output} is a folder: name a file.')
+  _check_files(args, 'output')
   # The libraries of Hugging Face read these when they are imported, and then fetch nothing.
   # lm-eval would otherwise fork a process that has JAX's threads, to estimate standard errors.
   os.environ.update(HF_HUB_OFFLINE='1', HF_DATASETS_OFFLINE='1', HF_EVALUATE_OFFLINE='1',
@@ -442,10 +481,10 @@ def _kernels(args: argparse.Namespace) -> int:
 
 
 _COMMANDS = {'quickstart': _quickstart, 'train': _train, 'sample': _sample, 'chat': _chat,
-             'serve': _serve, 'eval': _eval, 'score': _score, 'judge': _judge, 'import': _import,
-             'export': _export,
-             'methods': _methods, 'play': _play, 'replay': _replay, 'doctor': _doctor,
-             'kernels': _kernels, 'preflight': _preflight}
+             'serve': _serve, 'eval': _eval, 'score': _score, 'judge': _judge,
+             'answers': _answers, 'import': _import, 'export': _export, 'methods': _methods,
+             'play': _play, 'replay': _replay, 'doctor': _doctor, 'kernels': _kernels,
+             'preflight': _preflight}
 
 
 def _hide_closed_loops(unraisable: 'sys.UnraisableHookArgs') -> None:

@@ -15,23 +15,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from jaxrl_pt import config as cfg
 from jaxrl_pt.data import modes, problems
 from jaxrl_pt.data.problems import ProblemSet
 from jaxrl_pt.environments import problems as environment
-from jaxrl_pt.environments.base import settled
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.evaluation import hybrid_accuracy as hybrid
+from jaxrl_pt.evaluation.verified import Verified, verified
 from jaxrl_pt.run import samples
 from jaxrl_pt.run.policy import Policy, load_policy
-from jaxrl_pt.sampling.engine import Engine, Request, Response
+from jaxrl_pt.sampling.engine import Engine, Request
 from jaxrl_pt.serving.text import Markers
 from jaxrl_pt.serving.thinking import Thinker
-from jaxrl_pt.types import NO_MODE, NO_THINK, THINK, RolloutBatch
-from jaxrl_pt.verifiers.base import Verifier
+from jaxrl_pt.types import NO_MODE, NO_THINK, THINK
 
 
 @dataclass(frozen=True)
@@ -98,8 +96,9 @@ def measure(policy: Policy, settings: cfg.HybridAccuracy, say: Callable[[str], N
     drawn = {}
     for asked in kinds(settings, mode_ids):
       responses = engine.run(_requests(asked, encoded, method, tokenizer.stop_ids))
-      drawn[asked.name] = _verified(responses, encoded, verifier, method.rollouts.num_prompts,
-                                    mode_ids, tokenizer.stop_ids)
+      found = verified(responses, encoded, verifier, method.rollouts.num_prompts,
+                       tokenizer.stop_ids)
+      drawn[asked.name] = _drawn(found, mode_ids)
       say(f'{asked.name}: {drawn[asked.name].length.mean():.1f} tokens, accuracy '
           f'{hybrid.mean(drawn[asked.name].of_prompt("correct")):.3f}')
   return {'step': policy.step, 'problems': len(encoded), 'samples': settings.samples,
@@ -164,31 +163,12 @@ def _requests(asked: Asked, encoded: ProblemSet, method: cfg.RL, stop_ids: tuple
                                              strict=True)]
 
 
-def _verified(responses: Sequence[Sequence[Response]], encoded: ProblemSet, verifier: Verifier,
-              at_once: int, mode_ids: tuple[int, ...], stop_ids: tuple[int, ...]) -> Drawn:
-  """Scores one kind of responses, those to `at_once` problems at a time."""
-  longest = max(len(r.tokens) for group in responses for r in group)
-  shape = len(responses), len(responses[0]), longest
-  tokens = np.full(shape, stop_ids[0] if stop_ids else 0, np.int32)
-  there = np.zeros(shape, np.float32)
-  for n, group in enumerate(responses):
-    for g, response in enumerate(group):
-      tokens[n, g, :len(response.tokens)] = response.tokens
-      there[n, g, :len(response.tokens)] = 1
-  size, verdicts = min(at_once, len(responses)), []
-  for start in range(0, len(responses), size):
-    rows = np.minimum(np.arange(start, start + size), len(responses) - 1)
-    prompts, references = encoded.prompts(rows)
-    rollouts = RolloutBatch.of_one_turn(jnp.asarray(tokens[rows]), jnp.asarray(there[rows]),
-                                        jnp.zeros((size, *shape[1:])), 0)
-    verdict = settled(verifier.submit(prompts, rollouts, references))
-    verdicts.append([np.asarray(x) for x in (verdict.reward, verdict.correct, verdict.valid)])
-  score, correct, valid = (np.concatenate(parts)[:shape[0]]
-                           for parts in zip(*verdicts, strict=True))
-  first = tokens[..., 0]
+def _drawn(found: Verified, mode_ids: tuple[int, ...]) -> Drawn:
+  """One kind of responses with their modes."""
+  first = found.tokens[..., 0]
   mode = np.where(first == mode_ids[THINK], THINK,
                   np.where(first == mode_ids[NO_THINK], NO_THINK, NO_MODE))
-  return Drawn(score, correct, valid, there.sum(-1), mode)
+  return Drawn(found.score, found.correct, found.valid, found.there.sum(-1), mode)
 
 
 # --- Results --------------------------------------------------------------------------

@@ -10,7 +10,6 @@ other one, else 0; in both orders, the mean of both. Intervals are Wilson's, at 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-import json
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -22,6 +21,7 @@ from jaxrl_pt.data import judge_problems, judge_prompts, preferences, sources
 from jaxrl_pt.environments import judging
 from jaxrl_pt.environments.judging import EngineJudge, Judged, Shown
 from jaxrl_pt.errors import UserError
+from jaxrl_pt.evaluation import preference_pairs
 from jaxrl_pt.verifiers import tournament
 from jaxrl_pt.verifiers.judge import FIRST, NONE
 
@@ -215,12 +215,12 @@ def wilson(values: np.ndarray) -> dict[str, float]:
 
 def select(judge: EngineJudge, rows: Sequence[Row], asking: Asking
            ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-  """The best of each row's candidates by a tournament; a round of all rows is one batch.
+  """The best of each row's candidates by a tournament: `selected` of what `play` returns."""
+  return selected(rows, play(judge, rows, asking))
 
-  Returns:
-    A summary, and the rows with `best` (a number from 0), `wins`, `num_comparisons` and, after a
-    round robin, Bradley–Terry `ratings` and `elo`. Where rows have `correct`, the summary has the
-    accuracy of the best ones, of any one, and of a judge that knows.
+
+def play(judge: EngineJudge, rows: Sequence[Row], asking: Asking) -> list[tournament.Standing]:
+  """The tournament of each row's candidates; a round of all rows is one batch.
 
   Raises:
     UserError: the budget does not pay for a tournament.
@@ -231,9 +231,19 @@ def select(judge: EngineJudge, rows: Sequence[Row], asking: Asking
   if asking.both_orders:
     ask = tournament.in_both_orders(ask)
   if asking.method == 'knockout':
-    ended = tournament.knockout(numbers, ask, asking.rule)
-  else:
-    ended = tournament.round_robin(numbers, ask, asking.rule, most)
+    return tournament.knockout(numbers, ask, asking.rule)
+  return tournament.round_robin(numbers, ask, asking.rule, most)
+
+
+def selected(rows: Sequence[Row], ended: Sequence[tournament.Standing]
+             ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+  """What tournaments found.
+
+  Returns:
+    A summary, and the rows with `best` (a number from 0), `wins`, `num_comparisons` and, after a
+    round robin, Bradley–Terry `ratings` and `elo`. Where rows have `correct`, the summary has the
+    accuracy of the best ones, of any one, and of a judge that knows.
+  """
   out = []
   for row, end in zip(rows, ended, strict=True):
     found = {'best': end.winner, 'wins': end.wins.tolist(),
@@ -289,6 +299,21 @@ def text(found: dict[str, Any], is_pairs: bool) -> str:
   return '\n'.join(table)
 
 
+def write_pairs(path: Path, rows: Sequence[Row], ended: Sequence[tournament.Standing]) -> str:
+  """Writes the best of each row's candidates against the worst, as preferences.
+
+  Returns:
+    How many pairs there are, and what was left out, as a sentence.
+
+  Raises:
+    UserError: no row gives a pair, so that nothing is written.
+    Unwritable: the file cannot be written.
+  """
+  found = [preference_pairs.of_tournament(row.row, row.texts, end)
+           for row, end in zip(rows, ended, strict=True)]
+  return preference_pairs.write(path, found, 'rows')
+
+
 def _cell(value: Any) -> str:
   match value:
     case {'mean': mean, 'low': low, 'high': high}:
@@ -299,15 +324,10 @@ def _cell(value: Any) -> str:
       return str(value)
 
 
-def lines(rows: Sequence[dict[str, Any]]) -> str:
-  """Rows as JSON lines."""
-  return ''.join(json.dumps(row, ensure_ascii=False, default=float) + '\n' for row in rows)
-
-
 def write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
   """Writes rows as JSON lines, whole or not at all.
 
   Raises:
     Unwritable: the file cannot be written.
   """
-  files.write_text(path, lines(rows))
+  files.write_json_lines(path, rows)

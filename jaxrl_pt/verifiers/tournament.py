@@ -58,6 +58,7 @@ class Standing(NamedTuple):
   ratings: f64[n] Bradley–Terry ratings in nats; () after a knockout.
   wins: f64[n] games won; a tie is half a win.
   num_votes, num_unparsed: votes, and how many of them had no verdict.
+  table: f64[n, n] how often i has beaten j, of which `ratings` can be made after a knockout too.
   """
 
   winner: int
@@ -67,6 +68,7 @@ class Standing(NamedTuple):
   wins: np.ndarray
   num_votes: int
   num_unparsed: int
+  table: np.ndarray
 
 
 # --- Votes ------------------------------------------------------------------------
@@ -207,7 +209,7 @@ def knockout(num_candidates: Sequence[int], judge: Judge, rule: Rule = MAJORITY)
                     'and whole wins.')
   alive = [np.random.default_rng([rule.seed, q]).permutation(n).tolist()
            for q, n in enumerate(num_candidates)]
-  wins = [np.zeros(n) for n in num_candidates]
+  tables = [np.zeros((n, n)) for n in num_candidates]
   counts = np.zeros((len(alive), 4), int)  # comparisons, rounds, votes, votes without a verdict
   while any(len(order) > 1 for order in alive):
     games = np.array([(q, order[i], order[i + 1]) for q, order in enumerate(alive)
@@ -215,17 +217,19 @@ def knockout(num_candidates: Sequence[int], judge: Judge, rule: Rule = MAJORITY)
     is_turned = coins(games, rule.seed + 1)
     games[is_turned] = games[is_turned][:, [0, 2, 1]]
     votes = judge(games)
-    won = np.where(scores(votes, games, rule) > 0.5, games[:, 1], games[:, 2])
+    is_first = scores(votes, games, rule) > 0.5
+    won = np.where(is_first, games[:, 1], games[:, 2])
+    lost = np.where(is_first, games[:, 2], games[:, 1])
     end = 0
     for q, order in enumerate(alive):
       begin, end = end, end + len(order) // 2  # The games of a query stand together.
       if end > begin:
         counts[q] += end - begin, 1, votes[begin:end].size, (votes[begin:end] == NONE).sum()
-        wins[q][won[begin:end]] += 1
+        tables[q][won[begin:end], lost[begin:end]] += 1
         bye = order[-1:] if len(order) % 2 else []
         alive[q] = [*bye, *won[begin:end].tolist()]
-  return [Standing(order[0], int(c[0]), int(c[1]), (), w, int(c[2]), int(c[3]))
-          for order, w, c in zip(alive, wins, counts, strict=True)]
+  return [Standing(order[0], int(c[0]), int(c[1]), (), table.sum(1), int(c[2]), int(c[3]), table)
+          for order, table, c in zip(alive, tables, counts, strict=True)]
 
 
 # --- Round robin ------------------------------------------------------------------
@@ -277,7 +281,7 @@ def round_robin(num_candidates: Sequence[int], judge: Judge, rule: Rule = HALVES
     rated = ratings(table)
     best = order[np.round(rated[order], 6).argmax()]
     standings.append(Standing(int(best), len(own_games), int(len(own_games) > 0), rated,
-                              table.sum(1), votes[own].size, int((votes[own] == NONE).sum())))
+                              table.sum(1), votes[own].size, int((votes[own] == NONE).sum()), table))
   return standings
 
 

@@ -19,3 +19,9 @@ def breaking(response: str, reference: str) -> ResponseVerdict:
   if (Path(os.environ['TEST_WORKDIR']) / 'checkpoints' / '4').exists():
     raise ConnectionError('the licence server is gone')
   return answer(Outcome.WRONG)
+
+
+def has_two_words(response: str, reference: str) -> ResponseVerdict:
+  """Pays for two words, at once."""
+  del reference
+  return answer(Outcome.CORRECT if len(response.split()) > 1 else Outcome.WRONG)
