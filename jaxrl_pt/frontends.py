@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 import functools
+import io
 import json
 import os
 from pathlib import Path
@@ -15,11 +16,13 @@ from rich.console import Console
 from jaxrl_pt import config as cfg
 from jaxrl_pt.data import chat_files, template_text
 from jaxrl_pt.data.chat import ChatTemplate
+from jaxrl_pt.environments import judging
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.run import interrupt, places, samples
 from jaxrl_pt.run.policy import Held, Policy, as_sampled, load_policy
 from jaxrl_pt.sampling.engine import Engine
 from jaxrl_pt.serving import terminal
+from jaxrl_pt.serving.comparing import Speaker
 from jaxrl_pt.serving.lines import read_lines
 from jaxrl_pt.serving.text import Markers
 from jaxrl_pt.serving.thinking import Thinker, Thinking, Wish
@@ -262,7 +265,8 @@ def serve(workdir: Path, *, step: int | None, host: str, port: int, token_file: 
     tokenizer = policy.session.data.tokenizer
     service = Service(_name(workdir), tokenizer, engine, policy.model.config.vocab_size,
                       _template(given, policy), _markers(thought, policy),
-                      _sampler(workdir, {}, sys.stderr), max_samples=max_samples)
+                      _sampler(workdir, {}, sys.stderr), max_samples=max_samples,
+                      judge=_judge(policy, engine))
     worker = Worker(samples.make_engine(policy, engine, seed=seed, thinker=service.thinker))
     log = functools.partial(print, file=sys.stderr, flush=True) if access_log else None
     server = uvicorn.Server(connections.server_config(
@@ -273,6 +277,15 @@ def serve(workdir: Path, *, step: int | None, host: str, port: int, token_file: 
     print(f'Serving {service.name}, step {policy.step}, at '
           f'http://{shown}:{listening.getsockname()[1]}/v1', flush=True)
     server.run(sockets=[listening])
+
+
+def _judge(policy: Policy, engine: cfg.Engine) -> Speaker | None:
+  """How the policy is asked to compare documents; None if it cannot write the verdicts."""
+  sampler = _sampler(policy.session.workdir, {}, io.StringIO())
+  try:
+    return judging.of_policy(policy, None, sampler, engine.response_len, is_direct=False)
+  except UserError:
+    return None
 
 
 def _read_token(path: Path | None) -> str | None:

@@ -35,7 +35,7 @@ ALLOWED: dict[str, set[str]] = {
     'parallel': _BASE | {'params', 'nn', 'models'},
     'models': _BASE | {'params', 'nn'},
     'sampling': _MODEL | {'checksum', 'token_bytes'},
-    'serving': _BASE | {'data', 'sampling'},
+    'serving': _BASE | {'data', 'sampling', 'verifiers'},
     'rl': {'types', 'config', 'errors'},
     'verifiers': {'types', 'config', 'errors', 'token_bytes'},
     'data': _MODEL | {'checksum'},

@@ -9,33 +9,21 @@ has them in this order), and the K votes of a comparison its whole prompt.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-import hashlib
-import json
-import os
-from typing import NamedTuple
 
 import numpy as np
 
 from jaxrl_pt import config as cfg
 from jaxrl_pt.data import chat, chat_files, judge_prompts
-from jaxrl_pt.data.tokenizer import Tokenizer, begun
 from jaxrl_pt.run import places, samples
 from jaxrl_pt.run.policy import Policy
-from jaxrl_pt.sampling.engine import Engine, Request
-from jaxrl_pt.verifiers import judge as verdicts
+from jaxrl_pt.sampling.engine import Engine
+from jaxrl_pt.serving.comparing import Shown, Speaker
 from jaxrl_pt.verifiers import tournament
+from jaxrl_pt.verifiers.judge import NONE
 
 # Queries whose comparisons are asked by turns, so that what a prompt shares with the one before it
 # of the same query has been computed by the time it is admitted.
 _WAVE = 8
-
-
-class Shown(NamedTuple):
-  """A comparison as texts."""
-
-  query: str
-  first: str
-  second: str
 
 
 @dataclass(frozen=True)
@@ -52,49 +40,6 @@ class Judged:
   num_tokens: np.ndarray
   responses: list[list[str]]
   too_long: np.ndarray
-
-
-@dataclass(frozen=True)
-class Speaker:
-  """How a model is asked for verdicts.
-
-  prompt: the texts of a prompt, and how a verdict is stated.
-  tokenizer: of the model.
-  template: the chat template that puts the texts to the model; None where it has no chats.
-  sampler: temperature and filters of its responses.
-  num_tokens: the most tokens of a response.
-  is_direct: whether a response begins with what both verdicts begin with, so that the next token
-    names the better response and no reasoning comes before it.
-  """
-
-  prompt: cfg.JudgePrompt
-  tokenizer: Tokenizer
-  template: chat.ChatTemplate | None = None
-  sampler: cfg.Sampler = cfg.Sampler()
-  num_tokens: int = 2048
-  is_direct: bool = False
-
-  def tokens(self, shown: Shown) -> list[int]:
-    """The prompt of a comparison."""
-    user = judge_prompts.text(self.prompt, *shown)
-    if self.template is None:
-      whole = judge_prompts.without_chat(self.prompt, user)
-      return begun(self.tokenizer, self.tokenizer.encode(whole))
-    asked = judge_prompts.messages(judge_prompts.system_text(self.prompt), user)
-    return chat.prompt_ids(self.template, self.tokenizer, asked)
-
-  def stop_ids(self) -> tuple[int, ...]:
-    """The tokens that end a response."""
-    if self.template is None:
-      return self.tokenizer.stop_ids
-    return chat_files.end_tokens(self.template, self.tokenizer)
-
-  def forced(self) -> tuple[int, ...]:
-    """The tokens that both verdicts begin with, for a judge that does not reason."""
-    if not self.is_direct:
-      return ()
-    both = [self.tokenizer.encode(self.prompt.verdict.text(place)) for place in (0, 1)]
-    return tuple(os.path.commonprefix(both))
 
 
 def of_policy(policy: Policy, prompt: cfg.JudgePrompt | None, sampler: cfg.Sampler,
@@ -173,19 +118,15 @@ class EngineJudge:
     too_long = np.array([len(tokens) > config.prompt_len for tokens in prompts], bool)
     order = [c for c in in_waves([shown.query for shown in comparisons]) if not too_long[c]]
     step = config.queue // num_votes * num_votes or config.queue
-    requests = [
-        Request(tuple(prompts[c]), _address(comparisons[c]), speaker.num_tokens, size,
-                speaker.sampler, speaker.stop_ids(), forced=speaker.forced(), first_sample=begin)
-        for c in order for begin, size in _parts(num_votes, step)]
-    votes = np.full((len(prompts), num_votes), verdicts.NONE, np.int8)
+    requests = [speaker.request(comparisons[c], prompts[c], begin, size)
+                for c in order for begin, size in _parts(num_votes, step)]
+    votes = np.full((len(prompts), num_votes), NONE, np.int8)
     counts = np.zeros(votes.shape, np.int32)
     texts = [[''] * num_votes for _ in prompts]
     owners = [c for c in order for _ in _parts(num_votes, step)]
     for c, group in zip(owners, self.engine.run(requests), strict=True):
       for response in group:
-        said = speaker.tokenizer.decode(response.tokens.tolist())
-        texts[c][response.sample] = said
-        votes[c, response.sample] = verdicts.verdict(said, speaker.prompt.verdict)
+        texts[c][response.sample], votes[c, response.sample] = speaker.said(response)
         counts[c, response.sample] = len(response.tokens)
     return Judged(votes, counts, texts, too_long)
 
@@ -202,12 +143,6 @@ class EngineJudge:
 def _parts(num_votes: int, most: int) -> list[tuple[int, int]]:
   """(first sample, number) of the requests for the votes of a comparison."""
   return [(begin, min(most, num_votes - begin)) for begin in range(0, num_votes, most)]
-
-
-def _address(shown: Shown) -> int:
-  """31 bits of a hash of the texts."""
-  hashed = hashlib.sha256(json.dumps(shown).encode(errors='backslashreplace')).digest()
-  return int.from_bytes(hashed[:4], 'big') >> 1
 
 
 def in_waves(queries: Sequence[str]) -> list[int]:

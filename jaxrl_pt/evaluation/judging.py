@@ -19,9 +19,10 @@ from scipy import stats
 from jaxrl_pt import files
 from jaxrl_pt.data import judge_problems, judge_prompts, preferences, sources
 from jaxrl_pt.environments import judging
-from jaxrl_pt.environments.judging import EngineJudge, Judged, Shown
+from jaxrl_pt.environments.judging import EngineJudge, Judged
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.evaluation import preference_pairs
+from jaxrl_pt.serving.comparing import Shown, Speaker
 from jaxrl_pt.verifiers import tournament
 from jaxrl_pt.verifiers.judge import FIRST, NONE
 
@@ -278,7 +279,7 @@ def _planned(num_candidates: int, asking: Asking) -> tuple[int, int | None]:
 # --- The command ------------------------------------------------------------------
 
 
-def prompt_len(speaker: judging.Speaker, rows: Sequence[Row], most: int) -> int:
+def prompt_len(speaker: Speaker, rows: Sequence[Row], most: int) -> int:
   """Tokens of the longest prompt of any two texts of a row, or `most` if that is less."""
   found = judging.longest(speaker, [row.query for row in rows], [row.texts for row in rows])
   return max(1, min(most, found))

@@ -1,6 +1,6 @@
-"""The HTTP server: OpenAI's completions and chat completions, answered by one `Worker`.
+"""The HTTP server: OpenAI's completions, chats and rankings by a judge, answered by one `Worker`.
 
-    POST /v1/completions, /v1/chat/completions, /tokenize, /detokenize
+    POST /v1/completions, /v1/chat/completions, /v1/rerank, /tokenize, /detokenize
     GET /v1/models, /tokenizer_info, /health, /metrics
 
 A request that is wrong, too large or more than the queue takes gets an error and disturbs no other
@@ -9,7 +9,7 @@ again.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 import contextlib
 import hmac
 import ipaddress
@@ -25,18 +25,17 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jaxrl_pt.errors import UserError
+from jaxrl_pt.sampling.engine import Request as EngineRequest
 from jaxrl_pt.sampling.engine import Response as Sampled
-from jaxrl_pt.serving import protocol, tokens
+from jaxrl_pt.serving import protocol, reranking, tokens
 from jaxrl_pt.serving.answers import Answer, Delta
+from jaxrl_pt.serving.bodies import read_body
 from jaxrl_pt.serving.fields import ApiError, read_json
 from jaxrl_pt.serving.protocol import Ask, Service
 from jaxrl_pt.serving.telemetry import Telemetry
 from jaxrl_pt.serving.worker import Busy, Job, Stopped, Worker
 
 _RETRY_SECONDS = 1
-_BODY_SECONDS = 30.0  # A body must have arrived in this time.
-# A body that is too large is read up to this size and dropped, so that its sender sees the error.
-_MOST_DRAINED = 32_000_000
 
 
 def is_loopback(host: str) -> bool:
@@ -74,6 +73,7 @@ def make_app(service: Service, worker: Worker, token: str | None = None,
   app = Starlette(lifespan=lifespan, routes=[
       Route('/v1/completions', server.completions, methods=['POST']),
       Route('/v1/chat/completions', server.chat, methods=['POST']),
+      Route('/v1/rerank', server.rerank, methods=['POST']),
       Route('/tokenize', server.tokenize, methods=['POST']),
       Route('/detokenize', server.detokenize, methods=['POST']),
       Route('/tokenizer_info', server.tokenizer_info),
@@ -267,7 +267,7 @@ class _Server:
 
   async def _read(self, request: Request, understand: Callable[..., Any]) -> Any:
     """Reads a body and understands it in a thread, where a long text holds up no other request."""
-    body = await _read_body(request, self._service.max_body_bytes)
+    body = await read_body(request, self._service.max_body_bytes)
     return await asyncio.to_thread(lambda: understand(read_json(body), self._service))
 
   # --- Answers --------------------------------------------------------------------------
@@ -277,16 +277,7 @@ class _Server:
     ask: Ask = await self._read(
         request, lambda body, service: understand(body, service, self._ids))
     news = _News()
-    try:
-      job = self._worker.submit(ask.requests, news.listen)
-    except UserError as e:
-      raise ApiError(400, str(e)) from e
-    except Busy as e:
-      raise ApiError(429, f'Too much to do: {e}. Try again later.', code='queue_full',
-                     headers={'Retry-After': str(_RETRY_SECONDS)}) from e
-    except Stopped as e:
-      raise ApiError(503, f'The engine does not run: {e}.') from e
-    self._telemetry.prompt_tokens.inc(sum(len(r.prompt) for r in ask.requests))
+    job = self._submit(ask.requests, news)
     answer = Answer(self._service, ask)
     deltas = self._deltas(answer, news, arrived)
     if ask.is_stream:
@@ -295,6 +286,45 @@ class _Server:
       return JSONResponse(answer.body(await _unless_disconnected(request, _all(deltas))))
     finally:
       self._end(job, answer)
+
+  def _submit(self, requests: Sequence[EngineRequest], news: _News) -> Job:
+    """Gives the engine requests, whose responses the news will bring.
+
+    Raises:
+      ApiError: 400 for what cannot be answered, 429 where there is no room, 503 without an engine.
+    """
+    try:
+      job = self._worker.submit(requests, news.listen)
+    except UserError as e:
+      raise ApiError(400, str(e)) from e
+    except Busy as e:
+      raise ApiError(429, f'Too much to do: {e}. Try again later.', code='queue_full',
+                     headers={'Retry-After': str(_RETRY_SECONDS)}) from e
+    except Stopped as e:
+      raise ApiError(503, f'The engine does not run: {e}.') from e
+    self._telemetry.prompt_tokens.inc(sum(len(r.prompt) for r in requests))
+    return job
+
+  async def rerank(self, request: Request) -> Response:
+    """Ranks documents by comparisons, all of which are one job of the engine."""
+    ask: reranking.Rerank = await self._read(request, reranking.understand)
+    if not ask.requests:  # There is one text, and nothing to compare it with.
+      return JSONResponse(ask.body({}))
+    news, ended = _News(), dict[tuple[int, int], Sampled]()
+
+    async def collect() -> None:
+      while len(ended) < ask.num_verdicts:
+        ended.update({(number, response.sample): response
+                      for number, response in await news.get() if response.finish})
+
+    job = self._submit(ask.requests, news)
+    try:
+      await _unless_disconnected(request, collect())
+    finally:
+      self._worker.cancel(job)
+      self._telemetry.tokens.inc(sum(len(response.tokens) for response in ended.values()))
+      self._telemetry.disconnects.inc(len(ended) < ask.num_verdicts)
+    return JSONResponse(ask.body(ended))
 
   async def _deltas(self, answer: Answer, news: _News, arrived: float) -> AsyncIterator[Delta]:
     is_first = True
@@ -347,7 +377,7 @@ async def _all(deltas: AsyncIterator[Delta]) -> list[Delta]:
   return [delta async for delta in deltas]
 
 
-async def _unless_disconnected(request: Request, work: Any) -> list[Delta]:
+async def _unless_disconnected(request: Request, work: Any) -> Any:
   """Awaits the work, and raises ClientDisconnect if the client goes away before its end."""
   working = asyncio.ensure_future(work)
   leaving = asyncio.ensure_future(_disconnect(request))
@@ -365,32 +395,3 @@ async def _unless_disconnected(request: Request, work: Any) -> list[Delta]:
 async def _disconnect(request: Request) -> None:
   while (await request.receive())['type'] != 'http.disconnect':
     pass
-
-
-async def _read_body(request: Request, most: int) -> bytes:
-  """The request's body of at most `most` bytes, whose type must be JSON.
-
-  Raises:
-    ApiError: 413 for a body that is too large, 408 for one that is too slow, 415 for another type.
-  """
-  too_large = ApiError(413, f'The body is larger than {most} bytes.')
-  length = request.headers.get('content-length', '0')
-  if length.isdecimal() and int(length) > _MOST_DRAINED:
-    raise too_large
-  body, num_bytes = bytearray(), 0
-  try:
-    async with asyncio.timeout(_BODY_SECONDS):
-      async for piece in request.stream():
-        num_bytes += len(piece)
-        if num_bytes > _MOST_DRAINED:
-          raise too_large
-        if num_bytes <= most:
-          body += piece
-  except TimeoutError as e:
-    raise ApiError(408, f'The body did not arrive within {_BODY_SECONDS:.0f} s.') from e
-  if num_bytes > most:
-    raise too_large
-  if request.headers.get('content-type', '').partition(';')[0].strip() != 'application/json':
-    # A browser asks this server first before it sends this type for a page of another host.
-    raise ApiError(415, 'Send the body as Content-Type: application/json.')
-  return bytes(body)

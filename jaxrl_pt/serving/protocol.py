@@ -22,6 +22,7 @@ from jaxrl_pt.data.tokenizer import Tokenizer, begun
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.sampling.engine import Request
 from jaxrl_pt.serving import formats, thinking, tools
+from jaxrl_pt.serving.comparing import Speaker
 from jaxrl_pt.serving.constraint import Constraint, Guide
 from jaxrl_pt.serving.fields import ApiError, Fields, is_integer, is_object, is_text, short
 from jaxrl_pt.serving.text import CALLS, Markers, spelled
@@ -62,6 +63,8 @@ class Service:
   max_body_bytes: the largest body of a request.
   max_samples: the largest number of responses to one prompt.
   max_prompts: the largest number of prompts of one body.
+  judge: how the model is asked to compare documents; None where its tokenizer cannot write the
+    verdicts.
   """
 
   name: str
@@ -74,6 +77,7 @@ class Service:
   max_body_bytes: int = 1_000_000
   max_samples: int = 16
   max_prompts: int = 16
+  judge: Speaker | None = None
 
   @functools.cached_property
   def token_bytes(self) -> list[bytes]:

@@ -265,24 +265,42 @@ def round_robin(num_candidates: Sequence[int], judge: Judge, rule: Rule = HALVES
     rule: how votes count.
     most: the largest number of games of a query; None for all.
   """
-  orders = [np.random.default_rng([rule.seed, q]).permutation(n)
-            for q, n in enumerate(num_candidates)]
-  games = [np.insert(order[schedule(len(order), most)], 0, q, 1) for q, order in enumerate(orders)]
-  flat = np.concatenate(games)
-  votes = judge(flat) if len(flat) else np.zeros((0, 1), np.int8)
-  won = scores(votes, flat, rule)
-  standings, end = [], 0
-  for order, own_games in zip(orders, games, strict=True):
-    begin, end = end, end + len(own_games)
-    own = slice(begin, end)
-    table = np.zeros((len(order), len(order)))
-    np.add.at(table, (flat[own, 1], flat[own, 2]), won[own])
-    np.add.at(table, (flat[own, 2], flat[own, 1]), 1 - won[own])
-    rated = ratings(table)
-    best = order[np.round(rated[order], 6).argmax()]
-    standings.append(Standing(int(best), len(own_games), int(len(own_games) > 0), rated,
-                              table.sum(1), votes[own].size, int((votes[own] == NONE).sum()), table))
-  return standings
+  games = np.concatenate([drawn_up(q, n, rule.seed, most) for q, n in enumerate(num_candidates)])
+  votes = judge(games) if len(games) else np.zeros((0, 1), np.int8)
+  of_query = [games[:, 0] == q for q in range(len(num_candidates))]
+  return [standing(n, games[own], votes[own], rule)
+          for n, own in zip(num_candidates, of_query, strict=True)]
+
+
+def drawn_up(query: int, num_candidates: int, seed: int, most: int | None = None) -> np.ndarray:
+  """i64[C, 3]: the games of one query's round robin; arguments as in `round_robin`."""
+  order = _circle(query, num_candidates, seed)
+  return np.insert(order[schedule(num_candidates, most)], 0, query, 1)
+
+
+def _circle(query: int, num_candidates: int, seed: int) -> np.ndarray:
+  return np.random.default_rng([seed, query]).permutation(num_candidates)
+
+
+def standing(num_candidates: int, games_C3: np.ndarray, votes_CK: np.ndarray, rule: Rule = HALVES
+             ) -> Standing:
+  """The end of a round robin of one query from the votes on all of its games.
+
+  Args:
+    num_candidates: n ≥ 1.
+    games_C3: from `drawn_up` with the rule's seed.
+    votes_CK: i8[C, K].
+    rule: how votes count.
+  """
+  won = scores(votes_CK, games_C3, rule)
+  table = np.zeros((num_candidates, num_candidates))
+  np.add.at(table, (games_C3[:, 1], games_C3[:, 2]), won)
+  np.add.at(table, (games_C3[:, 2], games_C3[:, 1]), 1 - won)
+  rated = ratings(table)
+  order = _circle(int(games_C3[0, 0]) if len(games_C3) else 0, num_candidates, rule.seed)
+  best = order[np.round(rated[order], 6).argmax()]
+  return Standing(int(best), len(games_C3), int(len(games_C3) > 0), rated, table.sum(1),
+                  votes_CK.size, int((votes_CK == NONE).sum()), table)
 
 
 # The weight of the drawn game that everybody has played against an opponent of rating 0. Without it
@@ -331,6 +349,23 @@ def _likelihood(theta: np.ndarray, wins_nn: np.ndarray, prior: float) -> float:
 
 def _sigmoid(x: np.ndarray) -> np.ndarray:
   return 1 / (1 + np.exp(-x))
+
+
+def win_rates(theta: np.ndarray) -> np.ndarray:
+  """f64[n]: the chance of each candidate to beat another one of them, drawn at random.
+
+    w_i = 1 / (n − 1) · Σ_{j ≠ i} σ(θ_i − θ_j),   ½ for a single one
+
+  They lie between 0 and 1, and their mean is ½. After a whole round robin w_i is the share of the
+  games that i has won, up to the prior; where games are missing, as after a knockout, the ratings
+  stand for them.
+
+  Args:
+    theta: ratings in nats.
+  """
+  num = len(theta)
+  chances = _sigmoid(theta[:, None] - theta)
+  return (chances.sum(1) - 0.5) / (num - 1) if num > 1 else np.full(num, 0.5)
 
 
 def elo(theta: np.ndarray, zero: float = 1000.0) -> np.ndarray:

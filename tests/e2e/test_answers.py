@@ -1,4 +1,4 @@
-"""Sampled answers as pairs, by their verifier and by a judge, down to the DPO step that reads them."""
+"""Sampled answers as pairs, by their verifier and by a judge, and the DPO step that reads them."""
 
 import json
 from pathlib import Path
@@ -7,13 +7,15 @@ import numpy as np
 import pytest
 
 from jaxrl_pt.main import main
-from tests.e2e.conftest import PRETRAIN, RL
+from tests.e2e.conftest import PRETRAIN, RL, WORDS
 
 # A response is right if it has two words or more.
 SPACED = RL.replace('cfg.RL.verifier = @cfg.LengthVerifier()', """
 cfg.RL.verifier = @cfg.PythonVerifier()
 cfg.PythonVerifier.target = 'tests.e2e.slow_verifier:has_two_words'
-""").replace('cfg.LengthVerifier.min_chars = 2\ncfg.LengthVerifier.max_chars = 9\n', '')
+""").replace('cfg.LengthVerifier.min_chars = 2\ncfg.LengthVerifier.max_chars = 9\n', '').replace(
+    '@cfg.Arithmetic()', '@cfg.JsonlProblems()').replace('cfg.Arithmetic.size = 200',
+                                                         "cfg.JsonlProblems.glob = '{problems}'")
 BARE = ("cfg.JudgePrompt.system = ''", 'cfg.JudgePrompt.verdict = @cfg.MarkedVerdict()',
         r"cfg.JudgePrompt.template = '{query}\nA {first}\nB {second}\n?'")
 DPO = PRETRAIN.replace('@cfg.NextToken()', '@cfg.DPO()').replace(
@@ -28,14 +30,16 @@ def rows(path: str) -> list[dict]:
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_answers_are_paired_and_the_pairs_are_learned_from(pretrained, make_job, tmp_path, capsys):
-  run = make_job(SPACED, start_from=str(pretrained.workdir))
+  asked = [WORDS[i][:7] + ' ' + WORDS[j][:3] for i in range(5) for j in range(5)]
+  problems = tmp_path / 'problems.jsonl'
+  problems.write_text(''.join(json.dumps({'question': one, 'answer': '-'}) + '\n' for one in asked))
+  run = make_job(SPACED, start_from=str(pretrained.workdir), problems=str(problems))
   files = {name: str(tmp_path / f'{name}.jsonl') for name in ('pairs', 'candidates', 'judged')}
   flags = ['--workdir', str(pretrained.workdir)]
-  asked = ['answers', *flags, '--gin_file', str(run.gin_file), '--num_samples', '6', '--limit',
-           '12', '--temperature', '0.7', '--most_pairs', '2']
-  assert main([*asked, '--candidates', files['candidates'], '--pairs', files['pairs']]) == 0
+  answers = ['answers', *flags, '--gin_file', str(run.gin_file), '--num_samples', '6', '--limit',
+             '12', '--temperature', '0.7', '--most_pairs', '2']
+  assert main([*answers, '--candidates', files['candidates'], '--pairs', files['pairs']]) == 0
   said = capsys.readouterr().out
   found, paired = rows(files['candidates']), rows(files['pairs'])
   texts = {row['prompt']: row['candidates'] for row in found}
@@ -54,7 +58,7 @@ def test_answers_are_paired_and_the_pairs_are_learned_from(pretrained, make_job,
   assert main([*judging[:3], files['pairs'], '--pairs', files['judged']]) == 2  # They are pairs.
   for name in ('pairs', 'judged'):
     learned = make_job(DPO, start_from=str(pretrained.workdir), pairs=files[name], bindings=(
-        'cfg.Train.num_steps = 1', 'cfg.Train.batch_size = 1', 'cfg.Data.seq_len = 128',
+        'cfg.Train.num_steps = 1', 'cfg.Train.batch_size = 2', 'cfg.Data.seq_len = 128',
         'cfg.Data.validation_fraction = 0.0'))
     done = learned.run()
     assert done.returncode == 0, done.stdout + done.stderr

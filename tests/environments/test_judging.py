@@ -11,9 +11,10 @@ from jaxrl_pt import config as cfg
 from jaxrl_pt import params as P
 from jaxrl_pt.data.tokenizer import ByteTokenizer
 from jaxrl_pt.environments import judging
-from jaxrl_pt.environments.judging import EngineJudge, Shown, Speaker
+from jaxrl_pt.environments.judging import EngineJudge
 from jaxrl_pt.models import transformer
 from jaxrl_pt.sampling.engine import Engine
+from jaxrl_pt.serving.comparing import Shown, Speaker
 from jaxrl_pt.verifiers import tournament
 from jaxrl_pt.verifiers.judge import NONE
 

@@ -1,4 +1,4 @@
-"""Pairs of sampled answers, by a verifier and by a judge, as rows that preferences are read from."""
+"""Pairs of sampled answers, by a verifier and by a judge, as rows of preferences."""
 
 from pathlib import Path
 
