@@ -58,7 +58,7 @@ def test_answers_are_paired_and_the_pairs_are_learned_from(pretrained, make_job,
   assert main([*judging[:3], files['pairs'], '--pairs', files['judged']]) == 2  # They are pairs.
   for name in ('pairs', 'judged'):
     learned = make_job(DPO, start_from=str(pretrained.workdir), pairs=files[name], bindings=(
-        'cfg.Train.num_steps = 1', 'cfg.Train.batch_size = 2', 'cfg.Data.seq_len = 128',
+        'cfg.Train.num_steps = 1', 'cfg.Train.batch_size = 2', 'cfg.Data.seq_len = 48',
         'cfg.Data.validation_fraction = 0.0'))
     done = learned.run()
     assert done.returncode == 0, done.stdout + done.stderr
