@@ -159,6 +159,7 @@ REFUSED: list[tuple[type, str, list[Any], str]] = [
                 cfg.Preferences)),
     *((t, 'source', [None, cfg.ReasoningGym('chain_sum', 4)], '@cfg.Arithmetic()')
       for t in (cfg.SlipPreferences, cfg.ResultPreferences)),
+    (cfg.ResultPreferences, 'both_wrong', [-0.1, 1.1, NAN, None], 'a number from 0 to 1'),
     *((t, 'labels', [None, ('a',), ('a', 'a'), ('a', 'b', 'c'), ('a', 'b}'), ('a', ' b'), 'ab'],
        'two names') for t in (cfg.BoxedVerdict, cfg.MarkedVerdict)),
     (cfg.MarkedVerdict, 'marker', ['', None], 'a non-empty string'),
@@ -521,6 +522,10 @@ def test_every_field_has_a_row():
      'GuessNumber.max_guesses = 9 needs as many turns'),
     (lambda: cfg.Data(**DATA, validation_glob='a'), 'goes with a source of files'),
     (lambda: cfg.Demonstrations(cfg.JudgePairs(cfg.Preferences('a'))), 'have no such work in them'),
+    (lambda: cfg.Problems(cfg.JudgePairs(cfg.ResultPreferences(cfg.Arithmetic(4), 0.1))),
+     'both_wrong = 0.1 has pairs without a right result, which Problems.source cannot'),
+    (lambda: cfg.Data(**DATA | {'source': cfg.ResultPreferences(cfg.Arithmetic(4), 0.1)}),
+     'which Data.source cannot learn from'),
     *((lambda verifier=verifier: cfg.RL('a', cfg.Problems(cfg.JudgePairs(cfg.Preferences('a'))),
                                         verifier), 'does not read the verdicts')
       for verifier in (cfg.AnswerMatch(), cfg.JudgeVerifier(cfg.MarkedVerdict()))),

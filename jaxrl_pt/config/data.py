@@ -12,7 +12,12 @@ from jaxrl_pt.config.examples import (
   HybridConversations,
   WeightedConversations,
 )
-from jaxrl_pt.config.pairs import Preferences, ResultPreferences, SlipPreferences
+from jaxrl_pt.config.pairs import (
+  Preferences,
+  ResultPreferences,
+  SlipPreferences,
+  check_better_is_right,
+)
 from jaxrl_pt.errors import UserError
 
 
@@ -292,6 +297,7 @@ class Data:
 
   def __post_init__(self) -> None:
     checks.instance(self, 'source', *get_args(Source))
+    check_better_is_right(self.source, 'Data.source')
     checks.instance(self, 'tokenizer', *get_args(Tokenizer))
     checks.size(self, 'seq_len', 2, 2**24, 4, 'the tokens of one example')
     checks.number(self, 'validation_fraction', 0.0, 0.5)

@@ -5,6 +5,7 @@ from typing import Literal
 
 from jaxrl_pt.config import checks
 from jaxrl_pt.config.generated import Arithmetic, RedundantChecks
+from jaxrl_pt.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -40,15 +41,29 @@ class ResultPreferences:
 
   In a judge's demonstrations the noise of the problems is the share that goes wrong; its verdict is
   then mostly a guess.
+
+  both_wrong: the share of the pairs of which the chosen one is wrong too. Only demonstrations may
+    have such pairs: a judge that is shown the answer in every pair learns to end its work with
+    either of the two results that it sees, instead of working the last step out.
   """
 
   source: Arithmetic | RedundantChecks
+  both_wrong: float = 0.0
 
   def __post_init__(self) -> None:
     checks.instance(self, 'source', Arithmetic, RedundantChecks)
+    checks.number(self, 'both_wrong', 0.0, 1.0)
 
 
 PairSource = Preferences | SlipPreferences | ResultPreferences
+
+
+def check_better_is_right(source: object, owner: str) -> None:
+  """Refuses pairs of which the better one is wrong too where something learns which is better."""
+  if isinstance(source, ResultPreferences) and source.both_wrong:
+    raise UserError(f'ResultPreferences.both_wrong = {source.both_wrong:g} has pairs without a '
+                    f'right result, which {owner} cannot learn from: leave it at 0, but for '
+                    'demonstrations of a judge (Demonstrations.source = @cfg.JudgePairs()).')
 
 
 # --- Judges -----------------------------------------------------------------------

@@ -5,7 +5,7 @@ from typing import get_args
 
 from jaxrl_pt.config import checks
 from jaxrl_pt.config.generated import MOST_PROBLEMS, Generated
-from jaxrl_pt.config.pairs import JudgePairs
+from jaxrl_pt.config.pairs import JudgePairs, check_better_is_right
 
 
 @dataclass(frozen=True)
@@ -116,6 +116,8 @@ class Problems:
 
   def __post_init__(self) -> None:
     checks.instance(self, 'source', *get_args(ProblemSource))
+    if isinstance(self.source, JudgePairs):
+      check_better_is_right(self.source.source, 'Problems.source')
     checks.text(self, 'template')
     checks.number(self, 'held_out', 0.0, 1.0)
     checks.flag(self, 'is_chat')

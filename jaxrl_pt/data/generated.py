@@ -137,20 +137,25 @@ def pairs(source: config.SlipPreferences | config.ResultPreferences) -> Iterator
       case config.SlipPreferences():
         yield Pair(place, *preference(problems, number), found.demonstration)
       case config.ResultPreferences():
-        wrong = _wrong_result(problems, number, int(found.answer))
-        yield Pair(place, found.prompt, found.answer, wrong, found.demonstration)
+        better, worse = _results(source, number, int(found.answer))
+        yield Pair(place, found.prompt, better, worse, found.demonstration)
 
 
-def _wrong_result(source: config.Arithmetic | config.RedundantChecks, index: int, answer: int
-                  ) -> str:
-  """Another digit, or a sum that is off by 1 to 9."""
-  rng = np.random.default_rng([source.seed, index, 1])
-  match source:
+def _results(source: config.ResultPreferences, index: int, answer: int) -> tuple[str, str]:
+  """The answer and a wrong result; or two wrong ones that differ, where no answer is shown.
+
+  A wrong result is another digit, or a sum that is off by 1 to 9.
+  """
+  rng = np.random.default_rng([source.source.seed, index, 1])
+  errors = rng.permutation(np.arange(1, 10))[:2].tolist()
+  signs = [1 if up else -1 for up in rng.random(2) < 0.5]
+  match source.source:
     case config.RedundantChecks():
-      return str((answer + int(rng.integers(1, 10))) % 10)
+      wrong = [str((answer + error) % 10) for error in errors]
     case config.Arithmetic():
-      error = int(rng.integers(1, 10)) * (1 if rng.random() < 0.5 else -1)
-      return str(answer + error if answer + error >= 0 else answer - error)
+      wrong = [str(answer + sign * error if answer + sign * error >= 0 else answer + error)
+               for error, sign in zip(errors, signs, strict=True)]
+  return wrong[1] if rng.random() < source.both_wrong else str(answer), wrong[0]
 
 
 def _slip(rng: np.random.Generator, noise: float, num_steps: int) -> int | None:

@@ -132,11 +132,31 @@ def test_demonstrations_work_the_sum_out_and_name_its_result():
   assert len(right) == 600 and 0.6 < np.mean(right) < 0.85  # a half, and half of the guesses
 
 
-def test_sums_have_a_wrong_result_beside_the_right_one():
-  pairs = list(generated.pairs(cfg.ResultPreferences(cfg.Arithmetic(200, 2, 1))))
-  for pair in pairs:
-    assert int(pair.better) == sum(map(int, pair.query[:-1].split('+')))
-    assert 1 <= abs(int(pair.worse) - int(pair.better)) <= 9 and int(pair.worse) >= 0
+@pytest.mark.parametrize('both_wrong', [0.0, 0.5, 1.0])
+@pytest.mark.parametrize('problems', [cfg.Arithmetic(400, 2, 1), cfg.RedundantChecks(400, 1, 6, 0)])
+def test_results_are_a_right_and_a_wrong_one_or_two_wrong_ones_that_differ(problems, both_wrong):
+  pairs = list(generated.pairs(cfg.ResultPreferences(problems, both_wrong)))
+  answers = [int(generated.problem(problems, i).answer) for i in range(400)]
+  right = [int(pair.better) == answer for pair, answer in zip(pairs, answers, strict=True)]
+  assert abs(np.mean(right) - (1 - both_wrong)) < (0.1 if both_wrong == 0.5 else 1e-9)
+  for pair, answer in zip(pairs, answers, strict=True):
+    assert pair.better != pair.worse and int(pair.worse) != answer
+    assert all(0 <= int(text) and abs(int(text) - answer) <= 9 for text in pair[2:4])
+  # Which results are wrong does not say whether a right one stands beside them.
+  alone = generated.pairs(cfg.ResultPreferences(problems))
+  assert [pair.worse for pair in pairs] == [pair.worse for pair in alone]
+
+
+def test_a_demonstration_works_a_sum_out_whose_result_neither_response_has():
+  pairs = cfg.ResultPreferences(cfg.RedundantChecks(300, 1, 6, 0, 0.0), both_wrong=1.0)
+  found = list(judge_problems.problems(cfg.JudgePairs(pairs, SHORT), generated.pairs(pairs)))
+  named = []
+  for problem in found:
+    steps, _, label = problem.demonstration.rpartition('#')
+    assert int(steps[-1]) == sum(map(int, problem.key[:-1])) % 10
+    assert steps[-1] not in judge_prompts.parsed(SHORT, problem.prompt)[1:]
+    named.append(label)
+  assert 0.4 < named.count('A') / len(named) < 0.6
 
 
 def test_a_step_is_a_function_of_its_number_and_an_epoch_is_balanced():
