@@ -9,7 +9,10 @@ import numpy as np
 
 from jaxrl_pt.scaling.seeds import interval
 
-_MEASURES = ('accuracy', 'seen', 'swap_consistency', 'first_rate', 'tokens', 'worked', 'no_verdict')
+# Of held-out sums at temperature 1, of the same at 0.6, and of sums of training at 1.
+_MEASURES = ('accuracy', 'swap_consistency', 'first_rate', 'tokens', 'worked', 'no_verdict')
+_WITHIN = [(within, name) for within in ('cool', 'seen')
+           for name in ('accuracy', 'swap_consistency')]
 
 
 def summary(rows: dict[str, Any]) -> dict[str, Any]:
@@ -34,6 +37,9 @@ def _of_seeds(seeds: list[Any]) -> dict[str, Any]:
     if when in seeds[0]:
       entry |= {f'{name} {when}': of(lambda row, name=name, when=when: row[when][name])
                 for name in _MEASURES}
+      entry |= {f'{within} {name} {when}': of(
+          lambda row, name=name, when=when, within=within: row[when][within][name])
+          for within, name in _WITHIN}
   if 'selection' in seeds[0]:
     entry['reward_model accuracy'] = of(lambda row: row['reward_model'])
     entry['accuracy by cap'] = {
@@ -59,8 +65,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
   for arm, colour in (('reasoning', '#0072B2'), ('direct', '#D55E00')):
     shown = [(int(name.partition('=')[2]), row) for name, row in judges.items()
              if name.startswith(f'{arm} ')]
-    for axes, name, style in ((accuracy, 'accuracy after', '-'), (accuracy, 'seen after', ':'),
-                              (tokens, 'tokens after', '-')):
+    for axes, name, style in ((accuracy, 'accuracy after', '-'), (tokens, 'tokens after', '-'),
+                              (accuracy, 'seen accuracy after', ':')):
       _bars(axes, [k for k, _ in shown], [row[name] for _, row in shown], color=colour,
             linestyle=style, label=arm + (', seen sums' if style == ':' else ''))
   reasoning = {name: row for name, row in judges.items() if name.startswith('reasoning ')}

@@ -22,6 +22,7 @@ results/rrm.json and rrm.png.
 
 import argparse
 from collections.abc import Sequence
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -34,6 +35,7 @@ import jax
 import measure
 from report import plot, summary
 
+from jaxrl_pt import config as cfg
 from jaxrl_pt.environments.judging import EngineJudge, Judged, Shown
 from jaxrl_pt.jobs import open as jobs
 from jaxrl_pt.scaling.seeds import append_row, finished_rows
@@ -99,10 +101,16 @@ def judge(root: Path, arm: str, num_steps: int, seed: int, short: int) -> dict[s
 
 
 def asked(judge: EngineJudge, num_steps: int) -> tuple[dict[str, Any], list[Shown], Judged]:
-  """The measures of a judge on held-out sums, those of seen ones within, and what it has said."""
-  found, shown, judged = measure.measured(judge, measure.pairs(num_steps, NUM_PAIRS))
-  seen, *_ = measure.measured(judge, measure.pairs(num_steps, NUM_PAIRS, held_out=False))
-  return {**found, 'seen': seen['accuracy']}, shown, judged
+  """The measures of a judge on held-out sums, and what it has said.
+
+  Within are those at the paper's temperature as `cool`, and those of sums of training as `seen`.
+  """
+  pairs = measure.pairs(num_steps, NUM_PAIRS)
+  found, shown, judged = measure.measured(judge, pairs)
+  cool = EngineJudge(judge.engine, dataclasses.replace(judge.speaker, sampler=cfg.Sampler(0.6)))
+  seen = measure.pairs(num_steps, NUM_PAIRS, held_out=False)
+  return {**found, 'cool': measure.measured(cool, pairs)[0],
+          'seen': measure.measured(judge, seen)[0]}, shown, judged
 
 
 # --- All parts ----------------------------------------------------------------------
