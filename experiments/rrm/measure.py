@@ -17,11 +17,11 @@ import numpy as np
 from jaxrl_pt import config as cfg
 from jaxrl_pt.data import generated, pack
 from jaxrl_pt.environments import judging
-from jaxrl_pt.environments.judging import EngineJudge, Judged, Shown
+from jaxrl_pt.environments.judging import EngineJudge, Judged
 from jaxrl_pt.evaluation import judging as evaluation
 from jaxrl_pt.run.policy import load_policy, open_run
 from jaxrl_pt.sampling.engine import Request
-from jaxrl_pt.verifiers import judge as verdicts
+from jaxrl_pt.serving.comparing import Shown
 from jaxrl_pt.verifiers import tournament
 
 NUM_CANDIDATES, BASE_RATE, NUM_QUERIES, MOST_VOTES = 8, 0.3, 50, 5
@@ -65,8 +65,22 @@ def chosen_right(right_QN: np.ndarray, accuracy: float, seed: int) -> dict[str, 
       method, right_QN, functools.partial(judge, votes))) for method, votes in WAYS}
 
 
+def counted(accuracy: float, votes: int, num: int = 40000) -> float:
+  """Share of right choices of a round robin by most wins, without the product's tournaments."""
+  rng = np.random.default_rng(1)
+  right, wins = rng.random((num, NUM_CANDIDATES)) < BASE_RATE, np.zeros((num, NUM_CANDIDATES))
+  for a, b in itertools.combinations(range(NUM_CANDIDATES), 2):
+    same = right[:, a] == right[:, b]
+    chance = np.where(same, 0.5, np.where(right[:, a], accuracy, 1 - accuracy))
+    is_first = (rng.random((num, votes)) < chance[:, None]).sum(1) * 2 > votes
+    wins[:, a] += is_first
+    wins[:, b] += ~is_first
+  best = (wins + rng.random(wins.shape) / 2).argmax(1)  # Who has as many wins as another: a coin.
+  return float(right[np.arange(num), best].mean())
+
+
 def simulated(accuracy: float) -> dict[str, Any]:
-  """The table of EXPECTED at one accuracy, with standard errors."""
+  """The table of EXPECTED at one accuracy, with standard errors of our 1,000 queries."""
   num = 1000
   right = np.random.default_rng(11).random((num, NUM_CANDIDATES)) < BASE_RATE
   found = chosen_right(right, accuracy, 0)
@@ -74,7 +88,8 @@ def simulated(accuracy: float) -> dict[str, Any]:
   for (name, values), expected in zip(found.items(), EXPECTED[accuracy], strict=True):
     mean, error = float(np.mean(values)), (expected * (1 - expected) / num) ** 0.5
     rows[name] = {'mean': mean, 'expected': expected, 'standard_errors': (mean - expected) / error}
-  return {'of_an_oracle': float(right.any(1).mean()), **rows}
+  return {'of_an_oracle': float(right.any(1).mean()), **rows,
+          'counted': {f'round_robin {votes}': counted(accuracy, votes) for votes in (1, 5)}}
 
 
 # --- Trained judges -----------------------------------------------------------------
@@ -147,8 +162,7 @@ def capped(judge: EngineJudge, shown: Sequence[Shown], judged: Judged, most: int
       tuple(speaker.tokens(shown[c])), c, most + 2, 1, speaker.sampler, speaker.stop_ids(),
       forced=tuple(speaker.tokenizer.encode(judged.responses[c][0][:most] + '#'))) for c in cut]
   for c, (response,) in zip(cut, judge.engine.run(requests), strict=True):
-    votes[c] = verdicts.verdict(speaker.tokenizer.decode(response.tokens.tolist()),
-                                speaker.prompt.verdict)
+    _, votes[c] = speaker.said(response)
   return float((votes == np.tile([0, 1], len(votes) // 2)).mean())
 
 

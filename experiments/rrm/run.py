@@ -36,9 +36,10 @@ import measure
 from report import plot, summary
 
 from jaxrl_pt import config as cfg
-from jaxrl_pt.environments.judging import EngineJudge, Judged, Shown
+from jaxrl_pt.environments.judging import EngineJudge, Judged
 from jaxrl_pt.jobs import open as jobs
 from jaxrl_pt.scaling.seeds import append_row, finished_rows
+from jaxrl_pt.serving.comparing import Shown
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
