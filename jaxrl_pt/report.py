@@ -79,6 +79,7 @@ _PLOTS = (
           {'time/tokens_per_second': 'measured'}, 'thousands'),
 )
 
+_WIDTH, _HEIGHT = 6.4, 3.5  # inches
 _COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7')
 _SMOOTH_FROM = 60  # a curve with fewer points is not smoothed
 
@@ -111,7 +112,9 @@ def _draw(axes: Axes, plot: _Plot, rows: Rows) -> None:
       axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
       axes.plot(steps, _smooth(values, max(9, len(values) // 20)), color=colour, linewidth=1.8,
                 label=f'{label} (running median)')
-  axes.set_title(plot.title, loc='left', fontsize=11, fontweight='bold')
+  # The power of ten of all tick labels stands beside the title, which need not make way for it.
+  axes.yaxis.get_offset_text().set_x(-0.1)
+  axes.set_title(plot.title, loc='left', y=1.0, fontsize=11, fontweight='bold')
   axes.set_ylabel(plot.unit)
   axes.set_xlabel('optimiser step')
   axes.set_xlim(left=0)
@@ -130,7 +133,7 @@ def _formatter(plot: _Plot) -> Formatter:
     case 'percent':
       return FuncFormatter(lambda value, _: f'{100 * value:.4g} %')
     case 'thousands':
-      return FuncFormatter(lambda value, _: f'{value:,.6g}')
+      return FuncFormatter(lambda value, _: f'{value:,.10g}')
     case 'power':
       return FuncFormatter(lambda value, _: f'{value:.1e}'.replace('e-0', 'e-') if value else '0')
     case _:
@@ -138,7 +141,7 @@ def _formatter(plot: _Plot) -> Formatter:
 
 
 def _figure(plot: _Plot, rows: Rows) -> Figure:
-  figure = Figure(figsize=(6.4, 3.5), dpi=144, layout='constrained', facecolor='white')
+  figure = Figure(figsize=(_WIDTH, _HEIGHT), dpi=144, facecolor='white')
   FigureCanvasAgg(figure)
   axes = figure.add_subplot()
   axes.spines[['top', 'right']].set_visible(False)
@@ -146,7 +149,18 @@ def _figure(plot: _Plot, rows: Rows) -> Figure:
   axes.set_axisbelow(True)
   axes.tick_params(labelsize=9)
   _draw(axes, plot, rows)
+  figure.subplots_adjust(left=_left_margin(axes) / _WIDTH, right=1 - 0.1 / _WIDTH,
+                         bottom=0.48 / _HEIGHT, top=1 - 0.3 / _HEIGHT)
   return figure
+
+
+def _left_margin(axes: Axes) -> float:
+  """Inches for the unit and the longest tick label, of 9 points a character 0.6 times as wide.
+
+  matplotlib's own layouts know the exact width, and take twice as long as drawing itself.
+  """
+  labels = axes.yaxis.get_major_formatter().format_ticks(axes.yaxis.get_majorticklocs().tolist())
+  return 0.45 + 9 / 72 * 0.64 * max(map(len, labels), default=0)
 
 
 def _is_rl(rows: Rows) -> bool:

@@ -6,7 +6,7 @@ checkpoint, bit for bit as if it had never stopped.
 
 import jax
 
-from jaxrl_pt import metrics, report
+from jaxrl_pt import metrics
 from jaxrl_pt.checkpoint import Checkpointer
 from jaxrl_pt.run import resume, saved
 from jaxrl_pt.run.interrupt import stop_on_signals
@@ -60,4 +60,5 @@ def run(job: Job) -> None:
           stop.stop(step + 1)
       recorder.flush()
   if jax.process_index() == 0:
+    from jaxrl_pt import report  # It loads matplotlib, for which no run waits that begins.
     report.write_report(workdir)
