@@ -15,6 +15,8 @@ from tests.xla_flags import QUICK
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 # Tests compile far more than they compute.
 os.environ.setdefault('XLA_FLAGS', QUICK)
+# The hundreds of processes that tests start would each compile the whole package anew.
+os.environ.pop('PYTHONDONTWRITEBYTECODE', None)
 
 def _missing(*names: str) -> list[str]:
   return [name for name in names if importlib.util.find_spec(name) is None]
