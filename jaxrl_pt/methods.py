@@ -45,6 +45,8 @@ _OTHERS = (
            'rrm', 'rrm'),
     Method('RRM, direct judge', 'the same of a judge that states its verdict without reasoning',
            '2505.14674', 'rrm', 'rrm_direct'),
+    Method('RRM, judge as reward', 'r_i = 1 / (G − 1) Σ_{j ≠ i} σ(θ_i − θ_j) of a tournament; GRPO',
+           '2505.14674', 'grpo', 'judge_reward'),
     Method('LoRA', 'Y = X W + (alpha / r) (X A) B, of which A and B are trained', '2106.09685',
            'lora', 'opo_lora'),
     Method('in flight', "term × min(π_train / π_version, cap), with each token's own version",

@@ -25,6 +25,12 @@ def mixed(*sources: Any, weights: tuple[float, ...] = ()) -> cfg.Mixture:
 
 RL = cfg.RL('a', cfg.Problems(cfg.Arithmetic(9)), cfg.AnswerMatch())
 
+
+def judged(settings: dict[str, Any], **method: Any) -> cfg.RL:
+  return dataclasses.replace(RL, **method, verifier=cfg.JudgeReward(
+      'a', cfg.Model(**MODEL), cfg.AnswerMatch(), **settings))
+
+
 HYBRID_RUN = cfg.Run(**{**RUN, 'train': cfg.Train(4), 'objective': dataclasses.replace(
     RL, rollouts=cfg.Rollouts(response_tokens=8, modes=HYBRID))})
 
@@ -65,6 +71,8 @@ VALID: dict[type, dict[str, Any]] = {
     **{kind: {} for kind in (cfg.BoxedVerdict, cfg.MarkedVerdict, cfg.JudgePrompt,
                              cfg.JudgeVerifier)},
     cfg.JudgePairs: {'source': cfg.ResultPreferences(cfg.Arithmetic(4))},
+    cfg.JudgeGuard: {},
+    cfg.JudgeReward: {'judge_from': 'a', 'model': cfg.Model(**MODEL), 'truth': cfg.AnswerMatch()},
     cfg.Mixture: {'names': ('a',), 'sources': (cfg.PythonStdlib(),), 'weights': (1.0,)},
     cfg.Bytes: {},
     cfg.PolicyTokenizer: {},
@@ -176,6 +184,21 @@ REFUSED: list[tuple[type, str, list[Any], str]] = [
     (cfg.JudgePairs, 'order', ['first', None], "one of 'both', 'hashed', 'better_first'"),
     (cfg.JudgePairs, 'is_worked', [1, None], 'True or False'),
     (cfg.JudgePairs, 'seed', [-1, None], 'at least 0'),
+    (cfg.JudgeGuard, 'window', [1, None], 'from 2'),
+    (cfg.JudgeGuard, 'threshold', [0.0, NAN, None], 'above 0'),
+    (cfg.JudgeGuard, 'stop', [1, None], 'True or False'),
+    (cfg.JudgeReward, 'judge_from', ['', None], 'a non-empty string'),
+    (cfg.JudgeReward, 'model', [None, 'a'], 'one of @cfg.Model()'),
+    (cfg.JudgeReward, 'truth', [None, cfg.Interactive], 'one of @cfg.AnswerMatch()'),
+    (cfg.JudgeReward, 'tournament', ['elo', None], "one of 'round_robin', 'knockout'"),
+    (cfg.JudgeReward, 'votes', [0, None], 'from 1 to 1024'),
+    (cfg.JudgeReward, 'budget', [-1, None], 'at least 0'),
+    (cfg.JudgeReward, 'scale', ['elo', None], "one of 'win_rate', 'rating'"),
+    (cfg.JudgeReward, 'prompt_len', [0, None, 2**40], 'a whole number of at'),
+    (cfg.JudgeReward, 'response_tokens', [0, None, 2**40], 'a whole number of at'),
+    (cfg.JudgeReward, 'sampler', [None], 'one of @cfg.Sampler()'),
+    (cfg.JudgeReward, 'slots', [0, None], 'from 1 to 65536'),
+    (cfg.JudgeReward, 'guard', [None], 'one of @cfg.JudgeGuard()'),
     (cfg.JudgeVerifier, 'verdict', [None, 'boxed'], 'one of @cfg.BoxedVerdict()'),
     (cfg.JudgeVerifier, 'unparsed', [-1.5, 0.5, NAN, None], 'a number from -1 to 0'),
     (cfg.AnswerMatch, 'wrong', [-1.5, 0.5, NAN, None], 'a number from -1 to 0'),
@@ -529,6 +552,11 @@ def test_every_field_has_a_row():
     *((lambda verifier=verifier: cfg.RL('a', cfg.Problems(cfg.JudgePairs(cfg.Preferences('a'))),
                                         verifier), 'does not read the verdicts')
       for verifier in (cfg.AnswerMatch(), cfg.JudgeVerifier(cfg.MarkedVerdict()))),
+    (lambda: judged({'budget': 6}), 'only from 7 on'),
+    (lambda: judged({'votes': 3, 'budget': 20}), 'with 3 votes a comparison'),
+    (lambda: judged({}, algorithm=cfg.Algorithm(shaping=cfg.Kimi())), 'shaping = @cfg.Kimi() asks'),
+    (lambda: judged({}, rollouts=cfg.Rollouts(selection=cfg.DynamicSampling())),
+     'Rollouts.selection = @cfg.DynamicSampling() asks'),
     (lambda: mixed(cfg.PythonStdlib(), cfg.Jsonl('a'), weights=(0.333333, 0.666666001)),
      'a sum of at most 100000'),
     (lambda: cfg.Train(4, batch_size=6, accumulation=4), 'Train.batch_size = 6 is not a multiple'),

@@ -17,6 +17,7 @@ from jaxrl_pt.config.evaluation import *
 from jaxrl_pt.config.examples import *
 from jaxrl_pt.config.generated import *
 from jaxrl_pt.config.hybrid import *
+from jaxrl_pt.config.judging import *
 from jaxrl_pt.config.model import *
 from jaxrl_pt.config.objectives import *
 from jaxrl_pt.config.optimizer import *

@@ -16,6 +16,7 @@ from jaxrl_pt.config.compatible import check_judge, check_method, check_modes, c
 from jaxrl_pt.config.data import Examples
 from jaxrl_pt.config.environments import Interactive
 from jaxrl_pt.config.hybrid import SingleMode
+from jaxrl_pt.config.judging import JudgeReward, check_judged_groups
 from jaxrl_pt.config.pairs import JudgePairs
 from jaxrl_pt.config.problems import Problems
 from jaxrl_pt.config.rollouts import AllGroups, InFlight, OnPolicy, Rollouts
@@ -293,7 +294,8 @@ class RL:
 
   start_from: the work directory of the policy to begin with, which is also the reference policy.
   verifier: what rewards a response; or @cfg.Interactive(), an environment that answers the policy
-    and rewards an episode of several turns, all of which are one response.
+    and rewards an episode of several turns, all of which are one response; or @cfg.JudgeReward(), a
+    judge that compares the responses of a group.
   pool: the processes of a verifier that reads text, or of the environment; a verifier on the device
     does not read it.
   eval_problems: the number of held-out problems that are measured, once sampled as in training and
@@ -302,7 +304,7 @@ class RL:
 
   start_from: str
   problems: Problems
-  verifier: Verifier | Interactive
+  verifier: Verifier | Interactive | JudgeReward
   pool: VerifierPool = field(default_factory=VerifierPool)
   rollouts: Rollouts = field(default_factory=Rollouts)
   algorithm: Algorithm = field(default_factory=Algorithm)
@@ -314,10 +316,10 @@ class RL:
   def __post_init__(self) -> None:
     checks.text(self, 'start_from')
     checks.instance(self, 'problems', Problems)
-    checks.instance(self, 'verifier', *get_args(Verifier), Interactive)
+    checks.instance(self, 'verifier', *get_args(Verifier), Interactive, JudgeReward)
     checks.instance(self, 'pool', VerifierPool)
-    of_verifier = () if isinstance(self.verifier, Interactive) else programs_of(self.verifier)
-    for programs in of_verifier:
+    truth = self.truth
+    for programs in () if isinstance(truth, Interactive) else programs_of(truth):
       if programs.wall_seconds >= self.pool.wall_seconds:
         raise UserError(f'Interpreter.wall_seconds = {programs.wall_seconds:g} leaves a program as '
                         'long as its verification may take (VerifierPool.wall_seconds = '
@@ -333,11 +335,25 @@ class RL:
       if self.problems.is_chat:
         raise UserError('RL.verifier = @cfg.Interactive() has a template of its own '
                         '(Interactive.template): leave Problems.is_chat at False.')
+    if isinstance(self.verifier, JudgeReward):
+      check_judged_groups(self.verifier, self.rollouts, self.algorithm)
     if isinstance(self.problems.source, JudgePairs):
-      check_judge(self.problems.source.prompt.verdict, self.verifier)
+      check_judge(self.problems.source.prompt.verdict, truth)
+
+  @property
+  def truth(self) -> Verifier | Interactive:
+    """What says which responses are right: the verifier, unless that is a judge."""
+    return self.verifier.truth if isinstance(self.verifier, JudgeReward) else self.verifier
 
 
 # Objectives that draw responses and learn from their rewards.
 Reinforced = RPT | RL
 Supervised = SFT | DPO | RewardModel
 Objective = NextToken | Supervised | Reinforced
+
+
+def judge_of(objective: Objective) -> tuple[JudgeReward, ...]:
+  """The judge that rewards responses, if one does."""
+  if isinstance(objective, RL) and isinstance(objective.verifier, JudgeReward):
+    return (objective.verifier,)
+  return ()

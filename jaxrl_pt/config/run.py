@@ -162,7 +162,7 @@ def _check_read(run: Run) -> None:
   if isinstance(run.objective, RL):
     unread.append(('Train.batch_size', run.train.batch_size, 0,
                    'Rollouts.num_prompts says what a step takes'))
-    if isinstance(run.objective.verifier, AnswerMatch):
+    if isinstance(run.objective.truth, AnswerMatch):
       unread.append(('RL.pool', run.objective.pool, VerifierPool(),
                      '@cfg.AnswerMatch() works on the device, without processes'))
   else:

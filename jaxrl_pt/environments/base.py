@@ -24,13 +24,16 @@ class Task:
     alone.
   verifier: verifies the responses to these prompts.
   score: parameters → metrics of the policy on held-out prompts.
-  digest: a hash of the prompts' content. A run resumes only with the same prompts.
+  digest: a hash of the prompts' content, and of a judge if one rewards the responses. A run resumes
+    only with the same.
+  num_held_out: the number of prompts that a judge's reward is measured on.
   """
 
   take: Callable[[int], tuple[Prompts, Sequence[str]]]
   verifier: Verifier
   score: Callable[[Params], dict[str, float]]
   digest: str
+  num_held_out: int = 0
 
 
 def settled(pending: PendingVerdict) -> Verdict:

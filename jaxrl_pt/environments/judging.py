@@ -56,12 +56,14 @@ def of_policy(policy: Policy, prompt: cfg.JudgePrompt | None, sampler: cfg.Sampl
   """
   session = policy.session
   tokenizer = session.data.tokenizer
-  method = session.run.objective
+  method, learned = session.run.objective, session.run.data.source
   folder = places.carried(session.run, session.workdir)
   own = None if folder is None else chat_files.read(folder)
   if isinstance(method, cfg.RL) and isinstance(method.problems.source, cfg.JudgePairs):
     prompt = prompt or method.problems.source.prompt
     own = chat_files.of_model(folder, tokenizer) if method.problems.is_chat else None
+  elif isinstance(learned, cfg.Demonstrations) and isinstance(learned.source, cfg.JudgePairs):
+    prompt, own = prompt or learned.source.prompt, None
   prompt = prompt or cfg.JudgePrompt()
   judge_prompts.check_tokenizer(prompt, tokenizer)
   template = None if own is None else chat.for_training(own)
@@ -78,8 +80,13 @@ def engine_config(speaker: Speaker, prompt_len: int, slots: int, kv: cfg.KV = 'm
     slots: responses that are decoded at once.
     kv: how keys and values are stored.
   """
+  return engine_sizes(prompt_len, speaker.num_tokens, slots, kv)
+
+
+def engine_sizes(prompt_len: int, num_tokens: int, slots: int, kv: cfg.KV = 'model') -> cfg.Engine:
+  """`engine_config` for verdicts of at most `num_tokens` tokens, whoever is asked."""
   return cfg.Engine(
-      slots=slots, queue=4 * slots, prompt_len=prompt_len, response_len=speaker.num_tokens,
+      slots=slots, queue=4 * slots, prompt_len=prompt_len, response_len=num_tokens,
       prefill_chunk=min(prompt_len, 128), prefill_rows=4, kv=kv, top_logprobs=0, constrained=1)
 
 

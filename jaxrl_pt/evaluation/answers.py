@@ -63,7 +63,7 @@ def draw(policy: Policy, method: cfg.RL, *, side: Side, limit: int, num_samples:
   chosen = _problems(method, session.run, side)[:limit or None]
   chat = environment.chat_template(session) if method.problems.is_chat else None
   encoded = problems.encode(
-      chosen, tokenizer, rollouts.prompt_len, isinstance(method.verifier, cfg.AnswerMatch),
+      chosen, tokenizer, rollouts.prompt_len, isinstance(method.truth, cfg.AnswerMatch),
       method.problems.template, chat)
   engine = samples.make_engine(policy, cfg.Engine(
       slots=slots, queue=max(4 * slots, num_samples), prompt_len=rollouts.prompt_len,

@@ -89,7 +89,7 @@ def measure(policy: Policy, settings: cfg.HybridAccuracy, say: Callable[[str], N
   chosen = _problems(settings, policy)
   chat = environment.chat_template(policy.session) if method.problems.is_chat else None
   encoded = problems.encode(
-      chosen, tokenizer, method.rollouts.prompt_len, isinstance(method.verifier, cfg.AnswerMatch),
+      chosen, tokenizer, method.rollouts.prompt_len, isinstance(method.truth, cfg.AnswerMatch),
       method.problems.template, chat)
   with environment.open_verifier(method, tokenizer, vocab_size, chosen) as verifier:
     engine = _engine(policy, settings)

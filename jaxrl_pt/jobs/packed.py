@@ -57,6 +57,7 @@ class PackedTraining:
   """A run on packed examples that has been opened. Final."""
 
   agrees_at_once = False
+  stop_reason = ''
 
   def __init__(self, session: sessions.Session, stage: Stage, start: Start = RANDOM) -> None:
     """Opens the loader; compiles nothing yet."""

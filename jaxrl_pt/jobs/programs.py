@@ -11,7 +11,8 @@ import optax
 
 from jaxrl_pt import config as cfg
 from jaxrl_pt import params as P
-from jaxrl_pt.environments import multi_turn
+from jaxrl_pt.environments import judging, multi_turn
+from jaxrl_pt.environments.judge_engines import judge_run
 from jaxrl_pt.jobs.kind import Program, abstract
 from jaxrl_pt.parallel import model as models
 from jaxrl_pt.parallel import rules
@@ -86,23 +87,20 @@ def _stages(run: cfg.Run, mesh: Mesh, method: cfg.Reinforced, prompts: Prompts,
                     beside=(P.trained(specs, state.params), moments))]
   synced, beside = _synced(run, mesh, mesh, rollouts.slots), [reference, moments]
   if mesh.size > 1:
-    settings = (model, mesh, run.model.quant.is_ternary, run.compute.dtype,
-                rollouts.slots.head)
-    leaving = weight_sync.abstract_leaving(*settings)
-    leaf, arrived = max(zip(jax.tree.leaves(leaving), jax.tree.leaves(synced), strict=True),
-                        key=lambda pair: pair[0].size)
     at_rest = P.frozen(specs, synced)  # It stays where it is from step to step.
     others = [p._replace(beside=(p.beside, at_rest)) for p in others]
-    others += [
-        Program('weight sync: what the sampler reads of the parameters',
-                weight_sync.make_leave(*settings), (state.params,), 0.0, beside=beside),
-        Program('weight sync: the largest of them to the sampler',
-                weight_sync.mover(arrived.sharding, arrived.dtype), (leaf,), 0.0,
-                beside=[*beside, state.params, synced])]
+    others += _weight_sync(run, mesh, rollouts.slots, state.params, beside)
   if mesh.size > 1 or rollouts.slots.packed or rollouts.slots.head != 'model':
     beside = [reference, state]
+  for judge in cfg.judge_of(method):
+    judging, kept = _judge(run, mesh, judge, [reference, state])
+    beside = [*beside, kept]
+    others = [*judging, *(p._replace(beside=(p.beside, kept)) for p in others)]
   if isinstance(method, cfg.RL) and isinstance(method.verifier, cfg.Interactive):
-    engine = _engine(run, mesh, method, method.verifier, beside)
+    multi_turn.check_hosts(mesh)
+    config = multi_turn.engine_config(rollouts, method.verifier, rules.num_shards(mesh))
+    engine = _engine('engine: prefill and decode of turns', run, mesh, config, rollouts.slots,
+                     beside)
     # Its pages stay where they are from step to step.
     return [engine, *(p._replace(beside=(p.beside, engine.args[4])) for p in others)]
   if isinstance(rollouts.mode, cfg.InFlight):
@@ -124,14 +122,67 @@ def _mode_ids(rollouts: cfg.Rollouts) -> tuple[int, ...]:
   return () if rollouts.modes == cfg.SingleMode() else (1, 2)
 
 
-def _engine(run: cfg.Run, mesh: Mesh, method: cfg.RL, settings: cfg.Interactive, beside: Any
-            ) -> Program:
-  """The program of an engine that draws episodes of several turns, one for each data shard."""
-  multi_turn.check_hosts(mesh)
+def _weight_sync(run: cfg.Run, mesh: Mesh, slots: cfg.Slots, params: Any, beside: Any
+                 ) -> list[Program]:
+  """The programs of a weight sync on several devices.
+
+  Args:
+    run, mesh, slots: of the policy whose parameters are moved, and of its sampler.
+    params: its abstract parameters.
+    beside: what is kept on the devices besides them.
+  """
+  model = models.build(run.model, run.compute, mesh)
+  settings = model, mesh, run.model.quant.is_ternary, run.compute.dtype, slots.head
+  leaving, synced = weight_sync.abstract_leaving(*settings), _synced(run, mesh, mesh, slots)
+  leaf, arrived = max(zip(jax.tree.leaves(leaving), jax.tree.leaves(synced), strict=True),
+                      key=lambda pair: pair[0].size)
+  return [
+      Program('weight sync: what the sampler reads of the parameters',
+              weight_sync.make_leave(*settings), (params,), 0.0, beside=beside),
+      Program('weight sync: the largest of them to the sampler',
+              weight_sync.mover(arrived.sharding, arrived.dtype), (leaf,), 0.0,
+              beside=[*beside, params, synced])]
+
+
+def _judge(run: cfg.Run, mesh: Mesh, settings: cfg.JudgeReward, beside: Any
+           ) -> tuple[list[Program], Any]:
+  """The programs of a judge, and what of it stays on the devices: its parameters and its pages.
+
+  Args:
+    run, mesh: the run and its mesh.
+    settings: the judge.
+    beside: what the policy keeps on the devices while the judge is asked.
+  """
+  of_judge = judge_run(run, settings)
+  specs = models.build(of_judge.model, run.compute, mesh).specs
+  laid_out = rules.param_shardings(specs, mesh, rules.TRAIN)
+  params = jax.tree.map(lambda x, there: abstract(x.shape, x.dtype, there), P.abstract(specs),
+                        laid_out)
+  # The prompts of a judge are texts: their lengths are all that is known of them.
+  config = judging.engine_sizes(settings.prompt_len, settings.response_tokens, settings.slots)
+  kept = params if mesh.size > 1 else ()  # One device reads the parameters themselves.
+  engine = _engine('judge: prefill and decode of verdicts', of_judge, mesh, config, cfg.Slots(),
+                   [*beside, kept])._replace(share=0.0)
+  pages = engine.args[4]
+  synced = _weight_sync(of_judge, mesh, cfg.Slots(), params, [*beside, pages]) if (
+      mesh.size > 1) else []
+  return [*(p._replace(name=f'judge: {p.name}') for p in synced), engine], (params, pages)
+
+
+def _engine(name: str, run: cfg.Run, mesh: Mesh, config: cfg.Engine, slots_of_run: cfg.Slots,
+            beside: Any) -> Program:
+  """The program of an engine, of which each data shard has one.
+
+  Args:
+    name: of the program.
+    run, mesh: the run with the engine's model, and its mesh.
+    config: the engine's sizes.
+    slots_of_run: how the weights are held.
+    beside: what is kept on the devices besides.
+  """
   shard, num_shards = shard_meshes(mesh)[0], rules.num_shards(mesh)
   model = models.build(run.model, run.compute, shard, rules.SAMPLE)
   everywhere = rules.replicated(shard)
-  config = multi_turn.engine_config(method.rollouts, settings, num_shards)
   shape = engine_rows.shape(config, run.model.vocab_size)
   vocabulary = Vocabulary((), longest_tokens(run.model), jnp.ones(run.model.vocab_size, bool))
   placed = lambda tree: jax.tree.map(lambda x: abstract(x.shape, x.dtype, everywhere), tree)
@@ -140,10 +191,9 @@ def _engine(run: cfg.Run, mesh: Mesh, method: cfg.RL, settings: cfg.Interactive,
   now = jax.tree.map(lambda x, there: abstract(x.shape, x.dtype, there), now, layout)
   queue = placed(engine_rows.empty_queue(shape, PrefixCache(shape.documents, shape.document_len)))
   number, key = abstract((), jnp.int32, everywhere), jax.eval_shape(lambda: jax.random.key(0))
-  params = _synced(run, mesh, shard, method.rollouts.slots)
+  params = _synced(run, mesh, shard, slots_of_run)
   advance = functools.partial(slots.advance, model, shape, vocabulary)
-  return Program('engine: prefill and decode of turns',
-                 jax.jit(advance, donate_argnums=4, out_shardings=layout),
+  return Program(name, jax.jit(advance, donate_argnums=4, out_shardings=layout),
                  (params, placed(key), number, queue, now, number), 1 / 4, beside=beside,
                  copies=num_shards)
 

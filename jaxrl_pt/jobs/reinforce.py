@@ -20,6 +20,7 @@ import dataclasses
 import hashlib
 import json
 from pathlib import Path
+import sys
 from typing import Any
 
 import jax
@@ -36,7 +37,7 @@ from jaxrl_pt.jobs.kind import OTHER_START
 from jaxrl_pt.models import adapters, transformer
 from jaxrl_pt.models.base import Model
 from jaxrl_pt.parallel import memory, rules
-from jaxrl_pt.rollouts import mismatch, record
+from jaxrl_pt.rollouts import judge_guard, mismatch, record
 from jaxrl_pt.rollouts.stages import Stages, Step, resamples
 from jaxrl_pt.run import places, policy
 from jaxrl_pt.run import session as sessions
@@ -82,6 +83,9 @@ class Reinforcement:
         f'{type(method).__name__}.positions_per_document': method.positions_per_document}
     self.stages = Stages(session, environment, _trained(model, reference_params, run.seed),
                          self._optimizer, method)
+    self._guard = next((judge_guard.Guard(judge.guard, environment.num_held_out)
+                        for judge in cfg.judge_of(method) if environment.num_held_out), None)
+    self.stop_reason = ''
     self._batch = 0  # number of the next batch
     self._ahead: RolloutBatch | None = None  # rollouts of the next batch if they were drawn ahead
 
@@ -124,8 +128,9 @@ class Reinforcement:
     if position['start'] != self._digest:
       raise UserError(OTHER_START)
     if position['task'] != self._environment.digest:
-      raise UserError('The problems are not those that this run began with: put them back, or '
-                      'use a new --workdir.')
+      judge = ', or the judge is not the one,' if cfg.judge_of(self._method) else ''
+      raise UserError(f'The problems are not those{judge} that this run began with: put them back, '
+                      'or use a new --workdir.')
     shards, ours = position.get('shards', 1), rules.num_shards(self.session.mesh)
     if isinstance(self._method.rollouts.mode, cfg.InFlight) and shards != ours:
       raise UserError(f'The checkpoint holds rollouts under way on {shards} shards of the data '
@@ -142,6 +147,8 @@ class Reinforcement:
     self._batch = position['batches']
     if self.stages.balance is not None:
       self.stages.balance.resume(position.get('lengths', ()))
+    if self._guard is not None:
+      self._guard.resume(position.get('guard', ()))
     if self._draws_ahead:
       # A copy, because the next step donates the state with its own pending rollouts.
       self._ahead = jax.tree.map(jnp.copy, state.method.pending)
@@ -155,6 +162,7 @@ class Reinforcement:
                    'task': self._environment.digest, 'pending': _PENDING,
                    'shards': rules.num_shards(self.session.mesh),
                    'lengths': self.stages.balance.saved() if self.stages.balance else [],
+                   'guard': self._guard.saved() if self._guard else [],
                    **self._order}
 
   @property
@@ -220,9 +228,18 @@ class Reinforcement:
     return state, done._replace(metrics={**done.metrics, **drawn})
 
   def evaluate(self, state: TrainState, step: int) -> dict[str, float]:
-    """The environment's metrics on its held-out prompts."""
-    del step
-    return self._environment.score(state.params)
+    """The environment's metrics on its held-out prompts, and what the guard of a judge says."""
+    found = self._environment.score(state.params)
+    if self._guard is None:
+      return found
+    trends, alarm = self._guard.note(step, found['validation/reward'],
+                                     found['validation/accuracy'])
+    if alarm and jax.process_index() == 0:
+      print(f'warning: {alarm}.', file=sys.stderr, flush=True)
+    stops = any(judge.guard.stop for judge in cfg.judge_of(self._method))
+    self.stop_reason = alarm if stops else ''
+    return {**found, 'guard/reward_z': trends.reward, 'guard/accuracy_z': trends.accuracy,
+            'guard/alarm': float(bool(alarm))}
 
 
 # --- Start ------------------------------------------------------------------------
@@ -266,10 +283,17 @@ def _trained(model: Model, params: Params, seed: int) -> Params:
   """
   if model.config.adapter == cfg.NoAdapter():
     return params
-  adapted = jax.jit(lambda params: jax.tree.map(jnp.copy, P.trained(model.specs, adapters.adapt(
-      model.specs, params, jax.random.key(seed)))))
-  found: Params = adapted(params)
+  of_adapters = jax.jit(lambda params: jax.tree.map(jnp.copy, P.trained(
+      model.specs, adapters.adapt(model.specs, params, jax.random.key(seed)))))
+  found: Params = of_adapters(params)
   return found
+
+
+def adapted(model: Model, params: Params, seed: int) -> Params:
+  """A policy's parameters with the adapters that `_trained` gives it; arguments as there."""
+  if model.config.adapter == cfg.NoAdapter():
+    return params
+  return adapters.adapt(model.specs, params, jax.random.key(seed))
 
 
 def digest(params: Params) -> str:

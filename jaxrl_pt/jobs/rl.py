@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxrl_pt import config as cfg
-from jaxrl_pt.environments import multi_turn, problems
+from jaxrl_pt.environments import judge_reward, multi_turn, problems
+from jaxrl_pt.environments.base import Task
 from jaxrl_pt.jobs import programs, reinforce
 from jaxrl_pt.jobs.kind import Kind, Program
 from jaxrl_pt.run import session as sessions
@@ -45,11 +46,21 @@ def _reopen(session: sessions.Session, reference_params: Params
             ) -> Iterator[reinforce.Reinforcement]:
   """The job; its verifier's processes run as long as the context lasts."""
   method = _method(session.run)
-  several_turns = isinstance(method.verifier, cfg.Interactive)
-  opened = multi_turn.open_environment if several_turns else problems.open_environment
   new_method = functools.partial(reinforce.new_method, session.run, session.mesh)
-  with opened(session, method) as environment:
+  with _environment(session, method, reference_params) as environment:
     yield reinforce.Reinforcement(session, method, reference_params, environment, new_method)
+
+
+def _environment(session: sessions.Session, method: cfg.RL, start: Params
+                 ) -> contextlib.AbstractContextManager[Task]:
+  match method.verifier:
+    case cfg.Interactive():
+      return multi_turn.open_environment(session, method)
+    case cfg.JudgeReward():
+      whole = reinforce.adapted(session.model(session.run.model), start, session.run.seed)
+      return judge_reward.open_environment(session, method, whole)
+    case _:
+      return problems.open_environment(session, method)
 
 
 def _programs(run: cfg.Run, mesh: Mesh) -> list[Program]:

@@ -48,9 +48,9 @@ def least_bytes(run: cfg.Run) -> dict[str, int]:
 
   They are the parameters with AdamW's two moments of those that are trained, and the residual
   stream of each row in every layer, which even remat keeps. In reinforcement learning they are also
-  the trained parameters of the reference policy, and the larger of two numbers: the keys and values
-  of a batch's prompts and responses while these are drawn, or the residual stream of one
-  micro-batch of them.
+  the trained parameters of the reference policy, those of a judge, and the larger of two numbers:
+  the keys and values of a batch's prompts and responses while these are drawn, or the residual
+  stream of one micro-batch of them.
   """
   model, width = run.model, _BFLOAT16 if run.compute.dtype == 'bfloat16' else _FLOAT32
   specs = transformer.build(model).specs
@@ -65,7 +65,10 @@ def least_bytes(run: cfg.Run) -> dict[str, int]:
   tokens = rollouts.num_prompts * (documents_len + rollouts.group_size * rollouts.response_tokens)
   cache = width * 2 * model.num_kv_heads * model.head_dim * model.num_layers
   parts = algorithm.minibatches * run.train.accumulation  # Prompts in several parts count once.
-  return {'Model': weights + trained, 'Rollouts': max(tokens * cache, tokens // parts * stream)}
+  found = {'Model': weights + trained, 'Rollouts': max(tokens * cache, tokens // parts * stream)}
+  for judge in cfg.judge_of(run.objective):
+    found['JudgeReward.model'] = params.num_bytes(transformer.build(judge.model).specs)
+  return found
 
 
 def check_fits(run: cfg.Run) -> None:
@@ -80,6 +83,7 @@ def check_fits(run: cfg.Run) -> None:
   largest = max(needed, key=lambda name: needed[name])
   sizes = {
       'Model': 'its weights, gradients\' moments and copies',
+      'JudgeReward.model': 'its weights',
       'Train.batch_size': 'its rows times Data.seq_len, by Train.accumulation',
       'Rollouts': 'num_prompts × (prompt_len + group_size × response_tokens)'}
   parts = ', '.join(f'{name} at least {checks.memory(size)}' for name, size in needed.items())

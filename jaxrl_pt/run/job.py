@@ -36,6 +36,8 @@ class Job(Protocol):
   flops_per_token: the model FLOPs of a step by the tokens that it works on.
   measured_first: whether the policy is evaluated before the first step, as row 0 of the metrics.
   agrees_at_once: whether hosts wait for the step to agree on stopping after it.
+  stop_reason: why the run is to stop at the evaluation just made, as a sentence without its end;
+    '' where it goes on.
   """
 
   session: Session
@@ -43,6 +45,7 @@ class Job(Protocol):
   flops_per_token: float
   measured_first: bool
   agrees_at_once: bool
+  stop_reason: str
 
   def start(self) -> TrainState:
     """The state before the first step."""

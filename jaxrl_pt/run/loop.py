@@ -8,6 +8,7 @@ import jax
 
 from jaxrl_pt import metrics
 from jaxrl_pt.checkpoint import Checkpointer
+from jaxrl_pt.errors import UserError
 from jaxrl_pt.run import resume, saved
 from jaxrl_pt.run.interrupt import stop_on_signals
 from jaxrl_pt.run.job import Job
@@ -18,7 +19,7 @@ def run(job: Job) -> None:
   """Takes a job from its newest checkpoint, or from its start, to its last step.
 
   Raises:
-    UserError: a checkpoint of another run, a full disk, a non-finite loss.
+    UserError: a checkpoint of another run, a full disk, a non-finite loss, a job that stops itself.
     Preempted: a signal came before the last step; a checkpoint has been saved.
   """
   session = job.session
@@ -47,14 +48,20 @@ def run(job: Job) -> None:
           recorder.time(done.finish())
 
         is_last = step + 1 == train.num_steps
+        reason = ''
         if is_last or (step + 1) % train.eval_every == 0:
           recorder.add(job.evaluate(state, step + 1))
+          reason = '' if is_last else job.stop_reason
         stops = stop.agreed(wait=job.agrees_at_once)
-        if is_last or stops or (step + 1) % session.run.checkpoint.every == 0:
+        if is_last or stops or reason or (step + 1) % session.run.checkpoint.every == 0:
           recorder.sync()  # A non-finite step never reaches a checkpoint.
           kept, position = job.saved(state, step + 1)
           checkpointer.save(step + 1, kept, saved.checkpoint_extras(session, position))
           recorder.restart_clock()
+        if reason:
+          checkpointer.wait()
+          raise UserError(f'{reason}. Checkpoint written at step {step + 1}: mend the judge, or '
+                          'run the same command to go on all the same.')
         if stops and not is_last:
           checkpointer.wait()
           stop.stop(step + 1)

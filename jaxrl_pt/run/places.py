@@ -24,7 +24,7 @@ _PATHS: dict[type, tuple[str, ...]] = {
     cfg.ArrayRecord: ('glob',), cfg.Conversations: ('glob',), cfg.Preferences: ('glob',),
     cfg.HybridConversations: ('glob', 'evaluation_glob'),
     cfg.JsonlProblems: ('glob',), cfg.SentencePiece: ('path',),
-    cfg.HuggingFaceDataset: ('path',),
+    cfg.HuggingFaceDataset: ('path',), cfg.JudgeReward: ('judge_from',),
     cfg.HuggingFaceTokenizer: ('path',), cfg.Data: ('validation_glob', 'cache_dir'),
     **{kind: kind.policy_fields for kind in get_args(cfg.Objective)}}
 
@@ -77,6 +77,8 @@ def carried(run: cfg.Run, workdir: Path) -> Path | None:
 def policies(run: cfg.Run, workdir: Path) -> dict[str, str]:
   """{'start_from': path relative to `workdir`, …}: where the policies are that a run reads."""
   given = {name: getattr(run.objective, name) for name in run.objective.policy_fields}
+  for judge in cfg.judge_of(run.objective):
+    given['judge_from'] = judge.judge_from
   return {name: os.path.relpath(policy(text, workdir, name), workdir)
           for name, text in given.items() if text}
 

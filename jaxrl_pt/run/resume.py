@@ -36,7 +36,8 @@ FREE = frozenset((
     'Compute.remat', 'Compute.unroll', 'Compute.loss_chunk',
     'Data.cache_dir', 'Data.num_workers', 'Mixture.names',
     'RL.eval_problems', 'RPT.eval_positions', 'RPT.difficulty', 'HybridModes.think_end',
-    'Rollouts.dump_every', 'Rollouts.mismatch_gate', 'VerifierPool.num_workers'))
+    'Rollouts.dump_every', 'Rollouts.mismatch_gate', 'VerifierPool.num_workers',
+    'JudgeGuard.window', 'JudgeGuard.threshold', 'JudgeGuard.stop'))
 # Settings that say where data lie or how examples are made of them. The examples themselves are
 # compared by their digest, the tokenizer by its fingerprint, the start policy by its parameters.
 BY_CONTENT = frozenset((
@@ -49,7 +50,8 @@ BY_CONTENT = frozenset((
     'WeightedConversations.weights', 'Demonstrations.source', 'TrainedBPE.vocab_size',
     'HuggingFaceTokenizer.path', 'HuggingFaceTokenizer.end_of_text',
     'HuggingFaceTokenizer.begin_of_text', 'SentencePiece.path', 'SentencePiece.has_begin',
-    'JsonlProblems.glob', 'RPT.start_from', 'RPT.proxy_from', 'RL.start_from',
+    'JsonlProblems.glob', 'JudgeReward.judge_from', 'RPT.start_from', 'RPT.proxy_from',
+    'RL.start_from',
     'SFT.start_from', 'DPO.start_from', 'RewardModel.start_from', 'Preferences.glob',
     'SlipPreferences.source', 'ResultPreferences.source', 'JudgePairs.source',
     *(f'HybridConversations.{f.name}' for f in dataclasses.fields(cfg.HybridConversations))))

@@ -126,9 +126,9 @@ def test_padding_does_not_count_in_what_is_held_out():
     return Verdict(reward, jnp.ones_like(reward), (reward >= 9).astype(jnp.float32))
 
   session = make_session(METHOD)
-  score = problems._make_scorer(
-      session, METHOD.rollouts, DeviceVerifier(id_is_reward),
-      data.encode(held_out, ByteTokenizer(), METHOD.rollouts.prompt_len))
+  score = problems.make_scorer(
+      problems.HeldOut(session, METHOD.rollouts, data.encode(
+          held_out, ByteTokenizer(), METHOD.rollouts.prompt_len)), DeviceVerifier(id_is_reward))
   found = score(P.init(session.model(MODEL).specs, jax.random.key(0)))
   assert sorted(p.id for p in held_out) == list(range(10))
   for suffix in ('', '_argmax'):

@@ -35,6 +35,10 @@ REQUIRED = {
     'hgpo_7b': (*_POD, "cfg.RL.start_from = 'runs/policy'",
                 "cfg.JsonlProblems.glob = 'problems.jsonl'",
                 "cfg.HybridModes.think = '<think>'", "cfg.HybridModes.no_think = '<no_think>'"),
+    **{f'judge_reward_{size}': (*_POD, "cfg.RL.start_from = 'runs/policy'",
+                                "cfg.JudgeReward.judge_from = 'runs/judge'",
+                                "cfg.JsonlProblems.glob = 'problems.jsonl'")
+       for size in ('7b', '32b')},
     'opo_7b': (*_POD, "cfg.RL.start_from = 'runs/policy'",
                "cfg.JsonlProblems.glob = 'problems.jsonl'"),
     'opo_lora_7b': (*_POD, "cfg.RL.start_from = 'runs/policy'",
