@@ -50,6 +50,7 @@ def test_the_trends_are_slopes_in_units_of_their_error():
   # Σ (t − t̄)² = 1000; a slope of 0.002 a step, and of −0.001, with p (1 − p) / n near 25e-6.
   assert found.reward == pytest.approx(0.002 / np.sqrt(0.54 * 0.46 / 1e4 / 1000), rel=1e-3)
   assert found.accuracy == pytest.approx(-0.001 / np.sqrt(0.48 * 0.52 / 1e4 / 1000), rel=1e-3)
+  assert trends([Point(-10, 0.9, 0.1, 10_000), *points], 5) == found  # What came before is over.
   assert trends(points, 6) == (0, 0) and is_deceived(found, 6.0) and not is_deceived(found, 7.0)
 
 
