@@ -97,3 +97,11 @@ def test_the_tiny_stages_of_2b4t_follow_one_another():
   assert runs[1].objective.loss == sft.objective.loss
   assert runs[1].optimizer.clip_norm == sft.optimizer.clip_norm
   assert runs[2].objective.beta == dpo.objective.beta
+
+
+def test_the_tiny_judge_that_rewards_has_the_shape_of_the_one_that_is_trained():
+  method, judge = _run('judge_reward_tiny').objective, _run('rrm_tiny')
+  assert method.verifier.model == judge.model != _run('judge_reward_tiny').model
+  assert method.verifier.judge_from == 'runs/rrm_tiny'
+  pods = [_run(f'judge_reward_{size}') for size in ('7b', '32b')]
+  assert all(pod.objective.verifier.model == pod.model for pod in pods)

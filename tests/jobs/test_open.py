@@ -5,13 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, get_args
 
+import jax
 import pytest
 
 from jaxrl_pt import config as cfg
 from jaxrl_pt import gin_bindings
+from jaxrl_pt import params as P
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.jobs import dpo, pretrain, reward_model, rl, rpt, sft
 from jaxrl_pt.jobs import open as opening
+from jaxrl_pt.models import transformer
 from jaxrl_pt.parallel.mesh import make_mesh
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -93,3 +96,20 @@ def test_preflight_has_a_program_for_each_kind_of_activations():
     run = make_run(cfg.NextToken(int4_from=int4_from), cfg.Quant('ternary', 'int8'))
     assert [p.name for p in opening.programs(run, MESH)] == [
         f'pretraining step, {a} activations' for a in activations]
+
+
+def test_preflight_counts_a_judge_beside_every_program():
+  run = gin_bindings.load(['gin/run/judge_reward_tiny.gin'], [])[0]
+  num_bytes = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+  judge = run.objective.verifier.model
+  of_judge = P.num_bytes(transformer.build(judge).specs)
+  without = dataclasses.replace(run, objective=dataclasses.replace(
+      run.objective, verifier=cfg.MathVerifier()))
+  alone = {p.name: num_bytes((p.args, p.beside))
+           for p in opening.programs(without, MESH)}
+  together = {p.name: num_bytes((p.args, p.beside)) for p in opening.programs(run, MESH)}
+  asked = together.pop('judge: prefill and decode of verdicts')
+  assert together.keys() == alone.keys() and asked > of_judge
+  # Beside the policy's programs are the judge's parameters and the pages of its engine.
+  more = {together[name] - alone[name] for name in alone}
+  assert len(more) == 1 and more.pop() > of_judge

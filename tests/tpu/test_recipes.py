@@ -11,6 +11,7 @@ SLICES = {'v5e:16x16': 'gin/cluster/v5e_256.gin', 'v5p:4x4x8': 'gin/cluster/v5p_
 RECIPES = ('pretrain_bitnet_v2_400m', 'pretrain_bitnet_v2_1_3b', 'pretrain_bitnet_v2_3b',
            'pretrain_bitnet_v2_7b', 'pretrain_2b4t', 'sft_2b4t', 'dpo_2b4t')
 CASES = [*itertools.product(RECIPES, SLICES),
+         ('judge_reward_7b', 'v5p:4x4x8'),
          *((name, 'v5e:16x16') for name in ('sft_7b', 'dpo_7b', 'reward_model_7b'))]
 
 
