@@ -7,7 +7,8 @@ from typing import Any
 from matplotlib.figure import Figure
 import numpy as np
 
-from jaxrl_pt.scaling.seeds import interval
+from jaxrl_pt.evaluation.judging import wilson
+from jaxrl_pt.scaling import seeds as seeds_of
 
 # Of held-out sums at temperature 1, of the same at 0.6, and of sums of training at 1.
 _MEASURES = ('accuracy', 'swap_consistency', 'first_rate', 'tokens', 'worked', 'no_verdict')
@@ -15,8 +16,18 @@ _WITHIN = [(within, name) for within in ('cool', 'seen')
            for name in ('accuracy', 'swap_consistency')]
 
 
+def interval(values: list[float]) -> dict[str, float | None]:
+  """The mean over seeds; its interval is null where there is one seed."""
+  found = seeds_of.interval(values)
+  return {**found, 'half_width_95': found['half_width_95'] if len(values) > 1 else None}
+
+
 def summary(rows: dict[str, Any]) -> dict[str, Any]:
-  """Means over seeds with 95 % intervals; simulated judges as they are."""
+  """Means over seeds with 95 % intervals; simulated judges as they are.
+
+  `… of the pairs` is Wilson's 95 % interval of a share of the pairs, which says how well one judge
+  is known and nothing about other seeds.
+  """
   arms: dict[str, list[Any]] = {}
   for name, row in rows.items():
     match name.split('/'):
@@ -29,7 +40,7 @@ def summary(rows: dict[str, Any]) -> dict[str, Any]:
 
 def _of_seeds(seeds: list[Any]) -> dict[str, Any]:
   """The measures of one arm at one number of steps."""
-  def of(get: Callable[[Any], float]) -> dict[str, float]:
+  def of(get: Callable[[Any], float]) -> dict[str, float | None]:
     return interval([get(row) for row in seeds])
 
   entry: dict[str, Any] = {'seeds': len(seeds)}
@@ -37,6 +48,10 @@ def _of_seeds(seeds: list[Any]) -> dict[str, Any]:
     if when in seeds[0]:
       entry |= {f'{name} {when}': of(lambda row, name=name, when=when: row[when][name])
                 for name in _MEASURES}
+      for name in ('accuracy', 'swap_consistency'):
+        mean, num = entry[f'{name} {when}']['mean'], seeds[0][when]['num_pairs']
+        entry[f'{name} {when} of the pairs'] = {
+            end: round(share, 3) for end, share in wilson(np.full(num, mean)).items()}
       entry |= {f'{within} {name} {when}': of(
           lambda row, name=name, when=when, within=within: row[when][within][name])
           for within, name in _WITHIN}
@@ -64,12 +79,13 @@ def plot(result: dict[str, Any], path: Path) -> None:
   judges = result['judges']
   for arm, colour in (('reasoning', '#0072B2'), ('direct', '#D55E00')):
     shown = [(int(name.partition('=')[2]), row) for name, row in judges.items()
-             if name.startswith(f'{arm} ')]
+             if name.startswith(f'{arm} ') and 'accuracy after' in row]
     for axes, name, style in ((accuracy, 'accuracy after', '-'), (tokens, 'tokens after', '-'),
                               (accuracy, 'seen accuracy after', ':')):
       _bars(axes, [k for k, _ in shown], [row[name] for _, row in shown], color=colour,
             linestyle=style, label=arm + (', seen sums' if style == ':' else ''))
-  reasoning = {name: row for name, row in judges.items() if name.startswith('reasoning ')}
+  reasoning = {name: row for name, row in judges.items()
+               if name.startswith('reasoning ') and 'budgets' in row}
   for (name, row), colour in zip(reasoning.items(), ('#56B4E9', '#0072B2', '#009E73'),
                                  strict=False):
     label = name.removeprefix('reasoning ')
@@ -93,9 +109,9 @@ def plot(result: dict[str, Any], path: Path) -> None:
   figure.savefig(path)
 
 
-def _bars(axes: Any, x: list[float], rows: list[dict[str, float]], **style: Any) -> None:
+def _bars(axes: Any, x: list[float], rows: list[dict[str, Any]], **style: Any) -> None:
   """Means with their intervals, in the order of x."""
   order = np.argsort(x, kind='stable')
   style = {'marker': 'o', 'markersize': 4, 'capsize': 2, **style}
   axes.errorbar(np.array(x)[order], [rows[i]['mean'] for i in order],
-                [np.nan_to_num(rows[i]['half_width_95']) for i in order], **style)
+                [rows[i]['half_width_95'] or 0.0 for i in order], **style)

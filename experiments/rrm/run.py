@@ -45,6 +45,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 SEEDS = (0, 1, 2)
 NUM_PAIRS = 180
+# Sums of one step are too few to choose among their results.
+SELECTING = (3,)
 ARMS = {'reasoning': (3, 1), 'direct': (3, 1), 'biased': (3,)}
 
 
@@ -91,7 +93,7 @@ def judge(root: Path, arm: str, num_steps: int, seed: int, short: int) -> dict[s
       *(["JudgePairs.order = 'better_first'"] if arm == 'biased' else [])])
   after = measure.opened(final, num_steps)
   found['after'], shown, judged = asked(after, num_steps)
-  if arm == 'reasoning':
+  if arm == 'reasoning' and num_steps in SELECTING:
     found['caps'] = {most: measure.capped(after, shown, judged, most)
                      for most in range(0, 4 * num_steps + 1, 2)}
     found['selection'] = measure.selected(after, num_steps, found['after']['accuracy'])
