@@ -1,5 +1,7 @@
 """What flags take: whole numbers, texts and paths, each refused in one sentence.
 
+The flags that most commands have stand here too.
+
 This module imports little, so that `--help` answers at once.
 """
 
@@ -56,3 +58,24 @@ def glob(text: str) -> str:
   """The type of a flag that takes a glob."""
   path(text)
   return text
+
+
+def add_gin(parser: argparse.ArgumentParser, purpose: str = 'what to run') -> None:
+  """Adds the flags of gin files and bindings."""
+  parser.add_argument('--gin_file', action='append', default=[], metavar='FILE',
+                      help=f'{purpose}, as a gin file; may be repeated, later ones win')
+  parser.add_argument('--gin_bindings', action='append', default=[], metavar='BINDING',
+                      help='one setting on top of the files, e.g. "cfg.Run.seed = 1"; may be '
+                      'repeated')
+
+
+def add_workdir(parser: argparse.ArgumentParser, default: str | None = None) -> None:
+  """Adds --workdir, required unless it has a default."""
+  parser.add_argument('--workdir', type=path, default=default and Path(default), metavar='DIR',
+                      required=default is None, help='where the run lives'
+                      + (f' (default {default})' if default else ''))
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+  """Adds --json."""
+  parser.add_argument('--json', action='store_true', help='print JSON')

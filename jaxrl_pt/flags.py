@@ -4,7 +4,17 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from jaxrl_pt.flag_types import SEED, Parser, at_least, glob, path, text
+from jaxrl_pt.flag_types import (
+  SEED,
+  Parser,
+  add_gin,
+  add_json,
+  add_workdir,
+  at_least,
+  glob,
+  path,
+  text,
+)
 
 DESCRIPTION = 'Pretrain ternary transformers and reinforce them, on a laptop or a TPU pod.'
 _RUN = 'gin/run/pretrain_tiny.gin'
@@ -26,7 +36,7 @@ def make_parser() -> argparse.ArgumentParser:
 
   quickstart = add('quickstart', 'The main job on real text, offline, in a few minutes.',
                    "jaxrl-pt quickstart --data 'books/*.txt'")
-  _add_workdir(quickstart, 'runs/quickstart')
+  add_workdir(quickstart, 'runs/quickstart')
   quickstart.add_argument('--data', type=glob, metavar='GLOB',
                           help='UTF-8 text files to learn; without it '
                           "the standard library's own text")
@@ -38,8 +48,8 @@ def make_parser() -> argparse.ArgumentParser:
       f'{train.description} SIGTERM, SIGHUP (a dropped connection) and Ctrl-C let the step in hand '
       'finish, save and exit with code 75: not finished, run it again. Code 0 is a finished run, '
       '2 a mistake, said in one sentence. One host\'s signal stops all.')
-  _add_gin(train)
-  _add_workdir(train)
+  add_gin(train)
+  add_workdir(train)
   train.add_argument('--start_from', type=path, metavar='DIR', help='the work directory of the '
                      "policy to start from, whose model's shape and tokenizer the run takes")
   train.add_argument('--multihost', action='store_true', help='join the other hosts of a TPU '
@@ -60,12 +70,13 @@ def make_parser() -> argparse.ArgumentParser:
   _add_judge(add)
   _add_answers(add)
   _add_rl_commands(add)
+  _add_trajectories(add)
   _add_tpu_commands(add)
   _add_exchange(add)
   doctor = add('doctor', 'What this machine offers, and a self-check of ten seconds.',
                'jaxrl-pt doctor --json')
-  _add_workdir(doctor, '.')
-  _add_json(doctor)
+  add_workdir(doctor, '.')
+  add_json(doctor)
   return parser
 
 
@@ -95,15 +106,15 @@ def _add_judge(add: Callable[[str, str, str], argparse.ArgumentParser]) -> None:
               ('slots', 1, 64, 'responses decoded at once'))
   _add_sampling(judge, num_tokens=2048)
   _add_storage(judge)
-  _add_gin(judge, "how a comparison is shown, cfg.JudgePrompt (default the model's own)")
-  _add_json(judge)
+  add_gin(judge, "how a comparison is shown, cfg.JudgePrompt (default the model's own)")
+  add_json(judge)
 
 
 def _add_answers(add: Callable[[str, str, str], argparse.ArgumentParser]) -> None:
   answers = add('answers', "Preference pairs of sampled, verified answers to a run's problems.",
                 'jaxrl-pt answers --workdir runs/opo_tiny --pairs pairs.jsonl')
   _add_checkpoint(answers)
-  _add_gin(answers, 'the run whose problems and verifier are meant (default that of --workdir)')
+  add_gin(answers, 'the run whose problems and verifier are meant (default that of --workdir)')
   _add_files(answers, ('pairs', 'pairs of a right and a wrong answer go'),
              ('candidates', 'all answers go, as `judge` reads them'))
   _add_switches(answers, ('held_out', 'ask what the run holds out, not what it trains on'))
@@ -124,17 +135,35 @@ def _add_rl_commands(add: Callable[[str, str, str], argparse.ArgumentParser]) ->
       '1 if the episode was not played to its end, or the environment failed.')
   play.add_argument('--environment', type=text, metavar='NAME', help='a shipped one, '
                     'gin/environment/NAME.gin: calculator, guess_number, python or text_arena')
-  _add_gin(play, 'the settings of cfg.Interactive')
+  add_gin(play, 'the settings of cfg.Interactive')
   play.add_argument('--prompt', type=text, default='', help='the problem, e.g. a question')
   play.add_argument('--reference', type=text, default='', help='the reference answer')
-  _add_json(play)
+  add_json(play)
   replay = add('replay', 'One half of an RL step alone: learn from kept rollouts, or only draw.',
                'jaxrl-pt replay --workdir runs/opo_tiny --only learner --step 10')
   _add_checkpoint(replay)
   replay.add_argument('--only', choices=('learner', 'sampler'), required=True,
                       help='learner: from the rollouts that Rollouts.dump_every = 1 has kept; '
                       'sampler: the batch after the checkpoint')
-  _add_json(replay)
+  add_json(replay)
+
+
+def _add_trajectories(add: Callable[[str, str, str], argparse.ArgumentParser]) -> None:
+  games = add('trajectories', 'Episodes of a game, made from a seed: reads each frame back, writes '
+              'them, shows one.',
+              'jaxrl-pt trajectories --game traveler --film traveler.png\n'
+              '  jaxrl-pt trajectories --game pong --count 1000 --output data/pong')
+  games.add_argument('--game', type=text, metavar='NAME', help='a shipped one, gin/game/NAME.gin: '
+                     'traveler, pong or pacman')
+  add_gin(games, 'the settings of cfg.Trajectories')
+  games.add_argument('--count', type=at_least(1), default=64, metavar='N', help='episodes that are '
+                     'read back, and written if --output is given (default %(default)s)')
+  games.add_argument('--output', type=path, metavar='DIR', help='write them here, in ArrayRecord')
+  games.add_argument('--film', type=path, metavar='FILE', help='an episode as a strip of frames '
+                     '(.png) or an animation (.gif)')
+  games.add_argument('--episode', type=at_least(0), default=0, metavar='I', help='which one '
+                     '(default %(default)s)')
+  add_json(games)
 
 
 def _add_evaluation(add: Callable[[str, str, str], argparse.ArgumentParser]) -> None:
@@ -147,8 +176,8 @@ def _add_evaluation(add: Callable[[str, str, str], argparse.ArgumentParser]) -> 
       f'{evaluate.description} Tasks read files of this machine and fetch nothing; of the Python '
       "functions that a task names only lm-eval's own are run.")
   _add_checkpoint(evaluate)
-  _add_gin(evaluate, "other data than the run's own, or what else is measured")
-  _add_json(evaluate)
+  add_gin(evaluate, "other data than the run's own, or what else is measured")
+  add_json(evaluate)
   tasks = evaluate.add_argument_group('tasks of lm-eval')
   tasks.add_argument('--tasks', type=text, metavar='A,B', help='tasks, groups or tags of lm-eval '
                      'or of --include_path')
@@ -179,7 +208,7 @@ def _add_tpu_commands(add: Callable[[str, str, str], argparse.ArgumentParser]) -
                   'bounds it?',
                   'jaxrl-pt preflight --gin_file gin/run/pretrain_2b4t.gin \\\n'
                   '    --gin_file gin/cluster/v5e_256.gin --topology v5e:16x16')
-  _add_gin(preflight)
+  add_gin(preflight)
   preflight.add_argument('--topology', required=True, metavar='NAME',
                          help='e.g. v4:4x4x4, v5e:16x16, v5p:4x4x4, v6e:16x16 or tpu7x:4x4x4')
   preflight.add_argument('--slices', type=at_least(1), default=1, metavar='N',
@@ -190,7 +219,7 @@ def _add_tpu_commands(add: Callable[[str, str, str], argparse.ArgumentParser]) -
   preflight.add_argument('--find_slots', action='store_true',
                          help='look for the largest number of slots of the sampler '
                          '(Rollouts.slots) that fits')
-  _add_json(preflight)
+  add_json(preflight)
 
   kernels = add('kernels', 'What the TPU compiler makes of each Pallas kernel: a static report.',
                 'jaxrl-pt kernels --topology v5e:2x2 --kernel ternary_matmul')
@@ -202,7 +231,7 @@ def _add_tpu_commands(add: Callable[[str, str, str], argparse.ArgumentParser]) -
                        help='only the cases whose name matches, e.g. "int4 2048x"')
   kernels.add_argument('--keep', type=path, metavar='DIR',
                        help="keep the compiler's raw schedules here")
-  _add_json(kernels)
+  add_json(kernels)
 
 
 def _add_exchange(add: Callable[[str, str, str], argparse.ArgumentParser]) -> None:
@@ -216,7 +245,7 @@ def _add_exchange(add: Callable[[str, str, str], argparse.ArgumentParser]) -> No
                      help='a folder with config.json, safetensors and the tokenizer')
   taken.add_argument('--adapter', type=path, metavar='DIR', help='a folder of PEFT with low-rank '
                      'adapters of the model, which the work directory then has beside it')
-  _add_workdir(taken)
+  add_workdir(taken)
   given = add('export', "Write a work directory's model for Hugging Face or llama.cpp.",
               'jaxrl-pt export --workdir runs/qwen exported/qwen --verify')
   _add_checkpoint(given)
@@ -230,22 +259,8 @@ def _add_exchange(add: Callable[[str, str, str], argparse.ArgumentParser]) -> No
                      'transformers or gguf, and compare logits, before it gets its name')
 
 
-def _add_gin(parser: argparse.ArgumentParser, purpose: str = 'what to run') -> None:
-  parser.add_argument('--gin_file', action='append', default=[], metavar='FILE',
-                      help=f'{purpose}, as a gin file; may be repeated, later ones win')
-  parser.add_argument('--gin_bindings', action='append', default=[], metavar='BINDING',
-                      help='one setting on top of the files, e.g. "cfg.Run.seed = 1"; may be '
-                      'repeated')
-
-
-def _add_workdir(parser: argparse.ArgumentParser, default: str | None = None) -> None:
-  parser.add_argument('--workdir', type=path, default=default and Path(default), metavar='DIR',
-                      required=default is None, help='where the run lives'
-                      + (f' (default {default})' if default else ''))
-
-
 def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
-  _add_workdir(parser)
+  add_workdir(parser)
   parser.add_argument('--step', type=at_least(0), help='which checkpoint (default the newest)')
 
 
@@ -263,10 +278,6 @@ def _add_counts(parser: argparse.ArgumentParser, *counts: tuple[str, int, int, s
   for name, low, default, about in counts:
     parser.add_argument(f'--{name}', type=at_least(low), default=default,
                         help=f'{about} (default %(default)s)')
-
-
-def _add_json(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument('--json', action='store_true', help='print JSON')
 
 
 def _add_frontends(add: Callable[[str, str, str], argparse.ArgumentParser]) -> None:
@@ -289,7 +300,7 @@ def _add_frontends(add: Callable[[str, str, str], argparse.ArgumentParser]) -> N
   _add_markers(sample)
   _add_storage(sample)
   _add_resa(sample)
-  _add_json(sample)
+  add_json(sample)
 
   chat = add('chat', 'Talk with a trained model at the terminal.',
              'jaxrl-pt chat --workdir runs/qwen --thinking on --thinking_budget 200\n'

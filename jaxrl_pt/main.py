@@ -420,6 +420,28 @@ def _play(args: argparse.Namespace) -> int:
   return 0 if is_over else 1
 
 
+def _trajectories(args: argparse.Namespace) -> int:
+  gin_files = list(args.gin_file)
+  if args.game is not None:
+    gin_files.insert(0, f'gin/game/{args.game}.gin')
+  if not gin_files and not args.gin_bindings:
+    raise UserError('No game given: add --game traveler, or --gin_file with the settings of '
+                    'cfg.Trajectories.')
+  with _importing():
+    from jaxrl_pt import gin_bindings
+    from jaxrl_pt.game import film, inspection, records, trajectories
+  source = trajectories.Source(gin_bindings.load_value(
+      cfg.Trajectories, gin_files, args.gin_bindings))
+  inspection.check_asked(source, args.count, args.episode)
+  if args.film is not None:
+    film.write(args.film, source, args.episode)
+  if args.output is not None:
+    records.write(source, args.count, args.output)
+  found = inspection.inspect(source, args.count)
+  print(json.dumps(found, indent=2) if args.json else inspection.text(found))
+  return 0
+
+
 def _replay(args: argparse.Namespace) -> int:
   with _importing():
     from jaxrl_pt.jobs import replay
@@ -483,8 +505,8 @@ def _kernels(args: argparse.Namespace) -> int:
 _COMMANDS = {'quickstart': _quickstart, 'train': _train, 'sample': _sample, 'chat': _chat,
              'serve': _serve, 'eval': _eval, 'score': _score, 'judge': _judge,
              'answers': _answers, 'import': _import, 'export': _export, 'methods': _methods,
-             'play': _play, 'replay': _replay, 'doctor': _doctor, 'kernels': _kernels,
-             'preflight': _preflight}
+             'play': _play, 'trajectories': _trajectories, 'replay': _replay, 'doctor': _doctor,
+             'kernels': _kernels, 'preflight': _preflight}
 
 
 def _hide_closed_loops(unraisable: 'sys.UnraisableHookArgs') -> None:

@@ -121,6 +121,8 @@ VALID: dict[type, dict[str, Any]] = {
     cfg.RPT: {'start_from': 'a'},
     cfg.RL: {'start_from': 'a', 'problems': cfg.Problems(cfg.Arithmetic(9)),
              'verifier': cfg.AnswerMatch()},
+    **{kind: {} for kind in get_args(cfg.Game)},
+    cfg.Trajectories: {'game': cfg.Traveler()},
     cfg.Train: {'num_steps': 4, 'batch_size': 2},
     cfg.Checkpoint: {},
     cfg.Run: RUN,
@@ -131,6 +133,26 @@ ALL = [value for value in vars(cfg).values()
 NAN, INF = float('nan'), float('inf')
 # Type, field, values refused, and a piece of what is expected instead.
 REFUSED: list[tuple[type, str, list[Any], str]] = [
+    *((kind, 'frame', ['32x32', None, (24, 32)], "one of '24x32', '64x64'")
+      for kind in get_args(cfg.Game)),
+    *((kind, name, [-1, 1000, 1.5, None], 'to 999') for kind in (cfg.Traveler, cfg.PacMan)
+      for name in ('start_low', 'start_high')),
+    (cfg.Traveler, 'num_colours', [0, 7, 2.0], 'from 1 to 6'),
+    (cfg.Traveler, 'period', [-1, 1025, None], 'from 0 to 1024'),
+    (cfg.Traveler, 'num_cells', [7, 1.5, None], 'at least 8'),
+    *((cfg.Pong, name, [0, 5, None], 'from 1 to 4') for name in ('paddle_speed', 'ball_speed')),
+    (cfg.Pong, 'opponent_skill', [-0.1, 1.1, None], 'from 0 to 1'),
+    (cfg.Pong, 'winning_score', [0, 100, None], 'from 1 to 99'),
+    (cfg.Pong, 'start_high', [-1, 21, None], 'from 0 to 20'),
+    *((cfg.PacMan, name, [-0.1, 1.1, None], 'from 0 to 1')
+      for name in ('wall_share', 'ghost_rate')),
+    (cfg.PacMan, 'pellet_share', [0.0, 1.1, None], 'from 0.1 to 1'),
+    (cfg.PacMan, 'lives', [0, 10, None], 'from 1 to 9'),
+    (cfg.Trajectories, 'game', ['Pong', None], 'one of @cfg.Traveler(), @cfg.Pong()'),
+    (cfg.Trajectories, 'policy', ['best', None], "one of 'mixed', 'random'"),
+    (cfg.Trajectories, 'num_frames', [1, 2.5, None], 'at least 2'),
+    (cfg.Trajectories, 'size', [0, None], 'at least 1'),
+    (cfg.Trajectories, 'seed', [-1, 2**32, None], 'from 0 to 4294967295'),
     (cfg.Quant, 'weights', ['int4', None, True], "one of 'none', 'ternary'"),
     (cfg.Quant, 'activations', ['int3', 8], "'int4_absmax'"),
     (cfg.Quant, 'hadamard', [1, 'yes'], 'True or False'),
@@ -610,6 +632,9 @@ def test_every_field_has_a_row():
                      cfg.Algorithm(correction=cfg.TokenTIS()), positions_per_document=4),
      'shares documents within a batch'),
     (lambda: cfg.KLInLoss(0.1, 'k1'), 'expected gradient of zero'),
+    (lambda: cfg.Traveler(start_low=5, start_high=4), 'start_high = 4: expected a whole'),
+    (lambda: cfg.Pong(winning_score=5), 'start_high = 20: expected a whole number from 0 to 4'),
+    (lambda: cfg.Trajectories(cfg.PacMan(), 'follow'), "choose 'mixed', 'random', 'forage'"),
     (lambda: cfg.Engine(num_pages=9), 'set it to at least 193'),
     (lambda: cfg.Slots(num_pages=9), 'needs all pages: set Slots.slots too'),
     (lambda: cfg.RPT('a', cfg.Rollouts(num_prompts=8), positions_per_document=3),

@@ -51,7 +51,7 @@ ALLOWED: dict[str, set[str]] = {
     'jobs': _RUN | {'environments', 'rollouts'},
     'tpu': _EVERYTHING,
     'scaling': _EVERYTHING,
-    'game': _MODEL | {'sampling', 'verifiers', 'rl'},
+    'game': _MODEL | {'data', 'sampling', 'verifiers', 'rl'},
     'quickstart': _EVERYTHING,
     'doctor': _EVERYTHING,
     'frontends': _EVERYTHING,

@@ -17,7 +17,7 @@ from jaxrl_pt import main as cli
 ROOT = Path(__file__).resolve().parents[1]
 TINY = str(ROOT / 'gin/run/pretrain_tiny.gin')
 COMMANDS = ('quickstart', 'train', 'sample', 'chat', 'serve', 'eval', 'score', 'judge', 'import',
-            'export', 'doctor')
+            'export', 'trajectories', 'doctor')
 
 
 def _run(*args: str, cwd: Path = ROOT, stdin: bytes = b'') -> subprocess.CompletedProcess[bytes]:
@@ -39,7 +39,8 @@ def test_help_shows_an_example(command, capsys):
     cli.main([command, '--help'])
   text = capsys.readouterr().out
   assert stopped.value.code == 0 and f'example:\n  jaxrl-pt {command}' in text
-  assert ('--json' in text) == (command in ('sample', 'eval', 'judge', 'doctor'))
+  assert ('--json' in text) == (
+      command in ('sample', 'eval', 'judge', 'trajectories', 'doctor'))
 
 
 @pytest.mark.parametrize('command', COMMANDS)

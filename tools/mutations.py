@@ -762,7 +762,46 @@ _JUDGES = [
          ('a_place_is_consistent', '(share[:, 1] < 0.5)', '(share[:, 1] > 0.5)'),
          ('budgets_of_one_order', '(2 if asking.both_orders else 1)', '1'))]
 
+_GAMES = [
+    *_of('jaxrl_pt/game/traveler.py', 'tests/game/test_rules.py',
+         ('the_street_scrolls_one_cell_late', 'origin = state.position - AGENT\n  at',
+          'origin = state.position - AGENT - state.moved[1]\n  at'),
+         ('memory_knows_what_is_being_built', '(built >= 0) & (built < state.frame)',
+          '(built >= 0) & (built <= state.frame)'),
+         ('a_building_scores_nothing', 'event = is_new.any().astype(jnp.int32)',
+          'event = is_new.any().astype(jnp.int32) * (position % 5 > 0)')),
+    *_of('jaxrl_pt/game/base.py', 'tests/game/test_rules.py',
+         ('absence_is_one_frame_longer', 'frame - 1 - self.last)', 'frame - self.last)'),
+         ('counters_do_not_wrap', '% moduli(counters)', '% 2**30')),
+    *_of('jaxrl_pt/game/pong.py', 'tests/game/test_rules.py',
+         ('the_wrong_side_scores', 'jnp.where(at_right & ~hits, 1, jnp.where(at_left & ~hits, 2,',
+          'jnp.where(at_right & ~hits, 2, jnp.where(at_left & ~hits, 1,'),
+         ('the_ball_goes_through_paddles', '-state.speed[1], state.speed[1])',
+          'state.speed[1], state.speed[1])')),
+    *_of('jaxrl_pt/game/pacman.py', 'tests/game/test_rules.py',
+         ('the_ghost_hides_nothing',
+          'jnp.where(base.is_at(_WORLD, state.places[GHOST]), base.UNKNOWN, state.content)',
+          'state.content'),
+         ('eaten_pellets_stay', 'jnp.where(eaten, EMPTY, state.content)', 'state.content'),
+         ('agent_and_ghost_change_places', '(agent == ghost).all() | crossed',
+          '(agent == ghost).all()')),
+    *_of('jaxrl_pt/game/display.py', 'tests/game/test_reading.py',
+         ('digits_are_read_a_dot_to_the_left', 'return jnp.stack([frame[self._slices(place)]',
+          'return jnp.stack([jnp.roll(frame, 1, 1)[self._slices(place)]')),
+    *_of('jaxrl_pt/game/reading.py', 'tests/game/test_reading.py',
+         ('blended_frames_are_believed', '& (parts.blend <= MAX_BLEND)', ''),
+         ('what_does_not_belong_there_is_believed', '(residual <= MAX_RESIDUAL) &', ''),
+         ('the_nearest_rival_is_left_out', '(1 - margin_NK', '(0 - margin_NK')),
+    *_of('jaxrl_pt/game/noise.py', 'tests/game/test_trajectories.py',
+         ('the_second_word_of_a_key_is_ignored', '^ key[1])', ')')),
+    *_of('jaxrl_pt/game/trajectories.py', 'tests/game/test_trajectories.py',
+         ('validation_is_training', 'int(source.is_validation)', '0'),
+         ('the_digest_leaves_the_seed_out', 'dataclasses.replace(self.config, size=1)',
+          'dataclasses.replace(self.config, size=1, seed=0)')),
+    *_of('jaxrl_pt/game/edits.py', 'tests/game/test_edits.py',
+         ('negative_cells_count_from_the_end', '0 <= column < columns', 'column < columns'))]
+
 MUTATIONS: tuple[Mutation, ...] = (
     *_ADVANTAGES, *_MODES, *_TOKEN_ADVANTAGES, *_OBJECTIVES, *_KL, *_SHAPING, *_LEARNER, *_NUMERICS,
     *_SAMPLER, *_DATA, *_CHECKPOINT, *_VERIFIERS, *_PROGRAMS, *_KERNELS, *_SERVING,
-    *_RECIPES, *_EVALUATION, *_JUDGES)
+    *_RECIPES, *_EVALUATION, *_JUDGES, *_GAMES)

@@ -15,6 +15,7 @@ from jaxrl_pt.config.data import *
 from jaxrl_pt.config.environments import *
 from jaxrl_pt.config.evaluation import *
 from jaxrl_pt.config.examples import *
+from jaxrl_pt.config.game import *
 from jaxrl_pt.config.generated import *
 from jaxrl_pt.config.hybrid import *
 from jaxrl_pt.config.judging import *

@@ -248,6 +248,29 @@ def train_iterator(packed: Packed, *, seed: int, batch_size: int,
   return TrainIterator(order.batch(batch_size).map(load), num_workers, identity)
 
 
+def shuffled(source: Any, load: Callable[[np.ndarray], Any], *, seed: int, batch_size: int
+             ) -> TrainIterator:
+  """Yields what `load` makes of the numbers of each step's examples, without end.
+
+  The order is that of `train_iterator`, for a source of another kind than packed text.
+
+  Args:
+    source: its `num_examples` and `digest` are read.
+    load: i64[B] numbers of examples → a batch.
+    seed: decides the order.
+    batch_size: B.
+
+  Raises:
+    UserError: fewer than B examples.
+  """
+  if source.num_examples < batch_size:
+    raise UserError(f'There are {source.num_examples} examples, fewer than one batch of '
+                    f'{batch_size}: give more, or lower the batch size.')
+  order = grain.MapDataset.range(source.num_examples).shuffle(seed=seed).repeat()
+  identity = {'seed': seed, 'batch_size': batch_size, 'digest': source.digest}
+  return TrainIterator(order.batch(batch_size).map(load), 0, identity)
+
+
 def eval_batches(packed: Packed, batch_size: int, limit: int = 0) -> Iterator[Batch]:
   """Yields the examples in file order; the last batch is filled up with rows of weight 0.
 
