@@ -79,3 +79,21 @@ def add_workdir(parser: argparse.ArgumentParser, default: str | None = None) -> 
 def add_json(parser: argparse.ArgumentParser) -> None:
   """Adds --json."""
   parser.add_argument('--json', action='store_true', help='print JSON')
+
+
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+  """Adds --workdir and --step."""
+  add_workdir(parser)
+  parser.add_argument('--step', type=at_least(0), help='which checkpoint (default the newest)')
+
+
+def add_files(parser: argparse.ArgumentParser, *names: tuple[str, str]) -> None:
+  """Adds flags that each take the path of a file: (name, what it is for)."""
+  for name, about in names:
+    parser.add_argument(f'--{name}', type=path, metavar='FILE', help=f'where {about}')
+
+
+def add_switches(parser: argparse.ArgumentParser, *switches: tuple[str, str]) -> None:
+  """Adds flags without a value: (name, what it does)."""
+  for name, about in switches:
+    parser.add_argument(f'--{name}', action='store_true', help=about)

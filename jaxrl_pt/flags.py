@@ -2,13 +2,15 @@
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 
 from jaxrl_pt.flag_types import (
   SEED,
   Parser,
+  add_checkpoint,
+  add_files,
   add_gin,
   add_json,
+  add_switches,
   add_workdir,
   at_least,
   glob,
@@ -64,7 +66,7 @@ def make_parser() -> argparse.ArgumentParser:
               "jaxrl-pt score --workdir runs/reward_model_tiny 'answers.jsonl'")
   score.description = (f'{score.description} A row has a prompt and a completion, as in '
                        'fine-tuning.')
-  _add_checkpoint(score)
+  add_checkpoint(score)
   score.add_argument('rows', type=glob, metavar='GLOB', help='JSON-lines files')
 
   _add_judge(add)
@@ -86,11 +88,11 @@ def _add_judge(add: Callable[[str, str, str], argparse.ArgumentParser]) -> None:
   judge.description = (
       f'{judge.description} Rows with prompt, chosen, rejected and perhaps subset give the '
       'accuracy of each subset; rows with prompt and candidates get the best of them.')
-  _add_checkpoint(judge)
+  add_checkpoint(judge)
   judge.add_argument('rows', type=glob, metavar='GLOB', help='JSON-lines files')
   judge.add_argument('--votes', type=at_least(1), metavar='K', help='verdicts of a comparison '
                      '(default 1, or what --budget pays for)')
-  _add_switches(judge, ('swap', 'ask in both orders, and say how often they agree'),
+  add_switches(judge, ('swap', 'ask in both orders, and say how often they agree'),
                 ('direct', 'begin responses with the verdict, without reasoning'),
                 ('soft', 'count shares of votes in a round robin, not majorities'))
   judge.add_argument('--unparsed', choices=('wrong', 'half'), default='wrong', help='what a pair '
@@ -99,7 +101,7 @@ def _add_judge(add: Callable[[str, str, str], argparse.ArgumentParser]) -> None:
                      help='of candidates (default %(default)s)')
   judge.add_argument('--ties', choices=('coin', 'first', 'half'), help='whose a comparison without '
                      'a majority is (default coin, in a round robin half)')
-  _add_files(judge, ('output', 'the rows go, with verdicts'),
+  add_files(judge, ('output', 'the rows go, with verdicts'),
              ('pairs', 'the best of each row of candidates goes, preferred to the worst'))
   _add_counts(judge, ('budget', 0, 0, 'the most verdicts of a row of candidates; 0 for no bound'),
               ('prompt_len', 1, 8192, 'most tokens of a prompt; a longer one gets no verdict'),
@@ -113,11 +115,11 @@ def _add_judge(add: Callable[[str, str, str], argparse.ArgumentParser]) -> None:
 def _add_answers(add: Callable[[str, str, str], argparse.ArgumentParser]) -> None:
   answers = add('answers', "Preference pairs of sampled, verified answers to a run's problems.",
                 'jaxrl-pt answers --workdir runs/opo_tiny --pairs pairs.jsonl')
-  _add_checkpoint(answers)
+  add_checkpoint(answers)
   add_gin(answers, 'the run whose problems and verifier are meant (default that of --workdir)')
-  _add_files(answers, ('pairs', 'pairs of a right and a wrong answer go'),
+  add_files(answers, ('pairs', 'pairs of a right and a wrong answer go'),
              ('candidates', 'all answers go, as `judge` reads them'))
-  _add_switches(answers, ('held_out', 'ask what the run holds out, not what it trains on'))
+  add_switches(answers, ('held_out', 'ask what the run holds out, not what it trains on'))
   _add_counts(answers, ('num_samples', 1, 8, 'answers to each problem'),
               ('most_pairs', 1, 1, 'the most pairs of a problem'),
               ('limit', 0, 0, 'only the first problems; 0 for all'),
@@ -141,7 +143,7 @@ def _add_rl_commands(add: Callable[[str, str, str], argparse.ArgumentParser]) ->
   add_json(play)
   replay = add('replay', 'One half of an RL step alone: learn from kept rollouts, or only draw.',
                'jaxrl-pt replay --workdir runs/opo_tiny --only learner --step 10')
-  _add_checkpoint(replay)
+  add_checkpoint(replay)
   replay.add_argument('--only', choices=('learner', 'sampler'), required=True,
                       help='learner: from the rollouts that Rollouts.dump_every = 1 has kept; '
                       'sampler: the batch after the checkpoint')
@@ -175,7 +177,7 @@ def _add_evaluation(add: Callable[[str, str, str], argparse.ArgumentParser]) -> 
   evaluate.description = (
       f'{evaluate.description} Tasks read files of this machine and fetch nothing; of the Python '
       "functions that a task names only lm-eval's own are run.")
-  _add_checkpoint(evaluate)
+  add_checkpoint(evaluate)
   add_gin(evaluate, "other data than the run's own, or what else is measured")
   add_json(evaluate)
   tasks = evaluate.add_argument_group('tasks of lm-eval')
@@ -248,7 +250,7 @@ def _add_exchange(add: Callable[[str, str, str], argparse.ArgumentParser]) -> No
   add_workdir(taken)
   given = add('export', "Write a work directory's model for Hugging Face or llama.cpp.",
               'jaxrl-pt export --workdir runs/qwen exported/qwen --verify')
-  _add_checkpoint(given)
+  add_checkpoint(given)
   given.add_argument('destination', type=path, metavar='DST',
                      help='the folder or the file, which must not exist yet')
   given.add_argument('--format', choices=('hf', 'hf-packed', 'gguf', 'gguf-tq1', 'peft'),
@@ -257,21 +259,6 @@ def _add_exchange(add: Callable[[str, str, str], argparse.ArgumentParser]) -> No
                      'low-rank adapters alone, which the others merge (default %(default)s)')
   given.add_argument('--verify', action='store_true', help='load what was written with the library '
                      'transformers or gguf, and compare logits, before it gets its name')
-
-
-def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
-  add_workdir(parser)
-  parser.add_argument('--step', type=at_least(0), help='which checkpoint (default the newest)')
-
-
-def _add_switches(parser: argparse.ArgumentParser, *switches: tuple[str, str]) -> None:
-  for name, about in switches:
-    parser.add_argument(f'--{name}', action='store_true', help=about)
-
-
-def _add_files(parser: argparse.ArgumentParser, *names: tuple[str, str]) -> None:
-  for name, about in names:
-    parser.add_argument(f'--{name}', type=path, metavar='FILE', help=f'where {about}')
 
 
 def _add_counts(parser: argparse.ArgumentParser, *counts: tuple[str, int, int, str]) -> None:
@@ -285,7 +272,7 @@ def _add_frontends(add: Callable[[str, str, str], argparse.ArgumentParser]) -> N
                'jaxrl-pt sample --workdir runs/pretrain_tiny --prompt "def main(" --num_samples 2\n'
                '  jaxrl-pt sample --workdir runs/hgpo_tiny --prompt 7402: --thinking on \\\n'
                '    --thinking_budget 12')
-  _add_checkpoint(sample)
+  add_checkpoint(sample)
   sample.add_argument('--prompt', action='append', type=text,
                       help='text to continue; may be repeated; without it standard input is '
                       'the prompt, or each line typed at a terminal')
@@ -305,7 +292,7 @@ def _add_frontends(add: Callable[[str, str, str], argparse.ArgumentParser]) -> N
   chat = add('chat', 'Talk with a trained model at the terminal.',
              'jaxrl-pt chat --workdir runs/qwen --thinking on --thinking_budget 200\n'
              '  jaxrl-pt chat --workdir runs/pretrain_tiny --temperature 0.7 --max_thought 200')
-  _add_checkpoint(chat)
+  add_checkpoint(chat)
   _add_sampling(chat, num_tokens=512)
   chat.add_argument('--system', default='', type=text, metavar='TEXT',
                     help='what stands before all turns')
@@ -318,7 +305,7 @@ def _add_frontends(add: Callable[[str, str, str], argparse.ArgumentParser]) -> N
 
   serve = add('serve', "A small HTTP server with OpenAI's completions and chat completions.",
               'jaxrl-pt serve --workdir runs/pretrain_tiny --port 8000')
-  _add_checkpoint(serve)
+  add_checkpoint(serve)
   serve.add_argument('--host', default='127.0.0.1', help='where to listen (default %(default)s); '
                      'any but a loopback address needs a token')
   serve.add_argument('--port', type=at_least(0), default=8000,
