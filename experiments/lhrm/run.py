@@ -185,10 +185,11 @@ def run_all(args: argparse.Namespace) -> None:
     command = [sys.executable, __file__, '--workdir', str(root), '--child', arm,
                '--seeds', ','.join(map(str, wanted)), '--steps', str(args.steps),
                '--rate', str(args.rate), '--hft_steps', str(args.hft_steps)]
-    alone = ' --xla_cpu_multi_thread_eigen=false' if args.workers > 1 else ''
+    alone = " --xla_cpu_multi_thread_eigen=false"
     with open(root / f'{name}.log', 'w', encoding='utf-8') as log:
       code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False, env={
-          **os.environ, 'XLA_FLAGS': os.environ.get('XLA_FLAGS', '') + alone}).returncode
+          **os.environ, 'XLA_FLAGS': os.environ.get('XLA_FLAGS', '') + alone,
+          'JAX_COMPILATION_CACHE_DIR': str(root / 'compiled')}).returncode
     said = (root / f'{name}.log').read_text().strip().splitlines()[-1:] if code else ''
     print(f'{name}: {time.time() - began:.0f} s {said}', flush=True)
 

@@ -70,7 +70,8 @@ def _sorted_out(source: config.HybridConversations) -> Iterator[Example | str]:
   evaluated = set[tuple[str, ...]]()
   if source.evaluation_glob:
     for place, row in sources.json_rows(source.evaluation_glob):
-      evaluated |= ngrams(_text(row, source.evaluation_field, place), source.ngram)
+      wanted = f'{{"{source.evaluation_field}": "…"}}'
+      evaluated |= ngrams(_text(row, source.evaluation_field, place, wanted), source.ngram)
   seen = set[tuple[str, str, str]]()
   for place, row in sources.json_rows(source.glob):
     prompt, thinking, answer = (
@@ -105,8 +106,8 @@ def ngrams(text: str, size: int) -> set[tuple[str, ...]]:
   return {tuple(words[i:i + size]) for i in range(max(1, len(words) - size + 1))}
 
 
-def _text(row: dict[str, Any], name: str, place: str) -> str:
+def _text(row: dict[str, Any], name: str, place: str, wanted: str = _EXPECTED) -> str:
   value = row.get(name)
   if not isinstance(value, str) or not sources.is_unicode(value):
-    raise UserError(f'{place} has no text in {name!r}: write {_EXPECTED}.')
+    raise UserError(f'{place} has no text in {name!r}: write {wanted}.')
   return value

@@ -76,3 +76,11 @@ def test_a_bad_row_is_named_by_file_and_line(tmp_path, row, expected):
   with pytest.raises(UserError, match=r'rows.jsonl:2') as caught:
     list(conversations.rows(source(tmp_path, [ROWS[0], row])))
   assert expected in str(caught.value)
+
+
+def test_a_bad_row_of_an_evaluation_set_is_told_what_its_rows_look_like(tmp_path):
+  (tmp_path / 'evaluated.jsonl').write_text('{"question": "a"}\n')
+  asked = source(tmp_path, ROWS, evaluation_glob=str(tmp_path / 'evaluated.jsonl'))
+  with pytest.raises(UserError, match=r"evaluated.jsonl:1 has no text in 'prompt': write "
+                                      r'\{"prompt": "…"\}\.'):
+    list(conversations.rows(asked))
