@@ -69,6 +69,11 @@ ARMS: dict[str, tuple[str, str, list[str]]] = {
 SWEEP_SEEDS = 3
 
 
+def of_start(start: str, seed: int) -> int:
+  """The seed of the HFT policy that a seed of an arm starts from; side ones are trained once."""
+  return seed if start == 'hft' else 0
+
+
 # --- One process ----------------------------------------------------------------------
 
 
@@ -99,7 +104,7 @@ def reinforce(arm: str, seeds: list[int], root: Path, steps: int, rate: float) -
   from jaxrl_pt.train import state as states
 
   start, gin, changes = ARMS[arm]
-  starts = {seed: load_policy(root / f'{start}-{seed}') for seed in seeds}
+  starts = {seed: load_policy(root / f'{start}-{of_start(start, seed)}') for seed in seeds}
   first = starts[seeds[0]]
   run, text = gin_bindings.load([f'gin/run/{gin}_tiny.gin'], [
       f'cfg.RL.start_from = {str(first.session.workdir)!r}', 'cfg.RL.eval_problems = 1',
@@ -204,7 +209,8 @@ def run_all(args: argparse.Namespace) -> None:
       apart = ARMS[arm][1] in ('rft', 'dpo')
       jobs += [(arm, (seed,)) for seed in seeds] if apart else [(arm, tuple(of_arm(arm)))]
   with concurrent.futures.ThreadPoolExecutor(args.workers) as pool:
-    list(pool.map(one, [(arm, (seed,)) for seed in seeds for arm in sorted(starts)]))
+    list(pool.map(one, [(arm, (seed,)) for arm in sorted(starts)
+                        for seed in sorted({of_start(arm, seed) for seed in seeds})]))
     list(pool.map(one, jobs))
 
 
