@@ -12,6 +12,7 @@ import pytest
 
 from jaxrl_pt.sampling.engine import Engine, Request
 from jaxrl_pt.serving import protocol
+from jaxrl_pt.serving.text import Markers
 from tests.serving.conftest import SIZES, TOKENIZER, Running, running
 
 EOS = TOKENIZER.eos_id
@@ -144,6 +145,19 @@ def test_a_thought_is_apart_and_keeps_its_budget(server: Running):
     assert choice.message.reasoning_content == bytes(ids[7:16]).decode('utf-8', 'replace')
     assert choice.message.content == bytes(ids[24:]).decode('utf-8', 'replace').lstrip()
     assert len(ids) <= 24 + 11
+
+
+def test_a_request_says_whether_to_think(engine: Engine):
+  with running(engine, markers=Markers('<think>', '</think>', '\x03')) as server:
+    said = {effort: ask(server, logprobs=0, extra_body={'reasoning_effort': effort})
+            for effort in ('none', 'minimal')}
+    with pytest.raises(openai.BadRequestError, match='expected one of none'):
+      ask(server, extra_body={'reasoning_effort': 'huge'})
+  ids = {effort: answer.choices[0].logprobs.tokens for effort, answer in said.items()}
+  assert ids['none'][0] == '\x03' and ids['none'][1] != '<'
+  assert ids['minimal'][:7] == list('<think>')
+  budget = 40 // 10
+  assert ids['minimal'][7 + budget:][:8] == list('</think>')
 
 
 def test_a_chat_stream_joins_to_the_whole(server: Running):
