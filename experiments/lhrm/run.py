@@ -31,8 +31,8 @@ SEEDS = (0, 1, 2, 3, 4)
 STEPS, HFT_STEPS = 200, 700
 # So that all arms and seeds fit half an hour: 1/8 of the shipped tiny model.
 MODEL = ('cfg.Model.num_layers = 2', 'cfg.Model.d_model = 64', 'cfg.Model.d_ff = 192')
-# Chosen on sums that are trained on, from four settings of HGPO (README.md); the arms that have no KL
-# in their papers get the same one, because it is what keeps the thoughts right.
+# Chosen on sums that are trained on, from a few settings of HGPO (README.md); the arms that have no
+# KL in their papers get the same one, because it is what keeps the thoughts right.
 RATE, KL = 2e-4, ('cfg.Algorithm.kl = @cfg.KLInLoss()', 'cfg.KLInLoss.coef = 0.01')
 K, AT_ONCE = 16, 32  # answers in each mode, and prompts, at once
 # Of HFT: shares of wrong demonstrations, easy and hard ones that think, then those that do not.
@@ -110,7 +110,8 @@ def reinforce(arm: str, seeds: list[int], root: Path, steps: int, rate: float) -
   first = starts[seeds[0]]
   run, text = gin_bindings.load([f'gin/run/{gin}_tiny.gin'], [
       f'cfg.RL.start_from = {str(first.session.workdir)!r}', 'cfg.RL.eval_problems = 1',
-      f'cfg.Train.num_steps = {steps}', f'cfg.ConstantRate.learning_rate = {rate!r}', *MODEL, *KL, *changes])
+      f'cfg.Train.num_steps = {steps}', f'cfg.ConstantRate.learning_rate = {rate!r}',
+      *MODEL, *KL, *changes])
   session = sessions.open_session(run, root / arm, text, data=first.session.data,
                                   allow=frozenset(), data_dir=first.session.workdir / 'data')
   method, tokenizer = run.objective, first.session.data.tokenizer
@@ -145,6 +146,8 @@ def supervise(arm: str, seed: int, root: Path) -> Any:
   workdir = root / f'{arm}-{seed}'
   args = ['train', '--workdir', str(workdir), *samples.prepare(
       arm, root / f'hft-{seed}', workdir.with_suffix('.jsonl'), seed)]
+  for binding in MODEL:
+    args += ['--gin_bindings', binding]
   if jaxrl_pt(args):
     raise SystemExit(f'{arm} {seed}: training failed')
   policy = load_policy(workdir)
