@@ -198,7 +198,8 @@ def run_all(args: argparse.Namespace) -> None:
     command = [sys.executable, __file__, '--workdir', str(root), '--child', arm,
                '--seeds', ','.join(map(str, wanted)), '--steps', str(args.steps),
                '--rate', str(args.rate), '--hft_steps', str(args.hft_steps)]
-    alone = " --xla_cpu_multi_thread_eigen=false"
+    # One core for each process, whose programs are compiled in one piece: half the time.
+    alone = ' --xla_cpu_multi_thread_eigen=false --xla_cpu_parallel_codegen_split_count=1'
     with open(root / f'{name}.log', 'w', encoding='utf-8') as log:
       code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False, env={
           **os.environ, 'XLA_FLAGS': os.environ.get('XLA_FLAGS', '') + alone,
