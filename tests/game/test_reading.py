@@ -63,6 +63,21 @@ def test_what_lies_between_two_frames_is_unreadable(played):
   assert not (mostly.readable & ~_is_exact(mostly, truth)).any()
 
 
+def test_each_limit_notices_what_the_other_does_not(played_by_name):
+  played = played_by_name('traveler')
+  clean = as_floats(played.batch.frames)
+  foreign = clean.copy()
+  foreign[:, 1:5, 20:24] = 1  # beside the digits, where nothing is recognised
+  found = _reread(played, foreign)
+  assert found.blend.max() < 0.01 and not found.readable.any()
+  glyphs = display.Digits(1, 3, 1).templates / 255
+  doubtful = clean.copy()
+  doubtful[:, 1:6, 9:12] = 0.65 * glyphs[8] + 0.35 * glyphs[0]
+  found = _reread(played, doubtful)
+  assert (found.counters % 10 == 8).all() and found.residual.max() < reading.MAX_RESIDUAL
+  assert not found.readable.any()
+
+
 def test_glyphs_are_three_dots_apart():
   flat = display.FONT.reshape(10, -1)
   apart = (flat[:, None] != flat[None]).sum(-1)
