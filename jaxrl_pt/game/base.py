@@ -186,7 +186,7 @@ class Sightings:
     return (self.away > 0) & (self.since == frame)
 
 
-def is_at(shape: tuple[int, int], place: Array) -> Array:
+def is_at(shape: tuple[int, ...], place: Array) -> Array:
   """bool[rows, columns]: True in the one cell i32[2], nowhere if that lies outside.
 
   Compared with an index this is cheap in a batch, to run and to compile.

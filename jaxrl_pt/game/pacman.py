@@ -13,6 +13,8 @@ connected.
 Source: MaaG (arXiv 2503.21172) names the game; maze, ghost, lives and scores are our choices.
 """
 
+import dataclasses
+
 from flax import struct
 from jax import Array
 import jax.numpy as jnp
@@ -116,12 +118,13 @@ def _step(config: cfg.PacMan, state: State, action: Array) -> State:
   places = jnp.where(is_caught, state.starts, places)
   content = jnp.where(eaten, EMPTY, state.content)
   counters = base.ledger(_COUNTERS, _DELTAS, state.counters, event)
-  after = state.replace(
-      frame=frame, places=places, content=content, memory=memory, counters=counters, event=event,
+  after = dataclasses.replace(
+      state, frame=frame, places=places, content=content, memory=memory, counters=counters,
+      event=event,
       moved=places[AGENT] - state.places[AGENT],
       done=(counters[1] == 0) | ~(content == PELLET).any())
-  return _see(base.unless(state.done, after, state.replace(
-      frame=frame, memory=memory, event=jnp.zeros_like(event),
+  return _see(base.unless(state.done, after, dataclasses.replace(
+      state, frame=frame, memory=memory, event=jnp.zeros_like(event),
       moved=jnp.zeros_like(state.moved))))
 
 
@@ -156,7 +159,7 @@ def _shown(state: State) -> Array:
 def _see(state: State) -> State:
   """Notes which cells the frame shows."""
   is_visible = _shown(state) != base.UNKNOWN
-  return state.replace(sightings=state.sightings.see(is_visible, state.frame))
+  return dataclasses.replace(state, sightings=state.sightings.see(is_visible, state.frame))
 
 
 def _truth(state: State) -> base.Truth:
@@ -177,8 +180,9 @@ def _moved(before: base.Reading, after: base.Reading) -> tuple[Array, Array]:
 def _paint(state: State, row: Array, column: Array, content: Array) -> State:
   here = base.is_at(_WORLD, jnp.stack([row, column]))
   painted = jnp.where(here, content, state.content)
-  return state.replace(content=painted, memory=jnp.where(here, content, state.memory),
-                       done=(state.counters[1] == 0) | ~(painted == PELLET).any())
+  return dataclasses.replace(
+      state, content=painted, memory=jnp.where(here, content, state.memory),
+      done=(state.counters[1] == 0) | ~(painted == PELLET).any())
 
 
 def _paintable(state: State, content: Array) -> Array:
@@ -187,7 +191,7 @@ def _paintable(state: State, content: Array) -> Array:
   is_inside = (line > 0) & (line < SIDE - 1)
   is_taken = jnp.stack([base.is_at(_WORLD, place)
                         for place in (*state.places, *state.starts)]).any(0)
-  return (is_inside[:, None] & is_inside[None]) & (~is_taken | (content == EMPTY))
+  return jnp.asarray(is_inside[:, None] & is_inside[None]) & (~is_taken | (content == EMPTY))
 
 
 # --- Policies ---------------------------------------------------------------------

@@ -8,6 +8,8 @@ a side has the winning score.
 Source: MaaG (arXiv 2503.21172) names the game; its rules here are our own.
 """
 
+import dataclasses
+
 from flax import struct
 from jax import Array
 import jax.numpy as jnp
@@ -94,12 +96,12 @@ def _step(config: cfg.Pong, height: int, state: State, action: Array) -> State:
   is_point = event != base.NO_EVENT
   counters = base.ledger(_COUNTERS, _DELTAS, state.counters, event)
   moved = jnp.stack([paddles[PLAYER] - state.paddles[PLAYER], jnp.zeros_like(frame)])
-  after = state.replace(
-      frame=frame, paddles=paddles, ball=jnp.where(is_point, served, ball),
+  after = dataclasses.replace(
+      state, frame=frame, paddles=paddles, ball=jnp.where(is_point, served, ball),
       speed=jnp.where(is_point, serve_speed, speed), counters=counters, event=event, moved=moved,
       done=(counters >= config.winning_score).any())
-  return base.unless(state.done, after, state.replace(
-      frame=frame, event=jnp.zeros_like(event), moved=jnp.zeros_like(moved)))
+  return base.unless(state.done, after, dataclasses.replace(
+      state, frame=frame, event=jnp.zeros_like(event), moved=jnp.zeros_like(moved)))
 
 
 def _move_paddles(config: cfg.Pong, height: int, state: State, action: Array, key: Array) -> Array:
@@ -181,8 +183,10 @@ class _Picture:
     height, width, _ = self._background.shape
     row = (np.arange(height) // self._unit - _TOP)[:, None]
     column = (np.arange(width) // self._unit)[None]
-    boxes = ((objects[PLAYER, 0], 0, PADDLE), (objects[OPPONENT, 0], LAST + BALL, PADDLE),
-             (objects[THE_BALL, 0], objects[THE_BALL, 1], BALL))
+    # Each one's top row, left column and height.
+    boxes: tuple[tuple[Array, Array | int, int], ...] = (
+        (objects[PLAYER, 0], 0, PADDLE), (objects[OPPONENT, 0], LAST + BALL, PADDLE),
+        (objects[THE_BALL, 0], objects[THE_BALL, 1], BALL))
     for (top, left, box_height), colour in zip(boxes, _COLOURS, strict=True):
       inside = ((row >= top) & (row < top + box_height) & (column >= left)
                 & (column < left + BALL))

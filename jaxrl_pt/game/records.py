@@ -37,7 +37,7 @@ def named(trajectory: Trajectory) -> dict[str, Any]:
              for field in dataclasses.fields(base.Truth)}}
 
 
-def from_named(found: dict[str, np.ndarray]) -> Trajectory:
+def from_named(found: dict[str, Any]) -> Trajectory:
   """The trajectory whose arrays `named` has named."""
   truth = {field.name: found[f'truth/{field.name}'] for field in dataclasses.fields(base.Truth)}
   return Trajectory(found['frames'], found['actions'], base.Truth(**truth))

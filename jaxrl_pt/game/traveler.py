@@ -9,6 +9,8 @@ Source: MaaG (arXiv 2503.21172) names the game, its agent, its buildings and its
 the palette, the sizes and the ends of the street are our choices.
 """
 
+import dataclasses
+
 from flax import struct
 import jax
 from jax import Array
@@ -87,16 +89,16 @@ def _step(state: State, action: Array) -> State:
   is_new = (np.arange(last + 1) == position) & (state.built < 0)
   event = is_new.any().astype(jnp.int32)
   moved = jnp.stack([jnp.zeros_like(position), position - state.position])
-  return _see(state.replace(
-      frame=frame, position=position, built=jnp.where(is_new, frame, state.built), event=event,
-      moved=moved, counters=base.ledger(_COUNTERS, _DELTAS, state.counters, event)))
+  return _see(dataclasses.replace(
+      state, frame=frame, position=position, built=jnp.where(is_new, frame, state.built),
+      event=event, moved=moved, counters=base.ledger(_COUNTERS, _DELTAS, state.counters, event)))
 
 
 def _see(state: State) -> State:
   """Notes which buildings the frame shows."""
-  offset = np.arange(state.built.shape[1]) - (state.position - AGENT)
+  offset = jnp.arange(state.built.shape[1]) - (state.position - AGENT)
   is_visible = (offset >= 0) & (offset < VIEW) & (state.built >= 0)
-  return state.replace(sightings=state.sightings.see(is_visible, state.frame))
+  return dataclasses.replace(state, sightings=state.sightings.see(is_visible, state.frame))
 
 
 def _truth(state: State) -> base.Truth:
@@ -140,9 +142,10 @@ def _paint(state: State, row: Array, column: Array, content: Array) -> State:
   emptied, coloured = here & (content == GROUND), here & (content != GROUND)
   built = jnp.where(coloured & (state.built < 0), state.frame, state.built)
   last = jnp.where(emptied, -1, state.sightings.last)
-  return _see(state.replace(
-      built=jnp.where(emptied, -1, built), colours=jnp.where(coloured, content, state.colours),
-      sightings=state.sightings.replace(last=last)))
+  return _see(dataclasses.replace(
+      state, built=jnp.where(emptied, -1, built),
+      colours=jnp.where(coloured, content, state.colours),
+      sightings=dataclasses.replace(state.sightings, last=last)))
 
 
 def _paintable(state: State, content: Array) -> Array:
