@@ -215,6 +215,7 @@ REFUSED: list[tuple[type, str, list[Any], str]] = [
     (cfg.JudgeReward, 'tournament', ['elo', None], "one of 'round_robin', 'knockout'"),
     (cfg.JudgeReward, 'votes', [0, None], 'from 1 to 1024'),
     (cfg.JudgeReward, 'budget', [-1, None], 'at least 0'),
+    (cfg.JudgeReward, 'after', [None, 3], 'a string'),
     (cfg.JudgeReward, 'scale', ['elo', None], "one of 'win_rate', 'rating'"),
     (cfg.JudgeReward, 'prompt_len', [0, None, 2**40], 'a whole number of at'),
     (cfg.JudgeReward, 'response_tokens', [0, None, 2**40], 'a whole number of at'),

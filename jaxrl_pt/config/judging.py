@@ -51,6 +51,8 @@ class JudgeReward:
     gets as many verdicts; a knockout makes group_size − 1 comparisons and tells losers apart badly.
   votes: verdicts of a comparison.
   budget: the most verdicts of a group; a round robin then has fewer comparisons. 0 for no bound.
+  after: the judge is shown what stands after the last of this text, as '</think>' or '#'; a response
+    without it is blank, and loses. '' for responses as they were written.
   scale: how Bradley–Terry ratings θ become rewards. 'win_rate' is the chance to beat another
     response of the group, w_i = 1 / (G − 1) Σ_{j ≠ i} σ(θ_i − θ_j). It lies between 0 and 1, is ½
     for everybody where the judge has no preference, is after a whole round robin the share of the
@@ -70,6 +72,7 @@ class JudgeReward:
   tournament: JudgeTournament = 'round_robin'
   votes: int = 1
   budget: int = 0
+  after: str = ''
   scale: JudgeScale = 'win_rate'
   prompt_len: int = 4096
   response_tokens: int = 2048
@@ -84,6 +87,7 @@ class JudgeReward:
     checks.choice(self, 'tournament', JudgeTournament)
     checks.integer(self, 'votes', 1, 1024)
     checks.integer(self, 'budget', 0)
+    checks.text(self, 'after', empty=True)
     checks.choice(self, 'scale', JudgeScale)
     checks.size(self, 'prompt_len', 1, 2**24, 4, 'the tokens of one prompt')
     checks.size(self, 'response_tokens', 1, 2**24, 4, 'the tokens of one verdict')

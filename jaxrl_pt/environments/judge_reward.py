@@ -144,6 +144,13 @@ def win_rates(queries: Sequence[str], texts: Sequence[str], others: Sequence[str
   return rates
 
 
+def judged_part(text: str, after: str) -> str:
+  """What stands after the last `after`, '' where there is none; all of it where `after` is ''."""
+  if not after:
+    return text
+  return text.rpartition(after)[2] if after in text else ''
+
+
 # --- The verifier -----------------------------------------------------------------
 
 
@@ -204,9 +211,10 @@ class JudgeVerifier:
     return PendingReward(rated, self._truth.submit(prompts, rollouts, references))
 
   def texts(self, rollouts: RolloutBatch) -> list[list[str]]:
-    """[N][G]: the texts of responses on the host."""
+    """[N][G]: what the judge is shown of responses on the host."""
     tokens, there = np.asarray(rollouts.tokens), np.asarray(rollouts.in_response) > 0
-    return [[self._decode(row[mask].tolist()) for row, mask in zip(*group, strict=True)]
+    return [[judged_part(self._decode(row[mask].tolist()), self._settings.after)
+             for row, mask in zip(*group, strict=True)]
             for group in zip(tokens, there, strict=True)]
 
 

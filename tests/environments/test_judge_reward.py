@@ -80,6 +80,19 @@ def test_win_rates_against_others_are_asked_in_both_orders():
   assert len(ask.asked) == 4
 
 
+def test_the_judge_is_shown_what_stands_after_the_last_marker():
+  part = judge_reward.judged_part
+  assert part('1+2=3#3', '#') == '3' and part('#1#2', '#') == '2' and part('#', '#') == ''
+  assert part('12', '#') == '' and part('1#2', '') == '1#2'
+  verifier = judge_reward.JudgeVerifier(
+      None, None, dataclasses.replace(SETTINGS, after='</t>'), {}, lambda ids: bytes(ids).decode(),
+      0)
+  said = [b'e</t>x', b'x</t>e', b'eeeeee']
+  tokens = np.array([[list(text) for text in said]], np.int32)
+  rollouts = RolloutBatch.of_one_turn(tokens, np.ones(tokens.shape, np.float32), tokens * 0.0, 0)
+  assert verifier.texts(rollouts) == [['x', 'e', '']]
+
+
 def test_the_truth_is_measured_and_is_no_part_of_the_reward():
   def verdict_of(correct):
     truth = types.SimpleNamespace(submit=lambda *_: types.SimpleNamespace(result=lambda: Verdict(
