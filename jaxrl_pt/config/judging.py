@@ -51,7 +51,7 @@ class JudgeReward:
     gets as many verdicts; a knockout makes group_size − 1 comparisons and tells losers apart badly.
   votes: verdicts of a comparison.
   budget: the most verdicts of a group; a round robin then has fewer comparisons. 0 for no bound.
-  after: the judge is shown what stands after the last of this text, as '</think>' or '#'; a response
+  after: the judge is shown what stands after the last such text, as '</think>' or '#'; a response
     without it is blank, and loses. '' for responses as they were written.
   scale: how Bradley–Terry ratings θ become rewards. 'win_rate' is the chance to beat another
     response of the group, w_i = 1 / (G − 1) Σ_{j ≠ i} σ(θ_i − θ_j). It lies between 0 and 1, is ½
