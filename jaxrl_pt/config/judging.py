@@ -10,7 +10,7 @@ from jaxrl_pt.config.rollouts import DynamicSampling, Rollouts, Sampler
 from jaxrl_pt.config.verifiers import Verifier
 from jaxrl_pt.errors import UserError
 
-JudgeTournament = Literal['round_robin', 'knockout']
+Bracket = Literal['round_robin', 'knockout']
 JudgeScale = Literal['win_rate', 'rating']
 
 
@@ -37,6 +37,26 @@ class JudgeGuard:
 
 
 @dataclass(frozen=True)
+class Tournament:
+  """How the responses of a group meet before a judge.
+
+  form: a round robin compares all pairs, and each response gets as many verdicts; a knockout makes
+    group_size − 1 comparisons and tells losers apart badly.
+  votes: verdicts of a comparison.
+  budget: the most verdicts of a group; a round robin then has fewer comparisons. 0 for no bound.
+  """
+
+  form: Bracket = 'round_robin'
+  votes: int = 1
+  budget: int = 0
+
+  def __post_init__(self) -> None:
+    checks.choice(self, 'form', Bracket)
+    checks.integer(self, 'votes', 1, 1024)
+    checks.integer(self, 'budget', 0)
+
+
+@dataclass(frozen=True)
 class JudgeReward:
   """The reward is what a judge says of the responses of a group, compared two at a time (RRM).
 
@@ -47,10 +67,7 @@ class JudgeReward:
   model: the judge's model as its checkpoint has it, for `preflight`, which opens no checkpoint;
     `@cfg.Model()` where it is that of the policy, else `@judge/cfg.Model()`.
   truth: the verifier that says which answers are right.
-  tournament: how the responses of a group meet. A round robin compares all pairs, and each response
-    gets as many verdicts; a knockout makes group_size − 1 comparisons and tells losers apart badly.
-  votes: verdicts of a comparison.
-  budget: the most verdicts of a group; a round robin then has fewer comparisons. 0 for no bound.
+  tournament: how the responses of a group meet.
   after: the judge is shown what stands after the last such text, as '</think>' or '#'; a response
     without it is blank, and loses. '' for responses as they were written.
   scale: how Bradley–Terry ratings θ become rewards. 'win_rate' is the chance to beat another
@@ -69,9 +86,7 @@ class JudgeReward:
   judge_from: str
   model: Model
   truth: Verifier
-  tournament: JudgeTournament = 'round_robin'
-  votes: int = 1
-  budget: int = 0
+  tournament: Tournament = field(default_factory=Tournament)
   after: str = ''
   scale: JudgeScale = 'win_rate'
   prompt_len: int = 4096
@@ -84,9 +99,7 @@ class JudgeReward:
     checks.text(self, 'judge_from')
     checks.instance(self, 'model', Model)
     checks.instance(self, 'truth', *get_args(Verifier))
-    checks.choice(self, 'tournament', JudgeTournament)
-    checks.integer(self, 'votes', 1, 1024)
-    checks.integer(self, 'budget', 0)
+    checks.instance(self, 'tournament', Tournament)
     checks.text(self, 'after', empty=True)
     checks.choice(self, 'scale', JudgeScale)
     checks.size(self, 'prompt_len', 1, 2**24, 4, 'the tokens of one prompt')
@@ -108,8 +121,9 @@ def check_judged_groups(settings: JudgeReward, rollouts: Rollouts, algorithm: Al
   if size < 2:
     raise UserError('RL.verifier = @cfg.JudgeReward() compares the responses of a group, and '
                     'Rollouts.group_size is 1: set it to at least 2.')
-  least = (size - 1) * settings.votes
-  if 0 < settings.budget < least:
-    raise UserError(f'JudgeReward.budget = {settings.budget} verdicts for {size} responses with '
-                    f'{settings.votes} votes a comparison: every response is compared with another '
-                    f'only from {least} on; raise it, or lower JudgeReward.votes.')
+  votes, budget = settings.tournament.votes, settings.tournament.budget
+  least = (size - 1) * votes
+  if 0 < budget < least:
+    raise UserError(f'Tournament.budget = {budget} verdicts for {size} responses with {votes} '
+                    'votes a comparison: every response is compared with another only from '
+                    f'{least} on; raise it, or lower Tournament.votes.')

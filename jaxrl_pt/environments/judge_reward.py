@@ -74,11 +74,11 @@ def rate(queries: Sequence[str], texts: Sequence[Sequence[str]], ask: Ask,
     seed: of brackets, orders and coins.
   """
   distinct = [list(dict.fromkeys(text.strip() for text in group)) for group in texts]
-  numbers = [len(group) for group in distinct]
+  numbers, num_votes = [len(group) for group in distinct], settings.tournament.votes
   unasked = np.zeros(len(texts))  # comparisons with a blank text
 
   def judge(games_C3: np.ndarray) -> np.ndarray:
-    votes = np.full((len(games_C3), settings.votes), NONE, np.int8)
+    votes = np.full((len(games_C3), num_votes), NONE, np.int8)
     asked = []
     for c, (q, first, second) in enumerate(games_C3.tolist()):
       if distinct[q][first] and distinct[q][second]:
@@ -88,26 +88,26 @@ def rate(queries: Sequence[str], texts: Sequence[Sequence[str]], ask: Ask,
     shown = [Shown(queries[q], distinct[q][first], distinct[q][second])
              for q, first, second in games_C3[asked].tolist()]
     if asked:
-      votes[asked] = ask(shown, settings.votes).votes
+      votes[asked] = ask(shown, num_votes).votes
     return votes
 
-  ended = _tournament(numbers, judge, settings, seed)
+  ended = _tournament(numbers, judge, settings.tournament, seed)
   reward = np.zeros((len(texts), len(texts[0])), np.float32)
   of_group = np.zeros((3, len(texts), 1), np.float32)
   for n, (group, end) in enumerate(zip(texts, ended, strict=True)):
     places = [distinct[n].index(text.strip()) for text in group]
     theta = tournament.ratings(end.table)[places]
     reward[n] = theta if settings.scale == 'rating' else tournament.win_rates(theta)
-    asked = end.num_votes - unasked[n] * settings.votes
+    asked = end.num_votes - unasked[n] * num_votes
     of_group[:, n, 0] = (end.num_unparsed < asked or not asked,
                          end.num_unparsed / max(asked, 1), end.num_comparisons - unasked[n])
   valid, no_verdict, comparisons = np.broadcast_to(of_group, (3, *reward.shape)).copy()
   return Rated(reward, valid, no_verdict, comparisons)
 
 
-def _tournament(numbers: Sequence[int], judge: tournament.Judge, settings: cfg.JudgeReward,
+def _tournament(numbers: Sequence[int], judge: tournament.Judge, settings: cfg.Tournament,
                 seed: int) -> list[tournament.Standing]:
-  if settings.tournament == 'knockout':
+  if settings.form == 'knockout':
     return tournament.knockout(numbers, judge, tournament.Rule('coin', seed=seed))
   most = settings.budget // settings.votes if settings.budget else None
   return tournament.round_robin(numbers, judge, tournament.Rule('half', seed=seed), most)
@@ -264,7 +264,8 @@ def _scorer(held_out: environment.HeldOut, opened: environment.Opened, verifier:
     if suffix == sampled:
       asked = [queries[i] for i in on_host(answers.prompts.ids).tolist()]
       with asking() as ask:
-        rates = win_rates(asked, texts(answers), anchors[number], ask, settings.votes)
+        rates = win_rates(asked, texts(answers), anchors[number], ask,
+                          settings.tournament.votes)
       columns['reward'] = rates[:, None]
     return columns
 

@@ -31,19 +31,20 @@ class Planted:
     return Judged(votes, np.zeros(votes.shape, np.int32), [], np.zeros(len(votes), bool))
 
 
-def rate(texts, ask=None, **settings):
+def rate(texts, ask=None, scale='win_rate', **settings):
   return judge_reward.rate(['q'] * len(texts), texts, ask or Planted(),
-                           dataclasses.replace(SETTINGS, **settings), 0)
+                           dataclasses.replace(
+                               SETTINGS, scale=scale, tournament=cfg.Tournament(**settings)), 0)
 
 
-@pytest.mark.parametrize('tournament', ['round_robin', 'knockout'])
-def test_the_better_earns_more_and_all_together_half(tournament):
-  found = rate([['e', 'eee', 'ee', 'x'], ['x', 'eeee', 'xe', 'eex']], tournament=tournament)
+@pytest.mark.parametrize('form', ['round_robin', 'knockout'])
+def test_the_better_earns_more_and_all_together_half(form):
+  found = rate([['e', 'eee', 'ee', 'x'], ['x', 'eeee', 'xe', 'eex']], form=form)
   assert found.reward.argmax(1).tolist() == [1, 1]
   np.testing.assert_allclose(found.reward.mean(1), 0.5, rtol=1e-6)
   assert (found.valid == 1).all() and (found.reward >= 0).all() and (found.reward <= 1).all()
-  assert (found.comparisons == (6 if tournament == 'round_robin' else 3)).all()
-  if tournament == 'round_robin':  # The share of the games won, but for the prior.
+  assert (found.comparisons == (6 if form == 'round_robin' else 3)).all()
+  if form == 'round_robin':  # The share of the games won, but for the prior.
     assert found.reward[0].argsort().tolist() == [3, 0, 2, 1]
     np.testing.assert_allclose(found.reward[0], [1 / 3, 1, 2 / 3, 0], atol=0.08)
 
