@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 import numpy as np
 
@@ -11,7 +13,7 @@ from jaxrl_pt.scaling.seeds import finished_rows, interval
 
 SHOWN = ('think', 'accuracy', 'tokens', 'accuracy/think', 'accuracy/no_think', 'tokens/think',
          'tokens/no_think', 'h_acc', 'h_acc_drawn', 'think_is_right', 'neither')
-COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000', '#999999')
+COLOURS = matplotlib.colormaps['tab20'].colors
 
 
 def _of_arm(rows: list[dict[str, Any]], starts: dict[int, dict[str, Any]]) -> dict[str, Any]:
@@ -42,13 +44,15 @@ def write(path: Path, results: Path) -> None:
   arms: dict[str, list[dict[str, Any]]] = {}
   for row in finished_rows(path):
     arms.setdefault(row['arm'], []).append(row)
+  arms = {arm: sorted(rows, key=lambda row: row['seed']) for arm, rows in sorted(arms.items())}
   starts = {row['seed']: row for row in arms.get('hft', [])}
   found = {arm: _of_arm(rows, starts) for arm, rows in arms.items()}
   results.mkdir(exist_ok=True)
   curves = {arm: [[step['think'] for step in row['curve']] for row in rows]
             for arm, rows in arms.items() if rows[0]['curve']}
   (results / 'lhrm.json').write_text(json.dumps(
-      {'arms': found, 'think, step by step': curves}, indent=1) + '\n', encoding='utf-8')
+      {'arms': found, 'think, step by step': curves}, indent=1).replace('NaN', 'null') + '\n',
+      encoding='utf-8')  # null: one seed has no interval
   for arm, row in found.items():
     cell = lambda level, name, row=row: (
         '{mean:.3f} ± {half_width_95:.3f}'.format(**row[level][name]))
@@ -59,9 +63,11 @@ def write(path: Path, results: Path) -> None:
 
 
 def _plot(found: dict[str, Any], arms: dict[str, list[dict[str, Any]]]) -> Figure:
-  figure = Figure(figsize=(11, 4.5), layout='constrained')
-  left, right = figure.subplots(1, 2)
-  for number, (arm, row) in enumerate(found.items()):
+  figure = Figure(figsize=(15, 4.8), layout='constrained')
+  left, right, margins = figure.subplots(1, 3)
+  _plot_margins(margins, found)
+  shown = {arm: row for arm, row in found.items() if '_margin_' not in arm}
+  for number, (arm, row) in enumerate(shown.items()):
     colour, total = COLOURS[number % len(COLOURS)], row['all']
     left.errorbar(total['tokens']['mean'], total['accuracy']['mean'],
                   xerr=total['tokens']['half_width_95'], yerr=total['accuracy']['half_width_95'],
@@ -77,8 +83,20 @@ def _plot(found: dict[str, Any], arms: dict[str, list[dict[str, Any]]]) -> Figur
                 color='black', mfc='none', label=f'HFT, always {mode.replace("_", " ")}')
   left.set(xlabel='tokens of a response', ylabel='accuracy on held-out sums',
            title='Where the policy chooses its mode')
-  left.legend(fontsize=8)
+  left.legend(fontsize=7, loc='lower right')
   right.axhspan(0.8, 1, xmax=0.2, color='#009E73', alpha=0.15)
-  right.set(xlabel='P(think | easy)', ylabel='P(think | hard)', xlim=(0, 1), ylim=(0, 1),
+  right.set(xlabel='P(think | easy)', ylabel='P(think | hard)', xlim=(-0.02, 1.02), ylim=(-0.02, 1.02),
             title='What is thought about (shaded: the aim)')
   return figure
+
+
+def _plot_margins(axes: Axes, found: dict[str, Any]) -> None:
+  """P(think) against δ, for groups of 4 and of 16."""
+  for size, style in ((4, 'o-'), (16, 's--')):
+    rows = sorted((float(arm.split('_')[-1]), row) for arm, row in found.items()
+                  if arm.startswith(f'n{size}_margin_'))
+    for level, colour in (('easy', '#56B4E9'), ('hard', '#D55E00')):
+      axes.plot([margin for margin, _ in rows], [row[level]['think']['mean'] for _, row in rows],
+                style, color=colour, label=f'{level} sums, {size} responses')
+  axes.set(xlabel='margin δ', ylabel='P(think)', ylim=(-0.02, 1.02), title='The margin')
+  axes.legend(fontsize=8)

@@ -35,10 +35,8 @@ MODEL = ('cfg.Model.num_layers = 2', 'cfg.Model.d_model = 64', 'cfg.Model.d_ff =
 # KL in their papers get the same one, because it is what keeps the thoughts right.
 RATE, KL = 2e-4, ('cfg.Algorithm.kl = @cfg.KLInLoss()', 'cfg.KLInLoss.coef = 0.01')
 K, AT_ONCE = 16, 32  # answers in each mode, and prompts, at once
-# Of HFT: shares of wrong demonstrations, easy and hard ones that think, then those that do not.
-SWAPPED = 'cfg.HybridSums.slips = (0.05, 0.95, 0.7, 0.0)'
 HFT: dict[str, tuple[str, ...]] = {
-    'hft': (), 'hft_swapped': (SWAPPED,), 'hft_rare': ('cfg.HybridSums.think_share = 0.99',)}
+    'hft': (), 'hft_rare': ('cfg.HybridSums.think_share = 0.99',)}
 
 
 def _arm(*changes: str, start: str = 'hft', gin: str = 'hgpo') -> tuple[str, str, list[str]]:
@@ -50,7 +48,7 @@ _MARGINS = (0.0, 0.2, 0.4, 0.6)
 ARMS: dict[str, tuple[str, str, list[str]]] = {
     'hgpo': _arm(),
     'alpha_0': _arm('cfg.HGPO.alpha = 0.0'),
-    'swapped': _arm(SWAPPED, start='hft_swapped'),
+    'swapped': _arm(),
     'grpo_free': _arm(*_FREE),
     'grpo_free_from_rare': _arm(*_FREE, start='hft_rare'),
     'hgpo_from_rare': _arm(start='hft_rare'),
@@ -74,6 +72,26 @@ SWEEP_SEEDS = 3
 def of_start(start: str, seed: int) -> int:
   """The seed of the HFT policy that a seed of an arm starts from; side ones are trained once."""
   return seed if start == 'hft' else 0
+
+
+def swapped(verifier: Any) -> Any:
+  """A verifier on the device that pays for `verifier`'s reward in the wrong mode alone.
+
+  Thinking is paid on easy sums, and answering at once on hard ones.
+  """
+  import jax.numpy as jnp
+
+  from jaxrl_pt.types import NO_THINK, THINK
+  from jaxrl_pt.verifiers.base import DeviceVerifier
+
+  def pay(prompts: Any, rollouts: Any) -> Any:
+    verdict = verifier.verify(prompts, rollouts)
+    is_worth = (prompts.tokens > ord('0')) & (prompts.tokens <= ord('9'))  # a digit but 0
+    is_easy = is_worth.sum(-1, keepdims=True) <= 1
+    paid = rollouts.mode == jnp.where(is_easy, THINK, NO_THINK)
+    return verdict.replace(reward=verdict.reward * paid)
+
+  return DeviceVerifier(pay)
 
 
 # --- One process ----------------------------------------------------------------------
@@ -121,8 +139,11 @@ def reinforce(arm: str, seeds: list[int], root: Path, steps: int, rate: float) -
   abstract = states.abstract_state(model, optimizer, session.mesh, new_method)
   with problems.open_environment(session, method) as environment:
     mode_ids = modes.token_ids(tokenizer, method.rollouts.modes)
-    step = programs.fused_step(run, session.mesh, method, optimizer, environment.verifier,
-                               tokenizer.stop_ids, mode_ids)
+    verifier = environment.verifier
+    if arm == 'swapped':
+      verifier = swapped(verifier)
+    step = programs.fused_step(run, session.mesh, method, optimizer, verifier, tokenizer.stop_ids,
+                               mode_ids)
     for seed in seeds:
       params = starts[seed].params
       reference = P.trained(model.specs, params)

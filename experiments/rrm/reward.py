@@ -33,10 +33,9 @@ from jaxrl_pt.scaling.seeds import interval
 RESULTS = Path(__file__).resolve().parent / 'results'
 ARMS = ('judge', 'truth', 'biased', 'none')
 COLOURS = {'judge': '#009E73', 'truth': '#000000', 'biased': '#D55E00', 'none': '#999999'}
-WARMUP, STEPS, EVERY = 400, 40, 5
-# The judge's own shape.
-MODEL = ('cfg.Model.num_layers = 2', 'cfg.Model.d_model = 64', 'cfg.Model.d_ff = 128',
-         'cfg.Model.head_dim = 16', "cfg.Quant.weights = 'none'", "cfg.Quant.activations = 'none'")
+WARMUP, STEPS, EVERY = 700, 40, 5
+# The policy's; its weights are ternary, the judge's are not.
+MODEL = ('cfg.Model.num_layers = 2', 'cfg.Model.d_model = 64', 'cfg.Model.d_ff = 192')
 SUMS = ('cfg.RedundantChecks.min_steps = 3', 'cfg.RedundantChecks.max_steps = 3',
         'cfg.RedundantChecks.max_checks = 0')
 ALWAYS = (*MODEL, *SUMS, 'cfg.Train.tensorboard = False')
@@ -67,7 +66,7 @@ def reinforced(arm: str, seed: int, start: Path, args: argparse.Namespace) -> li
                f'cfg.RL.start_from = {str(start)!r}', f'cfg.ConstantRate.learning_rate = {rate!r}',
                f'cfg.Run.seed = {seed}', f'cfg.Train.num_steps = {args.steps}',
                f'cfg.Train.eval_every = {EVERY}', f'cfg.Checkpoint.every = {args.steps}',
-               'cfg.Problems.held_out = 0.05', 'cfg.RL.eval_problems = 256')
+               'cfg.Problems.held_out = 0.2', 'cfg.RL.eval_problems = 256')
 
 
 def of_run(rows: list[dict[str, Any]]) -> dict[str, list[list[float]]]:
@@ -93,8 +92,9 @@ def main() -> None:
   found: dict[str, list[dict[str, list[list[float]]]]] = {arm: [] for arm in args.arms}
   for seed in args.seeds:
     start = args.workdir / f'start-{seed}'
-    train(start, 'warmstart_redundant_checks_tiny', f'cfg.Run.seed = {seed}',
-          'cfg.RedundantChecks.noise = 0.5', 'cfg.WSD.peak_rate = 0.002',
+    train(start, 'hft_tiny', 'cfg.Demonstrations.source = @cfg.RedundantChecks()',
+          'cfg.RedundantChecks.size = 40000', 'cfg.RedundantChecks.noise = 0.5',
+          f'cfg.Run.seed = {seed}',
           f'cfg.Train.num_steps = {WARMUP}', f'cfg.Train.eval_every = {WARMUP}',
           f'cfg.Checkpoint.every = {WARMUP}')
     for arm in args.arms:
