@@ -81,10 +81,10 @@ def _plot(found: dict[str, Any], arms: dict[str, list[dict[str, Any]]]) -> Figur
     for mode, mark in (('think', '^'), ('no_think', 'v')):
       left.plot(total[f'tokens/{mode}']['mean'], total[f'accuracy/{mode}']['mean'], mark,
                 color='black', mfc='none', label=f'HFT, always {mode.replace("_", " ")}')
-  left.set(xlabel='tokens of a response', ylabel='accuracy on held-out sums',
+  left.set(xlabel='tokens of a response', xlim=(3, 20), ylabel='accuracy on held-out sums',
            title='Where the policy chooses its mode')
   left.legend(fontsize=7, loc='lower right')
-  right.axhspan(0.8, 1, xmax=0.2, color='#009E73', alpha=0.15)
+  right.fill_between([0, 0.2], 0.8, 1, color='#009E73', alpha=0.15)
   right.set(xlabel='P(think | easy)', ylabel='P(think | hard)', xlim=(-0.02, 1.02), ylim=(-0.02, 1.02),
             title='What is thought about (shaded: the aim)')
   return figure
