@@ -85,8 +85,8 @@ def _plot(found: dict[str, Any], arms: dict[str, list[dict[str, Any]]]) -> Figur
            title='Where the policy chooses its mode')
   left.legend(fontsize=7, loc='lower right')
   right.fill_between([0, 0.2], 0.8, 1, color='#009E73', alpha=0.15)
-  right.set(xlabel='P(think | easy)', ylabel='P(think | hard)', xlim=(-0.02, 1.02), ylim=(-0.02, 1.02),
-            title='What is thought about (shaded: the aim)')
+  right.set(xlabel='P(think | easy)', ylabel='P(think | hard)', xlim=(-0.02, 1.02),
+            ylim=(-0.02, 1.02), title='What is thought about (shaded: the aim)')
   return figure
 
 
