@@ -402,31 +402,38 @@ def _methods(args: argparse.Namespace) -> int:
   return 0
 
 
+def _gin_files(args: argparse.Namespace, folder: str, name: str | None, missing: str) -> list[str]:
+  """The files of --gin_file, after the shipped gin/FOLDER/NAME.gin where a name is given.
+
+  Raises:
+    UserError: `missing`, where no settings are given at all.
+  """
+  gin_files = [*([] if name is None else [f'gin/{folder}/{name}.gin']), *args.gin_file]
+  if not gin_files and not args.gin_bindings:
+    raise UserError(missing)
+  return gin_files
+
+
 def _play(args: argparse.Namespace) -> int:
-  files = list(args.gin_file)
-  if args.environment is not None:
-    files.insert(0, f'gin/environment/{args.environment}.gin')
-  if not files and not args.gin_bindings:
-    raise UserError('No environment given: add --environment guess_number, or --gin_file with the '
-                    'settings of cfg.Interactive.')
+  gin_files = _gin_files(
+      args, 'environment', args.environment,
+      'No environment given: add --environment guess_number, or --gin_file with the settings of '
+      'cfg.Interactive.')
   with _importing():
     from jaxrl_pt import gin_bindings
     from jaxrl_pt.environments import play
     from jaxrl_pt.environments.interactive import Problem
     from jaxrl_pt.serving.lines import read_lines
-  settings = gin_bindings.load_value(cfg.Interactive, files, args.gin_bindings)
+  settings = gin_bindings.load_value(cfg.Interactive, gin_files, args.gin_bindings)
   is_over = play.play(settings, Problem(args.prompt, args.reference),
                       play.joined(read_lines('> ')), sys.stdout, args.json)
   return 0 if is_over else 1
 
 
 def _trajectories(args: argparse.Namespace) -> int:
-  gin_files = list(args.gin_file)
-  if args.game is not None:
-    gin_files.insert(0, f'gin/game/{args.game}.gin')
-  if not gin_files and not args.gin_bindings:
-    raise UserError('No game given: add --game traveler, or --gin_file with the settings of '
-                    'cfg.Trajectories.')
+  gin_files = _gin_files(
+      args, 'game', args.game,
+      'No game given: add --game traveler, or --gin_file with the settings of cfg.Trajectories.')
   with _importing():
     from jaxrl_pt import gin_bindings
     from jaxrl_pt.game import film, inspection, records, trajectories
