@@ -17,9 +17,10 @@ from jaxrl_pt.types import Array, Params
 Init = Callable[[Array, tuple[int, ...], Any], Array]  # (key, shape, dtype) → array
 
 # A projection of a block (a BitLinear where weights are ternary), its bias, the table of
-# embeddings, the head that gives logits, or the gains of a norm. In an adapted model also the
-# ternary codes of a frozen projection, their scale, or a matrix of a low-rank adapter.
-Role = Literal['projection', 'bias', 'table', 'head', 'gain', 'codes', 'scale', 'adapter']
+# embeddings, the head that gives logits, the gains of a norm, or a matrix or kernel of a convolution
+# outside of the blocks, which is never quantised. In an adapted model also the ternary codes of a
+# frozen projection, their scale, or a matrix of a low-rank adapter.
+Role = Literal['projection', 'bias', 'table', 'head', 'gain', 'dense', 'codes', 'scale', 'adapter']
 
 
 class ParamSpec(NamedTuple):
@@ -46,7 +47,7 @@ class ParamSpec(NamedTuple):
   @property
   def is_decayed(self) -> bool:
     """Whether weight decay acts on it: on matrices that multiply, and on nothing else."""
-    return self.role in ('projection', 'head', 'adapter')
+    return self.role in ('projection', 'head', 'dense', 'adapter')
 
 
 def is_spec(x: Any) -> bool:

@@ -2,9 +2,11 @@
 
     Batch → update → TrainState                                           pretraining
     Prompts → RolloutBatch → Verdict → TrainBatch → update → TrainState   reinforcement learning
+    Clips → update → TrainState                                           models of games
 
 Axes: B rows, D documents, N prompts, G samples per prompt, T prompt or sequence tokens,
-M suffix tokens, S response tokens, W tokens or bytes of a continuation or answer.
+M suffix tokens, S response tokens, W tokens or bytes of a continuation or answer. In clips of games:
+N clips, K frames, H × W pixels, M counters, h × w cells.
 """
 
 from typing import Any
@@ -30,6 +32,22 @@ class Batch:
   segments: Array  # i32[B, T] 1, 2, … in each row; 0 = padding
   weights: Array  # f32[B, T] 1 on targets that the loss counts, else 0
   ids: Array  # i32[B] the number of each row's example in the data set
+
+
+@struct.dataclass
+class Clips:
+  """N clips of each of B episodes of a game, for a model of the game to learn from.
+
+  A clip is K frames that the model sees and the frame that it is to draw. All else is of the latter.
+  """
+
+  frames: Array  # u8[B, N, K + 1, H, W, 3]
+  action: Array  # i32[B, N] the action that led to it
+  counters: Array  # i32[B, N, M] the numbers that it shows
+  crop: Array  # i32[B, N, h, w] what the map says of the cells in view, −1 where it says nothing
+  event: Array  # i32[B, N] what happened in the step that led to it
+  event_weight: Array  # f32[B, N] how much the event counts among the others
+  keys: Array  # key[B, N] of the clip's noise
 
 
 @struct.dataclass

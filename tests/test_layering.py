@@ -17,7 +17,7 @@ KERNELS = ROOT / 'pallas_kernels'
 _BASE = {'config', 'errors', 'files', 'types'}
 _MODEL = _BASE | {'params', 'nn', 'parallel', 'models'}
 _DRAWN = _MODEL | {'checksum', 'rl', 'sampling', 'token_bytes', 'verifiers'}
-_TRAINED = _DRAWN | {'train'}
+_TRAINED = _DRAWN | {'diffusion', 'train'}
 _FILES = {'checkpoint', 'data', 'events', 'gin_bindings', 'metrics', 'report'}
 _RUN = _TRAINED | _FILES | {'run'}
 _EVERYTHING = _RUN | {'environments', 'game', 'interop', 'jobs', 'rollouts', 'scaling', 'serving',
@@ -44,14 +44,15 @@ ALLOWED: dict[str, set[str]] = {
     'metrics': _BASE | {'events'},
     'report': _BASE | {'metrics'},
     'interop': _MODEL,
-    'train': _DRAWN,
+    'diffusion': _MODEL,
+    'train': _DRAWN | {'diffusion'},
     'run': _TRAINED | _FILES | {'serving'},
     'environments': _RUN | {'serving'},
     'rollouts': _RUN | {'environments'},
-    'jobs': _RUN | {'environments', 'rollouts'},
+    'jobs': _RUN | {'environments', 'game', 'rollouts'},
     'tpu': _EVERYTHING,
     'scaling': _EVERYTHING,
-    'game': _MODEL | {'data', 'sampling', 'verifiers', 'rl'},
+    'game': _MODEL | {'data', 'diffusion', 'sampling', 'verifiers', 'rl'},
     'quickstart': _EVERYTHING,
     'doctor': _EVERYTHING,
     'frontends': _EVERYTHING,

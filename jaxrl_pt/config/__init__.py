@@ -28,3 +28,4 @@ from jaxrl_pt.config.reading import *
 from jaxrl_pt.config.rollouts import *
 from jaxrl_pt.config.run import *
 from jaxrl_pt.config.verifiers import *
+from jaxrl_pt.config.worlds import *

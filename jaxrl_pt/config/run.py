@@ -2,18 +2,26 @@
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any, Generic, cast, get_args
+
+from typing_extensions import TypeVar
 
 from jaxrl_pt.config import checks
 from jaxrl_pt.config.data import SOURCES_OF, Data, Mixture, PolicyTokenizer
 from jaxrl_pt.config.examples import Demonstrations, HybridConversations, WeightedConversations
+from jaxrl_pt.config.game import Trajectories
 from jaxrl_pt.config.generated import HybridSums
 from jaxrl_pt.config.hybrid import HybridModes, ResponseModes, SingleMode
 from jaxrl_pt.config.model import Compute, Mesh, Model
 from jaxrl_pt.config.objectives import RL, NextToken, Objective
 from jaxrl_pt.config.optimizer import AdamW
 from jaxrl_pt.config.verifiers import AnswerMatch, VerifierPool
+from jaxrl_pt.config.worlds import Diffusion, DiT, Shortcut
 from jaxrl_pt.errors import UserError
+
+# A run without more is one of a language model on text.
+_ModelT = TypeVar('_ModelT', bound=Model | DiT, default=Model)
+_DataT = TypeVar('_DataT', bound=Data | Trajectories, default=Data)
 
 
 @dataclass(frozen=True)
@@ -72,12 +80,15 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
-class Run:
-  """Everything that decides the numbers of one run. The work directory is not part of it."""
+class Run(Generic[_ModelT, _DataT]):
+  """Everything that decides the numbers of one run. The work directory is not part of it.
+
+  A run of Diffusion has a DiT and Trajectories, every other one a Model and Data.
+  """
 
   seed: int
-  model: Model
-  data: Data
+  model: _ModelT
+  data: _DataT
   objective: Objective
   optimizer: AdamW
   train: Train
@@ -87,23 +98,66 @@ class Run:
 
   def __post_init__(self) -> None:
     checks.integer(self, 'seed', 0, 2**31 - 1)
-    checks.instance(self, 'model', Model)
-    checks.instance(self, 'data', Data)
+    checks.instance(self, 'model', *get_args(_ModelT.__bound__))
+    checks.instance(self, 'data', *get_args(_DataT.__bound__))
     checks.instance(self, 'objective', *get_args(Objective))
     checks.instance(self, 'optimizer', AdamW)
     checks.instance(self, 'train', Train)
     checks.instance(self, 'checkpoint', Checkpoint)
     checks.instance(self, 'mesh', Mesh)
     checks.instance(self, 'compute', Compute)
+    _check_together(self)
     match self.objective:
       case NextToken(int4_from=fraction) if fraction < 1 and self.model.quant.weights == 'none':
         raise UserError('NextToken.int4_from < 1 switches BitLinear activations: set '
                         "Quant.weights = 'ternary' too.")
       case _:
         pass
-    _check_rollouts(self)
-    _check_examples(self)
-    _check_read(self)
+    if isinstance(self.objective, Diffusion):
+      _check_world(world_run(self))
+      return
+    _check_rollouts(cast(Run, self))
+    _check_examples(cast(Run, self))
+    _check_read(cast(Run, self))
+
+
+WorldRun = Run[DiT, Trajectories]
+
+
+def world_run(run: Run[Any, Any]) -> WorldRun:
+  """A run of Diffusion, typed as one."""
+  assert isinstance(run.model, DiT) and isinstance(run.data, Trajectories)
+  return cast(WorldRun, run)
+
+
+def _check_together(run: Run[Any, Any]) -> None:
+  """Refuses a language model of frames, and a model of frames on text."""
+  is_world, name = isinstance(run.objective, Diffusion), type(run.objective).__name__
+  for field_name, of_world, other in (('model', DiT, Model), ('data', Trajectories, Data)):
+    value, wanted = getattr(run, field_name), of_world if is_world else other
+    if not isinstance(value, wanted):
+      raise UserError(f'Run.{field_name} = @cfg.{type(value).__name__}(), but Run.objective = '
+                      f'@cfg.{name}() learns from {"episodes of a game" if is_world else "text"}: '
+                      f'choose Run.{field_name} = @cfg.{wanted.__name__}().')
+
+
+def _check_world(run: WorldRun) -> None:
+  """Checks what a run of Diffusion needs, and what it does not read."""
+  objective = run.objective
+  assert isinstance(objective, Diffusion)
+  checks.integer(run.train, 'batch_size', 1)
+  is_shortcut = isinstance(objective.process, Shortcut)
+  if is_shortcut != (run.model.step_sizes > 0):
+    raise UserError(f'DiT.step_sizes = {run.model.step_sizes}, but Diffusion.process = '
+                    f'@cfg.{type(objective.process).__name__}() '
+                    + ('takes steps of different sizes: set it to 4 for 8 steps, 2 for 2.'
+                       if is_shortcut else 'tells the model of none: leave it at 0.'))
+  for name, value, default in (('Train.group_parts', run.train.group_parts, 1),
+                               ('Compute.loss_chunk', run.compute.loss_chunk, 0),
+                               ('Mesh.context', run.mesh.context, 1)):
+    if value != default:
+      raise UserError(f'{name} = {value!r} is not read by Diffusion, whose rows are no texts: leave '
+                      f'it out, or at {default!r}.')
 
 
 def _check_rollouts(run: Run) -> None:

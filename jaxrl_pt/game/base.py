@@ -95,6 +95,8 @@ class Game(NamedTuple):
   frame_shape: height and width of a frame in pixels.
   world_shape: rows and columns of the map; (0, 0) for a game without one.
   view_shape: rows and columns of the part of it that a frame shows.
+  grid: where a frame shows them: top and left of the first cell, height and width of a cell, in
+    pixels; zeros for a game without a map.
   num_objects: K.
   init: key → state, the first frame's.
   step: state, action → state. An action outside `actions` is the caller's mistake
@@ -119,6 +121,7 @@ class Game(NamedTuple):
   frame_shape: tuple[int, int]
   world_shape: tuple[int, int]
   view_shape: tuple[int, int]
+  grid: tuple[int, int, int, int]
   num_objects: int
   init: Callable[[Array], Any]
   step: Callable[[Any, Array], Any]

@@ -66,7 +66,7 @@ def make(config: cfg.PacMan) -> base.Game:
   return base.Game(
       config=config, actions=ACTIONS, stay=STAY, events=('none', 'ate', 'died'), deltas=_DELTAS,
       counters=_COUNTERS, contents=CONTENTS, frame_shape=shape.frame_shape, world_shape=_WORLD,
-      view_shape=_WORLD, num_objects=2, init=lambda key: _init(config, key),
+      view_shape=_WORLD, grid=picture.grid, num_objects=2, init=lambda key: _init(config, key),
       step=lambda state, action: _step(config, state, action), truth=_truth, draw=picture.draw,
       recognise=picture.recognise, moved=_moved, paint=_paint, paintable=_paintable,
       policies={'random': base.random_policy(len(ACTIONS)), 'forage': _forage})
@@ -224,6 +224,7 @@ class _Picture:
     height, width = shape.frame_shape
     self._top, self._left = height - SIDE * cell[0], (width - SIDE * cell[1]) // 2
     self._tiles = _tiles(*cell)
+    self.grid = self._top, self._left, *cell
 
   def draw(self, counters: Array, cells: Array, objects: Array) -> Array:
     canvas = self._score.draw(jnp.asarray(self._background), counters[0])

@@ -58,7 +58,7 @@ def make(config: cfg.Pong) -> base.Game:
       config=config, actions=ACTIONS, stay=STAY, events=('none', 'player_scored',
                                                          'opponent_scored'),
       deltas=_DELTAS, counters=_COUNTERS, contents=(), frame_shape=shape.frame_shape,
-      world_shape=_NO_CELLS, view_shape=_NO_CELLS, num_objects=3,
+      world_shape=_NO_CELLS, view_shape=_NO_CELLS, grid=(0, 0, 0, 0), num_objects=3,
       init=lambda key: _init(config, height, key),
       step=lambda state, action: _step(config, height, state, action), truth=_truth,
       draw=picture.draw, recognise=picture.recognise, moved=_moved,

@@ -139,7 +139,9 @@ def _compiled(source: Source) -> Callable[[np.ndarray], Trajectory]:
 
 def train_iterator(source: Any, *, seed: int, batch_size: int, rows: np.ndarray | None = None
                    ) -> loader.TrainIterator:
-  """Yields this host's rows of the batch of trajectories of each step, without end.
+  """Yields this host's rows of the batch of trajectories of each step, with its ids, without end.
+
+  What it yields is (i64[B] the ids of the whole batch, the trajectories of this host's rows).
 
   Args:
     source: a `Source`, or a `records.Recorded` of the same episodes.
@@ -151,5 +153,7 @@ def train_iterator(source: Any, *, seed: int, batch_size: int, rows: np.ndarray 
     UserError: fewer than B episodes.
   """
   mine = np.arange(batch_size) if rows is None else rows
-  return loader.shuffled(source, lambda ids_B: source.batch(np.asarray(ids_B)[mine]), seed=seed,
-                         batch_size=batch_size)
+  def load(ids_B: np.ndarray) -> tuple[np.ndarray, Trajectory]:
+    return np.asarray(ids_B), source.batch(np.asarray(ids_B)[mine])
+
+  return loader.shuffled(source, load, seed=seed, batch_size=batch_size)

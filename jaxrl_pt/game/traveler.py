@@ -59,7 +59,7 @@ def make(config: cfg.Traveler) -> base.Game:
   return base.Game(
       config=config, actions=ACTIONS, stay=STAY, events=('none', 'built'), deltas=_DELTAS,
       counters=_COUNTERS, contents=CONTENTS, frame_shape=shape.frame_shape,
-      world_shape=(1, config.num_cells), view_shape=(1, VIEW), num_objects=1,
+      world_shape=(1, config.num_cells), view_shape=(1, VIEW), grid=picture.grid, num_objects=1,
       init=lambda key: _init(config, key), step=_step, truth=_truth, draw=picture.draw,
       recognise=picture.recognise, moved=_moved, paint=_paint, paintable=_paintable,
       policies={'random': base.random_policy(len(ACTIONS)), 'wander': _wander,
@@ -182,6 +182,7 @@ class _Picture:
     self._digits = display.Digits(1, _COUNTERS[0].num_digits, unit)
     self._cells_top, self._walk_top = display.NUM_ROWS * unit, walk_row * unit
     self._cells = display.enlarged(_cell_tiles(walk_row - display.NUM_ROWS), unit)
+    self.grid = self._cells_top, 0, self._cells.shape[1], self._cells.shape[2]
     self._walks = display.enlarged(_walk_tiles(), unit)
 
   def draw(self, counters: Array, cells: Array, objects: Array) -> Array:

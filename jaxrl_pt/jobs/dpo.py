@@ -24,6 +24,7 @@ from jaxrl_pt.run import places, policy
 from jaxrl_pt.run import session as sessions
 from jaxrl_pt.train import optim, preferences
 from jaxrl_pt.train import state as states
+from jaxrl_pt.train import step as steps
 from jaxrl_pt.types import Batch, Params
 
 
@@ -66,7 +67,7 @@ class _Reference:
 def _stage(session: sessions.Session, start: packed.Start) -> packed.Stage:
   known = _Reference(session, lambda: start.params, start.digest, ('train', 'validation'))
   return pairs.stage(session, _loss_of(session.run, session.mesh), known.pairs,
-                     preferences.Optimizers, lambda state: state.params, states.no_method)
+                     steps.Optimizers, lambda state: state.params, states.no_method)
 
 
 def _open(run: cfg.Run, workdir: Path, resolved_text: str, allow: frozenset[str]
@@ -79,7 +80,7 @@ def _programs(run: cfg.Run, mesh: Mesh) -> list[Program]:
   model = models.build(run.model, run.compute, mesh)
   optimizer = optim.make_optimizer(run.optimizer, cfg.num_updates(run), model.specs)
   step = pairs.program(run, mesh, 'DPO step', _loss_of(run, mesh),
-                       preferences.Optimizers(optimizer), states.no_method)
+                       steps.Optimizers(optimizer), states.no_method)
   state, (batch, _) = step.args
   read = jax.jit(preferences.completions(model, run.compute.loss_chunk, pairs.ASSUMED_SEGMENTS))
   return [step, Program('reference policy', read, (state.params, batch), share=0.0)]

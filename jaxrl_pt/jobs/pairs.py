@@ -18,6 +18,7 @@ from jaxrl_pt.run import evaluate
 from jaxrl_pt.run import session as sessions
 from jaxrl_pt.train import optim, preferences
 from jaxrl_pt.train import state as states
+from jaxrl_pt.train import step as steps
 from jaxrl_pt.types import Array, Batch, TrainState
 
 # Segments of a row, for preflight, which has no data.
@@ -33,16 +34,17 @@ def num_segments(data: loader.Prepared) -> int:
 
 
 def compiled_step(run: cfg.Run, specs: Any, loss: preferences.PairLoss,
-                  optimizers: preferences.Optimizers, segments: int) -> Any:
+                  optimizers: steps.Optimizers, segments: int) -> Any:
   """The jitted step(state, pairs); the state is donated."""
   schedule = optim.learning_rate(run.optimizer.schedule, cfg.num_updates(run))
-  step = preferences.make_pair_step(specs, loss, optimizers, schedule, segments,
-                                    run.train.accumulation)
+  step = steps.make_measured_step(
+      specs, loss, lambda examples: preferences.num_pairs(examples, segments), optimizers, schedule,
+      run.train.accumulation)
   return jax.jit(step, donate_argnums=0)
 
 
 def stage(session: sessions.Session, loss_of: LossOf, pair_of: Callable[[str, Batch], Any],
-          optimizers_of: Callable[[optax.GradientTransformation], preferences.Optimizers],
+          optimizers_of: Callable[[optax.GradientTransformation], steps.Optimizers],
           trained_of: Callable[[TrainState], Any], new_method: Any) -> packed.Stage:
   """The stage of an objective over pairs.
 
@@ -94,7 +96,7 @@ def evaluated(session: sessions.Session, loss_of: LossOf, trained: Any,
 
 
 def program(run: cfg.Run, mesh: Mesh, name: str, loss_of: LossOf,
-            optimizers: preferences.Optimizers, new_method: Any) -> Program:
+            optimizers: steps.Optimizers, new_method: Any) -> Program:
   """The step as a program for preflight, with rows of at most 32 segments."""
   model = models.build(run.model, run.compute, mesh)
   state = states.abstract_state(model, optimizers.params, mesh, new_method)

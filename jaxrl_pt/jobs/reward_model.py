@@ -31,6 +31,7 @@ from jaxrl_pt.run import policy
 from jaxrl_pt.run import session as sessions
 from jaxrl_pt.train import optim, preferences
 from jaxrl_pt.train import state as states
+from jaxrl_pt.train import step as steps
 from jaxrl_pt.types import Batch, Params
 
 
@@ -63,7 +64,7 @@ def _stage(session: sessions.Session, start: packed.Start) -> packed.Stage:
   return pairs.stage(
       session, _loss_of(run, session.mesh),
       lambda split, batch: pairs.no_reference(split, batch, segments),
-      lambda optimizer: preferences.Optimizers(optimizer, _head_optimizer(run)),
+      lambda optimizer: steps.Optimizers(optimizer, _head_optimizer(run)),
       lambda state: (state.params, state.method.params),
       functools.partial(_new_method, run, session.mesh))
 
@@ -77,7 +78,7 @@ def _programs(run: cfg.Run, mesh: Mesh) -> list[Program]:
   model = models.build(run.model, run.compute, mesh)
   optimizer = optim.make_optimizer(run.optimizer, cfg.num_updates(run), model.specs)
   return [pairs.program(run, mesh, 'reward model step', _loss_of(run, mesh),
-                        preferences.Optimizers(optimizer, _head_optimizer(run)),
+                        steps.Optimizers(optimizer, _head_optimizer(run)),
                         functools.partial(_new_method, run, mesh))]
 
 

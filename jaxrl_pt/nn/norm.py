@@ -1,4 +1,4 @@
-"""Root-mean-square normalisation."""
+"""Normalisation by the root mean square, or by mean and variance."""
 
 import jax
 import jax.numpy as jnp
@@ -22,3 +22,19 @@ def rms_norm(x: Array, gain: Array, epsilon: float = EPSILON) -> Array:
   x32 = x.astype(jnp.float32)
   inverse = jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + epsilon)
   return (x32 * inverse * gain).astype(x.dtype)
+
+
+def layer_norm(x: Array, epsilon: float = EPSILON) -> Array:
+  """LayerNorm over the last axis without gain and bias, in float32 (1607.06450).
+
+  Args:
+    x: f[..., D].
+    epsilon: is added to the variance.
+
+  Returns:
+    f[..., D] in x's dtype.
+  """
+  x32 = x.astype(jnp.float32)
+  centred = x32 - x32.mean(-1, keepdims=True)
+  inverse = jax.lax.rsqrt(jnp.mean(centred * centred, -1, keepdims=True) + epsilon)
+  return (centred * inverse).astype(x.dtype)

@@ -30,6 +30,7 @@ TRAIN: Rules = {
     'layers': (),
     'norm': (),
     'rank': (),
+    'whole': (),
 }
 
 # A sampler has its weights whole along `embed`, so that no small product waits for a gather.

@@ -9,21 +9,16 @@ the whole batch, whatever the number of micro-batches and of devices.
 """
 
 from collections.abc import Callable
-import dataclasses
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from jaxrl_pt import config as cfg
-from jaxrl_pt import params as P
 from jaxrl_pt.models.base import Model
 from jaxrl_pt.models.logprobs import token_logprobs
-from jaxrl_pt.train import accumulate, scores
-from jaxrl_pt.train.optim import Schedule, global_norm
-from jaxrl_pt.train.state import ValueHead
-from jaxrl_pt.types import Array, Batch, Params, TrainState, Weighted
+from jaxrl_pt.train import scores
+from jaxrl_pt.types import Array, Batch, Params, Weighted
 
 Metrics = dict[str, Weighted]
 
@@ -52,6 +47,11 @@ def is_last(segments_BT: Array) -> Array:
   """bool[B, T]: whether a token is the last of its segment."""
   following_BT = jnp.pad(segments_BT[:, 1:], ((0, 0), (0, 1)))
   return (segments_BT > 0) & (segments_BT != following_BT)
+
+
+def num_pairs(pairs: Pairs, num_segments: int) -> Array:
+  """f32[]: the pairs of a batch, by which the step divides."""
+  return are_pairs(pairs.examples.segments, num_segments).sum()
 
 
 def are_pairs(segments_BT: Array, num_segments: int) -> Array:
@@ -192,59 +192,3 @@ def bradley_terry(method: cfg.RewardModel, model: Model, num_segments: int) -> P
         'accuracy': mean((chosen_BP > rejected_BP).astype(jnp.float32))}
 
   return loss
-
-
-# --- One step ---------------------------------------------------------------------
-
-
-class Optimizers(NamedTuple):
-  """The optimizers of the parameters and of a reward model's head, which the loss reads too.
-
-  head: None where there is no head.
-  """
-
-  params: optax.GradientTransformation
-  head: optax.GradientTransformation | None = None
-
-
-def make_pair_step(specs: Any, loss: PairLoss, optimizers: Optimizers, learning_rate: Schedule,
-                   num_segments: int, accumulation: int
-                   ) -> Callable[[TrainState, Pairs], tuple[TrainState, Metrics]]:
-  """step(state, pairs) → (state, metrics), to be jitted with the state donated.
-
-  The gradient is that of Σ loss / n, where n is the number of pairs of the whole batch.
-
-  Args:
-    specs: the parameters' tree of ParamSpec; those that are not trained stay as they are.
-    loss: of the parameters, or of (parameters, head) where `optimizers` has one for a head.
-    optimizers: those whose states are in `state.opt_state` and `state.method`.
-    learning_rate: the schedule, from which the metric 'learning_rate' is read.
-    num_segments: S.
-    accumulation: the number of micro-batches.
-  """
-  def step(state: TrainState, pairs: Pairs) -> tuple[TrainState, Metrics]:
-    num_pairs = jnp.maximum(are_pairs(pairs.examples.segments, num_segments).sum(), 1.0)
-    own = P.trained(specs, state.params)
-    has_head = optimizers.head is not None
-
-    def mean(trained: Any, part: Pairs) -> tuple[Array, Metrics]:
-      params = P.joined(state.params, trained[0] if has_head else trained)
-      total, metrics = loss((params, trained[1]) if has_head else params, part)
-      return total / num_pairs, metrics
-
-    trained = (own, state.method.params) if has_head else own
-    (_, metrics), grads = accumulate.gradient(
-        jax.value_and_grad(mean, has_aux=True), trained, pairs, accumulation)
-    metrics = {**metrics, 'grad_norm': Weighted.single(global_norm(grads)),
-               'learning_rate': Weighted.single(learning_rate(state.step))}
-    method = state.method
-    if optimizers.head is not None:
-      grads, head_grads = grads
-      updates, head_state = optimizers.head.update(head_grads, method.opt_state, method.params)
-      method = ValueHead(optax.apply_updates(method.params, updates), head_state)
-    updates, opt_state = optimizers.params.update(grads, state.opt_state, own)
-    params = P.joined(state.params, optax.apply_updates(own, updates))
-    return dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state,
-                               method=method), metrics
-
-  return step

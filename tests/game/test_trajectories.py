@@ -66,9 +66,14 @@ def test_a_source_is_read_by_the_loader_and_resumes(played_by_name):
   iterator.close()
   again = trajectories.train_iterator(source, seed=1, batch_size=NUM_EPISODES)
   again.set_state(state)
-  _assert_equal(next(again), third)
+  assert (third[0] == next(again)[0]).all() and len(third[0]) == NUM_EPISODES
   again.close()
-  assert first.frames.dtype == np.uint8 and not (first.frames == second.frames).all()
+  again.set_state(state)
+  _assert_equal(next(again), third)
+  _assert_equal(third[1], source.batch(third[0]))
+  again.close()
+  assert first[1].frames.dtype == np.uint8
+  assert not (first[1].frames == second[1].frames).all()
   other = dataclasses.replace(source.config, seed=4)
   with pytest.raises(UserError, match='digest'):
     trajectories.train_iterator(trajectories.Source(other), seed=1, batch_size=NUM_EPISODES
@@ -87,7 +92,7 @@ def test_written_episodes_are_those_of_the_source(played_by_name, tmp_path):
   assert found.source == source and found.num_examples == NUM_EPISODES
   _assert_equal(found.batch([3, 0]), jax.tree.map(lambda x: x[[3, 0]], batch))
   reader = trajectories.train_iterator(found, seed=1, batch_size=2)
-  assert next(reader).frames.shape == (2, *batch.frames.shape[1:])
+  assert next(reader)[1].frames.shape == (2, *batch.frames.shape[1:])
   reader.close()
   with pytest.raises(UserError, match='exists already'):
     records.write(source, 1, place)

@@ -13,6 +13,7 @@ from jaxrl_pt import params as P
 from jaxrl_pt.data import conversations, pack
 from jaxrl_pt.models import transformer
 from jaxrl_pt.train import optim, preferences
+from jaxrl_pt.train import step as steps
 from jaxrl_pt.train.state import ValueHead
 from jaxrl_pt.types import TrainState
 
@@ -99,13 +100,14 @@ def step_of(loss, segments: int, accumulation: int, head: bool = False):
   optimizer = optim.make_optimizer(settings, 9, MODEL.specs)
   specs = {'weight': P.ParamSpec((16,), jnp.float32, ('embed',), P.zeros, 'head'),
            'bias': P.ParamSpec((), jnp.float32, (), P.zeros, 'bias')}
-  both = preferences.Optimizers(
+  both = steps.Optimizers(
       optimizer, optim.make_optimizer(settings, 9, specs) if head else None)
   values = {'weight': jnp.linspace(-1.0, 1.0, 16), 'bias': jnp.zeros(())}
   method = ValueHead(values, both.head.init(values)) if both.head else {}
   state = TrainState(jnp.zeros((), jnp.int32), params_of(0), optimizer.init(params_of(0)), method)
-  return state, jax.jit(preferences.make_pair_step(
-      MODEL.specs, loss, both, schedule, segments, accumulation))
+  return state, jax.jit(steps.make_measured_step(
+      MODEL.specs, loss, lambda pairs: preferences.num_pairs(pairs, segments), both, schedule,
+      accumulation))
 
 
 @pytest.mark.parametrize('method', [
