@@ -146,12 +146,19 @@ def _check_world(run: WorldRun) -> None:
   objective = run.objective
   assert isinstance(objective, Diffusion)
   checks.integer(run.train, 'batch_size', 1)
-  is_shortcut = isinstance(objective.process, Shortcut)
-  if is_shortcut != (run.model.step_sizes > 0):
-    raise UserError(f'DiT.step_sizes = {run.model.step_sizes}, but Diffusion.process = '
-                    f'@cfg.{type(objective.process).__name__}() '
-                    + ('takes steps of different sizes: set it to 4 for 8 steps, 2 for 2.'
-                       if is_shortcut else 'tells the model of none: leave it at 0.'))
+  sizes, steps = run.model.step_sizes, objective.sampling_steps
+  if isinstance(objective.process, Shortcut):
+    if sizes < 2 or steps not in [2**i for i in range(sizes)]:
+      raise UserError(f'Diffusion.process = @cfg.Shortcut() takes 1, 2, 4, … steps, as many as its '
+                      f'smallest step size allows: DiT.step_sizes = {sizes} does not go with '
+                      f'Diffusion.sampling_steps = {steps}; set it to 4 for up to 8 steps.')
+  elif sizes:
+    raise UserError(f'DiT.step_sizes = {sizes}, but Diffusion.process = '
+                    f'@cfg.{type(objective.process).__name__}() tells the model of no step size: '
+                    'leave it at 0.')
+  if not run.train.eval_batches:
+    raise UserError('Train.eval_batches = 0 takes all that is held out, and there is no end of '
+                    'episodes: set it to the number of batches to evaluate on.')
   for name, value, default in (('Train.group_parts', run.train.group_parts, 1),
                                ('Compute.loss_chunk', run.compute.loss_chunk, 0),
                                ('Mesh.context', run.mesh.context, 1)):

@@ -42,22 +42,27 @@ def as_pixels(frame: Array) -> Array:
   return 2 * scaled - 1
 
 
-def init_state(world: World, frame_BHWC: Array) -> State:
+def init_state(world: World, params: Params, frame_BHWC: Array, told: Told) -> State:
   """The state after the first frame of an episode.
 
   Args:
-    world: the model.
+    world, params: the model.
     frame_BHWC: u8 or f32[B, H, W, 3] from 0 to 1.
+    told: what it shows; its action is the one that does nothing.
   """
-  return State(world.begin(as_pixels(frame_BHWC)))
+  return State(world.begin(params, as_pixels(frame_BHWC), told))
 
 
-def observe(world: World, state: State, frame_BHWC: Array) -> State:
+def observe(world: World, params: Params, state: State, frame_BHWC: Array, told: Told) -> State:
   """The state after a frame that was not drawn by the model, such as one of the true game.
 
-  Arguments as in `init_state`.
+  Args:
+    world, params: the model.
+    state: before the frame.
+    frame_BHWC: u8 or f32[B, H, W, 3] from 0 to 1.
+    told: the action that led to it, and what it shows.
   """
-  return State(world.remember(state.past, as_pixels(frame_BHWC)))
+  return State(world.remember(params, state.past, as_pixels(frame_BHWC), told))
 
 
 def event_logits(world: World, params: Params, state: State, action_B: Array) -> Array:
@@ -94,4 +99,4 @@ def next_frame(world: World, params: Params, solver: Solver, state: State, told:
   noise = jax.vmap(lambda key: jax.random.normal(key, shape))(keys_B)
   frame, _ = jax.lax.scan(denoise, noise, (at[:-1], at[1:]))
   frame = jnp.clip(frame, -1.0, 1.0)
-  return (frame + 1) / 2, State(world.remember(state.past, frame))
+  return (frame + 1) / 2, State(world.remember(params, state.past, frame, told))

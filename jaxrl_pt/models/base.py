@@ -28,6 +28,13 @@ class Extend(Protocol):
                attend: Attend | None = None) -> tuple[Array, Any]: ...
 
 
+class Specified(Protocol):
+  """A model of any kind, of which the state of training knows the parameters alone."""
+
+  @property
+  def specs(self) -> Any: ...
+
+
 class Model(NamedTuple):
   """One forward function, for whole sequences and for new tokens against a cache.
 

@@ -55,7 +55,7 @@ def build(config: cfg.Model, compute: cfg.Compute = cfg.Compute(),
   Raises:
     UserError: `Quant.hadamard` is set, and a width has no Hadamard matrix here.
   """
-  _check_rotations(config)
+  check_rotations(config)
   dtype = jnp.dtype(compute.dtype)
   block = _make_block(config, constrain, ops)
   remat = jax.checkpoint if compute.remat == 'block' else lambda f: f
@@ -128,7 +128,8 @@ def _make_head(config: cfg.Model, dtype: DTypeLike, constrain: Constrain
   return head, logits
 
 
-def _check_rotations(config: cfg.Model) -> None:
+def check_rotations(config: cfg.Model | cfg.DiT) -> None:
+  """Refuses to rotate widths for which there is no Hadamard matrix."""
   if not config.quant.hadamard:
     return
   for what, width in (('num_heads × head_dim', config.num_heads * config.head_dim),
@@ -136,7 +137,7 @@ def _check_rotations(config: cfg.Model) -> None:
     try:
       hadamard_factors(width)
     except ValueError as e:
-      raise UserError(f'Quant.hadamard rotates Model.{what} = {width}: {e}, or set '
+      raise UserError(f'Quant.hadamard rotates {type(config).__name__}.{what} = {width}: {e}, or set '
                       'Quant.hadamard = False.') from e
 
 

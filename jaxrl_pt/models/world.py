@@ -28,8 +28,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_pt import config as cfg
+from jaxrl_pt.errors import UserError
 from jaxrl_pt.models import dit, logic_net
 from jaxrl_pt.models.base import Constrain
+from jaxrl_pt.models.transformer import check_rotations
 from jaxrl_pt.nn import images
 from jaxrl_pt.nn.linear import add_bias, matmul
 from jaxrl_pt.nn.norm import layer_norm
@@ -80,21 +82,21 @@ class World(NamedTuple):
 
   The past f32[B, H, W, 3 K] are the last K frames side by side, the oldest first, from −1 to 1.
 
-  begin(frame) → the past before which nothing was seen: K times the frame f32[B, H, W, 3].
+  begin(params, frame, told) → the past after the first frame f32[B, H, W, 3]: K times that frame.
   denoise(params, past, noisy f32[B, H, W, 3], time f32[B], told, bucket i32[B], step i32[B]) →
     what the network says of the frame, f32[B, H, W, 3]. `time` is the noise level from 0 to 1,
     `bucket` that of the past, `step` the index of the step size, which only a shortcut model reads.
   events(params, past, action i32[B]) → f32[B, E + 1], logits.
-  remember(past, frame) → the past that ends with this frame.
+  remember(params, past, frame, told) → the past that ends with this frame.
   """
 
   config: cfg.DiT
   shape: Shape
   specs: Any
-  begin: Callable[[Array], Array]
+  begin: Callable[[Params, Array, Told], Array]
   denoise: Callable[[Params, Array, Array, Array, Told, Array, Array], Array]
   events: Callable[[Params, Array, Array], Array]
-  remember: Callable[[Array, Array], Array]
+  remember: Callable[[Params, Array, Array, Told], Array]
 
 
 def build(config: cfg.DiT, shape: Shape, compute: cfg.Compute = cfg.Compute(),
@@ -106,7 +108,13 @@ def build(config: cfg.DiT, shape: Shape, compute: cfg.Compute = cfg.Compute(),
     shape: of the game (`game.worlds.shape_of`).
     compute: dtype, rematerialisation and unrolling.
     constrain, ops: as in `transformer.build`.
+
+  Raises:
+    UserError: the patches do not divide the frame, or `Quant.hadamard` is set and a width has no
+      Hadamard matrix here.
   """
+  check_patches(config, shape)
+  check_rotations(config)
   dtype = jnp.dtype(compute.dtype)
   blocks = dit.build(config, compute, constrain, ops)
   rows, columns = (size // config.patch for size in shape.frame)
@@ -135,13 +143,23 @@ def build(config: cfg.DiT, shape: Shape, compute: cfg.Compute = cfg.Compute(),
   def events(params: Params, past: Array, action_B: Array) -> Array:
     return logic_net.logits(params['logic'], past.astype(dtype), action_B)
 
-  def begin(frame: Array) -> Array:
+  def begin(params: Params, frame: Array, told: Told) -> Array:
+    del params, told
     return jnp.tile(frame, (1, 1, 1, config.past.num_frames))
 
-  def remember(past: Array, frame: Array) -> Array:
+  def remember(params: Params, past: Array, frame: Array, told: Told) -> Array:
+    del params, told
     return jnp.concatenate([past[..., CHANNELS:], frame], -1)
 
   return World(config, shape, _specs(config, shape), begin, denoise, events, remember)
+
+
+def check_patches(config: cfg.DiT, shape: Shape) -> None:
+  """Refuses patches that do not divide a frame."""
+  if any(size % config.patch for size in shape.frame):
+    height, width = shape.frame
+    raise UserError(f'DiT.patch = {config.patch} does not divide a frame of {height} × {width} '
+                    'pixels: choose a side that does, such as 4 or 8.')
 
 
 # --- What the model is told ---------------------------------------------------------

@@ -4,6 +4,7 @@ The bound counts the few arrays that every step needs. A run that is refused her
 that passes may still be too large, which the command `preflight` finds out by compiling it.
 """
 
+from collections.abc import Mapping
 import os
 from typing import Any
 
@@ -77,12 +78,26 @@ def check_fits(run: cfg.Run) -> None:
   Raises:
     UserError: it cannot; the message says what takes how much, and what the devices have.
   """
-  needed, available = least_bytes(run), available_bytes()
+  check_needed(least_bytes(run))
+
+
+def check_needed(needed: Mapping[str, int]) -> None:
+  """Refuses a step that needs more than the devices here have.
+
+  Args:
+    needed: bytes by the setting that decides them most.
+
+  Raises:
+    UserError: as in `check_fits`.
+  """
+  available = available_bytes()
   if sum(needed.values()) <= available:
     return
   largest = max(needed, key=lambda name: needed[name])
   sizes = {
       'Model': 'its weights, gradients\' moments and copies',
+      'DiT': 'its weights and gradients\' moments',
+      'Diffusion.windows': 'times Train.batch_size, by Train.accumulation',
       'JudgeReward.model': 'its weights',
       'Train.batch_size': 'its rows times Data.seq_len, by Train.accumulation',
       'Rollouts': 'num_prompts × (prompt_len + group_size × response_tokens)'}

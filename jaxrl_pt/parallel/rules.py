@@ -113,8 +113,7 @@ def check_divides(run: cfg.Run, mesh: Mesh) -> None:
   Raises:
     UserError: an axis does not divide a size; the message names both.
   """
-  model = run.model
-  tensor, fsdp, context = (mesh.shape[a] for a in ('tensor', 'fsdp', 'context'))
+  tensor, fsdp = mesh.shape['tensor'], mesh.shape['fsdp']
   rows = run.train.batch_size // run.train.accumulation
   batch = 'data × fsdp', num_shards(mesh)
   prompts: tuple[tuple[str, int, str, int], ...] = ()
@@ -129,13 +128,12 @@ def check_divides(run: cfg.Run, mesh: Mesh) -> None:
     if shared > 1:
       name = f'{type(run.objective).__name__}.positions_per_document'
       prompts += ((f'Rollouts.num_prompts / {name}', rollouts.num_prompts // shared, *batch),)
+  name = type(run.model).__name__
   for what, size, axis, parts in (
-      ('Model.num_heads', model.num_heads, 'tensor', tensor),
-      ('Model.num_kv_heads', model.num_kv_heads, 'tensor', tensor),
-      ('Model.d_ff', model.d_ff, 'tensor', tensor),
-      ('Model.vocab_size', model.vocab_size, 'tensor', tensor),
-      ('Model.d_model', model.d_model, 'fsdp', fsdp),
-      ('Data.seq_len', run.data.seq_len, 'context', context),
+      (f'{name}.num_heads', run.model.num_heads, 'tensor', tensor),
+      (f'{name}.d_ff', run.model.d_ff, 'tensor', tensor),
+      (f'{name}.d_model', run.model.d_model, 'fsdp', fsdp),
+      *(_of_text(run, mesh) if isinstance(run.model, cfg.Model) else ()),
       ('Train.batch_size / Train.accumulation', rows, *batch),
       *prompts,
   ):
@@ -144,7 +142,15 @@ def check_divides(run: cfg.Run, mesh: Mesh) -> None:
                       'of them.')
 
 
-def check_compiles(model: cfg.Model, platform: str) -> None:
+def _of_text(run: cfg.Run, mesh: Mesh) -> tuple[tuple[str, int, str, int], ...]:
+  """Sizes that only a language model splits, as `check_divides` lists them."""
+  tensor = 'tensor', mesh.shape['tensor']
+  return (('Model.num_kv_heads', run.model.num_kv_heads, *tensor),
+          ('Model.vocab_size', run.model.vocab_size, *tensor),
+          ('Data.seq_len', run.data.seq_len, 'context', mesh.shape['context']))
+
+
+def check_compiles(model: cfg.Model | cfg.DiT, platform: str) -> None:
   """Checks that the compiler of the devices takes a training step of the model.
 
   Args:
@@ -156,6 +162,8 @@ def check_compiles(model: cfg.Model, platform: str) -> None:
   """
   # Layers are slices of a stack of codes, and XLA for TPUs loses the type of a slice of two bits:
   # "Call parameter must match argument; got parameter s2, argument s8", or "Failed to get shape".
+  if isinstance(model, cfg.DiT):
+    return
   if platform == 'tpu' and model.quant.is_ternary and isinstance(model.adapter, cfg.LoRA):
     raise UserError(
         f"Model.adapter = LoRA over Quant.weights = '{model.quant.weights}' does not train on "

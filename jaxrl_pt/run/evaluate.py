@@ -91,8 +91,14 @@ def with_data(session: sessions.Session, data: cfg.Data | None) -> sessions.Sess
     data: the settings of data of the same kind of example; None takes the run's own.
 
   Raises:
-    UserError: data of another tokenizer, or an empty validation split.
+    UserError: data of another kind or tokenizer, or an empty validation split.
   """
+  if type(data or session.run.data) is not type(session.run.data):
+    raise UserError(f'{session.workdir} was trained on @cfg.{type(session.run.data).__name__}(), '
+                    f'not on @cfg.{type(data).__name__}(): leave Run.data as it is.')
+  if session.prepared is None:
+    run = session.run if data is None else dataclasses.replace(session.run, data=data)
+    return dataclasses.replace(session, run=run)
   opened = session.data
   if data is not None:
     ours = places.with_own_tokenizer(data, session.workdir)
@@ -102,7 +108,7 @@ def with_data(session: sessions.Session, data: cfg.Data | None) -> sessions.Sess
   if len(opened.validation) == 0:
     raise UserError(f'{opened.directory} has no validation documents: set '
                     'Data.validation_fraction above 0.')
-  return dataclasses.replace(session, data=opened)
+  return dataclasses.replace(session, prepared=opened)
 
 
 def evaluate_text(session: sessions.Session, step: int) -> dict[str, float]:

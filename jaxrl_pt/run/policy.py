@@ -12,7 +12,7 @@ from jaxrl_pt import checkpoint, gin_bindings
 from jaxrl_pt import config as cfg
 from jaxrl_pt.checkpoint import Restored
 from jaxrl_pt.errors import UserError
-from jaxrl_pt.models.base import Model
+from jaxrl_pt.models.base import Model, Specified
 from jaxrl_pt.run import places
 from jaxrl_pt.run import session as sessions
 from jaxrl_pt.sampling import weight_sync
@@ -43,9 +43,12 @@ def load_policy(workdir: Path, step: int | None = None, mesh: cfg.Mesh = cfg.Mes
     mesh: the mesh to use, which need not be the mesh that the policy was trained on.
 
   Raises:
-    UserError: no such directory, no checkpoint, another tokenizer.
+    UserError: no such directory, no checkpoint, another tokenizer, or a model of a game.
   """
   session = open_run(workdir, step, mesh)
+  if session.prepared is None:
+    raise UserError(f'{workdir} holds a run of {type(session.run.objective).__name__}, which draws '
+                    'frames and no text: give the work directory of a language model.')
   restored = restore(session, step, 'params')
   model = session.model(cfg.model_at(session.run, restored.step))
   return Policy(session, model, restored.state, restored.step)
@@ -92,12 +95,13 @@ def open_run(workdir: Path, step: int | None, mesh: cfg.Mesh) -> sessions.Sessio
   _, extras = checkpoint.read_extras(workdir / places.CHECKPOINTS, step)
   run, text = gin_bindings.load([], [gin_bindings.current_names(extras['config'])])
   run = dataclasses.replace(run, mesh=mesh)
-  return sessions.open_session(run, workdir, text,
-                               data=sessions.policy_data(run, workdir, extras))
+  data = sessions.policy_data(run, workdir, extras) if isinstance(run.data, cfg.Data) else None
+  return sessions.open_session(run, workdir, text, data=data)
 
 
 def restore(session: sessions.Session, step: int | None, part: str,
-            new_method: Callable[[Params], Any] = states.no_method) -> Restored:
+            new_method: Callable[[Params], Any] = states.no_method,
+            model: Specified | None = None) -> Restored:
   """Restores a checkpoint's state, or one field of it.
 
   Args:
@@ -106,12 +110,13 @@ def restore(session: sessions.Session, step: int | None, part: str,
     part: the name of a field of TrainState; empty restores the whole state.
     new_method: parameters → what `TrainState.method` holds before the first step, which describes
       the arrays to restore. It matters only for the whole state.
+    model: the model whose parameters they are; None for the run's language model.
   """
   run = session.run
   # Only the tree of the optimizer's state is read here, and the schedule does not change that tree.
   # A run whose schedule this version would refuse can thus still be opened.
   settings = dataclasses.replace(run.optimizer, schedule=cfg.ConstantRate(1.0))
-  model = session.model(run.model)
+  model = session.model(run.model) if model is None else model
   optimizer = optim.make_optimizer(settings, run.train.num_steps, model.specs)
   abstract = states.abstract_state(model, optimizer, session.mesh, new_method)
   return checkpoint.restore(session.workdir / places.CHECKPOINTS,

@@ -30,19 +30,26 @@ def checkpoint_extras(session: Session, loader_state: Mapping[str, Any]) -> dict
     session: the run's session.
     loader_state: the job's position in the data.
   """
-  data = session.data.directory.absolute()
   return {
       'loader': dict(loader_state),
       'config': session.resolved_text,
       'objective': type(session.run.objective).__name__,
       'model': dataclasses.asdict(session.run.model),
-      'tokenizer': session.data.tokenizer.fingerprint,
-      'data': {'absolute': str(data), 'relative': os.path.relpath(data, session.workdir)},
+      **_texts(session),
       'policies': places.policies(session.run, session.workdir),
       'environment': resume.environment(list(session.mesh.devices.flat)),
       'versions': {name: importlib.metadata.version(name)
                    for name in ('jaxrl_pt', 'jax', 'optax', 'orbax-checkpoint')},
   }
+
+
+def _texts(session: Session) -> dict[str, Any]:
+  """Where the run's prepared texts are, and its tokenizer; nothing of a run without texts."""
+  if session.prepared is None:
+    return {}
+  data = session.data.directory.absolute()
+  return {'tokenizer': session.data.tokenizer.fingerprint,
+          'data': {'absolute': str(data), 'relative': os.path.relpath(data, session.workdir)}}
 
 
 def check_objective(session: Session, extras: Mapping[str, Any]) -> None:
@@ -75,7 +82,8 @@ def restore_or_init(job: Job, checkpointer: Checkpointer
   restored = checkpointer.restore(job.abstract)
   if restored.step != step:
     _check(job, restored.step, restored.extras)
-  check_tokenizer(session.data, restored.extras['tokenizer'], session.workdir)
+  if session.prepared is not None:
+    check_tokenizer(session.data, restored.extras['tokenizer'], session.workdir)
   if jax.process_index() == 0:
     print(f'Resuming from step {restored.step} in {session.workdir}', flush=True)
     for line in _differences(session, restored):
@@ -119,7 +127,8 @@ def record(session: Session, step: int) -> None:
   """
   if jax.process_index() != 0:
     return
-  _record_tokenizer(session.data.tokenizer, session.workdir / TOKENIZER)
+  if session.prepared is not None:
+    _record_tokenizer(session.data.tokenizer, session.workdir / TOKENIZER)
   _record_carried(session)
   config = session.workdir / CONFIG
   before = config.read_text(encoding='utf-8') if config.is_file() else None

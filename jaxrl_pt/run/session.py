@@ -35,9 +35,15 @@ class Session:
   workdir: Path
   resolved_text: str  # the settings as gin text
   mesh: Mesh
-  data: loader.Prepared
+  prepared: loader.Prepared | None  # None in a run that learns from games, which are no files
   # Dotted names of settings that may differ from those of the checkpoint resumed from.
   allow: frozenset[str] = frozenset()
+
+  @property
+  def data(self) -> loader.Prepared:
+    """The tokenizer and the texts."""
+    assert self.prepared is not None, 'a run that learns from games has no texts'
+    return self.prepared
 
   def model(self, config: cfg.Model) -> Model:
     """A model on this session's mesh."""
@@ -80,7 +86,7 @@ def open_session(run: cfg.Run, workdir: Path, resolved_text: str, *,
 
   Args:
     run, workdir, resolved_text, allow: the fields of `Session`.
-    data: data that are already open; None prepares the run's own.
+    data: data that are already open; None prepares the run's own, unless it learns from games.
     data_dir: where prepared data are kept if `Data.cache_dir` is empty; None takes `data` in the
       work directory.
     tokenizer: that of the policy that the run starts from, for `PolicyTokenizer`.
@@ -91,6 +97,8 @@ def open_session(run: cfg.Run, workdir: Path, resolved_text: str, *,
   """
   mesh = make_mesh(run.mesh)
   rules.check_divides(run, mesh)
+  if not isinstance(run.data, cfg.Data):
+    return Session(run, workdir, resolved_text, mesh, None, allow)
   if data is None:
     data = _prepare(run, workdir, data_dir or workdir / 'data', tokenizer)
   if data.tokenizer.vocab_size > run.model.vocab_size:

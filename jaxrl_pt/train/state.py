@@ -12,7 +12,7 @@ import optax
 from jaxrl_pt import config as cfg
 from jaxrl_pt import params as P
 from jaxrl_pt.models import adapters
-from jaxrl_pt.models.base import Model
+from jaxrl_pt.models.base import Specified
 from jaxrl_pt.parallel import rules
 from jaxrl_pt.sampling import in_flight
 from jaxrl_pt.types import Array, Params, RolloutBatch, TrainState
@@ -106,13 +106,13 @@ def _method_shardings(method: Any, mesh: Mesh, trained_shardings: Any) -> Any:
 # --- The whole state --------------------------------------------------------------
 
 
-def _new(model: Model, params: Params, optimizer: optax.GradientTransformation,
+def _new(model: Specified, params: Params, optimizer: optax.GradientTransformation,
          method: Callable[[Params], Any]) -> TrainState:
   trained = P.trained(model.specs, params)
   return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(trained), method(trained))
 
 
-def abstract_state(model: Model, optimizer: optax.GradientTransformation, mesh: Mesh,
+def abstract_state(model: Specified, optimizer: optax.GradientTransformation, mesh: Mesh,
                    method: Callable[[Params], Any] = no_method) -> TrainState:
   """The state as ShapeDtypeStructs with shardings: the target of initialising and of restoring.
 
@@ -141,7 +141,7 @@ def abstract_state(model: Model, optimizer: optax.GradientTransformation, mesh: 
   return jax.tree.map(with_sharding, shapes, shardings)
 
 
-def state_of(model: Model, params: Params, optimizer: optax.GradientTransformation,
+def state_of(model: Specified, params: Params, optimizer: optax.GradientTransformation,
              abstract: TrainState, method: Callable[[Params], Any] = no_method,
              seed: int = 0) -> TrainState:
   """A new state at step 0 with a copy of given parameters, since the step donates its state.
@@ -165,7 +165,7 @@ def state_of(model: Model, params: Params, optimizer: optax.GradientTransformati
   return jax.jit(new, out_shardings=shardings)(params)
 
 
-def init_state(model: Model, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int,
+def init_state(model: Specified, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int,
                method: Callable[[Params], Any] = no_method) -> TrainState:
   """A new state with random parameters, made sharded: no device ever holds more than its part."""
   shardings = jax.tree.map(lambda s: s.sharding, abstract_state(model, optimizer, mesh, method))
