@@ -17,9 +17,9 @@ from jaxrl_pt.types import Array, Params
 Init = Callable[[Array, tuple[int, ...], Any], Array]  # (key, shape, dtype) → array
 
 # A projection of a block (a BitLinear where weights are ternary), its bias, the table of
-# embeddings, the head that gives logits, the gains of a norm, or a matrix or kernel of a convolution
-# outside of the blocks, which is never quantised. In an adapted model also the ternary codes of a
-# frozen projection, their scale, or a matrix of a low-rank adapter.
+# embeddings, the head that gives logits, the gains of a norm, or any other matrix or kernel of a
+# convolution, which is never quantised. In an adapted model also the ternary codes of a frozen
+# projection, their scale, or a matrix of a low-rank adapter.
 Role = Literal['projection', 'bias', 'table', 'head', 'gain', 'dense', 'codes', 'scale', 'adapter']
 
 

@@ -5,8 +5,8 @@
     Clips → update → TrainState                                           models of games
 
 Axes: B rows, D documents, N prompts, G samples per prompt, T prompt or sequence tokens,
-M suffix tokens, S response tokens, W tokens or bytes of a continuation or answer. In clips of games:
-N clips, K frames, H × W pixels, M counters, h × w cells.
+M suffix tokens, S response tokens, W tokens or bytes of a continuation or answer. In clips of
+games: N clips, K frames, H × W pixels, M counters, h × w cells.
 """
 
 from typing import Any
@@ -38,7 +38,7 @@ class Batch:
 class Clips:
   """N clips of each of B episodes of a game, for a model of the game to learn from.
 
-  A clip is K frames that the model sees and the frame that it is to draw. All else is of the latter.
+  A clip is K frames that the model sees and the frame that it is to draw, of which all else is.
   """
 
   frames: Array  # u8[B, N, K + 1, H, W, 3]

@@ -98,8 +98,8 @@ class Run(Generic[_ModelT, _DataT]):
 
   def __post_init__(self) -> None:
     checks.integer(self, 'seed', 0, 2**31 - 1)
-    checks.instance(self, 'model', *get_args(_ModelT.__bound__))
-    checks.instance(self, 'data', *get_args(_DataT.__bound__))
+    checks.instance(self, 'model', Model, DiT)
+    checks.instance(self, 'data', Data, Trajectories)
     checks.instance(self, 'objective', *get_args(Objective))
     checks.instance(self, 'optimizer', AdamW)
     checks.instance(self, 'train', Train)
@@ -163,8 +163,8 @@ def _check_world(run: WorldRun) -> None:
                                ('Compute.loss_chunk', run.compute.loss_chunk, 0),
                                ('Mesh.context', run.mesh.context, 1)):
     if value != default:
-      raise UserError(f'{name} = {value!r} is not read by Diffusion, whose rows are no texts: leave '
-                      f'it out, or at {default!r}.')
+      raise UserError(f'{name} = {value!r} is not read by Diffusion, whose rows are no texts: '
+                      f'leave it out, or at {default!r}.')
 
 
 def _check_rollouts(run: Run) -> None:

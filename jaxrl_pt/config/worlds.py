@@ -137,9 +137,8 @@ class Flow:
 class Shortcut:
   """Flow matching that also learns to take large steps (shortcut models, 2410.12557).
 
-  One of the Diffusion.windows of an episode learns that a step of size 2 d equals two of size d, the
-  others the velocity. DiT.step_sizes says how large a step may be: up to the whole path, down to
-  2^(1 − step_sizes).
+  One of the Diffusion.windows of an episode learns that a step of size 2 d equals two of size d,
+  the others the velocity. Steps are from the whole path down to 2^(1 − DiT.step_sizes) of it.
   """
 
 
@@ -172,7 +171,7 @@ Process = Flow | Shortcut | VDiffusion
 class Diffusion:
   """Training of a model of a game on its episodes, of which Train.batch_size are in a step.
 
-  The loss of a frame is that of `process`, plus `event_weight` times the cross-entropy of the event.
+  The loss of a frame is that of `process`, plus λ times the cross-entropy of the event.
 
   process: from noise to a frame.
   windows: frames of each episode that a step learns to draw; a model that remembers by recurrence

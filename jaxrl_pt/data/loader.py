@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from absl import flags
 from array_record.python import array_record_module
@@ -161,7 +161,10 @@ class _Load:
     return jax.tree.map(lambda x: x if x.ndim == 1 else x[:, self.tokens], batch)
 
 
-class TrainIterator:
+_LoadedT = TypeVar('_LoadedT')
+
+
+class TrainIterator(Generic[_LoadedT]):
   """Yields batches without end; that of step s depends on (data, seed, batch size, s) alone."""
 
   def __init__(self, steps: grain.MapDataset, num_workers: int, identity: dict[str, Any]) -> None:
@@ -169,13 +172,13 @@ class TrainIterator:
     self._step = 0
     self._iterator: Any = None
 
-  def __iter__(self) -> 'TrainIterator':
+  def __iter__(self) -> 'TrainIterator[_LoadedT]':
     return self
 
-  def __next__(self) -> Batch:
+  def __next__(self) -> _LoadedT:
     if self._iterator is None:
       self._iterator = iter(self._from(self._step))
-    batch: Batch = next(self._iterator)
+    batch: _LoadedT = next(self._iterator)
     self._step += 1
     return batch
 
@@ -217,7 +220,7 @@ class TrainIterator:
 
 def train_iterator(packed: Packed, *, seed: int, batch_size: int,
                    rows: np.ndarray | None = None, tokens: np.ndarray | None = None,
-                   num_workers: int = 0, shares: tuple[int, ...] = ()) -> TrainIterator:
+                   num_workers: int = 0, shares: tuple[int, ...] = ()) -> TrainIterator[Batch]:
   """Yields this host's rows and tokens of the global batch of each step.
 
   The global order is a permutation of the examples, drawn anew each epoch from `seed` and cut
@@ -248,8 +251,8 @@ def train_iterator(packed: Packed, *, seed: int, batch_size: int,
   return TrainIterator(order.batch(batch_size).map(load), num_workers, identity)
 
 
-def shuffled(source: Any, load: Callable[[np.ndarray], Any], *, seed: int, batch_size: int
-             ) -> TrainIterator:
+def shuffled(source: Any, load: Callable[[np.ndarray], _LoadedT], *, seed: int, batch_size: int
+             ) -> TrainIterator[_LoadedT]:
   """Yields what `load` makes of the numbers of each step's examples, without end.
 
   The order is that of `train_iterator`, for a source of another kind than packed text.

@@ -1,1 +1,1 @@
-"""Diffusion: from noise to a frame. Equations, their weights, and the sampler of a game's frames."""
+"""From noise to a frame: equations, weights of their errors, and how a game's frames are drawn."""

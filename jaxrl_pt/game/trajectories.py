@@ -138,7 +138,7 @@ def _compiled(source: Source) -> Callable[[np.ndarray], Trajectory]:
 
 
 def train_iterator(source: Any, *, seed: int, batch_size: int, rows: np.ndarray | None = None
-                   ) -> loader.TrainIterator:
+                   ) -> loader.TrainIterator[tuple[np.ndarray, Trajectory]]:
   """Yields this host's rows of the batch of trajectories of each step, with its ids, without end.
 
   What it yields is (i64[B] the ids of the whole batch, the trajectories of this host's rows).

@@ -1,8 +1,8 @@
 """Training of a model of a game on its episodes (Model as a Game, 2503.21172).
 
-An example is an episode, which is a function of (seed, index) and is played when its turn comes. The
-step cuts clips out of it, hides parts of its map and draws noise, all from keys of (seed, step, row).
-The loop, optimizer, checkpoints and metrics are those of every run.
+An example is an episode, which is a function of (seed, index) and is played when its turn comes.
+The step cuts clips out of it, hides parts of its map and draws noise, all from keys of (seed, step,
+row). The loop, optimizer, checkpoints and metrics are those of every run.
 """
 
 from collections.abc import Iterator
@@ -58,7 +58,8 @@ def world_of(run: cfg.Run, mesh: Mesh) -> World:
   Raises:
     UserError: the patches do not divide the frame.
   """
-  return models.build_world(cfg.world_run(run).model, worlds.shape_of(_game(run)), run.compute, mesh)
+  shape = worlds.shape_of(_game(run))
+  return models.build_world(cfg.world_run(run).model, shape, run.compute, mesh)
 
 
 @contextlib.contextmanager
@@ -251,7 +252,7 @@ def _compiled_losses(session: sessions.Session) -> Any:
 
 
 def _evaluate(session: sessions.Session, step: int) -> dict[str, float]:
-  """The loss on held-out episodes, and what the oracle reads from frames drawn after a true past."""
+  """The loss on held-out episodes, and what is read from frames drawn after a true past."""
   trained = load(session.workdir, step)
   run, solver = session.run, trained.solver
   limit = run.train.eval_batches

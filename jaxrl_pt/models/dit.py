@@ -14,7 +14,6 @@ Departs from the paper: no biases beside those of the modulation.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -87,7 +86,8 @@ def _make_block(config: cfg.DiT, constrain: Constrain, ops: Ops
 
     y_BSD = modulate(layer_norm(x_BSD), shift_1, scale_1)
     everywhere = jnp.ones((num, length, length), bool)
-    out = attention(*(heads(y_BSD, name) for name in ('wq', 'wk', 'wv')), everywhere)
+    q, k, v = (heads(y_BSD, name) for name in ('wq', 'wk', 'wv'))
+    out = attention(q, k, v, everywhere)
     out = project_back(p, out.reshape(num, length, -1), 'wo', 'attn_sub_norm')
     x_BSD = x_BSD + gate_1[:, None] * out
 

@@ -137,8 +137,8 @@ def check_rotations(config: cfg.Model | cfg.DiT) -> None:
     try:
       hadamard_factors(width)
     except ValueError as e:
-      raise UserError(f'Quant.hadamard rotates {type(config).__name__}.{what} = {width}: {e}, or set '
-                      'Quant.hadamard = False.') from e
+      raise UserError(f'Quant.hadamard rotates {type(config).__name__}.{what} = {width}: {e}, or '
+                      'set Quant.hadamard = False.') from e
 
 
 def _make_block(config: cfg.Model, constrain: Constrain,

@@ -15,9 +15,9 @@ looks at is the past itself, the clean frames side by side: when an event is to 
 transformer has not yet run for the new frame, and a pass of its own for the old ones would double
 the work of a frame, while in these games the last frames hold all that decides an event.
 
-Source: Model as a Game (2503.21172) and the code of its base model (2412.00887), where actions enter
-by adaLN and time and action share the width of c evenly. Which of several readings was taken is in
-docs/methods/maag.md.
+Source: Model as a Game (2503.21172) and the code of its base model (2412.00887), where actions
+enter by adaLN and time and action share the width of c evenly. Which of several readings was taken
+is in docs/methods/maag.md.
 """
 
 from collections.abc import Callable

@@ -33,7 +33,7 @@ def unpatchify(x_BND: Array, side: int, shape: tuple[int, int]) -> Array:
 
 
 def positions_2d(rows: int, columns: int, width: int) -> np.ndarray:
-  """f32[rows · columns, width]: fixed sines and cosines of both coordinates (2010.11929, 2212.09748).
+  """f32[rows · columns, width]: fixed sines and cosines of both coordinates (2212.09748).
 
   Half of the width says the row, half the column, each as ViT's positions say a place.
   """

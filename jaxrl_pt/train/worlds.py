@@ -3,9 +3,10 @@
     L = Σ_pixels w_pixel (said − target)² / Σ w_pixel · w(t)  +  λ · w_event · CE(π, event)
 
 of each frame that is to be drawn. w_pixel is `Diffusion.display_weight` on the display and 1
-elsewhere, since digits are a small part of a frame. w(t) is 1 for flows, and the weight of the noise
-level for v-prediction (`diffusion.weights`). The past is what truly happened, with noise of a level
-that the model is told (2408.14837), so that it does not trust it blindly when the past is its own.
+elsewhere, since digits are a small part of a frame. w(t) is 1 for flows, and the weight of the
+noise level for v-prediction (`diffusion.weights`). The past is what truly happened, with noise of a
+level that the model is told (2408.14837), so that it does not trust it blindly when the past is its
+own.
 """
 
 from typing import NamedTuple
