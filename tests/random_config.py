@@ -2,13 +2,13 @@
 
 import dataclasses
 import types
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from hypothesis import strategies as st
 
 from jaxrl_pt import config as cfg
 from jaxrl_pt.errors import UserError
-from tests.test_config import VALID
+from tests.test_config import DIT, VALID, WORLD_RUN
 
 TEXTS = st.one_of(
     st.text(max_size=8),
@@ -31,6 +31,8 @@ def values(kind: Any) -> st.SearchStrategy[Any]:
     return scalars[kind]
   if dataclasses.is_dataclass(kind):
     return instances(kind)
+  if isinstance(kind, TypeVar):
+    kind = kind.__bound__
   parts = get_args(kind)
   if get_origin(kind) is Literal:
     return st.sampled_from(parts)
@@ -70,6 +72,7 @@ def _kinds(kind: Any) -> list[type]:
   """The settings types in a field's type."""
   if dataclasses.is_dataclass(kind):
     return [kind]
+  kind = kind.__bound__ if isinstance(kind, TypeVar) else kind
   return [inner for part in get_args(kind) for inner in _kinds(part)]
 
 
@@ -101,6 +104,9 @@ _BESIDE: dict[type, dict[type, dict[str, Any]]] = {
        for kind in (cfg.Conversations, cfg.HybridConversations, cfg.WeightedConversations)},
     **{kind: {cfg.Data: {'long_documents': 'cut'}, cfg.Run: {'objective': cfg.RewardModel('')}}
        for kind in (cfg.Preferences, cfg.SlipPreferences, cfg.ResultPreferences)},
+    **{kind: {cfg.Run: {name: WORLD_RUN[name] for name in ('model', 'data', 'objective')}}
+       for kind in (cfg.DiT, cfg.Trajectories, cfg.Diffusion)},
+    cfg.Shortcut: {cfg.Run: {**WORLD_RUN, 'model': cfg.DiT(**DIT, step_sizes=3)}},
     cfg.HybridModes: {cfg.Rollouts: {'response_tokens': 2}},
     cfg.AdaptThink: {cfg.Algorithm: {'surrogate': cfg.PPOClip()}},
     cfg.PolicyTokenizer: {cfg.Data: {'source': cfg.Conversations('a'), 'long_documents': 'cut'},
@@ -133,7 +139,7 @@ def holding(value: Any) -> cfg.Run:
   """A run that holds this value somewhere, and elsewhere as little as possible."""
   beside: dict[type, dict[str, Any]] = {}
   while not isinstance(value, cfg.Run):
-    beside = {**beside, **_BESIDE.get(type(value), {})}
+    beside = {**_BESIDE.get(type(value), {}), **beside}  # What a value needs, its owner accepts.
     if isinstance(value, cfg.Supervised):
       beside[cfg.Run] = {'data': _examples_for(value)}
     owner, field = OWNERS[type(value)]

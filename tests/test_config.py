@@ -18,6 +18,11 @@ RUN = {'seed': 0, 'model': cfg.Model(**MODEL), 'data': cfg.Data(**DATA),
        'train': cfg.Train(num_steps=4, batch_size=2)}
 
 
+DIT = {'num_layers': 2, 'd_model': 32, 'd_ff': 64, 'num_heads': 4, 'patch': 4}
+WORLD_RUN = {**RUN, 'model': cfg.DiT(**DIT), 'data': cfg.Trajectories(cfg.Traveler()),
+             'objective': cfg.Diffusion()}
+
+
 def mixed(*sources: Any, weights: tuple[float, ...] = ()) -> cfg.Mixture:
   return cfg.Mixture(tuple(map(str, range(len(sources)))), sources,
                      weights or (1.0,) * len(sources))
@@ -124,6 +129,9 @@ VALID: dict[type, dict[str, Any]] = {
              'verifier': cfg.AnswerMatch()},
     **{kind: {} for kind in get_args(cfg.Game)},
     cfg.Trajectories: {'game': cfg.Traveler()},
+    cfg.DiT: DIT,
+    **{kind: {} for kind in (cfg.FrameHistory, cfg.Conditions, cfg.LogicNet, cfg.Flow, cfg.Shortcut,
+                             cfg.VDiffusion, cfg.Diffusion)},
     cfg.Train: {'num_steps': 4, 'batch_size': 2},
     cfg.Checkpoint: {},
     cfg.Run: RUN,
@@ -396,6 +404,26 @@ REFUSED: list[tuple[type, str, list[Any], str]] = [
     (cfg.Slots, 'head', ['int3', 8], "one of 'model', 'int8', 'int4'"),
     (cfg.Slots, 'packed', [None, 1], 'True or False'),
     (cfg.Engine, 'kv', ['int5', None], "one of 'model', 'int8', 'int4', 'int3'"),
+    *((cfg.DiT, name, [0, 1.5], 'at least 1') for name in ('num_layers', 'd_model', 'd_ff')),
+    *((cfg.DiT, name, [0, 1.5], 'a whole number from 1') for name in ('num_heads', 'patch')),
+    *((cfg.DiT, name, [None], '@cfg.') for name in ('past', 'conditions', 'logic', 'quant')),
+    (cfg.DiT, 'step_sizes', [-1, 17], 'a whole number from 0 to 16'),
+    (cfg.DiT, 'sub_norm', [1], 'True or False'),
+    *((cfg.FrameHistory, name, [0, 1001], 'a whole number from 1')
+      for name in ('num_frames', 'noise_buckets')),
+    *((cfg.Conditions, name, [1, None], 'True or False') for name in ('action', 'values', 'map')),
+    *((cfg.LogicNet, name, [0, 1.5], 'a whole number from 1') for name in ('channels', 'hidden')),
+    (cfg.Flow, 'prediction', ['eps', None], "one of 'x0', 'velocity'"),
+    (cfg.VDiffusion, 'num_levels', [7, 10_001], 'a whole number from 8 to 10000'),
+    (cfg.VDiffusion, 'snr_clip', [0, NAN], 'a number above 0'),
+    (cfg.VDiffusion, 'decay', [-0.1, 1.0, NAN], 'a number from 0'),
+    (cfg.Diffusion, 'process', [None, 'x'], 'one of @cfg.Flow()'),
+    (cfg.Diffusion, 'windows', [0, 1.5], 'a whole number from 1'),
+    *((cfg.Diffusion, name, [-0.1, 1.1, NAN], 'a number from 0 to 1')
+      for name in ('context_noise', 'map_dropout', 'pose_jitter')),
+    (cfg.Diffusion, 'display_weight', [0, NAN], 'a number above 0'),
+    (cfg.Diffusion, 'event_weight', [-0.1, NAN], 'a number of at least 0'),
+    (cfg.Diffusion, 'sampling_steps', [0, 9], 'a whole number from 1 to 8'),
     (cfg.RPT, 'start_from', ['', None], 'a non-empty string'),
     (cfg.RPT, 'rollouts', [None], 'one of @cfg.Rollouts()'),
     *((cfg.RPT, name, [None, 'x'], '@cfg.') for name in ('reward', 'prediction')),
@@ -637,6 +665,24 @@ def test_every_field_has_a_row():
      'shares documents within a batch'),
     (lambda: cfg.KLInLoss(0.1, 'k1'), 'expected gradient of zero'),
     (lambda: cfg.Traveler(start_low=5, start_high=4), 'start_high = 4: expected a whole'),
+    (lambda: cfg.DiT(**{**DIT, 'num_heads': 3}), 'none of DiT.num_heads = 3'),
+    (lambda: cfg.DiT(**DIT, quant=cfg.Quant('ternary_128')), "choose 'ternary' for a DiT"),
+    (lambda: cfg.Diffusion(cfg.Shortcut(), windows=1), 'set Diffusion.windows to at least 2'),
+    *((lambda fields=fields: cfg.Run(**{**WORLD_RUN, **fields}), expected) for fields, expected in (
+        ({'model': RUN['model']}, 'choose Run.model = @cfg.DiT()'),
+        ({'data': RUN['data']}, 'choose Run.data = @cfg.Trajectories()'),
+        ({'objective': cfg.NextToken()}, 'choose Run.model = @cfg.Model()'),
+        ({'objective': cfg.NextToken(), 'model': RUN['model']}, 'choose Run.data = @cfg.Data()'),
+        ({'train': cfg.Train(4)}, 'Train.batch_size = 0: expected'),
+        ({'train': cfg.Train(4, 2, eval_batches=0)}, 'there is no end of episodes'),
+        ({'train': cfg.Train(4, 2, group_parts=2)}, 'Train.group_parts = 2 is not read by'),
+        ({'compute': cfg.Compute(loss_chunk=8)}, 'Compute.loss_chunk = 8 is not read by'),
+        ({'mesh': cfg.Mesh(context=2)}, 'Mesh.context = 2 is not read by'),
+        ({'model': cfg.DiT(**DIT, step_sizes=3)}, 'tells the model of no step size'),
+        *(({'model': cfg.DiT(**DIT, step_sizes=sizes),
+            'objective': cfg.Diffusion(cfg.Shortcut(), sampling_steps=steps)},
+           f'DiT.step_sizes = {sizes} does not go with Diffusion.sampling_steps = {steps}')
+          for sizes, steps in ((1, 1), (3, 3), (3, 8))))),
     (lambda: cfg.Pong(winning_score=5), 'start_high = 20: expected a whole number from 0 to 4'),
     (lambda: cfg.Trajectories(cfg.PacMan(), 'follow'), "choose 'mixed', 'random', 'forage'"),
     (lambda: cfg.Engine(num_pages=9), 'set it to at least 193'),

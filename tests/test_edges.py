@@ -12,6 +12,7 @@ import pytest
 
 from jaxrl_pt import config as cfg
 from jaxrl_pt import gin_bindings
+from jaxrl_pt.jobs import diffusion
 from jaxrl_pt.jobs import open as jobs
 from jaxrl_pt.main import main
 from jaxrl_pt.parallel import memory, rules
@@ -67,9 +68,12 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> Opened:
   found = Opened()
 
   def open_run(run: cfg.Run, workdir: Path, text: str, allow: frozenset[str]) -> None:
-    memory.check_fits(run)
+    is_world = isinstance(run.objective, cfg.Diffusion)
+    (diffusion if is_world else memory).check_fits(run)
     rules.check_divides(run, make_mesh(run.mesh))
-    if isinstance(run.data.source, READS) or isinstance(run.data.tokenizer, READS):
+    if is_world:
+      diffusion.world_of(run, make_mesh(run.mesh))
+    elif isinstance(run.data.source, READS) or isinstance(run.data.tokenizer, READS):
       sessions.open_session(run, workdir, text, allow=allow)
     found.run = run
 
@@ -100,7 +104,7 @@ def test_a_field_at_an_edge_is_run_or_refused_in_one_sentence(
   if not fields:
     return
   base = random_config.holding(kind(**VALID[kind]))
-  if isinstance(base.data.source, cfg.PythonStdlib):
+  if isinstance(base.data, cfg.Data) and isinstance(base.data.source, cfg.PythonStdlib):
     base = dataclasses.replace(base, data=dataclasses.replace(
         base.data, source=cfg.TextFiles(f'{corpus}/*.txt')))
   field = data.draw(st.sampled_from(fields))

@@ -3,7 +3,6 @@
 import dataclasses
 from pathlib import Path
 import re
-from typing import get_args
 
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
@@ -18,7 +17,7 @@ from tests import random_config
 from tests.test_config import ALL, RUN
 
 # Arguments of functions and commands, which no run holds.
-ELSEWHERE = {cfg.Engine, cfg.HybridAccuracy, cfg.Trajectories, *get_args(cfg.Game)}
+ELSEWHERE = {cfg.Engine, cfg.HybridAccuracy}
 SHIPPED = sorted((Path(__file__).resolve().parents[1] / 'gin' / 'environment').glob('*.gin'))
 
 

@@ -170,7 +170,7 @@ _LEARNER = [
          ('documents_are_repeated_in_another_order', 'jnp.repeat(by_doc, parts, axis=0)',
           'jnp.concatenate([by_doc] * parts)')),
     *_of('jaxrl_pt/params.py', 'tests/models/test_transformer.py::test_what_decays_are_products',
-         ('norms_decay', "return self.role in ('projection', 'head', 'adapter')", 'return True')),
+         ('norms_decay', "return self.role in ('projection', 'head', 'dense', 'adapter')", 'return True')),
     *_of('jaxrl_pt/models/adapters.py', 'tests/models/test_adapters.py',
          ('the_model_is_not_frozen', 'spec = spec._replace(is_trained=False)', 'pass'),
          ('every_projection_is_adapted',

@@ -27,7 +27,7 @@ from jaxrl_pt.game.base import Game
 from jaxrl_pt.game.games import open_game
 from jaxrl_pt.game.teacher_forced import frame_metrics
 from jaxrl_pt.jobs.kind import Kind, Program
-from jaxrl_pt.models.world import World
+from jaxrl_pt.models.world import World, build
 from jaxrl_pt.parallel import hosts, memory, rules
 from jaxrl_pt.parallel import model as models
 from jaxrl_pt.run import policy
@@ -66,7 +66,7 @@ def world_of(run: cfg.Run, mesh: Mesh) -> World:
 def _open(run: cfg.Run, workdir: Path, resolved_text: str, allow: frozenset[str]
           ) -> Iterator['DiffusionTraining']:
   optim.check_schedule(run.optimizer.schedule, cfg.num_updates(run))
-  memory.check_needed(_least_bytes(run))
+  check_fits(run)
   with claimed(workdir):
     session = sessions.open_session(run, workdir, resolved_text, allow=allow)
     with contextlib.closing(DiffusionTraining(session)) as job:
@@ -293,20 +293,19 @@ def model_flops(run: cfg.Run) -> float:
   return 6.0 * num_tokens(run) * (products + attention)
 
 
-def _least_bytes(run: cfg.Run) -> dict[str, int]:
-  """Bytes that a step holds at the same time, at least, as `memory.least_bytes` counts them."""
+def check_fits(run: cfg.Run) -> None:
+  """Refuses a run whose step cannot fit the devices here, as `memory.check_fits` does.
+
+  Raises:
+    UserError: it cannot, or the patches do not divide the frame.
+  """
   world = cfg.world_run(run)
-  specs = models.build_world(world.model, worlds.shape_of(_game(run)), run.compute, _one()).specs
+  specs = build(world.model, worlds.shape_of(_game(run))).specs
   width = 2 if run.compute.dtype == 'bfloat16' else 4
   stream = width * world.model.d_model * world.model.num_layers
-  return {'DiT': 3 * P.num_bytes(specs),
-          'Diffusion.windows': num_tokens(run) // run.train.accumulation * stream}
-
-
-def _one() -> Mesh:
-  """A mesh of one device, on which nothing is laid out."""
-  return Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1, 1),
-              ('data', 'fsdp', 'tensor', 'context'))
+  memory.check_needed({
+      'DiT': 3 * P.num_bytes(specs),
+      'Diffusion.windows': num_tokens(run) // run.train.accumulation * stream})
 
 
 def _keeps_nothing(run: cfg.Run, mesh: Mesh, params: Any) -> Any:

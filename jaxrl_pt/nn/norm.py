@@ -34,7 +34,7 @@ def layer_norm(x: Array, epsilon: float = EPSILON) -> Array:
   Returns:
     f[..., D] in x's dtype.
   """
-  x32 = x.astype(jnp.float32)
-  centred = x32 - x32.mean(-1, keepdims=True)
+  wide = x.astype(jnp.float32)
+  centred = wide - wide.mean(-1, keepdims=True)
   inverse = jax.lax.rsqrt(jnp.mean(centred * centred, -1, keepdims=True) + epsilon)
   return (centred * inverse).astype(x.dtype)

@@ -248,7 +248,8 @@ COUNTS = {
     'bitnet_v2_3b': 3_618_000_896, 'bitnet_v2_7b': 6_705_287_168}
 
 
-@pytest.mark.parametrize('name', [path.stem for path in (ROOT / 'gin/model').glob('*.gin')])
+@pytest.mark.parametrize('name', [path.stem for path in (ROOT / 'gin/model').glob('*.gin')
+                                  if not path.stem.startswith('dit_')])
 def test_counts_of_the_shipped_shapes(name):
   actual = P.count(transformer.build(shape(name)).specs)
   assert actual == COUNTS[name] == counted_by_hand(shape(name))
