@@ -31,6 +31,11 @@ def mixed(*sources: Any, weights: tuple[float, ...] = ()) -> cfg.Mixture:
 RL = cfg.RL('a', cfg.Problems(cfg.Arithmetic(9)), cfg.AnswerMatch())
 
 
+def _evaluation(**fields: Any) -> cfg.GameEvaluation:
+  """An evaluation of 49 frames after the first one, of at most 1000 episodes."""
+  return cfg.GameEvaluation(cfg.Trajectories(cfg.Traveler(), num_frames=50, size=1000), **fields)
+
+
 def judged(settings: dict[str, Any], **method: Any) -> cfg.RL:
   return dataclasses.replace(RL, **method, verifier=cfg.JudgeReward(
       'a', cfg.Model(**MODEL), cfg.AnswerMatch(), **settings))
@@ -132,6 +137,9 @@ VALID: dict[type, dict[str, Any]] = {
     cfg.DiT: DIT,
     **{kind: {} for kind in (cfg.FrameHistory, cfg.Conditions, cfg.LogicNet, cfg.Flow, cfg.Shortcut,
                              cfg.VDiffusion, cfg.Diffusion)},
+    **{kind: {} for kind in (cfg.MaaG, cfg.MapMemory, cfg.NoMap, cfg.SlidingWindow,
+                             cfg.DeadReckoning, cfg.NoEdit, cfg.AddToLedger, cfg.PaintCells)},
+    cfg.GameEvaluation: {'trajectories': cfg.Trajectories(cfg.Traveler(), num_frames=50)},
     cfg.Train: {'num_steps': 4, 'batch_size': 2},
     cfg.Checkpoint: {},
     cfg.Run: RUN,
@@ -162,6 +170,28 @@ REFUSED: list[tuple[type, str, list[Any], str]] = [
     (cfg.Trajectories, 'num_frames', [1, 2.5, None], 'at least 2'),
     (cfg.Trajectories, 'size', [0, None], 'at least 1'),
     (cfg.Trajectories, 'seed', [-1, 2**32, None], 'from 0 to 4294967295'),
+    (cfg.SlidingWindow, 'reach', [0, 9, None], 'from 1 to 8'),
+    (cfg.SlidingWindow, 'margin', [-0.1, 1.1, NAN], 'from 0 to 1'),
+    (cfg.SlidingWindow, 'min_known', [0, 65], 'from 1 to 64'),
+    (cfg.MapMemory, 'entries', ['pixels', None], "one of 'contents', 'colours'"),
+    (cfg.MapMemory, 'writes', ['never', None], "one of 'first', 'last'"),
+    (cfg.MapMemory, 'localisation', [None, cfg.NoMap()], 'one of @cfg.DeadReckoning()'),
+    (cfg.MaaG, 'events', ['logic', None], "one of 'predicted', 'none'"),
+    (cfg.MaaG, 'shows_counters', [1, None], 'True or False'),
+    (cfg.MaaG, 'map', [None, cfg.DeadReckoning()], 'one of @cfg.MapMemory(), @cfg.NoMap()'),
+    *((kind, 'frame', [0, 1.5, None], 'at least 1') for kind in (cfg.AddToLedger, cfg.PaintCells)),
+    (cfg.AddToLedger, 'amount', [0, 1000], 'from 1 to 999'),
+    (cfg.GameEvaluation, 'trajectories', [None, cfg.Traveler()], 'one of @cfg.Trajectories()'),
+    (cfg.GameEvaluation, 'modules', [None], 'one of @cfg.MaaG()'),
+    (cfg.GameEvaluation, 'model', ['best', None], "one of 'trained', 'true'"),
+    *((cfg.GameEvaluation, name, [0, 1.5, None], 'at least 1')
+      for name in ('episodes', 'batch_size', 'at_frame')),
+    (cfg.GameEvaluation, 'shuffled_map', [1, None], 'True or False'),
+    *((cfg.GameEvaluation, name, [-0.1, 1.1], 'from 0 to 1')
+      for name in ('nudge_rate', 'pixel_noise')),
+    (cfg.GameEvaluation, 'edit', [None], 'one of @cfg.NoEdit()'),
+    (cfg.GameEvaluation, 'checkpoint_every', [-1, 0.5], 'at least 0'),
+    (cfg.GameEvaluation, 'resamples', [99, 1.5], 'from 100 to'),
     (cfg.Quant, 'weights', ['int4', None, True], "one of 'none', 'ternary'"),
     (cfg.Quant, 'activations', ['int3', 8], "'int4_absmax'"),
     (cfg.Quant, 'hadamard', [1, 'yes'], 'True or False'),
@@ -684,6 +714,11 @@ def test_every_field_has_a_row():
            f'DiT.step_sizes = {sizes} does not go with Diffusion.sampling_steps = {steps}')
           for sizes, steps in ((1, 1), (3, 3), (3, 8))))),
     (lambda: cfg.Pong(winning_score=5), 'start_high = 20: expected a whole number from 0 to 4'),
+    (lambda: _evaluation(at_frame=50), 'comes after the last frame, 49'),
+    (lambda: _evaluation(edit=cfg.PaintCells(49)), 'leaves no frame in which the change could'),
+    (lambda: _evaluation(episodes=2 * 10**4, batch_size=8), 'more than the 1000'),
+    (lambda: _evaluation(shuffled_map=True, episodes=1), 'needs a neighbour'),
+    (lambda: _evaluation(pixel_noise=0.1), 'for models that have learned nothing'),
     (lambda: cfg.Trajectories(cfg.PacMan(), 'follow'), "choose 'mixed', 'random', 'forage'"),
     (lambda: cfg.Engine(num_pages=9), 'set it to at least 193'),
     (lambda: cfg.Slots(num_pages=9), 'needs all pages: set Slots.slots too'),

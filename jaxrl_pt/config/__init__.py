@@ -19,6 +19,7 @@ from jaxrl_pt.config.game import *
 from jaxrl_pt.config.generated import *
 from jaxrl_pt.config.hybrid import *
 from jaxrl_pt.config.judging import *
+from jaxrl_pt.config.maag import *
 from jaxrl_pt.config.model import *
 from jaxrl_pt.config.objectives import *
 from jaxrl_pt.config.optimizer import *

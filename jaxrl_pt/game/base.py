@@ -82,6 +82,22 @@ class Turn(NamedTuple):
 Policy = Callable[[Any, Turn], Array]
 
 
+class Tiles(NamedTuple):
+  """What the contents of cells look like; C contents, and 0 for a game without a map.
+
+  pictures: u8[C, h, w, 3] what each content looks like.
+  kept: bool[C] the contents that a map keeps: what can stand where it is now for good.
+  colours: f32[C, 3] the colour from 0 to 1 by which a map tells each content.
+  """
+
+  pictures: np.ndarray
+  kept: np.ndarray
+  colours: np.ndarray
+
+
+NO_TILES = Tiles(np.zeros((0, 1, 1, 3), np.uint8), np.zeros(0, bool), np.zeros((0, 3), np.float32))
+
+
 class Game(NamedTuple):
   """A game's tables and its functions, each of one state; shapes are those of `Truth`.
 
@@ -97,15 +113,19 @@ class Game(NamedTuple):
   view_shape: rows and columns of the part of it that a frame shows.
   grid: where a frame shows them: top and left of the first cell, height and width of a cell, in
     pixels; zeros for a game without a map.
+  tiles: what they look like.
   num_objects: K.
   init: key → state, the first frame's.
   step: state, action → state. An action outside `actions` is the caller's mistake
     (`edits.check_actions`).
   truth: state → Truth.
+  scroll: origin, action → where the view begins after the action, by dead reckoning alone.
   draw: counters, cells, objects → u8[H, W, 3].
   recognise: f32[H, W, 3] from 0 to 1 → Parts.
   moved: the readings of two frames that follow each other → i32[2] by how much the agent moved
     between them, and whether the two say so without doubt.
+  follow: the model's own history, an action, what the next frame shows → that history with it
+    (`history.History`).
   paint: state, row, column, content → state.
   paintable: state, content → bool[rows, columns] where that content may be painted.
   policies: scripted players by name.
@@ -122,13 +142,16 @@ class Game(NamedTuple):
   world_shape: tuple[int, int]
   view_shape: tuple[int, int]
   grid: tuple[int, int, int, int]
+  tiles: Tiles
   num_objects: int
   init: Callable[[Array], Any]
   step: Callable[[Any, Array], Any]
   truth: Callable[[Any], Truth]
+  scroll: Callable[[Array, Array], Array]
   draw: Callable[[Array, Array, Array], Array]
   recognise: Callable[[Array], Parts]
   moved: Callable[[Reading, Reading], tuple[Array, Array]]
+  follow: Callable[[Any, Array, Reading], Any]
   paint: Callable[[Any, Array, Array, Array], Any]
   paintable: Callable[[Any, Array], Array]
   policies: Mapping[str, Policy]

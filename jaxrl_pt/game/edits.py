@@ -26,6 +26,21 @@ def paint(game: base.Game, state: Any, cell: tuple[int, int], content: str) -> A
   Raises:
     UserError: the cell lies outside the world, or cannot hold that.
   """
+  index = check_cell(game, cell, content)
+  row, column = cell
+  if not bool(game.paintable(state, jnp.asarray(index))[row, column]):
+    raise UserError(f'The cell {(row, column)} of {type(game.config).__name__} cannot become '
+                    f'{content!r}: choose another cell, away from the rim and from whoever stands '
+                    'or starts there.')
+  return game.paint(state, jnp.asarray(row), jnp.asarray(column), jnp.asarray(index))
+
+
+def check_cell(game: base.Game, cell: tuple[int, int], content: str) -> int:
+  """The index of a content that is to be painted into a cell of the world.
+
+  Raises:
+    UserError: the game has no map, the cell lies outside, or there is no such content.
+  """
   name, (rows, columns) = type(game.config).__name__, game.world_shape
   if not game.contents:
     raise UserError(f'{name} has no map: paint in another game.')
@@ -36,11 +51,7 @@ def paint(game: base.Game, state: Any, cell: tuple[int, int], content: str) -> A
   if content not in game.contents:
     raise UserError(f'{name} has no {shown(content)} to paint: choose one of '
                     f'{", ".join(game.contents)}.')
-  index = jnp.asarray(game.contents.index(content))
-  if not bool(game.paintable(state, index)[row, column]):
-    raise UserError(f'The cell {(row, column)} of {name} cannot become {content!r}: choose another '
-                    'cell, away from the rim and from whoever stands or starts there.')
-  return game.paint(state, jnp.asarray(row), jnp.asarray(column), index)
+  return game.contents.index(content)
 
 
 def set_counters(game: base.Game, state: Any, values: Sequence[int]) -> Any:

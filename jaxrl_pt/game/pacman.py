@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrl_pt import config as cfg
-from jaxrl_pt.game import base, display, noise, reading
+from jaxrl_pt.game import base, display, history, noise, reading
 
 ACTIONS = ('up', 'down', 'left', 'right', 'stay')
 STAY = 4
@@ -66,9 +66,12 @@ def make(config: cfg.PacMan) -> base.Game:
   return base.Game(
       config=config, actions=ACTIONS, stay=STAY, events=('none', 'ate', 'died'), deltas=_DELTAS,
       counters=_COUNTERS, contents=CONTENTS, frame_shape=shape.frame_shape, world_shape=_WORLD,
-      view_shape=_WORLD, grid=picture.grid, num_objects=2, init=lambda key: _init(config, key),
-      step=lambda state, action: _step(config, state, action), truth=_truth, draw=picture.draw,
-      recognise=picture.recognise, moved=_moved, paint=_paint, paintable=_paintable,
+      view_shape=_WORLD, grid=picture.grid, tiles=picture.tiles, num_objects=2,
+      init=lambda key: _init(config, key),
+      step=lambda state, action: _step(config, state, action), truth=_truth,
+      scroll=lambda origin, action: origin, draw=picture.draw,
+      recognise=picture.recognise, moved=_moved, follow=_history, paint=_paint,
+      paintable=_paintable,
       policies={'random': base.random_policy(len(ACTIONS)), 'forage': _forage})
 
 
@@ -173,6 +176,37 @@ def _truth(state: State) -> base.Truth:
       done=state.done)
 
 
+def _history(past: history.History, action: Array, shown: base.Reading) -> history.History:
+  """The agent eats where the frame shows it; it has died where it and the ghost start anew.
+
+  In an unreadable frame the agent is taken to be where the action leads, and the ghost to wait.
+  """
+  frame, (agent, ghost) = past.frame + 1, past.objects
+  target = _walk(past.world, agent, action)
+  objects = jnp.where(shown.readable, shown.objects, jnp.stack([target, ghost]))
+  is_apart = ((objects[AGENT] != target).any()
+              | (jnp.abs(objects[GHOST] - ghost).sum() > 1))
+  died = (objects == past.starts).all() & is_apart & shown.readable
+  eaten = base.is_at(_WORLD, objects[AGENT]) & (past.world == PELLET) & ~died
+  event = jnp.where(died, DIED, jnp.where(eaten.any(), ATE, base.NO_EVENT))
+  counters = base.ledger(_COUNTERS, _DELTAS, past.claims.counters, event)
+  world = jnp.where(eaten, EMPTY, past.world)
+  is_visible = ~(base.is_at(_WORLD, objects[AGENT]) | base.is_at(_WORLD, objects[GHOST]))
+  sightings = past.sightings.see(is_visible, frame)
+  is_due = is_visible & (past.since >= 0) & (past.since < frame) & (world != WALL)
+  claims = history.claim(
+      dataclasses.replace(past, world=world), past.since, sightings, past.origin, is_due=is_due,
+      event=event, counters=counters, moved=target - agent, is_move=~died)
+  is_named = is_visible & shown.readable & (world == base.UNKNOWN)
+  world = jnp.where(is_named, shown.cells, world)
+  is_over = (counters[1] == 0) | ~((world == PELLET) | (world == base.UNKNOWN)).any()
+  after = dataclasses.replace(
+      past, claims=claims, pose=objects[AGENT], objects=objects, world=world,
+      since=jnp.where(is_named, frame, past.since), sightings=sightings,
+      done=past.done | is_over)
+  return history.freeze(past, after)
+
+
 def _moved(before: base.Reading, after: base.Reading) -> tuple[Array, Array]:
   return after.objects[AGENT] - before.objects[AGENT], jnp.asarray(True)
 
@@ -225,6 +259,11 @@ class _Picture:
     self._top, self._left = height - SIDE * cell[0], (width - SIDE * cell[1]) // 2
     self._tiles = _tiles(*cell)
     self.grid = self._top, self._left, *cell
+
+  @property
+  def tiles(self) -> base.Tiles:
+    colours = np.array((_BLACK, _BLUE, _PINK), np.float32) / 255
+    return base.Tiles(self._tiles[:len(CONTENTS)], np.ones(len(CONTENTS), bool), colours)
 
   def draw(self, counters: Array, cells: Array, objects: Array) -> Array:
     canvas = self._score.draw(jnp.asarray(self._background), counters[0])

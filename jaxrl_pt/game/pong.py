@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrl_pt import config as cfg
-from jaxrl_pt.game import base, display, noise, reading
+from jaxrl_pt.game import base, display, history, noise, reading
 
 ACTIONS = ('up', 'stay', 'down')
 STAY = 1
@@ -58,10 +58,13 @@ def make(config: cfg.Pong) -> base.Game:
       config=config, actions=ACTIONS, stay=STAY, events=('none', 'player_scored',
                                                          'opponent_scored'),
       deltas=_DELTAS, counters=_COUNTERS, contents=(), frame_shape=shape.frame_shape,
-      world_shape=_NO_CELLS, view_shape=_NO_CELLS, grid=(0, 0, 0, 0), num_objects=3,
+      world_shape=_NO_CELLS, view_shape=_NO_CELLS, grid=(0, 0, 0, 0),
+      tiles=base.NO_TILES, num_objects=3,
       init=lambda key: _init(config, height, key),
       step=lambda state, action: _step(config, height, state, action), truth=_truth,
-      draw=picture.draw, recognise=picture.recognise, moved=_moved,
+      scroll=lambda origin, action: origin, draw=picture.draw,
+      recognise=picture.recognise, moved=_moved,
+      follow=lambda past, action, shown: _history(config, height, past, action, shown),
       paint=lambda state, row, column, content: state,
       paintable=lambda state, content: jnp.zeros(_NO_CELLS, bool),
       policies={'random': base.random_policy(len(ACTIONS)), 'follow': _follow})
@@ -143,6 +146,31 @@ def _truth(state: State) -> base.Truth:
       counters=state.counters, event=state.event, moved=state.moved, pose=pose,
       origin=jnp.zeros(2, jnp.int32), cells=cells, memory=cells, away=cells,
       returned=cells.astype(bool), objects=objects, done=state.done)
+
+
+def _history(config: cfg.Pong, height: int, past: history.History, action: Array,
+             shown: base.Reading) -> history.History:
+  """A ball that is elsewhere than it can have flown has been served: one side has scored.
+
+  In an unreadable frame the paddle is taken to be where the action leads, and nothing else moves.
+  """
+  top, column = past.objects[PLAYER, 0], past.objects[THE_BALL, 1]
+  target = jnp.clip(top + (action - STAY) * config.paddle_speed, 0, height - PADDLE)
+  assumed = past.objects.at[PLAYER, 0].set(target)
+  objects = jnp.where(shown.readable, shown.objects, assumed)
+  frame = past.frame + 1
+  furthest = config.ball_speed * (frame - past.read_at)
+  is_served = (jnp.abs(objects[THE_BALL, 1] - column) > furthest) & shown.readable
+  event = jnp.where(is_served, jnp.where(column < (FIRST + LAST) // 2, 2, 1), base.NO_EVENT)
+  counters = base.ledger(_COUNTERS, _DELTAS, past.claims.counters, event)
+  claims = history.claim(past, past.since, past.sightings, past.origin,
+                         is_due=jnp.zeros(_NO_CELLS, bool), event=event, counters=counters,
+                         moved=jnp.stack([target - top, jnp.zeros_like(top)]))
+  after = dataclasses.replace(
+      past, claims=claims, pose=objects[PLAYER], objects=objects,
+      read_at=jnp.where(shown.readable, frame, past.read_at),
+      done=past.done | (counters >= config.winning_score).any())
+  return history.freeze(past, after)
 
 
 def _moved(before: base.Reading, after: base.Reading) -> tuple[Array, Array]:

@@ -23,7 +23,7 @@ from jaxrl_pt.game.games import open_game
 
 # It goes into the digest of a source: a number to raise whenever the same seed gives other frames.
 _RULES = 1
-_OF_WORLD, _OF_POLICY, _OF_TURNS = range(3)
+OF_WORLD, _OF_POLICY, _OF_TURNS = range(3)
 
 
 @struct.dataclass
@@ -53,7 +53,7 @@ def episode(game: base.Game, policies: Sequence[str], num_frames: int, key: Arra
     # All are asked: they cost nothing beside a frame, and a batch would ask them all anyway.
     return jnp.stack([player(state, turn) for player in players])[chosen].astype(jnp.int32)
 
-  return _play(game, game.init(noise.fold(key, _OF_WORLD)), choose, num_frames)
+  return _play(game, game.init(noise.fold(key, OF_WORLD)), choose, num_frames)
 
 
 def replay(game: base.Game, key: Array, actions: Sequence[int] | np.ndarray) -> Trajectory:
@@ -69,7 +69,7 @@ def replay(game: base.Game, key: Array, actions: Sequence[int] | np.ndarray) -> 
   """
   # Nobody sees what the step after the last frame does.
   taken = jnp.asarray([*edits.check_actions(game, actions).tolist(), game.stay], jnp.int32)
-  return _play(game, game.init(noise.fold(key, _OF_WORLD)),
+  return _play(game, game.init(noise.fold(key, OF_WORLD)),
                lambda state, last, frame: taken[frame], len(taken))
 
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrl_pt import config as cfg
-from jaxrl_pt.game import base, display, noise, reading
+from jaxrl_pt.game import base, display, history, noise, reading
 
 ACTIONS = ('left', 'stay', 'right')
 STAY = 1
@@ -59,9 +59,11 @@ def make(config: cfg.Traveler) -> base.Game:
   return base.Game(
       config=config, actions=ACTIONS, stay=STAY, events=('none', 'built'), deltas=_DELTAS,
       counters=_COUNTERS, contents=CONTENTS, frame_shape=shape.frame_shape,
-      world_shape=(1, config.num_cells), view_shape=(1, VIEW), grid=picture.grid, num_objects=1,
-      init=lambda key: _init(config, key), step=_step, truth=_truth, draw=picture.draw,
-      recognise=picture.recognise, moved=_moved, paint=_paint, paintable=_paintable,
+      world_shape=(1, config.num_cells), view_shape=(1, VIEW), grid=picture.grid,
+      tiles=picture.tiles, num_objects=1, init=lambda key: _init(config, key),
+      step=_step, truth=_truth, scroll=lambda origin, action: _scroll(config, origin, action),
+      draw=picture.draw, recognise=picture.recognise, moved=_moved, follow=_history,
+      paint=_paint, paintable=_paintable,
       policies={'random': base.random_policy(len(ACTIONS)), 'wander': _wander,
                 'out_and_back': _out_and_back})
 
@@ -94,6 +96,11 @@ def _step(state: State, action: Array) -> State:
       event=event, moved=moved, counters=base.ledger(_COUNTERS, _DELTAS, state.counters, event)))
 
 
+def _scroll(config: cfg.Traveler, origin: Array, action: Array) -> Array:
+  column = jnp.clip(origin[1] + action - STAY, -AGENT, config.num_cells - 1 - AGENT)
+  return jnp.stack([origin[0], column])
+
+
 def _see(state: State) -> State:
   """Notes which buildings the frame shows."""
   offset = jnp.arange(state.built.shape[1]) - (state.position - AGENT)
@@ -120,6 +127,28 @@ def _truth(state: State) -> base.Truth:
       memory=jnp.where((built >= 0) & (built < state.frame), colours, base.UNKNOWN),
       away=jnp.where(built >= 0, away, 0), returned=returned.astype(bool),
       objects=jnp.stack([zero, zero + AGENT])[None], done=jnp.asarray(False))
+
+
+def _history(past: history.History, action: Array, shown: base.Reading) -> history.History:
+  """Entering a cell for the first time builds on it; the frame that shows the building names it."""
+  frame, last = past.frame + 1, past.since.shape[1] - 1
+  position = jnp.clip(past.pose[1] + action - STAY, 0, last)
+  is_new = (np.arange(last + 1) == position) & (past.since < 0)
+  event, since = is_new.any().astype(jnp.int32), jnp.where(is_new, frame, past.since)
+  origin = jnp.stack([past.origin[0], position - AGENT])
+  offset = jnp.arange(last + 1) - origin[1]
+  is_visible = (offset >= 0) & (offset < VIEW) & (since >= 0)
+  sightings = past.sightings.see(is_visible, frame)
+  moved = jnp.stack([jnp.zeros_like(position), position - past.pose[1]])
+  claims = history.claim(
+      past, since, sightings, origin, is_due=is_visible & (since < frame), event=event,
+      counters=base.ledger(_COUNTERS, _DELTAS, past.claims.counters, event), moved=moved)
+  seen = history.window(shown.cells, -origin, (1, last + 1), base.UNKNOWN)
+  is_named = (is_visible & shown.readable & (past.world == base.UNKNOWN)
+              & (seen > GROUND) & (seen < EDGE))
+  return dataclasses.replace(
+      past, claims=claims, frame=frame, pose=past.pose + moved, origin=origin, since=since,
+      world=jnp.where(is_named, seen, past.world), sightings=sightings)
 
 
 def _moved(before: base.Reading, after: base.Reading) -> tuple[Array, Array]:
@@ -182,8 +211,15 @@ class _Picture:
     self._digits = display.Digits(1, _COUNTERS[0].num_digits, unit)
     self._cells_top, self._walk_top = display.NUM_ROWS * unit, walk_row * unit
     self._cells = display.enlarged(_cell_tiles(walk_row - display.NUM_ROWS), unit)
-    self.grid = self._cells_top, 0, self._cells.shape[1], self._cells.shape[2]
     self._walks = display.enlarged(_walk_tiles(), unit)
+    self.grid = self._cells_top, 0, *self._cells.shape[1:3]
+
+  @property
+  def tiles(self) -> base.Tiles:
+    """Buildings stay, and ground may be built on."""
+    is_building = (np.arange(len(CONTENTS)) > GROUND) & (np.arange(len(CONTENTS)) < EDGE)
+    colours = self._cells.astype(np.float32).mean((1, 2)) / 255
+    return base.Tiles(self._cells, is_building, colours)
 
   def draw(self, counters: Array, cells: Array, objects: Array) -> Array:
     canvas = self._digits.draw(jnp.asarray(self._background), counters[0])

@@ -73,7 +73,7 @@ class Told:
   """What the model is told of the frames of B games that it draws."""
 
   action: Array  # i32[B]
-  counters: Array  # i32[B, M]
+  counters: Array  # i32[B, M], −1 where the model is not told
   crop: Array  # i32[B, h, w] what the map says of the cells in view, −1 where it says nothing
 
 
@@ -191,10 +191,10 @@ def digits_of(shape: Shape, counters_BM: Array) -> Array:
 def _value_tokens(params: Params, shape: Shape, counters_BM: Array, are_told: bool) -> Array:
   """f32[B, S, D]: E_digit[d] + E_slot[i] + E_counter[m] of each digit."""
   digits_BS = digits_of(shape, counters_BM)
-  if not are_told:
-    digits_BS = jnp.full_like(digits_BS, _NO_DIGIT)
   slots = [i for number in shape.digits for i in range(number)]
   counters = [m for m, number in enumerate(shape.digits) for _ in range(number)]
+  is_told_BS = are_told & (counters_BM[:, jnp.array(counters)] >= 0)
+  digits_BS = jnp.where(is_told_BS, digits_BS, _NO_DIGIT)
   return (params['digit'][digits_BS] + params['slot'][jnp.array(slots)]
           + params['counter'][jnp.array(counters)])
 
