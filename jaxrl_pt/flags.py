@@ -170,10 +170,12 @@ def _add_trajectories(add: Callable[[str, str, str], argparse.ArgumentParser]) -
 
 def _add_evaluation(add: Callable[[str, str, str], argparse.ArgumentParser]) -> None:
   evaluate = add('eval', "A trained model's loss, bits per byte and accuracy on held-out text, or "
-                 "lm-eval's tasks, or the Hybrid Accuracy of a policy with modes.",
+                 "lm-eval's tasks, the Hybrid Accuracy of a policy with modes, or whether a model "
+                 'of a game stays true.',
                  'jaxrl-pt eval --workdir runs/qwen --include_path my_tasks --tasks sums \\\n'
                  '    --num_fewshot 5 --limit 200 --output results.json\n'
-                 '  jaxrl-pt eval --workdir runs/hgpo_tiny --gin_file gin/eval/hybrid.gin')
+                 '  jaxrl-pt eval --workdir runs/hgpo_tiny --gin_file gin/eval/hybrid.gin\n'
+                 '  jaxrl-pt eval --workdir runs/maag_tiny --gin_file gin/eval/maag.gin')
   evaluate.description = (
       f'{evaluate.description} Tasks read files of this machine and fetch nothing; of the Python '
       "functions that a task names only lm-eval's own are run.")

@@ -208,9 +208,11 @@ def _eval(args: argparse.Namespace) -> int:
     from jaxrl_pt import gin_bindings
   if gin_bindings.binds('HybridAccuracy', args.gin_file, args.gin_bindings):
     return _eval_hybrid(args)
+  if gin_bindings.binds('GameEvaluation', args.gin_file, args.gin_bindings):
+    return _eval_game(args)
   if args.output is not None:
-    raise UserError('--output does nothing without --tasks or the settings of cfg.HybridAccuracy: '
-                    'add one of them, or leave --output out.')
+    raise UserError('--output does nothing without --tasks or the settings of cfg.HybridAccuracy '
+                    'or cfg.GameEvaluation: add one of them, or leave --output out.')
   data = None
   if args.gin_file or args.gin_bindings:
     saved = args.workdir / 'config.gin'
@@ -252,6 +254,23 @@ def _eval_hybrid(args: argparse.Namespace) -> int:
         else hybrid_report.text(found))
   output = args.output or args.workdir / 'evaluations' / f'hybrid_{found["step"]}.json'
   say(f'Written: {output} and {hybrid_report.write(output, command, found)}')
+  return 0
+
+
+def _eval_game(args: argparse.Namespace) -> int:
+  _check_files(args, 'output')
+  with _importing():
+    from jaxrl_pt import gin_bindings
+    from jaxrl_pt.evaluation import game_report, game_worlds
+  settings = gin_bindings.load_value(cfg.GameEvaluation, args.gin_file, args.gin_bindings)
+  say = lambda line: print(line, file=sys.stderr, flush=True)
+  found = game_worlds.evaluate(args.workdir, settings, step=args.step, say=say)
+  command = shlex.join(['jaxrl-pt', *args.arguments])
+  print(json.dumps({'command': command, **found.results}, indent=2) if args.json
+        else game_report.text(found.results))
+  name = settings.model if found.results['step'] is None else found.results['step']
+  output = args.output or args.workdir / 'evaluations' / f'game_{name}.json'
+  say(game_report.summary_line(game_report.write(output, command, found), output))
   return 0
 
 

@@ -238,8 +238,8 @@ def _paragraphs(text: str) -> str:
 
 def _image(path: Path) -> str:
   data = base64.b64encode(path.read_bytes()).decode()
-  name = html.escape(path.stem.replace('_', ' '))
-  return f'<figure><img alt="{name}" src="data:image/png;base64,{data}"></figure>'
+  name, kind = html.escape(path.stem.replace('_', ' ')), path.suffix.removeprefix('.')
+  return f'<figure><img alt="{name}" src="data:image/{kind};base64,{data}"></figure>'
 
 
 def _section(title: str, body: str) -> str:
@@ -317,16 +317,32 @@ def write_report(workdir: Path, *, stages: Mapping[str, Path] | None = None,
     parts = [_section(s.title, _paragraphs(s.text) + _table(s.rows)) for s in sections]
     parts += [_stage(title, directory, workdir, '' if single else _slug(title) + '_')
               for title, directory in runs.items()]
-    title = html.escape(f'{workdir.resolve().name}: report')
     page = workdir / 'report.html'
-    files.write_text(page, (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<style>{_STYLE}</style></head><body><main><h1>{title}</h1>\n'
-        + '\n'.join(parts) + '\n</main></body></html>\n'))
+    files.write_text(page, _page(f'{workdir.resolve().name}: report', parts))
   except OSError as error:
     raise Unwritable(f'cannot write the report to {workdir} ({error.strerror})') from error
   return page
+
+
+def write_page(page: Path, title: str, sections: Sequence[Section],
+               pictures: Sequence[tuple[str, Path]]) -> None:
+  """Writes a page of tables and texts, and below them pictures with their titles.
+
+  Raises:
+    Unwritable: the page cannot be written.
+  """
+  parts = [_section(s.title, _paragraphs(s.text) + _table(s.rows)) for s in sections]
+  parts += [_section(name, _image(path)) for name, path in pictures]
+  files.write_text(page, _page(title, parts))
+
+
+def _page(title: str, parts: Sequence[str]) -> str:
+  """A self-contained page of sections in HTML."""
+  title = html.escape(title)
+  return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+          '<meta name="viewport" content="width=device-width, initial-scale=1">'
+          f'<style>{_STYLE}</style></head><body><main><h1>{title}</h1>\n'
+          + '\n'.join(parts) + '\n</main></body></html>\n')
 
 
 def _slug(title: str) -> str:

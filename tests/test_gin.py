@@ -9,6 +9,7 @@ import gin
 from jaxrl_pt import config as cfg
 from jaxrl_pt import gin_bindings
 from jaxrl_pt.errors import UserError
+from jaxrl_pt.game import games, maps
 from tests.golden import regenerate
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -54,7 +55,19 @@ def test_cluster_files_only_shape_the_mesh(name):
 EVALUATIONS = sorted((ROOT / 'gin' / 'eval').glob('*.gin'))
 
 
-@pytest.mark.parametrize('path', EVALUATIONS, ids=lambda p: p.stem)
+def test_evaluation_files_of_games_stand_alone():
+  found = {path.stem: gin_bindings.load_value(cfg.GameEvaluation, [str(path)], ())
+           for path in EVALUATIONS if path.stem.startswith('maag')}
+  assert {name: type(value.trajectories.game) for name, value in found.items()} == {
+      'maag': cfg.Traveler, 'maag_pong': cfg.Pong, 'maag_pacman': cfg.PacMan}
+  assert found['maag'] == cfg.GameEvaluation(
+      cfg.Trajectories(cfg.Traveler(), 'out_and_back', 49))
+  for value in found.values():
+    maps.check(games.open_game(value.trajectories.game), value.modules.map)
+
+
+@pytest.mark.parametrize('path', [p for p in EVALUATIONS if not p.stem.startswith('maag')],
+                         ids=lambda p: p.stem)
 def test_evaluation_files_go_with_a_run_file_and_with_a_saved_run(path, tmp_path):
   """A run file says all that is measured; so does the resolved text of a run."""
   first = ['cfg.HybridAccuracy.run = @cfg.Run()']

@@ -135,8 +135,9 @@ class Player:
         rng = np.random.default_rng((settings.trajectories.seed, number))
         sign = rng.choice((-1, 1), actions.shape[1])
         nudges[row, :, axis] = sign * (rng.random(actions.shape[1]) < settings.nudge_rate)
-    by_time = dream.Given(actions, episodes.truth.event[:, 1:], nudges)
-    return jax.tree.map(lambda x: jnp.asarray(np.moveaxis(x, 1, 0)), by_time)
+    by_time = (jnp.moveaxis(jnp.asarray(x), 1, 0)
+               for x in (actions, episodes.truth.event[:, 1:], nudges))
+    return dream.Given(*by_time)
 
 
 # --- Edits ------------------------------------------------------------------------
@@ -204,7 +205,8 @@ def restored(directory: Path, start: Progress) -> Progress:
   grown = lambda x: jax.ShapeDtypeStruct((x.shape[0], x.shape[1] + steps[-1], *x.shape[2:]),
                                          x.dtype, sharding=x.sharding)
   same = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
-  abstract = Progress(jax.tree.map(same, start.carry), jax.tree.map(grown, start.played),
-                      grown(start.frames))
+  abstract = jax.tree.map(same, start)
+  abstract = dataclasses.replace(abstract, played=jax.tree.map(grown, start.played),
+                                 frames=jax.tree.map(grown, start.frames))
   progress: Progress = checkpoint.restore(directory, abstract, steps[-1]).state
   return progress

@@ -20,7 +20,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrl_pt import config as cfg
-from jaxrl_pt.errors import UserError
 from jaxrl_pt.evaluation import hybrid_accuracy, trained_worlds
 from jaxrl_pt.evaluation.game_rollouts import Batch, Player, Rollouts
 from jaxrl_pt.game import base, dream, maps, measures, noise, renderers, trajectories
@@ -34,6 +33,7 @@ class Found(NamedTuple):
   """The results, which JSON can hold, and what pictures are made of."""
 
   results: dict[str, Any]
+  game: cfg.Game
   first: Batch  # the first batch
 
 
@@ -65,7 +65,7 @@ def evaluate(workdir: Path, settings: cfg.GameEvaluation, *, step: int | None,
       **summary(game, settings, batches), 'frame_time': frame_time(rollouts),
       'settings': _plain(settings)}
   shutil.rmtree(saved, ignore_errors=True)
-  return Found(results, batches[0])
+  return Found(results, game.config, batches[0])
 
 
 def _open(workdir: Path, game: base.Game, settings: cfg.GameEvaluation, step: int | None
@@ -141,8 +141,8 @@ def _after_edit(game: base.Game, settings: cfg.GameEvaluation, batches: Sequence
 
 def _whole(batches: Sequence[dict[str, measures.Share]]) -> dict[str, measures.Share]:
   """The shares of all games, of those of batches of them."""
-  return {name: measures.Share(*(np.concatenate([np.asarray(one[name][i]) for one in batches])
-                                 for i in (0, 1))) for name in batches[0]}
+  whole: dict[str, measures.Share] = jax.tree.map(lambda *parts: jnp.concatenate(parts), *batches)
+  return whole
 
 
 _NOTHING: dict[str, Any] = {'value': None, 'interval': [None, None], 'asked': 0}
