@@ -220,7 +220,8 @@ def _delays(axes: Axes, results: dict[str, Any]) -> None:
               linewidth=1.4, label='the same as before')
     axes.bar(delays, np.array([p['asked'] for p in points]) / max(p['asked'] for p in points) / 8,
              color=_GREY, alpha=0.35, label='how often it happened')
-    axes.legend(frameon=False, fontsize=9, loc='lower right')
+    axes.legend(frameon=False, fontsize=9, ncols=2, loc='lower right', bbox_to_anchor=(1, 1),
+                borderaxespad=0)
   axes.set_ylim(0, 1.04)
   axes.set_xlim(left=0)
   axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -240,7 +241,8 @@ def _maps(figure: Figure, place: Any, game: base.Game, batch: Batch) -> None:
     world = np.asarray(progress.carry.past.world[row])
     known = np.asarray(progress.carry.dream.map.known[row])
     pictures = (('shown first', _painted(world != base.UNKNOWN, game.tiles.colours[world])),
-                ('map', _painted(known, np.asarray(progress.carry.dream.map.colours[row]))))
+                ('map' if known.any() else 'no map',
+                 _painted(known, np.asarray(progress.carry.dream.map.colours[row]))))
     some = ((world != base.UNKNOWN) | known).any(0).nonzero()[0]
     span = slice(some.min(), some.max() + 1) if len(some) else slice(0, 1)
     for number, (title, picture) in enumerate(pictures):

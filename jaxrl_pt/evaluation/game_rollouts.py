@@ -194,19 +194,32 @@ def choose(game: base.Game, played: measures.Played, frame: int, settings: cfg.G
 def save(directory: Path, progress: Progress) -> None:
   """Saves rollouts, of which only the last state is kept."""
   with checkpoint.Checkpointer(directory, cfg.Checkpoint(keep=1)) as saver:
-    saver.save(progress.frames.shape[1], progress, {})
+    saver.save(progress.frames.shape[1], _numbered(progress), {})
 
 
 def restored(directory: Path, start: Progress) -> Progress:
-  """The rollouts that were saved in a directory, or `start`, their beginning, if none were."""
+  """The rollouts that were saved in a directory, or `start`, their beginning, if none were.
+
+  Raises:
+    UserError: what was saved cannot be read.
+  """
   steps = checkpoint.steps(directory)
   if not steps:
     return start
+  same = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
   grown = lambda x: jax.ShapeDtypeStruct((x.shape[0], x.shape[1] + steps[-1], *x.shape[2:]),
                                          x.dtype, sharding=x.sharding)
-  same = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
   abstract = jax.tree.map(same, start)
   abstract = dataclasses.replace(abstract, played=jax.tree.map(grown, start.played),
                                  frames=jax.tree.map(grown, start.frames))
-  progress: Progress = checkpoint.restore(directory, abstract, steps[-1]).state
+  found = checkpoint.restore(directory, _numbered(abstract), steps[-1]).state
+  leaves, shape = jax.tree.flatten(abstract)
+  progress: Progress = jax.tree.unflatten(shape, [
+      found[str(number)] if leaf.size else jnp.zeros(leaf.shape, leaf.dtype)
+      for number, leaf in enumerate(leaves)])
   return progress
+
+
+def _numbered(tree: Any) -> dict[str, Any]:
+  """The leaves by number; a checkpoint has none that are empty, as the map of Pong is."""
+  return {str(number): leaf for number, leaf in enumerate(jax.tree.leaves(tree)) if leaf.size}
