@@ -103,12 +103,12 @@ def test_modules_and_edits_show_in_the_results(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize('game, policy, modules', [
     (cfg.Traveler(num_cells=64), 'out_and_back', cfg.MaaG()),
-    (cfg.Pong(), 'follow', cfg.MaaG(map=cfg.NoMap()))], ids=repr)
+    (cfg.Pong(), 'follow', cfg.MaaG(map=cfg.NoMap()))], ids=['traveler', 'pong'])
 def test_an_interrupted_evaluation_goes_on_to_the_same_numbers(game, policy, modules, tmp_path,
                                                                monkeypatch):
   settings = _with(trajectories=cfg.Trajectories(game, policy, 13), modules=modules,
                    checkpoint_every=4,
-                   edit=cfg.PaintCells(6) if game == TRAJECTORIES.game else cfg.NoEdit())
+                   edit=cfg.PaintCells(6) if game == TRAJECTORIES.game else cfg.AddToLedger(6))
   expected = _evaluate(tmp_path / 'whole', settings).results
   save, times = game_rollouts.save, []
 
