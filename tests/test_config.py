@@ -444,6 +444,7 @@ REFUSED: list[tuple[type, str, list[Any], str]] = [
     *((cfg.Conditions, name, [1, None], 'True or False') for name in ('action', 'values', 'map')),
     *((cfg.LogicNet, name, [0, 1.5], 'a whole number from 1') for name in ('channels', 'hidden')),
     (cfg.Flow, 'prediction', ['eps', None], "one of 'x0', 'velocity'"),
+    (cfg.Flow, 'shift', [0, 101, NAN], 'a number from 0.01 to 100'),
     (cfg.VDiffusion, 'num_levels', [7, 10_001], 'a whole number from 8 to 10000'),
     (cfg.VDiffusion, 'snr_clip', [0, NAN], 'a number above 0'),
     (cfg.VDiffusion, 'decay', [-0.1, 1.0, NAN], 'a number from 0'),

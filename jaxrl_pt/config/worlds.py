@@ -125,12 +125,17 @@ class Flow:
 
   prediction: what the network says, the frame x ('x0') or the velocity ε − x; the loss is its
     squared error.
+  shift: s of t ← s t / (1 + (s − 1) t), in training and in drawing (2403.03206 section 5.3.2). Above
+    1 there are more levels near noise, where what no condition decides is decided, such as the
+    colour of a new building.
   """
 
   prediction: Literal['x0', 'velocity'] = 'x0'
+  shift: float = 1.0
 
   def __post_init__(self) -> None:
     checks.choice(self, 'prediction', Literal['x0', 'velocity'])
+    checks.number(self, 'shift', 0.01, 100.0)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ level to a lower one.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -54,12 +55,19 @@ def signal_to_noise(process: cfg.VDiffusion, time: Array) -> Array:
 
 
 def draw_times(process: cfg.Process, key: Array, shape: tuple[int, ...] = ()) -> Array:
-  """f32[shape]: noise levels to learn at, each as likely as another."""
+  """f32[shape]: noise levels to learn at, each as likely as another but for `Flow.shift`."""
   match process:
     case cfg.VDiffusion(num_levels=number):
       return jax.random.randint(key, shape, 1, number + 1) / number
+    case cfg.Flow(shift=shift):
+      return _shifted(jax.random.uniform(key, shape), shift)
     case _:
       return jax.random.uniform(key, shape)
+
+
+def _shifted(at: Any, shift: float) -> Any:
+  """s t / (1 + (s − 1) t), which keeps 0 and 1."""
+  return shift * at / (1 + (shift - 1) * at)
 
 
 def _beside(time_B: Array, x: Array) -> Array:
@@ -133,6 +141,8 @@ def times(process: cfg.Process, num_steps: int) -> np.ndarray:
   """
   at = np.linspace(1.0, 0.0, num_steps + 1)
   match process:
+    case cfg.Flow(shift=shift):
+      at = _shifted(at, shift)
     case cfg.VDiffusion(num_levels=number):
       at = np.round(at * number) / number
   return at.astype(np.float32)

@@ -313,4 +313,5 @@ def _keeps_nothing(run: cfg.Run, mesh: Mesh, params: Any) -> Any:
   return states.no_method(params)
 
 
-KIND = Kind(_open, _programs, num_tokens, model_flops, _keeps_nothing, evaluate=_evaluate)
+KIND = Kind(_open, _programs, num_tokens, model_flops, _keeps_nothing, evaluate=_evaluate,
+            build=world_of)

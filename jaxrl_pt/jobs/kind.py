@@ -9,6 +9,8 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 
 from jaxrl_pt import config as cfg
+from jaxrl_pt.models.base import Specified
+from jaxrl_pt.parallel import model as models
 from jaxrl_pt.run.evaluate import evaluate_text
 from jaxrl_pt.run.job import Job
 from jaxrl_pt.run.session import Session
@@ -55,6 +57,7 @@ class Kind(NamedTuple):
     rollouts.
   evaluate: (session of a checkpoint with the data to measure on, its step) → metrics of the whole
     validation split.
+  build: (run, mesh) → the model whose parameters a checkpoint holds.
   """
 
   open: Callable[[cfg.Run, Path, str, frozenset[str]], contextlib.AbstractContextManager[Job]]
@@ -64,3 +67,5 @@ class Kind(NamedTuple):
   new_method: Callable[[cfg.Run, Mesh, Params], Any]
   reopen: Callable[[Session, Params], contextlib.AbstractContextManager[Any]] | None = None
   evaluate: Callable[[Session, int], dict[str, float]] = evaluate_text
+  build: Callable[[cfg.Run, Mesh], Specified] = (
+      lambda run, mesh: models.build(run.model, run.compute, mesh))

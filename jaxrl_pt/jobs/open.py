@@ -77,9 +77,10 @@ def load_run(workdir: Path, step: int | None = None) -> tuple[Session, Restored]
     UserError: no such directory, no checkpoint, another tokenizer.
   """
   session = policy.open_run(workdir, step, cfg.Mesh())
-  new_method = kind(session.run.objective).new_method
-  return session, policy.restore(session, step, '',
-                                 lambda params: new_method(session.run, session.mesh, params))
+  known = kind(session.run.objective)
+  return session, policy.restore(
+      session, step, '', lambda params: known.new_method(session.run, session.mesh, params),
+      known.build(session.run, session.mesh))
 
 
 def load_state(workdir: Path, step: int | None = None) -> TrainState:

@@ -37,7 +37,7 @@ FREE = frozenset((
     'Data.cache_dir', 'Data.num_workers', 'Mixture.names',
     'RL.eval_problems', 'RPT.eval_positions', 'RPT.difficulty', 'HybridModes.think_end',
     'Rollouts.dump_every', 'Rollouts.mismatch_gate', 'VerifierPool.num_workers',
-    'JudgeGuard.window', 'JudgeGuard.threshold', 'JudgeGuard.stop'))
+    'Diffusion.sampling_steps', 'JudgeGuard.window', 'JudgeGuard.threshold', 'JudgeGuard.stop'))
 # Settings that say where data lie or how examples are made of them. The examples themselves are
 # compared by their digest, the tokenizer by its fingerprint, the start policy by its parameters.
 BY_CONTENT = frozenset((
@@ -58,8 +58,10 @@ BY_CONTENT = frozenset((
 # Settings of the model that leave the arrays of its state as they are. All others decide which
 # arrays there are, so that no state of one value goes on with another.
 SAME_ARRAYS = frozenset((
-    'Model.rope_theta', 'Model.rope', 'Model.activation', 'Model.norm_epsilon', 'Model.quant'))
-FIXED_MODEL = frozenset(f'Model.{field.name}' for field in dataclasses.fields(cfg.Model)
+    'Model.rope_theta', 'Model.rope', 'Model.activation', 'Model.norm_epsilon', 'Model.quant',
+    'DiT.quant', 'DiT.conditions'))
+FIXED_MODEL = frozenset(f'{kind.__name__}.{field.name}' for kind in (
+    cfg.Model, cfg.DiT, cfg.FrameHistory, cfg.LogicNet) for field in dataclasses.fields(kind)
                         ) - SAME_ARRAYS | {'LoRA.rank', 'LoRA.projections'}
 # Settings that no run can change: the state would have other arrays, or the examples another order.
 FIXED = FIXED_MODEL | {'Run.seed', 'Train.batch_size', 'Mixture.weights', 'Rollouts.num_prompts',

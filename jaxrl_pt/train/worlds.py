@@ -59,8 +59,8 @@ def frame_loss(world: World, config: cfg.Diffusion) -> MeasuredLoss:
   pixels = jnp.asarray(pixel_weights(world.shape, config.display_weight))
 
   def loss(params: Params, clips: Clips) -> tuple[Array, Metrics]:
-    num_clips = clips.event.shape[1]
-    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), clips)
+    num_clips, num = clips.event.shape[1], clips.event.size
+    flat = jax.tree.map(lambda x: x.reshape(num, *x.shape[2:]), clips)
     frames = as_pixels(flat.frames)
     clean = jnp.concatenate([frames[:, k] for k in range(frames.shape[1] - 1)], -1)
     rows = _with_noise(world.config, config, flat, clean, frames[:, -1])
@@ -152,9 +152,15 @@ def _shortcut_errors(world: World, process: cfg.Shortcut, params: Params, rows: 
 
   Taking a clip of every episode keeps the rows of each device at work.
   """
-  by_clip = jax.tree.map(lambda x: x.reshape(-1, num_clips, *x.shape[1:]), rows)
-  large, small = (jax.tree.map(lambda x, part=part: x[:, part].reshape(-1, *x.shape[2:]), by_clip)
-                  for part in (slice(0, 1), slice(1, None)))
+  num_episodes = rows.frame.shape[0] // num_clips
+
+  def clips_from(low: int, high: int) -> _Rows:
+    def some(x: Array) -> Array:
+      by_clip = x.reshape(num_episodes, num_clips, *x.shape[1:])[:, low:high]
+      return by_clip.reshape(num_episodes * (high - low), *x.shape[1:])
+    return jax.tree.map(some, rows)
+
+  large, small = clips_from(0, 1), clips_from(1, num_clips)
   finest = world.config.step_sizes - 1
 
   def draw(key: Array) -> tuple[Array, Array]:

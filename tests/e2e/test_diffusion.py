@@ -1,0 +1,121 @@
+"""A model of a game as real processes: learns, is killed and resumed, split, evaluated, refused."""
+
+from collections.abc import Callable
+import dataclasses
+import json
+import random
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from jaxrl_pt import config as cfg
+from jaxrl_pt import metrics
+from jaxrl_pt.jobs.open import load_state
+from jaxrl_pt.main import main
+from tests import xla_flags
+from tests.e2e.conftest import PRETRAIN, Job
+from tests.e2e.test_bad_input import complaint, train_argv
+
+pytestmark = pytest.mark.slow
+STEPS = 12
+WORLD = """
+include 'gin/base_game.gin'
+cfg.DiT.num_layers = 1
+cfg.DiT.d_model = 32
+cfg.DiT.d_ff = 64
+cfg.DiT.num_heads = 2
+cfg.DiT.patch = 8
+cfg.DiT.logic = @cfg.LogicNet()
+cfg.LogicNet.channels = 8
+cfg.LogicNet.hidden = 16
+cfg.Trajectories.game = @cfg.Traveler()
+cfg.Trajectories.num_frames = 12
+cfg.Traveler.num_cells = 24
+cfg.AdamW.schedule = @cfg.ConstantRate()
+cfg.ConstantRate.learning_rate = 0.01
+cfg.Train.num_steps = 12
+cfg.Train.batch_size = 8
+cfg.Train.eval_every = 6
+cfg.Train.eval_batches = 1
+cfg.Train.tensorboard = False
+cfg.Checkpoint.every = 4
+"""
+
+
+@pytest.fixture(scope='module')
+def trained(make_job: Callable[..., Job]) -> Job:
+  job = make_job(WORLD)
+  done = job.run()
+  assert done.returncode == 0, done.stdout + done.stderr
+  return job
+
+
+def test_it_learns_and_is_evaluated(trained: Job, capsys: pytest.CaptureFixture[str]):
+  rows = trained.rows()
+  assert rows[-1]['loss'] < 0.5 * rows[0]['loss']
+  assert main(['eval', '--workdir', str(trained.workdir), '--json']) == 0
+  found = json.loads(capsys.readouterr().out)
+  assert found['loss'] == pytest.approx(rows[-1]['validation/loss'], rel=1e-3)
+  assert found.keys() >= {'readable', 'counters', 'objects', 'cells', 'new_cells', 'event_recall'}
+  assert found['step'] == STEPS and 0 <= found['counters'] <= found['readable'] <= 1
+  other = ['--gin_bindings', 'cfg.Trajectories.seed = 5']
+  assert main(['eval', '--workdir', str(trained.workdir), '--json', *other]) == 0
+  assert json.loads(capsys.readouterr().out)['loss'] != found['loss']
+
+
+def test_killed_at_a_random_step_it_goes_on_bit_for_bit(
+    make_job: Callable[..., Job], trained: Job):
+  job = make_job(WORLD)
+  code, output = job.run_until(random.SystemRandom().randint(1, STEPS - 2), signal.SIGKILL)
+  assert code == -signal.SIGKILL, output
+  done = job.run()
+  assert done.returncode == 0, done.stderr
+  first, second = (jax.tree_util.tree_leaves_with_path(load_state(j.workdir))
+                   for j in (job, trained))
+  for (path, a), (_, b) in zip(first, second, strict=True):
+    assert np.asarray(a).tobytes() == np.asarray(b).tobytes(), jax.tree_util.keystr(path)
+  rows, others = ([metrics.deterministic(r) for r in j.rows()] for j in (job, trained))
+  assert rows == others and [r['step'] for r in rows] == list(range(1, STEPS + 1))
+
+
+def test_on_eight_devices_and_in_micro_batches_the_losses_are_the_same(
+    make_job: Callable[..., Job], trained: Job):
+  job = make_job(WORLD, bindings=('cfg.Mesh.data = 2', 'cfg.Mesh.fsdp = 2', 'cfg.Mesh.tensor = 2',
+                                  'cfg.Train.accumulation = 2'))
+  job = dataclasses.replace(
+      job, environment={**job.environment, 'XLA_FLAGS': xla_flags.with_devices(8)})
+  done = job.run()
+  assert done.returncode == 0, done.stderr
+  for ours, theirs in zip(job.rows(), trained.rows(), strict=True):
+    for name in ('loss', 'frame_loss', 'event_loss', 'validation/loss'):
+      assert ours.get(name) == pytest.approx(theirs.get(name), rel=2e-3), (name, ours['step'])
+
+
+@pytest.mark.parametrize('bindings', [
+    ('cfg.Quant.weights = "ternary"', 'cfg.Quant.activations = "int8"', 'cfg.DiT.sub_norm = True'),
+    ('cfg.Trajectories.game = @cfg.Pong()', 'cfg.Diffusion.process = @cfg.VDiffusion()'),
+    ('cfg.Trajectories.game = @cfg.PacMan()', 'cfg.Diffusion.process = @cfg.Shortcut()',
+     'cfg.DiT.step_sizes = 3', 'cfg.Conditions.values = False',
+     'cfg.DiT.conditions = @cfg.Conditions()')], ids=['ternary', 'pong', 'pacman'])
+def test_other_games_processes_and_weights_learn(make_job: Callable[..., Job], bindings):
+  job = make_job(WORLD, bindings=bindings)
+  done = job.run()
+  assert done.returncode == 0, done.stderr
+  rows = job.rows()
+  assert np.mean([r['loss'] for r in rows[-3:]]) < np.mean([r['loss'] for r in rows[:3]])
+
+
+def test_mistakes_are_one_sentence(trained: Job, make_job: Callable[..., Job], capfd, tmp_path):
+  for argv, expected in (
+      (['sample', '--workdir', str(trained.workdir), '--prompt', 'a'], 'draws frames and no text'),
+      (['eval', '--workdir', str(trained.workdir), '--gin_bindings', 'cfg.Run.data = @cfg.Data()'],
+       'cfg.Data'),
+      ([*train_argv(trained), '--gin_bindings', 'cfg.Trajectories.game = @cfg.Pong()'],
+       'Trajectories.game'),
+      ([*train_argv(trained), '--gin_bindings', 'cfg.DiT.d_model = 64'], 'another model'),
+      (['train', '--gin_file', 'gin/run/maag_tiny.gin', '--workdir', str(tmp_path / 'w'),
+        '--gin_bindings', 'cfg.DiT.patch = 5'], 'DiT.patch = 5 does not divide')):
+    assert expected in complaint(capfd, *argv), argv
+  assert PRETRAIN and cfg.Diffusion

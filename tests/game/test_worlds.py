@@ -1,0 +1,85 @@
+"""Clips of episodes: what a model of a game sees, is told and is to draw."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrl_pt import config as cfg
+from jaxrl_pt.game import games, worlds
+from tests.game.conftest import NUM_FRAMES, quick
+
+EXACT = cfg.Diffusion(windows=5, map_dropout=0.0, pose_jitter=0.0)
+
+
+@pytest.mark.parametrize('game', [cfg.Traveler(), cfg.Traveler('64x64'), cfg.Pong(), cfg.PacMan(),
+                                  cfg.PacMan('64x64')], ids=repr)
+def test_cells_lie_in_the_frame_where_the_shape_says(game):
+  opened = games.open_game(game)
+  shape = worlds.shape_of(opened)
+  top, left, height, width = shape.grid
+  rows, columns = shape.view
+  assert top + rows * height <= shape.frame[0] and left + columns * width <= shape.frame[1]
+  assert (height == 0) == (not opened.contents) and shape.digits[0] in (2, 3)
+  if not opened.contents:
+    return
+  counters = jnp.zeros(len(opened.counters), int)
+  objects = jnp.zeros((opened.num_objects, 2), int)
+  first, second = (np.asarray(opened.draw(counters, jnp.full(shape.view, content), objects))
+                   for content in (0, 1))
+  changed = np.argwhere((first != second).any(-1))
+  assert (changed.min(0) >= [top, left]).all()
+  assert (changed.max(0) < [top + rows * height, left + columns * width]).all()
+  assert np.ptp(changed[:, 0]) >= (rows - 1) * height
+
+
+@pytest.mark.slow
+def test_a_clip_is_a_frame_with_those_before_it(played_by_name):
+  played = played_by_name('traveler')
+  cut = quick(lambda episodes, keys: worlds.clips(
+      played.game, EXACT, cfg.FrameHistory(3), episodes, keys))
+  found = cut(played.batch, jax.random.split(jax.random.key(0), len(played.batch.actions)))
+  assert found.frames.shape == (16, 5, 4, 24, 32, 3)
+  places = []
+  for row in range(16):
+    truth = jax.tree.map(lambda x, row=row: x[row], played.batch.truth)
+    for n in range(5):
+      # The frame is told by its score, place and map: the only one of the episode with all three.
+      same = [t for t in range(1, NUM_FRAMES)
+              if (played.batch.frames[row, t] == found.frames[row, n, -1]).all()
+              and (truth.memory[t] == found.crop[row, n]).all()
+              and (truth.counters[t] == found.counters[row, n]).all()
+              and truth.event[t] == found.event[row, n]
+              and played.batch.actions[row, t] == found.action[row, n]
+              and all((played.batch.frames[row, max(t - k, 0)] == found.frames[row, n, 3 - k]).all()
+                      for k in range(1, 4))]
+      assert same, (row, n)
+      places.append(same[0])
+  assert min(places) <= 3 and max(places) >= NUM_FRAMES - 4 and len(set(places)) > 20
+
+
+def test_rare_events_count_as_much_as_others():
+  event = jnp.array([[0, 0, 0, 1], [0, 0, 0, 0]])
+  weight = np.asarray(worlds.balanced(event, 3))
+  np.testing.assert_allclose(weight[event == 1], 4)
+  np.testing.assert_allclose(weight[event == 0], 4 / 7)
+  np.testing.assert_allclose(worlds.balanced(jnp.zeros((2, 2), int), 3), 1)
+
+
+@pytest.mark.slow
+def test_the_map_has_holes_and_is_off_by_one_at_times():
+  traveler, pacman = (games.open_game(g) for g in (cfg.Traveler(), cfg.PacMan()))
+  crop = jnp.arange(8)[None] % 6 + 1
+  keys = jax.random.split(jax.random.key(1), 2000)
+  noisy = lambda game, crop, **noise: np.asarray(jax.jit(jax.vmap(
+      lambda key: worlds.noisy_crop(game, dataclasses.replace(EXACT, **noise), crop, key)))(keys))
+  holes = noisy(traveler, crop, map_dropout=0.2)
+  assert abs((holes == -1).mean() - 0.2) < 0.02 and ((holes == -1) | (holes == crop)).all()
+  moved = noisy(traveler, crop, pose_jitter=0.3)[:, 0]
+  left, right = np.append(crop[0, 1:], -1), np.insert(crop[0, :-1], 0, -1)
+  shares = [(moved == row).all(1).mean() for row in (crop[0], left, right)]
+  np.testing.assert_allclose(shares, [0.7, 0.15, 0.15], atol=0.03)
+  maze = jnp.arange(81).reshape(9, 9) % 3
+  assert (noisy(pacman, maze, pose_jitter=1.0) == maze).all()
