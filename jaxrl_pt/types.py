@@ -38,7 +38,8 @@ class Batch:
 class Clips:
   """N clips of each of B episodes of a game, for a model of the game to learn from.
 
-  A clip is K frames that the model sees and the frame that it is to draw, of which all else is.
+  A clip is K frames that the model sees and the frame that it is to draw, of which all else is. For
+  a model that sees no frames but has a hidden state, clips are the frames of an episode, in order.
   """
 
   frames: Array  # u8[B, N, K + 1, H, W, 3]
@@ -48,6 +49,14 @@ class Clips:
   event: Array  # i32[B, N] what happened in the step that led to it
   event_weight: Array  # f32[B, N] how much the event counts among the others
   keys: Array  # key[B, N] of the clip's noise
+
+
+@struct.dataclass
+class Stills:
+  """N frames of each of B episodes, for an autoencoder of frames to learn from."""
+
+  frames: Array  # u8[B, N, H, W, 3]
+  keys: Array  # key[B, N] of the noise of each frame's latents
 
 
 @struct.dataclass

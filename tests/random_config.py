@@ -106,6 +106,8 @@ _BESIDE: dict[type, dict[type, dict[str, Any]]] = {
        for kind in (cfg.Preferences, cfg.SlipPreferences, cfg.ResultPreferences)},
     **{kind: {cfg.Run: {name: WORLD_RUN[name] for name in ('model', 'data', 'objective')}}
        for kind in (cfg.DiT, cfg.Trajectories, cfg.Diffusion)},
+    cfg.VAE: {cfg.Run: {'data': WORLD_RUN['data'], 'objective': cfg.Autoencoding()}},
+    cfg.Autoencoding: {cfg.Run: {'data': WORLD_RUN['data'], 'model': cfg.VAE()}},
     cfg.Shortcut: {cfg.Run: {**WORLD_RUN, 'model': cfg.DiT(**DIT, step_sizes=3)}},
     cfg.HybridModes: {cfg.Rollouts: {'response_tokens': 2}},
     cfg.AdaptThink: {cfg.Algorithm: {'surrogate': cfg.PPOClip()}},

@@ -135,11 +135,12 @@ VALID: dict[type, dict[str, Any]] = {
     **{kind: {} for kind in get_args(cfg.Game)},
     cfg.Trajectories: {'game': cfg.Traveler()},
     cfg.DiT: DIT,
-    **{kind: {} for kind in (cfg.FrameHistory, cfg.Conditions, cfg.LogicNet, cfg.Flow, cfg.Shortcut,
-                             cfg.VDiffusion, cfg.Diffusion)},
     **{kind: {} for kind in (cfg.MaaG, cfg.MapMemory, cfg.NoMap, cfg.SlidingWindow,
                              cfg.DeadReckoning, cfg.NoEdit, cfg.AddToLedger, cfg.PaintCells)},
     cfg.GameEvaluation: {'trajectories': cfg.Trajectories(cfg.Traveler(), num_frames=50)},
+    **{kind: {} for kind in (cfg.FrameHistory, cfg.Recurrent, cfg.Pixels, cfg.VAE, cfg.Conditions,
+                             cfg.LogicNet, cfg.Flow, cfg.Shortcut, cfg.VDiffusion, cfg.Diffusion,
+                             cfg.Autoencoding)},
     cfg.Train: {'num_steps': 4, 'batch_size': 2},
     cfg.Checkpoint: {},
     cfg.Run: RUN,
@@ -150,7 +151,7 @@ ALL = [value for value in vars(cfg).values()
 NAN, INF = float('nan'), float('inf')
 # Type, field, values refused, and a piece of what is expected instead.
 REFUSED: list[tuple[type, str, list[Any], str]] = [
-    *((kind, 'frame', ['32x32', None, (24, 32)], "one of '24x32', '64x64'")
+    *((kind, 'frame', ['32x32', None, (24, 32)], "one of '24x32', '64x64', '128x128'")
       for kind in get_args(cfg.Game)),
     *((kind, name, [-1, 1000, 1.5, None], 'to 999') for kind in (cfg.Traveler, cfg.PacMan)
       for name in ('start_low', 'start_high')),
@@ -436,13 +437,24 @@ REFUSED: list[tuple[type, str, list[Any], str]] = [
     (cfg.Engine, 'kv', ['int5', None], "one of 'model', 'int8', 'int4', 'int3'"),
     *((cfg.DiT, name, [0, 1.5], 'at least 1') for name in ('num_layers', 'd_model', 'd_ff')),
     *((cfg.DiT, name, [0, 1.5], 'a whole number from 1') for name in ('num_heads', 'patch')),
-    *((cfg.DiT, name, [None], '@cfg.') for name in ('past', 'conditions', 'logic', 'quant')),
+    *((cfg.DiT, name, [None], '@cfg.') for name in ('past', 'space', 'conditions', 'logic',
+                                                        'quant')),
     (cfg.DiT, 'step_sizes', [-1, 17], 'a whole number from 0 to 16'),
     (cfg.DiT, 'sub_norm', [1], 'True or False'),
     *((cfg.FrameHistory, name, [0, 1001], 'a whole number from 1')
       for name in ('num_frames', 'noise_buckets')),
     *((cfg.Conditions, name, [1, None], 'True or False') for name in ('action', 'values', 'map')),
     *((cfg.LogicNet, name, [0, 1.5], 'a whole number from 1') for name in ('channels', 'hidden')),
+    (cfg.Recurrent, 'channels', [0, 1.5], 'a whole number from 1'),
+    *((cfg.VAE, name, [0, 1.5], 'a whole number from 1')
+      for name in ('base', 'num_blocks', 'latent_channels')),
+    (cfg.VAE, 'multipliers', [(), (1, 0), 4, (1,) * 9], 'a list of 1 to 8 whole numbers'),
+    (cfg.VAE, 'offset', [NAN, 'x'], 'a number from -1e+30 to 1e+30'),
+    (cfg.VAE, 'scale', [0, NAN], 'a number above 0'),
+    (cfg.Autoencoding, 'windows', [0, 1.5], 'a whole number from 1'),
+    (cfg.Autoencoding, 'kl_weight', [-0.1, NAN], 'a number of at least 0'),
+    (cfg.Autoencoding, 'display_weight', [0, NAN], 'a number above 0'),
+    (cfg.Diffusion, 'vae_from', [None, 3], 'a string'),
     (cfg.Flow, 'prediction', ['eps', None], "one of 'x0', 'velocity'"),
     (cfg.Flow, 'shift', [0, 101, NAN], 'a number from 0.01 to 100'),
     (cfg.VDiffusion, 'num_levels', [7, 10_001], 'a whole number from 8 to 10000'),
@@ -710,6 +722,11 @@ def test_every_field_has_a_row():
         ({'compute': cfg.Compute(loss_chunk=8)}, 'Compute.loss_chunk = 8 is not read by'),
         ({'mesh': cfg.Mesh(context=2)}, 'Mesh.context = 2 is not read by'),
         ({'model': cfg.DiT(**DIT, step_sizes=3)}, 'tells the model of no step size'),
+        ({'model': cfg.DiT(**DIT, space=cfg.VAE())}, "but Diffusion.vae_from = ''"),
+        ({'objective': cfg.Diffusion(vae_from='a')}, "but Diffusion.vae_from = 'a'"),
+        ({'objective': cfg.Autoencoding()}, 'choose Run.model = @cfg.VAE()'),
+        ({'model': cfg.DiT(**DIT, past=cfg.Recurrent(), step_sizes=3),
+          'objective': cfg.Diffusion(cfg.Shortcut())}, 'needs DiT.past = @cfg.FrameHistory()'),
         *(({'model': cfg.DiT(**DIT, step_sizes=sizes),
             'objective': cfg.Diffusion(cfg.Shortcut(), sampling_steps=steps)},
            f'DiT.step_sizes = {sizes} does not go with Diffusion.sampling_steps = {steps}')

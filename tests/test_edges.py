@@ -12,7 +12,7 @@ import pytest
 
 from jaxrl_pt import config as cfg
 from jaxrl_pt import gin_bindings
-from jaxrl_pt.jobs import diffusion
+from jaxrl_pt.jobs import autoencoding, diffusion
 from jaxrl_pt.jobs import open as jobs
 from jaxrl_pt.main import main
 from jaxrl_pt.parallel import memory, rules
@@ -68,11 +68,16 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> Opened:
   found = Opened()
 
   def open_run(run: cfg.Run, workdir: Path, text: str, allow: frozenset[str]) -> None:
-    is_world = isinstance(run.objective, cfg.Diffusion)
-    (diffusion if is_world else memory).check_fits(run)
+    match run.objective:
+      case cfg.Diffusion():
+        diffusion.check_fits(run)
+      case cfg.Autoencoding():
+        autoencoding.check_fits(run)
+      case _:
+        memory.check_fits(run)
     rules.check_divides(run, make_mesh(run.mesh))
-    if is_world:
-      diffusion.world_of(run, make_mesh(run.mesh))
+    if isinstance(run.objective, cfg.OfGames):
+      pass
     elif isinstance(run.data.source, READS) or isinstance(run.data.tokenizer, READS):
       sessions.open_session(run, workdir, text, allow=allow)
     found.run = run

@@ -117,6 +117,22 @@ def rising(owner: Any, name: str, length: int) -> None:
   object.__setattr__(owner, name, tuple(value))
 
 
+def counts(owner: Any, name: str, most: int) -> None:
+  """Asks for 1 to `most` whole numbers above 0, and turns a list of them into a tuple."""
+  value = getattr(owner, name)
+  is_counts = isinstance(value, (list, tuple)) and 1 <= len(value) <= most and all(
+      _is_integer(x) and 1 <= x <= 2**10 for x in value)
+  if not is_counts:
+    fail(owner, name, f'a list of 1 to {most} whole numbers from 1 to 1024')
+  object.__setattr__(owner, name, tuple(value))
+
+
+def weight(owner: Any, name: str) -> None:
+  """Asks for a finite number of any sign."""
+  if not is_weight(getattr(owner, name)):
+    fail(owner, name, f'a number from {-LARGEST:g} to {LARGEST:g}')
+
+
 def token_ids(owner: Any, name: str) -> None:
   """Asks for token ids, and turns a list of them into a hashable tuple."""
   value = getattr(owner, name)

@@ -6,9 +6,9 @@ from typing import Literal, get_args
 from jaxrl_pt.config import checks
 from jaxrl_pt.errors import UserError
 
-# Height and width of a frame in pixels. The larger one has the same rules, drawn with pixels of
-# twice the size and more room above the ground.
-FrameSize = Literal['24x32', '64x64']
+# Height and width of a frame in pixels. Larger ones have the same rules, drawn with pixels of two
+# and four times the size and more room above the ground.
+FrameSize = Literal['24x32', '64x64', '128x128']
 
 
 def _check_scores(owner: 'Traveler | PacMan') -> None:

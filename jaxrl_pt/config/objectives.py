@@ -1,4 +1,4 @@
-"""Objectives: next-token prediction, supervised stages, RPT and RLP, RL; `worlds` has one more.
+"""Objectives: next-token prediction, supervised stages, RPT, RLP, RL; those of games in `worlds`.
 
 Beside its own settings every objective has five attributes that code may read without asking which
 objective it is: `rollouts` and `algorithm`, which are None where no responses are drawn;
@@ -21,7 +21,7 @@ from jaxrl_pt.config.pairs import JudgePairs
 from jaxrl_pt.config.problems import Problems
 from jaxrl_pt.config.rollouts import AllGroups, InFlight, OnPolicy, Rollouts
 from jaxrl_pt.config.verifiers import Verifier, VerifierPool, programs_of
-from jaxrl_pt.config.worlds import Diffusion
+from jaxrl_pt.config.worlds import OfGames
 from jaxrl_pt.errors import UserError
 
 
@@ -350,7 +350,7 @@ class RL:
 # Objectives that draw responses and learn from their rewards.
 Reinforced = RPT | RL
 Supervised = SFT | DPO | RewardModel
-Objective = NextToken | Supervised | Reinforced | Diffusion
+Objective = NextToken | Supervised | Reinforced | OfGames
 
 
 def judge_of(objective: Objective) -> tuple[JudgeReward, ...]:

@@ -9,18 +9,18 @@ from typing_extensions import TypeVar
 from jaxrl_pt.config import checks
 from jaxrl_pt.config.data import SOURCES_OF, Data, Mixture, PolicyTokenizer
 from jaxrl_pt.config.examples import Demonstrations, HybridConversations, WeightedConversations
-from jaxrl_pt.config.game import Trajectories
+from jaxrl_pt.config.game import Game, Trajectories
 from jaxrl_pt.config.generated import HybridSums
 from jaxrl_pt.config.hybrid import HybridModes, ResponseModes, SingleMode
 from jaxrl_pt.config.model import Compute, Mesh, Model
 from jaxrl_pt.config.objectives import RL, NextToken, Objective
 from jaxrl_pt.config.optimizer import AdamW
 from jaxrl_pt.config.verifiers import AnswerMatch, VerifierPool
-from jaxrl_pt.config.worlds import Diffusion, DiT, Shortcut
+from jaxrl_pt.config.worlds import VAE, Diffusion, DiT, OfGames, Recurrent, Shortcut
 from jaxrl_pt.errors import UserError
 
 # A run without more is one of a language model on text.
-_ModelT = TypeVar('_ModelT', bound=Model | DiT, default=Model)
+_ModelT = TypeVar('_ModelT', bound=Model | DiT | VAE, default=Model)
 _DataT = TypeVar('_DataT', bound=Data | Trajectories, default=Data)
 
 
@@ -83,7 +83,8 @@ class Checkpoint:
 class Run(Generic[_ModelT, _DataT]):
   """Everything that decides the numbers of one run. The work directory is not part of it.
 
-  A run of Diffusion has a DiT and Trajectories, every other one a Model and Data.
+  A run of Diffusion has a DiT and Trajectories, one of Autoencoding a VAE and Trajectories, and
+  every other one a Model and Data.
   """
 
   seed: int
@@ -98,7 +99,7 @@ class Run(Generic[_ModelT, _DataT]):
 
   def __post_init__(self) -> None:
     checks.integer(self, 'seed', 0, 2**31 - 1)
-    checks.instance(self, 'model', Model, DiT)
+    checks.instance(self, 'model', Model, DiT, VAE)
     checks.instance(self, 'data', Data, Trajectories)
     checks.instance(self, 'objective', *get_args(Objective))
     checks.instance(self, 'optimizer', AdamW)
@@ -108,13 +109,14 @@ class Run(Generic[_ModelT, _DataT]):
     checks.instance(self, 'compute', Compute)
     _check_together(self)
     match self.objective:
-      case NextToken(int4_from=fraction) if fraction < 1 and self.model.quant.weights == 'none':
+      case NextToken(int4_from=fraction) if (
+          fraction < 1 and cast(Run, self).model.quant.weights == 'none'):
         raise UserError('NextToken.int4_from < 1 switches BitLinear activations: set '
                         "Quant.weights = 'ternary' too.")
       case _:
         pass
-    if isinstance(self.objective, Diffusion):
-      _check_world(world_run(self))
+    if isinstance(self.objective, OfGames):
+      _check_of_games(self)
       return
     _check_rollouts(cast(Run, self))
     _check_examples(cast(Run, self))
@@ -130,24 +132,58 @@ def world_run(run: Run[Any, Any]) -> WorldRun:
   return cast(WorldRun, run)
 
 
+def game_of(run: Run[Any, Any]) -> Game:
+  """The game that a run of Diffusion or Autoencoding learns from."""
+  assert isinstance(run.data, Trajectories)
+  game: Game = run.data.game
+  return game
+
+
 def _check_together(run: Run[Any, Any]) -> None:
   """Refuses a language model of frames, and a model of frames on text."""
-  is_world, name = isinstance(run.objective, Diffusion), type(run.objective).__name__
-  for field_name, of_world, other in (('model', DiT, Model), ('data', Trajectories, Data)):
-    value, wanted = getattr(run, field_name), of_world if is_world else other
+  name = type(run.objective).__name__
+  wanted_types: tuple[type, type] = Model, Data
+  source = 'text'
+  if isinstance(run.objective, OfGames):
+    wanted_types = (DiT if isinstance(run.objective, Diffusion) else VAE), Trajectories
+    source = 'episodes of a game'
+  for field_name, wanted in zip(('model', 'data'), wanted_types, strict=True):
+    value = getattr(run, field_name)
     if not isinstance(value, wanted):
       raise UserError(f'Run.{field_name} = @cfg.{type(value).__name__}(), but Run.objective = '
-                      f'@cfg.{name}() learns from {"episodes of a game" if is_world else "text"}: '
-                      f'choose Run.{field_name} = @cfg.{wanted.__name__}().')
+                      f'@cfg.{name}() learns from {source}: choose Run.{field_name} = '
+                      f'@cfg.{wanted.__name__}().')
 
 
-def _check_world(run: WorldRun) -> None:
-  """Checks what a run of Diffusion needs, and what it does not read."""
-  objective = run.objective
-  assert isinstance(objective, Diffusion)
+def _check_of_games(run: Run[Any, Any]) -> None:
+  """Checks what a run on games needs, and what it does not read."""
   checks.integer(run.train, 'batch_size', 1)
-  sizes, steps = run.model.step_sizes, objective.sampling_steps
+  if isinstance(run.objective, Diffusion):
+    _check_sizes(run.model, run.objective)
+    is_latent = isinstance(run.model.space, VAE)
+    if is_latent != bool(run.objective.vae_from):
+      raise UserError(f'DiT.space = @cfg.{type(run.model.space).__name__}(), but '
+                      f'Diffusion.vae_from = {run.objective.vae_from!r}: name the work directory '
+                      'of a run of Autoencoding where the model draws latents, and none where it '
+                      'draws pixels.')
+  if not run.train.eval_batches:
+    raise UserError('Train.eval_batches = 0 takes all that is held out, and there is no end of '
+                    'episodes: set it to the number of batches to evaluate on.')
+  for name, value, default in (('Train.group_parts', run.train.group_parts, 1),
+                               ('Compute.loss_chunk', run.compute.loss_chunk, 0),
+                               ('Mesh.context', run.mesh.context, 1)):
+    if value != default:
+      raise UserError(f'{name} = {value!r} is not read by {type(run.objective).__name__}, whose '
+                      f'rows are no texts: leave it out, or at {default!r}.')
+
+
+def _check_sizes(model: DiT, objective: Diffusion) -> None:
+  """Checks that a shortcut model knows the sizes of its steps, and no other model does."""
+  sizes, steps = model.step_sizes, objective.sampling_steps
   if isinstance(objective.process, Shortcut):
+    if isinstance(model.past, Recurrent):
+      raise UserError('Diffusion.process = @cfg.Shortcut() needs DiT.past = @cfg.FrameHistory(): a '
+                      'large step is that of one frame, whose past is known.')
     if sizes < 2 or steps not in [2**i for i in range(sizes)]:
       raise UserError(f'Diffusion.process = @cfg.Shortcut() takes 1, 2, 4, … steps, as many as its '
                       f'smallest step size allows: DiT.step_sizes = {sizes} does not go with '
@@ -156,15 +192,6 @@ def _check_world(run: WorldRun) -> None:
     raise UserError(f'DiT.step_sizes = {sizes}, but Diffusion.process = '
                     f'@cfg.{type(objective.process).__name__}() tells the model of no step size: '
                     'leave it at 0.')
-  if not run.train.eval_batches:
-    raise UserError('Train.eval_batches = 0 takes all that is held out, and there is no end of '
-                    'episodes: set it to the number of batches to evaluate on.')
-  for name, value, default in (('Train.group_parts', run.train.group_parts, 1),
-                               ('Compute.loss_chunk', run.compute.loss_chunk, 0),
-                               ('Mesh.context', run.mesh.context, 1)):
-    if value != default:
-      raise UserError(f'{name} = {value!r} is not read by Diffusion, whose rows are no texts: '
-                      f'leave it out, or at {default!r}.')
 
 
 def _check_rollouts(run: Run) -> None:

@@ -32,6 +32,64 @@ class FrameHistory:
 
 
 @dataclass(frozen=True)
+class Recurrent:
+  """What the model knows of the past is a hidden state, which every frame changes (2412.00887).
+
+  It begins with a state that is learned. A run learns whole episodes, frame by frame.
+
+  channels: of the state, whose height and width are those of a frame, in pixels or latents.
+  """
+
+  channels: int = 32
+
+  def __post_init__(self) -> None:
+    checks.integer(self, 'channels', 1, 2**12)
+
+
+Past = FrameHistory | Recurrent
+
+
+@dataclass(frozen=True)
+class Pixels:
+  """The model draws pixels."""
+
+
+@dataclass(frozen=True)
+class VAE:
+  """A variational autoencoder of frames; a model with one draws the latents of frames.
+
+  base: channels at the size of a frame.
+  multipliers: channels at each size in units of `base`; from one to the next the side is halved.
+  num_blocks: ResBlocks at each size of the encoder; the decoder has one more.
+  latent_channels: of a frame's latents.
+  offset, scale: a model draws (latents − offset) · scale, which should be about as large as noise.
+  """
+
+  base: int = 128
+  multipliers: tuple[int, ...] = (1, 2, 4)
+  num_blocks: int = 2
+  latent_channels: int = 4
+  offset: float = 0.0
+  scale: float = 1.0
+
+  def __post_init__(self) -> None:
+    checks.integer(self, 'base', 1, 2**12)
+    checks.counts(self, 'multipliers', 8)
+    checks.integer(self, 'num_blocks', 1, 64)
+    checks.integer(self, 'latent_channels', 1, 2**10)
+    checks.weight(self, 'offset')
+    checks.positive(self, 'scale')
+
+  @property
+  def factor(self) -> int:
+    """Pixels of a frame's side to a latent."""
+    return 2 ** (len(self.multipliers) - 1)
+
+
+Space = Pixels | VAE
+
+
+@dataclass(frozen=True)
 class Conditions:
   """What the model is told of the frame that it is to draw, besides the past.
 
@@ -72,7 +130,9 @@ class LogicNet:
 class DiT:
   """A diffusion transformer with adaLN-zero (2212.09748) that draws a game's next frame.
 
-  patch: pixels of the side of a patch, which is a token.
+  patch: pixels or latents of the side of a patch, which is a token.
+  past: what it knows of the frames before.
+  space: whether it draws pixels or latents.
   step_sizes: of how many step sizes a shortcut model is told, 1, 1/2, 1/4, …; 0 for others.
   sub_norm: whether a block has an RMSNorm before W_o and W_down (SubLN), as ternary models do.
   """
@@ -82,7 +142,8 @@ class DiT:
   d_ff: int
   num_heads: int
   patch: int
-  past: FrameHistory = field(default_factory=FrameHistory)
+  past: Past = field(default_factory=FrameHistory)
+  space: Space = field(default_factory=Pixels)
   conditions: Conditions = field(default_factory=Conditions)
   logic: LogicNet = field(default_factory=LogicNet)
   step_sizes: int = 0
@@ -96,7 +157,8 @@ class DiT:
       checks.size(self, name, 1, high, 4 * checks.units(self, *beside), 'its layers')
     checks.integer(self, 'num_heads', 1, 2**12)
     checks.integer(self, 'patch', 1, 64)
-    checks.instance(self, 'past', FrameHistory)
+    checks.instance(self, 'past', *get_args(Past))
+    checks.instance(self, 'space', *get_args(Space))
     checks.instance(self, 'conditions', Conditions)
     checks.instance(self, 'logic', LogicNet)
     checks.integer(self, 'step_sizes', 0, 16)
@@ -125,9 +187,9 @@ class Flow:
 
   prediction: what the network says, the frame x ('x0') or the velocity ε − x; the loss is its
     squared error.
-  shift: s of t ← s t / (1 + (s − 1) t), in training and in drawing (2403.03206 section 5.3.2). Above
-    1 there are more levels near noise, where what no condition decides is decided, such as the
-    colour of a new building.
+  shift: s of t ← s t / (1 + (s − 1) t), in training and in drawing (2403.03206 section 5.3.2).
+    Above 1 there are more levels near noise, where what no condition decides is decided, such as
+    the colour of a new building.
   """
 
   prediction: Literal['x0', 'velocity'] = 'x0'
@@ -187,6 +249,8 @@ class Diffusion:
   display_weight: the weight of the error of a pixel of the display; others have 1.
   event_weight: λ.
   sampling_steps: steps from noise to a frame in evaluation, from 1 to 8.
+  vae_from: the work directory of the autoencoder of DiT.space, from a run of Autoencoding; '' if
+    the model draws pixels.
   """
 
   process: Process = field(default_factory=Flow)
@@ -197,10 +261,11 @@ class Diffusion:
   display_weight: float = 8.0
   event_weight: float = 0.1
   sampling_steps: int = 4
+  vae_from: str = ''
   rollouts: ClassVar[None] = None
   algorithm: ClassVar[None] = None
   positions_per_document: ClassVar[int] = 1
-  policy_fields: ClassVar[tuple[str, ...]] = ()
+  policy_fields: ClassVar[tuple[str, ...]] = ('vae_from',)
   examples: ClassVar[None] = None
 
   def __post_init__(self) -> None:
@@ -211,6 +276,38 @@ class Diffusion:
     checks.positive(self, 'display_weight')
     checks.number(self, 'event_weight', 0.0)
     checks.integer(self, 'sampling_steps', 1, 8)
+    checks.text(self, 'vae_from', empty=True)
     if isinstance(self.process, Shortcut) and self.windows < 2:
       raise UserError('Diffusion.process = @cfg.Shortcut() takes one of Diffusion.windows of an '
                       'episode for its large steps: set Diffusion.windows to at least 2.')
+
+
+@dataclass(frozen=True)
+class Autoencoding:
+  """Training of a VAE on frames of episodes, of which Train.batch_size are in a step.
+
+  The loss is the squared error of the pixels, with the weight of the display, plus `kl_weight`
+  times the divergence of the latents from a Gaussian. Departs from the base model: no perceptual
+  loss (LPIPS), whose network would have to be fetched.
+
+  windows: frames of each episode in a step.
+  kl_weight: of the divergence of a frame, in nats.
+  display_weight: the weight of the error of a pixel of the display; others have 1.
+  """
+
+  windows: int = 4
+  kl_weight: float = 1e-6
+  display_weight: float = 8.0
+  rollouts: ClassVar[None] = None
+  algorithm: ClassVar[None] = None
+  positions_per_document: ClassVar[int] = 1
+  policy_fields: ClassVar[tuple[str, ...]] = ()
+  examples: ClassVar[None] = None
+
+  def __post_init__(self) -> None:
+    checks.integer(self, 'windows', 1, 2**14)
+    checks.number(self, 'kl_weight', 0.0)
+    checks.positive(self, 'display_weight')
+
+
+OfGames = Diffusion | Autoencoding

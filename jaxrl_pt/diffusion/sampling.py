@@ -18,7 +18,8 @@ import jax.numpy as jnp
 
 from jaxrl_pt import config as cfg
 from jaxrl_pt.diffusion import processes
-from jaxrl_pt.models.world import CHANNELS, Told, World
+from jaxrl_pt.models.told import Told
+from jaxrl_pt.models.world import World
 from jaxrl_pt.types import Array, Params
 
 
@@ -50,7 +51,7 @@ def init_state(world: World, params: Params, frame_BHWC: Array, told: Told) -> S
     frame_BHWC: u8 or f32[B, H, W, 3] from 0 to 1.
     told: what it shows; its action is the one that does nothing.
   """
-  return State(world.begin(params, as_pixels(frame_BHWC), told))
+  return State(world.begin(params, world.encode(params, as_pixels(frame_BHWC)), told))
 
 
 def observe(world: World, params: Params, state: State, frame_BHWC: Array, told: Told) -> State:
@@ -62,7 +63,8 @@ def observe(world: World, params: Params, state: State, frame_BHWC: Array, told:
     frame_BHWC: u8 or f32[B, H, W, 3] from 0 to 1.
     told: the action that led to it, and what it shows.
   """
-  return State(world.remember(params, state.past, as_pixels(frame_BHWC), told))
+  frame = world.encode(params, as_pixels(frame_BHWC))
+  return State(world.remember(params, state.past, frame, told))
 
 
 def event_logits(world: World, params: Params, state: State, action_B: Array) -> Array:
@@ -90,13 +92,15 @@ def next_frame(world: World, params: Params, solver: Solver, state: State, told:
   clean = jnp.zeros(num, jnp.int32)  # The bucket of a past that is as it is.
   size = jnp.full(num, processes.step_index(process, solver.num_steps))
 
-  def denoise(x_BHWC: Array, levels: tuple[Array, Array]) -> tuple[Array, None]:
+  def denoise(carry: tuple[Array, Array], levels: tuple[Array, Array]
+              ) -> tuple[tuple[Array, Array], None]:
     time_B, next_B = (jnp.broadcast_to(level, (num,)) for level in levels)
-    said = world.denoise(params, state.past, x_BHWC, time_B, told, clean, size)
-    return processes.step(process, said, x_BHWC, time_B, next_B), None
+    said, past = world.denoise(params, state.past, carry[0], time_B, told, clean, size)
+    return (processes.step(process, said, carry[0], time_B, next_B), past), None
 
-  shape = (*world.shape.frame, CHANNELS)
-  noise = jax.vmap(lambda key: jax.random.normal(key, shape))(keys_B)
-  frame, _ = jax.lax.scan(denoise, noise, (at[:-1], at[1:]))
-  frame = jnp.clip(frame, -1.0, 1.0)
-  return (frame + 1) / 2, State(world.remember(params, state.past, frame, told))
+  noise = jax.vmap(lambda key: jax.random.normal(key, world.frame_shape))(keys_B)
+  (frame, past), _ = jax.lax.scan(denoise, (noise, state.past), (at[:-1], at[1:]))
+  pixels = jnp.clip(world.decode(params, frame), -1.0, 1.0)
+  if isinstance(world.config.space, cfg.Pixels):  # It remembers what it has shown.
+    frame = pixels
+  return (pixels + 1) / 2, State(world.drawn(past, frame))

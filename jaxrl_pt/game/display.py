@@ -36,7 +36,7 @@ class Scale(NamedTuple):
 
 def scale(frame: cfg.FrameSize) -> Scale:
   """The units of a frame of that size."""
-  return {'24x32': Scale(1, 24), '64x64': Scale(2, 32)}[frame]
+  return {'24x32': Scale(1, 24), '64x64': Scale(2, 32), '128x128': Scale(4, 32)}[frame]
 
 
 def enlarged(pattern: np.ndarray, unit: int) -> np.ndarray:

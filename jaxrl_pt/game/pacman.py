@@ -254,7 +254,7 @@ class _Picture:
     self._background = display.background(shape, (display.NUM_ROWS - 1, _BLACK))
     self._score = display.Digits(3, _COUNTERS[0].num_digits, unit)
     self._lives = display.Digits(26, _COUNTERS[1].num_digits, unit)
-    cell = {1: (2, 3), 2: (5, 6)}[unit]
+    cell = {1: (2, 3), 2: (5, 6), 4: (10, 12)}[unit]
     height, width = shape.frame_shape
     self._top, self._left = height - SIDE * cell[0], (width - SIDE * cell[1]) // 2
     self._tiles = _tiles(*cell)

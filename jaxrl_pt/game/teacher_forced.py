@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jaxrl_pt.diffusion.sampling import Solver, State, init_state, next_frame, observe
 from jaxrl_pt.game import base, reading
 from jaxrl_pt.game.trajectories import Trajectory
-from jaxrl_pt.models.world import Told, World
+from jaxrl_pt.models.told import Told
+from jaxrl_pt.models.world import World
 from jaxrl_pt.types import Params, Weighted
 
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jaxrl_pt import config as cfg
 from jaxrl_pt.game import base, display
 from jaxrl_pt.game.trajectories import Trajectory
-from jaxrl_pt.models.world import Shape
-from jaxrl_pt.types import Array, Clips
+from jaxrl_pt.models.told import Shape
+from jaxrl_pt.types import Array, Clips, Stills
 
 
 def shape_of(game: base.Game) -> Shape:
@@ -22,9 +22,11 @@ def shape_of(game: base.Game) -> Shape:
       num_contents=len(game.contents), view=game.view_shape, grid=game.grid)
 
 
-def clips(game: base.Game, config: cfg.Diffusion, past: cfg.FrameHistory, episodes: Trajectory,
+def clips(game: base.Game, config: cfg.Diffusion, past: cfg.Past, episodes: Trajectory,
           keys_B: Array) -> Clips:
   """Clips of episodes: `windows` of each, every one a frame to draw and the frames before it.
+
+  A model with a hidden state learns all frames of an episode, in order, and sees none before them.
 
   Which frames are taken, which cells of the map are hidden and where the map is off follows from
   the keys. Before the first frame of an episode stands that frame itself, as at the beginning of a
@@ -33,27 +35,44 @@ def clips(game: base.Game, config: cfg.Diffusion, past: cfg.FrameHistory, episod
   Args:
     game: the game.
     config: the number of windows, and the noise of the map.
-    past: how many frames are before the one to draw.
+    past: how many frames are before the one to draw, or that there is a hidden state.
     episodes: [B, T, ...].
     keys_B: key[B] of each episode in this step.
   """
   num_frames = episodes.actions.shape[1]
+  is_whole = isinstance(past, cfg.Recurrent)
+  before = 0 if isinstance(past, cfg.Recurrent) else past.num_frames
 
-  def one(episode: Trajectory, key: Array) -> tuple[Any, ...]:
+  def one(episode: Trajectory, key: Array, number: Array) -> tuple[Any, ...]:
     keys = jax.random.split(key, 3)
-    last = jax.random.randint(keys[0], (), 1, num_frames)
-    frames = jnp.maximum(last + jnp.arange(-past.num_frames, 1), 0)
+    last = number if is_whole else jax.random.randint(keys[0], (), 1, num_frames)
+    frames = jnp.maximum(last + jnp.arange(-before, 1), 0)
     truth = jax.tree.map(lambda x: x[last], episode.truth)
     crop = noisy_crop(game, config, truth.memory, keys[1])
     return (episode.frames[frames], episode.actions[last], truth.counters, crop, truth.event,
             keys[2])
 
   def of_episode(episode: Trajectory, key: Array) -> tuple[Any, ...]:
-    return jax.vmap(lambda k: one(episode, k))(jax.random.split(key, config.windows))
+    number = num_frames if is_whole else config.windows
+    return jax.vmap(lambda k, n: one(episode, k, n))(jax.random.split(key, number),
+                                                    jnp.arange(number))
 
   frames, actions, counters, crop, event, keys = jax.vmap(of_episode)(episodes, keys_B)
   return Clips(frames, actions, counters, crop, event,
                balanced(event, len(game.events)), keys)
+
+
+def stills(config: cfg.Autoencoding, episodes: Trajectory, keys_B: Array) -> Stills:
+  """`windows` frames of each episode, drawn with their noise from the keys."""
+  num_frames = episodes.actions.shape[1]
+
+  def one(frames: Array, key: Array) -> tuple[Array, Array]:
+    keys = jax.random.split(key, 2)
+    return frames[jax.random.randint(keys[0], (), 0, num_frames)], keys[1]
+
+  each = lambda frames, key: jax.vmap(lambda k: one(frames, k))(
+      jax.random.split(key, config.windows))
+  return Stills(*jax.vmap(each)(episodes.frames, keys_B))
 
 
 def noisy_crop(game: base.Game, config: cfg.Diffusion, crop: Array, key: Array) -> Array:

@@ -56,3 +56,9 @@ def convolve(x_BHWC: Array, w_HWIO: Array, stride: int = 1) -> Array:
   return jax.lax.conv_general_dilated(
       x_BHWC, w_HWIO.astype(x_BHWC.dtype), (stride, stride), 'SAME',
       dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
+
+
+def pooled(x_BHWC: Array, side: int) -> Array:
+  """f[B, H / side, W / side, C]: the means of squares of pixels."""
+  num, height, width, channels = x_BHWC.shape
+  return x_BHWC.reshape(num, height // side, side, width // side, side, channels).mean((2, 4))

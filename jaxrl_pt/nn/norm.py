@@ -38,3 +38,23 @@ def layer_norm(x: Array, epsilon: float = EPSILON) -> Array:
   centred = wide - wide.mean(-1, keepdims=True)
   inverse = jax.lax.rsqrt(jnp.mean(centred * centred, -1, keepdims=True) + epsilon)
   return (centred * inverse).astype(x.dtype)
+
+
+def group_norm(x_BHWC: Array, gain: Array, bias: Array, groups: int,
+               epsilon: float = EPSILON) -> Array:
+  """GroupNorm over the pixels and the channels of each group, in float32 (1803.08494).
+
+  Args:
+    x_BHWC: f[B, H, W, C].
+    gain, bias: f32[C].
+    groups: divides C.
+    epsilon: is added to the variance.
+
+  Returns:
+    f[B, H, W, C] in x's dtype.
+  """
+  grouped = x_BHWC.astype(jnp.float32).reshape(*x_BHWC.shape[:3], groups, -1)
+  centred = grouped - grouped.mean((1, 2, 4), keepdims=True)
+  inverse = jax.lax.rsqrt(jnp.square(centred).mean((1, 2, 4), keepdims=True) + epsilon)
+  normed = (centred * inverse).reshape(x_BHWC.shape)
+  return (normed * gain + bias).astype(x_BHWC.dtype)

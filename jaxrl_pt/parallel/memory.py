@@ -97,9 +97,9 @@ def check_needed(needed: Mapping[str, int]) -> None:
   sizes = {
       'Model': 'its weights, gradients\' moments and copies',
       'DiT': 'its weights and gradients\' moments',
-      'Diffusion.windows': 'times Train.batch_size, by Train.accumulation',
+      'VAE': 'its weights and gradients\' moments',
       'JudgeReward.model': 'its weights',
-      'Train.batch_size': 'its rows times Data.seq_len, by Train.accumulation',
+      'Train.batch_size': 'its rows times their tokens, by Train.accumulation',
       'Rollouts': 'num_prompts × (prompt_len + group_size × response_tokens)'}
   parts = ', '.join(f'{name} at least {checks.memory(size)}' for name, size in needed.items())
   raise UserError(f'A step of this run does not fit: {parts}, and the devices here have '

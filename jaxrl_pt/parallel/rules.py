@@ -130,9 +130,10 @@ def check_divides(run: cfg.Run, mesh: Mesh) -> None:
       prompts += ((f'Rollouts.num_prompts / {name}', rollouts.num_prompts // shared, *batch),)
   name = type(run.model).__name__
   for what, size, axis, parts in (
-      (f'{name}.num_heads', run.model.num_heads, 'tensor', tensor),
-      (f'{name}.d_ff', run.model.d_ff, 'tensor', tensor),
-      (f'{name}.d_model', run.model.d_model, 'fsdp', fsdp),
+      *(() if isinstance(run.model, cfg.VAE) else (
+          (f'{name}.num_heads', run.model.num_heads, 'tensor', tensor),
+          (f'{name}.d_ff', run.model.d_ff, 'tensor', tensor),
+          (f'{name}.d_model', run.model.d_model, 'fsdp', fsdp))),
       *(_of_text(run, mesh) if isinstance(run.model, cfg.Model) else ()),
       ('Train.batch_size / Train.accumulation', rows, *batch),
       *prompts,
@@ -150,7 +151,7 @@ def _of_text(run: cfg.Run, mesh: Mesh) -> tuple[tuple[str, int, str, int], ...]:
           ('Data.seq_len', run.data.seq_len, 'context', mesh.shape['context']))
 
 
-def check_compiles(model: cfg.Model | cfg.DiT, platform: str) -> None:
+def check_compiles(model: cfg.Model | cfg.DiT | cfg.VAE, platform: str) -> None:
   """Checks that the compiler of the devices takes a training step of the model.
 
   Args:
@@ -162,7 +163,7 @@ def check_compiles(model: cfg.Model | cfg.DiT, platform: str) -> None:
   """
   # Layers are slices of a stack of codes, and XLA for TPUs loses the type of a slice of two bits:
   # "Call parameter must match argument; got parameter s2, argument s8", or "Failed to get shape".
-  if isinstance(model, cfg.DiT):
+  if not isinstance(model, cfg.Model):
     return
   if platform == 'tpu' and model.quant.is_ternary and isinstance(model.adapter, cfg.LoRA):
     raise UserError(

@@ -51,7 +51,7 @@ BY_CONTENT = frozenset((
     'HuggingFaceTokenizer.path', 'HuggingFaceTokenizer.end_of_text',
     'HuggingFaceTokenizer.begin_of_text', 'SentencePiece.path', 'SentencePiece.has_begin',
     'JsonlProblems.glob', 'JudgeReward.judge_from', 'RPT.start_from', 'RPT.proxy_from',
-    'RL.start_from',
+    'RL.start_from', 'Diffusion.vae_from',
     'SFT.start_from', 'DPO.start_from', 'RewardModel.start_from', 'Preferences.glob',
     'SlipPreferences.source', 'ResultPreferences.source', 'JudgePairs.source',
     *(f'HybridConversations.{f.name}' for f in dataclasses.fields(cfg.HybridConversations))))
@@ -59,9 +59,10 @@ BY_CONTENT = frozenset((
 # arrays there are, so that no state of one value goes on with another.
 SAME_ARRAYS = frozenset((
     'Model.rope_theta', 'Model.rope', 'Model.activation', 'Model.norm_epsilon', 'Model.quant',
-    'DiT.quant', 'DiT.conditions'))
+    'DiT.quant', 'DiT.conditions', 'VAE.offset', 'VAE.scale'))
 FIXED_MODEL = frozenset(f'{kind.__name__}.{field.name}' for kind in (
-    cfg.Model, cfg.DiT, cfg.FrameHistory, cfg.LogicNet) for field in dataclasses.fields(kind)
+    cfg.Model, cfg.DiT, cfg.FrameHistory, cfg.Recurrent, cfg.VAE, cfg.LogicNet)
+                        for field in dataclasses.fields(kind)
                         ) - SAME_ARRAYS | {'LoRA.rank', 'LoRA.projections'}
 # Settings that no run can change: the state would have other arrays, or the examples another order.
 FIXED = FIXED_MODEL | {'Run.seed', 'Train.batch_size', 'Mixture.weights', 'Rollouts.num_prompts',

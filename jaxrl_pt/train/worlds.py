@@ -19,31 +19,21 @@ import optax
 from jaxrl_pt import config as cfg
 from jaxrl_pt.diffusion import processes, weights
 from jaxrl_pt.diffusion.sampling import as_pixels
-from jaxrl_pt.models.world import Shape, Told, World
+from jaxrl_pt.models.told import Told
+from jaxrl_pt.models.world import World
 from jaxrl_pt.train.step import MeasuredLoss, Metrics
 from jaxrl_pt.types import Array, Clips, Params, Weighted
 
 
-def pixel_weights(shape: Shape, display_weight: float) -> np.ndarray:
-  """f32[H, 1, 1]: the weight of each row of pixels; their mean is 1."""
-  weight_H = np.where(np.arange(shape.frame[0]) < shape.display_rows, display_weight, 1.0)
+def row_weights(height: int, display_rows: float, display_weight: float) -> np.ndarray:
+  """f32[H, 1, 1]: the weight of each row of pixels or latents; their mean is 1."""
+  weight_H = np.where(np.arange(height) < display_rows, display_weight, 1.0)
   return (weight_H / weight_H.mean()).astype(np.float32)[:, None, None]
 
 
 def num_frames(clips: Clips) -> Array:
   """f32[]: the frames that a batch is to draw, by which the step divides."""
   return jnp.asarray(clips.event.size, jnp.float32)
-
-
-class _Rows(NamedTuple):
-  """Clips of all episodes, one after the other, with what was drawn for them: R rows."""
-
-  past: Array  # f32[R, H, W, 3 K] with noise
-  bucket: Array  # i32[R]
-  told: Told
-  frame: Array  # f32[R, H, W, 3]
-  noise: Array  # f32[R, H, W, 3]
-  key: Array  # key[R]
 
 
 def frame_loss(world: World, config: cfg.Diffusion) -> MeasuredLoss:
@@ -56,38 +46,89 @@ def frame_loss(world: World, config: cfg.Diffusion) -> MeasuredLoss:
     world: the model.
     config: process, noise and weights.
   """
-  pixels = jnp.asarray(pixel_weights(world.shape, config.display_weight))
+  height = world.frame_shape[0]
+  display_rows = world.shape.display_rows * height / world.shape.frame[0]
+  pixels = jnp.asarray(row_weights(height, display_rows, config.display_weight))
+  recurrent = isinstance(world.config.past, cfg.Recurrent)
+  errors = _sequence_errors if recurrent else _clip_errors
 
   def loss(params: Params, clips: Clips) -> tuple[Array, Metrics]:
-    num_clips, num = clips.event.shape[1], clips.event.size
-    flat = jax.tree.map(lambda x: x.reshape(num, *x.shape[2:]), clips)
-    frames = as_pixels(flat.frames)
-    clean = jnp.concatenate([frames[:, k] for k in range(frames.shape[1] - 1)], -1)
-    rows = _with_noise(world.config, config, flat, clean, frames[:, -1])
-    error_R = _errors(world, config.process, params, rows, pixels, num_clips)
-    logits = world.events(params, clean, flat.action)
-    cross_R = optax.softmax_cross_entropy_with_integer_labels(logits, flat.event)
-    balanced_R = cross_R * flat.event_weight
+    error_R, logits = errors(world, config, params, clips, pixels)
+    event_R = clips.event.reshape(-1)
+    cross_R = optax.softmax_cross_entropy_with_integer_labels(logits, event_R)
+    balanced_R = cross_R * clips.event_weight.reshape(-1)
     each_R = error_R + config.event_weight * balanced_R
-    is_right_R, everywhere = logits.argmax(-1) == flat.event, jnp.ones_like(each_R)
+    is_right_R, everywhere = logits.argmax(-1) == event_R, jnp.ones_like(each_R)
     mean = lambda x: Weighted.of(jax.lax.stop_gradient(x), everywhere)
     return each_R.sum(), {
         'loss': mean(each_R), 'frame_loss': mean(error_R), 'event_loss': mean(balanced_R),
         'event_accuracy': mean(is_right_R.astype(jnp.float32)),
-        'event_recall': Weighted.of(is_right_R.astype(jnp.float32), flat.event > 0)}
+        'event_recall': Weighted.of(is_right_R.astype(jnp.float32), event_R > 0)}
 
   return loss
+
+
+def _encoded(world: World, params: Params, frames: Array) -> Array:
+  """f32[..., H, W, C]: what the model draws for frames u8[..., ·, ·, 3]."""
+  flat = world.encode(params, as_pixels(frames.reshape(-1, *frames.shape[-3:])))
+  return flat.reshape(*frames.shape[:-3], *world.frame_shape)
+
+
+def _mean_square(said: Array, wanted: Array, pixels: Array) -> Array:
+  return (pixels * jnp.square(said - wanted)).mean((-3, -2, -1))
+
+
+# --- A history of frames ------------------------------------------------------------
+
+
+class _Rows(NamedTuple):
+  """Clips of all episodes, one after the other, with what was drawn for them: R rows."""
+
+  past: Array  # f32[R, H, W, K C] with noise
+  bucket: Array  # i32[R]
+  told: Told
+  frame: Array  # f32[R, H, W, C]
+  noise: Array  # f32[R, H, W, C]
+  key: Array  # key[R]
+
+
+def _clip_errors(world: World, config: cfg.Diffusion, params: Params, clips: Clips, pixels: Array
+                 ) -> tuple[Array, Array]:
+  """f32[R] the error of each clip, and f32[R, E + 1] the logits of its event."""
+  num_clips, num = clips.event.shape[1], clips.event.size
+  flat = jax.tree.map(lambda x: x.reshape(num, *x.shape[2:]), clips)
+  frames = _encoded(world, params, flat.frames)
+  clean = jnp.concatenate([frames[:, k] for k in range(frames.shape[1] - 1)], -1)
+  rows = _with_noise(world.config, config, flat, clean, frames[:, -1])
+  logits = world.events(params, clean, flat.action)
+  process = config.process
+  if isinstance(process, cfg.Shortcut):
+    return _shortcut_errors(world, process, params, rows, pixels, num_clips), logits
+  time_R = jax.vmap(lambda key: processes.draw_times(process, key))(rows.key)
+  x_t = processes.noised(process, rows.frame, rows.noise, time_R)
+  said, _ = world.denoise(params, rows.past, x_t, time_R, rows.told, rows.bucket,
+                          jnp.zeros_like(rows.bucket))
+  wanted = processes.target(process, rows.frame, rows.noise, time_R)
+  error_R = _mean_square(said, wanted, pixels)
+  if isinstance(process, cfg.VDiffusion):
+    snr_R = processes.signal_to_noise(process, time_R)
+    # The frames of a clip are known, so that each frame to draw is the first of its sequence.
+    error_R *= weights.forcing(snr_R[:, None], process.snr_clip, process.decay)[:, 0]
+  return error_R, logits
 
 
 def _with_noise(model: cfg.DiT, config: cfg.Diffusion, flat: Clips, clean: Array, frame: Array
                 ) -> _Rows:
   """Draws the noise of the past and that of the frame, of each row from its own key."""
+  assert isinstance(model.past, cfg.FrameHistory)
+  buckets = model.past.noise_buckets
+
   def draw(key: Array, past: Array, frame: Array) -> tuple[Array, ...]:
     keys = jax.random.split(key, 4)
     level = jax.random.uniform(keys[0])
     strength = config.context_noise * level
     noise = jax.random.normal(keys[1], past.shape)
-    bucket = (level * model.past.noise_buckets).astype(jnp.int32) if config.context_noise else 0
+    bucket = (level * buckets).astype(jnp.int32) if config.context_noise else 0
     return ((1 - strength) * past + strength * noise, jnp.asarray(bucket),
             jax.random.normal(keys[2], frame.shape), keys[3])
 
@@ -95,26 +136,46 @@ def _with_noise(model: cfg.DiT, config: cfg.Diffusion, flat: Clips, clean: Array
   return _Rows(past, bucket, Told(flat.action, flat.counters, flat.crop), frame, noise, key)
 
 
-def _errors(world: World, process: cfg.Process, params: Params, rows: _Rows, pixels: Array,
-            num_clips: int) -> Array:
-  """f32[R]: the weighted error of what the network says of each row."""
-  if isinstance(process, cfg.Shortcut):
-    return _shortcut_errors(world, process, params, rows, pixels, num_clips)
-  time_R = jax.vmap(lambda key: processes.draw_times(process, key))(rows.key)
-  x_t = processes.noised(process, rows.frame, rows.noise, time_R)
-  said = world.denoise(params, rows.past, x_t, time_R, rows.told, rows.bucket,
-                       jnp.zeros_like(rows.bucket))
-  wanted = processes.target(process, rows.frame, rows.noise, time_R)
-  error_R = _mean_square(said, wanted, pixels)
+# --- A hidden state -----------------------------------------------------------------
+
+
+def _sequence_errors(world: World, config: cfg.Diffusion, params: Params, clips: Clips,
+                     pixels: Array) -> tuple[Array, Array]:
+  """f32[R] the error of each frame of whole episodes, and f32[R, E + 1] the logits of its event.
+
+  Each frame has a noise level of its own (2407.01392), and the state that follows it is made of the
+  noisy frame. Only one frame's pass is kept for the backward pass; the others are computed again.
+  """
+  process = config.process
+  num, length = clips.event.shape
+  frames_BT = _encoded(world, params, clips.frames[:, :, -1])
+
+  def draw(key: Array) -> tuple[Array, Array]:
+    keys = jax.random.split(key)
+    return processes.draw_times(process, keys[0]), jax.random.normal(keys[1], world.frame_shape)
+
+  time_BT, noise_BT = jax.vmap(jax.vmap(draw))(clips.keys)
+  flat = lambda x: x.reshape(num * length, *x.shape[2:])
+  x_t = processes.noised(process, flat(frames_BT), flat(noise_BT), flat(time_BT))
+  wanted = processes.target(process, flat(frames_BT), flat(noise_BT), flat(time_BT))
+  told = Told(clips.action, clips.counters, clips.crop)
+  none = jnp.zeros(num, jnp.int32)
+
+  def frame(hidden: Array, given: tuple[Array, Array, Told]) -> tuple[Array, tuple[Array, Array]]:
+    noisy, time_B, told = given
+    logits = world.events(params, hidden, told.action)
+    said, hidden = world.denoise(params, hidden, noisy, time_B, told, none, none)
+    return hidden, (said, logits)
+
+  by_time = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0),
+                         (x_t.reshape(frames_BT.shape), time_BT, told))
+  _, (said, logits) = jax.lax.scan(jax.checkpoint(frame), world.start(params, num), by_time)
+  by_row = lambda x: flat(jnp.moveaxis(x, 0, 1))
+  error_R = _mean_square(by_row(said), wanted, pixels)
   if isinstance(process, cfg.VDiffusion):
-    snr_R = processes.signal_to_noise(process, time_R)
-    # The frames of a clip are known, so that each frame to draw is the first of its sequence.
-    error_R *= weights.forcing(snr_R[:, None], process.snr_clip, process.decay)[:, 0]
-  return error_R
-
-
-def _mean_square(said: Array, wanted: Array, pixels: Array) -> Array:
-  return (pixels * jnp.square(said - wanted)).mean((1, 2, 3))
+    snr_BT = processes.signal_to_noise(process, time_BT)
+    error_R *= flat(weights.forcing(snr_BT, process.snr_clip, process.decay))
+  return error_R, by_row(logits)
 
 
 # --- Shortcut models ----------------------------------------------------------------
@@ -139,7 +200,7 @@ def shortcut_target(world: World, params: Params, rows: _Rows, x_t: Array, time_
   half_R = 0.5 ** (index_R + 1).astype(jnp.float32)
 
   def said(x: Array, time: Array) -> Array:
-    return world.denoise(params, rows.past, x, time, rows.told, rows.bucket, index_R + 1)
+    return world.denoise(params, rows.past, x, time, rows.told, rows.bucket, index_R + 1)[0]
 
   first = said(x_t, time_R)
   second = said(x_t - half_R[:, None, None, None] * first, time_R - half_R)
@@ -172,13 +233,13 @@ def _shortcut_errors(world: World, process: cfg.Shortcut, params: Params, rows: 
   index, time = jax.vmap(draw)(large.key)
   x_t = processes.noised(process, large.frame, large.noise, time)
   wanted = shortcut_target(world, params, large, x_t, time, index)
-  of_large = _mean_square(
-      world.denoise(params, large.past, x_t, time, large.told, large.bucket, index), wanted, pixels)
+  said, _ = world.denoise(params, large.past, x_t, time, large.told, large.bucket, index)
+  of_large = _mean_square(said, wanted, pixels)
 
   time = jax.vmap(lambda key: processes.draw_times(process, key))(small.key)
   x_t = processes.noised(process, small.frame, small.noise, time)
-  said = world.denoise(params, small.past, x_t, time, small.told, small.bucket,
-                       jnp.full_like(small.bucket, finest))
+  said, _ = world.denoise(params, small.past, x_t, time, small.told, small.bucket,
+                          jnp.full_like(small.bucket, finest))
   of_small = _mean_square(said, processes.target(process, small.frame, small.noise, time), pixels)
   both = jnp.concatenate([of_large.reshape(-1, 1), of_small.reshape(-1, num_clips - 1)], 1)
   return both.reshape(-1)

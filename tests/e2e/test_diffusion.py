@@ -10,12 +10,11 @@ import jax
 import numpy as np
 import pytest
 
-from jaxrl_pt import config as cfg
 from jaxrl_pt import metrics
 from jaxrl_pt.jobs.open import load_state
 from jaxrl_pt.main import main
 from tests import xla_flags
-from tests.e2e.conftest import PRETRAIN, Job
+from tests.e2e.conftest import Job
 from tests.e2e.test_bad_input import complaint, train_argv
 
 pytestmark = pytest.mark.slow
@@ -90,7 +89,9 @@ def test_on_eight_devices_and_in_micro_batches_the_losses_are_the_same(
   assert done.returncode == 0, done.stderr
   for ours, theirs in zip(job.rows(), trained.rows(), strict=True):
     for name in ('loss', 'frame_loss', 'event_loss', 'validation/loss'):
-      assert ours.get(name) == pytest.approx(theirs.get(name), rel=2e-3), (name, ours['step'])
+      assert (name in ours) == (name in theirs)
+      if name in ours:
+        assert ours[name] == pytest.approx(theirs[name], rel=2e-3), (name, ours['step'])
 
 
 @pytest.mark.parametrize('bindings', [
@@ -118,4 +119,3 @@ def test_mistakes_are_one_sentence(trained: Job, make_job: Callable[..., Job], c
       (['train', '--gin_file', 'gin/run/maag_tiny.gin', '--workdir', str(tmp_path / 'w'),
         '--gin_bindings', 'cfg.DiT.patch = 5'], 'DiT.patch = 5 does not divide')):
     assert expected in complaint(capfd, *argv), argv
-  assert PRETRAIN and cfg.Diffusion

@@ -39,6 +39,7 @@ REQUIRED = {
                                 "cfg.JudgeReward.judge_from = 'runs/judge'",
                                 "cfg.JsonlProblems.glob = 'problems.jsonl'")
        for size in ('7b', '32b')},
+    'maag_pgg': ("cfg.Diffusion.vae_from = 'runs/vae_pgg'",),
     'opo_7b': (*_POD, "cfg.RL.start_from = 'runs/policy'",
                "cfg.JsonlProblems.glob = 'problems.jsonl'"),
     'opo_lora_7b': (*_POD, "cfg.RL.start_from = 'runs/policy'",

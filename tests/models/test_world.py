@@ -12,7 +12,8 @@ from jaxrl_pt import config as cfg
 from jaxrl_pt import params as P
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.models import dit, world
-from jaxrl_pt.models.world import Shape, Told
+from jaxrl_pt.models import told as tellings
+from jaxrl_pt.models.told import Shape, Told
 from jaxrl_pt.nn import images
 
 SHAPE = Shape(frame=(8, 12), display_rows=2, num_actions=3, stay=1, num_events=2, digits=(3, 2),
@@ -59,14 +60,14 @@ def compiled(config: cfg.DiT):
 
 
 def said(model, params, *args):
-  return compiled(model.config)(params, *args)
+  return compiled(model.config)(params, *args)[0]
 
 
 def test_a_model_begins_with_nothing_to_say():
   model = build()
   params = first_params(model)
   # Yet its first step changes it: the gradient of what it says is not zero.
-  grads, out = quick(jax.grad(lambda p: ((y := model.denoise(p, *inputs())).sum(), y),
+  grads, out = quick(jax.grad(lambda p: ((y := model.denoise(p, *inputs())[0]).sum(), y),
                               has_aux=True))(params)
   assert np.abs(out).max() == 0 and np.abs(grads['final']['out']).max() > 0.1
 
@@ -120,18 +121,18 @@ def test_the_past_its_noise_and_the_level_matter():
 
 
 def test_map_channels_are_painted_where_the_cells_are():
-  channels = np.asarray(world.map_channels(SHAPE, inputs()[3].crop))
+  channels = np.asarray(tellings.map_channels(SHAPE, inputs()[3].crop))
   expected = np.zeros((B, 8, 12, 5))
   for b, row in enumerate(inputs()[3].crop[:, 0].tolist()):
     for cell, content in enumerate(row):
       if content >= 0:
         expected[b, 2:6, 4 * cell:4 * cell + 4, [content, 4]] = 1
   np.testing.assert_array_equal(channels, expected)
-  assert world.map_channels(SHAPE._replace(num_contents=0), jnp.zeros((B, 0, 0), int)).size == 0
+  assert tellings.map_channels(SHAPE._replace(num_contents=0), jnp.zeros((B, 0, 0), int)).size == 0
 
 
 def test_digits_of_counters():
-  assert world.digits_of(SHAPE, inputs()[3].counters).tolist() == [
+  assert tellings.digits_of(SHAPE, inputs()[3].counters).tolist() == [
       [0, 0, 7, 0, 1], [1, 2, 3, 4, 5], [9, 9, 9, 9, 9]]
 
 
@@ -182,7 +183,7 @@ def test_a_ternary_model_is_computed_with_its_codes(quant, sub_norm):
             for name, w in params['layers'].items()}
   base = said(model, params, *args)
   assert np.abs(base - said(build(sub_norm=sub_norm), params, *args)).max() > 1e-2
-  grads = quick(jax.grad(lambda p: model.denoise(p, *args).sum()))(params)
+  grads = quick(jax.grad(lambda p: model.denoise(p, *args)[0].sum()))(params)
   assert all(np.abs(grads['layers'][name]).max() > 0 for name in dit.PROJECTIONS)
   # Ternary weights have another absmean than the weights that they are made of; their codes, and so
   # what is computed but for a factor of each matrix, stay.

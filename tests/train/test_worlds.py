@@ -9,7 +9,8 @@ import pytest
 
 from jaxrl_pt import config as cfg
 from jaxrl_pt.diffusion import processes, weights
-from jaxrl_pt.models.world import Shape, World
+from jaxrl_pt.models.told import Shape
+from jaxrl_pt.models.world import World
 from jaxrl_pt.train import worlds
 from jaxrl_pt.types import Clips
 
@@ -31,12 +32,13 @@ def clips():
 def world_of(say, config=CONFIG, logits=None):
   """A model that says `say(past, noisy, time, bucket, step)` of a frame."""
   def denoise(params, past, noisy, time_B, told, bucket_B, step_B):
-    return say(past, noisy, time_B, bucket_B, step_B)
+    return say(past, noisy, time_B, bucket_B, step_B), past
 
   def events(params, past, action_B):
     return jnp.tile(jnp.array([1.0, 0.0]) if logits is None else logits, (len(past), 1))
 
-  return World(config, SHAPE, {}, None, denoise, events, None)
+  same = lambda params, frames: frames
+  return World(config, SHAPE, {}, (4, 4, 3), None, denoise, None, None, None, events, same, same)
 
 
 def measured(model, config, batch):
@@ -45,7 +47,7 @@ def measured(model, config, batch):
 
 
 def test_pixels_of_the_display_weigh_more():
-  weight = worlds.pixel_weights(SHAPE, 8.0)[:, 0, 0]
+  weight = worlds.row_weights(4, 1, 8.0)[:, 0, 0]
   np.testing.assert_allclose(weight, np.array([8, 1, 1, 1]) * 4 / 11)
   batch, config = clips(), cfg.Diffusion(event_weight=0.0, context_noise=0.0)
   total, metrics = measured(world_of(lambda past, noisy, *_: 0 * noisy), config, batch)
