@@ -119,3 +119,58 @@ def test_mistakes_are_one_sentence(trained: Job, make_job: Callable[..., Job], c
       (['train', '--gin_file', 'gin/run/maag_tiny.gin', '--workdir', str(tmp_path / 'w'),
         '--gin_bindings', 'cfg.DiT.patch = 5'], 'DiT.patch = 5 does not divide')):
     assert expected in complaint(capfd, *argv), argv
+
+
+VAE = WORLD.replace("""cfg.DiT.num_layers = 1
+cfg.DiT.d_model = 32
+cfg.DiT.d_ff = 64
+cfg.DiT.num_heads = 2
+cfg.DiT.patch = 8
+cfg.DiT.logic = @cfg.LogicNet()
+cfg.LogicNet.channels = 8
+cfg.LogicNet.hidden = 16
+""", """cfg.Run.model = @cfg.VAE()
+cfg.Run.objective = @cfg.Autoencoding()
+cfg.VAE.base = 8
+cfg.VAE.multipliers = [1, 1]
+cfg.VAE.num_blocks = 1
+""")
+RECURRENT = WORLD + """
+cfg.DiT.patch = 4
+cfg.DiT.past = @cfg.Recurrent()
+cfg.Recurrent.channels = 6
+cfg.DiT.space = @cfg.VAE()
+cfg.VAE.base = 8
+cfg.VAE.multipliers = [1, 1]
+cfg.VAE.num_blocks = 1
+cfg.Diffusion.process = @cfg.VDiffusion()
+cfg.Diffusion.vae_from = '{vae}'
+"""
+
+
+def test_the_recurrent_form_learns_in_the_latents_of_an_autoencoder(
+    make_job: Callable[..., Job], trained: Job, capfd):
+  coder = make_job(VAE)
+  done = coder.run()
+  assert done.returncode == 0, done.stderr
+  rows = coder.rows()
+  assert rows[-1]['frame_loss'] < 0.7 * rows[0]['frame_loss'] and 'validation/kl' in rows[-1]
+  job = make_job(RECURRENT, vae=str(coder.workdir))
+  code, output = job.run_until(6, signal.SIGKILL)
+  assert code == -signal.SIGKILL, output
+  coder.workdir.rename(coder.workdir.with_name('moved'))  # A resumed run has its parameters.
+  done = job.run()
+  assert done.returncode == 0, done.stderr
+  rows = job.rows()
+  assert rows[-1]['loss'] < rows[0]['loss']
+  coder.workdir.with_name('moved').rename(coder.workdir)
+  ours, theirs = load_state(job.workdir).params['vae'], load_state(coder.workdir).params
+  jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+  assert main(['eval', '--workdir', str(job.workdir), '--json']) == 0
+  assert main(['eval', '--workdir', str(coder.workdir), '--json']) == 0
+  capfd.readouterr()
+  for vae, bindings, expected in (
+      (trained.workdir, (), 'holds a run of Diffusion'),
+      (coder.workdir, ('cfg.VAE.base = 4',), 'give both the same sizes')):
+    other = make_job(RECURRENT, vae=str(vae), bindings=bindings)
+    assert expected in complaint(capfd, *train_argv(other, *bindings))

@@ -11,7 +11,7 @@ import pytest
 from jaxrl_pt import config as cfg
 from jaxrl_pt import params as P
 from jaxrl_pt.errors import UserError
-from jaxrl_pt.models import dit, world
+from jaxrl_pt.models import dit, vae, world
 from jaxrl_pt.models import told as tellings
 from jaxrl_pt.models.told import Shape, Told
 from jaxrl_pt.nn import images
@@ -205,3 +205,74 @@ def test_counts():
   assert P.count(blocks) == 12 * (12 * 384**2 + 6 * 384**2 + 6 * 384) == 31_878_144
   decayed = {name for name, spec in blocks.items() if spec.is_decayed}
   assert decayed == {*dit.PROJECTIONS, 'modulation'}
+
+
+# --- The recurrent form, and latents ------------------------------------------------
+
+RECURRENT = dict(past=cfg.Recurrent(5), patch=2,
+                 space=cfg.VAE(base=4, multipliers=(1, 2), num_blocks=1, latent_channels=3,
+                               offset=0.5, scale=2.0))
+
+
+def recurrent_inputs():
+  rng = np.random.default_rng(1)
+  past, noisy = (jnp.asarray(rng.normal(size=(B, 4, 6, channels)), jnp.float32)
+                 for channels in (5, 3))
+  return (past, noisy, *inputs()[2:])
+
+
+@pytest.mark.slow
+def test_a_hidden_state_follows_from_each_pass():
+  model, (past, noisy, time, told, *none) = build(**RECURRENT), recurrent_inputs()
+  assert model.frame_shape == (4, 6, 3)
+  params, denoise = params_of(model.config), quick(model.denoise)
+  out, following = denoise(params, past, noisy, time, told, *none)
+  assert out.shape == noisy.shape and following.shape == past.shape
+  for place, changed in ((0, past + 0.1), (1, noisy + 0.1), (2, time * 0.9)):
+    args = [past, noisy, time]
+    args[place] = changed
+    other, after = denoise(params, *args, told, *none)
+    assert np.abs(other - out).max() > 1e-3 and np.abs(after - following).max() > 1e-3
+  # A frame that is given is a pass at noise level 0.
+  _, expected = denoise(params, past, noisy, 0 * time, told, *none)
+  np.testing.assert_allclose(quick(model.remember)(params, past, noisy, told), expected, atol=1e-5)
+  _, expected = denoise(params, model.start(params, B), noisy, 0 * time, told, *none)
+  np.testing.assert_allclose(quick(model.begin)(params, noisy, told), expected, atol=1e-5)
+  assert model.drawn(following, noisy) is following
+  # What is said is read from the next state alone: C4 ResBlock(z').
+  p = params['hidden']
+  block = (images.convolve(following, p['block_skip']) + images.convolve(jax.nn.silu(
+      images.convolve(jax.nn.silu(following), p['block_first'])), p['block_second']))
+  np.testing.assert_allclose(out, images.convolve(block, p['readout']), atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_new_recurrent_model_says_nothing_and_learns_its_first_state():
+  model, (_, noisy, time, told, *none) = build(**RECURRENT), recurrent_inputs()
+  params = first_params(model)
+  out, following = quick(model.denoise)(params, model.start(params, B), noisy, time, told, *none)
+  assert np.abs(out).max() == 0 and np.abs(following).max() == 0
+
+  def second(p):
+    after = model.begin(p, noisy, told)
+    return (model.denoise(p, after, noisy, time, told, *none)[0] ** 2).sum()
+
+  grads = quick(jax.grad(second))(params_of(model.config))
+  assert np.abs(grads['hidden']['first']).max() > 0
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(grads))
+
+
+@pytest.mark.slow
+def test_latents_are_those_of_a_frozen_autoencoder():
+  model, rng = build(**RECURRENT), np.random.default_rng(3)
+  params = params_of(model.config)
+  pixels = jnp.asarray(rng.normal(size=(B, 8, 12, 3)), jnp.float32)
+  latents = quick(model.encode)(params, pixels)
+  coder = vae.build(model.config.space)
+  mean, _ = quick(coder.encode)(params['vae'], pixels)
+  np.testing.assert_allclose(latents, 2.0 * (mean - 0.5), atol=1e-5)
+  np.testing.assert_allclose(quick(model.decode)(params, latents),
+                             quick(coder.decode)(params['vae'], mean), atol=1e-4)
+  trained = P.trained(model.specs, model.specs)
+  assert not jax.tree.leaves(trained['vae'], is_leaf=P.is_spec)
+  assert len(jax.tree.leaves(trained['hidden'], is_leaf=P.is_spec)) == 7

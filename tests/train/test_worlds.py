@@ -163,3 +163,40 @@ def test_a_model_that_is_right_has_no_loss(process):
 
   total, _ = worlds.frame_loss(world_of(say), cfg.Diffusion(process, event_weight=0.0))({}, batch)
   assert abs(total) < 1e-5
+
+
+@pytest.mark.slow
+def test_a_recurrent_model_learns_each_frame_after_those_before_it():
+  """A model whose state counts frames and whose word for a frame is that count."""
+  length = 5
+  rng = np.random.default_rng(1)
+  episodes = Clips(
+      jnp.asarray(rng.integers(0, 256, (B, length, 1, 4, 4, 3)), jnp.uint8),
+      jnp.tile(jnp.arange(length), (B, 1)), jnp.zeros((B, length, 1), int),
+      jnp.zeros((B, length, 0, 0), int), jnp.ones((B, length), int), jnp.ones((B, length)),
+      jax.random.split(jax.random.key(3), (B, length)))
+  config = dataclasses.replace(CONFIG, past=cfg.Recurrent(1))
+  model = world_of(None, config)._replace(
+      start=lambda params, number: jnp.zeros((number, 4, 4, 1)),
+      denoise=lambda params, past, noisy, time, told, bucket, step: (
+          0 * noisy + past + told.action[:, None, None, None], past + 1),
+      events=lambda params, past, action: jnp.stack([0 * past[:, 0, 0, 0], past[:, 0, 0, 0]], -1))
+  process = cfg.VDiffusion()
+  objective = cfg.Diffusion(process, event_weight=1.0, display_weight=1.0)
+  total, metrics = worlds.frame_loss(model, objective)({}, episodes)
+  frames = np.asarray(episodes.frames[:, :, 0], np.float64) / 127.5 - 1
+  expected, cross, snr = [], [], np.zeros((B, length))
+  errors = np.zeros((B, length))
+  for b in range(B):
+    for t in range(length):
+      keys = jax.random.split(episodes.keys[b, t])
+      time = processes.draw_times(process, keys[0])
+      noise = np.asarray(jax.random.normal(keys[1], (4, 4, 3)))
+      alpha, sigma = processes.coefficients(process, time)
+      errors[b, t] = ((t + t - (alpha * noise - sigma * frames[b, t])) ** 2).mean()
+      snr[b, t] = processes.signal_to_noise(process, time)
+      cross.append(np.log1p(np.exp(-float(t))))  # The state before the frame: t frames are in it.
+  weight = np.asarray(weights.forcing(jnp.asarray(snr, jnp.float32), 5.0, 0.4096))
+  expected = (errors * weight).sum() + np.sum(cross)
+  np.testing.assert_allclose(total, expected, rtol=1e-4)
+  np.testing.assert_allclose(metrics['event_loss'].mean(), np.mean(cross), rtol=1e-5)
