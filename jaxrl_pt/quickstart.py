@@ -200,7 +200,7 @@ def _run(workdir: Path, data_glob: str | None) -> None:
   print(summary)
   seconds = time.perf_counter() - started
   _write_report(workdir, comparison, samples, table, summary, seconds)
-  print(f'\nDone in {seconds:.0f} s. Look at {workdir / "report.html"}')
+  print(f'\nDone in {seconds:.0f} s. Look at {workdir / report.FILE}')
 
 
 def _data_bindings(data_glob: str | None) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from jaxrl_pt import files, metrics
 from jaxrl_pt.errors import Unwritable
 
 Rows = Sequence[metrics.Row]
+FILE = 'report.html'
 
 
 @dataclass(frozen=True)
@@ -317,7 +318,7 @@ def write_report(workdir: Path, *, stages: Mapping[str, Path] | None = None,
     parts = [_section(s.title, _paragraphs(s.text) + _table(s.rows)) for s in sections]
     parts += [_stage(title, directory, workdir, '' if single else _slug(title) + '_')
               for title, directory in runs.items()]
-    page = workdir / 'report.html'
+    page = workdir / FILE
     files.write_text(page, _page(f'{workdir.resolve().name}: report', parts))
   except OSError as error:
     raise Unwritable(f'cannot write the report to {workdir} ({error.strerror})') from error

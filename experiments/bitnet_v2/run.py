@@ -55,8 +55,10 @@ def run_all(text: arms.Text, work: Path, args: argparse.Namespace) -> list[dict]
 interval = functools.partial(seeds_of.interval, digits=5)
 
 
-def verdict(found: dict[str, float], bound: float) -> str:
+def verdict(found: dict[str, Any], bound: float) -> str:
   """Whether a difference is at most `bound`: 'yes', 'no', or 'not decided' by its interval."""
+  if found['half_width_95'] is None:
+    return 'not decided'
   low, high = (found['mean'] + sign * found['half_width_95'] for sign in (-1, 1))
   return 'yes' if high <= bound else 'no' if low > bound else 'not decided'
 

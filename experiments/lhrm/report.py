@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 import numpy as np
 
-from jaxrl_pt.scaling.seeds import finished_rows, interval
+from jaxrl_pt.scaling.seeds import finished_rows, interval, shown
 
 SHOWN = ('think', 'accuracy', 'tokens', 'accuracy/think', 'accuracy/no_think', 'tokens/think',
          'tokens/no_think', 'h_acc', 'h_acc_drawn', 'think_is_right', 'neither')
@@ -51,11 +51,10 @@ def write(path: Path, results: Path) -> None:
   curves = {arm: [[step['think'] for step in row['curve']] for row in rows]
             for arm, rows in arms.items() if rows[0]['curve']}
   (results / 'lhrm.json').write_text(json.dumps(
-      {'arms': found, 'think, step by step': curves}, indent=1).replace('NaN', 'null') + '\n',
-      encoding='utf-8')  # null: one seed has no interval
+      {'arms': found, 'think, step by step': curves}, indent=1) + '\n',
+      encoding='utf-8')
   for arm, row in found.items():
-    cell = lambda level, name, row=row: (
-        '{mean:.3f} ± {half_width_95:.3f}'.format(**row[level][name]))
+    cell = lambda level, name, row=row: shown(row[level][name])
     print(f'| {arm} | {cell("easy", "think")} | {cell("hard", "think")} | {cell("all", "h_acc")} '
           f'| {cell("all", "accuracy")} | {cell("all", "accuracy minus always thinking")} '
           f'| {cell("all", "tokens saved")} | {cell("three easy to one hard", "tokens saved")} |')
@@ -70,7 +69,8 @@ def _plot(found: dict[str, Any], arms: dict[str, list[dict[str, Any]]]) -> Figur
   for number, (arm, row) in enumerate(shown.items()):
     colour, total = COLOURS[number % len(COLOURS)], row['all']
     left.errorbar(total['tokens']['mean'], total['accuracy']['mean'],
-                  xerr=total['tokens']['half_width_95'], yerr=total['accuracy']['half_width_95'],
+                  xerr=total['tokens']['half_width_95'] or 0.0,
+                  yerr=total['accuracy']['half_width_95'] or 0.0,
                   fmt='o', color=colour, capsize=2, label=arm.replace('_', ' '))
     both = [row[level]['think']['mean'] for level in ('easy', 'hard')]
     right.plot(both[0], both[1], 'o', color=colour)

@@ -19,8 +19,6 @@ import dataclasses
 import functools
 import json
 from pathlib import Path
-import subprocess
-import sys
 import time
 from typing import Any
 
@@ -35,6 +33,7 @@ from jaxrl_pt import params as P
 from jaxrl_pt.jobs.open import kind
 from jaxrl_pt.models import transformer
 from jaxrl_pt.run.policy import load_policy
+from jaxrl_pt.scaling.runs import train as train_gin
 from jaxrl_pt.scaling.seeds import append_row, finished_rows, interval
 from jaxrl_pt.train import optim
 from jaxrl_pt.train import state as states
@@ -117,9 +116,7 @@ class Experiment:
     self.start, self._root = root / 'warmstart', root
     self._file = root / 'runs.jsonl'
     self._rows = {row['run']: row['result'] for row in finished_rows(self._file)}
-    if not (self.start / 'report.html').is_file():
-      subprocess.run([sys.executable, '-m', 'jaxrl_pt.main', 'train', '--gin_file', WARM,
-                      '--workdir', str(self.start)], check=True)
+    train_gin(WARM, self.start)
 
   def seeds(self, task: str, rates: dict[str, float]) -> list[dict[str, dict[str, Any]]]:
     """The results of both arms at one rate each, one for each seed."""
@@ -206,7 +203,7 @@ def plot(runs: dict[str, dict[str, list[dict[str, Any]]]], rates: dict[str, dict
       steps, values = curve(seeds, task)
       ends = [interval(column) for column in values.T]
       mean = np.array([end['mean'] for end in ends])
-      half = np.array([end['half_width_95'] for end in ends])
+      half = np.array([end['half_width_95'] or 0.0 for end in ends])
       colour = COLOURS[arm]
       axes.fill_between(steps, mean - half, mean + half, color=colour, alpha=0.12, linewidth=0)
       axes.plot(steps, values.T, color=colour, alpha=0.35, linewidth=0.8)

@@ -14,16 +14,15 @@ import argparse
 import itertools
 import json
 from pathlib import Path
-import subprocess
-import sys
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 import numpy as np
 
 from jaxrl_pt import config as cfg
-from jaxrl_pt import gin_bindings, metrics
+from jaxrl_pt import gin_bindings
 from jaxrl_pt.data import loader, problems, splits
+from jaxrl_pt.scaling.runs import train
 
 HERE = Path(__file__).parent
 PRECISIONS = {
@@ -38,17 +37,6 @@ RPT = ('cfg.Run.objective = @cfg.RPT()', 'cfg.RPT.rollouts = @cfg.Rollouts()',
        'cfg.Rollouts.num_prompts = 32', 'cfg.RPT.difficulty = (0.5, 1.0, 1.5)',
        'cfg.Rollouts.prompt_len = 32', 'response_tokens = 1', 'cfg.RPT.scored_examples = 256',
        'cfg.RPT.eval_positions = 512', 'cfg.Train.batch_size = 32')
-
-
-def train(gin_file: str, workdir: Path, bindings: tuple[str, ...]) -> list[dict]:
-  """Runs a shipped gin file to its end, unless it is already there; its rows of metrics."""
-  if not (workdir / 'report.html').is_file():
-    command = [sys.executable, '-m', 'jaxrl_pt.main', 'train', '--gin_file', gin_file,
-               '--workdir', str(workdir)]
-    for binding in (*bindings, 'cfg.Train.tensorboard = False'):
-      command += ['--gin_bindings', binding]
-    subprocess.run(command, check=True)
-  return metrics.read_rows(workdir / 'metrics.jsonl')
 
 
 def warm_start(root: Path, name: str) -> Path:
@@ -78,7 +66,7 @@ def rpt(root: Path, name: str, seed: int, steps: int) -> list[dict]:
 def gym(root: Path, seed: int, steps: int) -> list[dict]:
   """One OPO run on reasoning-gym's chain_sum."""
   start = root / 'warmstart-gym'
-  train('gin/run/warmstart_gym_tiny.gin', start, ())
+  train('gin/run/warmstart_gym_tiny.gin', start)
   return train('gin/run/opo_gym_tiny.gin', root / f'gym-{seed}', (
       f'cfg.RL.start_from = {str(start)!r}', f'cfg.Run.seed = {seed}',
       f'cfg.Train.num_steps = {steps}', f'cfg.Train.eval_every = {steps}'))
@@ -88,7 +76,7 @@ def mismatch(root: Path, gin_file: Path) -> dict[str, float]:
   """The largest mismatch in ten steps of a shipped run, from the policy that it names."""
   run, _ = gin_bindings.load([str(gin_file)], [])
   start = Path(run.objective.start_from).name  # runs/NAME is what gin/run/NAME.gin leaves
-  train(f'gin/run/{start}.gin', root / start, ())
+  train(f'gin/run/{start}.gin', root / start)
   objective = type(run.objective).__name__
   rows = train(str(gin_file), root / f'mismatch-{gin_file.stem}', (
       f'cfg.{objective}.start_from = {str(root / start)!r}', 'cfg.Train.num_steps = 10',

@@ -8,18 +8,12 @@ from matplotlib.figure import Figure
 import numpy as np
 
 from jaxrl_pt.evaluation.judging import wilson
-from jaxrl_pt.scaling import seeds as seeds_of
+from jaxrl_pt.scaling.seeds import interval
 
 # Of held-out sums at temperature 1, of the same at 0.6, and of sums of training at 1.
 _MEASURES = ('accuracy', 'swap_consistency', 'first_rate', 'tokens', 'worked', 'no_verdict')
 _WITHIN = [(within, name) for within in ('cool', 'seen')
            for name in ('accuracy', 'swap_consistency')]
-
-
-def interval(values: list[float]) -> dict[str, float | None]:
-  """The mean over seeds; its interval is null where there is one seed."""
-  found = seeds_of.interval(values)
-  return {**found, 'half_width_95': found['half_width_95'] if len(values) > 1 else None}
 
 
 def summary(rows: dict[str, Any]) -> dict[str, Any]:

@@ -21,14 +21,12 @@ import argparse
 import json
 import os
 from pathlib import Path
-import subprocess
-import sys
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from jaxrl_pt import metrics
-from jaxrl_pt.scaling.seeds import interval
+from jaxrl_pt.scaling import runs
+from jaxrl_pt.scaling.seeds import interval, shown
 
 RESULTS = Path(__file__).resolve().parent / 'results'
 ARMS = ('judge', 'truth', 'biased', 'none')
@@ -38,22 +36,13 @@ WARMUP, STEPS, EVERY = 700, 40, 5
 MODEL = ('cfg.Model.num_layers = 2', 'cfg.Model.d_model = 64', 'cfg.Model.d_ff = 192')
 SUMS = ('cfg.RedundantChecks.min_steps = 3', 'cfg.RedundantChecks.max_steps = 3',
         'cfg.RedundantChecks.max_checks = 0')
-ALWAYS = (*MODEL, *SUMS, 'cfg.Train.tensorboard = False')
+ALWAYS = (*MODEL, *SUMS)
 
 
 def train(workdir: Path, gin: str, *bindings: str) -> list[dict[str, Any]]:
   """Runs a shipped gin file to its end, unless it is there already; its rows of metrics."""
-  if not (workdir / 'finished').exists():
-    command = [sys.executable, '-m', 'jaxrl_pt.main', 'train', '--gin_file', f'gin/run/{gin}.gin',
-               '--workdir', str(workdir)]
-    for binding in (*ALWAYS, *bindings):
-      command += ['--gin_bindings', binding]
-    workdir.parent.mkdir(parents=True, exist_ok=True)
-    print(f'{workdir.name} …', flush=True)
-    with open(workdir.with_suffix('.log'), 'w', encoding='utf-8') as log:
-      subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT)
-    (workdir / 'finished').touch()
-  return metrics.read_rows(workdir / 'metrics.jsonl')
+  print(f'{workdir.name} …', flush=True)
+  return runs.train(f'gin/run/{gin}.gin', workdir, (*ALWAYS, *bindings))
 
 
 def reinforced(arm: str, seed: int, start: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -109,16 +98,16 @@ def main() -> None:
       {'seeds': args.seeds, 'steps': args.steps, 'rate': args.rate, 'arms': table, 'runs': found},
       indent=1) + '\n', encoding='utf-8')
   for arm, names in table.items():
-    print(arm, {name: {when: '{mean} ± {half_width_95}'.format(**value)
-                       for when, value in row.items()} for name, row in names.items()})
+    print(arm, {name: {when: shown(value) for when, value in row.items()}
+                for name, row in names.items()})
   _plot(found).savefig(RESULTS / 'reward.png', dpi=120)
 
 
 def _plot(found: dict[str, list[dict[str, list[list[float]]]]]) -> Figure:
   figure = Figure(figsize=(9, 3.8), layout='constrained')
   for axes, name in zip(figure.subplots(1, 2), ('accuracy', 'win rate'), strict=True):
-    for arm, runs in found.items():
-      for n, run in enumerate(runs):
+    for arm, of_arm in found.items():
+      for n, run in enumerate(of_arm):
         axes.plot(*zip(*run[name], strict=True), color=COLOURS[arm], alpha=0.8,
                   label=arm if n == 0 else None)
     axes.set(xlabel='step of GRPO', ylim=(0, 1))

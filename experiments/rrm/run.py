@@ -38,11 +38,11 @@ from report import plot, summary
 from jaxrl_pt import config as cfg
 from jaxrl_pt.environments.judging import EngineJudge, Judged
 from jaxrl_pt.jobs import open as jobs
+from jaxrl_pt.scaling import runs
 from jaxrl_pt.scaling.seeds import append_row, finished_rows
 from jaxrl_pt.serving.comparing import Shown
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
 SEEDS = (0, 1, 2)
 NUM_PAIRS = 180
 # Sums of one step are too few to choose among their results.
@@ -62,20 +62,15 @@ def parts() -> list[str]:
 
 
 def train(name: str, workdir: Path, bindings: Sequence[str]) -> None:
-  """Runs `jaxrl-pt train` on gin/run/<name>.gin; a finished run is left as it is."""
-  flags = [word for b in bindings for word in ('--gin_bindings', f'cfg.{b}')]
-  command = [sys.executable, '-m', 'jaxrl_pt.main', 'train', '--gin_file',
-             str(ROOT / 'gin' / 'run' / f'{name}.gin'), '--workdir', str(workdir), *flags]
-  workdir.parent.mkdir(parents=True, exist_ok=True)
-  with open(workdir.with_suffix('.log'), 'a') as log:
-    subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT)
+  """Runs gin/run/<name>.gin; a finished run is left as it is."""
+  runs.train(f'gin/run/{name}.gin', workdir, [f'cfg.{binding}' for binding in bindings])
 
 
 def judge(root: Path, arm: str, num_steps: int, seed: int, short: int) -> dict[str, Any]:
   """Trains one judge and measures it."""
   direct = '_direct' if arm == 'direct' else ''
   own = [f'RedundantChecks.min_steps = {num_steps}', f'RedundantChecks.max_steps = {num_steps}',
-         f'Run.seed = {seed}', 'Train.tensorboard = False']
+         f'Run.seed = {seed}']
   if short:
     own.append(f'Train.num_steps = {short}')
   fine_tuned = 'reasoning' if arm == 'biased' else arm

@@ -34,20 +34,29 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
     os.fsync(file.fileno())
 
 
-def interval(values: Sequence[float] | np.ndarray, digits: int = 4) -> dict[str, float]:
+def interval(values: Sequence[float] | np.ndarray, digits: int = 4) -> dict[str, float | None]:
   """Mean over seeds, and half the width of its 95 % interval.
 
     half width = t(0.975, K − 1) · s / √K
 
   Args:
     values: f[K], one for each seed; the difference of two arms with the same seeds gives a paired
-      interval. With K = 1 the half width is NaN.
+      interval. One value has no interval: with K = 1 the half width is None, which JSON writes
+      as null.
     digits: decimal places of both results.
 
   Returns:
     'mean' and 'half_width_95'.
   """
   values = np.asarray(values, float)
-  spread = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
-  half = stats.t.ppf(0.975, len(values) - 1) * spread
-  return {'mean': round(float(values.mean()), digits), 'half_width_95': round(float(half), digits)}
+  mean, half = round(float(values.mean()), digits), None
+  if len(values) > 1:
+    spread = values.std(ddof=1) / np.sqrt(len(values))
+    half = round(float(stats.t.ppf(0.975, len(values) - 1) * spread), digits)
+  return {'mean': mean, 'half_width_95': half}
+
+
+def shown(found: dict[str, float | None], decimals: int = 3) -> str:
+  """An `interval` as text: `0.970 ± 0.041`, or the mean alone where there is one seed."""
+  half = found['half_width_95']
+  return f'{found["mean"]:.{decimals}f}' + ('' if half is None else f' ± {half:.{decimals}f}')
