@@ -34,6 +34,9 @@ MODEL = ('cfg.Model.num_layers = 2', 'cfg.Model.d_model = 64', 'cfg.Model.d_ff =
 # Chosen on sums that are trained on, from a few settings of HGPO (README.md); the arms that have no
 # KL in their papers get the same one, because it is what keeps the thoughts right.
 RATE, KL = 2e-4, ('cfg.Algorithm.kl = @cfg.KLInLoss()', 'cfg.KLInLoss.coef = 0.01')
+# Learning rates of their own: those of the HFT policies, and of the arms for which another one than
+# HGPO's did better on a policy that no arm starts from (README.md).
+RATES = {'hft': 0.006, 'hft_rare': 0.006, 'rft': 0.002, 'dpo': 3e-5}
 K, AT_ONCE = 16, 32  # answers in each mode, and prompts, at once
 HFT: dict[str, tuple[str, ...]] = {
     'hft': (), 'hft_rare': ('cfg.HybridSums.think_share = 0.99',)}
@@ -72,6 +75,11 @@ SWEEP_SEEDS = 3
 def of_start(start: str, seed: int) -> int:
   """The seed of the HFT policy that a seed of an arm starts from; side ones are trained once."""
   return seed if start == 'hft' else 0
+
+
+def rate_of(arm: str, args: argparse.Namespace) -> float:
+  """The learning rate of an arm."""
+  return args.rate or RATES.get(arm, RATE)
 
 
 def swapped(verifier: Any) -> Any:
@@ -158,7 +166,7 @@ def reinforce(arm: str, seeds: list[int], root: Path, steps: int, rate: float) -
       yield seed, starts[seed], state.params, curve
 
 
-def supervise(arm: str, seed: int, root: Path) -> Any:
+def supervise(arm: str, seed: int, root: Path, rate: float) -> Any:
   """(seed, policy, its parameters, []) of HFT-RFT or HFT-DPO, trained as `jaxrl-pt train` does."""
   import samples
 
@@ -167,7 +175,7 @@ def supervise(arm: str, seed: int, root: Path) -> Any:
   workdir = root / f'{arm}-{seed}'
   args = ['train', '--workdir', str(workdir), *samples.prepare(
       arm, root / f'hft-{seed}', workdir.with_suffix('.jsonl'), seed)]
-  for binding in MODEL:
+  for binding in (*MODEL, f'cfg.Cosine.peak_rate = {rate!r}'):
     args += ['--gin_bindings', binding]
   if jaxrl_pt(args):
     raise SystemExit(f'{arm} {seed}: training failed')
@@ -180,22 +188,22 @@ def child(arm: str, seeds: list[int], root: Path, args: argparse.Namespace) -> N
   import measure
 
   from jaxrl_pt.run.policy import load_policy
-  began = time.time()
+  began, rate = time.time(), rate_of(arm, args)
   if arm in HFT:
     hft(arm, seeds[0], root, args.hft_steps)
     policy = load_policy(root / f'{arm}-{seeds[0]}')
     trained = iter([(seeds[0], policy, policy.params, [])])
   elif ARMS[arm][1] in ('rft', 'dpo'):
-    trained = iter([supervise(arm, seeds[0], root)])
+    trained = iter([supervise(arm, seeds[0], root, rate)])
   else:
-    trained = reinforce(arm, seeds, root, args.steps, args.rate)
+    trained = reinforce(arm, seeds, root, args.steps, rate)
   answer, chosen = None, measure.held_out()
   for seed, policy, params, curve in trained:
     answer = answer or measure.answering(policy, AT_ONCE, K)
     answers, _ = answer(params, chosen, 100_000 + 1000 * seed)
     rounded = [{k: float(f'{v:.4g}') for k, v in row.items()} for row in curve]
     append_row(root / 'runs.jsonl', {
-        'arm': arm, 'seed': seed, 'steps': len(curve), 'rate': args.rate,
+        'arm': arm, 'seed': seed, 'steps': len(curve), 'rate': rate,
         'seconds': round(time.time() - began), 'curve': rounded,
         **measure.numbers(answers, [p.level for p in chosen])})
 
@@ -218,7 +226,7 @@ def run_all(args: argparse.Namespace) -> None:
     name = f'{arm}-{"-".join(map(str, wanted))}'
     command = [sys.executable, __file__, '--workdir', str(root), '--child', arm,
                '--seeds', ','.join(map(str, wanted)), '--steps', str(args.steps),
-               '--rate', str(args.rate), '--hft_steps', str(args.hft_steps)]
+               '--rate', str(rate_of(arm, args)), '--hft_steps', str(args.hft_steps)]
     # One core for each process, whose programs are compiled in one piece: half the time.
     alone = ' --xla_cpu_multi_thread_eigen=false --xla_cpu_parallel_codegen_split_count=1'
     with open(root / f'{name}.log', 'w', encoding='utf-8') as log:
@@ -249,7 +257,7 @@ def main() -> None:
   parser.add_argument('--seeds', default=','.join(map(str, SEEDS)))
   parser.add_argument('--steps', type=int, default=STEPS)
   parser.add_argument('--hft_steps', type=int, default=HFT_STEPS)
-  parser.add_argument('--rate', type=float, default=RATE)
+  parser.add_argument('--rate', type=float, help='of all arms, instead of their own')
   parser.add_argument('--report', action='store_true')
   parser.add_argument('--child')
   args = parser.parse_args()

@@ -247,7 +247,7 @@ def train_iterator(packed: Packed, *, seed: int, batch_size: int,
     order = mixture.order(packed.parts, shares, seed)
     identity['shares'] = list(shares)
   else:
-    order = grain.MapDataset.range(len(packed)).shuffle(seed=seed).repeat()
+    order = mixture.permuted(0, len(packed), seed)
   return TrainIterator(order.batch(batch_size).map(load), num_workers, identity)
 
 
@@ -269,7 +269,7 @@ def shuffled(source: Any, load: Callable[[np.ndarray], _LoadedT], *, seed: int, 
   if source.num_examples < batch_size:
     raise UserError(f'There are {source.num_examples} examples, fewer than one batch of '
                     f'{batch_size}: give more, or lower the batch size.')
-  order = grain.MapDataset.range(source.num_examples).shuffle(seed=seed).repeat()
+  order = mixture.permuted(0, source.num_examples, seed)
   identity = {'seed': seed, 'batch_size': batch_size, 'digest': source.digest}
   return TrainIterator(order.batch(batch_size).map(load), 0, identity)
 

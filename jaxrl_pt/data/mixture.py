@@ -16,10 +16,13 @@ two sources, may be off by more than one example.
 from collections.abc import Sequence
 import dataclasses
 import heapq
-import sys
 
 import grain
 import numpy as np
+
+# Numbers before an order ends. The length of Grain's own endless repetition, 2⁶³ − 1, overflows in
+# batches of one row.
+ENDLESS = 2**55
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -36,7 +39,7 @@ class Interleaving(grain.transforms.DatasetSelectionMap):
   shares: tuple[int, ...]
 
   def __len__(self) -> int:
-    return sys.maxsize
+    return ENDLESS
 
   def __getitem__(self, index: int) -> tuple[int, int]:
     period, place = divmod(index, len(self.source_W))
@@ -66,6 +69,14 @@ def interleaving(shares: Sequence[int]) -> Interleaving:
   return Interleaving(source_W, number_W, tuple(shares))
 
 
+def permuted(first: int, end: int, seed: int) -> grain.MapDataset:
+  """The numbers from first to end − 1 in a permutation that is drawn anew each epoch, without end.
+
+  It ends after ENDLESS numbers.
+  """
+  return grain.MapDataset.range(first, end).shuffle(seed=seed).repeat(ENDLESS // (end - first))
+
+
 def order(num_examples: Sequence[int], shares: Sequence[int], seed: int) -> grain.MapDataset:
   """Numbers of examples without end, in which every source has its share.
 
@@ -78,6 +89,6 @@ def order(num_examples: Sequence[int], shares: Sequence[int], seed: int) -> grai
   """
   ends = np.cumsum(num_examples).tolist()
   seeds = np.random.SeedSequence(seed).generate_state(len(ends)).tolist()
-  parts = [grain.MapDataset.range(end - number, end).shuffle(seed=own).repeat()
+  parts = [permuted(end - number, end, own)
            for end, number, own in zip(ends, num_examples, seeds, strict=True)]
   return grain.MapDataset.select_from_datasets(parts, interleaving(shares))

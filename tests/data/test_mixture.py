@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import grain
 from hypothesis import given, settings
 from hypothesis import strategies as st
 import numpy as np
@@ -184,3 +185,13 @@ def test_conversations_are_mixed_and_their_losses_weighted(tmp_path: Path):
   ids = ids_of(packed, 16, shares=mixed.shares)
   counts = np.bincount(np.searchsorted(ends, ids.reshape(-1), side='right'))
   np.testing.assert_array_equal(counts, [64, 32, 32])
+
+
+@pytest.mark.parametrize('number', [1, 2, 7])
+def test_batches_of_one_row_have_grains_own_order_of_all_epochs(number: int):
+  own = mixture.permuted(3, 3 + number, seed=5)
+  grains = grain.MapDataset.range(3, 3 + number).shuffle(seed=5).repeat()
+  assert [own[n] for n in range(40)] == [grains[n] for n in range(40)]
+  for order in (own, mixture.order([1, number], [1, 2], seed=5)):
+    rows = iter(order.batch(1).to_iter_dataset())
+    assert [next(rows).tolist() for _ in range(20)] == [[order[n]] for n in range(20)]
