@@ -3,8 +3,8 @@
     python experiments/rrm/reward.py --judge runs/rrm/reasoning-3-0/judge \
         --biased runs/rrm/biased-3-0/judge [--workdir runs/rrm_reward] [--seeds 0 1 2]
 
-A tiny policy is fine-tuned on sums of three steps, of whose demonstrations half stop too early, so
-that about half of its answers are right. From it GRPO goes on for some steps with four rewards:
+A tiny policy is fine-tuned on sums of one to three steps, of whose demonstrations 30 % stop too
+early, so that about 70 % of its answers are right. From it GRPO goes on for some steps with four rewards:
 
     judge    the win rate of a response in its group, by a judge that reasons and has learned the
              same kind of sums; it sees the results alone
@@ -12,8 +12,8 @@ that about half of its answers are right. From it GRPO goes on for some steps wi
     biased   the judge that has learned to name the first place
     none     a learning rate of 0: what the measure itself moves by
 
-Everything is run by `jaxrl-pt train`. True accuracy of all arms is that of held-out sums, which no
-policy is trained on; the judge learned sums of the same kind and may have seen some of these. Runs
+Everything is run by `jaxrl-pt train`. True accuracy of all arms is that of held-out sums, which neither a
+policy nor a judge is trained on. Runs
 that are finished are kept. Writes results/reward.json and reward.png.
 """
 
@@ -31,11 +31,12 @@ from jaxrl_pt.scaling.seeds import interval, shown
 RESULTS = Path(__file__).resolve().parent / 'results'
 ARMS = ('judge', 'truth', 'biased', 'none')
 COLOURS = {'judge': '#009E73', 'truth': '#000000', 'biased': '#D55E00', 'none': '#999999'}
-WARMUP, STEPS, EVERY = 700, 40, 5
+WARMUP, STEPS, EVERY = 1000, 40, 5
+# What the judge has not seen either.
+HELD_OUT = 0.2
 # The policy's; its weights are ternary, the judge's are not.
 MODEL = ('cfg.Model.num_layers = 2', 'cfg.Model.d_model = 64', 'cfg.Model.d_ff = 192')
-SUMS = ('cfg.RedundantChecks.min_steps = 3', 'cfg.RedundantChecks.max_steps = 3',
-        'cfg.RedundantChecks.max_checks = 0')
+SUMS = ('cfg.RedundantChecks.max_steps = 3', 'cfg.RedundantChecks.max_checks = 0')
 ALWAYS = (*MODEL, *SUMS)
 
 
@@ -55,7 +56,7 @@ def reinforced(arm: str, seed: int, start: Path, args: argparse.Namespace) -> li
                f'cfg.RL.start_from = {str(start)!r}', f'cfg.ConstantRate.learning_rate = {rate!r}',
                f'cfg.Run.seed = {seed}', f'cfg.Train.num_steps = {args.steps}',
                f'cfg.Train.eval_every = {EVERY}', f'cfg.Checkpoint.every = {args.steps}',
-               'cfg.Problems.held_out = 0.2', 'cfg.RL.eval_problems = 256')
+               f'cfg.Problems.held_out = {HELD_OUT}', 'cfg.RL.eval_problems = 256')
 
 
 def of_run(rows: list[dict[str, Any]]) -> dict[str, list[list[float]]]:
@@ -82,7 +83,8 @@ def main() -> None:
   for seed in args.seeds:
     start = args.workdir / f'start-{seed}'
     train(start, 'hft_tiny', 'cfg.Demonstrations.source = @cfg.RedundantChecks()',
-          'cfg.RedundantChecks.size = 40000', 'cfg.RedundantChecks.noise = 0.5',
+          'cfg.RedundantChecks.size = 40000', 'cfg.RedundantChecks.noise = 0.3',
+          'cfg.RedundantChecks.min_steps = 1', f'cfg.Data.validation_fraction = {HELD_OUT}',
           f'cfg.Run.seed = {seed}',
           f'cfg.Train.num_steps = {WARMUP}', f'cfg.Train.eval_every = {WARMUP}',
           f'cfg.Checkpoint.every = {WARMUP}')
