@@ -4,7 +4,8 @@
         --biased runs/rrm/biased-3-0/judge [--workdir runs/rrm_reward] [--seeds 0 1 2]
 
 A tiny policy is fine-tuned on sums of one to three steps, of whose demonstrations 30 % stop too
-early, so that about 70 % of its answers are right. From it GRPO goes on for some steps with four rewards:
+early, so that about 70 % of its answers are right. From it GRPO goes on for some steps with four
+rewards:
 
     judge    the win rate of a response in its group, by a judge that reasons and has learned the
              same kind of sums; it sees the results alone
@@ -12,9 +13,9 @@ early, so that about 70 % of its answers are right. From it GRPO goes on for som
     biased   the judge that has learned to name the first place
     none     a learning rate of 0: what the measure itself moves by
 
-Everything is run by `jaxrl-pt train`. True accuracy of all arms is that of held-out sums, which neither a
-policy nor a judge is trained on. Runs
-that are finished are kept. Writes results/reward.json and reward.png.
+Everything is run by `jaxrl-pt train`. True accuracy of all arms is that of held-out sums, which
+neither a policy nor a judge is trained on. Runs that are finished are kept. Writes
+results/reward.json and reward.png.
 """
 
 import argparse
