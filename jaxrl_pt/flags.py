@@ -17,6 +17,7 @@ from jaxrl_pt.flag_types import (
   path,
   text,
 )
+from jaxrl_pt.game_flags import add_page, add_trajectories
 
 DESCRIPTION = 'Pretrain ternary transformers and reinforce them, on a laptop or a TPU pod.'
 _RUN = 'gin/run/pretrain_tiny.gin'
@@ -72,7 +73,7 @@ def make_parser() -> argparse.ArgumentParser:
   _add_judge(add)
   _add_answers(add)
   _add_rl_commands(add)
-  _add_trajectories(add)
+  add_trajectories(add)
   _add_tpu_commands(add)
   _add_exchange(add)
   doctor = add('doctor', 'What this machine offers, and a self-check of ten seconds.',
@@ -130,17 +131,20 @@ def _add_answers(add: Callable[[str, str, str], argparse.ArgumentParser]) -> Non
 def _add_rl_commands(add: Callable[[str, str, str], argparse.ArgumentParser]) -> None:
   add('methods', 'The methods of reinforcement learning: equation, paper, gin file, experiment.',
       'jaxrl-pt methods')
-  play = add('play', 'Play an environment of several turns at the terminal, as a policy would.',
-             'jaxrl-pt play --environment guess_number --prompt "game 7"')
+  play = add('play', 'Play an environment at the terminal, as a policy would, or a game inside its '
+             'model in a browser.',
+             'jaxrl-pt play --environment guess_number --prompt "game 7"\n'
+             '  jaxrl-pt play --workdir runs/maag_tiny --port 8000')
   play.description = (
       f'{play.description} A line is a text; one that ends with \\ goes on in the next. Ends with '
       '1 if the episode was not played to its end, or the environment failed.')
   play.add_argument('--environment', type=text, metavar='NAME', help='a shipped one, '
                     'gin/environment/NAME.gin: calculator, guess_number, python or text_arena')
-  add_gin(play, 'the settings of cfg.Interactive')
+  add_gin(play, 'the settings of cfg.Interactive, or of cfg.MaaG')
   play.add_argument('--prompt', type=text, default='', help='the problem, e.g. a question')
   play.add_argument('--reference', type=text, default='', help='the reference answer')
   add_json(play)
+  add_page(play)
   replay = add('replay', 'One half of an RL step alone: learn from kept rollouts, or only draw.',
                'jaxrl-pt replay --workdir runs/opo_tiny --only learner --step 10')
   add_checkpoint(replay)
@@ -148,24 +152,6 @@ def _add_rl_commands(add: Callable[[str, str, str], argparse.ArgumentParser]) ->
                       help='learner: from the rollouts that Rollouts.dump_every = 1 has kept; '
                       'sampler: the batch after the checkpoint')
   add_json(replay)
-
-
-def _add_trajectories(add: Callable[[str, str, str], argparse.ArgumentParser]) -> None:
-  games = add('trajectories', 'Episodes of a game, made from a seed: reads each frame back, writes '
-              'them, shows one.',
-              'jaxrl-pt trajectories --game traveler --film traveler.png\n'
-              '  jaxrl-pt trajectories --game pong --count 1000 --output data/pong')
-  games.add_argument('--game', type=text, metavar='NAME', help='a shipped one, gin/game/NAME.gin: '
-                     'traveler, pong or pacman')
-  add_gin(games, 'the settings of cfg.Trajectories')
-  games.add_argument('--count', type=at_least(1), default=64, metavar='N', help='episodes that are '
-                     'read back, and written if --output is given (default %(default)s)')
-  games.add_argument('--output', type=path, metavar='DIR', help='write them here, in ArrayRecord')
-  games.add_argument('--film', type=path, metavar='FILE', help='an episode as a strip of frames '
-                     '(.png) or an animation (.gif)')
-  games.add_argument('--episode', type=at_least(0), default=0, metavar='I', help='which one '
-                     '(default %(default)s)')
-  add_json(games)
 
 
 def _add_evaluation(add: Callable[[str, str, str], argparse.ArgumentParser]) -> None:

@@ -22,6 +22,7 @@ from jaxrl_pt.run import interrupt, places, samples
 from jaxrl_pt.run.policy import Held, Policy, as_sampled, load_policy
 from jaxrl_pt.sampling.engine import Engine
 from jaxrl_pt.serving import terminal
+from jaxrl_pt.serving.addresses import is_loopback
 from jaxrl_pt.serving.comparing import Speaker
 from jaxrl_pt.serving.lines import read_lines
 from jaxrl_pt.serving.text import Markers
@@ -255,7 +256,7 @@ def serve(workdir: Path, *, step: int | None, host: str, port: int, token_file: 
                     "pip install 'jaxrl_pt[serve]'.") from e
   token = _read_token(token_file)
   given = chat_files.read_template(template) if template else None
-  if token is None and not app.is_loopback(host):
+  if token is None and not is_loopback(host):
     raise UserError(f'--host {host} lets others in: give a --token_file, or set '
                     f'{TOKEN_VARIABLE}, that clients must send.')
   listening = _listen(host, port)

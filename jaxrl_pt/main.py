@@ -434,6 +434,11 @@ def _gin_files(args: argparse.Namespace, folder: str, name: str | None, missing:
 
 
 def _play(args: argparse.Namespace) -> int:
+  if args.workdir is not None or args.game is not None:
+    return _play_game(args)
+  for name in ('step', 'host', 'port'):
+    if getattr(args, name) is not None:
+      raise UserError(f'--{name} does nothing without --workdir or --game: add one of them.')
   gin_files = _gin_files(
       args, 'environment', args.environment,
       'No environment given: add --environment guess_number, or --gin_file with the settings of '
@@ -447,6 +452,29 @@ def _play(args: argparse.Namespace) -> int:
   is_over = play.play(settings, Problem(args.prompt, args.reference),
                       play.joined(read_lines('> ')), sys.stdout, args.json)
   return 0 if is_over else 1
+
+
+def _play_game(args: argparse.Namespace) -> int:
+  for name in ('environment', 'prompt', 'reference', 'json'):
+    if getattr(args, name):
+      raise UserError(f'--{name} is for environments of text, and --workdir or --game for models '
+                      'of games: leave one of them out.')
+  if args.workdir is not None and args.game is not None:
+    raise UserError('A model of --workdir has its own game: leave --game out.')
+  with _importing():
+    from jaxrl_pt import gin_bindings
+    from jaxrl_pt.playing import command
+  modules = None
+  if gin_bindings.binds('MaaG', args.gin_file, args.gin_bindings):
+    modules = gin_bindings.load_value(cfg.MaaG, args.gin_file, args.gin_bindings)
+  if args.workdir is not None:
+    stage, about = command.trained(args.workdir, args.step, modules)
+  else:
+    source = gin_bindings.load_value(cfg.Trajectories, [f'gin/game/{args.game}.gin'], ())
+    stage, about = command.rendered(source.game, 'weak', modules)
+  command.serve(stage, about, args.host or '127.0.0.1', 8000 if args.port is None else args.port,
+                lambda line: print(line, flush=True))
+  return 0
 
 
 def _trajectories(args: argparse.Namespace) -> int:

@@ -58,11 +58,13 @@ ALLOWED: dict[str, set[str]] = {
     'frontends': _EVERYTHING,
     'exchange': _EVERYTHING,
     'evaluation': _EVERYTHING,
+    'playing': _EVERYTHING | {'evaluation'},
     'methods': {'rl'},
     'flag_types': {'errors'},
-    'flags': {'flag_types'},
+    'game_flags': {'flag_types'},
+    'flags': {'flag_types', 'game_flags'},
     'main': _EVERYTHING | {'methods', 'quickstart', 'doctor', 'frontends', 'exchange',
-                           'evaluation', 'flags'},
+                           'evaluation', 'flags', 'playing'},
 }
 # Only here may the state of the process change: these names must not be called elsewhere.
 PROCESS_STATE = ('jax.config.update', 'jax.distributed.initialize', 'os.environ.setdefault',

@@ -12,7 +12,6 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 import contextlib
 import hmac
-import ipaddress
 import json
 import time
 from typing import Any
@@ -28,6 +27,7 @@ from jaxrl_pt.errors import UserError
 from jaxrl_pt.sampling.engine import Request as EngineRequest
 from jaxrl_pt.sampling.engine import Response as Sampled
 from jaxrl_pt.serving import protocol, reranking, tokens
+from jaxrl_pt.serving.addresses import is_loopback
 from jaxrl_pt.serving.answers import Answer, Delta
 from jaxrl_pt.serving.bodies import read_body
 from jaxrl_pt.serving.fields import ApiError, read_json
@@ -36,14 +36,6 @@ from jaxrl_pt.serving.telemetry import Telemetry
 from jaxrl_pt.serving.worker import Busy, Job, Stopped, Worker
 
 _RETRY_SECONDS = 1
-
-
-def is_loopback(host: str) -> bool:
-  """Whether only this machine can reach the address `host`."""
-  try:
-    return ipaddress.ip_address(host.strip('[]')).is_loopback
-  except ValueError:
-    return host.lower() == 'localhost'
 
 
 def make_app(service: Service, worker: Worker, token: str | None = None,
