@@ -98,19 +98,20 @@ class Programs:
   def _shown(self, held: Held, frame: Array, predicted: Array) -> Shown:
     game = self.stage.world.game
     truth = game.truth(held.true)
-    one = jax.tree.map(lambda x: x[0], held.dream)
+    values, origin, remembered = (jax.tree.map(lambda x: x[0], part) for part in (
+        held.dream.values, held.dream.origin, held.dream.map))
     read, pixels = reading.read(game, frame), reading.as_float(frame)
     # The whole of a small world, and of a street what is near.
     shape = tuple(min(size, view + 2 * _MARGIN) for size, view in zip(
         game.world_shape, game.view_shape, strict=True))
-    corner = jnp.clip(one.origin - jnp.array([(s - v) // 2 for s, v in zip(
+    corner = jnp.clip(origin - jnp.array([(s - v) // 2 for s, v in zip(
         shape, game.view_shape, strict=True)]), 0, np.array(game.world_shape) - np.array(shape))
-    contents = maps.contents_of(game, one.map.colours, one.map.known)
+    contents = maps.contents_of(game, remembered.colours, remembered.known)
     cells = history.window(contents, corner, (shape[0], shape[1]), base.UNKNOWN)
     return Shown(
         jnp.round(jnp.clip(pixels, 0, 1) * 255).astype(jnp.uint8), base.render(game, truth),
-        one.values, truth.counters, read.counters, read.readable, predicted, truth.event,
-        one.origin, cells, corner, truth.done)
+        values, truth.counters, read.counters, read.readable, predicted, truth.event,
+        origin, cells, corner, truth.done)
 
 
 class Room:
