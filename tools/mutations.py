@@ -840,7 +840,21 @@ _DREAMS = [
           'maps.write(remembered, view, expected, memory'),
          ('every_frame_has_the_same_noise', 'fold(dream.keys, frame))', 'fold(dream.keys, 0))'))]
 
+_PAGE = [
+    *_of('jaxrl_pt/playing/server.py', 'tests/playing/test_page.py',
+         ('pages_of_other_sites_are_answered', 'if not is_loopback(host if port.isdecimal() else',
+          'if False and not is_loopback(host if port.isdecimal() else'),
+         ('any_content_type_is_taken', "!= 'application/json':", "== 'text/html':"),
+         ('strangers_need_no_token', "elif self.path != '/' and not hmac",
+          'elif False and not hmac'),
+         ('keys_wait_in_a_queue', 'if not room.lock.acquire(blocking=False):',
+          'if not room.lock.acquire():\n    pass\n  if False:')),
+    *_of('jaxrl_pt/playing/rooms.py', 'tests/playing/test_page.py',
+         ('games_are_never_given_up', 'while len(self._rooms) >= MOST_ROOMS:', 'while False:'),
+         ('the_true_game_is_not_painted', 'self._edited(dreamed, true)\n\n  def set_counters',
+          'self._edited(dreamed, self._held.true)\n\n  def set_counters'))]
+
 MUTATIONS: tuple[Mutation, ...] = (
     *_ADVANTAGES, *_MODES, *_TOKEN_ADVANTAGES, *_OBJECTIVES, *_KL, *_SHAPING, *_LEARNER, *_NUMERICS,
     *_SAMPLER, *_DATA, *_CHECKPOINT, *_VERIFIERS, *_PROGRAMS, *_KERNELS, *_SERVING,
-    *_RECIPES, *_EVALUATION, *_JUDGES, *_GAMES, *_DREAMS)
+    *_RECIPES, *_EVALUATION, *_JUDGES, *_GAMES, *_DREAMS, *_PAGE)

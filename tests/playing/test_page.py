@@ -145,7 +145,8 @@ def test_a_game_is_played_edited_and_switched(server):
   assert status == 200 and state['cells'][0][here + 3 - state['corner'][1]] == 6
   _, state = do('step', action=1)
   column = 4 * (here + 3 - state['origin'][1]) + 1
-  assert _frame(state)[15, column].tolist() == [30, 170, 170]
+  for name in ('frame', 'true_frame'):
+    assert _frame(state, name)[15, column].tolist() == [30, 170, 170]
   status, state = do('counters', values=[999])
   assert status == 200 and state['values'] == state['true_values'] == [999]
   assert do('step', action=1)[1]['read'] == [999]
