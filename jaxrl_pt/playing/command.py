@@ -65,7 +65,9 @@ def serve(stage: Stage, about: str, host: str, port: int, say: Callable[[str], N
   with Server(host, port, rooms, facts(stage, about)) as server:
     say('Compiling a frame …')
     name, room = rooms.open(0)
-    room.step(stage.world.game.stay)
+    # Where a game's arrays are is settled after a frame, and is part of what a program is made for.
+    for _ in range(2):
+      room.step(stage.world.game.stay)
     rooms.close(name)
     say(f'Play {type(stage.world.game.config).__name__} at {server.url} (Ctrl-C ends)')
     server.serve_forever(poll_interval=0.2)

@@ -89,7 +89,8 @@ class Programs:
     event = game.truth(true).event
     given = dataclasses.replace(dream.given(action[None]), events=event[None])
     after, drawn = dream.step(self.stage.world, params, held.dream, given, on)
-    held = Held(after, jax.tree.map(lambda new, old: new.astype(old.dtype), true, held.true))
+    alike = lambda new, old: jax.lax.convert_element_type(new, old.dtype)
+    held = jax.tree.map(alike, Held(after, true), held)
     return held, self._shown(held, drawn.frames[0], drawn.predicted[0])
 
   def _look(self, held: Held, frame: Array) -> Shown:
