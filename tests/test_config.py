@@ -456,7 +456,8 @@ REFUSED: list[tuple[type, str, list[Any], str]] = [
     (cfg.Autoencoding, 'display_weight', [0, NAN], 'a number above 0'),
     (cfg.Diffusion, 'vae_from', [None, 3], 'a string'),
     (cfg.Flow, 'prediction', ['eps', None], "one of 'x0', 'velocity'"),
-    (cfg.Flow, 'shift', [0, 101, NAN], 'a number from 0.01 to 100'),
+    *((cfg.Flow, name, [0, 101, NAN], 'a number from 0.01 to 100')
+      for name in ('shift', 'sampling_shift')),
     (cfg.VDiffusion, 'num_levels', [7, 10_001], 'a whole number from 8 to 10000'),
     (cfg.VDiffusion, 'snr_clip', [0, NAN], 'a number above 0'),
     (cfg.VDiffusion, 'decay', [-0.1, 1.0, NAN], 'a number from 0'),

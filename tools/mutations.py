@@ -854,7 +854,36 @@ _PAGE = [
          ('the_true_game_is_not_painted', 'self._edited(dreamed, true)\n\n  def set_counters',
           'self._edited(dreamed, self._held.true)\n\n  def set_counters'))]
 
+_WORLDS = [
+    *_of('jaxrl_pt/diffusion/processes.py', 'tests/diffusion/test_processes.py',
+         ('ddim_keeps_the_noise_level', 'return noised(process, frame, noise, next_B)',
+          'return noised(process, frame, noise, time_B)'),
+         ('v_with_the_other_sign', 'return alpha * x_t - sigma * said, sigma * x_t + alpha * said',
+          'return alpha * x_t + sigma * said, sigma * x_t - alpha * said'),
+         ('levels_of_training_in_drawing', 'case cfg.Flow(sampling_shift=shift):',
+          'case cfg.Flow(shift=shift):')),
+    *_of('jaxrl_pt/diffusion/weights.py', 'tests/diffusion/test_processes.py',
+         ('the_past_is_not_decayed', '(1 - (1 - decay * carry_B) * (1 - s)',
+          '(1 - (1 - carry_B) * (1 - s)'),
+         ('the_first_frame_counts_as_a_later_one', 'jax.lax.scan(frame, clipped_TB[0],',
+          'jax.lax.scan(frame, (1 - decay) * clipped_TB[0],')),
+    *_of('jaxrl_pt/models/told.py', 'tests/models/test_world.py',
+         ('unknown_cells_are_known', '(crop_Bhw >= 0)[..., None]', '(crop_Bhw >= -1)[..., None]'),
+         ('digits_backwards', 'jnp.arange(number - 1, -1, -1)', 'jnp.arange(number)')),
+    *_of('jaxrl_pt/models/logic_net.py', 'tests/models/test_world.py',
+         ('logic_net_changes_the_past', 'h = jax.lax.stop_gradient(past_BHWC)', 'h = past_BHWC')),
+    *_of('jaxrl_pt/models/dit.py', 'tests/models/test_world.py',
+         ('blocks_are_no_identity_at_first', "('embed', 'whole'), zeros, 'dense')",
+          "('embed', 'whole'), ones, 'dense')")),
+    *_of('jaxrl_pt/train/worlds.py', 'tests/train/test_worlds.py',
+         ('the_display_weighs_like_the_rest', 'display_rows, display_weight, 1.0)',
+          'display_rows, 1.0, 1.0)'),
+         ('all_classes_weigh_alike', 'cross_R * clips.event_weight.reshape(-1)', 'cross_R')),
+    *_of('jaxrl_pt/game/worlds.py', 'tests/game/test_worlds.py',
+         ('classes_that_do_not_occur_count', 'jnp.maximum((counts > 0).sum(), 1)',
+          'len(counts)'))]
+
 MUTATIONS: tuple[Mutation, ...] = (
     *_ADVANTAGES, *_MODES, *_TOKEN_ADVANTAGES, *_OBJECTIVES, *_KL, *_SHAPING, *_LEARNER, *_NUMERICS,
     *_SAMPLER, *_DATA, *_CHECKPOINT, *_VERIFIERS, *_PROGRAMS, *_KERNELS, *_SERVING,
-    *_RECIPES, *_EVALUATION, *_JUDGES, *_GAMES, *_DREAMS, *_PAGE)
+    *_RECIPES, *_EVALUATION, *_JUDGES, *_GAMES, *_DREAMS, *_PAGE, *_WORLDS)

@@ -187,17 +187,21 @@ class Flow:
 
   prediction: what the network says, the frame x ('x0') or the velocity ε − x; the loss is its
     squared error.
-  shift: s of t ← s t / (1 + (s − 1) t), in training and in drawing (2403.03206 section 5.3.2).
-    Above 1 there are more levels near noise, where what no condition decides is decided, such as
-    the colour of a new building.
+  shift: s of t ← s t / (1 + (s − 1) t) in training (2403.03206 section 5.3.2). Above 1 there are
+    more levels near noise, where what no condition decides is decided, such as the colour of a new
+    building.
+  sampling_shift: the same of the levels from which a frame is drawn. Below 1 there are more of them
+    near the frame.
   """
 
   prediction: Literal['x0', 'velocity'] = 'x0'
   shift: float = 1.0
+  sampling_shift: float = 1.0
 
   def __post_init__(self) -> None:
     checks.choice(self, 'prediction', Literal['x0', 'velocity'])
     checks.number(self, 'shift', 0.01, 100.0)
+    checks.number(self, 'sampling_shift', 0.01, 100.0)
 
 
 @dataclass(frozen=True)

@@ -141,7 +141,7 @@ def times(process: cfg.Process, num_steps: int) -> np.ndarray:
   """
   at = np.linspace(1.0, 0.0, num_steps + 1)
   match process:
-    case cfg.Flow(shift=shift):
+    case cfg.Flow(sampling_shift=shift):
       at = _shifted(at, shift)
     case cfg.VDiffusion(num_levels=number):
       at = np.round(at * number) / number

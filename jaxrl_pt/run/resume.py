@@ -37,7 +37,8 @@ FREE = frozenset((
     'Data.cache_dir', 'Data.num_workers', 'Mixture.names',
     'RL.eval_problems', 'RPT.eval_positions', 'RPT.difficulty', 'HybridModes.think_end',
     'Rollouts.dump_every', 'Rollouts.mismatch_gate', 'VerifierPool.num_workers',
-    'Diffusion.sampling_steps', 'JudgeGuard.window', 'JudgeGuard.threshold', 'JudgeGuard.stop'))
+    'Diffusion.sampling_steps', 'Flow.sampling_shift',
+    'JudgeGuard.window', 'JudgeGuard.threshold', 'JudgeGuard.stop'))
 # Settings that say where data lie or how examples are made of them. The examples themselves are
 # compared by their digest, the tokenizer by its fingerprint, the start policy by its parameters.
 BY_CONTENT = frozenset((

@@ -8,8 +8,8 @@ import pytest
 from jaxrl_pt import config as cfg
 from jaxrl_pt.diffusion import processes, weights
 
-ALL = [cfg.Flow(), cfg.Flow('velocity'), cfg.Flow(shift=3.0), cfg.Shortcut(), cfg.VDiffusion(),
-       cfg.VDiffusion(num_levels=10)]
+ALL = [cfg.Flow(), cfg.Flow('velocity'), cfg.Flow(sampling_shift=0.3), cfg.Shortcut(),
+       cfg.VDiffusion(), cfg.VDiffusion(num_levels=10)]
 RNG = np.random.default_rng(0)
 FRAME, NOISE = (jnp.asarray(RNG.normal(size=(5, 3, 2)), jnp.float32) for _ in range(2))
 TIME = jnp.array([0.1, 0.3, 0.5, 0.9, 1.0])
@@ -74,7 +74,9 @@ def test_noise_levels_are_drawn_from_all_that_there_are():
   shifted = np.asarray(processes.draw_times(cfg.Flow(shift=3.0), key, (4000,)))
   np.testing.assert_allclose(shifted, 3 * even / (1 + 2 * even), rtol=1e-5)
   assert abs(np.median(even) - 0.5) < 0.03 and abs(np.median(shifted) - 0.75) < 0.03
-  np.testing.assert_allclose(processes.times(cfg.Flow(shift=3.0), 4), [1, 0.9, 0.75, 0.5, 0])
+  np.testing.assert_allclose(processes.times(cfg.Flow(shift=3.0), 4), [1, 0.75, 0.5, 0.25, 0])
+  np.testing.assert_allclose(processes.times(cfg.Flow(sampling_shift=3.0), 4),
+                             [1, 0.9, 0.75, 0.5, 0])
 
 
 def test_a_shortcut_model_is_told_the_step_size():
