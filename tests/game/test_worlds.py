@@ -8,14 +8,17 @@ import numpy as np
 import pytest
 
 from jaxrl_pt import config as cfg
+from jaxrl_pt import gin_bindings
+from jaxrl_pt import params as P
 from jaxrl_pt.game import games, worlds
+from jaxrl_pt.models import world
 from tests.game.conftest import NUM_FRAMES, quick
 
 EXACT = cfg.Diffusion(windows=5, map_dropout=0.0, pose_jitter=0.0)
 
 
-@pytest.mark.parametrize('game', [cfg.Traveler(), cfg.Traveler('64x64'), cfg.Pong(), cfg.PacMan(),
-                                  cfg.PacMan('64x64')], ids=repr)
+@pytest.mark.parametrize('game', [cfg.Traveler(), cfg.Traveler('128x128'), cfg.Pong(),
+                                  cfg.PacMan(), cfg.PacMan('64x64')], ids=repr)
 def test_cells_lie_in_the_frame_where_the_shape_says(game):
   opened = games.open_game(game)
   shape = worlds.shape_of(opened)
@@ -83,3 +86,15 @@ def test_the_map_has_holes_and_is_off_by_one_at_times():
   np.testing.assert_allclose(shares, [0.7, 0.15, 0.15], atol=0.03)
   maze = jnp.arange(81).reshape(9, 9) % 3
   assert (noisy(pacman, maze, pose_jitter=1.0) == maze).all()
+
+
+@pytest.mark.parametrize('name, trained, frozen', [
+    ('maag_tiny', 1_041_010, 0), ('maag_recurrent_tiny', 904_146, 159_243),
+    # The base model has about 33M parameters (2412.00887), and LogicNet 0.4M of them.
+    ('maag_pgg', 32_944_866, 53_221_387)])
+def test_counts_of_the_shipped_models(name, trained, frozen):
+  run, _ = gin_bindings.load([f'gin/run/{name}.gin'], ["cfg.Diffusion.vae_from = 'a'"]
+                             if frozen else [])
+  specs = world.build(run.model, worlds.shape_of(games.open_game(run.data.game))).specs
+  assert P.count(P.trained(specs, specs)) == trained
+  assert P.count(specs) - trained == frozen
