@@ -746,8 +746,8 @@ _JUDGES = [
          ('equal_texts_are_preferred', "or chosen.strip() == rejected.strip()", ''),
          ('as_many_pairs_as_there_are', 'strict=False))[:most]', 'strict=False))')),
     *_of('jaxrl_pt/environments/judge_reward.py', 'tests/environments/test_judge_reward.py',
-         ('blank_texts_win', '(FIRST if distinct[q][first] else SECOND)',
-          '(SECOND if distinct[q][first] else FIRST)'),
+         ('blank_texts_win', '(FIRST if entrants[q][first] else SECOND)',
+          '(SECOND if entrants[q][first] else FIRST)'),
          ('one_order_alone', '[*shown, *turned]', '[*shown, *shown]'),
          ('silent_groups_are_learned_from', 'end.num_unparsed < asked or not asked', 'True'),
          ('the_truth_is_the_reward', 'Verdict(rated.reward,', 'Verdict(correct,')),
@@ -759,7 +759,10 @@ _JUDGES = [
          ('equal_documents_score_apart', '[self.text_of]', '')),
     *_of('jaxrl_pt/serving/comparing.py', 'tests/environments/test_judging.py',
          ('all_votes_are_one', 'first_sample=first_sample)', 'first_sample=0)'),
-         ('orders_share_their_noise', 'json.dumps(shown)', "json.dumps('')")),
+         ('orders_share_their_noise', 'json.dumps(texts)', "json.dumps('')")),
+    *_of('jaxrl_pt/serving/comparing.py', 'tests/environments/test_judge_reward.py',
+         ('who_comes_first_is_placed_first', 'return sorted(set(texts), key=lambda text: '
+          '(_address((query, text)), text))', 'return list(dict.fromkeys(texts))')),
     *_of('jaxrl_pt/evaluation/judging.py', 'tests/evaluation/test_judging.py',
          ('a_place_is_consistent', '(share[:, 1] < 0.5)', '(share[:, 1] > 0.5)'),
          ('budgets_of_one_order', '(2 if asking.both_orders else 1)', '1'))]

@@ -11,7 +11,7 @@ rewards:
              same kind of sums; it sees the results alone
     truth    whether the answer is right
     biased   the judge that has learned to name the first place
-    none     a learning rate of 0: what the measure itself moves by
+    none     a learning rate of 1e-12: what the measure itself moves by
 
 Everything is run by `jaxrl-pt train`. True accuracy of all arms is that of held-out sums, which
 neither a policy nor a judge is trained on. Runs that are finished are kept. Writes
@@ -52,7 +52,7 @@ def reinforced(arm: str, seed: int, start: Path, args: argparse.Namespace) -> li
   judge = args.biased if arm == 'biased' else args.judge
   reward = (['cfg.RL.verifier = @cfg.AnswerMatch()'] if arm == 'truth' else
             [f'cfg.JudgeReward.judge_from = {str(judge.absolute())!r}'])
-  rate = 0.0 if arm == 'none' else args.rate
+  rate = 1e-12 if arm == 'none' else args.rate
   return train(args.workdir / f'{arm}-{seed}', 'judge_reward_tiny', *reward,
                f'cfg.RL.start_from = {str(start)!r}', f'cfg.ConstantRate.learning_rate = {rate!r}',
                f'cfg.Run.seed = {seed}', f'cfg.Train.num_steps = {args.steps}',

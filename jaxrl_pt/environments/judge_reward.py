@@ -33,6 +33,7 @@ from jaxrl_pt.environments.judge_engines import Ask, JudgeEngines, load_judge
 from jaxrl_pt.parallel.hosts import on_host
 from jaxrl_pt.run import session as sessions
 from jaxrl_pt.run.policy import Policy
+from jaxrl_pt.serving import comparing
 from jaxrl_pt.serving.comparing import Shown
 from jaxrl_pt.types import Params, Prompts, RolloutBatch, Verdict
 from jaxrl_pt.verifiers import tournament
@@ -62,7 +63,8 @@ def rate(queries: Sequence[str], texts: Sequence[Sequence[str]], ask: Ask,
          settings: cfg.JudgeReward, seed: int) -> Rated:
   """The rewards of groups by a tournament of each.
 
-  Equal texts (up to space round them) are one candidate and earn the same. A blank text loses
+  Equal texts (up to space round them) are one candidate and earn the same. Who meets whom, and in
+  which place, follows from the texts and not from the order in which they came. A blank text loses
   against every other without being asked about. A comparison without a verdict is half a win for
   each in a round robin, and a coin in a knockout.
 
@@ -73,19 +75,20 @@ def rate(queries: Sequence[str], texts: Sequence[Sequence[str]], ask: Ask,
     settings: the tournament and the scale.
     seed: of brackets, orders and coins.
   """
-  distinct = [list(dict.fromkeys(text.strip() for text in group)) for group in texts]
-  numbers, num_votes = [len(group) for group in distinct], settings.tournament.votes
+  entrants = [comparing.distinct(query, (text.strip() for text in group))
+              for query, group in zip(queries, texts, strict=True)]
+  numbers, num_votes = [len(group) for group in entrants], settings.tournament.votes
   unasked = np.zeros(len(texts))  # comparisons with a blank text
 
   def judge(games_C3: np.ndarray) -> np.ndarray:
     votes = np.full((len(games_C3), num_votes), NONE, np.int8)
     asked = []
     for c, (q, first, second) in enumerate(games_C3.tolist()):
-      if distinct[q][first] and distinct[q][second]:
+      if entrants[q][first] and entrants[q][second]:
         asked.append(c)
       else:
-        votes[c], unasked[q] = (FIRST if distinct[q][first] else SECOND), unasked[q] + 1
-    shown = [Shown(queries[q], distinct[q][first], distinct[q][second])
+        votes[c], unasked[q] = (FIRST if entrants[q][first] else SECOND), unasked[q] + 1
+    shown = [Shown(queries[q], entrants[q][first], entrants[q][second])
              for q, first, second in games_C3[asked].tolist()]
     if asked:
       votes[asked] = ask(shown, num_votes).votes
@@ -95,7 +98,7 @@ def rate(queries: Sequence[str], texts: Sequence[Sequence[str]], ask: Ask,
   reward = np.zeros((len(texts), len(texts[0])), np.float32)
   of_group = np.zeros((3, len(texts), 1), np.float32)
   for n, (group, end) in enumerate(zip(texts, ended, strict=True)):
-    places = [distinct[n].index(text.strip()) for text in group]
+    places = [entrants[n].index(text.strip()) for text in group]
     theta = tournament.ratings(end.table)[places]
     reward[n] = theta if settings.scale == 'rating' else tournament.win_rates(theta)
     asked = end.num_votes - unasked[n] * num_votes

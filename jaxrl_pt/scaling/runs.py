@@ -15,7 +15,7 @@ def train(gin_file: str, workdir: Path, bindings: Sequence[str] = ()) -> list[di
   What the command says is appended to <workdir>.log. A run that was killed goes on where it was.
 
   Raises:
-    CalledProcessError: the command failed; <workdir>.log says why.
+    SystemExit: the command failed; what it said last stands in the message.
   """
   if not (workdir / report.FILE).is_file():
     command = [sys.executable, '-m', 'jaxrl_pt.main', 'train', '--gin_file', gin_file,
@@ -23,6 +23,10 @@ def train(gin_file: str, workdir: Path, bindings: Sequence[str] = ()) -> list[di
     for binding in bindings:
       command += ['--gin_bindings', binding]
     workdir.parent.mkdir(parents=True, exist_ok=True)
-    with open(f'{workdir}.log', 'a', encoding='utf-8') as log:
-      subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT)
+    path = Path(f'{workdir}.log')
+    with path.open('a', encoding='utf-8') as log:
+      code = subprocess.run(command, check=False, stdout=log, stderr=subprocess.STDOUT).returncode
+    if code:
+      last = path.read_text(encoding='utf-8').strip().splitlines()[-1:]
+      raise SystemExit(f'{workdir} ended with {code} ({path}): {"".join(last)}')
   return metrics.read_rows(workdir / metrics.FILE)

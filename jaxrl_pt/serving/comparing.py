@@ -3,7 +3,7 @@
     (query, first, second) → prompt → request of the engine → response → verdict
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 import hashlib
 import json
@@ -89,7 +89,17 @@ class Speaker:
     return text, verdict(text, self.prompt.verdict)
 
 
-def _address(shown: Shown) -> int:
+def distinct(query: str, texts: Iterable[str]) -> list[str]:
+  """The different ones among the texts, in an order that follows from their hashes.
+
+  Tournaments are drawn by number, and of texts in the order in which they came the first ones are
+  more often the better ones: of sampled responses the most frequent, of documents what a retriever
+  found first. A judge that prefers a place would then seem to know them.
+  """
+  return sorted(set(texts), key=lambda text: (_address((query, text)), text))
+
+
+def _address(texts: tuple[str, ...]) -> int:
   """31 bits of a hash of the texts."""
-  hashed = hashlib.sha256(json.dumps(shown).encode(errors='backslashreplace')).digest()
+  hashed = hashlib.sha256(json.dumps(texts).encode(errors='backslashreplace')).digest()
   return int.from_bytes(hashed[:4], 'big') >> 1

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from jaxrl_pt.sampling.engine import Request, Response
-from jaxrl_pt.serving.comparing import Shown, Speaker
+from jaxrl_pt.serving.comparing import Shown, Speaker, distinct
 from jaxrl_pt.serving.fields import ApiError, Fields, is_text
 from jaxrl_pt.serving.protocol import Service, check_model
 from jaxrl_pt.verifiers import tournament
@@ -94,27 +94,26 @@ def understand(body: dict[str, Any], service: Service) -> Rerank:
   given = fields.need('documents', 'a list of at least one text, or of objects {"text": "…"}, none '
                       'of them blank', _is_documents)
   documents = tuple(one if isinstance(one, str) else one['text'] for one in given)
-  distinct = {text: number for number, text in enumerate(dict.fromkeys(documents))}
+  texts = distinct(query, documents)
   top_n = fields.integer('top_n', len(documents), 1, 2**31 - 1)
   has_documents = fields.flag('return_documents')
   votes = fields.integer('votes', 1, 1, service.max_samples)
-  whole = tournament.num_comparisons('round_robin', len(distinct))
+  whole = tournament.num_comparisons('round_robin', len(texts))
   num_games = min(whole, fields.integer(
-      'max_comparisons', max(whole, 1), max(1, len(distinct) - 1), 2**31 - 1))
+      'max_comparisons', max(whole, 1), max(1, len(texts) - 1), 2**31 - 1))
   for name, harmless in _UNSUPPORTED:
     fields.refuse(name, *harmless)
   fields.ignore(_IGNORED)
   fields.finish()
   most = service.engine.queue
   if num_games * votes > most:
-    raise ApiError(400, f'{num_games} comparisons of {len(distinct)} documents with {votes} votes '
+    raise ApiError(400, f'{num_games} comparisons of {len(texts)} documents with {votes} votes '
                    f'take {num_games * votes} verdicts, and at most {most} are drawn at once: send '
                    'fewer documents, or lower max_comparisons or votes.', param='documents')
-  games = tournament.drawn_up(0, len(distinct), tournament.HALVES.seed, num_games)
-  texts = list(distinct)
+  games = tournament.drawn_up(0, len(texts), tournament.HALVES.seed, num_games)
   shown = [Shown(query, texts[first], texts[second]) for _, first, second in games.tolist()]
   return Rerank(
-      service.name, speaker, documents, np.array([distinct[text] for text in documents]), games,
+      service.name, speaker, documents, np.array([texts.index(text) for text in documents]), games,
       tuple(speaker.request(one, speaker.tokens(one), 0, votes) for one in shown), votes, top_n,
       has_documents)
 

@@ -58,6 +58,18 @@ def test_equal_texts_are_one_and_a_blank_one_loses_without_being_asked_about():
   assert (same.reward == 0.5).all() and (same.valid == 1).all() and len(ask.asked) == 1
 
 
+def test_a_judge_that_prefers_a_place_does_not_reward_what_comes_first_or_often():
+  always_first = lambda shown, votes: Judged(
+      np.full((len(shown), votes), FIRST, np.int8), None, None, None)
+  groups = [[f'{n} right'] * 6 + [f'{n} wrong'] * 2 for n in range(400)]
+  for turned in (groups, [group[::-1] for group in groups]):
+    found = rate(turned, always_first)
+    wins = found.reward[np.arange(400), [group.index(f'{n} right')
+                                         for n, group in enumerate(turned)]] > 0.5
+    assert abs(wins.mean() - 0.5) < 0.1  # Four standard errors.
+  assert (rate(groups, always_first).reward[:, ::-1] == found.reward).all()
+
+
 def test_a_group_without_a_verdict_is_not_valid():
   found = rate([['x', 'y', 'z'], ['e', 'y', 'z']])
   assert found.valid.tolist() == [[0] * 3, [1] * 3] and found.reward[0].tolist() == [0.5] * 3

@@ -1,5 +1,9 @@
 """Rows that survive an interrupt, and intervals over seeds."""
 
+import types
+
+import pytest
+
 from jaxrl_pt.scaling import runs, seeds
 
 
@@ -33,6 +37,7 @@ def test_a_finished_run_is_not_trained_again(tmp_path, monkeypatch):
     called.append(command)
     (tmp_path / 'run').mkdir(exist_ok=True)
     (tmp_path / 'run' / 'metrics.jsonl').write_text('{"step": 1, "loss": 2.0}\n')
+    return types.SimpleNamespace(returncode=0)
   monkeypatch.setattr(runs.subprocess, 'run', run)
   rows = runs.train('gin/run/x.gin', tmp_path / 'run', ['cfg.Run.seed = 3'])
   assert rows == [{'step': 1, 'loss': 2.0}] and called[0][-2:] == ['--gin_bindings',
@@ -41,3 +46,8 @@ def test_a_finished_run_is_not_trained_again(tmp_path, monkeypatch):
   assert len(called) == 2  # It was interrupted: without a report it goes on.
   (tmp_path / 'run' / 'report.html').touch()
   assert runs.train('gin/run/x.gin', tmp_path / 'run') == rows and len(called) == 2
+
+
+def test_a_run_that_fails_says_why(tmp_path):
+  with pytest.raises(SystemExit, match=r'run ended with 2 .*run\.log.*nothing\.gin'):
+    runs.train('nothing.gin', tmp_path / 'run')

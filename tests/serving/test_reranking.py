@@ -30,7 +30,7 @@ def judge_server(engine: Engine) -> Iterator[Running]:
 def ranked(body: dict, prefers_first: object) -> dict:
   """The answer to a body whose judge follows a rule (first, second) → bool."""
   ask = reranking.understand(body, SERVICE)
-  texts = list(dict.fromkeys(ask.documents))
+  texts = dict(zip(ask.text_of.tolist(), ask.documents, strict=True))
   says = {(c, k): FIRST if prefers_first(texts[a], texts[b]) else SECOND
           for c, (_, a, b) in enumerate(ask.games.tolist()) for k in range(ask.votes)}
 
@@ -62,6 +62,13 @@ def test_a_bound_of_comparisons_is_met():
   body = {**BODY, 'documents': list('abcdefg'), 'max_comparisons': 6}
   assert ranked(body, lambda first, second: True)['comparisons'] == 6
   assert len(reranking.understand({**BODY, 'documents': ['x', 'x']}, SERVICE).requests) == 0
+
+
+def test_a_preference_for_a_place_does_not_favour_who_is_listed_first():
+  always_first = lambda first, second: True
+  first = [ranked({**BODY, 'query': f'q{n}', 'documents': ['a', 'b']}, always_first)['results'][0]
+           ['index'] for n in range(200)]
+  assert 70 < sum(first) < 130  # Four standard errors.
 
 
 @pytest.mark.parametrize('change, said', [
