@@ -2,9 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Generic, cast, get_args
-
-from typing_extensions import TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast, get_args
 
 from jaxrl_pt.config import checks
 from jaxrl_pt.config.data import SOURCES_OF, Data, Mixture, PolicyTokenizer
@@ -19,9 +17,14 @@ from jaxrl_pt.config.verifiers import AnswerMatch, VerifierPool
 from jaxrl_pt.config.worlds import VAE, Diffusion, DiT, OfGames, Recurrent, Shortcut
 from jaxrl_pt.errors import UserError
 
-# A run without more is one of a language model on text.
-_ModelT = TypeVar('_ModelT', bound=Model | DiT | VAE, default=Model)
-_DataT = TypeVar('_DataT', bound=Data | Trajectories, default=Data)
+if TYPE_CHECKING:
+  from typing_extensions import TypeVar as DefaultTypeVar
+
+  # A run without more is one of a language model on text.
+  _ModelT = DefaultTypeVar('_ModelT', bound=Model | DiT | VAE, default=Model)
+  _DataT = DefaultTypeVar('_DataT', bound=Data | Trajectories, default=Data)
+else:  # Defaults are for type checkers alone; settings are read where nothing else is installed.
+  _ModelT, _DataT = TypeVar('_ModelT'), TypeVar('_DataT')
 
 
 @dataclass(frozen=True)

@@ -75,6 +75,7 @@ def test_a_resumed_run_ends_with_the_same_bits(adapted: Job, tmp_path: Path):
   assert rows[0] == rows[1]
 
 
+@pytest.mark.slow
 def test_every_command_takes_its_work_directory(adapted: Job, tmp_path: Path,
                                                 capsys: pytest.CaptureFixture[str],
                                                 monkeypatch: pytest.MonkeyPatch):
@@ -108,6 +109,7 @@ def test_another_rank_is_another_model(adapted: Job, capsys: pytest.CaptureFixtu
   assert 'add --allow_changes LoRA.alpha' in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_the_adapters_of_another(adapted: Job, tmp_path: Path,
                                                     capsys: pytest.CaptureFixture[str]):
   start = f"cfg.RL.start_from = '{adapted.workdir}'"

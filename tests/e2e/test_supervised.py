@@ -205,8 +205,8 @@ def check_eval(job: Job, start: Job, objective: str, capsys: pytest.CaptureFixtu
     away.rename(start.workdir)
 
 
-@pytest.mark.parametrize('objective', [
-    'DPO', pytest.param('RewardModel', marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('objective', ['DPO', 'RewardModel'])
 def test_preferences_are_learned_and_a_killed_run_is_bit_identical(
     make_job: Callable[..., Job], pretrained: Job, preferences: Path, objective: str,
     capsys: pytest.CaptureFixture[str], tmp_path: Path):

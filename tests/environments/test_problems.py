@@ -68,7 +68,7 @@ def test_an_answer_that_no_response_could_give_is_refused(tmp_path):
     method = dataclasses.replace(METHOD, problems=cfg.Problems(source, held_out=0.0))
     session = make_session(method)
     with problems.open_environment(dataclasses.replace(
-        session, data=types.SimpleNamespace(tokenizer=tokenizer)), method):
+        session, prepared=types.SimpleNamespace(tokenizer=tokenizer)), method):
       pass
 
   opened('12', ByteTokenizer())

@@ -14,8 +14,9 @@ SOME = '2,1,2,1', '1,2,1,1'
 OTHERS = '2,2,2,1', '4,2,1,1', '1,4,1,2', '1,1,8,1', '8,1,1,1', '2,1,2,2'
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize('meshes', [SOME, pytest.param(OTHERS, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('meshes', [SOME, OTHERS])
 def test_every_mesh_plays_the_same_episodes(meshes):
   environment = {**os.environ, 'XLA_FLAGS': xla_flags.with_devices(8), 'JAX_PLATFORMS': 'cpu'}
   done = subprocess.run([sys.executable, '-m', 'tests.environments.turn_shards', *meshes],

@@ -116,6 +116,7 @@ def test_texts_end_before_the_first_stop_text(policy: Policy, logp: Logp):
   assert texts == [whole, first, min(first, whole.split(late)[0], key=len), first, whole, first]
 
 
+@pytest.mark.slow
 def test_noise_is_addressed_by_the_request(policy: Policy):
   settings = {'do_sample': True, 'temperature': 1.0, 'max_gen_toks': 12}
   requests = asked('generate_until', *[('A pale', settings)] * 3)

@@ -134,8 +134,8 @@ def test_results_are_those_of_its_own_adapter(tmp_path, begins):
   assert theirs['results']['texts']['chrf,none'] > 0
 
 
-@pytest.mark.parametrize('name', [
-    'begins', pytest.param('without', marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['begins', 'without'])
 def test_results_in_a_chat_template_are_those_of_its_own_adapter(tmp_path, name):
   vocab_size = save_tokenizer(tmp_path / 'hf', begins=True, template=TEMPLATES[name])
   save_model(tmp_path / 'hf', vocab_size, longest=512)
