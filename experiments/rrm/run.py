@@ -10,14 +10,12 @@ is finished is a row of runs.jsonl in the work directory, and the command may be
                                shipped tiny files: fine-tuned from random parameters, reinforced
 
 Arms: `reasoning`; `direct`, which states its verdict at once; `biased`, which starts from the
-fine-tuned reasoning judge and in reinforcement always sees the better result first; `copying`,
-whose fine-tuning has the right result in every pair (ResultPreferences.both_wrong = 0) and which is
-not reinforced.
+fine-tuned reasoning judge and in reinforcement always sees the better result first.
 
 A judge is measured (measure.py) before and after reinforcement. At one step there are 100 sums in
 all, and a judge cannot know the table entry of one that it has never seen, so that sums of training
 are asked too, as `seen`. A reward model learns from the same pairs as the reasoning judge. Writes
-results/rrm.json and rrm.png.
+results/rrm.json and rrm.png; `--report` runs nothing and does only that.
 """
 
 import argparse
@@ -54,8 +52,7 @@ def parts() -> list[str]:
   """The names of all parts; a biased judge starts from what a reasoning one leaves."""
   return [*(f'simulated/{accuracy:g}' for accuracy in measure.EXPECTED),
           *(f'judge/{arm}/{k}/{seed}' for seed in SEEDS for arm, steps in ARMS.items()
-            for k in steps),
-          *(f'judge/copying/3/{seed}' for seed in SEEDS)]
+            for k in steps)]
 
 
 # --- One part -----------------------------------------------------------------------
@@ -76,12 +73,9 @@ def judge(root: Path, arm: str, num_steps: int, seed: int, short: int) -> dict[s
   fine_tuned = 'reasoning' if arm == 'biased' else arm
   start = root / f'{fine_tuned}-{num_steps}-{seed}' / 'start'
   final = root / f'{arm}-{num_steps}-{seed}' / 'judge'
-  train(f'warmstart_judge{direct}_tiny', start, [
-      *own, *(['ResultPreferences.both_wrong = 0.0'] if arm == 'copying' else [])])
+  train(f'warmstart_judge{direct}_tiny', start, own)
   before = measure.opened(start, num_steps)
   found = {'before': asked(before, num_steps)[0]}
-  if arm == 'copying':
-    return found
   lengths = [] if direct else [f'Rollouts.response_tokens = {4 * num_steps + 3}']
   train(f'rrm{direct}_tiny', final, [
       *own, f"RL.start_from = '{start}'", f'Rollouts.prompt_len = {num_steps + 13}', *lengths,
@@ -152,6 +146,7 @@ def main() -> None:
   parser.add_argument('--only', default='', help='beginnings of names of parts, with commas')
   parser.add_argument('--steps', type=int, default=0, help='shorter training, to try the script')
   parser.add_argument('--part', help='run one part in this process')
+  parser.add_argument('--report', action='store_true', help='of what is there')
   args = parser.parse_args()
   root = args.workdir.resolve()
   root.mkdir(parents=True, exist_ok=True)
@@ -165,8 +160,9 @@ def main() -> None:
                   if row['steps'] == args.steps}
   begins = tuple(args.only.split(','))
   kept = done()
-  run_all([name for name in parts() if name.startswith(begins) and name not in kept], root,
-          args.workers, args.steps)
+  if not args.report:
+    run_all([name for name in parts() if name.startswith(begins) and name not in kept], root,
+            args.workers, args.steps)
   result = summary(done())
   if not args.steps and not args.only:
     (HERE / 'results' / 'rrm.json').write_text(json.dumps(result, indent=1) + '\n')
