@@ -1,7 +1,7 @@
 """A judge as the reward: does the policy's true accuracy follow what the judge says of it?
 
     python experiments/rrm/reward.py --judge runs/rrm/reasoning-3-0/judge \
-        --biased runs/rrm/biased-3-0/judge [--workdir runs/rrm_reward] [--seeds 0 1 2]
+        --biased runs/rrm/biased-3-1/judge [--workdir runs/rrm_reward] [--seeds 0 1 2]
 
 A tiny policy is fine-tuned on sums of one to three steps, of whose demonstrations 30 % stop too
 early, so that about 70 % of its answers are right. From it GRPO goes on for some steps with four
