@@ -95,7 +95,8 @@ def test_on_eight_devices_and_in_micro_batches_the_losses_are_the_same(
 
 
 @pytest.mark.parametrize('bindings', [
-    ('cfg.Quant.weights = "ternary"', 'cfg.Quant.activations = "int8"', 'cfg.DiT.sub_norm = True'),
+    ('cfg.DiT.quant = @cfg.Quant()', 'cfg.Quant.weights = "ternary"',
+     'cfg.Quant.activations = "int8"', 'cfg.DiT.sub_norm = True'),
     ('cfg.Trajectories.game = @cfg.Pong()', 'cfg.Diffusion.process = @cfg.VDiffusion()'),
     ('cfg.Trajectories.game = @cfg.PacMan()', 'cfg.Diffusion.process = @cfg.Shortcut()',
      'cfg.DiT.step_sizes = 3', 'cfg.Conditions.values = False',
