@@ -111,6 +111,10 @@ def load(workdir: Path, step: int | None = None, mesh: cfg.Mesh = cfg.Mesh()) ->
   if not isinstance(session.run.objective, cfg.Diffusion):
     raise UserError(f'{workdir} holds a run of {type(session.run.objective).__name__}: give the '
                     'work directory of a run of Diffusion, such as gin/run/maag_tiny.gin.')
+  return _restored(session, step)
+
+
+def _restored(session: sessions.Session, step: int | None) -> Trained:
   world = world_of(session.run, session.mesh)
   restored = policy.restore(session, step, 'params', model=world)
   return Trained(session, episodes.game_of(session.run), world, restored.state, restored.step)
@@ -118,16 +122,17 @@ def load(workdir: Path, step: int | None = None, mesh: cfg.Mesh = cfg.Mesh()) ->
 
 def _evaluate(session: sessions.Session, step: int) -> dict[str, float]:
   """The loss on held-out episodes, and what is read from frames drawn after a true past."""
-  trained = load(session.workdir, step)
+  trained = _restored(session, step)
   run, solver = session.run, trained.solver
-
-  def draw(params: Params, played: Any, ids_B: Array) -> dict[str, Weighted]:
-    keys_B = episodes.keys(run, episodes.VALIDATION, 1, ids_B)
-    return frame_metrics(trained.game, trained.world, params, solver, played, keys_B)
-
   measure = episodes.measuring(run, _stage(run, session.mesh))
-  return {**episodes.measured(session, measure, trained.params),
-          **episodes.measured(session, jax.jit(draw), trained.params)}
+
+  @jax.jit
+  def both(params: Params, played: Any, ids_B: Array) -> dict[str, Weighted]:
+    keys_B = episodes.keys(run, episodes.VALIDATION, 1, ids_B)
+    return {**measure(params, played, ids_B),
+            **frame_metrics(trained.game, trained.world, params, solver, played, keys_B)}
+
+  return episodes.measured(session, both, trained.params)
 
 
 # --- Without opening a run --------------------------------------------------------

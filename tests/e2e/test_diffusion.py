@@ -19,16 +19,8 @@ from tests.e2e.test_bad_input import complaint, train_argv
 
 pytestmark = pytest.mark.slow
 STEPS = 12
-WORLD = """
+GAME = """
 include 'gin/base_game.gin'
-cfg.DiT.num_layers = 1
-cfg.DiT.d_model = 32
-cfg.DiT.d_ff = 64
-cfg.DiT.num_heads = 2
-cfg.DiT.patch = 8
-cfg.DiT.logic = @cfg.LogicNet()
-cfg.LogicNet.channels = 8
-cfg.LogicNet.hidden = 16
 cfg.Trajectories.game = @cfg.Traveler()
 cfg.Trajectories.num_frames = 12
 cfg.Traveler.num_cells = 24
@@ -40,6 +32,16 @@ cfg.Train.eval_every = 6
 cfg.Train.eval_batches = 1
 cfg.Train.tensorboard = False
 cfg.Checkpoint.every = 4
+"""
+WORLD = GAME + """
+cfg.DiT.num_layers = 1
+cfg.DiT.d_model = 32
+cfg.DiT.d_ff = 64
+cfg.DiT.num_heads = 2
+cfg.DiT.patch = 8
+cfg.DiT.logic = @cfg.LogicNet()
+cfg.LogicNet.channels = 8
+cfg.LogicNet.hidden = 16
 """
 
 
@@ -122,20 +124,13 @@ def test_mistakes_are_one_sentence(trained: Job, make_job: Callable[..., Job], c
     assert expected in complaint(capfd, *argv), argv
 
 
-VAE = WORLD.replace("""cfg.DiT.num_layers = 1
-cfg.DiT.d_model = 32
-cfg.DiT.d_ff = 64
-cfg.DiT.num_heads = 2
-cfg.DiT.patch = 8
-cfg.DiT.logic = @cfg.LogicNet()
-cfg.LogicNet.channels = 8
-cfg.LogicNet.hidden = 16
-""", """cfg.Run.model = @cfg.VAE()
+VAE = GAME + """
+cfg.Run.model = @cfg.VAE()
 cfg.Run.objective = @cfg.Autoencoding()
 cfg.VAE.base = 8
 cfg.VAE.multipliers = [1, 1]
 cfg.VAE.num_blocks = 1
-""")
+"""
 RECURRENT = WORLD + """
 cfg.DiT.patch = 4
 cfg.DiT.past = @cfg.Recurrent()
