@@ -24,7 +24,8 @@ if TYPE_CHECKING:
   _ModelT = DefaultTypeVar('_ModelT', bound=Model | DiT | VAE, default=Model)
   _DataT = DefaultTypeVar('_DataT', bound=Data | Trajectories, default=Data)
 else:  # Defaults are for type checkers alone; settings are read where nothing else is installed.
-  _ModelT, _DataT = TypeVar('_ModelT'), TypeVar('_DataT')
+  _ModelT = TypeVar('_ModelT', bound=Model | DiT | VAE)
+  _DataT = TypeVar('_DataT', bound=Data | Trajectories)
 
 
 @dataclass(frozen=True)
