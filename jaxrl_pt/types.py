@@ -159,8 +159,8 @@ class TrainBatch:
   update, reference_logp only if the algorithm has a KL, and returns only if there is a value head.
   """
 
-  prompts: Prompts
-  tokens: Array  # i32[N, G, S]
+  prompts: Any  # Prompts; of a policy of a game the frames f32[N, G, S + 1, H, W, 3] that it saw
+  tokens: Array  # i32[N, G, S], or actions
   loss_mask: Array  # f32[N, G, S] 1 on tokens that are learned from: sampled, of a valid response
   sampler_logp: Array  # f32[N, G, S] log-probability under the behaviour policy
   old_logp: Array  # f32[N, G, S] log-probability under the policy before the first update

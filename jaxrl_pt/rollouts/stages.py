@@ -30,7 +30,7 @@ from jaxrl_pt.rollouts.unparsed import FirstBatches
 from jaxrl_pt.run import session as sessions
 from jaxrl_pt.sampling import in_flight
 from jaxrl_pt.train import fused, programs
-from jaxrl_pt.train.update import BY_TOKEN
+from jaxrl_pt.train.policy_update import BY_TOKEN
 from jaxrl_pt.types import Array, Params, Prompts, RolloutBatch, TrainState, Verdict, Weighted
 from jaxrl_pt.verifiers.base import DeviceVerifier, PendingVerdict
 
@@ -43,7 +43,7 @@ class Step(NamedTuple):
   rollouts: RolloutBatch
   verdict: Verdict
   metrics: dict[str, Weighted]
-  by_token: Weighted | None  # metric `update.BY_TOKEN` if a mismatch can stop the run, else None
+  by_token: Weighted | None  # metric `BY_TOKEN` if a mismatch can stop the run, else None
 
 
 def is_fused(verifier: Any, rollouts: cfg.Rollouts, num_devices: int) -> bool:

@@ -97,7 +97,7 @@ def make_fused_step(model: Model, optimizer: optax.GradientTransformation, run: 
     verifier: a verifier that works on the device.
     stop_ids: the tokens of which any ends a response; a PolicyVerifier names its own instead.
     mode_ids: the tokens of the rollouts' modes, which are () where there are none.
-    by_token: whether `update.BY_TOKEN` is among the metrics.
+    by_token: whether `policy_update.BY_TOKEN` is among the metrics.
     held: the function from the parameters to what the sampler reads of them.
   """
   policy_verifier = verifier if isinstance(verifier, PolicyVerifier) else None

@@ -52,6 +52,12 @@ def value_optimizer(advantage: cfg.Advantage) -> optax.GradientTransformation:
       return optax.identity()
 
 
+def new_value(advantage: cfg.Advantage, d_model: int) -> ValueHead:
+  """The advantage's value head before its first step, on hidden states of width `d_model`."""
+  head: Any = zero_head(d_model) if isinstance(advantage, cfg.GAE) else {}
+  return ValueHead(head, value_optimizer(advantage).init(head))
+
+
 def no_method(params: Params) -> Any:
   """`TrainState.method` of a run whose steps keep only parameters and moments: {}."""
   del params
@@ -68,9 +74,6 @@ def new_method(rollouts: cfg.Rollouts, algorithm: cfg.Algorithm, d_model: int,
     average: the policy's trained parameters where the method keeps an average of them, else ().
     sampler: `in_flight.InFlight` where responses are under way over several steps, else ().
   """
-  head: Any = {}
-  if isinstance(algorithm.advantage, cfg.GAE):
-    head = zero_head(d_model)
   gate: Any = jnp.zeros(()) if isinstance(algorithm.shaping, cfg.ShortRL) else {}
   pending: Any = {}
   if rollouts.mode == cfg.OneStepOff():
@@ -80,8 +83,8 @@ def new_method(rollouts: cfg.Rollouts, algorithm: cfg.Algorithm, d_model: int,
   elif sampler:
     pending = sampler
   # The average is a copy, because the step donates both the parameters and the average.
-  return MethodState(gate, ValueHead(head, value_optimizer(algorithm.advantage).init(head)),
-                     pending, jax.tree.map(jnp.copy, average) if average else {})
+  return MethodState(gate, new_value(algorithm.advantage, d_model), pending,
+                     jax.tree.map(jnp.copy, average) if average else {})
 
 
 def _method_shardings(method: Any, mesh: Mesh, trained_shardings: Any) -> Any:

@@ -33,7 +33,7 @@ from jaxrl_pt.nn.norm import rms_norm
 from jaxrl_pt.nn.ops import Ops
 from jaxrl_pt.sampling import branch, engine, groups
 from jaxrl_pt.sampling.prefill import prefill
-from jaxrl_pt.train import losses, scores, step, update
+from jaxrl_pt.train import losses, policy_update, scores, step, update
 from jaxrl_pt.types import Batch, Prompts, TrainBatch, TrainState
 
 LOW = jnp.bfloat16
@@ -242,7 +242,7 @@ def learner_gradient(compute, is_shared):
     if not is_shared:
       return jax.grad(loss, has_aux=True)((params, {}), batch)[0][0]
     shared = update.Shared(*jax.vjp(lambda p: prefill(model, p, tokens), params))
-    return update._through(loss, (params, {}), batch, shared)[1][0]
+    return policy_update.through(loss, (params, {}), batch, shared)[1][0]
 
   return gradient(params)
 

@@ -15,7 +15,7 @@ from jaxrl_pt.models import transformer
 from jaxrl_pt.rl import advantages
 from jaxrl_pt.sampling import groups
 from jaxrl_pt.sampling.groups import make_sampler
-from jaxrl_pt.train import fused, optim, scores, update
+from jaxrl_pt.train import fused, optim, policy_update, scores, update
 from jaxrl_pt.train import state as states
 from jaxrl_pt.types import Array, Prompts, RolloutBatch, TrainBatch, TrainState, Verdict
 
@@ -335,7 +335,7 @@ def test_the_trainers_log_probabilities_come_out_by_token(options, accumulation,
   batch = verified()
   _, metrics = jax.jit(update.make_learner(
       MODEL, optimizer, run, run.objective.rollouts, method, by_token=True))(state, *batch)
-  by_token = metrics[update.BY_TOKEN]
+  by_token = metrics[policy_update.BY_TOKEN]
   found = jax.jit(functools.partial(scores.response_scores, MODEL, sampler=cfg.Sampler()))(
       PARAMS, PROMPTS, batch.rollouts.tokens)
   mask = np.array(batch.mask)
@@ -445,7 +445,7 @@ def test_accumulation_is_exact(aggregation, options, slices):
 def test_what_a_token_counts(aggregation, want):
   """Two responses of 2 and 3 tokens, and two without any."""
   mask = jnp.asarray([[[1, 1, 0], [1, 1, 1]], [[0, 0, 0], [0, 0, 0]]], jnp.float32)
-  got = update.token_weights(aggregation, mask)
+  got = policy_update.token_weights(aggregation, mask)
   np.testing.assert_allclose(got, np.asarray(want)[..., None] * mask
                              if np.ndim(want) else want * mask, rtol=1e-6)
 
