@@ -5,7 +5,7 @@ the step, so two runs can be compared row by row. JSON has no NaN: non-finite nu
 "NaN", "Infinity" and "-Infinity" and read back as floats.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import json
 import math
 import os
@@ -14,6 +14,7 @@ import sys
 from typing import Self
 
 import jax
+import numpy as np
 from rich import progress
 from rich.console import Console as RichConsole
 
@@ -38,6 +39,33 @@ def host_values(values: Mapping[str, Weighted]) -> dict[str, float]:
 def deterministic(row: Row) -> Row:
   """The row without its `time/` keys: what a resumed run must repeat exactly."""
   return {key: value for key, value in row.items() if not key.startswith(TIME)}
+
+
+def interval(statistic: Callable[..., np.ndarray], columns: tuple[np.ndarray, ...], resamples: int,
+             seed: int) -> tuple[float, float]:
+  """The bootstrap's 95 % interval of a statistic: percentiles over resamples of rows.
+
+  Args:
+    statistic: f[R, P, ...] columns → f[R]; what is NaN is left out.
+    columns: f[P, ...] values of each of P prompts, games or whatever else is resampled.
+    resamples: R.
+    seed: equal seeds draw equal resamples.
+
+  Returns:
+    (2.5 %, 97.5 %), NaN where the statistic is.
+  """
+  rng, found = np.random.default_rng(seed), []
+  num = len(columns[0])
+  # A block at a time: many rows in many resamples are more than fits.
+  for start in range(0, resamples, 100):
+    rows = rng.integers(num, size=(min(100, resamples - start), num))
+    found.append(statistic(*(column[rows] for column in columns)))
+  values = np.concatenate(found)
+  values = values[~np.isnan(values)]
+  if not len(values):
+    return float('nan'), float('nan')
+  low, high = np.percentile(values, (2.5, 97.5))
+  return float(low), float(high)
 
 
 # --- Rows -----------------------------------------------------------------------------

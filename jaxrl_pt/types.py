@@ -3,6 +3,7 @@
     Batch → update → TrainState                                           pretraining
     Prompts → RolloutBatch → Verdict → TrainBatch → update → TrainState   reinforcement learning
     Clips → update → TrainState                                           models of games
+    GameRollouts → TrainBatch → update → TrainState                       policies of games
 
 Axes: B rows, D documents, N prompts, G samples per prompt, T prompt or sequence tokens,
 M suffix tokens, S response tokens, W tokens or bytes of a continuation or answer. In clips of
@@ -57,6 +58,24 @@ class Stills:
 
   frames: Array  # u8[B, N, H, W, 3]
   keys: Array  # key[B, N] of the noise of each frame's latents
+
+
+@struct.dataclass
+class GameRollouts:
+  """S actions of a policy in each of N · G games, G of them in the same world, and what they earn.
+
+  What a frame shows is what the game's reader has read in it (`game.reading`).
+  """
+
+  frames: Array  # f32[N, G, S + 1, H, W, 3] from 0 to 1; the last S follow the actions
+  actions: Array  # i32[N, G, S]
+  logp: Array  # f32[N, G, S] log-probability of the action when it was drawn, nats
+  counts: Array  # f32[N, G, S] 1 on actions before the end of the game
+  rewards: Array  # f32[N, G, S] by what the frame after the action shows
+  true_rewards: Array  # f32[N, G, S] of the true game in the same world with the same actions
+  readable: Array  # f32[N, G, S] 1 where that frame can be read
+  changed: Array  # f32[N, G, S] 1 where it shows other numbers than the last readable one
+  false: Array  # f32[N, G, S] 1 where it shows other numbers than the game's history demands
 
 
 @struct.dataclass

@@ -22,9 +22,8 @@ from jaxrl_pt import config as cfg
 from jaxrl_pt import files, gin_bindings
 from jaxrl_pt import params as P
 from jaxrl_pt.diffusion.sampling import Solver
-from jaxrl_pt.evaluation import trained_worlds
 from jaxrl_pt.game import base, dream, games, trajectories
-from jaxrl_pt.jobs import diffusion
+from jaxrl_pt.jobs import diffusion, trained_worlds
 from jaxrl_pt.parallel.mesh import make_mesh
 
 

@@ -16,6 +16,7 @@ from jaxrl_pt.config.environments import *
 from jaxrl_pt.config.evaluation import *
 from jaxrl_pt.config.examples import *
 from jaxrl_pt.config.game import *
+from jaxrl_pt.config.game_rl import *
 from jaxrl_pt.config.generated import *
 from jaxrl_pt.config.hybrid import *
 from jaxrl_pt.config.judging import *

@@ -1,4 +1,5 @@
-"""Objectives: next-token prediction, supervised stages, RPT, RLP, RL; those of games in `worlds`.
+"""Objectives: next-token prediction, supervised stages, RPT, RLP, RL; those of games in `worlds`
+and `game_rl`.
 
 Beside its own settings every objective has five attributes that code may read without asking which
 objective it is: `rollouts` and `algorithm`, which are None where no responses are drawn;
@@ -15,13 +16,13 @@ from jaxrl_pt.config.algorithm import Algorithm
 from jaxrl_pt.config.compatible import check_judge, check_method, check_modes, check_turns
 from jaxrl_pt.config.data import Examples
 from jaxrl_pt.config.environments import Interactive
+from jaxrl_pt.config.game_rl import OfGames
 from jaxrl_pt.config.hybrid import SingleMode
 from jaxrl_pt.config.judging import JudgeReward, check_judged_groups
 from jaxrl_pt.config.pairs import JudgePairs
 from jaxrl_pt.config.problems import Problems
 from jaxrl_pt.config.rollouts import AllGroups, InFlight, OnPolicy, Rollouts
 from jaxrl_pt.config.verifiers import Verifier, VerifierPool, programs_of
-from jaxrl_pt.config.worlds import OfGames
 from jaxrl_pt.errors import UserError
 
 

@@ -8,23 +8,24 @@ from jaxrl_pt.config import checks
 from jaxrl_pt.config.data import SOURCES_OF, Data, Mixture, PolicyTokenizer
 from jaxrl_pt.config.examples import Demonstrations, HybridConversations, WeightedConversations
 from jaxrl_pt.config.game import Game, Trajectories
+from jaxrl_pt.config.game_rl import GamePolicy, GameRL, OfGames
 from jaxrl_pt.config.generated import HybridSums
 from jaxrl_pt.config.hybrid import HybridModes, ResponseModes, SingleMode
 from jaxrl_pt.config.model import Compute, Mesh, Model
 from jaxrl_pt.config.objectives import RL, NextToken, Objective
 from jaxrl_pt.config.optimizer import AdamW
 from jaxrl_pt.config.verifiers import AnswerMatch, VerifierPool
-from jaxrl_pt.config.worlds import VAE, Diffusion, DiT, OfGames, Recurrent, Shortcut
+from jaxrl_pt.config.worlds import VAE, Autoencoding, Diffusion, DiT, Recurrent, Shortcut
 from jaxrl_pt.errors import UserError
 
 if TYPE_CHECKING:
   from typing_extensions import TypeVar as DefaultTypeVar
 
   # A run without more is one of a language model on text.
-  _ModelT = DefaultTypeVar('_ModelT', bound=Model | DiT | VAE, default=Model)
+  _ModelT = DefaultTypeVar('_ModelT', bound=Model | DiT | VAE | GamePolicy, default=Model)
   _DataT = DefaultTypeVar('_DataT', bound=Data | Trajectories, default=Data)
 else:  # Defaults are for type checkers alone; settings are read where nothing else is installed.
-  _ModelT = TypeVar('_ModelT', bound=Model | DiT | VAE)
+  _ModelT = TypeVar('_ModelT', bound=Model | DiT | VAE | GamePolicy)
   _DataT = TypeVar('_DataT', bound=Data | Trajectories)
 
 
@@ -87,8 +88,8 @@ class Checkpoint:
 class Run(Generic[_ModelT, _DataT]):
   """Everything that decides the numbers of one run. The work directory is not part of it.
 
-  A run of Diffusion has a DiT and Trajectories, one of Autoencoding a VAE and Trajectories, and
-  every other one a Model and Data.
+  A run of Diffusion has a DiT and Trajectories, one of Autoencoding a VAE and Trajectories, one of
+  GameRL a GamePolicy and Trajectories, and every other one a Model and Data.
   """
 
   seed: int
@@ -103,7 +104,7 @@ class Run(Generic[_ModelT, _DataT]):
 
   def __post_init__(self) -> None:
     checks.integer(self, 'seed', 0, 2**31 - 1)
-    checks.instance(self, 'model', Model, DiT, VAE)
+    checks.instance(self, 'model', Model, DiT, VAE, GamePolicy)
     checks.instance(self, 'data', Data, Trajectories)
     checks.instance(self, 'objective', *get_args(Objective))
     checks.instance(self, 'optimizer', AdamW)
@@ -137,10 +138,13 @@ def world_run(run: Run[Any, Any]) -> WorldRun:
 
 
 def game_of(run: Run[Any, Any]) -> Game:
-  """The game that a run of Diffusion or Autoencoding learns from."""
+  """The game that a run on games learns from."""
   assert isinstance(run.data, Trajectories)
   game: Game = run.data.game
   return game
+
+
+_MODEL_OF: dict[type, type] = {Diffusion: DiT, Autoencoding: VAE, GameRL: GamePolicy}
 
 
 def _check_together(run: Run[Any, Any]) -> None:
@@ -149,7 +153,7 @@ def _check_together(run: Run[Any, Any]) -> None:
   wanted_types: tuple[type, type] = Model, Data
   source = 'text'
   if isinstance(run.objective, OfGames):
-    wanted_types = (DiT if isinstance(run.objective, Diffusion) else VAE), Trajectories
+    wanted_types = _MODEL_OF[type(run.objective)], Trajectories
     source = 'episodes of a game'
   for field_name, wanted in zip(('model', 'data'), wanted_types, strict=True):
     value = getattr(run, field_name)
@@ -170,7 +174,9 @@ def _check_of_games(run: Run[Any, Any]) -> None:
                       f'Diffusion.vae_from = {run.objective.vae_from!r}: name the work directory '
                       'of a run of Autoencoding where the model draws latents, and none where it '
                       'draws pixels.')
-  if not run.train.eval_batches:
+  if isinstance(run.objective, GameRL):
+    _check_game_rl(run, run.objective)
+  elif not run.train.eval_batches:
     raise UserError('Train.eval_batches = 0 takes all that is held out, and there is no end of '
                     'episodes: set it to the number of batches to evaluate on.')
   for name, value, default in (('Train.group_parts', run.train.group_parts, 1),
@@ -179,6 +185,29 @@ def _check_of_games(run: Run[Any, Any]) -> None:
     if value != default:
       raise UserError(f'{name} = {value!r} is not read by {type(run.objective).__name__}, whose '
                       f'rows are no texts: leave it out, or at {default!r}.')
+
+
+def _check_game_rl(run: Run[Any, Any], objective: GameRL) -> None:
+  """Checks that the worlds of a step divide, and refuses what playing them does not read."""
+  parts = objective.algorithm.minibatches * run.train.accumulation
+  if run.train.batch_size % parts:
+    raise UserError(f'Train.batch_size = {run.train.batch_size} worlds are no multiple of '
+                    f'Algorithm.minibatches × Train.accumulation = {parts}: change one.')
+  for name, value, default, reason in (
+      ('Train.eval_batches', run.train.eval_batches, Train(1).eval_batches,
+       'GameRL.eval_games says how many games are evaluated'),
+      ('Trajectories.policy', run.data.policy, 'mixed',
+       'the games are played by the policy that learns')):
+    if value != default:
+      raise UserError(f'{name} = {value!r} is not read by GameRL, because {reason}: leave it out, '
+                      f'or at {default!r}.')
+  if objective.eval_games > run.data.size:
+    raise UserError(f'GameRL.eval_games = {objective.eval_games} is more than the '
+                    f'{run.data.size} of Trajectories.size: lower it.')
+  if num_updates(run) > checks.INT32:
+    raise UserError(f'Train.num_steps = {run.train.num_steps} steps of '
+                    f'{objective.algorithm.updates} updates (Algorithm.minibatches × epochs) are '
+                    'more than 32 bits count: lower one of them.')
 
 
 def _check_sizes(model: DiT, objective: Diffusion) -> None:

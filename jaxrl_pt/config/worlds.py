@@ -313,5 +313,3 @@ class Autoencoding:
     checks.number(self, 'kl_weight', 0.0)
     checks.positive(self, 'display_weight')
 
-
-OfGames = Diffusion | Autoencoding

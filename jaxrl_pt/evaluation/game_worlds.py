@@ -20,10 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrl_pt import config as cfg
-from jaxrl_pt.evaluation import hybrid_accuracy, trained_worlds
+from jaxrl_pt import metrics
 from jaxrl_pt.evaluation.game_rollouts import Batch, Player, Rollouts
 from jaxrl_pt.game import base, dream, maps, measures, noise, renderers, trajectories
 from jaxrl_pt.game.games import open_game
+from jaxrl_pt.jobs import trained_worlds
 
 _TIMED = 15  # frames whose drawing is timed
 _AFTER_EDIT = 'digit_acc', 'spa_con_all', 'score_exact', 'unreadable'
@@ -158,7 +159,7 @@ def _estimate(share: measures.Share, settings: cfg.GameEvaluation) -> dict[str, 
     with np.errstate(invalid='ignore', divide='ignore'):
       return right.sum(-1) / asked.sum(-1)
 
-  low, high = hybrid_accuracy.interval(ratio, (right, asked), settings.resamples,
+  low, high = metrics.interval(ratio, (right, asked), settings.resamples,
                                        settings.trajectories.seed)
   return {'value': round(float(ratio(right, asked)), 6),
           'interval': [round(low, 6), round(high, 6)], 'asked': int(asked.sum())}

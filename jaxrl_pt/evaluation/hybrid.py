@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from jaxrl_pt import config as cfg
+from jaxrl_pt import metrics
 from jaxrl_pt.data import modes, problems
 from jaxrl_pt.data.problems import ProblemSet
 from jaxrl_pt.environments import problems as environment
@@ -253,7 +254,7 @@ def _equal_tokens(drawn: dict[str, Drawn], settings: cfg.HybridAccuracy) -> dict
   point = compared(*columns)
   found: dict[str, Any] = {}
   for name, value in point.items():
-    ends_of = hybrid.interval(lambda *resampled, name=name: compared(*resampled)[name], columns,
+    ends_of = metrics.interval(lambda *resampled, name=name: compared(*resampled)[name], columns,
                               settings.resamples, settings.seed)
     found[name] = {'value': _number(value), 'interval': [_number(x) for x in ends_of]}
   reached, spent = (hybrid.mean(values, 0) for values in curve)
@@ -274,7 +275,7 @@ def _where_known(values: np.ndarray, better: np.ndarray) -> np.ndarray:
 
 def _estimate(values: np.ndarray, settings: cfg.HybridAccuracy) -> dict[str, Any]:
   """The mean of a column, f[P], and its interval."""
-  ends = hybrid.interval(hybrid.mean, (values,), settings.resamples, settings.seed)
+  ends = metrics.interval(hybrid.mean, (values,), settings.resamples, settings.seed)
   return {'value': _number(hybrid.mean(values)), 'interval': [_number(x) for x in ends]}
 
 

@@ -9,8 +9,6 @@ Source: LHRM 2505.14631, section 2 (Hybrid Accuracy). The paper leaves open what
 lengths are equal too, if a response has no mode, and how sure the number is; see the functions.
 """
 
-from collections.abc import Callable
-
 import numpy as np
 
 from jaxrl_pt.types import NO_MODE, NO_THINK, THINK
@@ -61,33 +59,6 @@ def choice_is_better(chosen: np.ndarray, better: np.ndarray) -> Floats:
     f[P], NaN where there is no better mode; their mean is H_acc.
   """
   return np.where(better == NO_MODE, np.nan, (chosen == better[:, None]).mean(-1))
-
-
-def interval(statistic: Callable[..., Floats], columns: tuple[Floats, ...], resamples: int,
-             seed: int) -> tuple[float, float]:
-  """The bootstrap's 95 % interval of a statistic of prompts: percentiles over resamples of them.
-
-  Args:
-    statistic: f[R, P, ...] columns → f[R], which ignores NaN as `mean` does.
-    columns: f[P, ...] values of each prompt.
-    resamples: R.
-    seed: equal seeds draw equal resamples.
-
-  Returns:
-    (2.5 %, 97.5 %), NaN where the statistic is.
-  """
-  rng, found = np.random.default_rng(seed), []
-  num = len(columns[0])
-  # A block at a time: many prompts in many resamples are more than fits.
-  for start in range(0, resamples, 100):
-    rows = rng.integers(num, size=(min(100, resamples - start), num))
-    found.append(statistic(*(column[rows] for column in columns)))
-  values = np.concatenate(found)
-  values = values[~np.isnan(values)]
-  if not len(values):
-    return float('nan'), float('nan')
-  low, high = np.percentile(values, (2.5, 97.5))
-  return float(low), float(high)
 
 
 def mean(values: Floats, axis: int = -1) -> Floats:

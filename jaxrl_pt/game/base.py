@@ -107,6 +107,7 @@ class Game(NamedTuple):
   events: the names of the events, of which the first is that there is none.
   deltas: i32[E + 1, M] what each event adds to each counter.
   counters: the numbers of the display.
+  worth: i32[M] what one more of each counter is worth to the player.
   contents: the names of what a cell may hold.
   frame_shape: height and width of a frame in pixels.
   world_shape: rows and columns of the map; (0, 0) for a game without one.
@@ -137,6 +138,7 @@ class Game(NamedTuple):
   events: tuple[str, ...]
   deltas: np.ndarray
   counters: tuple[Counter, ...]
+  worth: np.ndarray
   contents: tuple[str, ...]
   frame_shape: tuple[int, int]
   world_shape: tuple[int, int]

@@ -65,7 +65,8 @@ def make(config: cfg.PacMan) -> base.Game:
   picture = _Picture(shape)
   return base.Game(
       config=config, actions=ACTIONS, stay=STAY, events=('none', 'ate', 'died'), deltas=_DELTAS,
-      counters=_COUNTERS, contents=CONTENTS, frame_shape=shape.frame_shape, world_shape=_WORLD,
+      counters=_COUNTERS, worth=np.array([1, 0]), contents=CONTENTS,
+      frame_shape=shape.frame_shape, world_shape=_WORLD,
       view_shape=_WORLD, grid=picture.grid, tiles=picture.tiles, num_objects=2,
       init=lambda key: _init(config, key),
       step=lambda state, action: _step(config, state, action), truth=_truth,

@@ -57,7 +57,8 @@ def make(config: cfg.Pong) -> base.Game:
   return base.Game(
       config=config, actions=ACTIONS, stay=STAY, events=('none', 'player_scored',
                                                          'opponent_scored'),
-      deltas=_DELTAS, counters=_COUNTERS, contents=(), frame_shape=shape.frame_shape,
+      deltas=_DELTAS, counters=_COUNTERS, worth=np.array([1, -1]), contents=(),
+      frame_shape=shape.frame_shape,
       world_shape=_NO_CELLS, view_shape=_NO_CELLS, grid=(0, 0, 0, 0),
       tiles=base.NO_TILES, num_objects=3,
       init=lambda key: _init(config, height, key),

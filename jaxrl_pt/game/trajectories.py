@@ -124,6 +124,11 @@ def key_of(source: Source, index: Array | int) -> Array:
   return noise.fold(split, index)
 
 
+def world_of(source: Source, index: Array | int) -> Array:
+  """u32[2]: the key of the world in which an episode is played, with which its game begins."""
+  return noise.fold(key_of(source, index), OF_WORLD)
+
+
 def generate(source: Source, ids_B: Array) -> Trajectory:
   """The episodes u32[B] `ids_B`, as part of whatever program calls this."""
   config = source.config
@@ -157,3 +162,15 @@ def train_iterator(source: Any, *, seed: int, batch_size: int, rows: np.ndarray 
     return np.asarray(ids_B), source.batch(np.asarray(ids_B)[mine])
 
   return loader.shuffled(source, load, seed=seed, batch_size=batch_size)
+
+
+def world_iterator(source: Source, *, seed: int, batch_size: int
+                   ) -> loader.TrainIterator[np.ndarray]:
+  """Yields i64[B] the ids of each step's episodes alone, in the order of `train_iterator`.
+
+  Whoever plays in their worlds has the worlds' keys from `world_of`.
+
+  Raises:
+    UserError: fewer than B episodes.
+  """
+  return loader.shuffled(source, np.asarray, seed=seed, batch_size=batch_size)

@@ -58,7 +58,7 @@ def make(config: cfg.Traveler) -> base.Game:
   picture = _Picture(shape)
   return base.Game(
       config=config, actions=ACTIONS, stay=STAY, events=('none', 'built'), deltas=_DELTAS,
-      counters=_COUNTERS, contents=CONTENTS, frame_shape=shape.frame_shape,
+      counters=_COUNTERS, worth=np.array([1]), contents=CONTENTS, frame_shape=shape.frame_shape,
       world_shape=(1, config.num_cells), view_shape=(1, VIEW), grid=picture.grid,
       tiles=picture.tiles, num_objects=1, init=lambda key: _init(config, key),
       step=_step, truth=_truth, scroll=lambda origin, action: _scroll(config, origin, action),

@@ -11,7 +11,17 @@ from jaxrl_pt import config as cfg
 from jaxrl_pt.checkpoint import Restored
 from jaxrl_pt.config import checks
 from jaxrl_pt.errors import UserError
-from jaxrl_pt.jobs import autoencoding, diffusion, dpo, pretrain, reward_model, rl, rpt, sft
+from jaxrl_pt.jobs import (
+  autoencoding,
+  diffusion,
+  dpo,
+  game_rl,
+  pretrain,
+  reward_model,
+  rl,
+  rpt,
+  sft,
+)
 from jaxrl_pt.jobs.kind import Kind, Program
 from jaxrl_pt.parallel import rules
 from jaxrl_pt.run import evaluate, loop, places, policy
@@ -42,6 +52,8 @@ def kind(objective: cfg.Objective) -> Kind:
       return diffusion.KIND
     case cfg.Autoencoding():
       return autoencoding.KIND
+    case cfg.GameRL():
+      return game_rl.KIND
     case _:
       raise UserError(f'Run.objective = {objective!r}: there is no job for it; choose '
                       f'{checks.one_of(get_args(cfg.Objective))}.')

@@ -98,6 +98,8 @@ def check_needed(needed: Mapping[str, int]) -> None:
       'Model': 'its weights, gradients\' moments and copies',
       'DiT': 'its weights and gradients\' moments',
       'VAE': 'its weights and gradients\' moments',
+      'GamePolicy': 'its weights and gradients\' moments',
+      'GameRL': 'Train.batch_size × GameRL.group_size games of Trajectories.num_frames frames',
       'JudgeReward.model': 'its weights',
       'Train.batch_size': 'its rows times their tokens, by Train.accumulation',
       'Rollouts': 'num_prompts × (prompt_len + group_size × response_tokens)'}

@@ -130,7 +130,7 @@ def check_divides(run: cfg.Run, mesh: Mesh) -> None:
       prompts += ((f'Rollouts.num_prompts / {name}', rollouts.num_prompts // shared, *batch),)
   name = type(run.model).__name__
   for what, size, axis, parts in (
-      *(() if isinstance(run.model, cfg.VAE) else (
+      *(() if isinstance(run.model, (cfg.VAE, cfg.GamePolicy)) else (
           (f'{name}.num_heads', run.model.num_heads, 'tensor', tensor),
           (f'{name}.d_ff', run.model.d_ff, 'tensor', tensor),
           (f'{name}.d_model', run.model.d_model, 'fsdp', fsdp))),
@@ -151,7 +151,7 @@ def _of_text(run: cfg.Run, mesh: Mesh) -> tuple[tuple[str, int, str, int], ...]:
           ('Data.seq_len', run.data.seq_len, 'context', mesh.shape['context']))
 
 
-def check_compiles(model: cfg.Model | cfg.DiT | cfg.VAE, platform: str) -> None:
+def check_compiles(model: cfg.Model | cfg.DiT | cfg.VAE | cfg.GamePolicy, platform: str) -> None:
   """Checks that the compiler of the devices takes a training step of the model.
 
   Args:

@@ -6,9 +6,9 @@ from pathlib import Path
 import jax
 
 from jaxrl_pt import config as cfg
-from jaxrl_pt.evaluation import trained_worlds
 from jaxrl_pt.game import base, dream, maps, noise, renderers, trajectories
 from jaxrl_pt.game.games import open_game
+from jaxrl_pt.jobs import trained_worlds
 from jaxrl_pt.playing.rooms import Rooms, Stage, facts
 from jaxrl_pt.playing.server import Server
 

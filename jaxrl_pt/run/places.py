@@ -25,6 +25,7 @@ _PATHS: dict[type, tuple[str, ...]] = {
     cfg.HybridConversations: ('glob', 'evaluation_glob'),
     cfg.JsonlProblems: ('glob',), cfg.SentencePiece: ('path',),
     cfg.HuggingFaceDataset: ('path',), cfg.JudgeReward: ('judge_from',),
+    cfg.InModel: ('model_from',),
     cfg.HuggingFaceTokenizer: ('path',), cfg.Data: ('validation_glob', 'cache_dir'),
     **{kind: kind.policy_fields for kind in get_args(cfg.Objective)}}
 
@@ -79,6 +80,8 @@ def policies(run: cfg.Run, workdir: Path) -> dict[str, str]:
   given = {name: getattr(run.objective, name) for name in run.objective.policy_fields}
   for judge in cfg.judge_of(run.objective):
     given['judge_from'] = judge.judge_from
+  for place in cfg.place_of(run.objective):
+    given['model_from'] = place.model_from
   return {name: os.path.relpath(policy(text, workdir, name), workdir)
           for name, text in given.items() if text}
 

@@ -54,10 +54,11 @@ def needs_old_policy(algorithm: cfg.Algorithm) -> bool:
 def make_updates(specs: Any, optimizer: optax.GradientTransformation, read: ReadPolicy,
                  algorithm: cfg.Algorithm, accumulation: int, split: Split
                  ) -> Callable[..., tuple[TrainState, Metrics, Metrics]]:
-  """updates(state, batch, shared) → (state, metrics, metrics of the first update).
+  """updates(state, batch, num_groups, shared) → (state, metrics, metrics of the first update).
 
   The metrics are added up over the updates; those of the first alone compare the policy with the
-  sampler. `shared` may be given only where there is one update.
+  sampler. All rows of one of the batch's `num_groups` groups are in one minibatch. `shared` may be
+  given only where there is one update.
 
   Args:
     specs: the parameters' tree of ParamSpec; those that are not trained stay as they are.
@@ -66,18 +67,18 @@ def make_updates(specs: Any, optimizer: optax.GradientTransformation, read: Read
     read: how the policy scores a batch.
     algorithm: advantage, surrogate and all else that makes the gradient.
     accumulation: the number of micro-batches of an update.
-    split: splits a batch into minibatches, or one of them into micro-batches.
+    split: splits the batch of an update into micro-batches.
   """
   update = _make_update(specs, optimizer, make_loss(read, algorithm), algorithm, accumulation,
                         split)
 
-  def updates(state: TrainState, batch: TrainBatch, shared: Any = None
+  def updates(state: TrainState, batch: TrainBatch, num_groups: int, shared: Any = None
               ) -> tuple[TrainState, Metrics, Metrics]:
     names = ('mismatch', BY_TOKEN) if batch.num_rows else ('mismatch',)
     if algorithm.updates == 1:
       state, values = update(state, batch, shared)
       return state, values, {name: values.pop(name) for name in names}
-    passes = [split(batch, algorithm.minibatches)] * algorithm.epochs
+    passes = [accumulate.split(batch, algorithm.minibatches, num_groups)] * algorithm.epochs
     parts = jax.tree.map(lambda *x: jnp.concatenate(x), *passes)
 
     def next_update(carry: tuple[TrainState, Metrics, Array], part: TrainBatch

@@ -116,7 +116,7 @@ def make_learner(model: Model, optimizer: optax.GradientTransformation, run: cfg
     if by_token:
       num_rows = batch.tokens.shape[0]
       batch = dataclasses.replace(batch, rows=jnp.arange(num_rows), num_rows=num_rows)
-    new, values, first = updates(state, batch, shared)
+    new, values, first = updates(state, batch, num_docs, shared)
     if by_token:
       first[BY_TOKEN] = group_parts.join_responses(first[BY_TOKEN], num_docs,
                                                    run.train.group_parts)

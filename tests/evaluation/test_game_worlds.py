@@ -10,8 +10,9 @@ import pytest
 from jaxrl_pt import config as cfg
 from jaxrl_pt import main as cli
 from jaxrl_pt.errors import UserError
-from jaxrl_pt.evaluation import game_report, game_rollouts, game_worlds, trained_worlds
+from jaxrl_pt.evaluation import game_report, game_rollouts, game_worlds
 from jaxrl_pt.game import base, dream, games, history, measures, noise, renderers, trajectories
+from jaxrl_pt.jobs import trained_worlds
 
 TRAJECTORIES = cfg.Trajectories(cfg.Traveler(num_cells=64), 'out_and_back', 13, size=100)
 SETTINGS = cfg.GameEvaluation(TRAJECTORIES, model='weak', episodes=8, batch_size=8, at_frame=12,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxrl_pt import config as cfg
-from jaxrl_pt import gin_bindings
+from jaxrl_pt import gin_bindings, metrics
 from jaxrl_pt import main as cli
 from jaxrl_pt import params as P
 from jaxrl_pt.data import problems
@@ -105,11 +105,11 @@ def test_intervals_hold_the_truth_as_often_as_they_say():
   rng, held = np.random.default_rng(2), 0
   for seed in range(200):
     values = (rng.random(60) < 0.3).astype(float)
-    low, high = equations.interval(equations.mean, (values,), 300, seed)
+    low, high = metrics.interval(equations.mean, (values,), 300, seed)
     held += low <= 0.3 <= high
   assert 0.88 < held / 200 < 0.99
   missing = np.full(5, np.nan)
-  assert np.isnan(equations.interval(equations.mean, (missing,), 100, 0)).all()
+  assert np.isnan(metrics.interval(equations.mean, (missing,), 100, 0)).all()
 
 
 def test_difficulty_is_the_level_or_a_third_by_the_score_without_thinking():
