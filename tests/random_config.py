@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from jaxrl_pt import config as cfg
 from jaxrl_pt.errors import UserError
-from tests.test_config import DIT, VALID, WORLD_RUN
+from tests.test_config import DIT, GAME_RUN, VALID, WORLD_RUN
 
 TEXTS = st.one_of(
     st.text(max_size=8),
@@ -108,6 +108,8 @@ _BESIDE: dict[type, dict[type, dict[str, Any]]] = {
        for kind in (cfg.DiT, cfg.Trajectories, cfg.Diffusion)},
     cfg.VAE: {cfg.Run: {'data': WORLD_RUN['data'], 'objective': cfg.Autoencoding()}},
     cfg.Autoencoding: {cfg.Run: {'data': WORLD_RUN['data'], 'model': cfg.VAE()}},
+    **{kind: {cfg.Run: {name: GAME_RUN[name] for name in ('model', 'data', 'objective')}}
+       for kind in (cfg.GamePolicy, cfg.GameRL)},
     cfg.Shortcut: {cfg.Run: {**WORLD_RUN, 'model': cfg.DiT(**DIT, step_sizes=3)}},
     cfg.HybridModes: {cfg.Rollouts: {'response_tokens': 2}},
     cfg.AdaptThink: {cfg.Algorithm: {'surrogate': cfg.PPOClip()}},

@@ -21,6 +21,7 @@ RUN = {'seed': 0, 'model': cfg.Model(**MODEL), 'data': cfg.Data(**DATA),
 DIT = {'num_layers': 2, 'd_model': 32, 'd_ff': 64, 'num_heads': 4, 'patch': 4}
 WORLD_RUN = {**RUN, 'model': cfg.DiT(**DIT), 'data': cfg.Trajectories(cfg.Traveler()),
              'objective': cfg.Diffusion()}
+GAME_RUN = {**WORLD_RUN, 'model': cfg.GamePolicy(), 'objective': cfg.GameRL()}
 
 
 def mixed(*sources: Any, weights: tuple[float, ...] = ()) -> cfg.Mixture:
@@ -140,7 +141,8 @@ VALID: dict[type, dict[str, Any]] = {
     cfg.GameEvaluation: {'trajectories': cfg.Trajectories(cfg.Traveler(), num_frames=50)},
     **{kind: {} for kind in (cfg.FrameHistory, cfg.Recurrent, cfg.Pixels, cfg.VAE, cfg.Conditions,
                              cfg.LogicNet, cfg.Flow, cfg.Shortcut, cfg.VDiffusion, cfg.Diffusion,
-                             cfg.Autoencoding)},
+                             cfg.Autoencoding, cfg.GamePolicy, cfg.TrueGame, cfg.GameRL)},
+    cfg.InModel: {'model_from': 'a'},
     cfg.Train: {'num_steps': 4, 'batch_size': 2},
     cfg.Checkpoint: {},
     cfg.Run: RUN,
@@ -454,6 +456,17 @@ REFUSED: list[tuple[type, str, list[Any], str]] = [
     (cfg.Autoencoding, 'windows', [0, 1.5], 'a whole number from 1'),
     (cfg.Autoencoding, 'kl_weight', [-0.1, NAN], 'a number of at least 0'),
     (cfg.Autoencoding, 'display_weight', [0, NAN], 'a number above 0'),
+    *((cfg.GamePolicy, name, [0, 1.5], 'a whole number from 1')
+      for name in ('num_frames', 'hidden')),
+    (cfg.GamePolicy, 'channels', [(), (1, 0), 4, (1,) * 6], 'a list of 1 to 5 whole numbers'),
+    (cfg.InModel, 'model_from', ['', None], 'a non-empty string'),
+    (cfg.InModel, 'modules', [None, cfg.NoMap()], 'one of @cfg.MaaG()'),
+    (cfg.InModel, 'sampling_steps', [-1, 9, 1.5], 'a whole number from 0 to 8'),
+    (cfg.InModel, 'sampling_shift', [-0.1, 101, NAN], 'a number from 0 to 100'),
+    (cfg.GameRL, 'place', [None, 'a'], 'one of @cfg.TrueGame(), @cfg.InModel()'),
+    *((cfg.GameRL, name, [0, 1.5], 'at least 1') for name in ('group_size', 'eval_games')),
+    (cfg.GameRL, 'pays', ['score', None], "one of 'events', 'changes'"),
+    (cfg.GameRL, 'algorithm', [None, cfg.OPO()], 'one of @cfg.Algorithm()'),
     (cfg.Diffusion, 'vae_from', [None, 3], 'a string'),
     (cfg.Flow, 'prediction', ['eps', None], "one of 'x0', 'velocity'"),
     *((cfg.Flow, name, [0, 101, NAN], 'a number from 0.01 to 100')
@@ -732,6 +745,29 @@ def test_every_field_has_a_row():
             'objective': cfg.Diffusion(cfg.Shortcut(), sampling_steps=steps)},
            f'DiT.step_sizes = {sizes} does not go with Diffusion.sampling_steps = {steps}')
           for sizes, steps in ((1, 1), (3, 3), (3, 8))))),
+    (lambda: cfg.InModel('a', cfg.MaaG('true')), "MaaG.events = 'true' asks the true game"),
+    (lambda: cfg.GameRL(group_size=1), '@cfg.OPO() compares games in the same world'),
+    *((lambda part=part: cfg.GameRL(algorithm=cfg.Algorithm(**part)), expected)
+      for part, expected in (
+          ({'advantage': cfg.HGPO()}, 'actions of a game have none'),
+          ({'aggregation': cfg.DecoupledModes()}, 'weighs the token of a mode'),
+          ({'correction': cfg.TokenTIS()}, 'leave it at @cfg.NoCorrection()'),
+          ({'kl': cfg.KLInLoss(0.1)}, 'there is no reference policy; leave it at @cfg.NoKL()'),
+          ({'shaping': cfg.Kimi()}, 'are of one length; leave it at @cfg.NoShaping()'))),
+    *((lambda fields=fields: cfg.Run(**{**GAME_RUN, **fields}), expected) for fields, expected in (
+        ({'model': RUN['model']}, 'choose Run.model = @cfg.GamePolicy()'),
+        ({'model': cfg.DiT(**DIT)}, 'choose Run.model = @cfg.GamePolicy()'),
+        ({'data': RUN['data']}, 'choose Run.data = @cfg.Trajectories()'),
+        ({'objective': cfg.NextToken()}, 'choose Run.model = @cfg.Model()'),
+        ({'train': cfg.Train(4)}, 'Train.batch_size = 0: expected'),
+        ({'train': cfg.Train(4, 2, eval_batches=3)}, 'GameRL.eval_games says how many'),
+        ({'train': cfg.Train(4, 2, group_parts=2)}, 'Train.group_parts = 2 is not read by GameRL'),
+        ({'data': cfg.Trajectories(cfg.Traveler(), 'wander')}, "Trajectories.policy = 'wander'"),
+        ({'data': cfg.Trajectories(cfg.Traveler(), size=9)}, 'eval_games = 64 is more than the 9'),
+        ({'objective': cfg.GameRL(algorithm=cfg.Algorithm(surrogate=cfg.PPOClip(), minibatches=3))},
+         'Train.batch_size = 2 worlds are no multiple of'),
+        ({'train': cfg.Train(2**30, 2), 'objective': cfg.GameRL(
+            algorithm=cfg.Algorithm(surrogate=cfg.PPOClip(), epochs=2))}, '32 bits count'))),
     (lambda: cfg.Pong(winning_score=5), 'start_high = 20: expected a whole number from 0 to 4'),
     (lambda: _evaluation(at_frame=50), 'comes after the last frame, 49'),
     (lambda: _evaluation(edit=cfg.PaintCells(49)), 'leaves no frame in which the change could'),

@@ -12,7 +12,7 @@ import pytest
 
 from jaxrl_pt import config as cfg
 from jaxrl_pt import gin_bindings
-from jaxrl_pt.jobs import autoencoding, diffusion
+from jaxrl_pt.jobs import autoencoding, diffusion, game_rl
 from jaxrl_pt.jobs import open as jobs
 from jaxrl_pt.main import main
 from jaxrl_pt.parallel import memory, rules
@@ -73,6 +73,8 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> Opened:
         diffusion.check_fits(run)
       case cfg.Autoencoding():
         autoencoding.check_fits(run)
+      case cfg.GameRL():
+        game_rl.check_fits(run)
       case _:
         memory.check_fits(run)
     rules.check_divides(run, make_mesh(run.mesh))
