@@ -888,7 +888,26 @@ _WORLDS = [
          ('classes_that_do_not_occur_count', 'jnp.maximum((counts > 0).sum(), 1)',
           'len(counts)'))]
 
+_GAME_RL = [
+    *_of('jaxrl_pt/game/acting.py', 'tests/game/test_acting.py',
+         ('unreadable_frames_pay', "'rewards': readable * pay(", "'rewards': pay("),
+         ('the_display_does_not_wrap', 'jnp.where(more > limits // 2, more - limits, more)',
+          'after - before'),
+         ('any_change_is_paid', "if pays == 'events':", "if pays == 'never':"),
+         ('what_an_unreadable_frame_shows_counts',
+          'jnp.where(is_read, read.counters, now.shown)', 'read.counters'),
+         ('the_display_is_the_truth', 'pay(game, change(game, *counters), pays)',
+          'pay(game, changed, pays)')),
+    *_of('jaxrl_pt/models/game_policy.py', 'tests/train/test_game_policy.py',
+         ('a_policy_learns_from_other_frames_than_it_saw',
+          'jnp.arange(1 - num_past, 1), 0)', 'jnp.arange(-num_past, 0), 0)')),
+    *_of('jaxrl_pt/train/game_policy.py', 'tests/train/test_game_policy.py',
+         ('actions_after_the_end_are_learned', 'mask = rollouts.counts\n',
+          'mask = jnp.ones_like(rollouts.counts)\n'),
+         ('what_an_action_leads_to_is_what_it_answers', '*frames.shape[2:])[:, :-1]',
+          '*frames.shape[2:])[:, 1:]'))]
+
 MUTATIONS: tuple[Mutation, ...] = (
     *_ADVANTAGES, *_MODES, *_TOKEN_ADVANTAGES, *_OBJECTIVES, *_KL, *_SHAPING, *_LEARNER, *_NUMERICS,
     *_SAMPLER, *_DATA, *_CHECKPOINT, *_VERIFIERS, *_PROGRAMS, *_KERNELS, *_SERVING,
-    *_RECIPES, *_EVALUATION, *_JUDGES, *_GAMES, *_DREAMS, *_PAGE, *_WORLDS)
+    *_RECIPES, *_EVALUATION, *_JUDGES, *_GAMES, *_DREAMS, *_PAGE, *_WORLDS, *_GAME_RL)

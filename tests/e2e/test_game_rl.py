@@ -1,4 +1,4 @@
-"""A policy of a game as real processes: learns, is killed and resumed, split, evaluated, refused."""
+"""A policy of a game as real processes: learns, is killed and resumed, evaluated, refused."""
 
 from collections.abc import Callable
 import dataclasses

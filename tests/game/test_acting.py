@@ -107,6 +107,8 @@ def test_rewards_equal_a_loop_over_the_frames(place, pays):
   rewards, false = _loop(found, pays)
   np.testing.assert_array_equal(found.rewards, rewards)
   np.testing.assert_array_equal(found.false, false)
+  true = np.diff([_scores(found, game) for game in range(NUM_GAMES)]) % 1000
+  np.testing.assert_array_equal(found.true_rewards, true)
   np.testing.assert_array_equal(found.readable[:, [1, 2]], 0)
   np.testing.assert_array_equal(found.rewards[:, [1, 2]], 0)
   assert found.readable.sum() == NUM_GAMES * (NUM_ACTIONS - 2)

@@ -24,6 +24,7 @@ CONFIG = cfg.GamePolicy(num_frames=2, channels=(4, 6), hidden=5)
 POLICY = game_policy.build(CONFIG, SHAPE)
 N, G, S = 2, 3, 4
 GAMMA = 0.8
+REINFORCE = cfg.Algorithm(advantage=cfg.ReinforcePlusPlus(GAMMA), aggregation=cfg.TokenMean())
 
 
 def quick(function):
@@ -102,8 +103,7 @@ def test_the_gradient_is_that_of_rewards_to_go():
     logp = log_policy(params, played.frames, played.actions)
     return -(advantage.reshape(-1) * logp).sum() / counts.sum()
 
-  algorithm = cfg.Algorithm(advantage=cfg.ReinforcePlusPlus(GAMMA), aggregation=cfg.TokenMean())
-  state, metrics = learned(algorithm, played)
+  state, metrics = learned(REINFORCE, played)
   want = quick(jax.grad(loss))(params_of())
   scale = min(1.0, 1.0 / float(optim.global_norm(want)))
   for a, b in zip(jax.tree.leaves(gradients(state)), jax.tree.leaves(want), strict=True):
@@ -120,12 +120,12 @@ def test_the_gradient_is_that_of_rewards_to_go():
 
 
 def test_what_comes_after_the_end_changes_nothing():
-  played, algorithm = rollouts(), cfg.Algorithm(advantage=cfg.RLOO())
+  played = rollouts()
   over = played.counts == 0
   other = dataclasses.replace(
       played, rewards=jnp.where(over, 77.0, played.rewards),
       actions=jnp.where(over, 2 - played.actions, played.actions))
-  for a, b in zip(*(jax.tree.leaves(gradients(learned(algorithm, one)[0]))
+  for a, b in zip(*(jax.tree.leaves(gradients(learned(REINFORCE, one)[0]))
                     for one in (played, other)), strict=True):
     np.testing.assert_array_equal(a, b)
 
@@ -151,7 +151,7 @@ def test_micro_batches_change_nothing_and_minibatches_are_updates(parts):
 
 
 def test_a_loss_that_is_not_finite_leaves_everything_alone():
-  state, metrics = learned(cfg.Algorithm(advantage=cfg.RLOO()),
+  state, metrics = learned(REINFORCE,
                            rollouts(frames=jnp.full((N, G, S + 1, 8, 12, 3), jnp.nan)))
   assert float(metrics['nonfinite'].sum) == 1 and int(state.step) == 0
   jax.tree.map(np.testing.assert_array_equal, state.params, params_of())
