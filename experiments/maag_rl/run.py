@@ -12,6 +12,8 @@ policies. Arms, each for every seed:
     both           inside a model with ledger and map, paid for changes that an event can make
     none           inside a model that was trained and is played without either, paid the same way
     none_changes   the same, paid whatever the displayed number changes by
+    every_step     a control: the model of `both`, whose ledger is made to count an event in every
+                   step, so that the display is wrong and nothing that a policy does matters
 
 The models are the arms `both` and `none` of experiments/maag, seed 0; --both and --none name work
 directories in which they have been trained already, which are only read. What is finished is a row
@@ -39,7 +41,8 @@ ROOT = HERE.parents[1]
 sys.path.insert(0, str(HERE.parent / 'maag'))
 import arms as models  # noqa: E402  # The models are arms of that experiment.
 
-ARMS = 'true', 'both', 'none', 'none_changes'
+ARMS = 'true', 'both', 'none', 'none_changes', 'every_step'
+MODELS = {'both': 'both', 'every_step': 'both', 'none': 'none', 'none_changes': 'none'}
 _ALONE = ("MaaG.events = 'none'", 'MaaG.shows_counters = False', 'MaaG.map = @cfg.NoMap()')
 _CURVES = 'reward', 'true_reward', 'unreadable', 'false_events', 'missed', 'entropy'
 SAMPLING_SHIFT = 0.1  # Levels near the frame: fewer frames cannot be read (experiments/maag).
@@ -54,7 +57,7 @@ class Size:
   model: the size of the models' own trainings.
   """
 
-  steps: int = 40
+  steps: int = 24
   worlds: int = 4
   group_size: int = 4
   frames: int = 24
@@ -72,7 +75,7 @@ SMOKE = Size(3, 2, 2, 5, 4, 0.002, models.SMOKE)
 
 def model_of(arm: str, root: Path, size: Size, given: dict[str, Path]) -> Path:
   """The work directory of the model that an arm plays in, trained here unless it was given."""
-  name = arm.partition('_')[0]
+  name = MODELS[arm]
   if name not in given:
     models.train(name, 0, root / 'models', size.model)
   return given.get(name, models.directory(name, 0, root / 'models'))
@@ -90,6 +93,8 @@ def changes(arm: str, seed: int, size: Size, model: Path | None) -> list[str]:
     found += [f'InModel.model_from = {str(model)!r}', f'InModel.sampling_shift = {SAMPLING_SHIFT}']
   if arm.startswith('none'):
     found += _ALONE
+  if arm == 'every_step':
+    found.append("MaaG.events = 'every_step'")
   if arm == 'none_changes':
     found.append("GameRL.pays = 'changes'")
   return found
@@ -126,7 +131,7 @@ def run_all(wanted: Sequence[tuple[str, int]], root: Path, size: Size, given: di
   """Runs the parts that have no row yet, `workers` at a time; the models come first."""
   done = results(root, size)
   todo = [(arm, seed) for arm, seed in wanted if f'{arm}/{seed}' not in done]
-  for arm in sorted({arm.partition('_')[0] for arm, _ in todo} - {'true'}):
+  for arm in {MODELS[arm]: arm for arm, _ in todo if arm in MODELS}.values():
     model_of(arm, root, size, given)
 
   def one(part: tuple[str, int]) -> None:
@@ -176,8 +181,8 @@ def main() -> None:
     seeds = [0] if args.smoke else list(map(int, args.seeds.split(',')))
     run_all([(arm, seed) for seed in seeds for arm in args.arms.split(',')], root, size, given,
             args.workers)
-  import report
-  report.write(results(root, size), args.results or root / 'results', dataclasses.asdict(size))
+  import picture
+  picture.write(results(root, size), args.results or root / 'results', dataclasses.asdict(size))
 
 
 if __name__ == '__main__':

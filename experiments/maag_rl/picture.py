@@ -12,8 +12,10 @@ import numpy as np
 from jaxrl_pt.scaling.seeds import interval
 
 NAMES = {'true': 'the true game', 'both': 'a model with ledger and map',
-         'none': 'a model alone', 'none_changes': 'a model alone,\nany change paid'}
-COLOURS = {'true': '#777777', 'both': '#0072B2', 'none': '#E69F00', 'none_changes': '#D55E00'}
+         'none': 'a model alone', 'none_changes': 'a model alone,\nany change paid',
+         'every_step': 'a model whose\nledger counts wrongly'}
+COLOURS = {'true': '#777777', 'both': '#0072B2', 'none': '#E69F00', 'none_changes': '#D55E00',
+           'every_step': '#CC79A7'}
 _BESIDE = 'random_return', 'wander_return', 'out_and_back_return'
 _OF_MODEL = ('model_return', 'model_true_return', 'model_gap', 'model_unreadable',
              'model_false_events')
@@ -45,10 +47,11 @@ def _summary(rows: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _picture(by_arm: Mapping[str, Mapping[str, Any]]) -> Figure:
-  figure = Figure((13, 4), layout='constrained')
-  bars, *curves = figure.subplots(1, 4, width_ratios=(1.25, 1, 1, 1))
+  inside = [arm for arm in list(NAMES)[1:] if by_arm[arm]]
+  figure = Figure((4.5 + 3 * len(inside), 4), layout='constrained')
+  bars, *curves = figure.subplots(1, 1 + len(inside), width_ratios=(1.6, *[1] * len(inside)))
   _bars(bars, by_arm)
-  for axes, arm in zip(curves, ('both', 'none', 'none_changes'), strict=True):
+  for axes, arm in zip(curves, inside, strict=True):
     _curves(axes, arm, by_arm[arm])
   return figure
 
