@@ -142,7 +142,7 @@ VALID: dict[type, dict[str, Any]] = {
     **{kind: {} for kind in (cfg.FrameHistory, cfg.Recurrent, cfg.Pixels, cfg.VAE, cfg.Conditions,
                              cfg.LogicNet, cfg.Flow, cfg.Shortcut, cfg.VDiffusion, cfg.Diffusion,
                              cfg.Autoencoding, cfg.GamePolicy, cfg.TrueGame, cfg.GameRL)},
-    cfg.InModel: {'model_from': 'a'},
+    cfg.InsideModel: {'model_from': 'a'},
     cfg.Train: {'num_steps': 4, 'batch_size': 2},
     cfg.Checkpoint: {},
     cfg.Run: RUN,
@@ -459,11 +459,11 @@ REFUSED: list[tuple[type, str, list[Any], str]] = [
     *((cfg.GamePolicy, name, [0, 1.5], 'a whole number from 1')
       for name in ('num_frames', 'hidden')),
     (cfg.GamePolicy, 'channels', [(), (1, 0), 4, (1,) * 6], 'a list of 1 to 5 whole numbers'),
-    (cfg.InModel, 'model_from', ['', None], 'a non-empty string'),
-    (cfg.InModel, 'modules', [None, cfg.NoMap()], 'one of @cfg.MaaG()'),
-    (cfg.InModel, 'sampling_steps', [-1, 9, 1.5], 'a whole number from 0 to 8'),
-    (cfg.InModel, 'sampling_shift', [-0.1, 101, NAN], 'a number from 0 to 100'),
-    (cfg.GameRL, 'place', [None, 'a'], 'one of @cfg.TrueGame(), @cfg.InModel()'),
+    (cfg.InsideModel, 'model_from', ['', None], 'a non-empty string'),
+    (cfg.InsideModel, 'modules', [None, cfg.NoMap()], 'one of @cfg.MaaG()'),
+    (cfg.InsideModel, 'sampling_steps', [-1, 9, 1.5], 'a whole number from 0 to 8'),
+    (cfg.InsideModel, 'sampling_shift', [-0.1, 101, NAN], 'a number from 0 to 100'),
+    (cfg.GameRL, 'place', [None, 'a'], 'one of @cfg.TrueGame(), @cfg.InsideModel()'),
     *((cfg.GameRL, name, [0, 1.5], 'at least 1') for name in ('group_size', 'eval_games')),
     (cfg.GameRL, 'pays', ['score', None], "one of 'events', 'changes'"),
     (cfg.GameRL, 'algorithm', [None, cfg.OPO()], 'one of @cfg.Algorithm()'),
@@ -745,7 +745,7 @@ def test_every_field_has_a_row():
             'objective': cfg.Diffusion(cfg.Shortcut(), sampling_steps=steps)},
            f'DiT.step_sizes = {sizes} does not go with Diffusion.sampling_steps = {steps}')
           for sizes, steps in ((1, 1), (3, 3), (3, 8))))),
-    (lambda: cfg.InModel('a', cfg.MaaG('true')), "MaaG.events = 'true' asks the true game"),
+    (lambda: cfg.InsideModel('a', cfg.MaaG('true')), "MaaG.events = 'true' asks the true game"),
     (lambda: cfg.GameRL(group_size=1), '@cfg.OPO() compares games in the same world'),
     *((lambda part=part: cfg.GameRL(algorithm=cfg.Algorithm(**part)), expected)
       for part, expected in (

@@ -17,8 +17,8 @@ from tests import random_config
 from tests.test_config import ALL, RUN
 
 # Arguments of functions and commands, which no run holds.
-ELSEWHERE = {cfg.Engine, cfg.HybridAccuracy, cfg.GameEvaluation, cfg.MaaG, cfg.MapMemory, cfg.NoMap,
-             cfg.SlidingWindow, cfg.DeadReckoning, cfg.NoEdit, cfg.AddToLedger, cfg.PaintCells}
+ELSEWHERE = {cfg.Engine, cfg.HybridAccuracy, cfg.GameEvaluation, cfg.NoEdit, cfg.AddToLedger,
+             cfg.PaintCells}
 SHIPPED = sorted((Path(__file__).resolve().parents[1] / 'gin' / 'environment').glob('*.gin'))
 
 

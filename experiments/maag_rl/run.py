@@ -90,7 +90,8 @@ def changes(arm: str, seed: int, size: Size, model: Path | None) -> list[str]:
            f'ConstantRate.learning_rate = {size.rate}',
            f'Checkpoint.every = {max(1, size.steps // 8)}', 'Checkpoint.keep = 1']
   if model is not None:
-    found += [f'InModel.model_from = {str(model)!r}', f'InModel.sampling_shift = {SAMPLING_SHIFT}']
+    found += [f'InsideModel.model_from = {str(model)!r}',
+              f'InsideModel.sampling_shift = {SAMPLING_SHIFT}']
   if arm.startswith('none'):
     found += _ALONE
   if arm == 'every_step':

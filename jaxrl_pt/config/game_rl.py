@@ -40,7 +40,7 @@ class TrueGame:
 
 
 @dataclass(frozen=True)
-class InModel:
+class InsideModel:
   """The policy plays inside a trained model of the game, and every frame that it sees is drawn.
 
   model_from: the work directory of a run of Diffusion on the same game.
@@ -65,7 +65,7 @@ class InModel:
                       "learns inside a model has no true game beside it: choose 'predicted'.")
 
 
-Place = TrueGame | InModel
+Place = TrueGame | InsideModel
 Paid = Literal['events', 'changes']
 
 
@@ -130,8 +130,8 @@ def _check_actions(algorithm: Algorithm) -> None:
                       f'{reason}; leave it at @cfg.{only.__name__}().')
 
 
-def place_of(objective: object) -> tuple[InModel, ...]:
+def place_of(objective: object) -> tuple[InsideModel, ...]:
   """The model in which an objective's policy plays, if it plays in one."""
-  if isinstance(objective, GameRL) and isinstance(objective.place, InModel):
+  if isinstance(objective, GameRL) and isinstance(objective.place, InsideModel):
     return (objective.place,)
   return ()

@@ -107,11 +107,16 @@ def load(workdir: Path, step: int | None = None, mesh: cfg.Mesh = cfg.Mesh()) ->
   Raises:
     UserError: no such directory, no checkpoint, or a run of another objective.
   """
+  return _restored(open_trained(workdir, step, mesh), step)
+
+
+def open_trained(workdir: Path, step: int | None, mesh: cfg.Mesh) -> sessions.Session:
+  """The session of a checkpoint of a model of a game; arguments and errors as in `load`."""
   session = policy.open_run(workdir, step, mesh)
   if not isinstance(session.run.objective, cfg.Diffusion):
     raise UserError(f'{workdir} holds a run of {type(session.run.objective).__name__}: give the '
                     'work directory of a run of Diffusion, such as gin/run/maag_tiny.gin.')
-  return _restored(session, step)
+  return session
 
 
 def _restored(session: sessions.Session, step: int | None) -> Trained:

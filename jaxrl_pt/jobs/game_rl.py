@@ -9,10 +9,9 @@ every run.
 
 from collections.abc import Iterator
 import contextlib
-import dataclasses
 import functools
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,14 +22,13 @@ import optax
 from jaxrl_pt import config as cfg
 from jaxrl_pt import metrics
 from jaxrl_pt import params as P
-from jaxrl_pt.diffusion.sampling import Solver
 from jaxrl_pt.errors import UserError
-from jaxrl_pt.game import acting, base, dream, maps, trajectories, worlds
-from jaxrl_pt.jobs import diffusion, episodes, reinforce, trained_worlds
+from jaxrl_pt.game import acting, trajectories, worlds
+from jaxrl_pt.jobs import diffusion, episodes, game_places
 from jaxrl_pt.jobs.kind import Kind, Program, abstract
 from jaxrl_pt.models import game_policy
 from jaxrl_pt.parallel import hosts, memory, rules
-from jaxrl_pt.run import places, policy
+from jaxrl_pt.run import policy
 from jaxrl_pt.run import session as sessions
 from jaxrl_pt.run.job import Dispatched
 from jaxrl_pt.run.workdir import claimed
@@ -40,19 +38,6 @@ from jaxrl_pt.train import state as states
 from jaxrl_pt.types import Array, GameRollouts, Params, TrainState, Weighted
 
 _RESAMPLES = 2000  # of the games, for the intervals of an evaluation
-
-
-class Place(NamedTuple):
-  """Where a policy plays.
-
-  environment: the true game, or a model of it.
-  params: the model's parameters; {} of the true game.
-  digest: names them; '' of the true game.
-  """
-
-  environment: acting.Environment
-  params: Params
-  digest: str
 
 
 def _method(run: cfg.Run) -> cfg.GameRL:
@@ -73,61 +58,6 @@ def _new_method(run: cfg.Run, mesh: Mesh, params: Params) -> states.MethodState:
   return states.MethodState({}, value, {}, {})
 
 
-# --- Places -----------------------------------------------------------------------
-
-
-def place_of(run: cfg.Run, workdir: Path) -> Place:
-  """Opens the place where a run's policy plays.
-
-  Args:
-    run: the run.
-    workdir: its work directory, in whose newest checkpoint a model that has moved is looked up.
-
-  Raises:
-    UserError: no such model, one of another objective or game, modules that the game cannot have,
-      or steps that the model cannot take.
-  """
-  game = episodes.game_of(run)
-  match _method(run).place:
-    case cfg.InModel() as inside:
-      there = places.policy(inside.model_from, workdir, 'model_from')
-      trained = diffusion.load(there, mesh=run.mesh)
-      environment = _inside(game, trained.session.run, inside, there, trained.session.mesh)
-      return Place(environment, trained.params, reinforce.digest(trained.params))
-    case _:
-      return Place(acting.true_game(game), {}, '')
-
-
-def _inside(game: base.Game, model_run: cfg.Run, inside: cfg.InModel, workdir: Path, mesh: Mesh
-            ) -> acting.Environment:
-  """The environment of a model of the game, as the run that trained it has it."""
-  trained_worlds.check_game(game.config, cfg.game_of(model_run), workdir)
-  maps.check(game, inside.modules.map)
-  world = trained_worlds.world_model(diffusion.world_of(model_run, mesh),
-                                     _solver(model_run, inside), game.stay)
-  return acting.inside(dream.World(game, world, inside.modules.map), inside.modules)
-
-
-def _solver(model_run: cfg.Run, inside: cfg.InModel) -> Solver:
-  """How the model's frames are drawn: as its own run says, but for what `inside` sets.
-
-  Raises:
-    UserError: levels of a process that has none, or steps that the model cannot take.
-  """
-  trained: Any = model_run.objective
-  process, steps = trained.process, inside.sampling_steps or trained.sampling_steps
-  if inside.sampling_shift:
-    if not isinstance(process, cfg.Flow):
-      raise UserError(f'InModel.sampling_shift = {inside.sampling_shift:g} is of the levels of '
-                      f'@cfg.Flow(), and the model in {inside.model_from} was trained by '
-                      f'@cfg.{type(process).__name__}(): leave it at 0.')
-    process = dataclasses.replace(process, sampling_shift=inside.sampling_shift)
-  # A run with these settings is checked as any other is.
-  dataclasses.replace(model_run, objective=dataclasses.replace(
-      trained, process=process, sampling_steps=steps))
-  return Solver(process, steps)
-
-
 # --- The job ----------------------------------------------------------------------
 
 
@@ -136,7 +66,7 @@ def _open(run: cfg.Run, workdir: Path, resolved_text: str, allow: frozenset[str]
           ) -> Iterator['PolicyTraining']:
   check_fits(run)
   optim.check_schedule(run.optimizer.schedule, cfg.num_updates(run))
-  place = place_of(run, workdir)
+  place = game_places.opened(run, _method(run).place, workdir)
   with claimed(workdir):
     session = sessions.open_session(run, workdir, resolved_text, allow=allow)
     with contextlib.closing(PolicyTraining(session, place)) as job:
@@ -150,7 +80,7 @@ class PolicyTraining:
   stop_reason = ''
   measured_first = True
 
-  def __init__(self, session: sessions.Session, place: Place) -> None:
+  def __init__(self, session: sessions.Session, place: game_places.Place) -> None:
     """Compiles nothing yet."""
     run = session.run
     self.session, self._place = session, place
@@ -178,8 +108,8 @@ class PolicyTraining:
   def check(self, position: dict[str, Any]) -> None:
     """Refuses a checkpoint of a policy that has played in another model."""
     if position['model'] != self._place.digest:
-      raise UserError('The model in InModel.model_from is not the one that this run has played in: '
-                      'put it back, or use a new --workdir.')
+      raise UserError('The model in InsideModel.model_from is not the one that this run has played '
+                      'in: put it back, or use a new --workdir.')
 
   def resume(self, state: TrainState, position: dict[str, Any]) -> None:
     """Sets the loader to the checkpoint's position."""
@@ -273,11 +203,11 @@ def _programs(run: cfg.Run, mesh: Mesh) -> list[Program]:
   state = states.abstract_state(player, optimizer, mesh, functools.partial(_new_method, run, mesh))
   environment, model_params = acting.true_game(episodes.game_of(run)), {}
   inside = _method(run).place
-  if isinstance(inside, cfg.InModel):
+  if isinstance(inside, cfg.InsideModel):
     # Only the settings of the model are read, so that it need not fit here.
     there = Path(inside.model_from)
-    model_run = policy.open_run(there, None, cfg.Mesh()).run
-    environment = _inside(episodes.game_of(run), model_run, inside, there, mesh)
+    model_run = diffusion.open_trained(there, None, cfg.Mesh()).run
+    environment = game_places.inside_model(episodes.game_of(run), model_run, inside, there, mesh)
     specs = diffusion.world_of(model_run, mesh).specs
     model_params = jax.tree.map(
         lambda x, sharding: abstract(x.shape, x.dtype, sharding), P.abstract(specs),
@@ -352,7 +282,7 @@ def _evaluate(session: sessions.Session, step: int) -> dict[str, float]:
              for name in episodes.game_of(run).policies}}
   shares = {}
   if cfg.place_of(run.objective):
-    place = place_of(run, session.workdir)
+    place = game_places.opened(run, _method(run).place, session.workdir)
     inside = _measuring(run, place.environment)(params, place.params, ids, False)
     inside = {name: np.asarray(x) for name, x in inside.items()}
     each |= {'model_return': inside['return'], 'model_true_return': inside['true_return'],

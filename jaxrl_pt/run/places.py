@@ -25,7 +25,7 @@ _PATHS: dict[type, tuple[str, ...]] = {
     cfg.HybridConversations: ('glob', 'evaluation_glob'),
     cfg.JsonlProblems: ('glob',), cfg.SentencePiece: ('path',),
     cfg.HuggingFaceDataset: ('path',), cfg.JudgeReward: ('judge_from',),
-    cfg.InModel: ('model_from',),
+    cfg.InsideModel: ('model_from',),
     cfg.HuggingFaceTokenizer: ('path',), cfg.Data: ('validation_glob', 'cache_dir'),
     **{kind: kind.policy_fields for kind in get_args(cfg.Objective)}}
 

@@ -33,8 +33,8 @@ cfg.ReinforcePlusPlus.gamma = 0.9
 cfg.Algorithm.aggregation = @cfg.TokenMean()
 """
 INSIDE = POLICY + """
-cfg.GameRL.place = @cfg.InModel()
-cfg.InModel.model_from = '{model}'
+cfg.GameRL.place = @cfg.InsideModel()
+cfg.InsideModel.model_from = '{model}'
 cfg.Algorithm.advantage = @cfg.GAE()
 cfg.Algorithm.surrogate = @cfg.PPOClip()
 cfg.Algorithm.minibatches = 2
