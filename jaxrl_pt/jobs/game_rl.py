@@ -147,11 +147,12 @@ def _setting(run: cfg.Run, environment: acting.Environment) -> acting.Setting:
                         policy_of(run).config.num_frames)
 
 
-def _act(player: game_policy.Policy, params: Params, is_greedy: bool = False) -> acting.Act:
+def _act(player: game_policy.Policy, params: Params, is_greedy: Array | bool = False) -> acting.Act:
   """The policy as games ask it: the likeliest action, or one drawn from it."""
   def act(seen: Array, keys_B: Array) -> tuple[Array, Array]:
     logits = player.hidden(params, seen) @ player.head(params)
-    drawn = logits.argmax(-1) if is_greedy else jax.vmap(jax.random.categorical)(keys_B, logits)
+    drawn = jnp.where(is_greedy, logits.argmax(-1),
+                      jax.vmap(jax.random.categorical)(keys_B, logits))
     logp = jax.nn.log_softmax(logits)
     return drawn.astype(jnp.int32), jnp.take_along_axis(logp, drawn[:, None], 1)[:, 0]
 
@@ -233,7 +234,7 @@ def _measuring(run: cfg.Run, environment: acting.Environment) -> Any:
   """
   source = episodes.source_of(run, is_validation=True)
 
-  def measure(params: Params, model_params: Params, ids_E: Array, is_greedy: bool
+  def measure(params: Params, model_params: Params, ids_E: Array, is_greedy: Array
               ) -> dict[str, Array]:
     keys_E = episodes.keys(run, episodes.VALIDATION, 0, ids_E)
     played = acting.play(
@@ -246,21 +247,23 @@ def _measuring(run: cfg.Run, environment: acting.Environment) -> Any:
             'unreadable': ((1 - played.readable) * counts).sum(-1) / counts.sum(-1),
             'false_events': played.false.sum(-1), 'changes': played.changed.sum(-1)}
 
-  return jax.jit(measure, static_argnums=3)
+  return jax.jit(measure)
 
 
-def scripted_returns(run: cfg.Run, name: str, ids_E: np.ndarray) -> np.ndarray:
-  """f32[E]: what a scripted policy of the game earns in held-out worlds, by the true counters."""
+def scripted_returns(run: cfg.Run, ids_E: np.ndarray) -> dict[str, Array]:
+  """f32[E] by name: what the game's scripted policies earn in held-out worlds, truly."""
   game, pays = episodes.game_of(run), _method(run).pays
   source = episodes.source_of(run, is_validation=True)
 
-  def one(index: Array) -> Array:
+  def one(name: str, index: Array) -> Array:
     truth = trajectories.episode(game, [name], source.config.num_frames,
                                  trajectories.key_of(source, index)).truth
     changed = acting.change(game, truth.counters[:-1], truth.counters[1:])
     return acting.pay(game, changed, pays).sum()
 
-  return np.asarray(jax.jit(jax.vmap(one))(ids_E))
+  found: dict[str, Array] = jax.jit(lambda ids_E: {
+      name: jax.vmap(functools.partial(one, name))(ids_E) for name in game.policies})(ids_E)
+  return found
 
 
 def _evaluate(session: sessions.Session, step: int) -> dict[str, float]:
@@ -278,8 +281,7 @@ def _evaluate(session: sessions.Session, step: int) -> dict[str, float]:
   measure = _measuring(run, acting.true_game(episodes.game_of(run)))
   each = {'return': measure(params, {}, ids, True)['true_return'],
           'sampled_return': measure(params, {}, ids, False)['true_return'],
-          **{f'{name}_return': scripted_returns(run, name, ids)
-             for name in episodes.game_of(run).policies}}
+          **{f'{name}_return': values for name, values in scripted_returns(run, ids).items()}}
   shares = {}
   if cfg.place_of(run.objective):
     place = game_places.opened(run, _method(run).place, session.workdir)
@@ -294,7 +296,7 @@ def _evaluate(session: sessions.Session, step: int) -> dict[str, float]:
 
 
 def _with_intervals(each: dict[str, Any], seed: int) -> dict[str, float]:
-  found = {}
+  found: dict[str, float] = {}
   for name, values in each.items():
     array = np.asarray(values, np.float64)
     low, high = metrics.interval(lambda x: x.mean(-1), (array,), _RESAMPLES, seed)

@@ -9,6 +9,7 @@ sum and one of tokens what comes after the action.
 """
 
 from collections.abc import Callable
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -73,7 +74,7 @@ def make_learner(policy: Policy, optimizer: optax.GradientTransformation, run: c
     silent = objectives.zero_advantage_groups(
         jnp.abs(batch.advantage * batch.loss_mask).sum(-1), jnp.ones((num_worlds, group_size)))
     new, values, first = updates(state, batch, num_worlds)
-    new = new.replace(step=state.step + 1)
+    new = dataclasses.replace(new, step=state.step + 1)
     return policy_update.unless_finite(new, state, values), {
         **values, **first, **measures(rollouts), 'zero_advantage_groups': silent,
         'learning_rate': Weighted.single(schedule(state.step * algorithm.updates))}

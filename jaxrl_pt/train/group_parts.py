@@ -28,7 +28,7 @@ def split(batch: TrainBatch, parts: int) -> TrainBatch:
   if parts == 1:
     return batch
   num_docs = batch.prompts.tokens.shape[0]
-  responses = dataclasses.replace(batch, prompts=())  # type: ignore[arg-type]  # None of them.
+  responses = dataclasses.replace(batch, prompts=())
   responses = split_responses(responses, num_docs, parts)
   return dataclasses.replace(responses, prompts=repeat(batch.prompts, parts))
 
