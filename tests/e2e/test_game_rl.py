@@ -149,7 +149,7 @@ def test_mistakes_are_one_sentence(trained: Job, model: Job, make_job: Callable[
   for command, expected in (
       (argv(inside(where=tmp_path / 'nowhere')), 'holds no config.gin'),
       (argv(inside(where=trained.workdir)), 'holds a run of GameRL'),
-      (argv(inside('cfg.Trajectories.game = @cfg.Pong()', 'cfg.MaaG.map = @cfg.NoMap()')),
+      (argv(inside('cfg.Trajectories.game = @cfg.Pong()')),
        'Pong in frames of 24x32 is asked for'),
       (argv(inside('cfg.Traveler.frame = "64x64"')), 'Traveler in frames of 64x64 is asked for'),
       (['sample', '--workdir', str(trained.workdir), '--prompt', 'a'], 'draws frames and no text'),
