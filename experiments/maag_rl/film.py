@@ -3,7 +3,7 @@
     python experiments/maag_rl/film.py --both runs/maag/both-0 --none runs/maag/none-0 \
         --output experiments/maag_rl/results/film.png
 
-Every row is the same world with the same actions. A frame that the reader cannot read has a red edge.
+Every row is the same world with the same actions. A frame that cannot be read has a red edge.
 """
 
 import argparse

@@ -9,7 +9,7 @@ played in the true game in held-out worlds (`jaxrl-pt eval`), beside a random an
 policies. Arms, each for every seed:
 
     true           in the true game
-    both           inside a model with ledger and map, paid for changes that an event can make
+    both           inside a model with ledger and map, paid for changes that events can have made
     none           inside a model that was trained and is played without either, paid the same way
     none_changes   the same, paid whatever the displayed number changes by
     every_step     a control: the model of `both`, whose ledger is made to count an event in every

@@ -80,8 +80,8 @@ class GameRL:
 
   place: the game itself, or a model of it.
   group_size: games in the same world, which grouped advantages compare.
-  pays: 'events' pays only what an event of the game can add at once, and nothing for any other
-    change of the display; 'changes' pays whatever the display says.
+  pays: 'events' pays only what events of the game can have added, one a step, and nothing for any
+    other change of the display; 'changes' pays whatever the display says.
   eval_games: games in held-out worlds of an evaluation.
   """
 

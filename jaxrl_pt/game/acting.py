@@ -6,7 +6,8 @@
 N(x) are the numbers that the game's reader finds in the frame x (`game.reading`), and their
 difference is that of numbers that wrap, so that 000 after 999 is one more. The reader is the only
 source of the reward: what a model says about itself pays nothing, and neither does a frame that
-cannot be read. With `pays = 'events'` a change that no event of the game makes pays nothing either.
+cannot be read. With `pays = 'events'` a change that the events of t + 1 − s steps cannot have made
+pays nothing either.
 
 Beside the rewards stands what is true. `true_rewards` are those of the true game in the same world
 with the same actions. In Traveler they are what the actions deserve. In Pong and Pac-Man, where
@@ -22,6 +23,7 @@ from flax import struct
 import jax
 from jax import Array
 import jax.numpy as jnp
+import numpy as np
 
 from jaxrl_pt import config as cfg
 from jaxrl_pt.game import base, dream, history, reading
@@ -88,17 +90,23 @@ def change(game: base.Game, before: Array, after: Array) -> Array:
   return jnp.where(more > limits // 2, more - limits, more)
 
 
-def pay(game: base.Game, changed: Array, pays: cfg.Paid) -> Array:
+def pay(game: base.Game, changed: Array, steps: Array | int, pays: cfg.Paid) -> Array:
   """f32[...]: what a change i32[..., M] of the display pays.
 
   Args:
     game: its events, and what its counters are worth.
     changed: from `change`.
-    pays: whether any change pays, or only that of an event.
+    steps: i32[...] the number of steps in which it has changed, in each of which there is at most
+      one event.
+    pays: whether any change pays, or only one that events can have made.
   """
   is_paid = jnp.ones(changed.shape[:-1], bool)
   if pays == 'events':
-    is_paid = (changed[..., None, :] == game.deltas).all(-1).any(-1)
+    # An event of a game changes one counter, and no other event changes that one.
+    assert ((game.deltas != 0).sum(0) <= 1).all() and ((game.deltas != 0).sum(1) <= 1).all()
+    added = game.deltas.sum(0)
+    times = changed // np.where(added, added, 1)
+    is_paid = ((times * added == changed) & (times >= 0)).all(-1) & (times.sum(-1) <= steps)
   return (is_paid * (changed * game.worth).sum(-1)).astype(jnp.float32)
 
 
@@ -124,6 +132,7 @@ class _Games:
   past: history.History
   shown: Array  # i32[B, M] what the last readable frame showed
   due: Array  # i32[B, M] what its history demanded of it
+  steps: Array  # i32[B] steps since that frame
 
 
 def play(setting: Setting, params: Any, act: Act, worlds_B: Array, keys_B: Array, num_actions: int
@@ -161,18 +170,19 @@ def play(setting: Setting, params: Any, act: Act, worlds_B: Array, keys_B: Array
     is_false = (changed != change(game, now.due, demanded)).any(-1)
     found = {
         'frames': frames, 'actions': actions, 'logp': logp, 'counts': counts,
-        'rewards': readable * pay(game, changed, pays),
-        'true_rewards': pay(game, change(game, *counters), pays), 'readable': readable,
+        'rewards': readable * pay(game, changed, now.steps + 1, pays),
+        'true_rewards': pay(game, change(game, *counters), 1, pays), 'readable': readable,
         'changed': readable & (changed != 0).any(-1), 'false': readable & is_false}
     is_read = readable[:, None]
     after = _Games(state, jnp.concatenate([now.seen[:, 1:], frames[:, None]], 1), true, past,
                    jnp.where(is_read, read.counters, now.shown),
-                   jnp.where(is_read, demanded, now.due))
+                   jnp.where(is_read, demanded, now.due),
+                   jnp.where(readable, 0, now.steps + 1))
     return after, found
 
   past = jax.vmap(lambda one: history.start(game, one))(truth)
   begun = _Games(state, jnp.repeat(first[:, None], num_past, 1), games, past, truth.counters,
-                 truth.counters)
+                 truth.counters, jnp.zeros(len(worlds_B), jnp.int32))
   _, found = jax.lax.scan(turn, begun, jnp.arange(num_actions))
   by_game = {name: jnp.moveaxis(x, 0, 1) for name, x in found.items()}
   of_bool = {name: x.astype(jnp.float32) for name, x in by_game.items() if x.dtype == bool}

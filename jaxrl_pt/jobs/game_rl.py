@@ -259,7 +259,7 @@ def scripted_returns(run: cfg.Run, ids_E: np.ndarray) -> dict[str, Array]:
     truth = trajectories.episode(game, [name], source.config.num_frames,
                                  trajectories.key_of(source, index)).truth
     changed = acting.change(game, truth.counters[:-1], truth.counters[1:])
-    return acting.pay(game, changed, pays).sum()
+    return acting.pay(game, changed, 1, pays).sum()
 
   found: dict[str, Array] = jax.jit(lambda ids_E: {
       name: jax.vmap(functools.partial(one, name))(ids_E) for name in game.policies})(ids_E)

@@ -86,17 +86,17 @@ def _loop(found, pays):
   rewards, false = np.zeros(found.rewards.shape), np.zeros(found.rewards.shape)
   for game in range(NUM_GAMES):
     true = _scores(found, game)
-    shown, due = int(read(found.frames[game, 0]).counters[0]), true[0]
+    shown, due, steps = int(read(found.frames[game, 0]).counters[0]), true[0], 0
     for time in range(NUM_ACTIONS):
-      frame = read(found.frames[game, time + 1])
+      frame, steps = read(found.frames[game, time + 1]), steps + 1
       if not frame.readable:
         continue
       more = int(frame.counters[0]) - shown
       more = min((more, more + 1000, more - 1000), key=abs)
-      if pays == 'changes' or more in (0, 1):
+      if pays == 'changes' or 0 <= more <= steps:
         rewards[game, time] = more
       false[game, time] = more % 1000 != (true[time + 1] - due) % 1000
-      shown, due = int(frame.counters[0]), true[time + 1]
+      shown, due, steps = int(frame.counters[0]), true[time + 1], 0
   return rewards, false
 
 
@@ -112,6 +112,7 @@ def test_rewards_equal_a_loop_over_the_frames(place, pays):
   np.testing.assert_array_equal(found.readable[:, [1, 2]], 0)
   np.testing.assert_array_equal(found.rewards[:, [1, 2]], 0)
   assert found.readable.sum() == NUM_GAMES * (NUM_ACTIONS - 2)
+  assert found.rewards[:, 3].max() > 1  # What was built in frames that cannot be read is paid.
   assert false[:, [4, 5, 6, 7]].all() and not false[:, 3].any()
   # What the display says too much pays nothing, or it pays and is taken back.
   if pays == 'events':
@@ -157,10 +158,13 @@ def test_only_what_an_event_adds_is_paid(name):
     changed = acting.change(game, jnp.asarray(before), after)
     np.testing.assert_array_equal(changed, np.broadcast_to(delta, before.shape))
     for pays in ('events', 'changes'):
-      np.testing.assert_array_equal(acting.pay(game, changed, pays), (delta * game.worth).sum())
-  other = jnp.asarray(game.deltas[1:] * 2)
-  assert (np.asarray(acting.pay(game, other, 'events')) == 0).all()
-  np.testing.assert_array_equal(acting.pay(game, other, 'changes'),
-                                2 * game.deltas[1:] @ game.worth)
+      np.testing.assert_array_equal(acting.pay(game, changed, 1, pays),
+                                    (delta * game.worth).sum())
+  twice, both = jnp.asarray(game.deltas[1:] * 2), jnp.asarray(game.deltas.sum(0))
+  for other, steps, is_paid in ((twice, 1, False), (twice, 2, True), (-twice, 9, False),
+                                (both, len(game.deltas) - 1, True), (both * 10 + 7, 9, False)):
+    want = other @ game.worth
+    np.testing.assert_array_equal(acting.pay(game, other, steps, 'events'), is_paid * want)
+    np.testing.assert_array_equal(acting.pay(game, other, steps, 'changes'), want)
   assert {'traveler': [0, 1], 'pong': [0, 1, -1], 'pacman': [0, 10, 0]}[name] == (
       game.deltas @ game.worth).tolist()
