@@ -36,7 +36,8 @@ MODEL = ('cfg.Model.num_layers = 2', 'cfg.Model.d_model = 64', 'cfg.Model.d_ff =
 RATE, KL = 2e-4, ('cfg.Algorithm.kl = @cfg.KLInLoss()', 'cfg.KLInLoss.coef = 0.01')
 # Learning rates of their own: those of the HFT policies, and of the arms for which another one than
 # HGPO's did better on a policy that no arm starts from (README.md).
-RATES = {'hft': 0.006, 'hft_rare': 0.006, 'rft': 0.002, 'dpo': 3e-5}
+RATES = {'hft': 0.006, 'hft_rare': 0.006, 'rft': 0.002, 'dpo': 3e-4, 'thinkless': 1e-3,
+         'adapt_think': 5e-4}
 K, AT_ONCE = 16, 32  # answers in each mode, and prompts, at once
 HFT: dict[str, tuple[str, ...]] = {
     'hft': (), 'hft_rare': ('cfg.HybridSums.think_share = 0.99',)}
