@@ -23,7 +23,7 @@ from jaxrl_pt import files, gin_bindings
 from jaxrl_pt import params as P
 from jaxrl_pt.diffusion.sampling import Solver
 from jaxrl_pt.game import base, dream, games, trajectories
-from jaxrl_pt.jobs import diffusion, trained_worlds
+from jaxrl_pt.jobs import diffusion, world_models
 from jaxrl_pt.parallel.mesh import make_mesh
 
 
@@ -36,7 +36,7 @@ def program(name: str, size: int) -> tuple[Callable[[], Any], int]:
   model, game = diffusion.world_of(run, make_mesh(run.mesh)), games.open_game(run.data.game)
   params = jax.jit(functools.partial(P.init, model.specs))(jax.random.key(0))
   memory = cfg.MapMemory() if arm.map else cfg.NoMap()
-  world = dream.World(game, trained_worlds.world_model(
+  world = dream.World(game, world_models.world_model(
       model, Solver(method.process, arms.SAMPLING_STEPS), game.stay), memory)
   episodes, keys = source.batch(range(size)), jnp.stack(
       [trajectories.key_of(source, number) for number in range(size)])

@@ -16,7 +16,7 @@ from jaxrl_pt.errors import UserError
 from jaxrl_pt.game import worlds
 from jaxrl_pt.game.base import Game
 from jaxrl_pt.game.teacher_forced import frame_metrics
-from jaxrl_pt.jobs import autoencoding, episodes
+from jaxrl_pt.jobs import autoencoding, episodes, world_models
 from jaxrl_pt.jobs.kind import Kind, Program
 from jaxrl_pt.jobs.packed import keeps_nothing
 from jaxrl_pt.models.world import World, build
@@ -73,7 +73,14 @@ def _open(run: cfg.Run, workdir: Path, resolved_text: str, allow: frozenset[str]
 
 
 def _programs(run: cfg.Run, mesh: Mesh) -> list[Program]:
-  return [episodes.program(run, mesh, 'diffusion step', _stage(run, mesh))]
+  step = episodes.program(run, mesh, 'diffusion step', _stage(run, mesh))
+  if mesh.size > 1:  # A game is played on one device.
+    return [step]
+  method = _method(run)
+  passes = method.sampling_steps * _tokens_per_frame(run)  # Each costs a third of a training pass.
+  return [step, world_models.frame_program(
+      episodes.game_of(run), world_of(run, mesh), Solver(method.process, method.sampling_steps),
+      mesh, passes / (3 * num_tokens(run)))]
 
 
 # --- Trained models ---------------------------------------------------------------

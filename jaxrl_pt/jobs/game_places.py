@@ -10,7 +10,7 @@ from jaxrl_pt import config as cfg
 from jaxrl_pt.diffusion.sampling import Solver
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.game import acting, base, dream, maps
-from jaxrl_pt.jobs import diffusion, episodes, reinforce, trained_worlds
+from jaxrl_pt.jobs import diffusion, episodes, reinforce, trained_worlds, world_models
 from jaxrl_pt.run import places
 from jaxrl_pt.types import Params
 
@@ -67,8 +67,8 @@ def inside_model(game: base.Game, model_run: cfg.Run, inside: cfg.InsideModel, w
   """
   trained_worlds.check_game(game.config, cfg.game_of(model_run), workdir)
   maps.check(game, inside.modules.map)
-  world = trained_worlds.world_model(diffusion.world_of(model_run, mesh),
-                                     _solver(model_run, inside), game.stay)
+  world = world_models.world_model(diffusion.world_of(model_run, mesh),
+                                   _solver(model_run, inside), game.stay)
   return acting.inside(dream.World(game, world, inside.modules.map), inside.modules)
 
 

@@ -1,18 +1,12 @@
-"""A trained model of a game as the three functions that rollouts ask for (`dream.WorldModel`)."""
+"""A trained model of a game, as rollouts ask for it (`dream.WorldModel`)."""
 
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
-from jax import Array
-import jax.numpy as jnp
-
 from jaxrl_pt import config as cfg
-from jaxrl_pt.diffusion import sampling
 from jaxrl_pt.errors import UserError
 from jaxrl_pt.game import base, dream
-from jaxrl_pt.jobs import diffusion
-from jaxrl_pt.models.world import Told, World
+from jaxrl_pt.jobs import diffusion, world_models
 from jaxrl_pt.types import Params
 
 
@@ -40,7 +34,7 @@ def load(workdir: Path, step: int | None, game: base.Game | None = None) -> Load
   trained = diffusion.load(workdir, step)
   if game is not None:
     check_game(game.config, trained.game.config, workdir)
-  model = world_model(trained.world, trained.solver, trained.game.stay)
+  model = world_models.world_model(trained.world, trained.solver, trained.game.stay)
   return Loaded(model, trained.params, trained.step, trained.game)
 
 
@@ -55,27 +49,3 @@ def check_game(asked: cfg.Game, drawn: cfg.Game, workdir: Path) -> None:
         f'The model in {workdir} draws {type(drawn).__name__} in frames of {drawn.frame}, and '
         f'{type(asked).__name__} in frames of {asked.frame} is asked for: give the work directory '
         'of a model of that game.')
-
-
-def world_model(world: World, solver: sampling.Solver, stay: int) -> dream.WorldModel:
-  """A model as rollouts ask for it.
-
-  Args:
-    world: the model.
-    solver: how it turns noise into a frame.
-    stay: the game's action that does nothing.
-  """
-  def begin(params: Params, frames: Array, told: dream.Condition) -> sampling.State:
-    still = jnp.full(len(frames), stay, jnp.int32)
-    return sampling.init_state(world, params, frames, Told(still, told.values, told.crop))
-
-  def event_logits(params: Params, state: sampling.State, actions: Array) -> Array:
-    return sampling.event_logits(world, params, state, actions)
-
-  def next_frame(params: Params, state: sampling.State, actions: Array, told: dream.Condition,
-                 keys: Array) -> tuple[Array, sampling.State]:
-    return sampling.next_frame(world, params, solver, state,
-                               Told(actions, told.values, told.crop),
-                               jax.random.wrap_key_data(keys))
-
-  return dream.WorldModel(begin, event_logits, next_frame)
