@@ -44,8 +44,8 @@ def test_at_most_three_layers_of_include(path):
   assert depth(path) <= 3
 
 
-@pytest.mark.parametrize('name', ['v5e_16', 'v5e_256', 'v6e_2x256', 'v5p_8', 'v5p_128', 'v5p_128_tensor_8',
-                                  'v5p_512'])
+@pytest.mark.parametrize('name', ['v5e_16', 'v5e_256', 'v6e_2x256', 'v5p_8', 'v5p_128',
+                                  'v5p_128_tensor_8', 'v5p_512'])
 def test_cluster_files_only_shape_the_mesh(name):
   before, _ = gin_bindings.load([TINY], ())
   after, _ = gin_bindings.load([TINY, f'gin/cluster/{name}.gin'], ())
