@@ -57,10 +57,10 @@ def _picture(by_arm: Mapping[str, Mapping[str, Any]]) -> Figure:
 
 
 def _bars(axes: Axes, by_arm: Mapping[str, Mapping[str, Any]]) -> None:
-  """Return of the likeliest actions in the true game; a dot is a seed."""
+  """Return of sampled actions in the true game; a dot is a seed."""
   shown = [arm for arm in NAMES if by_arm[arm]]
   for place, arm in enumerate(shown):
-    values = [row['evaluation']['return'] for row in by_arm[arm].values()]
+    values = [row['evaluation']['sampled_return'] for row in by_arm[arm].values()]
     axes.bar(place, np.mean(values), color=COLOURS[arm], width=0.65)
     axes.plot([place] * len(values), values, 'o', color='black', markersize=4)
   first = next(iter(by_arm[shown[0]].values()))['evaluation'] if shown else {}
@@ -68,11 +68,11 @@ def _bars(axes: Axes, by_arm: Mapping[str, Mapping[str, Any]]) -> None:
     if name in first:
       axes.axhline(first[name], color='black', linestyle=style, linewidth=1,
                    label=name.removesuffix('_return').replace('_', ' '))
-  axes.set_xticks(range(len(shown)), [NAMES[arm].replace(' with', '\nwith') for arm in shown],
-                  fontsize=8)
-  axes.set_title('return in the true game, by where the policy learned', fontsize=9)
+  axes.set_xticks(range(len(shown)), shown, fontsize=8, rotation=20)
+  axes.set_title('return in the true game, by arm', fontsize=9)
   axes.set_ylabel('points a game')
-  axes.legend(fontsize=8, title='scripted policies', title_fontsize=8)
+  axes.set_ylim(0, 34)
+  axes.legend(fontsize=8, title='scripted policies', title_fontsize=8, loc='upper right', ncols=3)
 
 
 def _curves(axes: Axes, arm: str, rows: Mapping[str, Any]) -> None:
@@ -84,6 +84,7 @@ def _curves(axes: Axes, arm: str, rows: Mapping[str, Any]) -> None:
               label='paid in the model' if is_first else None)
     axes.plot(steps, curve['true_reward'], color='black', linewidth=1, linestyle='--',
               label='the true game, same actions' if is_first else None)
-  axes.set_title(NAMES[arm].replace('\n', ' '), fontsize=9)
+  axes.set_title(f'{arm}: {NAMES[arm]}'.replace('\n', ' '), fontsize=8)
   axes.set_xlabel('step')
-  axes.legend(fontsize=8)
+  axes.set_ylim(-17, 34)
+  axes.legend(fontsize=8, loc='upper right')
