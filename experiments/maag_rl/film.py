@@ -39,7 +39,7 @@ def main() -> None:
   rows = [strip(acting.true_game(game), {}, source, args)]
   for workdir, modules in ((args.both, cfg.MaaG()), (args.none, ALONE)):
     trained = diffusion.load(workdir)
-    inside = cfg.InsideModel(str(workdir), modules, sampling_shift=0.1)
+    inside = cfg.InsideModel(str(workdir), modules)
     environment = game_places.inside_model(game, trained.session.run, inside, workdir,
                                            trained.session.mesh)
     rows.append(strip(environment, trained.params, source, args))

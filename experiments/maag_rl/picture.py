@@ -84,7 +84,7 @@ def _curves(axes: Axes, arm: str, rows: Mapping[str, Any]) -> None:
               label='paid in the model' if is_first else None)
     axes.plot(steps, curve['true_reward'], color='black', linewidth=1, linestyle='--',
               label='the true game, same actions' if is_first else None)
-  axes.set_title(f'{arm}: {NAMES[arm]}'.replace('\n', ' '), fontsize=8)
+  axes.set_title(f'{arm}:\n' + NAMES[arm].replace('\n', ' '), fontsize=8)
   axes.set_xlabel('step')
   axes.set_ylim(-17, 34)
   axes.legend(fontsize=8, loc='upper right')

@@ -45,7 +45,6 @@ ARMS = 'true', 'both', 'none', 'none_changes', 'every_step'
 MODELS = {'both': 'both', 'every_step': 'both', 'none': 'none', 'none_changes': 'none'}
 _ALONE = ("MaaG.events = 'none'", 'MaaG.shows_counters = False', 'MaaG.map = @cfg.NoMap()')
 _CURVES = 'reward', 'true_reward', 'unreadable', 'false_events', 'missed', 'entropy'
-SAMPLING_SHIFT = 0.1  # Levels near the frame: fewer frames cannot be read (experiments/maag).
 
 
 @dataclass(frozen=True)
@@ -90,8 +89,7 @@ def changes(arm: str, seed: int, size: Size, model: Path | None) -> list[str]:
            f'ConstantRate.learning_rate = {size.rate}',
            f'Checkpoint.every = {max(1, size.steps // 8)}', 'Checkpoint.keep = 1']
   if model is not None:
-    found += [f'InsideModel.model_from = {str(model)!r}',
-              f'InsideModel.sampling_shift = {SAMPLING_SHIFT}']
+    found.append(f'InsideModel.model_from = {str(model)!r}')
   if arm.startswith('none'):
     found += _ALONE
   if arm == 'every_step':
