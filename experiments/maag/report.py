@@ -260,7 +260,7 @@ def _figure(columns: int) -> tuple[Figure, list[Axes]]:
   axes = list(np.atleast_1d(figure.subplots(1, columns)))
   for one in axes:
     one.spines[['top', 'right']].set_visible(False)
-    one.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    one.yaxis.set_major_formatter(PercentFormatter(1.0))
     one.set_ylim(0, 1.04)
   return figure, axes
 
