@@ -155,7 +155,8 @@ def test_mistakes_are_one_sentence(trained: Job, model: Job, make_job: Callable[
       (['sample', '--workdir', str(trained.workdir), '--prompt', 'a'], 'draws frames and no text'),
       ([*train_argv(trained), '--gin_bindings', 'cfg.Trajectories.game = @cfg.PacMan()'],
        'Trajectories.game'),
-      ([*train_argv(trained), '--gin_bindings', 'cfg.GamePolicy.hidden = 8'], 'another model'),
+      ([*train_argv(trained), '--gin_bindings', 'cfg.GamePolicy.hidden = 8'],
+       'made with other settings (GamePolicy.hidden'),
       ([*train_argv(trained), '--gin_bindings', 'cfg.Run.objective = @cfg.NextToken()'],
        'Run.model = @cfg.Model()')):
     assert expected in complaint(capfd, *command), command
