@@ -1,6 +1,7 @@
 """What is trained and asked: arms, sizes, and the commands of `jaxrl-pt` that do both."""
 
 from collections.abc import Sequence
+import dataclasses
 from dataclasses import dataclass
 import json
 from pathlib import Path
@@ -9,6 +10,7 @@ import sys
 from typing import Any
 
 from jaxrl_pt.scaling import runs
+from jaxrl_pt.scaling.seeds import finished_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 TRIED = 0.001, 0.002, 0.004
@@ -181,3 +183,14 @@ def settings(arm: Arm, size: Size, changes: Sequence[str], frames: int = 0) -> l
   gin = ROOT / 'gin' / 'eval' / f'{_EVALUATIONS[arm.game]}.gin'
   return ['--gin_file', str(gin),
           *(word for change in (*every, *changes) for word in ('--gin_bindings', f'cfg.{change}'))]
+
+
+def results(root: Path, size: Any) -> dict[str, Any]:
+  """The results of the parts that runs.jsonl says were finished at this size, by name.
+
+  Args:
+    root: the work directory of an experiment.
+    size: a dataclass, how much was trained and measured.
+  """
+  return {row['part']: row['result'] for row in finished_rows(root / 'runs.jsonl')
+          if row['size'] == dataclasses.asdict(size)}

@@ -34,7 +34,7 @@ from typing import Any
 import arms
 from arms import ARMS, FOUR, GAMES, RIVALS, Size
 
-from jaxrl_pt.scaling.seeds import append_row, finished_rows
+from jaxrl_pt.scaling.seeds import append_row
 
 HERE = Path(__file__).resolve().parent
 SEEDS = 0, 1, 2
@@ -161,7 +161,7 @@ def with_needs(names: Sequence[str], seeds: Sequence[int]) -> list[list[str]]:
 
 def run_all(wanted: Sequence[str], root: Path, size: Size, args: argparse.Namespace) -> None:
   """Runs the parts that have no row yet, and what they need, `workers` at a time."""
-  done = results(root, size)
+  done = arms.results(root, size)
 
   def one(name: str) -> bool:
     began = time.perf_counter()
@@ -180,12 +180,6 @@ def run_all(wanted: Sequence[str], root: Path, size: Size, args: argparse.Namesp
     with concurrent.futures.ThreadPoolExecutor(args.workers) as pool:
       if not all(pool.map(one, [name for name in wave if name not in done])):
         raise SystemExit(1)
-
-
-def results(root: Path, size: Size) -> dict[str, Any]:
-  """The results of the parts that were finished at this size, by name."""
-  return {row['part']: row['result'] for row in finished_rows(root / 'runs.jsonl')
-          if row['size'] == dataclasses.asdict(size)}
 
 
 def main() -> None:
@@ -215,7 +209,7 @@ def main() -> None:
     run_all([name for name in parts(args.seeds, args.smoke) if name.startswith(begins)], root,
             size, args)
   import report
-  report.write(results(root, size), root, args.results or root / 'results')
+  report.write(arms.results(root, size), root, args.results or root / 'results')
 
 
 if __name__ == '__main__':

@@ -34,7 +34,7 @@ import time
 from typing import Any
 
 from jaxrl_pt.scaling import runs
-from jaxrl_pt.scaling.seeds import append_row, finished_rows
+from jaxrl_pt.scaling.seeds import append_row
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -128,7 +128,7 @@ def evaluation(workdir: Path) -> dict[str, float]:
 def run_all(wanted: Sequence[tuple[str, int]], root: Path, size: Size, given: dict[str, Path],
             workers: int) -> None:
   """Runs the parts that have no row yet, `workers` at a time; the models come first."""
-  done = results(root, size)
+  done = models.results(root, size)
   todo = [(arm, seed) for arm, seed in wanted if f'{arm}/{seed}' not in done]
   for arm in {MODELS[arm]: arm for arm, _ in todo if arm in MODELS}.values():
     model_of(arm, root, size, given)
@@ -144,12 +144,6 @@ def run_all(wanted: Sequence[tuple[str, int]], root: Path, size: Size, given: di
 
   with concurrent.futures.ThreadPoolExecutor(workers) as pool:
     list(pool.map(one, todo))
-
-
-def results(root: Path, size: Size) -> dict[str, Any]:
-  """The results of the parts that were finished at this size, by name."""
-  return {row['part']: row['result'] for row in finished_rows(root / 'runs.jsonl')
-          if row['size'] == dataclasses.asdict(size)}
 
 
 def main() -> None:
@@ -181,7 +175,8 @@ def main() -> None:
     run_all([(arm, seed) for seed in seeds for arm in args.arms.split(',')], root, size, given,
             args.workers)
   import picture
-  picture.write(results(root, size), args.results or root / 'results', dataclasses.asdict(size))
+  picture.write(models.results(root, size), args.results or root / 'results',
+                dataclasses.asdict(size))
 
 
 if __name__ == '__main__':

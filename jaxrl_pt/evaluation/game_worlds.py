@@ -160,7 +160,7 @@ def _estimate(share: measures.Share, settings: cfg.GameEvaluation) -> dict[str, 
       return right.sum(-1) / asked.sum(-1)
 
   low, high = metrics.interval(ratio, (right, asked), settings.resamples,
-                                       settings.trajectories.seed)
+                               settings.trajectories.seed)
   return {'value': round(float(ratio(right, asked)), 6),
           'interval': [round(low, 6), round(high, 6)], 'asked': int(asked.sum())}
 

@@ -255,7 +255,7 @@ def _equal_tokens(drawn: dict[str, Drawn], settings: cfg.HybridAccuracy) -> dict
   found: dict[str, Any] = {}
   for name, value in point.items():
     ends_of = metrics.interval(lambda *resampled, name=name: compared(*resampled)[name], columns,
-                              settings.resamples, settings.seed)
+                               settings.resamples, settings.seed)
     found[name] = {'value': _number(value), 'interval': [_number(x) for x in ends_of]}
   reached, spent = (hybrid.mean(values, 0) for values in curve)
   return {'at_equal_tokens': found,
