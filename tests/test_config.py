@@ -477,7 +477,7 @@ REFUSED: list[tuple[type, str, list[Any], str]] = [
     (cfg.Diffusion, 'process', [None, 'x'], 'one of @cfg.Flow()'),
     (cfg.Diffusion, 'windows', [0, 1.5], 'a whole number from 1'),
     *((cfg.Diffusion, name, [-0.1, 1.1, NAN], 'a number from 0 to 1')
-      for name in ('context_noise', 'map_dropout', 'pose_jitter')),
+      for name in ('context_noise', 'map_dropout', 'pose_jitter', 'paint_rate')),
     (cfg.Diffusion, 'display_weight', [0, NAN], 'a number above 0'),
     (cfg.Diffusion, 'event_weight', [-0.1, NAN], 'a number of at least 0'),
     (cfg.Diffusion, 'sampling_steps', [0, 9], 'a whole number from 1 to 8'),

@@ -250,6 +250,8 @@ class Diffusion:
   context_noise: the last frames get noise of a level drawn from 0 to this, which the model is told.
   map_dropout: the share of the map's cells that are hidden from the model.
   pose_jitter: the share of frames at which the map is off by a cell.
+  paint_rate: the share of frames before which somebody has painted a cell of the map, so that the
+    frame must show what no earlier one did; of models with a history of frames that see the map.
   display_weight: the weight of the error of a pixel of the display; others have 1.
   event_weight: λ.
   sampling_steps: steps from noise to a frame in evaluation, from 1 to 8.
@@ -262,6 +264,7 @@ class Diffusion:
   context_noise: float = 0.7
   map_dropout: float = 0.05
   pose_jitter: float = 0.1
+  paint_rate: float = 0.1
   display_weight: float = 8.0
   event_weight: float = 0.1
   sampling_steps: int = 4
@@ -275,7 +278,7 @@ class Diffusion:
   def __post_init__(self) -> None:
     checks.instance(self, 'process', *get_args(Process))
     checks.integer(self, 'windows', 1, 2**14)
-    for name in ('context_noise', 'map_dropout', 'pose_jitter'):
+    for name in ('context_noise', 'map_dropout', 'pose_jitter', 'paint_rate'):
       checks.number(self, name, 0.0, 1.0)
     checks.positive(self, 'display_weight')
     checks.number(self, 'event_weight', 0.0)

@@ -26,6 +26,8 @@ MEASURES = (
     ('digit_acc', 'shows the ledger', True),
     ('spa_con_all', 'cells seen before', True),
     ('spa_con_reentry', 'cells that come back', True),
+    ('bare', 'bare ground', True),
+    ('bare_reentry', 'bare ground that comes back', True),
     ('event_acc', 'LogicNet, all frames', True),
     ('event_recall', 'LogicNet, events', True),
     ('unreadable', 'frames that cannot be read', True),
@@ -238,7 +240,10 @@ def _maps(figure: Figure, place: Any, game: base.Game, batch: Batch) -> None:
   parts = place.subgridspec(2, shown) if game.world_shape[0] == 1 else place.subgridspec(
       1, 2 * shown)
   for row in range(shown):
-    world = np.asarray(progress.carry.past.world[row])
+    past = progress.carry.past
+    is_bare = np.asarray((past.sightings.last[row] >= 0) & (past.since[row] < 0))
+    vacant = game.tiles.vacant
+    world = np.where(is_bare & vacant.any(), vacant.argmax(), np.asarray(past.world[row]))
     known = np.asarray(progress.carry.dream.map.known[row])
     pictures = (('shown first', _painted(world != base.UNKNOWN, game.tiles.colours[world])),
                 ('map' if known.any() else 'no map',

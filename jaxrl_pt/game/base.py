@@ -86,16 +86,24 @@ class Tiles(NamedTuple):
   """What the contents of cells look like; C contents, and 0 for a game without a map.
 
   pictures: u8[C, h, w, 3] what each content looks like.
-  kept: bool[C] the contents that a map keeps: what can stand where it is now for good.
+  kept: bool[C] the contents that a map keeps: what a cell can go on to hold when out of view.
+  vacant: bool[C] those of them on which something may come to stand, such as ground.
   colours: f32[C, 3] the colour from 0 to 1 by which a map tells each content.
   """
 
   pictures: np.ndarray
   kept: np.ndarray
+  vacant: np.ndarray
   colours: np.ndarray
 
+  @property
+  def settled(self) -> np.ndarray:
+    """bool[C]: the contents that stay, once they are there."""
+    return self.kept & ~self.vacant
 
-NO_TILES = Tiles(np.zeros((0, 1, 1, 3), np.uint8), np.zeros(0, bool), np.zeros((0, 3), np.float32))
+
+NO_TILES = Tiles(np.zeros((0, 1, 1, 3), np.uint8), np.zeros(0, bool), np.zeros(0, bool),
+                 np.zeros((0, 3), np.float32))
 
 
 class Game(NamedTuple):

@@ -33,6 +33,7 @@ class Claims:
   counts: Array  # bool[] whether anything is demanded: not once the episode is over
   origin: Array  # i32[2] world coordinates of the view's first cell, by the executed actions
   due: Array  # bool[h, w] cells that must show what they showed before
+  bare: Array  # bool[h, w] cells on which nothing was ever built or put, which must show that
   cells: Array  # i32[h, w] what they must show; UNKNOWN where no frame could be read
   away: Array  # i32[h, w] frames that a cell was out of view before it came back; 0 if it was not
   returned: Array  # bool[h, w] it came back in this very frame
@@ -59,21 +60,22 @@ def start(game: base.Game, truth: base.Truth) -> History:
   """The history of a first frame, of which the simulator knows what is true."""
   tiles = game.tiles
   inside = window(jnp.ones(game.world_shape, bool), truth.origin, game.view_shape, False)
-  is_kept = inside & (truth.cells != base.UNKNOWN)
+  is_seen = inside & (truth.cells != base.UNKNOWN)
+  is_settled = is_seen
   if len(tiles.kept):
-    is_kept &= jnp.asarray(tiles.kept)[truth.cells]
-  seen = window(jnp.where(is_kept, truth.cells, base.UNKNOWN), -truth.origin, game.world_shape,
-                base.UNKNOWN)
-  since = jnp.where(seen == base.UNKNOWN, -1, 0)
+    is_settled &= jnp.asarray(tiles.settled)[truth.cells]
+  back = lambda array, outside: window(array, -truth.origin, game.world_shape, outside)
+  world = back(jnp.where(is_settled, truth.cells, base.UNKNOWN), base.UNKNOWN)
+  since = jnp.where(world == base.UNKNOWN, -1, 0)
   none = jnp.zeros(game.view_shape, bool)
   claims = Claims(
       truth.counters, truth.event, truth.moved, jnp.asarray(False), ~truth.done, truth.origin, none,
-      jnp.full(game.view_shape, base.UNKNOWN, jnp.int32),
+      none, jnp.full(game.view_shape, base.UNKNOWN, jnp.int32),
       jnp.zeros(game.view_shape, jnp.int32), none)
   zero = jnp.asarray(0)
-  sightings = base.Sightings.none(game.world_shape).see(since >= 0, zero)
+  sightings = base.Sightings.none(game.world_shape).see(back(is_seen, False), zero)
   return History(claims, zero, truth.pose, truth.origin, truth.objects, truth.objects, zero,
-                 truth.done, seen, since, sightings)
+                 truth.done, world, since, sightings)
 
 
 def window(array: Array, origin: Array, shape: tuple[int, int], outside: bool | int) -> Array:
@@ -96,27 +98,28 @@ def window(array: Array, origin: Array, shape: tuple[int, int], outside: bool | 
   return jnp.where(is_inside.reshape(*shape, *(1,) * (array.ndim - 2)), found, outside)
 
 
-def claim(past: History, since: Array, sightings: base.Sightings, origin: Array, *, is_due: Array,
-          event: Array, counters: Array, moved: Array, is_move: Array | bool = True) -> Claims:
+def claim(past: History, sightings: base.Sightings, origin: Array, *, is_due: Array,
+          is_bare: Array, event: Array, counters: Array, moved: Array,
+          is_move: Array | bool = True) -> Claims:
   """The demands on the frame after `past`.
 
   Args:
     past: the history before it, whose `world` says what cells must show.
-    since: i32[rows, columns] as in `History`, with what the step has added.
     sightings: with the new frame.
     origin: i32[2] where the frame's view begins.
     is_due: bool[rows, columns] the cells of the world that must show what they showed before.
+    is_bare: bool[rows, columns] those that must show that there is nothing; False for none.
     event, counters, moved, is_move: as in `Claims`.
   """
   shape = past.claims.due.shape
   assert len(shape) == 2
   view = lambda array, outside: window(array, origin, shape, outside)
-  due = view(is_due, False)
+  due, bare = view(is_due, False), view(is_bare, False)
   return Claims(
-      counters, event, moved, jnp.asarray(is_move), ~past.done, origin, due,
+      counters, event, moved, jnp.asarray(is_move), ~past.done, origin, due, bare,
       jnp.where(due, view(past.world, base.UNKNOWN), base.UNKNOWN),
-      jnp.where(due, view(sightings.away, 0), 0),
-      due & view(sightings.returned(past.frame + 1), False))
+      jnp.where(due | bare, view(sightings.away, 0), 0),
+      (due | bare) & view(sightings.returned(past.frame + 1), False))
 
 
 def freeze(past: History, after: History) -> History:

@@ -3,11 +3,12 @@
 After a frame has been drawn, the cells that it shows are compared with the map round the place to
 which the actions lead (q̂):
 
-    o* = argmin_{|o| ≤ w} Σ_known ‖x − M[q̂ + o]‖² / #known
+    o* = argmin_{|o| ≤ w} Σ_settled ‖x − M[q̂ + o]‖² / #settled
 
-and o* ≠ 0 is accepted only if at least u of the cells are known there and it beats o = 0 by the
-margin τ; otherwise the actions are believed. Where places look alike, several offsets fit equally
-well, and without the margin noise chooses among them.
+over the cells of which the map knows something that stays: what was ground may have been built on.
+o* ≠ 0 is accepted only if there are at least u of them and it beats o = 0 by the margin τ;
+otherwise the actions are believed. Where places look alike, several offsets fit equally well, and
+without the margin noise chooses among them.
 
 Source: MaaG (arXiv 2503.21172) aligns map and view by a sliding window and names repetitive scenes
 as its limit; window, margin and the least overlap are our choices.
@@ -20,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrl_pt import config as cfg
-from jaxrl_pt.game import maps, reading
+from jaxrl_pt.game import history, maps, reading
 
 
 def offsets(reach: int, world_shape: tuple[int, int]) -> np.ndarray:
@@ -34,12 +35,12 @@ def cost(remembered: maps.Map, view: maps.View, origin: Array) -> tuple[Array, A
   """The mean squared difference between a view and the map at i32[2] `origin`.
 
   Returns:
-    f32[] and i32[], the number of cells that are compared; 0 and 0 where the map knows none.
+    f32[] and i32[], the number of cells that are compared; 0 and 0 where there is none.
   """
   shape = view.shown.shape
   assert len(shape) == 2
-  colours, known = maps.retrieve(remembered, origin, shape)
-  compared = known & view.shown
+  colours, _ = maps.retrieve(remembered, origin, shape)
+  compared = history.window(remembered.settled, origin, shape, False) & view.shown
   error = jnp.where(compared, ((view.colours - colours) ** 2).sum(-1), 0.0)
   count = compared.sum()
   return error.sum() / jnp.maximum(count, 1), count
@@ -58,7 +59,7 @@ def link(remembered: maps.Map, view: maps.View, expected: Array, how: cfg.Slidin
   assert len(shape) == 2
   tried = offsets(how.reach, shape)
   costs, counts = zip(*(cost(remembered, view, expected + o) for o in tried), strict=True)
-  # Nothing is elsewhere if the map knows none of the cells where they are expected.
+  # Nothing is elsewhere if nothing is settled where the view is expected.
   here = costs[0]
   elsewhere = jnp.stack([here, *(
       jnp.where((c < here - how.margin) & (n >= how.min_known), c, jnp.inf)

@@ -2,8 +2,9 @@
 
 A map has a colour for each cell of the world and says whether it knows it. Before a frame is drawn,
 `retrieve` finds the cells that will be in view, and `contents_of` says what a model is told of
-them. Afterwards `write` keeps what the frame shows of cells that the map does not know (or of all
-of them, where the last one counts). All functions take one game.
+them. Afterwards `write` keeps what the frame shows of cells of which the map does not know
+something that stays (or of all of them, where the last one counts): that ground is bare is
+remembered too, and gives way to what is built on it. All functions take one game.
 
 Source: MaaG (arXiv 2503.21172) keeps an external map of explored areas, retrieves its local content
 and links new observations to it. Colours as entries and the rules of writing are our choices.
@@ -27,11 +28,13 @@ class Map:
 
   colours: Array  # f32[rows, columns, 3] from 0 to 1; 0 where nothing is known
   known: Array  # bool[rows, columns]
+  settled: Array  # bool[rows, columns] known to hold what stays; on other cells something may come
 
   @classmethod
   def empty(cls, shape: tuple[int, int]) -> 'Map':
     """A map that knows nothing."""
-    return cls(jnp.zeros((*shape, 3)), jnp.zeros(shape, bool))
+    nowhere = jnp.zeros(shape, bool)
+    return cls(jnp.zeros((*shape, 3)), nowhere, nowhere)
 
 
 @struct.dataclass
@@ -41,6 +44,7 @@ class View:
   colours: Array  # f32[h, w, 3]
   shown: Array  # bool[h, w] whether the cell can be seen
   kept: Array  # bool[h, w] whether it shows what a map keeps
+  settled: Array  # bool[h, w] whether that stays
 
 
 def check(game: base.Game, memory: cfg.MapMemory | cfg.NoMap) -> None:
@@ -68,7 +72,7 @@ def check(game: base.Game, memory: cfg.MapMemory | cfg.NoMap) -> None:
 def buildable(game: base.Game) -> np.ndarray:
   """i32[N]: the contents that chance, or a person, may put into a cell: no walls and no edges."""
   return np.array([index for index, name in enumerate(game.contents)
-                   if game.tiles.kept[index] and name != 'wall'], np.int32)
+                   if game.tiles.settled[index] and name != 'wall'], np.int32)
 
 
 def colours_of(game: base.Game, contents: Array) -> Array:
@@ -103,14 +107,15 @@ def see(game: base.Game, frame: Array, entries: cfg.MapEntries) -> View:
   """What a frame f32[H, W, 3] shows of the cells of the view."""
   if not game.contents:
     none = jnp.zeros(game.view_shape, bool)
-    return View(jnp.zeros((*game.view_shape, 3)), none, none)
+    return View(jnp.zeros((*game.view_shape, 3)), none, none, none)
   frame = reading.as_float(frame)
   contents = game.recognise(frame).cells
   colours, shown = colours_of(game, contents), contents != base.UNKNOWN
   if entries == 'colours':
     top, left, *cell = game.grid
     colours = display.cut_grid(frame, top, left, game.view_shape, (cell[0], cell[1])).mean((2, 3))
-  return View(colours, shown, shown & jnp.asarray(game.tiles.kept)[contents])
+  is_one_of = lambda table: shown & jnp.asarray(table)[contents]
+  return View(colours, shown, is_one_of(game.tiles.kept), is_one_of(game.tiles.settled))
 
 
 def write(remembered: Map, view: View, origin: Array, writes: cfg.MapWrites) -> Map:
@@ -120,26 +125,29 @@ def write(remembered: Map, view: View, origin: Array, writes: cfg.MapWrites) -> 
     remembered: the map.
     view: from `see`.
     origin: i32[2] where the view begins.
-    writes: 'first' leaves what is known as it is.
+    writes: 'first' leaves what is settled as it is; over ground it writes what is built there.
   """
   shape = remembered.known.shape
   assert len(shape) == 2
-  is_new = history.window(view.kept, -origin, shape, False)
+  back = lambda array, outside: history.window(array, -origin, shape, outside)
+  is_new = back(view.kept, False)
   if writes == 'first':
-    is_new &= ~remembered.known
-  colours = history.window(view.colours, -origin, shape, 0)
-  return Map(jnp.where(is_new[..., None], colours, remembered.colours), remembered.known | is_new)
+    is_new &= ~remembered.settled
+  return Map(jnp.where(is_new[..., None], back(view.colours, 0), remembered.colours),
+             remembered.known | is_new,
+             jnp.where(is_new, back(view.settled, False), remembered.settled))
 
 
 def paint(game: base.Game, remembered: Map, cell: Array, content: Array) -> Map:
   """The map after somebody has painted a content, i32[], into a cell, i32[2].
 
-  A content that maps do not keep, as ground, makes the map forget the cell. What comes from outside
-  is checked by `edits.check_cell`.
+  A content that maps do not keep makes the map forget the cell. What comes from outside is checked
+  by `edits.check_cell`.
   """
   here = base.is_at(remembered.known.shape, cell)
   is_kept = jnp.asarray(game.tiles.kept)[content]
   colour = jnp.where(is_kept, jnp.asarray(game.tiles.colours)[content], 0.0)
   return dataclasses.replace(
       remembered, colours=jnp.where(here[..., None], colour, remembered.colours),
-      known=jnp.where(here, is_kept, remembered.known))
+      known=jnp.where(here, is_kept, remembered.known),
+      settled=jnp.where(here, jnp.asarray(game.tiles.settled)[content], remembered.settled))

@@ -11,6 +11,8 @@ the frames is compared with the claims of the model's own history (`history.Clai
     digit_acc        the display shows the ledger with which the frame was drawn
     spa_con_all      a cell shows what it showed first, of all cells that were seen before
     spa_con_reentry  the same, in the very frame in which a cell comes back into view
+    bare             a cell on which nothing was ever built shows that there is nothing
+    bare_reentry     the same, in the very frame in which it comes back into view
     event_acc        LogicNet expects what happens; event_recall, where something happens
     unreadable       frames that cannot be read
     misplaced        frames whose view the modules take to be elsewhere than it is, and
@@ -29,6 +31,7 @@ from flax import struct
 import jax
 from jax import Array
 import jax.numpy as jnp
+import numpy as np
 
 from jaxrl_pt.game import base, dream, history, reading
 
@@ -68,7 +71,9 @@ def measures(game: base.Game, played: Played, at: int) -> dict[str, Share]:
   told = readable & (shown.counters == played.values).all(-1)
   same = readable[..., None, None] & (shown.cells == claims.cells) & (
       claims.cells != base.UNKNOWN)
-  due = claims.due & asked[..., None, None]
+  due, bare = (cells & asked[..., None, None] for cells in (claims.due, claims.bare))
+  empty = readable[..., None, None] & (
+      shown.cells[..., None] == np.flatnonzero(game.tiles.vacant)).any(-1)
   is_event = asked & (claims.event != base.NO_EVENT)
   expects = played.predicted == claims.event
   off = jnp.abs(played.origin - claims.origin).sum(-1)
@@ -81,6 +86,8 @@ def measures(game: base.Game, played: Played, at: int) -> dict[str, Share]:
       'digit_acc': _share(told, asked),
       'spa_con_all': _share(same, due),
       'spa_con_reentry': _share(same, due & claims.returned),
+      'bare': _share(empty, bare),
+      'bare_reentry': _share(empty, bare & claims.returned),
       'event_acc': _share(expects, asked),
       'event_recall': _share(expects, is_event),
       'unreadable': _share(~readable, jnp.ones_like(readable)),

@@ -196,8 +196,9 @@ def _history(past: history.History, action: Array, shown: base.Reading) -> histo
   sightings = past.sightings.see(is_visible, frame)
   is_due = is_visible & (past.since >= 0) & (past.since < frame) & (world != WALL)
   claims = history.claim(
-      dataclasses.replace(past, world=world), past.since, sightings, past.origin, is_due=is_due,
-      event=event, counters=counters, moved=target - agent, is_move=~died)
+      dataclasses.replace(past, world=world), sightings, past.origin, is_due=is_due,
+      is_bare=jnp.zeros_like(is_due), event=event, counters=counters, moved=target - agent,
+      is_move=~died)
   is_named = is_visible & shown.readable & (world == base.UNKNOWN)
   world = jnp.where(is_named, shown.cells, world)
   is_over = (counters[1] == 0) | ~((world == PELLET) | (world == base.UNKNOWN)).any()
@@ -264,7 +265,8 @@ class _Picture:
   @property
   def tiles(self) -> base.Tiles:
     colours = np.array((_BLACK, _BLUE, _PINK), np.float32) / 255
-    return base.Tiles(self._tiles[:len(CONTENTS)], np.ones(len(CONTENTS), bool), colours)
+    everything = np.ones(len(CONTENTS), bool)
+    return base.Tiles(self._tiles[:len(CONTENTS)], everything, ~everything, colours)
 
   def draw(self, counters: Array, cells: Array, objects: Array) -> Array:
     canvas = self._score.draw(jnp.asarray(self._background), counters[0])

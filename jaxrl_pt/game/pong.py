@@ -164,8 +164,8 @@ def _history(config: cfg.Pong, height: int, past: history.History, action: Array
   is_served = (jnp.abs(objects[THE_BALL, 1] - column) > furthest) & shown.readable
   event = jnp.where(is_served, jnp.where(column < (FIRST + LAST) // 2, 2, 1), base.NO_EVENT)
   counters = base.ledger(_COUNTERS, _DELTAS, past.claims.counters, event)
-  claims = history.claim(past, past.since, past.sightings, past.origin,
-                         is_due=jnp.zeros(_NO_CELLS, bool), event=event, counters=counters,
+  claims = history.claim(past, past.sightings, past.origin, is_due=jnp.zeros(_NO_CELLS, bool),
+                         is_bare=jnp.zeros(_NO_CELLS, bool), event=event, counters=counters,
                          moved=jnp.stack([target - top, jnp.zeros_like(top)]))
   after = dataclasses.replace(
       past, claims=claims, pose=objects[PLAYER], objects=objects,

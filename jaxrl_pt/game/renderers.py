@@ -110,6 +110,9 @@ def _cells(game: base.Game, kind: cfg.Renderer, state: State, truth: base.Truth,
     was_there = (before[..., None] == choices).any(-1)
     cells = jnp.where(is_open, jnp.where(was_there, before, drawn), cells)
   is_told = (told.crop != base.UNKNOWN) & (truth.cells != base.UNKNOWN)
+  # A map that says ground does not deny what is built on it in this very step.
+  is_vacant = (told.crop[..., None] == np.flatnonzero(game.tiles.vacant)).any(-1)
+  is_told &= ~(is_vacant & (truth.memory == told.crop) & (truth.cells != truth.memory))
   return jnp.where(is_told, told.crop, cells)
 
 

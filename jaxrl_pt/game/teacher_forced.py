@@ -49,8 +49,9 @@ def frame_metrics(game: base.Game, world: World, params: Params, solver: Solver,
   """How often a frame drawn after a true past can be read, and shows what is true.
 
   `counters` and `objects` are shares of frames in which all of them are right; `cells` is the share
-  of right ones among cells of which the map tells, `new_cells` among all others that are shown. An
-  unreadable frame is right in nothing.
+  of right ones among cells of which the map tells what they show, `new_cells` among all others that
+  are shown: those of which it says nothing, and where something has just been built. An unreadable
+  frame is right in nothing.
 
   Arguments as in `frames`.
   """
@@ -61,7 +62,7 @@ def frame_metrics(game: base.Game, world: World, params: Params, solver: Solver,
   everywhere = jnp.ones_like(readable)
   same = lambda a, b: (a == b).reshape(*readable.shape, -1).all(-1) & readable
   cells = (read.cells == truth.cells) & readable[..., None, None]
-  is_told = truth.memory != base.UNKNOWN
+  is_told = truth.memory == truth.cells
   shown = truth.cells != base.UNKNOWN
   return {'readable': Weighted.of(readable, everywhere),
           'counters': Weighted.of(same(read.counters, truth.counters), everywhere),

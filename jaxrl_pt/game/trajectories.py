@@ -22,7 +22,7 @@ from jaxrl_pt.game import base, edits, noise
 from jaxrl_pt.game.games import open_game
 
 # It goes into the digest of a source: a number to raise whenever the same seed gives other frames.
-_RULES = 1
+_RULES = 2
 OF_WORLD, _OF_POLICY, _OF_TURNS = range(3)
 
 

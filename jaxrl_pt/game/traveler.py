@@ -46,7 +46,8 @@ class State:
   position: Array  # i32[] the agent's cell
   colours: Array  # i32[1, L] what is on each cell, or would be built there
   built: Array  # i32[1, L] the frame from which on there is a building, −1 for none
-  sightings: base.Sightings  # of buildings
+  known: Array  # bool[1, L] an earlier frame has shown the cell, or somebody has painted it
+  sightings: base.Sightings
   counters: Array  # i32[1]
   event: Array  # i32[]
   moved: Array  # i32[2]
@@ -79,8 +80,8 @@ def _init(config: cfg.Traveler, key: Array) -> State:
   score = noise.whole(noise.fold(key, 1), config.start_low, config.start_high, (1,))
   built = jnp.where(np.arange(length) == length // 2, 0, -1)[None]
   state = State(key, jnp.asarray(0), jnp.asarray(length // 2), drawn[None], built,
-                base.Sightings.none((1, length)), score, jnp.asarray(base.NO_EVENT),
-                jnp.zeros(2, jnp.int32))
+                jnp.zeros((1, length), bool), base.Sightings.none((1, length)), score,
+                jnp.asarray(base.NO_EVENT), jnp.zeros(2, jnp.int32))
   return _see(state)
 
 
@@ -93,7 +94,8 @@ def _step(state: State, action: Array) -> State:
   moved = jnp.stack([jnp.zeros_like(position), position - state.position])
   return _see(dataclasses.replace(
       state, frame=frame, position=position, built=jnp.where(is_new, frame, state.built),
-      event=event, moved=moved, counters=base.ledger(_COUNTERS, _DELTAS, state.counters, event)))
+      known=state.known | _in_view(state.position, last + 1), event=event, moved=moved,
+      counters=base.ledger(_COUNTERS, _DELTAS, state.counters, event)))
 
 
 def _scroll(config: cfg.Traveler, origin: Array, action: Array) -> Array:
@@ -101,10 +103,15 @@ def _scroll(config: cfg.Traveler, origin: Array, action: Array) -> Array:
   return jnp.stack([origin[0], column])
 
 
+def _in_view(position: Array, length: int) -> Array:
+  """bool[1, L]: the cells that a frame shows of an agent at a position."""
+  offset = jnp.arange(length) - (position - AGENT)
+  return ((offset >= 0) & (offset < VIEW))[None]
+
+
 def _see(state: State) -> State:
-  """Notes which buildings the frame shows."""
-  offset = jnp.arange(state.built.shape[1]) - (state.position - AGENT)
-  is_visible = (offset >= 0) & (offset < VIEW) & (state.built >= 0)
+  """Notes which cells the frame shows."""
+  is_visible = _in_view(state.position, state.built.shape[1])
   return dataclasses.replace(state, sightings=state.sightings.see(is_visible, state.frame))
 
 
@@ -113,19 +120,21 @@ def _truth(state: State) -> base.Truth:
   at = origin + np.arange(VIEW)
   inside = (at >= 0) & (at < state.built.shape[1])
   returned = state.sightings.returned(state.frame)
-  world = jnp.concatenate([state.built, state.colours, state.sightings.away, returned])
+  world = jnp.concatenate([state.built, state.colours, state.known, state.sightings.away,
+                           returned])
   # Cells outside the street are copies of others here, which `inside` tells.
   padded = jnp.pad(world, ((0, 0), (VIEW, VIEW)))
   view = jax.lax.dynamic_slice_in_dim(padded, origin + VIEW, VIEW, axis=1)[:, None]
-  built, colours, away, returned = jnp.where(inside, view, 0)
+  built, colours, known, away, returned = jnp.where(inside, view, 0)
   zero = jnp.zeros_like(origin)
   built, colours = jnp.where(inside, built, -1), jnp.where(inside, colours, EDGE)
   return base.Truth(
       counters=state.counters, event=state.event, moved=state.moved,
       pose=jnp.stack([zero, state.position]), origin=jnp.stack([zero, origin]),
       cells=jnp.where((built >= 0) | ~inside, colours, GROUND),
-      memory=jnp.where((built >= 0) & (built < state.frame), colours, base.UNKNOWN),
-      away=jnp.where(built >= 0, away, 0), returned=returned.astype(bool),
+      memory=jnp.where((built >= 0) & (built < state.frame), colours,
+                       jnp.where(known, GROUND, base.UNKNOWN)),
+      away=away, returned=returned.astype(bool),
       objects=jnp.stack([zero, zero + AGENT])[None], done=jnp.asarray(False))
 
 
@@ -136,15 +145,15 @@ def _history(past: history.History, action: Array, shown: base.Reading) -> histo
   is_new = (np.arange(last + 1) == position) & (past.since < 0)
   event, since = is_new.any().astype(jnp.int32), jnp.where(is_new, frame, past.since)
   origin = jnp.stack([past.origin[0], position - AGENT])
-  offset = jnp.arange(last + 1) - origin[1]
-  is_visible = (offset >= 0) & (offset < VIEW) & (since >= 0)
+  is_visible = _in_view(position, last + 1)
   sightings = past.sightings.see(is_visible, frame)
   moved = jnp.stack([jnp.zeros_like(position), position - past.pose[1]])
   claims = history.claim(
-      past, since, sightings, origin, is_due=is_visible & (since < frame), event=event,
-      counters=base.ledger(_COUNTERS, _DELTAS, past.claims.counters, event), moved=moved)
+      past, sightings, origin, is_due=(since >= 0) & (since < frame), is_bare=since < 0,
+      event=event, counters=base.ledger(_COUNTERS, _DELTAS, past.claims.counters, event),
+      moved=moved)
   seen = history.window(shown.cells, -origin, (1, last + 1), base.UNKNOWN)
-  is_named = (is_visible & shown.readable & (past.world == base.UNKNOWN)
+  is_named = ((since >= 0) & shown.readable & (past.world == base.UNKNOWN)
               & (seen > GROUND) & (seen < EDGE))
   return dataclasses.replace(
       past, claims=claims, frame=frame, pose=past.pose + moved, origin=origin, since=since,
@@ -166,15 +175,13 @@ def _moved(before: base.Reading, after: base.Reading) -> tuple[Array, Array]:
 
 
 def _paint(state: State, row: Array, column: Array, content: Array) -> State:
-  """A building of a colour that is known from the next frame on, or ground."""
+  """A building of a colour, or ground, that is known from the next frame on."""
   here = base.is_at(state.built.shape, jnp.stack([row, column]))
   emptied, coloured = here & (content == GROUND), here & (content != GROUND)
   built = jnp.where(coloured & (state.built < 0), state.frame, state.built)
-  last = jnp.where(emptied, -1, state.sightings.last)
   return _see(dataclasses.replace(
       state, built=jnp.where(emptied, -1, built),
-      colours=jnp.where(coloured, content, state.colours),
-      sightings=dataclasses.replace(state.sightings, last=last)))
+      colours=jnp.where(coloured, content, state.colours), known=state.known | emptied))
 
 
 def _paintable(state: State, content: Array) -> Array:
@@ -217,9 +224,9 @@ class _Picture:
   @property
   def tiles(self) -> base.Tiles:
     """Buildings stay, and ground may be built on."""
-    is_building = (np.arange(len(CONTENTS)) > GROUND) & (np.arange(len(CONTENTS)) < EDGE)
+    contents = np.arange(len(CONTENTS))
     colours = self._cells.astype(np.float32).mean((1, 2)) / 255
-    return base.Tiles(self._cells, is_building, colours)
+    return base.Tiles(self._cells, contents != EDGE, contents == GROUND, colours)
 
   def draw(self, counters: Array, cells: Array, objects: Array) -> Array:
     canvas = self._digits.draw(jnp.asarray(self._background), counters[0])

@@ -60,7 +60,7 @@ def _stage(run: cfg.Run, mesh: Mesh, workdir: Path | None = None) -> episodes.St
     return {**params, 'vae': jax.tree.map(as_here, loaded, params['vae'])}
 
   return episodes.Stage(
-      world, lambda played, keys_B: worlds.clips(game, method, world.config.past, played, keys_B),
+      world, lambda played, keys_B: worlds.clips(game, method, world.config, played, keys_B),
       losses.frame_loss(world, method), losses.num_frames, num_tokens(run), model_flops(run),
       start if method.vae_from and workdir else None)
 

@@ -278,6 +278,6 @@ def facts(stage: Stage, about: str) -> dict[str, Any]:
       'counters': [{'name': c.name, 'most': 10**c.num_digits - 1} for c in game.counters],
       'has_map': has_map, 'view_shape': game.view_shape, 'world_shape': game.world_shape,
       'contents': [{'name': name, 'colour': (255 * game.tiles.colours[index]).astype(int).tolist(),
-                    'kept': bool(game.tiles.kept[index])}
+                    'settled': bool(game.tiles.settled[index])}
                    for index, name in enumerate(game.contents)],
       'events': dream.EVENTS}

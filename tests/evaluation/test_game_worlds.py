@@ -39,7 +39,7 @@ def test_what_is_painted_is_in_view_free_and_something_else():
   readings = base.Reading(zero[..., None], cells, np.array([0, 3]) + zero[..., None, None],
                           zero, zero, zero == 0)
   claims = history.Claims(*[zero] * 5, origin=np.array([0, 100]) + zero[..., None],
-                          due=zero, cells=zero, away=zero, returned=zero)
+                          due=zero, bare=zero, cells=zero, away=zero, returned=zero)
   played = measures.Played(readings, claims, zero, zero, zero, zero)
   painted = game_rollouts.choose(game, played, 0, SETTINGS, range(50))
   places = painted.cells[:, 1] - 100

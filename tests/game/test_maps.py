@@ -24,10 +24,11 @@ def _random(shape, view, seed):
   known = rng.random((NUM, *shape)) < 0.6
   seen = rng.integers(0, 2, (NUM, *view, 3)).astype(np.float32)
   shown, kept = rng.random((NUM, *view)) < 0.9, rng.random((NUM, *view)) < 0.7
+  stays, settled = rng.random((NUM, *view)) < 0.7, rng.random((NUM, *shape)) < 0.8
   origin = np.stack([rng.integers(-(view[i] - 1) if shape[i] > 1 else 0, shape[i], NUM)
                      for i in (0, 1)], -1)
-  return (maps.Map(np.where(known[..., None], colours, 0), known),
-          maps.View(seen, shown, kept & shown), origin.astype(np.int32))
+  return (maps.Map(np.where(known[..., None], colours, 0), known, known & settled),
+          maps.View(seen, shown, kept & shown, kept & shown & stays), origin.astype(np.int32))
 
 
 def _cells(view, origin, shape):
@@ -38,19 +39,19 @@ def _cells(view, origin, shape):
       yield (i, j), place
 
 
-def _slow_cost(colours, known, seen, shown, origin):
+def _slow_cost(colours, settled, seen, shown, origin):
   errors = [((seen[at] - colours[place]) ** 2).sum()
-            for at, place in _cells(shown.shape, origin, known.shape)
-            if known[place] and shown[at]]
+            for at, place in _cells(shown.shape, origin, settled.shape)
+            if settled[place] and shown[at]]
   return (np.mean(errors), len(errors)) if errors else (0.0, 0)
 
 
-def _slow_link(colours, known, seen, shown, expected):
-  here, _ = _slow_cost(colours, known, seen, shown, expected)
+def _slow_link(colours, settled, seen, shown, expected):
+  here, _ = _slow_cost(colours, settled, seen, shown, expected)
   best, found = here, (0, 0)
-  steps = [range(-1, 2) if size > 1 else (0,) for size in known.shape]
+  steps = [range(-1, 2) if size > 1 else (0,) for size in settled.shape]
   for offset in sorted(itertools.product(*steps), key=lambda o: (abs(o[0]) + abs(o[1]), o)):
-    cost, count = _slow_cost(colours, known, seen, shown, expected + np.array(offset))
+    cost, count = _slow_cost(colours, settled, seen, shown, expected + np.array(offset))
     if offset != (0, 0) and cost < here - HOW.margin and count >= HOW.min_known and cost < best:
       best, found = cost, offset
   return found
@@ -69,20 +70,21 @@ def test_cells_are_found_written_and_linked_as_defined(name):
       np.asarray, quick(jax.vmap(fast))(remembered, seen, origin))
   moved = 0
   for n in range(NUM):
-    old, old_known = remembered.colours[n], remembered.known[n]
+    old, *old_marks = remembered.colours[n], remembered.known[n], remembered.settled[n]
     expected = [np.zeros((*view, 3)), np.zeros(view, bool)]
-    written = {'first': (old.copy(), old_known.copy()), 'last': (old.copy(), old_known.copy())}
+    written = {rule: [x.copy() for x in (old, *old_marks)] for rule in ('first', 'last')}
     for at, place in _cells(view, origin[n], shape):
-      expected[0][at], expected[1][at] = old[place], old_known[place]
-      for rule, (c, k) in written.items():
-        if seen.kept[n][at] and (rule == 'last' or not old_known[place]):
-          c[place], k[place] = seen.colours[n][at], True
+      expected[0][at], expected[1][at] = old[place], old_marks[0][place]
+      for rule, (c, k, s) in written.items():
+        if seen.kept[n][at] and (rule == 'last' or not old_marks[1][place]):
+          c[place], k[place], s[place] = seen.colours[n][at], True, seen.settled[n][at]
     np.testing.assert_array_equal(colours[n], expected[0])
     np.testing.assert_array_equal(known[n], expected[1])
     for found, rule in ((first, 'first'), (last, 'last')):
       np.testing.assert_array_equal(found.colours[n], written[rule][0])
       np.testing.assert_array_equal(found.known[n], written[rule][1])
-    slow = _slow_link(old, old_known, seen.colours[n], seen.shown[n], origin[n])
+      np.testing.assert_array_equal(found.settled[n], written[rule][2])
+    slow = _slow_link(old, old_marks[1], seen.colours[n], seen.shown[n], origin[n])
     assert tuple(offset[n]) == slow, n
     moved += slow != (0, 0)
   assert 3 < moved < NUM - 3, 'both outcomes must be tried'
@@ -98,12 +100,14 @@ def test_a_frame_is_kept_as_its_colours_and_told_as_its_contents():
     told = maps.contents_of(game, maps.colours_of(game, cells) + 0.02, cells != 5)
     by_pixels = maps.see(game, frame, 'colours')
     painted = maps.paint(game, maps.Map.empty((1, 12)), np.array([0, 5]), np.asarray(3))
-    forgotten = maps.paint(game, painted, np.array([0, 5]), np.asarray(0))
-    return maps.see(game, frame, 'contents'), by_pixels, told, painted, forgotten
+    emptied = maps.paint(game, painted, np.array([0, 5]), np.asarray(0))
+    forgotten = maps.paint(game, painted, np.array([0, 5]), np.asarray(7))
+    return maps.see(game, frame, 'contents'), by_pixels, told, painted, emptied, forgotten
 
-  seen, by_pixels, told, painted, forgotten = jax.tree.map(
+  seen, by_pixels, told, painted, emptied, forgotten = jax.tree.map(
       np.asarray, quick(program)(cells))
-  assert seen.kept.tolist() == by_pixels.kept.tolist() == [[False, False, *[True] * 6]]
+  assert seen.kept.tolist() == by_pixels.kept.tolist() == [[False, *[True] * 7]]
+  assert seen.settled.tolist() == by_pixels.settled.tolist() == [[False, False, *[True] * 6]]
   assert seen.shown.all()
   np.testing.assert_allclose(seen.colours, by_pixels.colours, atol=1e-6)
   np.testing.assert_array_equal(told, np.where(cells == 5, base.UNKNOWN, cells))
@@ -111,7 +115,10 @@ def test_a_frame_is_kept_as_its_colours_and_told_as_its_contents():
     picture = game.tiles.pictures[content] / 255
     np.testing.assert_allclose(seen.colours[0, place], picture.mean((0, 1)), atol=1e-6)
   np.testing.assert_allclose(painted.colours[0, 5], game.tiles.colours[3])
-  assert painted.known.sum() == 1 and not forgotten.known.any() and not forgotten.colours.any()
+  assert painted.known.sum() == painted.settled.sum() == 1
+  np.testing.assert_allclose(emptied.colours[0, 5], game.tiles.colours[0])
+  assert emptied.known.sum() == 1 and not emptied.settled.any()
+  assert not forgotten.known.any() and not forgotten.colours.any()
 
 
 def test_the_colours_of_a_map_can_be_told_apart_by_the_margin():

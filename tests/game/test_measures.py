@@ -9,6 +9,7 @@ import pytest
 
 from jaxrl_pt.game import games, history, measures
 from jaxrl_pt.game.base import UNKNOWN
+from jaxrl_pt.game.traveler import GROUND
 from tests.game.conftest import NUM_EPISODES, NUM_FRAMES, quick
 
 AT, LAST_CELL, DELAYS = 30, 23, 8
@@ -75,7 +76,7 @@ def _slow_claims(row, batch, readings):
   """The demands of one game's own history, frame by frame, with dicts."""
   position, built = 12, {12: 0}
   named, score = {12: int(readings.cells[row, 0, 0, 3])}, int(batch.truth.counters[row, 0, 0])
-  views = [{12}]
+  views = [set(range(9, 17))]
   for t in range(1, NUM_FRAMES):
     before, position = position, min(max(position + batch.actions[row, t] - 1, 0), LAST_CELL)
     event = position not in built
@@ -83,13 +84,14 @@ def _slow_claims(row, batch, readings):
       built[position] = t
       score = (score + 1) % 1000
     places = range(position - 3, position + 5)
-    views.append({p for p in places if p in built})
+    views.append({p for p in places if 0 <= p <= LAST_CELL})
     due = [built.get(p, t) < t for p in places]
     cells = [named.get(p, UNKNOWN) if d else UNKNOWN for p, d in zip(places, due)]
-    away = [_absence([p in view for view in views]) if d else (0, False)
-            for p, d in zip(places, due)]
+    bare = [p in views[-1] and p not in built for p in places]
+    away = [_absence([p in view for view in views]) if d or b else (0, False)
+            for p, d, b in zip(places, due, bare)]
     yield {'counters': [score], 'event': event, 'moved': [0, position - before],
-           'origin': [0, position - 3], 'due': [due], 'cells': [cells],
+           'origin': [0, position - 3], 'due': [due], 'bare': [bare], 'cells': [cells],
            'away': [[a for a, _ in away]], 'returned': [[r for _, r in away]],
            'is_move': True, 'counts': True}
     if readings.readable[row, t]:
@@ -147,6 +149,10 @@ def _slow_measures(played, record):
           if c.returned[b, t, 0, j]:
             count('spa_con_reentry', right)
             count(('delay', min(int(c.away[b, t, 0, j]), DELAYS)), right)
+        if c.bare[b, t, 0, j]:
+          count('bare', ok and r.cells[b, t, 0, j] == GROUND)
+          if c.returned[b, t, 0, j]:
+            count('bare_reentry', ok and r.cells[b, t, 0, j] == GROUND)
   return found
 
 
@@ -182,7 +188,8 @@ def test_history_and_measures_are_what_they_are_defined_to_be(traveler):
 
 
 PERFECT = {'act_acc': 1, 'num_con': 1, 'score_exact': 1, 'score_exact_at': 1, 'digit_acc': 1,
-           'spa_con_all': 1, 'spa_con_reentry': 1, 'event_acc': 1, 'event_recall': 1,
+           'spa_con_all': 1, 'spa_con_reentry': 1, 'bare': 1, 'bare_reentry': 1,
+           'event_acc': 1, 'event_recall': 1,
            'unreadable': 0, 'misplaced': 0, 'localisation_error': 0}
 
 
@@ -228,7 +235,7 @@ def test_each_defect_is_found_where_it_is_and_only_there(traveler):
   found, _, _ = _values(traveler, _played(traveler, nothing))
   assert found['unreadable'] == 1 and found['event_acc'] == 1
   assert not any(found[k] for k in ('act_acc', 'num_con', 'score_exact', 'digit_acc',
-                                    'spa_con_all', 'spa_con_reentry'))
+                                    'spa_con_all', 'spa_con_reentry', 'bare', 'bare_reentry'))
 
 
 def test_painted_cells_are_asked_about_where_they_are_in_view(traveler):
@@ -264,8 +271,10 @@ def test_the_history_of_other_games_says_what_the_simulator_says(played_by_name,
   due = claims.due & (claims.cells != UNKNOWN)
   np.testing.assert_array_equal(claims.cells[due], np.asarray(truth.cells)[:, 1:][due])
   found, shares, _ = _values(played, record)
-  assert {k: v for k, v in found.items() if not k.startswith('spa')} == {
-      k: v for k, v in PERFECT.items() if not k.startswith('spa')}
+  of_streets = 'spa', 'bare'
+  assert {k: v for k, v in found.items() if not k.startswith(of_streets)} == {
+      k: v for k, v in PERFECT.items() if not k.startswith(of_streets)}
+  assert not shares['bare'].asked.any()
   if name == 'pacman':
     assert found['spa_con_all'] == found['spa_con_reentry'] == 1
     assert shares['spa_con_reentry'].asked.sum() > 50

@@ -29,7 +29,7 @@ def test_the_street_remembers_what_was_built(played_by_name):
   batch = played_by_name('traveler').batch
   last_cell, wraps, ends = 23, 0, 0
   for row in range(len(batch.actions)):
-    built, views, position = {}, [], 12
+    built, seen, views, position = {}, set(), [], 12
     for t, (action, truth) in enumerate(_frames(batch, row)):
       known = dict(built)
       after = min(max(position + action - 1, 0), last_cell)
@@ -46,8 +46,10 @@ def test_the_street_remembers_what_was_built(played_by_name):
       shown = [built.get(p, traveler.GROUND) if i else traveler.EDGE
                for p, i in zip(places, inside)]
       assert truth.cells[0].tolist() == shown
-      assert truth.memory[0].tolist() == [known.get(p, UNKNOWN) for p in places]
-      views.append({p for p in places if p in built})
+      assert truth.memory[0].tolist() == [
+          known.get(p, traveler.GROUND if p in seen else UNKNOWN) for p in places]
+      views.append({p for p, i in zip(places, inside) if i})
+      seen |= views[-1]
       for j, place in enumerate(places):
         away, returned = _absence([place in view for view in views])
         assert (truth.away[0, j], truth.returned[0, j]) == (away, returned), (row, t, place)

@@ -61,7 +61,7 @@ def test_page_and_facts(server):
   assert status == 200 and '<canvas id="dream">' in page and 'http' + '://' not in page
   status, facts = _ask(server, 'GET', '/facts')
   assert status == 200 and facts['actions'] == ['left', 'stay', 'right'] and facts['has_map']
-  assert [c['name'] for c in facts['contents'] if c['kept']] == [
+  assert [c['name'] for c in facts['contents'] if c['settled']] == [
       'red', 'green', 'blue', 'yellow', 'magenta', 'teal']
   with _served(cfg.Pong()) as pong:
     assert not _ask(pong, 'GET', '/facts')[1]['has_map']
