@@ -12,7 +12,7 @@ STAMP := $(VENV)/.installed
 LOCK := requirements/cpu.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test slow lint parity seqio libtpu verifiers eval mutate golden lock clean
+.PHONY: help quickstart test slow lint parity seqio libtpu verifiers eval browser mutate golden lock clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -44,6 +44,12 @@ verifiers: $(STAMP) ## adds sympy, reasoning-gym and textarena, for their verifi
 
 eval: $(STAMP) ## adds lm-eval, for `jaxrl-pt eval --tasks` and its tests
 	@$(BIN)/python -m pip install -qq -r requirements/eval.txt -c $(LOCK)
+
+browser: $(STAMP) ## adds playwright, and Debian's Chromium where there is none, for tests of the page of play
+	@$(BIN)/python -m pip install -qq -r requirements/browser.txt -c $(LOCK)
+	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || \
+	  { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium >/dev/null; } || \
+	  { echo 'Chromium is missing: install it, or run this as root where there is apt-get.'; exit 2; }
 
 mutate: $(STAMP) ## makes deliberate mistakes one by one and runs the nearest tests: an hour or more
 	@$(BIN)/python tools/mutate.py
