@@ -26,6 +26,7 @@ MEASURES = (
     ('digit_acc', 'shows the ledger', True),
     ('spa_con_all', 'cells seen before', True),
     ('spa_con_reentry', 'cells that come back', True),
+    ('spa_con_chance', 'the same by chance', True),
     ('bare', 'bare ground', True),
     ('bare_reentry', 'bare ground that comes back', True),
     ('event_acc', 'LogicNet, all frames', True),

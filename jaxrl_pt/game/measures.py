@@ -11,6 +11,8 @@ the frames is compared with the claims of the model's own history (`history.Clai
     digit_acc        the display shows the ledger with which the frame was drawn
     spa_con_all      a cell shows what it showed first, of all cells that were seen before
     spa_con_reentry  the same, in the very frame in which a cell comes back into view
+    spa_con_chance   the same, if cells that come back were compared with each other's first contents:
+                     a model that paints everything red is not at 1 in 6 of six colours
     bare             a cell on which nothing was ever built shows that there is nothing
     bare_reentry     the same, in the very frame in which it comes back into view
     event_acc        LogicNet expects what happens; event_recall, where something happens
@@ -77,6 +79,11 @@ def measures(game: base.Game, played: Played, at: int) -> dict[str, Share]:
   is_event = asked & (claims.event != base.NO_EVENT)
   expects = played.predicted == claims.event
   off = jnp.abs(played.origin - claims.origin).sum(-1)
+  returned = due & claims.returned
+  first = jax.nn.one_hot(jnp.where(returned, claims.cells, base.UNKNOWN), len(game.contents)).sum(
+      range(due.ndim)) / jnp.maximum(returned.sum(), 1)
+  chance = readable[..., None, None] * (
+      jax.nn.one_hot(shown.cells, len(game.contents)) * first).sum(-1)
   at_frame = jnp.arange(1, readable.shape[1] + 1) == at
   return {
       'act_acc': _act_acc(game, before, shown, claims),
@@ -85,7 +92,8 @@ def measures(game: base.Game, played: Played, at: int) -> dict[str, Share]:
       'score_exact_at': _share(exact, asked & at_frame),
       'digit_acc': _share(told, asked),
       'spa_con_all': _share(same, due),
-      'spa_con_reentry': _share(same, due & claims.returned),
+      'spa_con_reentry': _share(same, returned),
+      'spa_con_chance': _share(chance, returned),
       'bare': _share(empty, bare),
       'bare_reentry': _share(empty, bare & claims.returned),
       'event_acc': _share(expects, asked),

@@ -119,6 +119,7 @@ def _slow_measures(played, record):
     pair[1] += weight
 
   r, c = record.readings, record.claims
+  firsts = np.where(c.cells == UNKNOWN, -2, c.cells)[:, 1:][(c.due & c.returned)[:, 1:]]
   for b in range(NUM_EPISODES):
     for t in range(1, NUM_FRAMES):
       ok = bool(r.readable[b, t])
@@ -148,6 +149,7 @@ def _slow_measures(played, record):
           count('spa_con_all', right)
           if c.returned[b, t, 0, j]:
             count('spa_con_reentry', right)
+            count('spa_con_chance', ok * np.mean(firsts == r.cells[b, t, 0, j]))
             count(('delay', min(int(c.away[b, t, 0, j]), DELAYS)), right)
         if c.bare[b, t, 0, j]:
           count('bare', ok and r.cells[b, t, 0, j] == GROUND)
@@ -210,6 +212,7 @@ def _copies_the_last_frame(traveler):
 
 def test_the_simulator_itself_is_right_in_everything(traveler):
   found, shares, curve = _values(traveler, _played(traveler, _numpy(traveler.readings)))
+  assert 0.15 < found.pop('spa_con_chance') < 0.25  # Six colours.
   assert found == PERFECT
   assert shares['spa_con_reentry'].asked.sum() > 50 and curve.asked.sum() == (
       shares['spa_con_reentry'].asked.sum())
