@@ -12,7 +12,8 @@ from jaxrl_pt import gin_bindings
 from jaxrl_pt.evaluation import game_report, game_worlds
 from jaxrl_pt.game import base, games, measures
 
-SHOWN = 'unreadable', 'score_exact', 'spa_con_all', 'spa_con_reentry', 'act_acc', 'event_acc'
+SHOWN = ('unreadable', 'score_exact', 'spa_con_all', 'spa_con_reentry', 'bare', 'act_acc',
+         'event_acc')
 STRETCHES = 10
 
 

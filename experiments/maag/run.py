@@ -141,28 +141,28 @@ def script(name: str, workdir: Path, flags: Sequence[str]) -> Any:
 # --- All parts ----------------------------------------------------------------------
 
 
-def with_needs(names: Sequence[str], seeds: Sequence[int]) -> list[list[str]]:
-  """Parts and all that they need, in waves: what a part needs is in an earlier one."""
-  waves: list[list[str]] = [[] for _ in range(4)]
-  seen: set[str] = set()
+def with_needs(names: Sequence[str], seeds: Sequence[int]) -> list[str]:
+  """The parts and all that they need, each after what it needs."""
+  ordered: list[str] = []
 
-  def add(name: str) -> int:
-    before = [add(other) for other in needs(name, seeds)]
-    wave = 3 if name == 'speed' else max((0, *(number + 1 for number in before)))
-    if name not in seen:
-      seen.add(name)
-      waves[wave].append(name)
-    return wave
+  def add(name: str) -> None:
+    for other in needs(name, seeds):
+      add(other)
+    if name not in ordered:
+      ordered.append(name)
 
   for name in names:
     add(name)
-  return waves
+  return ordered
 
 
-def run_all(wanted: Sequence[str], root: Path, size: Size, args: argparse.Namespace) -> None:
-  """Runs the parts that have no row yet, and what they need, `workers` at a time."""
-  done = arms.results(root, size)
+def run_all(wanted: Sequence[str], known: dict[str, Any], root: Path, size: Size,
+            args: argparse.Namespace) -> None:
+  """Runs the parts that have no result yet, and what they need, `workers` at a time.
 
+  A part begins when all that it needs is done, and `speed`, which measures times, when nothing else
+  is left.
+  """
   def one(name: str) -> bool:
     began = time.perf_counter()
     try:
@@ -176,10 +176,24 @@ def run_all(wanted: Sequence[str], root: Path, size: Size, args: argparse.Namesp
     print(f'{name}: {seconds:.0f} s', flush=True)
     return True
 
-  for wave in with_needs(wanted, args.seeds):
-    with concurrent.futures.ThreadPoolExecutor(args.workers) as pool:
-      if not all(pool.map(one, [name for name in wave if name not in done])):
+  left = [name for name in with_needs(wanted, args.seeds) if name not in known]
+  done, running = set(known), dict[concurrent.futures.Future[bool], str]()
+
+  def is_ready(name: str) -> bool:
+    return (left == [name] and not running if name == 'speed'
+            else done.issuperset(needs(name, args.seeds)))
+
+  with concurrent.futures.ThreadPoolExecutor(args.workers) as pool:
+    while left or running:
+      ready = [name for name in left if is_ready(name)][:args.workers - len(running)]
+      for name in ready:
+        left.remove(name)
+        running[pool.submit(one, name)] = name
+      finished, _ = concurrent.futures.wait(
+          running, return_when=concurrent.futures.FIRST_COMPLETED)
+      if not all(part.result() for part in finished):
         raise SystemExit(1)
+      done.update(running.pop(part) for part in finished)
 
 
 def main() -> None:
@@ -192,6 +206,8 @@ def main() -> None:
   parser.add_argument('--steps', type=int, help='of every training, for a shorter experiment')
   parser.add_argument('--smoke', action='store_true', help='a few steps of some of every kind')
   parser.add_argument('--report', action='store_true', help='run nothing, read the rows')
+  parser.add_argument('--known', type=Path, help='a maag.json of an earlier run, whose parts are '
+                      'not run again')
   parser.add_argument('--results', type=Path, help='where tables and plots go; WORKDIR/results')
   args = parser.parse_args()
   args.seeds = list(map(int, args.seeds.split(',')))
@@ -204,12 +220,13 @@ def main() -> None:
   os.environ['JAX_COMPILATION_CACHE_DIR'] = str(root / 'compiled')
   os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + (
       ' --xla_cpu_multi_thread_eigen=false --xla_cpu_parallel_codegen_split_count=1')
+  known = json.loads(args.known.read_text(encoding='utf-8'))['parts'] if args.known else {}
   if not args.report:
     begins = tuple(args.only.split(','))
-    run_all([name for name in parts(args.seeds, args.smoke) if name.startswith(begins)], root,
-            size, args)
+    run_all([name for name in parts(args.seeds, args.smoke) if name.startswith(begins)],
+            known | arms.results(root, size), root, size, args)
   import report
-  report.write(arms.results(root, size), root, args.results or root / 'results')
+  report.write(known | arms.results(root, size), root, args.results or root / 'results')
 
 
 if __name__ == '__main__':

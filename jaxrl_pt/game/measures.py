@@ -11,8 +11,8 @@ the frames is compared with the claims of the model's own history (`history.Clai
     digit_acc        the display shows the ledger with which the frame was drawn
     spa_con_all      a cell shows what it showed first, of all cells that were seen before
     spa_con_reentry  the same, in the very frame in which a cell comes back into view
-    spa_con_chance   the same, if cells that come back were compared with each other's first contents:
-                     a model that paints everything red is not at 1 in 6 of six colours
+    spa_con_chance   the same, if a cell that comes back were compared with what any of those cells
+                     showed first: a model that draws mostly red is not at 1 in 6
     bare             a cell on which nothing was ever built shows that there is nothing
     bare_reentry     the same, in the very frame in which it comes back into view
     event_acc        LogicNet expects what happens; event_recall, where something happens

@@ -203,7 +203,8 @@ def test_a_browser_that_leaves_disturbs_nobody(server, capfd):
                     f'application/json\r\nContent-Length: {len(body)}\r\n\r\n'.encode() + sent)
     leaving.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b'\1\0\0\0\0\0\0\0')
     leaving.close()
-  deadline, status = time.monotonic() + 60, 429  # The frame of whoever has left may be in the making.
+  # The frame of whoever has left may still be in the making.
+  deadline, status = time.monotonic() + 60, 429
   while status == 429 and time.monotonic() < deadline:
     time.sleep(0.3)
     status, _ = _ask(server, 'POST', f'/games/{opened["id"]}/step', {'action': 2})
