@@ -63,9 +63,10 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def opened(monkeypatch: pytest.MonkeyPatch) -> Opened:
+def opened(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Opened:
   """In place of the job: all that a job checks before it reads data or compiles."""
   found = Opened()
+  monkeypatch.chdir(tmp_path)  # Some edges are names of folders that can be written.
 
   def open_run(run: cfg.Run, workdir: Path, text: str, allow: frozenset[str]) -> None:
     match run.objective:
