@@ -48,7 +48,7 @@ def damaged(config: cfg.Game) -> dict[str, dict[str, list[float]]]:
   game = games.open_game(config)
   batch = source.batch(range(64))
   frames = batch.frames.reshape(-1, *game.frame_shape, 3).astype(np.float32) / 255
-  truth = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch.truth)
+  truth = jax.tree.map(lambda x: x.reshape(len(frames), *x.shape[2:]), batch.truth)
   rng = np.random.default_rng(0)
 
   @jax.jit
