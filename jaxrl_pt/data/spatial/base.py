@@ -86,7 +86,7 @@ class Task(NamedTuple):
   num_pictures: pictures of an item at most.
   draw: (rng, level, look, whether it must be a composition that is never trained on) → scene.
   twin: the same scene with one relation changed (one thing moved, one step or one cell changed),
-    all else equal, and another answer.
+    all else equal, and another answer; None if this scene has none, and then it is not used.
   pictures: (scene, side) → u8[N, side, side, 3].
   question: says how to answer, and never what the pictures show.
   answer: the canonical answer.
