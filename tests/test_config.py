@@ -19,6 +19,7 @@ RUN = {'seed': 0, 'model': cfg.Model(**MODEL), 'data': cfg.Data(**DATA),
 
 
 DIT = {'num_layers': 2, 'd_model': 32, 'd_ff': 64, 'num_heads': 4, 'patch': 4}
+TOWER = {**DIT, 'd_out': 32}
 WORLD_RUN = {**RUN, 'model': cfg.DiT(**DIT), 'data': cfg.Trajectories(cfg.Traveler()),
              'objective': cfg.Diffusion()}
 GAME_RUN = {**WORLD_RUN, 'model': cfg.GamePolicy(), 'objective': cfg.GameRL()}
@@ -143,6 +144,8 @@ VALID: dict[type, dict[str, Any]] = {
                              cfg.LogicNet, cfg.Flow, cfg.Shortcut, cfg.VDiffusion, cfg.Diffusion,
                              cfg.Autoencoding, cfg.GamePolicy, cfg.TrueGame, cfg.GameRL)},
     cfg.InsideModel: {'model_from': 'a'},
+    cfg.VisionTower: TOWER,
+    **{kind: {} for kind in (*get_args(cfg.PatchPositions), *get_args(cfg.Pooling))},
     cfg.Train: {'num_steps': 4, 'batch_size': 2},
     cfg.Checkpoint: {},
     cfg.Run: RUN,
@@ -195,6 +198,15 @@ REFUSED: list[tuple[type, str, list[Any], str]] = [
     (cfg.GameEvaluation, 'edit', [None], 'one of @cfg.NoEdit()'),
     (cfg.GameEvaluation, 'checkpoint_every', [-1, 0.5], 'at least 0'),
     (cfg.GameEvaluation, 'resamples', [99, 1.5], 'from 100 to'),
+    *((cfg.VisionTower, name, [0, -1, 2.0, '2', True, None], 'a whole number') for name in TOWER),
+    (cfg.VisionTower, 'positions', ['rope', None, cfg.PlainRope()],
+     'one of @cfg.NoPositions(), @cfg.LearnedPositions(), @cfg.SinCosPositions(), @cfg.Rope2D()'),
+    (cfg.VisionTower, 'pooling', ['mean', None],
+     'one of @cfg.AllPatches(), @cfg.MergePatches(), @cfg.Resampler(), @cfg.MeanPatches()'),
+    (cfg.VisionTower, 'quant', ['ternary', None], 'one of @cfg.Quant()'),
+    (cfg.VisionTower, 'sub_norm', [1, None], 'True or False'),
+    (cfg.LearnedPositions, 'max_patches', [0, 2**16 + 1, 1.5, None], 'from 1 to 65536'),
+    (cfg.Resampler, 'num_tokens', [0, 2**16 + 1, 1.5, None], 'from 1 to 65536'),
     (cfg.Quant, 'weights', ['int4', None, True], "one of 'none', 'ternary'"),
     (cfg.Quant, 'activations', ['int3', 8], "'int4_absmax'"),
     (cfg.Quant, 'hadamard', [1, 'yes'], 'True or False'),
@@ -645,6 +657,13 @@ def test_every_field_has_a_row():
     (lambda: cfg.Model(**{**MODEL, 'head_dim': 7}), 'Model.head_dim = 7 is odd'),
     (lambda: cfg.Model(**MODEL, adapter=cfg.LoRA(16, projections=('q_proj', 'v_proj'))),
      'LoRA.rank = 16 is not below 16, the smaller width of v_proj (32 × 16)'),
+    (lambda: cfg.VisionTower(**TOWER | {'num_heads': 5}),
+     'VisionTower.d_model = 32 is no multiple of VisionTower.num_heads = 5'),
+    (lambda: cfg.VisionTower(**TOWER | {'num_heads': 16}),
+     'VisionTower.d_model / num_heads = 2 is no multiple of 4'),
+    (lambda: cfg.VisionTower(**TOWER | {'d_model': 30, 'num_heads': 5},
+                             positions=cfg.SinCosPositions()), 'choose @cfg.LearnedPositions()'),
+    (lambda: cfg.VisionTower(**TOWER, quant=cfg.Quant('ternary_128')), "'ternary' for a Vision"),
     (lambda: cfg.Llama3Rope(low_freq_factor=4), 'Llama3Rope.high_freq_factor = 4.0 is not above'),
     (lambda: cfg.RL('a', cfg.Problems(cfg.CodeProblems('a')),
                     cfg.Composite((cfg.CodeVerifier(),), (1.0,)), cfg.VerifierPool(wall_seconds=5)),

@@ -3,6 +3,7 @@
 import dataclasses
 from pathlib import Path
 import re
+from typing import get_args
 
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
@@ -18,7 +19,8 @@ from tests.test_config import ALL, RUN
 
 # Arguments of functions and commands, which no run holds.
 ELSEWHERE = {cfg.Engine, cfg.HybridAccuracy, cfg.GameEvaluation, cfg.NoEdit, cfg.AddToLedger,
-             cfg.PaintCells}
+             cfg.PaintCells, cfg.VisionTower, *get_args(cfg.PatchPositions),
+             *get_args(cfg.Pooling)}
 SHIPPED = sorted((Path(__file__).resolve().parents[1] / 'gin' / 'environment').glob('*.gin'))
 
 
@@ -49,6 +51,12 @@ def test_a_run_with_any_value_of_each_type_loads_again(kind, data):
 @given(run=random_config.instances(cfg.Run))
 def test_any_run_loads_again(run):
   assert_loads_equal(run)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(tower=random_config.instances(cfg.VisionTower))
+def test_any_vision_tower_loads_again(tower):
+  assert gin_bindings.load_value(cfg.VisionTower, [], [gin_bindings.dump(tower)]) == tower
 
 
 @settings(max_examples=10, deadline=None, derandomize=True)

@@ -925,7 +925,45 @@ _GAME_RL = [
          ('what_an_action_leads_to_is_what_it_answers', '*frames.shape[2:])[:, :-1]',
           '*frames.shape[2:])[:, 1:]'))]
 
+_VISION = [
+    *_of('jaxrl_pt/nn/image_positions.py', 'tests/nn/test_image_positions.py',
+         ('columns_before_rows', 'for x in (row_N, column_N)]', 'for x in (column_N, row_N)]'),
+         ('patches_turn_too_slowly', 'embed.frequencies(head_dim // 2, _THETA',
+          'embed.frequencies(head_dim // 2, 2 * _THETA'),
+         ('text_goes_on_after_the_area', 'spans_BM = grids_BM3.max(-1)',
+          'spans_BM = grids_BM3.prod(-1)'),
+         ('text_goes_on_after_the_rows', 'spans_BM = grids_BM3.max(-1)',
+          'spans_BM = grids_BM3[..., 1]'),
+         ('an_image_at_one_place_takes_none', 'spans_BM = jnp.minimum(spans_BM, 1)',
+          'spans_BM = jnp.minimum(spans_BM, 0)'),
+         ('an_image_ends_one_late', 'images_before[:, :, None] >= ends_BM',
+          'images_before[:, :, None] > ends_BM'),
+         ('times_by_rows_alone', 'within // (rows * columns)', 'within // rows'),
+         ('rows_do_not_begin_again', 'within // columns % rows', 'within // columns'),
+         ('sections_of_a_quarter', 'section = 3 * head_dim // 16', 'section = 4 * head_dim // 16'),
+         ('interleaved_to_the_end', '< 3 * section, axes, 0)', '< 4 * section, axes, 0)')),
+    *_of('jaxrl_pt/models/vision.py', 'tests/models/test_vision.py',
+         ('pixels_from_0_to_1', 'return 2 * (images_BHWC.astype(jnp.float32)',
+          'return 1 * (images_BHWC.astype(jnp.float32)'),
+         ('bytes_of_256', '(255 if is_bytes else 1)', '(256 if is_bytes else 1)'),
+         ('patches_keys_are_not_turned', 'attention(_rotated(q, angles), _rotated(k, angles), v',
+          'attention(_rotated(q, angles), k, v'),
+         ('resampled_keys_have_no_place', 'num, *q_MHE.shape)), _rotated(k, angles), v,',
+          'num, *q_MHE.shape)), k, v,'),
+         ('patches_see_none_behind', 'jnp.ones((num, queries, keys), bool)',
+          'jnp.tril(jnp.ones((num, queries, keys), bool))'),
+         ('squares_across_the_image', 'x_BND.reshape(x_BND.shape[0], *shape, -1)',
+          'x_BND.reshape(x_BND.shape[0], *shape[::-1], -1)'),
+         ('learned_from_the_end', "params['positions'][:rows * columns]",
+          "params['positions'][-rows * columns:]"),
+         ('projections_of_patches_are_plain',
+          'return linear(x, p[name], quant, ops, PROJECTIONS[name])',
+          'return linear(x, p[name], cfg.Quant(), ops, PROJECTIONS[name])'),
+         ('projector_of_one_layer', "matmul(jax.nn.gelu(matmul(x, p['first'])), p['second'])",
+          "matmul(matmul(x, p['first']), p['second'])"))]
+
 MUTATIONS: tuple[Mutation, ...] = (
     *_ADVANTAGES, *_MODES, *_TOKEN_ADVANTAGES, *_OBJECTIVES, *_KL, *_SHAPING, *_LEARNER, *_NUMERICS,
     *_SAMPLER, *_DATA, *_CHECKPOINT, *_VERIFIERS, *_PROGRAMS, *_KERNELS, *_SERVING,
-    *_RECIPES, *_EVALUATION, *_JUDGES, *_GAMES, *_DREAMS, *_PAGE, *_WORLDS, *_GAME_RL)
+    *_RECIPES, *_EVALUATION, *_JUDGES, *_GAMES, *_DREAMS, *_PAGE, *_WORLDS, *_GAME_RL,
+    *_VISION)

@@ -30,4 +30,5 @@ from jaxrl_pt.config.reading import *
 from jaxrl_pt.config.rollouts import *
 from jaxrl_pt.config.run import *
 from jaxrl_pt.config.verifiers import *
+from jaxrl_pt.config.vision import *
 from jaxrl_pt.config.worlds import *

@@ -128,7 +128,7 @@ def _make_head(config: cfg.Model, dtype: DTypeLike, constrain: Constrain
   return head, logits
 
 
-def check_rotations(config: cfg.Model | cfg.DiT) -> None:
+def check_rotations(config: cfg.Model | cfg.DiT | cfg.VisionTower) -> None:
   """Refuses to rotate widths for which there is no Hadamard matrix."""
   if not config.quant.hadamard:
     return
