@@ -18,6 +18,7 @@ from jaxrl_pt.flag_types import (
   text,
 )
 from jaxrl_pt.game_flags import add_page, add_trajectories
+from jaxrl_pt.spatial_flags import add_spatial
 
 DESCRIPTION = 'Pretrain ternary transformers and reinforce them, on a laptop or a TPU pod.'
 _RUN = 'gin/run/pretrain_tiny.gin'
@@ -74,6 +75,7 @@ def make_parser() -> argparse.ArgumentParser:
   _add_answers(add)
   _add_rl_commands(add)
   add_trajectories(add)
+  add_spatial(add)
   _add_tpu_commands(add)
   _add_exchange(add)
   doctor = add('doctor', 'What this machine offers, and a self-check of ten seconds.',

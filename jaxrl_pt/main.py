@@ -496,6 +496,20 @@ def _trajectories(args: argparse.Namespace) -> int:
   return 0
 
 
+def _spatial(args: argparse.Namespace) -> int:
+  with _importing():
+    from jaxrl_pt.data.spatial import sheet
+  found = sheet.chosen(args.task, args.level, args.split, args.seed, args.index, args.side,
+                       args.twin)
+  if args.picture is not None:
+    sheet.write(args.picture, found)
+  if args.json:
+    print(json.dumps([sheet.facts(one, args.answer) for one in found], indent=2))
+  else:
+    print('\n\n'.join(sheet.text(one, args.answer) for one in found))
+  return 0
+
+
 def _replay(args: argparse.Namespace) -> int:
   with _importing():
     from jaxrl_pt.jobs import replay
@@ -559,8 +573,8 @@ def _kernels(args: argparse.Namespace) -> int:
 _COMMANDS = {'quickstart': _quickstart, 'train': _train, 'sample': _sample, 'chat': _chat,
              'serve': _serve, 'eval': _eval, 'score': _score, 'judge': _judge,
              'answers': _answers, 'import': _import, 'export': _export, 'methods': _methods,
-             'play': _play, 'trajectories': _trajectories, 'replay': _replay, 'doctor': _doctor,
-             'kernels': _kernels, 'preflight': _preflight}
+             'play': _play, 'trajectories': _trajectories, 'spatial': _spatial,
+             'replay': _replay, 'doctor': _doctor, 'kernels': _kernels, 'preflight': _preflight}
 
 
 def _hide_closed_loops(unraisable: 'sys.UnraisableHookArgs') -> None:

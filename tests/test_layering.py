@@ -62,7 +62,8 @@ ALLOWED: dict[str, set[str]] = {
     'methods': {'rl'},
     'flag_types': {'errors'},
     'game_flags': {'flag_types'},
-    'flags': {'flag_types', 'game_flags'},
+    'spatial_flags': {'flag_types'},
+    'flags': {'flag_types', 'game_flags', 'spatial_flags'},
     'main': _EVERYTHING | {'methods', 'quickstart', 'doctor', 'frontends', 'exchange',
                            'evaluation', 'flags', 'playing'},
 }

@@ -17,7 +17,7 @@ from jaxrl_pt import main as cli
 ROOT = Path(__file__).resolve().parents[1]
 TINY = str(ROOT / 'gin/run/pretrain_tiny.gin')
 COMMANDS = ('quickstart', 'train', 'sample', 'chat', 'serve', 'eval', 'score', 'judge', 'import',
-            'export', 'trajectories', 'doctor')
+            'export', 'trajectories', 'spatial', 'doctor')
 
 
 def _run(*args: str, cwd: Path = ROOT, stdin: bytes = b'') -> subprocess.CompletedProcess[bytes]:
@@ -40,7 +40,7 @@ def test_help_shows_an_example(command, capsys):
   text = capsys.readouterr().out
   assert stopped.value.code == 0 and f'example:\n  jaxrl-pt {command}' in text
   assert ('--json' in text) == (
-      command in ('sample', 'eval', 'judge', 'trajectories', 'doctor'))
+      command in ('sample', 'eval', 'judge', 'trajectories', 'spatial', 'doctor'))
 
 
 @pytest.mark.parametrize('command', COMMANDS)

@@ -73,21 +73,22 @@ def mask(name: str, height: int, width: int) -> np.ndarray:
     case 'disc':
       filled = r**2 + c**2 <= 1
     case 'triangle':
-      filled = abs(c) <= (r + 1) / 2
+      filled = abs(c) <= (r + 1) / 2 + 0.1
     case 'plus':
-      filled = (abs(r) < 0.36) | (abs(c) < 0.36)
+      filled = (abs(r) < 0.26) | (abs(c) < 0.26)
     case 'diamond':
-      filled = abs(r) + abs(c) <= 1
+      filled = abs(r) + abs(c) <= 1.01
     case 'ring':
       filled = (r**2 + c**2 <= 1) & (r**2 + c**2 >= 0.3)
     case 'frame':
       filled = np.maximum(abs(r), abs(c)) > 0.5
     case 'hourglass':
-      filled = abs(c) <= abs(r)
+      filled = abs(c) <= abs(r) + 0.17
     case 'cross':
       filled = abs(abs(r) - abs(c)) < 0.35
     case 'chevron':
-      filled = abs(r - 1.2 * abs(c) + 0.45) < 0.42
+      above = (r + 1 - abs(c)) / 2  # Of the height, measured from the upper edge.
+      filled = (above >= -0.01) & (above <= 0.51)
     case _:
       raise ValueError(f'No shape is called {name!r}.')
   filled.setflags(write=False)

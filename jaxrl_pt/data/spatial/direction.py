@@ -115,7 +115,7 @@ def pictures(scene: Scene, side: int) -> np.ndarray:
 def question(scene: Scene) -> str:
   """Asks for the direction."""
   return (f'Where is the {scene.things[scene.subject].name}, seen from the '
-          f'{scene.things[scene.origin].name}? Answer with one of the eight directions.')
+          f'{scene.things[scene.origin].name}? Answer with one of the options.')
 
 
 def answer(scene: Scene) -> str:

@@ -30,6 +30,10 @@ _TWINS = 8
 _MIRRORED = {one: other for pair in (('left', 'right'), ('west', 'east'),
                                      ('clockwise', 'counterclockwise'))
              for one, other in (pair, pair[::-1])}
+_PATH = re.compile(r'[UDLR\s]+', re.IGNORECASE)
+_MIRRORED_STEP = str.maketrans('LRlr', 'RLrl')
+# Letters in a picture do not survive a mirror, nor do some of the operations.
+_WITHOUT_MIRROR = ('program', 'folding')
 _MIRRORED_WORD = re.compile(rf'\b({"|".join(_MIRRORED)})\b', re.IGNORECASE)
 # One more of these among the options changes right answers of some models, arXiv 2606.01914.
 _SPATIAL_WORDS = ('beyond', 'opposite', 'beneath', 'alongside', 'underneath', 'diagonal', 'nearby')
@@ -78,6 +82,8 @@ def levels(task: Task, split: Split) -> range:
   """The levels of a task that a split holds."""
   if split == 'size':
     return range(base.NUM_TRAINED_LEVELS + 1, task.num_levels + 1)
+  if split == 'composition':
+    return range(2, base.NUM_TRAINED_LEVELS + 1)  # One operation is no composition.
   return range(1, base.NUM_TRAINED_LEVELS + 1)
 
 
@@ -192,7 +198,13 @@ def mirrored(original: Item) -> Item:
   """Pictures flipped left to right, and every left and right in words with them.
 
   Whoever looks answers as before, but for left and right; whoever does not cannot tell.
+
+  Raises:
+    UserError: the task's pictures hold letters.
   """
+  if original.task in _WITHOUT_MIRROR:
+    raise UserError(f'The pictures of {original.task} hold letters, which a mirror spoils: leave '
+                    'the task out of this control.')
   return original._replace(
       pictures=original.pictures[:, :, ::-1], question=mirrored_words(original.question),
       answer=mirrored_words(original.answer),
@@ -201,7 +213,9 @@ def mirrored(original: Item) -> Item:
 
 
 def mirrored_words(text: str) -> str:
-  """A text about a picture as a text about its mirror image."""
+  """A text about a picture as a text about its mirror image; paths of letters U, D, L, R too."""
+  if _PATH.fullmatch(text):
+    return text.translate(_MIRRORED_STEP)
   def other(found: re.Match[str]) -> str:
     word = _MIRRORED[found[0].lower()]
     return word.capitalize() if found[0][0].isupper() else word

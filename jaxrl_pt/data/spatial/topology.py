@@ -18,6 +18,7 @@ from jaxrl_pt.data.spatial.things import Thing
 
 RELATIONS = ('apart', 'touching', 'overlapping', 'inside', 'around')
 _SHARED_EDGE = 4
+_SEEN = 2  # Of each edge of the larger panel so many units are seen.
 _SIZE = 7
 _CLUTTER_SIZE = 5
 _CLUTTER_GAP = 2
@@ -88,7 +89,12 @@ def _allowed(relation: str, gap: int, size: tuple[int, int], b: Box) -> np.ndarr
     return fits & (apart >= gap)
   if relation == 'touching':
     return fits & (apart == 0) & (np.minimum(apart_rows, apart_columns) <= -_SHARED_EDGE)
-  return fits & (apart <= -max(gap, 2)) & (outside >= gap) & (b_outside >= gap)
+  # The smaller panel lies over the larger one and must not hide a whole edge of it.
+  sign = 1 if size[0] * size[1] <= (b.bottom - b.top) * (b.right - b.left) else -1
+  shows_rows = _most(sign * (top - b.top), sign * (b.bottom - bottom)) >= _SEEN
+  shows_columns = _most(sign * (left - b.left), sign * (b.right - right)) >= _SEEN
+  return (fits & shows_rows & shows_columns & (apart <= -max(gap, 2)) & (outside >= gap)
+          & (b_outside >= gap))
 
 
 def _most(*numbers: np.ndarray) -> np.ndarray:
@@ -96,25 +102,29 @@ def _most(*numbers: np.ndarray) -> np.ndarray:
 
 
 def _draw_panels(rng: np.random.Generator, level: int, look: base.Look) -> Panels:
+  """Draws a relation, panels that have it, and clutter that leaves room for another relation."""
   numbers = LEVELS[level - 1]
-  relation = RELATIONS[rng.integers(len(RELATIONS))]
+  k, other = rng.permutation(len(RELATIONS))[:2].tolist()
   colours = [look.colours[k][0] for k in rng.permutation(len(look.colours)).tolist()]
   while True:
-    size_a, size_b = rng.integers(7, 20, (2, 2)).tolist()
+    size, size_b = ((int(h), int(w)) for h, w in rng.integers(7, 20, (2, 2)))
     corner = rng.integers(0, (canvas.UNITS - size_b[0] + 1, canvas.UNITS - size_b[1] + 1))
-    box = Box(int(corner[0]), int(corner[1]), int(corner[0]) + size_b[0],
-              int(corner[1]) + size_b[1])
-    place = things.pick(rng, _allowed(relation, numbers.gap, (size_a[0], size_a[1]), box))
-    if place is not None:
+    b = _placed((int(corner[0]), int(corner[1])), size_b)
+    place = things.pick(rng, _allowed(RELATIONS[k], numbers.gap, size, b))
+    if place is None:
+      continue
+    room = things.pick(rng, _allowed(RELATIONS[other], numbers.gap, size, b))
+    if room is not None:
       break
-  a, b = Panel(_placed(place, size_a), colours[0]), Panel(box, colours[1])
+    other = int((k + rng.integers(1, len(RELATIONS))) % len(RELATIONS))
+  a = _placed(place, size)
   others: list[Thing] = []
   for colour in rng.choice(colours[2:], numbers.num_others).tolist():
-    place = things.pick(rng, _clear(others, (a.box, b.box)))
-    if place is not None:
+    free = things.pick(rng, _clear(others, (a, b, _placed(room, size))))
+    if free is not None:
       shape = look.shapes[rng.integers(len(look.shapes))]
-      others.append(Thing(*place, colour, shape, _CLUTTER_SIZE))
-  return Panels(look, level, a, b, tuple(sorted(others)))
+      others.append(Thing(*free, colour, shape, _CLUTTER_SIZE))
+  return Panels(look, level, Panel(a, colours[0]), Panel(b, colours[1]), tuple(sorted(others)))
 
 
 def _placed(place: tuple[int, int], size: Sequence[int]) -> Box:
@@ -187,9 +197,10 @@ def _line_places(ends: Sequence[Thing], is_between: bool, off_line: int) -> np.n
 
 
 def _draw_line(rng: np.random.Generator, level: int, look: base.Look) -> Line:
+  """Draws two ends, a place between them and one that is not, and clutter that leaves both free."""
   numbers = LEVELS[level - 1]
-  is_between = bool(rng.integers(2))
   named = things.names(rng, look, 3 + numbers.num_others)
+  is_between = bool(rng.integers(2))
   while True:
     places = rng.integers(_SIZE // 2, canvas.UNITS - _SIZE // 2, (2, 2))
     if np.hypot(*(places[0] - places[1])) < 28:
@@ -197,16 +208,19 @@ def _draw_line(rng: np.random.Generator, level: int, look: base.Look) -> Line:
     ends = [Thing(int(row), int(column), *name, _SIZE)
             for (row, column), name in zip(places, named[:2], strict=True)]
     free = things.places(_SIZE, ends, 1)
-    place = things.pick(rng, free & _line_places(ends, is_between, numbers.off_line))
-    if place is not None:
+    either = [things.pick(rng, free & _line_places(ends, wanted, numbers.off_line))
+              for wanted in (is_between, not is_between)]
+    middles = [Thing(*place, *named[2], _SIZE) for place in either if place is not None]
+    if len(middles) == 2:
       break
-  placed = [*ends, Thing(*place, *named[2], _SIZE)]
+  others: list[Thing] = []
   for name in named[3:]:
-    place = things.pick(rng, things.places(_CLUTTER_SIZE, placed, _CLUTTER_GAP))
+    place = things.pick(rng, things.places(_CLUTTER_SIZE, [*ends, *middles, *others],
+                                           _CLUTTER_GAP))
     if place is not None:
-      placed.append(Thing(*place, *name, _CLUTTER_SIZE))
-  first, second = sorted(placed[:2])
-  return Line(look, level, placed[2], (first, second), tuple(sorted(placed[3:])))
+      others.append(Thing(*place, *name, _CLUTTER_SIZE))
+  first, second = sorted(ends)
+  return Line(look, level, middles[0], (first, second), tuple(sorted(others)))
 
 
 def _twin_of_line(rng: np.random.Generator, scene: Line) -> Line | None:
@@ -269,9 +283,9 @@ def question(scene: Scene) -> str:
   if isinstance(scene, Line):
     first, second = scene.ends
     return (f'Is the {scene.middle.name} on the straight line between the {first.name} and the '
-            f'{second.name}? Answer yes or no.')
-  return (f'How does the {scene.a.colour} panel lie to the {scene.b.colour} panel? Answer '
-          f'{", ".join(RELATIONS[:-1])} or {RELATIONS[-1]}.')
+            f'{second.name}? Answer with one of the options.')
+  return (f'How does the {scene.a.colour} panel lie to the {scene.b.colour} panel? Answer with one '
+          'of the options.')
 
 
 def answer(scene: Scene) -> str:
