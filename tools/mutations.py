@@ -962,8 +962,41 @@ _VISION = [
          ('projector_of_one_layer', "matmul(jax.nn.gelu(matmul(x, p['first'])), p['second'])",
           "matmul(matmul(x, p['first']), p['second'])"))]
 
+_SPATIAL = [
+    *_of('jaxrl_pt/data/spatial/base.py', 'tests/data/spatial/test_items.py',
+         ('numbers_of_other_digits', r"re.compile(r'[0-9]{1,6}(\.[0-9]{1,6})?', re.ASCII)",
+          r"re.compile(r'\d{1,6}(\.\d{1,6})?')"),
+         ('mra_has_nine_tolerances', 'range(5, 55, 5)', 'range(5, 50, 5)'),
+         ('splits_share_a_stream', "f'{seed} {split} {task} {level}'", "f'{split} {task} {level}'"),
+         ('answers_of_any_length', 'None if len(text) > MAX_ANSWER_CHARS else text.strip()',
+          'text.strip()')),
+    *_of('jaxrl_pt/data/spatial/items.py', 'tests/data/spatial/test_items.py',
+         ('scenes_of_training_are_held_out', "'held_out': (3,)", "'held_out': (2,)"),
+         ('twins_come_from_another_part', 'if part(twin) in _PARTS[split]:', 'if twin:'),
+         ('grey_is_the_mean', 'np.full_like(original.pictures, GREY)',
+          'np.full_like(original.pictures, int(original.pictures.mean()))'),
+         ('patches_are_turned', '3).swapaxes(2, 3)\n  return original', '3)\n  return original'),
+         ('a_mirror_leaves_paths', 'text.translate(_MIRRORED_STEP)', 'text')),
+    *_of('jaxrl_pt/data/spatial/direction.py', 'tests/data/spatial/test_relations.py',
+         ('rows_count_upwards', 'atan2(origin.row - subject.row',
+          'atan2(subject.row - origin.row')),
+    *_of('jaxrl_pt/data/spatial/distance.py', 'tests/data/spatial/test_relations.py',
+         ('nearest_and_farthest', "min if scene.kind == 'nearest' else max",
+          "max if scene.kind == 'nearest' else min")),
+    *_of('jaxrl_pt/data/spatial/topology.py', 'tests/data/spatial/test_relations.py',
+         ('hidden_edges', '_SEEN = 2', '_SEEN = -99'),
+         ('corners_touch', 'for axis in (0, 1):\n    for step', 'for axis in (0,):\n    for step')),
+    *_of('jaxrl_pt/data/spatial/order.py', 'tests/data/spatial/test_relations.py',
+         ('always_from_the_left', "if scene.side in ('right', 'bottom'):",
+          "if scene.side == 'top':")),
+    *_of('jaxrl_pt/data/spatial/count.py', 'tests/data/spatial/test_relations.py',
+         ('hidden_things_count', '+ _GAP - 1\n', '+ _GAP - 3\n')),
+    *_of('jaxrl_pt/data/spatial/canvas.py', 'tests/data/spatial/test_canvas.py',
+         ('arrows_turn_the_other_way', 'np.rot90(upright, -quarter_turns)',
+          'np.rot90(upright, quarter_turns)'))]
+
 MUTATIONS: tuple[Mutation, ...] = (
     *_ADVANTAGES, *_MODES, *_TOKEN_ADVANTAGES, *_OBJECTIVES, *_KL, *_SHAPING, *_LEARNER, *_NUMERICS,
     *_SAMPLER, *_DATA, *_CHECKPOINT, *_VERIFIERS, *_PROGRAMS, *_KERNELS, *_SERVING,
     *_RECIPES, *_EVALUATION, *_JUDGES, *_GAMES, *_DREAMS, *_PAGE, *_WORLDS, *_GAME_RL,
-    *_VISION)
+    *_SPATIAL, *_VISION)
