@@ -90,6 +90,23 @@ class MaaG:
 
 
 @dataclass(frozen=True)
+class Drawing:
+  """How a trained model turns noise into a frame, where that is not as its own run says.
+
+  sampling_steps: steps from noise to a frame; 0 takes Diffusion.sampling_steps of the model's run.
+  sampling_shift: of the levels from which a frame is drawn (Flow.sampling_shift); 0 takes that of
+    the model's run.
+  """
+
+  sampling_steps: int = 0
+  sampling_shift: float = 0.0
+
+  def __post_init__(self) -> None:
+    checks.integer(self, 'sampling_steps', 0, 8)
+    checks.number(self, 'sampling_shift', 0.0, 100.0)
+
+
+@dataclass(frozen=True)
 class NoEdit:
   """Nobody interferes."""
 
@@ -131,6 +148,7 @@ class GameEvaluation:
     actions, and everything after the first frame is the model's.
   modules: what stands round the model.
   model: the model of the work directory, or one that has learned nothing (see `Renderer`).
+  drawing: how the model of the work directory draws.
   episodes: how many games.
   batch_size: how many at once.
   at_frame: the late frame whose score is measured alone.
@@ -146,6 +164,7 @@ class GameEvaluation:
   trajectories: Trajectories
   modules: MaaG = field(default_factory=MaaG)
   model: Literal['trained'] | Renderer = 'trained'
+  drawing: Drawing = field(default_factory=Drawing)
   episodes: int = 64
   batch_size: int = 64
   at_frame: int = 48
@@ -160,6 +179,7 @@ class GameEvaluation:
     checks.instance(self, 'trajectories', Trajectories)
     checks.instance(self, 'modules', MaaG)
     checks.choice(self, 'model', Literal['trained', Renderer])
+    checks.instance(self, 'drawing', Drawing)
     checks.size(self, 'episodes', 1, 2**16, 2**16, 'the episodes')
     checks.size(self, 'batch_size', 1, 2**12, 2**16, 'the games of a batch')
     checks.integer(self, 'at_frame', 1)

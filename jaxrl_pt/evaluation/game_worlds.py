@@ -73,7 +73,7 @@ def _open(workdir: Path, game: base.Game, settings: cfg.GameEvaluation, step: in
           ) -> tuple[dream.WorldModel, Callable[[Any], Any], int | None]:
   """The model, its parameters for games with these keys, and the checkpoint's step."""
   if settings.model == 'trained':
-    found = trained_worlds.load(workdir, step, game)
+    found = trained_worlds.load(workdir, step, game, settings.drawing)
     return found.model, lambda keys: found.params, found.step
   init = jax.jit(jax.vmap(lambda key: game.init(noise.fold(key, trajectories.OF_WORLD))))
   return renderers.world_model(game, settings.model, settings.pixel_noise), init, None
