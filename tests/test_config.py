@@ -198,7 +198,6 @@ REFUSED: list[tuple[type, str, list[Any], str]] = [
       for name in ('nudge_rate', 'pixel_noise')),
     (cfg.GameEvaluation, 'edit', [None], 'one of @cfg.NoEdit()'),
     (cfg.GameEvaluation, 'checkpoint_every', [-1, 0.5], 'at least 0'),
-    (cfg.GameEvaluation, 'resamples', [99, 1.5], 'from 100 to'),
     *((cfg.VisionTower, name, [0, -1, 2.0, '2', True, None], 'a whole number') for name in TOWER),
     (cfg.VisionTower, 'positions', ['rope', None, cfg.PlainRope()],
      'one of @cfg.NoPositions(), @cfg.LearnedPositions(), @cfg.SinCosPositions(), @cfg.Rope2D()'),

@@ -158,7 +158,6 @@ class GameEvaluation:
   edit: what somebody changes in the middle.
   checkpoint_every: after how many frames the rollouts are saved, to go on after an interruption; 0
     for never.
-  resamples: the number of resamples of the episodes from which intervals are taken.
   """
 
   trajectories: Trajectories
@@ -173,7 +172,6 @@ class GameEvaluation:
   pixel_noise: float = 0.0
   edit: NoEdit | AddToLedger | PaintCells = field(default_factory=NoEdit)
   checkpoint_every: int = 0
-  resamples: int = 2000
 
   def __post_init__(self) -> None:
     checks.instance(self, 'trajectories', Trajectories)
@@ -188,7 +186,6 @@ class GameEvaluation:
     checks.number(self, 'pixel_noise', 0.0, 1.0)
     checks.instance(self, 'edit', NoEdit, AddToLedger, PaintCells)
     checks.integer(self, 'checkpoint_every', 0)
-    checks.integer(self, 'resamples', 100, 10**6)
     last = self.trajectories.num_frames - 1
     if self.at_frame > last:
       raise UserError(f'GameEvaluation.at_frame = {self.at_frame} comes after the last frame, '
