@@ -995,8 +995,54 @@ _SPATIAL = [
          ('arrows_turn_the_other_way', 'np.rot90(upright, -quarter_turns)',
           'np.rot90(upright, quarter_turns)'))]
 
+_SPATIAL_PLACES = [
+    *_of('jaxrl_pt/data/spatial/polyomino.py', 'tests/data/spatial/test_transformations.py',
+         ('half_turns_are_not_turns', '  for _ in range(4):\n', '  for _ in range(2):\n')),
+    *_of('jaxrl_pt/data/spatial/program.py', 'tests/data/spatial/test_transformations.py',
+         ('unseen_pairs_are_trained_on', 'if is_unseen(programs[0]) == is_composed:',
+          'if is_composed <= is_unseen(programs[0]):'),
+         ('twins_may_be_compositions', 'if is_unseen(other) == is_unseen(program)]', ']')),
+    *_of('jaxrl_pt/data/spatial/boards.py', 'tests/data/spatial/test_transformations.py',
+         ('rows_go_up', 'return (board[-1], *board[:-1])', 'return (*board[1:], board[0])')),
+    *_of('jaxrl_pt/data/spatial/folding.py', 'tests/data/spatial/test_transformations.py',
+         ('folds_open_in_their_order', 'in reversed(list(zip(before, before[1:], recipe.folds, '
+          'strict=False))):', 'in list(zip(before, before[1:], recipe.folds, strict=False)):'),
+         ('flaps_are_off_by_one', 'return 2 * (self.top + fold.count) - 1 - row, column',
+          'return 2 * (self.top + fold.count) - row, column'),
+         ('flaps_may_reach_beyond', 'if 2 * fold.count > length:', 'if fold.count >= length:')),
+    *_of('jaxrl_pt/data/spatial/frames.py', 'tests/data/spatial/test_places.py',
+         ('right_is_left', 'h_down * -right + h_right * down', 'h_down * right - h_right * down'),
+         ('sides_up_to_the_border', 'if most == 0 or 7 * least > 4 * most:',
+          'if most == least:')),
+    *_of('jaxrl_pt/data/spatial/views.py', 'tests/data/spatial/test_places.py',
+         ('views_are_mirrored', 'row, column = column, canvas.UNITS - row',
+          'row, column = column, row')),
+    *_of('jaxrl_pt/data/spatial/walk.py', 'tests/data/spatial/test_places.py',
+         ('colours_in_two_cells', 'if floor != PLAIN and cell_of.setdefault(floor, cell) != cell:',
+          'if False:'),
+         ('arrows_point_back', 'np.rot90(upright, -quarter_turns)',
+          'np.rot90(upright, quarter_turns)')),
+    *_of('jaxrl_pt/data/spatial/maze.py', 'tests/data/spatial/test_places.py',
+         ('longer_paths_are_exact', 'exact = prefix == len(is_shorter) == num_steps',
+          'exact = prefix == num_steps'),
+         ('progress_of_any_steps', 'prefix = is_shorter.index(False) if False in is_shorter else '
+          'len(is_shorter)', 'prefix = sum(is_shorter)'),
+         ('holes_can_be_entered', "      other = states[-1]\n",
+          '      other = other or states[-1]\n')),
+    *_of('jaxrl_pt/verifiers/maze_paths.py', 'tests/verifiers/test_maze_paths.py',
+         ('any_action_moves', 'is_valid = (action >= 0) & (action < len(STEPS)) &',
+          'is_valid ='),
+         ('ends_beyond_the_goal_are_exact', '(prefix == num_steps) & (length == num_steps)',
+          '(prefix == num_steps)'),
+         ('what_comes_after_the_end_is_paid', 'jnp.where(valid | ~there, 0.0, FORBIDDEN)',
+          'jnp.where(valid, 0.0, FORBIDDEN)'),
+         ('progress_after_a_mistake', 'jnp.cumprod(shorter.astype(jnp.int32)).sum()',
+          'shorter.sum()'),
+         ('edges_join', 'jnp.where(holes, far, jnp.minimum(before, near.min(0) + 1))',
+          'jnp.minimum(before, near.min(0) + 1)'))]
+
 MUTATIONS: tuple[Mutation, ...] = (
     *_ADVANTAGES, *_MODES, *_TOKEN_ADVANTAGES, *_OBJECTIVES, *_KL, *_SHAPING, *_LEARNER, *_NUMERICS,
     *_SAMPLER, *_DATA, *_CHECKPOINT, *_VERIFIERS, *_PROGRAMS, *_KERNELS, *_SERVING,
     *_RECIPES, *_EVALUATION, *_JUDGES, *_GAMES, *_DREAMS, *_PAGE, *_WORLDS, *_GAME_RL,
-    *_SPATIAL, *_VISION)
+    *_SPATIAL, *_VISION, *_SPATIAL_PLACES)

@@ -19,8 +19,7 @@ class Loaded(NamedTuple):
   game: base.Game  # the one that it was trained on
 
 
-def load(workdir: Path, step: int | None, game: base.Game | None = None,
-         drawing: cfg.Drawing = cfg.Drawing()) -> Loaded:
+def load(workdir: Path, step: int | None, game: base.Game | None = None) -> Loaded:
   """Restores a model of a game from a work directory.
 
   Args:
@@ -28,17 +27,14 @@ def load(workdir: Path, step: int | None, game: base.Game | None = None,
     step: the checkpoint's step; None takes the newest good one.
     game: the game that is to be played in it, which may be easier or harder than that of the
       training; None takes that one.
-    drawing: how it draws.
 
   Raises:
-    UserError: no such directory, no checkpoint, a run of another objective, or of another game, or
-      one that cannot draw so.
+    UserError: no such directory, no checkpoint, a run of another objective, or of another game.
   """
   trained = diffusion.load(workdir, step)
   if game is not None:
     check_game(game.config, trained.game.config, workdir)
-  model = world_models.world_model(
-      trained.world, diffusion.solver_of(trained.session.run, drawing), trained.game.stay)
+  model = world_models.world_model(trained.world, trained.solver, trained.game.stay)
   return Loaded(model, trained.params, trained.step, trained.game)
 
 

@@ -11,13 +11,29 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxrl_pt.data.spatial import base, count, direction, distance, localise, order, topology
+from jaxrl_pt.data.spatial import (
+    base,
+    count,
+    direction,
+    distance,
+    folding,
+    localise,
+    maze,
+    order,
+    perspective,
+    polyomino,
+    program,
+    topology,
+    views,
+    walk,
+)
 from jaxrl_pt.data.spatial.base import Capability, Grade, Process, Split, Task
 from jaxrl_pt.errors import UserError, shown
 
 # In the order of the table in docs/spatial.md.
-TASKS: tuple[Task, ...] = (direction.TASK, distance.TASK, topology.TASK, order.TASK, localise.TASK,
-                           count.TASK)
+TASKS: tuple[Task, ...] = (
+    direction.TASK, distance.TASK, topology.TASK, order.TASK, localise.TASK, polyomino.TASK,
+    program.TASK, folding.TASK, perspective.TASK, views.TASK, maze.TASK, walk.TASK, count.TASK)
 MIN_SIDE, MAX_SIDE = 48, 1024
 GREY = 127
 # Which fifths of all scenes a split may hold. Levels tell `size` from the other ones that are held
