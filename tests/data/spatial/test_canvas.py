@@ -62,10 +62,10 @@ def test_arrows_point_where_they_should():
   box = Box(10, 10, 21, 21)
   up, right, down, left = (drawn(lambda p, k=k: canvas.arrow(p, box, k, WHITE))[10:21, 10:21]
                            for k in range(4))
-  assert up[0].sum() < up[5].sum()  # The head is narrow at the top.
+  assert up[0].sum() < up[-1].sum() < up[5].sum()  # The tip, the shaft and the head.
   np.testing.assert_array_equal(down, up[::-1])
   np.testing.assert_array_equal(right[:, ::-1], left)
-  assert right[:, -1].sum() < right[:, 5].sum()
+  assert right[:, -1].sum() < right[:, 0].sum() < right[:, 5].sum()
 
 
 def test_grids_and_outlines_surround_cells():
