@@ -166,7 +166,7 @@ def answer(scene: Scene) -> str:
 
 def _number(scene: Scene) -> int:
   length = _length(scene.things[scene.origin], scene.things[scene.subject])
-  return round(length * PER_WIDTH / canvas.UNITS)
+  return math.floor(length * PER_WIDTH / canvas.UNITS + 0.5)  # Halves are rounded up.
 
 
 def options(scene: Scene) -> tuple[str, ...]:
