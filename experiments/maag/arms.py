@@ -48,6 +48,8 @@ class Arm:
   values, map: which of the two modules it is trained and played with. The parameters of an arm
     without one are there all the same (`cfg.Conditions`), so that they are as many.
   rate: the peak of its learning rate, its best of TRIED (part `rate`).
+  shift: of the levels from which it draws, its better one of 0.02 and 0.1 in worlds that no result
+    has; 0 leaves it to the run.
   game: traveler, pong or pacman.
   run: the gin file of its training.
   changes: of its settings.
@@ -56,24 +58,25 @@ class Arm:
   values: bool
   map: bool
   rate: float = 0.002
+  shift: float = 0.1
   game: str = 'traveler'
   run: str = 'maag_tiny'
   changes: tuple[str, ...] = ()
 
 
 def _context(num_frames: int) -> Arm:
-  return Arm(False, False, changes=(f'FrameHistory.num_frames = {num_frames}',))
+  return Arm(False, False, shift=0.02, changes=(f'FrameHistory.num_frames = {num_frames}',))
 
 
 def _other(game: str, config: str, values: bool, has_map: bool) -> Arm:
   return Arm(values, has_map, game=game, changes=(f'Trajectories.game = @cfg.{config}()',))
 
 
-FOUR = {'none': Arm(False, False), 'numerical': Arm(True, False), 'spatial': Arm(False, True),
-        'both': Arm(True, True)}
+FOUR = {'none': Arm(False, False, shift=0.02), 'numerical': Arm(True, False),
+        'spatial': Arm(False, True, shift=0.02), 'both': Arm(True, True)}
 # The recurrent rival learns 192 frames a step, the others 64, and needs whole episodes for it.
 RIVALS = {'none_8': _context(8), 'none_32': _context(32),
-          'recurrent': Arm(False, False, 0.001, run='maag_recurrent_tiny', changes=(
+          'recurrent': Arm(False, False, 0.001, 0.0, run='maag_recurrent_tiny', changes=(
               'Trajectories.num_frames = 48', 'Train.batch_size = 4'))}
 GAMES = {'pong_none': _other('pong', 'Pong', False, False),
          'pong_numerical': _other('pong', 'Pong', True, False),
@@ -178,6 +181,8 @@ def settings(arm: Arm, size: Size, changes: Sequence[str], frames: int = 0) -> l
   every = [f'GameEvaluation.episodes = {size.episodes}',
            f'GameEvaluation.batch_size = {size.episodes}', f'GameEvaluation.at_frame = {frames}',
            f'Trajectories.num_frames = {frames + 1}', f'MaaG.shows_counters = {arm.values}']
+  if arm.shift:
+    every += ['GameEvaluation.drawing = @cfg.Drawing()', f'Drawing.sampling_shift = {arm.shift}']
   if not arm.map and arm.game != 'pong':
     every.append('MaaG.map = @cfg.NoMap()')
   gin = ROOT / 'gin' / 'eval' / f'{_EVALUATIONS[arm.game]}.gin'
