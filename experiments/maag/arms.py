@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parents[2]
 TRIED = 0.001, 0.002, 0.004
 AT_ONCE = 1, 4, 16, 64  # games of which frame times are measured
 SAMPLING_STEPS = 8  # With 4 too many frames of the trained mini model cannot be read.
-SEED_OF_RATES = 100  # Rates are chosen on this seed, which no result has.
+SEED_OF_RATES = 100  # Rates are chosen on this seed, which no result has,
+RATE_STEPS = 500  # in a quarter of the steps.
 
 
 @dataclass(frozen=True)

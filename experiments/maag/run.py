@@ -7,7 +7,7 @@ Parts are independent processes, so that they can be spread over cores and machi
 finished is a row of runs.jsonl in the work directory, a training that was killed goes on at its
 last checkpoint, and the command may be repeated. What a part needs is made first.
 
-    rate/ARM/RATE             the loss of training at each rate that was tried, on a seed apart
+    rate/ARM/RATE             the loss of a shorter training at each rate, on a seed apart
     vae/SEED                  the autoencoder of the recurrent rival
     arm/ARM/SEED              trained by `jaxrl-pt train`, measured by `jaxrl-pt eval` (G1, G6)
     control/CONTROL/SEED      what is told to the arm `both` is changed (G2)
@@ -98,7 +98,8 @@ def run_part(name: str, root: Path, size: Size, seeds: Sequence[int]) -> Any:
   of_both = lambda seed: arms.directory('both', int(seed), root)
   match name.split('/'):
     case ['rate', arm, rate]:
-      return arms.train(arm, arms.SEED_OF_RATES, root, size, float(rate))
+      shorter = dataclasses.replace(size, steps=min(size.steps, arms.RATE_STEPS))
+      return arms.train(arm, arms.SEED_OF_RATES, root, shorter, float(rate))
     case ['vae', seed]:
       return arms.train_vae(int(seed), root, size)
     case ['arm', arm, seed]:

@@ -10,7 +10,7 @@ from typing import ClassVar, Literal, get_args
 from jaxrl_pt.config import checks
 from jaxrl_pt.config.algorithm import Algorithm, NoCorrection, NoKL, NoShaping
 from jaxrl_pt.config.hybrid import DecoupledModes, ModeAdvantage
-from jaxrl_pt.config.maag import MaaG
+from jaxrl_pt.config.maag import Drawing, MaaG
 from jaxrl_pt.config.worlds import Autoencoding, Diffusion
 from jaxrl_pt.errors import UserError
 
@@ -45,21 +45,17 @@ class InsideModel:
 
   model_from: the work directory of a run of Diffusion on the same game.
   modules: what stands round the model and tells it numbers and places.
-  sampling_steps: steps from noise to a frame; 0 takes Diffusion.sampling_steps of the model's run.
-  sampling_shift: of the levels from which a frame is drawn (Flow.sampling_shift); 0 takes that of
-    the model's run.
+  drawing: how it draws.
   """
 
   model_from: str
   modules: MaaG = field(default_factory=MaaG)
-  sampling_steps: int = 0
-  sampling_shift: float = 0.0
+  drawing: Drawing = field(default_factory=Drawing)
 
   def __post_init__(self) -> None:
     checks.text(self, 'model_from')
     checks.instance(self, 'modules', MaaG)
-    checks.integer(self, 'sampling_steps', 0, 8)
-    checks.number(self, 'sampling_shift', 0.0, 100.0)
+    checks.instance(self, 'drawing', Drawing)
     if self.modules.events == 'true':
       raise UserError("MaaG.events = 'true' asks the true game what happens, and a policy that "
                       "learns inside a model has no true game beside it: choose 'predicted'.")

@@ -90,6 +90,23 @@ class MaaG:
 
 
 @dataclass(frozen=True)
+class Drawing:
+  """How a trained model turns noise into a frame, where that is not as its own run says.
+
+  sampling_steps: steps from noise to a frame; 0 takes Diffusion.sampling_steps of the model's run.
+  sampling_shift: of the levels from which a frame is drawn (Flow.sampling_shift); 0 takes that of
+    the model's run.
+  """
+
+  sampling_steps: int = 0
+  sampling_shift: float = 0.0
+
+  def __post_init__(self) -> None:
+    checks.integer(self, 'sampling_steps', 0, 8)
+    checks.number(self, 'sampling_shift', 0.0, 100.0)
+
+
+@dataclass(frozen=True)
 class NoEdit:
   """Nobody interferes."""
 
@@ -131,6 +148,7 @@ class GameEvaluation:
     actions, and everything after the first frame is the model's.
   modules: what stands round the model.
   model: the model of the work directory, or one that has learned nothing (see `Renderer`).
+  drawing: how the model of the work directory draws.
   episodes: how many games.
   batch_size: how many at once.
   at_frame: the late frame whose score is measured alone.
@@ -140,12 +158,12 @@ class GameEvaluation:
   edit: what somebody changes in the middle.
   checkpoint_every: after how many frames the rollouts are saved, to go on after an interruption; 0
     for never.
-  resamples: the number of resamples of the episodes from which intervals are taken.
   """
 
   trajectories: Trajectories
   modules: MaaG = field(default_factory=MaaG)
   model: Literal['trained'] | Renderer = 'trained'
+  drawing: Drawing = field(default_factory=Drawing)
   episodes: int = 64
   batch_size: int = 64
   at_frame: int = 48
@@ -154,12 +172,12 @@ class GameEvaluation:
   pixel_noise: float = 0.0
   edit: NoEdit | AddToLedger | PaintCells = field(default_factory=NoEdit)
   checkpoint_every: int = 0
-  resamples: int = 2000
 
   def __post_init__(self) -> None:
     checks.instance(self, 'trajectories', Trajectories)
     checks.instance(self, 'modules', MaaG)
     checks.choice(self, 'model', Literal['trained', Renderer])
+    checks.instance(self, 'drawing', Drawing)
     checks.size(self, 'episodes', 1, 2**16, 2**16, 'the episodes')
     checks.size(self, 'batch_size', 1, 2**12, 2**16, 'the games of a batch')
     checks.integer(self, 'at_frame', 1)
@@ -168,7 +186,6 @@ class GameEvaluation:
     checks.number(self, 'pixel_noise', 0.0, 1.0)
     checks.instance(self, 'edit', NoEdit, AddToLedger, PaintCells)
     checks.integer(self, 'checkpoint_every', 0)
-    checks.integer(self, 'resamples', 100, 10**6)
     last = self.trajectories.num_frames - 1
     if self.at_frame > last:
       raise UserError(f'GameEvaluation.at_frame = {self.at_frame} comes after the last frame, '

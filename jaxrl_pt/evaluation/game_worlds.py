@@ -27,6 +27,7 @@ from jaxrl_pt.game.games import open_game
 from jaxrl_pt.jobs import trained_worlds
 
 _TIMED = 15  # frames whose drawing is timed
+_RESAMPLES = 2000  # of the games, for intervals
 _AFTER_EDIT = 'digit_acc', 'spa_con_all', 'score_exact', 'unreadable'
 
 
@@ -73,7 +74,7 @@ def _open(workdir: Path, game: base.Game, settings: cfg.GameEvaluation, step: in
           ) -> tuple[dream.WorldModel, Callable[[Any], Any], int | None]:
   """The model, its parameters for games with these keys, and the checkpoint's step."""
   if settings.model == 'trained':
-    found = trained_worlds.load(workdir, step, game)
+    found = trained_worlds.load(workdir, step, game, settings.drawing)
     return found.model, lambda keys: found.params, found.step
   init = jax.jit(jax.vmap(lambda key: game.init(noise.fold(key, trajectories.OF_WORLD))))
   return renderers.world_model(game, settings.model, settings.pixel_noise), init, None
@@ -159,8 +160,7 @@ def _estimate(share: measures.Share, settings: cfg.GameEvaluation) -> dict[str, 
     with np.errstate(invalid='ignore', divide='ignore'):
       return right.sum(-1) / asked.sum(-1)
 
-  low, high = metrics.interval(ratio, (right, asked), settings.resamples,
-                               settings.trajectories.seed)
+  low, high = metrics.interval(ratio, (right, asked), _RESAMPLES, settings.trajectories.seed)
   return {'value': round(float(ratio(right, asked)), 6),
           'interval': [round(low, 6), round(high, 6)], 'asked': int(asked.sum())}
 

@@ -1,6 +1,7 @@
 """Training of a model of a game on its episodes (Model as a Game, 2503.21172)."""
 
 import contextlib
+import dataclasses
 from dataclasses import dataclass
 import functools
 from pathlib import Path
@@ -96,11 +97,25 @@ class Trained:
   params: Params
   step: int  # the checkpoint's step
 
-  @property
-  def solver(self) -> Solver:
-    """The process that it was trained in, with the number of steps of its settings."""
-    method = _method(self.session.run)
-    return Solver(method.process, method.sampling_steps)
+
+def solver_of(run: cfg.Run, drawing: cfg.Drawing = cfg.Drawing()) -> Solver:
+  """How the model of a run draws: as the run says, but for what `drawing` sets.
+
+  Raises:
+    UserError: levels of a process that has none, or steps that the model cannot take.
+  """
+  method = _method(run)
+  process, steps = method.process, drawing.sampling_steps or method.sampling_steps
+  if drawing.sampling_shift:
+    if not isinstance(process, cfg.Flow):
+      raise UserError(f'Drawing.sampling_shift = {drawing.sampling_shift:g} is of the levels of '
+                      f'@cfg.Flow(), and the model was trained by @cfg.{type(process).__name__}(): '
+                      'leave it at 0.')
+    process = dataclasses.replace(process, sampling_shift=drawing.sampling_shift)
+  # A run with these settings is checked as any other is.
+  dataclasses.replace(run, objective=dataclasses.replace(
+      method, process=process, sampling_steps=steps))
+  return Solver(process, steps)
 
 
 def load(workdir: Path, step: int | None = None, mesh: cfg.Mesh = cfg.Mesh()) -> Trained:
@@ -135,7 +150,7 @@ def _restored(session: sessions.Session, step: int | None) -> Trained:
 def _evaluate(session: sessions.Session, step: int) -> dict[str, float]:
   """The loss on held-out episodes, and what is read from frames drawn after a true past."""
   trained = _restored(session, step)
-  run, solver = session.run, trained.solver
+  run, solver = session.run, solver_of(session.run)
   measure = episodes.measuring(run, _stage(run, session.mesh))
 
   @jax.jit

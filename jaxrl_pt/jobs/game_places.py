@@ -1,14 +1,11 @@
 """Where a policy of a game plays: the true game, or a trained model of it."""
 
-import dataclasses
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jax.sharding import Mesh
 
 from jaxrl_pt import config as cfg
-from jaxrl_pt.diffusion.sampling import Solver
-from jaxrl_pt.errors import UserError
 from jaxrl_pt.game import acting, base, dream, maps
 from jaxrl_pt.jobs import diffusion, episodes, reinforce, trained_worlds, world_models
 from jaxrl_pt.run import places
@@ -68,25 +65,5 @@ def inside_model(game: base.Game, model_run: cfg.Run, inside: cfg.InsideModel, w
   trained_worlds.check_game(game.config, cfg.game_of(model_run), workdir)
   maps.check(game, inside.modules.map)
   world = world_models.world_model(diffusion.world_of(model_run, mesh),
-                                   _solver(model_run, inside), game.stay)
+                                   diffusion.solver_of(model_run, inside.drawing), game.stay)
   return acting.inside(dream.World(game, world, inside.modules.map), inside.modules)
-
-
-def _solver(model_run: cfg.Run, inside: cfg.InsideModel) -> Solver:
-  """How the model's frames are drawn: as its own run says, but for what `inside` sets.
-
-  Raises:
-    UserError: levels of a process that has none, or steps that the model cannot take.
-  """
-  trained: Any = model_run.objective
-  process, steps = trained.process, inside.sampling_steps or trained.sampling_steps
-  if inside.sampling_shift:
-    if not isinstance(process, cfg.Flow):
-      raise UserError(f'InsideModel.sampling_shift = {inside.sampling_shift:g} is of the levels of '
-                      f'@cfg.Flow(), and the model in {inside.model_from} was trained by '
-                      f'@cfg.{type(process).__name__}(): leave it at 0.')
-    process = dataclasses.replace(process, sampling_shift=inside.sampling_shift)
-  # A run with these settings is checked as any other is.
-  dataclasses.replace(model_run, objective=dataclasses.replace(
-      trained, process=process, sampling_steps=steps))
-  return Solver(process, steps)

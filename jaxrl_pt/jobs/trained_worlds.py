@@ -19,7 +19,8 @@ class Loaded(NamedTuple):
   game: base.Game  # the one that it was trained on
 
 
-def load(workdir: Path, step: int | None, game: base.Game | None = None) -> Loaded:
+def load(workdir: Path, step: int | None, game: base.Game | None = None,
+         drawing: cfg.Drawing = cfg.Drawing()) -> Loaded:
   """Restores a model of a game from a work directory.
 
   Args:
@@ -27,14 +28,17 @@ def load(workdir: Path, step: int | None, game: base.Game | None = None) -> Load
     step: the checkpoint's step; None takes the newest good one.
     game: the game that is to be played in it, which may be easier or harder than that of the
       training; None takes that one.
+    drawing: how it draws.
 
   Raises:
-    UserError: no such directory, no checkpoint, a run of another objective, or of another game.
+    UserError: no such directory, no checkpoint, a run of another objective, or of another game, or
+      one that cannot draw so.
   """
   trained = diffusion.load(workdir, step)
   if game is not None:
     check_game(game.config, trained.game.config, workdir)
-  model = world_models.world_model(trained.world, trained.solver, trained.game.stay)
+  model = world_models.world_model(
+      trained.world, diffusion.solver_of(trained.session.run, drawing), trained.game.stay)
   return Loaded(model, trained.params, trained.step, trained.game)
 
 

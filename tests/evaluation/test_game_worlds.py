@@ -15,8 +15,7 @@ from jaxrl_pt.game import base, dream, games, history, measures, noise, renderer
 from jaxrl_pt.jobs import trained_worlds
 
 TRAJECTORIES = cfg.Trajectories(cfg.Traveler(num_cells=64), 'out_and_back', 13, size=100)
-SETTINGS = cfg.GameEvaluation(TRAJECTORIES, model='weak', episodes=8, batch_size=8, at_frame=12,
-                              resamples=100)
+SETTINGS = cfg.GameEvaluation(TRAJECTORIES, model='weak', episodes=8, batch_size=8, at_frame=12)
 
 
 def _with(**fields):
@@ -134,8 +133,7 @@ def test_the_command_writes_a_report_of_every_game(name, tmp_path, capfd):
   arguments = ['eval', '--workdir', str(tmp_path), '--gin_file', f'gin/eval/{name}.gin', '--json',
                *(part for binding in (
                    "cfg.GameEvaluation.model = 'true'", 'cfg.Trajectories.num_frames = 9',
-                   'cfg.GameEvaluation.at_frame = 8', 'cfg.GameEvaluation.episodes = 3',
-                   'cfg.GameEvaluation.resamples = 100')
+                   'cfg.GameEvaluation.at_frame = 8', 'cfg.GameEvaluation.episodes = 3')
                  for part in ('--gin_bindings', binding))]
   assert cli.main(arguments) == 0
   found = json.loads(capfd.readouterr().out)
