@@ -143,6 +143,19 @@ def grade_text(answer: str, options: Sequence[str], text: str) -> Grade:
   return Grade(True, 1.0, True) if given == answer.casefold() else WRONG
 
 
+def choosing(name: str, capability: Capability, process: Process, num_levels: int,
+             num_pictures: int, draw: Callable[[np.random.Generator, int, Look, bool], Any],
+             twin: Callable[[np.random.Generator, Any], Any],
+             pictures: Callable[[Any, int], np.ndarray], question: Callable[[Any], str],
+             answer: Callable[[Any], str], options: Callable[[Any], tuple[str, ...]],
+             describe: Callable[[Any], str]) -> Task:
+  """A task whose answer is one of its options, each as likely as another; arguments of `Task`."""
+  return Task(name, capability, process, num_levels, num_pictures, draw, twin, pictures, question,
+              answer, options, describe,
+              grade=lambda scene, text: grade_text(answer(scene), options(scene), text),
+              chance=lambda scene: 1 / len(options(scene)))
+
+
 def number(text: str) -> Fraction | None:
   """A text as a number: digits with or without decimals, at most six of each; else None."""
   given = folded(text)

@@ -136,16 +136,5 @@ def describe(scene: Scene) -> str:
   return f'Rows count downwards, columns to the right. {things.listed(scene.things)}.'
 
 
-def grade(scene: Scene, text: str) -> base.Grade:
-  """One of the directions."""
-  return base.grade_text(answer(scene), DIRECTIONS, text)
-
-
-def chance(scene: Scene) -> float:
-  """Directions are equally likely."""
-  del scene
-  return 1 / len(DIRECTIONS)
-
-
-TASK = base.Task('direction', 'relation', 'spatial_relation', len(LEVELS), 1, draw, twin, pictures,
-                 question, answer, options, describe, grade, chance)
+TASK = base.choosing('direction', 'relation', 'spatial_relation', len(LEVELS), 1, draw, twin,
+                     pictures, question, answer, options, describe)

@@ -290,16 +290,5 @@ def trace_text(scene: Scene) -> str:
   return boards.steps_text(steps, trace(scene), _NAMES)
 
 
-def grade(scene: Scene, text: str) -> base.Grade:
-  """One of the letters."""
-  return base.grade_text(answer(scene), boards.LETTERS, text)
-
-
-def chance(scene: Scene) -> float:
-  """The letters are equally likely."""
-  del scene
-  return 1 / len(boards.LETTERS)
-
-
-TASK = base.Task('folding', 'transformation', 'spatial_manipulation', len(LEVELS), 2, draw, twin,
-                 pictures, question, answer, options, describe, grade, chance)
+TASK = base.choosing('folding', 'transformation', 'spatial_manipulation', len(LEVELS), 2, draw,
+                     twin, pictures, question, answer, options, describe)

@@ -111,15 +111,5 @@ def describe(scene: Scene) -> str:
       ', '.join(held.get((row, column), '.') for column in range(n)) for row in range(n)) + '.'
 
 
-def grade(scene: Scene, text: str) -> base.Grade:
-  """One of the cells."""
-  return base.grade_text(answer(scene), options(scene), text)
-
-
-def chance(scene: Scene) -> float:
-  """Cells are equally likely."""
-  return 1 / LEVELS[scene.level - 1].num_cells**2
-
-
-TASK = base.Task('localise', 'relation', 'pattern_matching', len(LEVELS), 1, draw, twin, pictures,
-                 question, answer, options, describe, grade, chance)
+TASK = base.choosing('localise', 'relation', 'pattern_matching', len(LEVELS), 1, draw, twin,
+                     pictures, question, answer, options, describe)

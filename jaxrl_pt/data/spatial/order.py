@@ -184,15 +184,5 @@ def describe(scene: Scene) -> str:
   return f'Rows count downwards, columns to the right. {things.listed(scene.things)}.'
 
 
-def grade(scene: Scene, text: str) -> base.Grade:
-  """One of the colours."""
-  return base.grade_text(answer(scene), options(scene), text)
-
-
-def chance(scene: Scene) -> float:
-  """Colours are equally likely."""
-  return 1 / len(options(scene))
-
-
-TASK = base.Task('order', 'relation', 'spatial_relation', len(LEVELS), 1, draw, twin, pictures,
-                 question, answer, options, describe, grade, chance)
+TASK = base.choosing('order', 'relation', 'spatial_relation', len(LEVELS), 1, draw, twin, pictures,
+                     question, answer, options, describe)

@@ -133,16 +133,5 @@ def describe(scene: Scene) -> str:
   return f'Rows count downwards, columns to the right. {things.listed(scene.things)}.'
 
 
-def grade(scene: Scene, text: str) -> base.Grade:
-  """One of the sides."""
-  return base.grade_text(answer(scene), frames.SIDES, text)
-
-
-def chance(scene: Scene) -> float:
-  """The sides are equally likely."""
-  del scene
-  return 1 / len(frames.SIDES)
-
-
-TASK = base.Task('perspective', 'perspective', 'spatial_manipulation', len(LEVELS), 1, draw, twin,
-                 pictures, question, answer, options, describe, grade, chance)
+TASK = base.choosing('perspective', 'perspective', 'spatial_manipulation', len(LEVELS), 1, draw,
+                     twin, pictures, question, answer, options, describe)

@@ -159,16 +159,5 @@ def describe(scene: Scene) -> str:
   return f'Left: {first}; right: {second};'
 
 
-def grade(scene: Scene, text: str) -> base.Grade:
-  """One of the options."""
-  return base.grade_text(answer(scene), OPTIONS, text)
-
-
-def chance(scene: Scene) -> float:
-  """Both answers are equally likely."""
-  del scene
-  return 1 / len(OPTIONS)
-
-
-TASK = base.Task('polyomino', 'transformation', 'spatial_manipulation', len(LEVELS), 1, draw, twin,
-                 pictures, question, answer, options, describe, grade, chance)
+TASK = base.choosing('polyomino', 'transformation', 'spatial_manipulation', len(LEVELS), 1, draw,
+                     twin, pictures, question, answer, options, describe)

@@ -310,15 +310,5 @@ def describe(scene: Scene) -> str:
   return '; '.join(filter(None, (panels, things.listed(scene.others)))) + '.'
 
 
-def grade(scene: Scene, text: str) -> base.Grade:
-  """One of the options."""
-  return base.grade_text(answer(scene), options(scene), text)
-
-
-def chance(scene: Scene) -> float:
-  """Options are equally likely."""
-  return 1 / len(options(scene))
-
-
-TASK = base.Task('topology', 'relation', 'spatial_relation', len(LEVELS), 1, draw, twin, pictures,
-                 question, answer, options, describe, grade, chance)
+TASK = base.choosing('topology', 'relation', 'spatial_relation', len(LEVELS), 1, draw, twin,
+                     pictures, question, answer, options, describe)

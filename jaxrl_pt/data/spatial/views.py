@@ -182,16 +182,5 @@ def describe(scene: Scene) -> str:
           f'{second}.')
 
 
-def grade(scene: Scene, text: str) -> base.Grade:
-  """One of the directions."""
-  return base.grade_text(answer(scene), DIRECTIONS, text)
-
-
-def chance(scene: Scene) -> float:
-  """Directions are equally likely."""
-  del scene
-  return 1 / len(DIRECTIONS)
-
-
-TASK = base.Task('views', 'perspective', 'spatial_relation', len(LEVELS), 2, draw, twin, pictures,
-                 question, answer, options, describe, grade, chance)
+TASK = base.choosing('views', 'perspective', 'spatial_relation', len(LEVELS), 2, draw, twin,
+                     pictures, question, answer, options, describe)
