@@ -16,8 +16,8 @@ ROOT = Path(__file__).resolve().parents[2]
 TRIED = 0.001, 0.002, 0.004
 AT_ONCE = 1, 4, 16, 64  # games of which frame times are measured
 SAMPLING_STEPS = 8  # With 4 too many frames of the trained mini model cannot be read.
-SEED_OF_RATES = 100  # Rates are chosen on this seed, which no result has,
-RATE_STEPS = 500  # in a quarter of the steps.
+SEED_OF_RATES = 100  # Rates are chosen on this seed, which no result has.
+RATE_STEPS = 500  # The trainings that choose a rate are so long.
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,9 @@ class Arm:
   values, map: which of the two modules it is trained and played with. The parameters of an arm
     without one are there all the same (`cfg.Conditions`), so that they are as many.
   rate: the peak of its learning rate, its best of TRIED (part `rate`).
-  shift: of the levels from which it draws, its better one of 0.02 and 0.1 in worlds that no result
-    has; 0 leaves it to the run.
+  shift: of the levels from which it draws; 0 leaves it to the run. It was chosen for `none` and
+    `both` in worlds that no result has; other arms of Traveler take that of the one with the same
+    values, and other games have not been tried.
   game: traveler, pong or pacman.
   run: the gin file of its training.
   changes: of its settings.
